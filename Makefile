@@ -1,0 +1,61 @@
+# Each target does its own set-up: a fresh machine needs only Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SHELL = /bin/bash
+.SHELLFLAGS = -eu -o pipefail -c
+
+.PHONY: help demo test test-fast soak lint format docs clean
+.DEFAULT_GOAL := help
+
+help: ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -e ".[uvicorn]"
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --group test --group servers --group coverage
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --group lint
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+demo: $(VENV)/demo.stamp ## Start the chat example and print its address
+	$(BIN)/python -m examples.chat
+
+test: $(VENV)/test.stamp ## Run all tests on real servers, with branch coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not soak"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+test-fast: $(VENV)/test.stamp ## Run the tests that need no server process
+	$(BIN)/python -m pytest -m "not live and not soak"
+
+soak: $(VENV)/test.stamp ## Run the long tests; bounded, a few minutes
+	$(BIN)/python -m pytest -m soak
+
+lint: $(VENV)/lint.stamp ## Check format, style, types and layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/lint.stamp ## Format the code
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: $(VENV)/docs.stamp ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,13 @@
+"""The one place where time is read."""
+
+from __future__ import annotations
+
+import time
+
+monotonic = time.monotonic
+"""Seconds on a clock that never jumps: the only one that durations are measured with."""
+
+
+def wall() -> float:
+    """Seconds since the epoch, for what people read."""
+    return time.time()

@@ -1,0 +1,160 @@
+"""The one table of endings: why a connection ends, with which close code, and what happens to what is still queued.
+
+Numbers below 3000 are RFC 6455 section 7.4.1 and the IANA registry; 4000 + an HTTP status means what that status means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+MAX_REASON_BYTES: Final = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two of them are the code
+
+NO_STATUS: Final = 1005
+ABNORMAL: Final = 1006
+UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
+
+
+class DisconnectReason(str, Enum):
+    """Why a connection ended, the same on every server."""
+
+    COMPLETED = "completed"
+    """The endpoint returned."""
+    CLIENT_CLOSE = "client_close"
+    """The client sent a close frame."""
+    NETWORK_LOST = "network_lost"
+    """The connection broke without a close frame."""
+    HEARTBEAT_TIMEOUT = "heartbeat_timeout"
+    """The client did not answer a heartbeat in time."""
+    SLOW_CONSUMER = "slow_consumer"
+    """The client did not take its messages: a send was stuck, or its outbox was full."""
+    SERVER_SHUTDOWN = "server_shutdown"
+    """The server stops or restarts."""
+    REPLACED = "replaced"
+    """The same client id connected again."""
+    APPLICATION = "application"
+    """The application closed the connection."""
+    POLICY = "policy"
+    """The application or this library refused to go on: an `HTTPException`, invalid input, too many bad messages."""
+    MESSAGE_TOO_BIG = "message_too_big"
+    """A message was larger than `max_message_size`."""
+    ERROR = "error"
+    """A bug: the endpoint, a handler or a tied task raised."""
+
+
+@dataclass(frozen=True)
+class EndingRule:
+    """What one kind of ending does.
+
+    Attributes:
+        code: Close code that is sent when the caller names none.
+        text: Close reason that is sent when the caller names none.
+        flush: Whether queued messages are still sent before the close frame.
+        deliver: Whether received messages that nobody has read yet can still be read.
+    """
+
+    code: int
+    text: str
+    flush: bool
+    deliver: bool
+
+
+_R = DisconnectReason
+
+ENDING_RULES: Final[dict[DisconnectReason, EndingRule]] = {
+    _R.COMPLETED: EndingRule(1000, "", flush=True, deliver=False),
+    _R.CLIENT_CLOSE: EndingRule(1000, "", flush=False, deliver=True),
+    _R.NETWORK_LOST: EndingRule(ABNORMAL, "", flush=False, deliver=True),
+    _R.HEARTBEAT_TIMEOUT: EndingRule(4408, "heartbeat timeout", flush=False, deliver=True),
+    _R.SLOW_CONSUMER: EndingRule(4507, "slow consumer", flush=False, deliver=True),
+    _R.SERVER_SHUTDOWN: EndingRule(1012, "server shutdown", flush=True, deliver=True),
+    _R.REPLACED: EndingRule(4409, "replaced by a newer connection", flush=True, deliver=True),
+    _R.APPLICATION: EndingRule(1000, "", flush=True, deliver=False),
+    _R.POLICY: EndingRule(1008, "policy violation", flush=True, deliver=False),
+    _R.MESSAGE_TOO_BIG: EndingRule(1009, "message too big", flush=True, deliver=True),
+    _R.ERROR: EndingRule(1011, "internal error", flush=True, deliver=False),
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one connection ended.
+
+    Attributes:
+        reason: Why, in this library's words.
+        code: Close code as it was sent or received; 1005 and 1006 where there was none on the wire.
+        text: Close reason as it was sent or received, at most 123 bytes.
+        by_peer: Whether the client, the network or the server in front of us ended it, so that nothing can be sent.
+    """
+
+    reason: DisconnectReason
+    code: int
+    text: str = ""
+    by_peer: bool = False
+
+    @property
+    def rule(self) -> EndingRule:
+        """The row of the table that this ending follows."""
+        return ENDING_RULES[self.reason]
+
+
+def ending(reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> Ending:
+    """Make an ending that this side decides, with the table's code and text where none is named.
+
+    Raises:
+        ValueError: `code` is one that RFC 6455 does not allow in a close frame.
+    """
+    rule = ENDING_RULES[reason]
+    return Ending(
+        reason,
+        rule.code if code is None else check_close_code(code),
+        cut_reason(rule.text if text is None else text),
+    )
+
+
+def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
+    """Read what the server in front of us says about a connection that is gone.
+
+    Args:
+        code: The code of the ASGI `websocket.disconnect` event.
+        text: Its reason, if it has one.
+        close_frame: Whether the client sent a close frame. The code alone does not tell: uvicorn reports 1005 for a
+            lost network, hypercorn 1006 for a clean close.
+    """
+    if code == _R_SHUTDOWN_CODE:
+        reason = DisconnectReason.SERVER_SHUTDOWN
+    elif code == ENDING_RULES[_R.MESSAGE_TOO_BIG].code:
+        reason = DisconnectReason.MESSAGE_TOO_BIG
+    elif close_frame:
+        reason = DisconnectReason.CLIENT_CLOSE
+    else:
+        reason = DisconnectReason.NETWORK_LOST
+        code = ABNORMAL if code == NO_STATUS else code
+    return Ending(reason, code, cut_reason(text or ""), by_peer=True)
+
+
+_R_SHUTDOWN_CODE: Final = ENDING_RULES[_R.SERVER_SHUTDOWN].code
+
+
+def check_close_code(code: int) -> int:
+    """Return `code` if an endpoint may send it in a close frame.
+
+    Raises:
+        ValueError: RFC 6455 section 7.4 does not allow it.
+    """
+    allowed = isinstance(code, int) and (1000 <= code <= 1014 or 3000 <= code <= 4999) and code not in UNSENDABLE
+    if not allowed:
+        raise ValueError(
+            f"close code {code!r} cannot be sent: use 1000 to 1003, 1007 to 1014 or 3000 to 4999 "
+            "(4000 to 4999 are free for applications)"
+        )
+    return code
+
+
+def cut_reason(text: str) -> str:
+    """Cut a close reason to the 123 bytes that a close frame holds, on a character border."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= MAX_REASON_BYTES:
+        return encoded.decode("utf-8")
+    return encoded[:MAX_REASON_BYTES].decode("utf-8", "ignore")

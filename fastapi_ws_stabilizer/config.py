@@ -1,0 +1,272 @@
+"""`WebSocketConfig`: every option, its default and its limits."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from enum import Enum
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+
+class HeartbeatType(str, Enum):
+    """What a heartbeat sends to a plain client."""
+
+    PING = "ping"
+    """The text frame `{"type":"ping"}`."""
+    CUSTOM = "custom"
+    """The `heartbeat_payload`."""
+    OFF = "off"
+    """Nothing; a silent client is never closed by the heartbeat."""
+
+
+class CompressionMode(str, Enum):
+    """Compression of messages on the wire."""
+
+    DEFLATE = "deflate"
+    NONE = "none"
+
+
+class MemoryEvictionPolicy(str, Enum):
+    """Which connection goes first when memory is short."""
+
+    LRU = "lru"
+    FIFO = "fifo"
+    OLDEST = "oldest"
+
+
+class DuplicatePolicy(str, Enum):
+    """What happens when a client id connects that is connected already."""
+
+    REPLACE = "replace"
+    """The new connection stays, the old one is closed with 4409."""
+    REJECT = "reject"
+    """The old connection stays, the new one is closed with 4409."""
+    ALLOW = "allow"
+    """Both stay; a direct send reaches all connections of the client."""
+
+
+class InboxOverflow(str, Enum):
+    """What happens when a client sends faster than its endpoint reads."""
+
+    PAUSE = "pause"
+    """Reading stops until there is room: TCP pushes back, nothing is lost."""
+    CLOSE = "close"
+    """The connection is closed with 1013."""
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _true_false_or_word(value: object) -> object:
+    word = _lower(value)
+    return (
+        {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(word, word)
+        if isinstance(word, str)
+        else word
+    )
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not True or False")
+    return value
+
+
+_Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+_Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
+_Lower = BeforeValidator(_lower)
+
+NOT_YET_HONOURED: Final = frozenset(
+    {
+        "max_connections",
+        "reconnect_token_ttl",
+        "enable_reconnect",
+        "compression",
+        "enable_metrics",
+        "num_shards",
+        "max_concurrent_cleanup",
+        "max_concurrent_broadcast",
+        "max_memory_per_connection",
+        "max_total_memory",
+        "memory_eviction_policy",
+        "memory_check_interval",
+    }
+)
+"""Options that are accepted and validated, and whose part is not in this version. The manager warns at its start when
+one of them is set."""
+
+
+class WebSocketConfig(BaseModel):
+    """All options of a manager. Frozen: make a changed copy with `config.model_copy(update=...)`.
+
+    Seconds are floats, sizes are bytes, `None` means no limit.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or outside its limits; the error names it and what is allowed.
+            It is a `ValueError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    # heartbeat
+    heartbeat_interval: _Seconds = Field(default=30.0, description="Seconds between two pings to one client.")
+    heartbeat_timeout: _Seconds = Field(
+        default=60.0, description="Seconds that a client may stay silent after a ping before it is closed with 4408."
+    )
+    heartbeat_type: Annotated[HeartbeatType, _Lower] = Field(
+        default=HeartbeatType.PING, description="What a heartbeat sends: the ping, `heartbeat_payload`, or nothing."
+    )
+    heartbeat_payload: Any = Field(
+        default=None,
+        description="With heartbeat_type='custom': what to send, or a function of the socket that returns it.",
+    )
+    require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = Field(
+        default="auto",
+        description="Whether silence closes a connection: always, never, or ('auto') from the client's first pong on.",
+    )
+
+    # connections
+    max_connections: _Count | None = Field(default=None, description="Most connections at one time.")
+    on_duplicate: Annotated[DuplicatePolicy, _Lower] = Field(
+        default=DuplicatePolicy.REPLACE, description="What happens when a connected client id connects again."
+    )
+    disconnect_grace: _Seconds = Field(
+        default=10.0,
+        description="Seconds that an endpoint has to finish after its client has left, before it is cancelled; "
+        "a disconnect hook has as long.",
+    )
+
+    # messages in
+    max_message_size: _Count = Field(
+        default=1024 * 1024, description="Most bytes of one received message; more closes 1009."
+    )
+    max_bad_messages: _Count | None = Field(
+        default=100,
+        description="How many messages that no handler could take get an error reply; the next one closes 1008.",
+    )
+    inbox_max_messages: _Count = Field(default=256, description="Most received messages that wait to be read.")
+    inbox_max_bytes: _Count = Field(default=4 * 1024 * 1024, description="Most bytes of received messages that wait.")
+    inbox_overflow: Annotated[InboxOverflow, _Lower] = Field(
+        default=InboxOverflow.PAUSE, description="What happens when the inbox is full."
+    )
+
+    # messages out
+    outbox_max_messages: _Count = Field(default=1024, description="Most messages that wait to be sent to one client.")
+    outbox_max_bytes: _Count = Field(
+        default=4 * 1024 * 1024, description="Most bytes that wait; one message of any size fits into an empty outbox."
+    )
+    send_timeout: _Seconds = Field(
+        default=10.0, description="Seconds after which a send that makes no progress ends the connection (4507)."
+    )
+
+    # reconnect
+    reconnect_token_ttl: timedelta = Field(default=timedelta(hours=1), gt=timedelta(0), description="Life of a token.")
+    enable_reconnect: bool = Field(default=True, description="Whether tokens are issued.")
+
+    # compression
+    compression: Annotated[CompressionMode, _Lower] = Field(
+        default=CompressionMode.DEFLATE, description="Compression of messages on the wire."
+    )
+
+    # logs and metrics
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
+        default="INFO", description="Level of the logger `fastapi_ws_stabilizer`."
+    )
+    enable_metrics: bool = Field(default=False, description="Whether metrics are collected.")
+
+    # scale
+    num_shards: _Count = Field(default=16, description="Number of parts that the registry is divided into.")
+    max_concurrent_cleanup: _Count = Field(
+        default=100, description="Most connections that are closed at the same time."
+    )
+    max_concurrent_broadcast: _Count = Field(default=1000, description="Most sends of broadcasts at the same time.")
+
+    # memory
+    max_memory_per_connection: _Count | None = Field(default=None, description="Most bytes held for one connection.")
+    max_total_memory: _Count | None = Field(default=None, description="Most bytes held for all connections.")
+    memory_eviction_policy: Annotated[MemoryEvictionPolicy, _Lower] = Field(
+        default=MemoryEvictionPolicy.LRU, description="Which connection goes first."
+    )
+    memory_check_interval: _Seconds = Field(default=60.0, description="Seconds between two checks.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_exist(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                similar = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                hint = f"; did you mean {similar[0]!r}?" if similar else ""
+                raise ValueError(f"WebSocketConfig has no option {name!r}{hint}")
+        return values
+
+    @model_validator(mode="after")
+    def _payload_fits_type(self) -> Self:
+        custom = self.heartbeat_type is HeartbeatType.CUSTOM
+        if custom and self.heartbeat_payload is None:
+            raise ValueError(
+                "heartbeat_type='custom' needs a heartbeat_payload: a message, or a function of the socket"
+            )
+        if not custom and self.heartbeat_payload is not None:
+            raise ValueError("heartbeat_payload is only sent with heartbeat_type='custom'")
+        return self
+
+    @classmethod
+    def from_env(cls, prefix: str = "WS_", environ: Mapping[str, str] | None = None) -> Self:
+        """Read options from environment variables such as `WS_HEARTBEAT_INTERVAL`, as a ConfigMap provides them.
+
+        Names are matched whatever their case. An empty value or `none` stands for `None`; a token's life is given in
+        seconds. Variables with the prefix that are no option are left alone (Kubernetes adds some of its own), and one
+        that looks like a misspelt option is warned about.
+
+        Args:
+            prefix: What the variables' names begin with.
+            environ: Where to read instead of `os.environ`.
+
+        Raises:
+            pydantic.ValidationError: A value is not allowed; the error names the option.
+        """
+        values: dict[str, Any] = {}
+        for name, text in (os.environ if environ is None else environ).items():
+            if not name.lower().startswith(prefix.lower()):
+                continue
+            option = name[len(prefix) :].lower()
+            if option in cls.model_fields:
+                values[option] = _from_text(option, text)
+            elif similar := difflib.get_close_matches(option, cls.model_fields, n=1, cutoff=0.8):
+                logging.getLogger("fastapi_ws_stabilizer").warning(
+                    "environment variable %s is no option and is ignored; did you mean %s%s?",
+                    name,
+                    prefix,
+                    similar[0].upper(),
+                    extra={"event": "unknown_environment_option", "variable": name},
+                )
+        return cls(**values)
+
+    def changed_options(self) -> set[str]:
+        """Names of the options that differ from their default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+
+def _from_text(option: str, text: str) -> Any:
+    text = text.strip()
+    if option == "compression":
+        return text
+    if text.lower() in ("", "none", "null"):
+        return None
+    if option == "reconnect_token_ttl":
+        try:
+            return timedelta(seconds=float(text))
+        except ValueError:
+            return text
+    return text

@@ -1,0 +1,146 @@
+"""The user's code behind one connection: the task it runs in, how it is told to stop, and how its end is read."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
+from fastapi.exceptions import WebSocketRequestValidationError
+from pydantic_core import to_json
+
+from fastapi_ws_stabilizer.close_codes import (
+    MAX_REASON_BYTES,
+    DisconnectReason,
+    Ending,
+    check_close_code,
+    cut_reason,
+    ending,
+)
+from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
+
+_CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
+
+_STACKS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
+"""Where FastAPI keeps the exit stacks of a connection, the one that closes first comes first. The names have changed
+over its versions; where none is found, only the refinement that it serves is missing."""
+
+
+class Endpoint:
+    """The task that serves one connection.
+
+    Attributes:
+        returned: Set when the user's code has ended. FastAPI then closes its dependencies in the same task, and that
+            must not be cancelled.
+    """
+
+    __slots__ = ("_cancelled", "_task", "returned")
+
+    def __init__(self, *, cancellable: bool) -> None:
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task() if cancellable else None
+        self._cancelled = False
+        self.returned: asyncio.Future[None] = loop.create_future()
+        if not cancellable:
+            self.has_returned()  # nobody would tell us when it does
+
+    def has_returned(self) -> None:
+        """Note that the user's code has ended."""
+        if not self.returned.done():
+            self.returned.set_result(None)
+
+    def watch(self, scope: Mapping[str, Any]) -> None:
+        """Learn from FastAPI when the user's code ends, before its dependencies are closed.
+
+        The last callback of an exit stack runs first, so this is called once when the connection opens and once more
+        when it ends: then it stands above the dependencies that have been entered in between.
+        """
+        stack = find_exit_stack(scope)
+        if stack is not None:
+            stack.callback(self.has_returned)
+
+    def cancel(self) -> None:
+        """Cancel the task, once, unless the user's code has ended."""
+        if self._task is not None and not self._cancelled and not self.returned.done():
+            self._cancelled = True
+            self._task.cancel(_CANCEL_MESSAGE)
+
+    def is_own_cancellation(self, error: BaseException) -> bool:
+        """Whether `error` is the cancellation that `cancel` has sent, and no other is under way.
+
+        Where it is, the task's count of cancellations is put right, so that the caller may swallow it.
+        """
+        if not self._cancelled or self._task is None or not isinstance(error, asyncio.CancelledError):
+            return False
+        if sys.version_info >= (3, 11):
+            return self._task.uncancel() == 0
+        return not error.args or error.args[0] == _CANCEL_MESSAGE
+
+
+def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
+    """The exit stack that FastAPI closes first when the endpoint of this connection ends."""
+    for name in _STACKS:
+        stack = scope.get(name)
+        if isinstance(stack, AsyncExitStack):
+            return stack
+    return None
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an exception that an endpoint let escape is one that somebody has to mend."""
+    if isinstance(error, WebSocketStabilizerError):
+        return error.close_code == WebSocketStabilizerError.close_code
+    return not isinstance(
+        error,
+        (
+            HTTPException,
+            WebSocketException,
+            WebSocketDisconnect,
+            WebSocketRequestValidationError,
+            asyncio.CancelledError,
+        ),
+    )
+
+
+def ending_for(error: BaseException | None) -> Ending:
+    """How a connection ends whose endpoint returned (`None`) or let `error` escape."""
+    if error is None or isinstance(error, WebSocketDisconnect):
+        return ending(DisconnectReason.COMPLETED)
+    if isinstance(error, HTTPException):
+        return ending(DisconnectReason.POLICY, code=4000 + error.status_code, text=_text(error.detail))
+    if isinstance(error, WebSocketException):
+        return ending(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
+    if isinstance(error, WebSocketRequestValidationError):
+        return ending(DisconnectReason.POLICY, text=_validation_text(error))
+    if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
+        return ending(DisconnectReason.POLICY, code=error.close_code, text=str(error))
+    if isinstance(error, asyncio.CancelledError):
+        return ending(DisconnectReason.SERVER_SHUTDOWN)
+    return ending(DisconnectReason.ERROR)
+
+
+def _sendable(code: int) -> int:
+    try:
+        return check_close_code(code)
+    except ValueError:
+        return 1008
+
+
+def _text(detail: object) -> str:
+    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode("utf-8")
+
+
+def _validation_text(error: WebSocketRequestValidationError) -> str:
+    """Say as JSON which parameters are wrong; as many as fit whole into a close reason."""
+    problems: list[dict[str, str]] = []
+    text = ""
+    for problem in error.errors():
+        problems.append({"loc": ".".join(map(str, problem.get("loc", ()))), "msg": str(problem.get("msg", ""))})
+        longer = to_json(problems).decode("utf-8")
+        if len(longer.encode()) > MAX_REASON_BYTES:
+            return text or cut_reason(f"invalid: {problems[0]['loc']}")
+        text = longer
+    return text

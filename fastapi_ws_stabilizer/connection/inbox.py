@@ -1,0 +1,102 @@
+"""What a client has sent and nobody has read yet."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+
+from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
+
+
+class InboxClosed(Exception):
+    """Everything has been read and nothing more will come."""
+
+
+class Inbox:
+    """A bounded queue with one writer, the pump, and one reader.
+
+    The bound is in messages and in bytes of memory that they hold. It is a mark, not a wall: the message that reaches
+    it is taken, and the pump then waits for room before it reads the next one.
+    """
+
+    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_room", "held_bytes")
+
+    def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self._items: deque[str | bytes] = deque()
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
+        self.held_bytes = 0
+        self._closed = False
+        self._reader: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def full(self) -> bool:
+        """Whether the mark is reached."""
+        return len(self._items) >= self._max_messages or self.held_bytes >= self._max_bytes
+
+    def put(self, message: str | bytes) -> None:
+        """Add a message and wake the reader."""
+        self._items.append(message)
+        self.held_bytes += sys.getsizeof(message)
+        if self._reader is not None:
+            _wake(self._reader)
+
+    async def room(self) -> None:
+        """Wait until the mark is no longer reached or the inbox is closed. Cancelling is safe."""
+        while self.full and not self._closed:
+            self._room = asyncio.get_running_loop().create_future()
+            try:
+                await self._room
+            finally:
+                self._room = None
+
+    async def get(self) -> str | bytes:
+        """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
+
+        Raises:
+            InboxClosed: Nothing more will come.
+            ConcurrentReceiveError: Another task is waiting already.
+        """
+        if self._reader is not None:
+            raise ConcurrentReceiveError
+        while not self._items:
+            if self._closed:
+                raise InboxClosed
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        message = self._items.popleft()
+        self.held_bytes -= sys.getsizeof(message)
+        if self._room is not None and not self.full:
+            _wake(self._room)
+        return message
+
+    def close(self, *, discard: bool) -> int:
+        """Take nothing more, wake who waits, and tell how many unread messages were thrown away.
+
+        Args:
+            discard: Whether what has not been read is thrown away.
+        """
+        self._closed = True
+        discarded = 0
+        if discard:
+            discarded = len(self._items)
+            self._items.clear()
+            self.held_bytes = 0
+        if self._reader is not None:
+            _wake(self._reader)
+        if self._room is not None:
+            _wake(self._room)
+        return discarded
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,387 @@
+"""The life of one connection: NEW, OPEN, ENDING, ENDED, and nothing else.
+
+Many things can end a connection at the same moment: the client, the network, the heartbeat, a stuck send, a newer
+connection, the endpoint. The first one wins and writes the `Ending`; everyone who waits is woken at once; then one task
+does the rest in order, each step with a limit in time:
+
+1. what is queued is sent, if the ending says so, and the close frame after it (the outbox's writer does that);
+2. who is dispatching messages finishes, then the disconnect hooks run;
+3. the endpoint gets the rest of `disconnect_grace`, and is cancelled then;
+4. what the transport still holds gets a moment to be flushed, and is cut off then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from fastapi import WebSocket
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, is_bug
+from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
+from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.pump import pump
+from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
+from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
+from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
+
+_A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
+"""Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
+be one turn of the event loop away."""
+
+
+class Parts:
+    """What a manager lends to its connections.
+
+    Args:
+        config: Its options.
+        reports: Where to tell what happens.
+        tasks: Holds the tasks of all connections.
+        left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
+        disconnected: Runs the disconnect hooks.
+        failed: Told of a bug in user code, after it has been reported.
+    """
+
+    __slots__ = ("config", "disconnected", "failed", "left", "reports", "tasks")
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        tasks: TaskSet,
+        *,
+        left: Callable[[Connection], None],
+        disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
+        failed: Callable[[Any, BaseException], Awaitable[None]],
+    ) -> None:
+        self.config = config
+        self.reports = reports
+        self.tasks = tasks
+        self.left = left
+        self.disconnected = disconnected
+        self.failed = failed
+
+
+class Connection:
+    """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
+
+    It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
+    that object directly goes through the inbox and the outbox too.
+    """
+
+    __slots__ = (
+        "_abort_timer",
+        "_busy",
+        "_context",
+        "_idle",
+        "_over",
+        "_parts",
+        "_pump",
+        "_tied",
+        "bad_messages",
+        "client_id",
+        "config",
+        "connection_id",
+        "control_frames",
+        "ending",
+        "endpoint",
+        "face",
+        "finished",
+        "hooks_wanted",
+        "inbox",
+        "opened_at",
+        "outbox",
+        "pulse",
+        "reading_paused",
+        "reports",
+        "server_side",
+        "told_of_pause",
+        "websocket",
+    )
+
+    face: Any
+    """What user code knows this connection by."""
+
+    def __init__(
+        self, websocket: WebSocket, client_id: str, parts: Parts, *, control_frames: bool, endpoint: Endpoint
+    ) -> None:
+        config = parts.config
+        self.connection_id = secrets.token_hex(8)
+        self.client_id = client_id
+        self.websocket = websocket
+        self.config = config
+        self.reports = parts.reports
+        self.control_frames = control_frames
+        self.endpoint = endpoint
+        self.opened_at = monotonic()
+        self.pulse = Pulse(self.opened_at)
+        self.inbox = Inbox(config.inbox_max_messages, config.inbox_max_bytes)
+        self.server_side = ServerSide(websocket._receive, websocket._send)
+        self.outbox = Outbox(
+            websocket._send,
+            self,
+            parts.tasks,
+            name=f"ws-writer-{self.connection_id}",
+            max_messages=config.outbox_max_messages,
+            max_bytes=config.outbox_max_bytes,
+            send_timeout=config.send_timeout,
+        )
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[Ending] = loop.create_future()
+        self.finished: asyncio.Future[None] = loop.create_future()
+        self.ending: Ending | None = None
+        self.reading_paused = False
+        self.told_of_pause = False
+        self.hooks_wanted = False
+        self.bad_messages = 0
+        self._parts = parts
+        self._busy = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._tied: TaskSet | None = None
+        self._context = contextvars.copy_context()
+        self._pump: asyncio.Task[None] | None = None
+        self._abort_timer: asyncio.TimerHandle | None = None
+
+    # ── open ──
+
+    def open(self) -> None:
+        """Start to read. From here on every path leads to one ending and to `finished`."""
+        websocket = self.websocket
+        receive = websocket._receive
+        websocket._receive = self._asgi_receive
+        websocket._send = self._asgi_send
+        self.endpoint.watch(websocket.scope)
+        self.outbox.open()
+        self.reports.totals.connections_opened += 1
+        self.tell("connection_opened", logging.INFO)
+        self._pump = self._parts.tasks.spawn(pump(self, receive), name=f"ws-pump-{self.connection_id}")
+
+    def tell(self, event: str, level: int, **facts: Any) -> None:
+        """Report something about this connection."""
+        self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
+
+    async def bug(self, event: str, error: BaseException) -> None:
+        """Report a bug in user code, once, and tell the error hooks."""
+        self.reports.bug(event, error, client_id=self.client_id, connection_id=self.connection_id)
+        await self._parts.failed(self.face, error)
+
+    # ── messages ──
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message.
+
+        Raises:
+            SocketClosed: The connection is over and everything has been read.
+            ConcurrentReceiveError: Another task is receiving.
+        """
+        if self._pump is None:
+            raise NotOpenError
+        try:
+            return await self.inbox.get()
+        except InboxClosed:
+            raise self._closed_error() from None
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame; wait while the outbox is full.
+
+        Raises:
+            SocketClosed: The connection is over.
+        """
+        if not await self.outbox.put_wait(frame):
+            raise self._closed_error()
+
+    def _closed_error(self) -> Exception:
+        return NotOpenError() if self.ending is None else socket_closed(self.ending)
+
+    def enqueue(self, frame: Frame) -> bool:
+        """Queue a frame without waiting. A full outbox ends the connection: its client does not keep up."""
+        if self.outbox.put(frame):
+            return True
+        if self.ending is None and self._pump is not None:
+            self.end(DisconnectReason.SLOW_CONSUMER)
+        return False
+
+    def enqueue_if_room(self, frame: Frame) -> bool:
+        """Queue a frame that may be left out."""
+        return self.outbox.put(frame)
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of the outbox is used."""
+        return self.outbox.half_full
+
+    async def _asgi_receive(self) -> dict[str, Any]:
+        """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
+        try:
+            message = await self.inbox.get()
+        except InboxClosed:
+            how = self.ending or ending(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
+        return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
+
+    async def _asgi_send(self, message: Any) -> None:
+        """Stand in for the server's `send`, for code that writes to the `WebSocket` itself."""
+        if message["type"] == CLOSE:
+            self.end(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
+            return
+        if message["type"] != "websocket.send":
+            raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")
+        data = message.get("bytes")
+        await self.send(encode(message.get("text") or "" if data is None else data))
+
+    # ── what the outbox tells ──
+
+    def sent(self) -> None:
+        """A message was taken by the server."""
+        self.reports.totals.messages_sent += 1
+
+    def send_stuck(self) -> None:
+        """A send made no progress: nothing can reach this client, not even a close frame."""
+        if self.ending is None:
+            self.tell("send_stuck", logging.WARNING, send_timeout=self.config.send_timeout)
+            self.end(DisconnectReason.SLOW_CONSUMER)
+        self.abort()
+
+    async def send_failed(self, error: Exception) -> None:
+        """The server refused a message: wait a moment for it to say why, then take the network for lost."""
+        if self._pump is not None and not self.reading_paused:
+            await wait_for_all([self._pump], _A_SERVER_MAY_STILL_SAY_WHY)
+        self.lost(error)
+
+    # ── the end ──
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """End the connection from our side; `False` if it was ending already. Waits for nothing.
+
+        Raises:
+            ValueError: `code` cannot be sent.
+        """
+        if self._pump is None:
+            raise NotOpenError
+        return self._begin_end(ending(reason, code=code, text=text))
+
+    def ended_by_peer(self, how: Ending) -> None:
+        """The connection is gone: the client, the network or the server in front of us has ended it."""
+        self._begin_end(how)
+
+    def lost(self, error: Exception) -> None:
+        """The connection broke."""
+        if self.ending is None:
+            self.tell("connection_lost", logging.DEBUG, cause=repr(error))
+            self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
+
+    def abort(self) -> None:
+        """Stop sending at once and cut the transport, where the server lets us."""
+        self._discarded(self.outbox.discard())
+        self.server_side.abort()
+
+    def _begin_end(self, how: Ending) -> bool:
+        if self.ending is not None:
+            return False
+        self.ending = how
+        self._parts.left(self)
+        self.reports.totals.endings[how.reason] += 1
+        self._discarded(self.inbox.close(discard=not how.rule.deliver))
+        if how.by_peer:
+            self._discarded(self.outbox.discard())
+        else:
+            self._discarded(self.outbox.finish(how.code, how.text, flush=how.rule.flush))
+            patience = self.config.send_timeout if how.rule.flush else LINGER
+            self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
+        self.endpoint.watch(self.websocket.scope)
+        self._over.set_result(how)
+        self._parts.tasks.spawn(self._finish(how), name=f"ws-end-{self.connection_id}", context=self._context)
+        return True
+
+    async def wait_over(self) -> Ending:
+        """Wait for the ending. Cancelling is safe."""
+        return await asyncio.shield(self._over)
+
+    async def _finish(self, how: Ending) -> None:
+        grace = self.config.disconnect_grace
+        until = monotonic() + grace
+        try:
+            tied = self._tied.cancel() if self._tied is not None else []
+            if self._busy and not await wait_for_all([self._when_idle()], grace):
+                self.endpoint.cancel()
+                await wait_for_all([self._when_idle()], grace)
+            if self.hooks_wanted:
+                hooks = self._parts.tasks.spawn(self._run_hooks(how.reason), name=f"ws-hooks-{self.connection_id}")
+                if not await wait_for_all([hooks], grace):
+                    hooks.cancel()
+                    self.tell("disconnect_hook_timeout", logging.ERROR, disconnect_grace=grace)
+            if not await wait_for_all([self.endpoint.returned, *tied], max(0.0, until - monotonic())):
+                self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=grace)
+                self.endpoint.cancel()
+            await wait_for_all([self.outbox.done], self.config.send_timeout)
+        finally:
+            self._close(how)
+
+    async def _run_hooks(self, reason: DisconnectReason) -> None:
+        await self._parts.disconnected(self.face, reason)
+
+    def _close(self, how: Ending) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer = None
+        if self._pump is not None:
+            self._pump.cancel()
+        self.server_side.abort_unless_flushed()
+        self.tell(
+            "connection_ended",
+            logging.INFO,
+            reason=how.reason.value,
+            code=how.code,
+            text=how.text,
+            seconds=monotonic() - self.opened_at,
+        )
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+    def _discarded(self, count: int) -> None:
+        if count:
+            self.reports.totals.messages_discarded += count
+            self.tell("messages_discarded", logging.DEBUG, count=count)
+
+    # ── user code ──
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Hold back the disconnect hooks while user code works on what was received."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if not self._busy and self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+
+    def _when_idle(self) -> asyncio.Future[None]:
+        self._idle = asyncio.get_running_loop().create_future()
+        if not self._busy:
+            self._idle.set_result(None)
+        return self._idle
+
+    def tie(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
+        """Start a task that ends with this connection. A bug in it is reported and ends the connection."""
+        if self.ending is not None:
+            coroutine.close()
+            raise socket_closed(self.ending)
+        if self._tied is None:
+            self._tied = TaskSet(self._tied_failed)
+        return self._tied.spawn(coroutine, name=name or f"ws-task-{self.connection_id}")
+
+    def _tied_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
+        if is_bug(error):
+            self._parts.tasks.spawn(self.bug("tied_task_failed", error), name=f"ws-error-{self.connection_id}")
+            self.end(DisconnectReason.ERROR)

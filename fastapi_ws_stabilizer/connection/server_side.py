@@ -1,0 +1,87 @@
+"""What can be found out about the server behind the two ASGI callables, guarded at every step.
+
+ASGI has no way to abort a connection and no reliable word on how one was lost. Both can be had where `receive` or
+`send` is a method of the server's protocol object and no middleware wraps it. Everything here answers "unknown"
+otherwise, and everything works without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+LINGER: Final = 1.0
+"""Seconds that a transport has to flush what it holds after its connection is over, before it is aborted."""
+
+
+class ServerSide:
+    """The server's end of one connection."""
+
+    __slots__ = ("_receiver", "_sender")
+
+    def __init__(self, receive: object, send: object) -> None:
+        self._receiver: Any = getattr(receive, "__self__", None)
+        self._sender: Any = getattr(send, "__self__", None)
+
+    @property
+    def can_abort(self) -> bool:
+        """Whether the transport is within reach."""
+        return self._transport() is not None
+
+    def abort(self) -> bool:
+        """Cut the connection without waiting for anything; `False` where the server hides its transport."""
+        transport = self._transport()
+        if transport is None:
+            return False
+        try:
+            transport.abort()
+        except Exception:  # not our object: whatever it raises, the connection is already over for us
+            return False
+        return True
+
+    def abort_unless_flushed(self) -> None:
+        """Cut the connection if it still holds bytes after `LINGER`.
+
+        A transport that closes waits for its buffer to empty, which a client that reads nothing prevents for ever, and
+        uvicorn waits for its transports before it exits.
+        """
+        if self._unflushed():
+            asyncio.get_running_loop().call_later(LINGER, self._abort_if_unflushed)
+
+    def _abort_if_unflushed(self) -> None:
+        if self._unflushed():
+            self.abort()
+
+    def _unflushed(self) -> bool:
+        size = getattr(self._transport(), "get_write_buffer_size", None)
+        try:
+            return callable(size) and size() > 0
+        except Exception:  # a transport that is gone may refuse the question
+            return False
+
+    def _transport(self) -> Any:
+        transport = getattr(self._receiver, "transport", None)
+        return transport if callable(getattr(transport, "abort", None)) else None
+
+    def saw_close_frame(self, event: Mapping[str, Any]) -> bool:
+        """Whether the client ended the connection with a close frame, for a `websocket.disconnect` event.
+
+        uvicorn reports 1005 for a lost network as well as for a close frame without a code, and hypercorn 1006 for
+        everything. Their protocol objects know better. Where they cannot be seen: a code other than 1005 and 1006 came
+        from a frame, and so did a 1005 with a reason, since a lost connection has none.
+        """
+        websockets_state = getattr(getattr(self._receiver, "conn", None), "close_rcvd", _UNKNOWN)
+        if websockets_state is not _UNKNOWN:
+            return websockets_state is not None
+        for wsproto in (getattr(self._receiver, "conn", None), getattr(self._sender, "connection", None)):
+            name = getattr(getattr(wsproto, "state", None), "name", None)
+            if name in ("CLOSED", "REMOTE_CLOSING"):
+                return True
+            if name in ("OPEN", "LOCAL_CLOSING"):
+                return False
+        code = event.get("code", 1005)
+        return code not in (1005, 1006) or (code == 1005 and event.get("reason") is not None)
+
+
+_UNKNOWN: Final = object()

@@ -1,0 +1,71 @@
+"""`stable_socket`, and how the manager of an app is found."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, WebSocket
+from starlette.requests import HTTPConnection
+
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import ManagerNotFoundError
+from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
+
+_MAX_LIFESPANS: Final = 32
+"""How many merged lifespans are looked through for a manager's."""
+
+
+def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
+    """The manager of the app that serves this connection.
+
+    It is looked for in the app's state; in the state that the server hands down from the lifespan, which reaches
+    mounted apps too; and in the app's lifespan itself, if the server has not run it.
+
+    Raises:
+        ManagerNotFoundError: There is none. The error says how to add one.
+    """
+    app = connection.scope.get("app")
+    for found in (
+        getattr(getattr(app, "state", None), STATE_KEY, None),
+        (connection.scope.get("state") or {}).get(STATE_KEY),
+        _manager_in(getattr(getattr(app, "router", None), "lifespan_context", None)),
+    ):
+        if isinstance(found, WebSocketConnectionManager):
+            return found
+    raise ManagerNotFoundError
+
+
+def _manager_in(lifespan: Any) -> WebSocketConnectionManager | None:
+    """The manager whose `lifespan` this is, alone or merged with those of included routers."""
+    waiting = [lifespan]
+    for _ in range(_MAX_LIFESPANS):
+        if not waiting:
+            break
+        candidate = waiting.pop(0)
+        owner = getattr(candidate, "__self__", None)
+        if isinstance(owner, WebSocketConnectionManager):
+            return owner
+        candidate = getattr(candidate, "__wrapped__", candidate)
+        waiting.extend(cell.cell_contents for cell in getattr(candidate, "__closure__", None) or ())
+    return None
+
+
+async def stable_socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:
+    """The dependency that accepts, registers and yields a socket, and closes it when the endpoint ends.
+
+    The client id is the path parameter `client_id`, else the query parameter of that name, else a fresh id.
+
+    When the endpoint returns the client gets 1000, after an `HTTPException` 4000 + its status, after invalid parameters
+    1008, after a bug 1011 (and the bug is logged). When the client leaves, the endpoint gets `SocketClosed` from the
+    socket, and is cancelled if it is still at work after `disconnect_grace`.
+
+    Raises:
+        ManagerNotFoundError: No manager belongs to the app.
+    """
+    async with find_manager(websocket).serve(websocket) as socket:
+        yield socket
+
+
+StableSocketDep = Annotated[StableSocket, Depends(stable_socket)]
+"""`ws: StableSocketDep` in an endpoint's parameters is short for `ws: StableSocket = Depends(stable_socket)`."""

@@ -1,0 +1,183 @@
+"""One scheduler that beats for all connections.
+
+Connections wait in a heap by the time of their next beat, and one timer of the event loop waits for the first. An idle
+connection costs a heap entry, no task and no timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import random
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.hub.member import Member
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.wire.control import PING
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
+
+LATE: Final = 0.5
+"""Seconds by which a beat may come late before it is taken for a blocked event loop. Pongs may then wait unread in
+the sockets, so nobody is closed before there was a chance to read them."""
+
+SECOND_LOOK: Final = 1.0
+"""Seconds for that chance."""
+
+_Entry = list[Any]  # [due, number, member or None]; a list, so that a member can be taken out without a search
+
+
+class Heartbeat:
+    """Pings each connection once per interval and ends those that fall silent.
+
+    The first ping of a connection comes after a random part of the interval, so that clients which connected together
+    are not pinged together.
+    """
+
+    def __init__(self, config: WebSocketConfig, reports: Reports) -> None:
+        self._interval = config.heartbeat_interval
+        self._timeout = config.heartbeat_timeout
+        self._require_pong = config.require_pong
+        self._payload = config.heartbeat_payload
+        self._on = config.heartbeat_type is not HeartbeatType.OFF
+        self._constant: Frame | None = None
+        if config.heartbeat_type is HeartbeatType.PING:
+            self._constant = PING
+        elif self._on and not callable(self._payload):
+            self._constant = encode(self._payload)
+        self._reports = reports
+        self._heap: list[_Entry] = []
+        self._entries: dict[str, _Entry] = {}
+        self._numbers = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, member: Member) -> None:
+        """Begin to beat for a connection."""
+        if not self._on:
+            return
+        now = monotonic()
+        member.pulse.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
+        self._push(member, member.pulse.next_ping)
+        self._arm()
+
+    def remove(self, member: Member) -> None:
+        """Stop beating for a connection and let go of it at once."""
+        entry = self._entries.pop(member.connection_id, None)
+        if entry is not None:
+            entry[2] = None
+            if len(self._heap) > 64 and len(self._heap) > 2 * len(self._entries):
+                self._heap = list(self._entries.values())
+                heapq.heapify(self._heap)
+
+    def stop(self) -> None:
+        """Let go of all connections and of the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._heap.clear()
+        self._entries.clear()
+
+    def beat_due(self, now: float, late: float = 0.0) -> None:
+        """Do everything that is due at `now`.
+
+        Args:
+            now: Time on the monotonic clock.
+            late: Seconds by which this comes later than it was due.
+        """
+        while self._heap and self._heap[0][0] <= now:
+            member: Member | None = heapq.heappop(self._heap)[2]
+            if member is None:
+                continue
+            del self._entries[member.connection_id]
+            due = self._beat(member, now, late)
+            if due is not None:
+                self._push(member, due)
+
+    def _beat(self, member: Member, now: float, late: float) -> float | None:
+        """Beat for one connection and return when to look at it again; `None` if it is over."""
+        if member.ending is not None:
+            return None
+        pulse = member.pulse
+        if member.reading_paused:
+            pulse.forgive()
+        deadline = self._deadline(member)
+        if deadline is not None and now >= deadline:
+            if late < LATE:
+                self._end(member, now)
+                return None
+            pulse.awaiting_since = now - self._timeout + min(SECOND_LOOK, self._timeout)
+        if now >= pulse.next_ping:
+            self._ping(member, now)
+            pulse.next_ping = now + self._interval
+        deadline = self._deadline(member)
+        return pulse.next_ping if deadline is None else min(pulse.next_ping, deadline)
+
+    def _deadline(self, member: Member) -> float | None:
+        pulse = member.pulse
+        enforced = pulse.answers if self._require_pong == "auto" else self._require_pong
+        if not enforced or pulse.awaiting_since is None:
+            return None
+        return pulse.awaiting_since + self._timeout
+
+    def _end(self, member: Member, now: float) -> None:
+        silent = now - member.pulse.last_seen
+        self._reports.tell(
+            "heartbeat_timeout",
+            logging.INFO,
+            client_id=member.client_id,
+            connection_id=member.connection_id,
+            silent_seconds=silent,
+        )
+        member.end(DisconnectReason.HEARTBEAT_TIMEOUT)
+
+    def _ping(self, member: Member, now: float) -> None:
+        frame = self._constant
+        if frame is None:
+            try:
+                frame = encode(self._payload(member.face))
+            except Exception as error:  # the user's function or what it returned; the next beat tries again
+                name = (
+                    "heartbeat_payload_invalid" if isinstance(error, MessageEncodeError) else "heartbeat_payload_failed"
+                )
+                self._reports.bug(name, error, client_id=member.client_id, connection_id=member.connection_id)
+                return
+        if member.enqueue_if_room(frame):  # a full outbox is under its own watch; a ping would prove nothing there
+            member.pulse.pinged(now)
+            self._reports.totals.pings_sent += 1
+
+    def _push(self, member: Member, due: float) -> None:
+        entry: _Entry = [due, next(self._numbers), member]
+        self._entries[member.connection_id] = entry
+        heapq.heappush(self._heap, entry)
+
+    def _arm(self) -> None:
+        """Set the one timer to the first entry of the heap."""
+        if not self._heap:
+            return
+        due = self._heap[0][0]
+        if self._timer is not None:
+            if self._timer_due <= due:
+                return
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = monotonic()
+        late = now - self._timer_due
+        if late >= LATE:
+            self._reports.tell("event_loop_blocked", logging.WARNING, blocked_seconds=late)
+        try:
+            self.beat_due(now, late)
+        finally:
+            self._arm()

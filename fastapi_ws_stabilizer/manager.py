@@ -1,0 +1,390 @@
+"""`WebSocketConnectionManager`: the façade. It holds the parts and does little itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, HTTPException, WebSocket
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
+from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, ShutdownError, WrongLoopError
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, fan_out
+from fastapi_ws_stabilizer.limits.memory import deep_size
+from fastapi_ws_stabilizer.logs import get_logger, write_report
+from fastapi_ws_stabilizer.reports import Reports, Totals
+from fastapi_ws_stabilizer.routing.decorators import EventDecorators
+from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
+from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of
+from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
+from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
+from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
+from fastapi_ws_stabilizer.wire.payload import encode
+
+STATE_KEY: Final = "fastapi_ws_stabilizer"
+"""Where an app's state, and the lifespan state of its server, hold the manager."""
+
+
+class WebSocketConnectionManager(EventDecorators):
+    """All WebSockets of one application: who is connected, what they are sent, what their messages mean.
+
+    ```python
+    manager = WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=30))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocket = Depends(stable_socket)) -> None:
+        await ws.run()
+    ```
+
+    It belongs to the event loop that it was started on, and is not thread-safe.
+
+    Args:
+        config: Its options; the defaults when left out.
+
+    Attributes:
+        config: Its options.
+        reports: Where to subscribe to what happens.
+    """
+
+    def __init__(self, config: WebSocketConfig | None = None) -> None:
+        self.config = config or WebSocketConfig()
+        self.reports = Reports()
+        self.reports.subscribe(write_report)
+        super().__init__(Hooks(self.reports), MessageHandlers())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._shut = False
+        self._started_at = 0.0
+        self._serving = self._make_serving()
+
+    def __repr__(self) -> str:
+        return f"<WebSocketConnectionManager {self.get_connection_count()} connections>"
+
+    # ── starting and stopping ──
+
+    async def start(self) -> None:
+        """Get ready for connections on the running event loop. Calling it again changes nothing.
+
+        Nobody has to call it: `lifespan`, `install` and the first connection do.
+
+        Raises:
+            WrongLoopError: There are open connections on another event loop.
+        """
+        self._shut = False
+        self._ensure_running()
+
+    def _ensure_running(self) -> Serving:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            if self._shut:
+                raise ShutdownError
+            return self._serving
+        if self._loop is not None and not self._loop.is_closed() and self._serving.registry:
+            raise WrongLoopError
+        # Either the first start, or a loop of the past: a TestClient without `with` makes one for each connection.
+        self._loop = loop
+        self._shut = False
+        self._started_at = monotonic()
+        self._serving = self._make_serving()
+        get_logger().setLevel(self.config.log_level)
+        for option in sorted(self.config.changed_options() & NOT_YET_HONOURED):
+            self.reports.tell("option_not_honoured_yet", logging.WARNING, option=option)
+        if problem := missing_websocket_library():
+            self.reports.tell("websocket_library_missing", logging.ERROR, problem=problem)
+        return self._serving
+
+    def _make_serving(self) -> Serving:
+        dispatcher = Dispatcher(self._handlers, self.config, self.reports)
+        return Serving(self.config, self.reports, self._hooks, dispatcher)
+
+    async def graceful_shutdown(self, timeout: float = 30.0) -> ShutdownReport:
+        """Close all connections with 1012 and wait for their end; take no new ones.
+
+        Each is sent what is queued for it and the close frame, its disconnect hooks run, its endpoint finishes. What
+        is not done after `timeout` seconds is cut. Under uvicorn the lifespan ends after uvicorn has closed all
+        sockets itself; this then waits for what is left to do for them. Cancelling leaves connections to themselves.
+
+        Args:
+            timeout: Seconds that all of it may take.
+        """
+        self._shut = True
+        report = await close_all(self._serving.unfinished, timeout)
+        await self._serving.stop()
+        self.reports.tell("shutdown", logging.INFO, **vars(report))
+        return report
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
+        """The lifespan of an app that has no other: `FastAPI(lifespan=manager.lifespan)`.
+
+        In a lifespan of your own: `async with manager.lifespan(app) as state: yield state`.
+        """
+        self._attach(app)
+        await self.start()
+        try:
+            yield {STATE_KEY: self}
+        finally:
+            await self.graceful_shutdown()
+
+    def install(self, app: Any) -> None:
+        """Make this the manager of an app, around whatever lifespan it has. Calling it again changes nothing.
+
+        Raises:
+            RuntimeError: Another manager is installed; name each with `Depends(manager.socket)` instead.
+        """
+        installed = getattr(app.state, STATE_KEY, None)
+        if installed is self:
+            return
+        if installed is not None:
+            raise RuntimeError(
+                "this app has a manager already: install one, and name the other with Depends(manager.socket)"
+            )
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
+            async with self.lifespan(app) as ours, inner(app) as state:
+                yield {**ours, **(state or {})}
+
+        app.router.lifespan_context = lifespan
+        self._attach(app)
+
+    def _attach(self, app: Any) -> None:
+        setattr(app.state, STATE_KEY, self)
+        UnmatchedSockets.watch(app, self.reports)
+
+    # ── dependencies ──
+
+    async def socket(self, websocket: WebSocket) -> AsyncIterator[StableSocket]:
+        """The dependency for an endpoint that names its manager: `Depends(manager.socket)`."""
+        async with self.serve(websocket) as socket:
+            yield socket
+
+    def socket_for(
+        self,
+        identify: Callable[..., Any],
+        *,
+        key: Callable[[Any], object] | None = None,
+        control_frames: bool = True,
+    ) -> Callable[..., AsyncIterator[StableSocket]]:
+        """Make a dependency that takes the client id from another one: `Depends(manager.socket_for(current_user))`.
+
+        Args:
+            identify: Any FastAPI dependency. What it returns is `ws.identity`; what it raises refuses the connection.
+            key: Makes the client id of what `identify` returned. Not needed for `str`, `int` and `UUID`.
+            control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
+        """
+        serve = self.serve
+
+        async def identified_socket(
+            websocket: WebSocket, identity: Annotated[Any, Depends(identify)]
+        ) -> AsyncIterator[StableSocket]:
+            client_id = client_id_from(identity, key)
+            async with serve(websocket, client_id, identity=identity, control_frames=control_frames) as socket:
+                yield socket
+
+        # Under `from __future__ import annotations` FastAPI would look for `identify` among this module's names.
+        identified_socket.__annotations__ = {
+            "websocket": WebSocket,
+            "identity": Annotated[Any, Depends(identify)],
+        }
+        return identified_socket
+
+    @asynccontextmanager
+    async def serve(
+        self,
+        websocket: WebSocket,
+        client_id: str | None = None,
+        *,
+        identity: Any = None,
+        control_frames: bool = True,
+    ) -> AsyncIterator[StableSocket]:
+        """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
+
+        Must be entered and left in the task that serves the WebSocket.
+
+        Args:
+            websocket: A WebSocket that is not accepted yet.
+            client_id: Whose it is; taken from the path or query, or made up, when left out.
+            identity: What `ws.identity` is.
+            control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
+
+        Raises:
+            HTTPException: The manager is shut down (503), or a handshake hook refused.
+            WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
+        """
+        if client_id is None:
+            client_id = client_id_of(websocket)
+        try:
+            serving = self._ensure_running()
+        except ShutdownError as error:
+            raise HTTPException(503, headers={"Retry-After": "1"}) from error
+        connection = await serving.open_by_dependency(
+            websocket, client_id, identity=identity, control_frames=control_frames
+        )
+        try:
+            yield connection.face
+        except BaseException as error:
+            failure = await serving.leave(connection, error)
+            if failure is error:
+                raise
+            if failure is not None:
+                raise failure from error
+        else:
+            await serving.leave(connection, None)
+
+    # ── connections by hand ──
+
+    async def connect(
+        self, client_id: str, websocket: WebSocket, metadata: Mapping[str, Any] | None = None
+    ) -> StableSocket:
+        """Register a WebSocket that you have accepted. You go on reading from it yourself.
+
+        From here on it is looked after like any other: pongs are answered, its end is noticed, and in a FastAPI
+        endpoint it is closed with an honest code when the endpoint ends.
+
+        Raises:
+            ValueError: `client_id` is empty.
+            RuntimeError: The WebSocket is not accepted.
+            ShutdownError: The manager is shut down.
+            SocketClosed: A connect hook refused it, or it is gone. It is a `WebSocketDisconnect`.
+            DuplicateClientError: The client is connected and `on_duplicate="reject"`.
+        """
+        if not client_id or not isinstance(client_id, str):
+            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        connection = await self._ensure_running().open_by_hand(websocket, client_id, metadata)
+        socket: StableSocket = connection.face
+        return socket
+
+    async def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
+        """Close a client's connection; all of them if it has several. Returns without waiting for the client.
+
+        In the task that has registered a connection under this client id it means that one and never a newer one, and
+        is quiet if that is over already.
+
+        Raises:
+            ConnectionNotFoundError: No such client is connected.
+            ValueError: `code` cannot be sent.
+        """
+        check_close_code(code)
+        connections = self._serving.meant(client_id)
+        if not connections:
+            raise ConnectionNotFoundError(client_id)
+        for connection in connections:
+            connection.end(DisconnectReason.APPLICATION, code=code, text=reason)
+
+    async def handle_pong(self, client_id: str) -> None:
+        """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""
+        now = monotonic()
+        for connection in self._serving.meant(client_id):
+            connection.pulse.seen(now)
+            connection.pulse.ponged(now)
+
+    # ── sending ──
+
+    async def send_to_client(self, client_id: str, message: Any) -> bool:
+        """Queue a message for a client, for all its connections; `False` if it is not connected. Waits for nobody.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded.
+        """
+        frame = encode(message)
+        queued = [connection.enqueue(frame) for connection in self._serving.registry.of_client(client_id)]
+        return any(queued)
+
+    async def broadcast(self, message: Any, exclude_client: str | None = None) -> BroadcastResult:
+        """Queue a message for all connections. It is encoded once, and no client is waited for.
+
+        Args:
+            message: `str`, bytes, or anything that can be JSON.
+            exclude_client: A client id that does not get it.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded; nobody got anything.
+            BroadcastFailedError: There were recipients, and it could be queued for none.
+        """
+        frame = encode(message)
+        self.reports.totals.broadcasts += 1
+        return await fan_out(frame, (member for member in self._serving.registry if member.client_id != exclude_client))
+
+    # ── looking ──
+
+    def get_active_connections(self) -> list[str]:
+        """The ids of the connected clients, each once, in the order in which they came."""
+        return self._serving.registry.client_ids()
+
+    def get_connection_count(self) -> int:
+        """How many connections are open; one client can have several."""
+        return len(self._serving.registry)
+
+    def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
+        """The open connections, or those of one client, oldest first."""
+        registry = self._serving.registry
+        return [connection.face for connection in (registry if client_id is None else registry.of_client(client_id))]
+
+    def get_socket(self, connection_id: str) -> StableSocket | None:
+        """The open connection with that connection id."""
+        connection = self._serving.registry.get(connection_id)
+        return None if connection is None else connection.face
+
+    @property
+    def totals(self) -> Totals:
+        """What has been counted since the manager was made."""
+        return self.reports.totals
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes connections: it was started and not shut down."""
+        return self._loop is not None and not self._shut
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Seconds since it was started; 0 before."""
+        return monotonic() - self._started_at if self._loop is not None else 0.0
+
+    def get_memory_usage(self) -> dict[str, int | float]:
+        """What is held for connections: queued and unread messages and user data, in bytes.
+
+        Returns:
+            `total_memory`, `connection_count` and `per_connection_average`.
+        """
+        sockets = self.get_sockets()
+        total = sum(
+            socket.queued_bytes + socket.unread_bytes + deep_size(socket.user_data) + deep_size(socket.metadata)
+            for socket in sockets
+        )
+        return {
+            "total_memory": total,
+            "connection_count": len(sockets),
+            "per_connection_average": total / len(sockets) if sockets else 0.0,
+        }
+
+    # ── user data by client id ──
+
+    async def set_user_data(self, client_id: str, key: str, value: Any) -> None:
+        """Set one entry of `ws.user_data`, on all connections of a client.
+
+        Raises:
+            ConnectionNotFoundError: No such client is connected.
+        """
+        connections = self._serving.meant(client_id)
+        if not connections:
+            raise ConnectionNotFoundError(client_id)
+        for connection in connections:
+            connection.face.user_data[key] = value
+
+    async def get_user_data(self, client_id: str, key: str) -> Any | None:
+        """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
+        for connection in self._serving.meant(client_id):
+            if key in connection.face.user_data:
+                return connection.face.user_data[key]
+        return None

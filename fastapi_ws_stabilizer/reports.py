@@ -1,0 +1,80 @@
+"""How the core tells what happened: counters that cost an addition, and reports that listeners hear.
+
+Logs are the first listener; metrics and traces can be others. The core never formats a sentence and never knows who
+listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+
+logger = logging.getLogger("fastapi_ws_stabilizer")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One thing that happened.
+
+    Attributes:
+        event: Its name, a fixed word such as `connection_opened`.
+        level: How much it matters, as a level of the `logging` module.
+        facts: What is known of it: plain values, `connection_id` and `client_id` among them where one is concerned.
+        error: The exception, where the report is about one.
+    """
+
+    event: str
+    level: int
+    facts: Mapping[str, Any]
+    error: BaseException | None = None
+
+
+Listener = Callable[[Report], None]
+
+
+@dataclass
+class Totals:
+    """What a manager has counted since it was made. Plain integers: hot paths add to them directly."""
+
+    connections_opened: int = 0
+    messages_received: int = 0
+    messages_sent: int = 0
+    messages_discarded: int = 0
+    """Messages that were received and never read, or queued and never sent, because their connection ended."""
+    bad_messages: int = 0
+    broadcasts: int = 0
+    pings_sent: int = 0
+    endings: Counter[DisconnectReason] = field(default_factory=Counter)
+
+
+class Reports:
+    """The interface between the core and everybody who wants to know."""
+
+    __slots__ = ("_listeners", "totals")
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+        self.totals = Totals()
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with every report from now on; call what is returned to stop that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def tell(self, event: str, level: int, *, error: BaseException | None = None, **facts: Any) -> None:
+        """Hand one report to all listeners. A listener that fails is logged and hurts nobody else."""
+        report = Report(event, level, facts, error)
+        for listener in tuple(self._listeners):
+            try:
+                listener(report)
+            except Exception:
+                logger.exception("a listener of reports failed", extra={"event": "listener_failed"})
+
+    def bug(self, event: str, error: BaseException, **facts: Any) -> None:
+        """Report an error that somebody has to mend, with its traceback."""
+        self.tell(event, logging.ERROR, error=error, **facts)

@@ -1,0 +1,1 @@
+"""From events and messages of a connection to the user's functions."""

@@ -1,0 +1,96 @@
+"""The decorators that route a manager's events and messages to functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class EventDecorators:
+    """What a manager offers as `@manager.on_...`.
+
+    Each works with and without parentheses, several functions can be registered for one event and are called in that
+    order, and functions that are not async run in the thread pool.
+    """
+
+    def __init__(self, hooks: Hooks, handlers: MessageHandlers) -> None:
+        self._hooks = hooks
+        self._handlers = handlers
+
+    @overload
+    def on_handshake(self, hook: F, /) -> F: ...
+    @overload
+    def on_handshake(self) -> Callable[[F], F]: ...
+    def on_handshake(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function before a connection is accepted: `hook(ws)`.
+
+        It can look at the socket, set its `user_data`, and refuse by raising an `HTTPException`. Sockets that are
+        connected by hand have been accepted already and do not come here.
+        """
+        return self._decorate("handshake", hook)
+
+    @overload
+    def on_connect(self, hook: F, /) -> F: ...
+    @overload
+    def on_connect(self) -> Callable[[F], F]: ...
+    def on_connect(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a connection is accepted and registered: `hook(ws)`.
+
+        It can send, and refuse by closing the socket or by raising: an `HTTPException(403)` closes with 4403.
+        """
+        return self._decorate("connect", hook)
+
+    @overload
+    def on_disconnect(self, hook: F, /) -> F: ...
+    @overload
+    def on_disconnect(self) -> Callable[[F], F]: ...
+    def on_disconnect(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a connection is over: `hook(ws, reason)`, with a `DisconnectReason`.
+
+        Called exactly once for each connection whose connect hooks began, after the messages that it left behind have
+        been handled, and given `disconnect_grace` to finish.
+        """
+        return self._decorate("disconnect", hook)
+
+    @overload
+    def on_error(self, hook: F, /) -> F: ...
+    @overload
+    def on_error(self) -> Callable[[F], F]: ...
+    def on_error(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function with each bug in an endpoint, a hook, a handler or a tied task: `hook(ws, error)`.
+
+        The bug is logged and the connection ends with 1011 whatever the function does.
+        """
+        return self._decorate("error", hook)
+
+    def _decorate(self, event: str, hook: Callable[..., Any] | None) -> Any:
+        def register(function: F) -> F:
+            self._hooks.add(event, function)
+            return function
+
+        return register if hook is None else register(hook)
+
+    @overload
+    def on_message(self, handler: F, /) -> F: ...
+
+    @overload
+    def on_message(self, handler: str | None = None, /) -> Callable[[F], F]: ...
+    def on_message(self, handler: Callable[..., Any] | str | None = None, /) -> Any:
+        """Call a function with messages, from `ws.run()`: `handler(ws, message)` or `handler(ws)`.
+
+        `@manager.on_message("chat")` takes JSON objects whose `type` is `chat`; `@manager.on_message` takes every
+        message that no typed handler takes. The annotation of `message` says what it becomes: a pydantic model,
+        `dict`, `str`, `bytes`, anything that pydantic validates. A message that does not fit gets an error reply and
+        the connection stays. Functions that are not async run in the thread pool.
+        """
+
+        def register(function: F) -> F:
+            self._handlers.add(handler if isinstance(handler, str) else None, function)
+            return function
+
+        return register(handler) if callable(handler) else register

@@ -1,0 +1,84 @@
+"""From the messages of one connection to the handlers: `StableSocket.run`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.messages import BadMessage, MessageHandlers, Received, error_reply
+from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.payload import encode
+
+
+class Dispatcher:
+    """Hands messages to handlers and answers those that nobody can take."""
+
+    def __init__(self, handlers: MessageHandlers, config: WebSocketConfig, reports: Reports) -> None:
+        self._handlers = handlers
+        self._max_bad = config.max_bad_messages
+        self._reports = reports
+
+    async def run(self, connection: Connection, concurrency: int) -> None:
+        """Handle every message of a connection until it is over.
+
+        What was received before the end is handled too. If a handler raises, the others that run are cancelled.
+
+        Raises:
+            ValueError: `concurrency` is below 1.
+        """
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        if not self._handlers:
+            connection.tell("no_message_handlers", logging.WARNING)
+        with connection.busy():
+            if concurrency == 1:
+                async for raw in connection.face:
+                    await self._handle(connection, raw)
+            else:
+                await self._run_concurrently(connection, concurrency)
+
+    async def _run_concurrently(self, connection: Connection, concurrency: int) -> None:
+        running: set[asyncio.Task[Any]] = set()
+        tasks = TaskSet(lambda _, __: None)  # failures are raised below, to the endpoint
+        try:
+            async for raw in connection.face:
+                running.add(tasks.spawn(self._handle(connection, raw), name=f"ws-message-{connection.connection_id}"))
+                while len(running) >= concurrency:
+                    running = await self._reap(running)
+            while running:
+                running = await self._reap(running)
+        finally:
+            if cancelled := tasks.cancel():
+                await asyncio.wait(cancelled)
+
+    async def _reap(self, running: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+        done, pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return pending
+
+    async def _handle(self, connection: Connection, raw: str | bytes) -> None:
+        received = Received(raw)
+        socket: StableSocket = connection.face
+        try:
+            prepared = [(handler, handler.prepare(received)) for handler in self._handlers.find(received)]
+        except BadMessage as problem:
+            self._refuse(connection, problem)
+            return
+        for handler, message in prepared:
+            await handler(socket, message)
+
+    def _refuse(self, connection: Connection, problem: BadMessage) -> None:
+        self._reports.totals.bad_messages += 1
+        connection.bad_messages += 1
+        connection.tell("bad_message", logging.INFO, code=problem.code)
+        if self._max_bad is not None and connection.bad_messages > self._max_bad:
+            connection.end(DisconnectReason.POLICY, text="too many bad messages")
+        else:
+            connection.enqueue(encode(error_reply(problem)))

@@ -1,0 +1,119 @@
+"""The functions that users register for events, and how they are called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.concurrency import run_in_threadpool
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.reports import Reports
+
+HOOK_ARGUMENTS: Final = {"handshake": 1, "connect": 1, "disconnect": 2, "error": 2}
+"""How many arguments a hook of each event gets at most. A function that takes fewer gets the first ones."""
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling `function` gives a coroutine; sees through partials and objects with `async __call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 (it is the method itself that is looked at)
+
+
+def positional_parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """The parameters that can be given by position; `None` if any number of them can."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    return [parameter for parameter in parameters if parameter.kind in kinds]
+
+
+def check_parameters(function: Callable[..., Any], event: str, most: int, shape: str) -> int:
+    """Return how many arguments `function` takes, `most` at most.
+
+    Raises:
+        TypeError: It cannot be called with them. The error says what is expected.
+    """
+    name = getattr(function, "__qualname__", repr(function))
+    parameters = positional_parameters(function)
+    wanted = f"{name} cannot be an {event} function: it must take {shape}"
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is inspect.Parameter.empty:
+            raise TypeError(f"{wanted}, and needs the keyword argument {parameter.name!r}")
+    if parameters is None:
+        return most
+    if sum(1 for parameter in parameters if parameter.default is inspect.Parameter.empty) > most:
+        raise TypeError(wanted)
+    return min(most, len(parameters))
+
+
+class Hook:
+    """One registered function: called with as many arguments as it takes, in the thread pool if it is not async."""
+
+    __slots__ = ("_arguments", "_async", "function")
+
+    def __init__(self, function: Callable[..., Any], arguments: int) -> None:
+        self.function = function
+        self._arguments = arguments
+        self._async = is_async(function)
+
+    async def __call__(self, *args: Any) -> None:
+        """Call the function and wait for its end."""
+        if self._async:
+            await self.function(*args[: self._arguments])
+        else:
+            await run_in_threadpool(self.function, *args[: self._arguments])
+
+
+class Hooks:
+    """The hooks of one manager, called in the order in which they were registered."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+        self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_ARGUMENTS}
+
+    def add(self, event: str, function: Callable[..., Any]) -> None:
+        """Register a function for an event.
+
+        Raises:
+            TypeError: It cannot be called with what the event gives.
+        """
+        most = HOOK_ARGUMENTS[event]
+        shape = {1: "the socket", 2: "the socket and the " + ("reason" if event == "disconnect" else "error")}[most]
+        self._hooks[event].append(Hook(function, check_parameters(function, f"on_{event}", most, shape)))
+
+    async def handshake(self, socket: StableSocket) -> None:
+        """Run the handshake hooks; what one raises refuses the connection."""
+        for hook in self._hooks["handshake"]:
+            await hook(socket)
+
+    async def connect(self, socket: StableSocket) -> None:
+        """Run the connect hooks; what one raises ends the connection."""
+        for hook in self._hooks["connect"]:
+            await hook(socket)
+
+    async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
+        """Run the disconnect hooks, all of them, even if one fails."""
+        for hook in self._hooks["disconnect"]:
+            try:
+                await hook(socket, reason)
+            except Exception as error:
+                self._reports.bug(
+                    "disconnect_hook_failed", error, client_id=socket.client_id, connection_id=socket.connection_id
+                )
+                await self.error(socket, error)
+
+    async def error(self, socket: StableSocket, error: BaseException) -> None:
+        """Run the error hooks, all of them, even if one fails."""
+        for hook in self._hooks["error"]:
+            try:
+                await hook(socket, error)
+            except Exception as second:
+                self._reports.bug(
+                    "error_hook_failed", second, client_id=socket.client_id, connection_id=socket.connection_id
+                )

@@ -1,0 +1,215 @@
+"""One connection from its handshake to its close code, around the user's endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+from fastapi import HTTPException, WebSocket, WebSocketException
+from starlette.websockets import WebSocketState
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.connection.lifecycle import Connection, Parts
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import DuplicateClientError, SocketClosed, socket_closed
+from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
+from fastapi_ws_stabilizer.hub.registry import Registry
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
+from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+
+
+class Serving:
+    """Opens connections, and ends each with the code that fits how its endpoint ended.
+
+    Made for one event loop.
+
+    Attributes:
+        registry: The open connections.
+        unfinished: The open connections and those whose end is still being worked on.
+    """
+
+    def __init__(self, config: WebSocketConfig, reports: Reports, hooks: Hooks, dispatcher: Dispatcher) -> None:
+        self._config = config
+        self._reports = reports
+        self._hooks = hooks
+        self._dispatcher = dispatcher
+        self._tasks = TaskSet(self._task_failed)
+        self._parts = Parts(
+            config, reports, self._tasks, left=self._left, disconnected=hooks.disconnect, failed=hooks.error
+        )
+        self._own: weakref.WeakKeyDictionary[asyncio.Task[Any], dict[str, Connection]] = weakref.WeakKeyDictionary()
+        self.registry: Registry[Connection] = Registry()
+        self.heartbeat = Heartbeat(config, reports)
+        self.unfinished: set[Connection] = set()
+
+    # ── opening ──
+
+    async def open_by_dependency(
+        self, websocket: WebSocket, client_id: str, *, identity: Any, control_frames: bool
+    ) -> Connection:
+        """Run the handshake hooks, accept, register, run the connect hooks.
+
+        Raises:
+            WebSocketException: The connection is over already; Starlette's handler for it has nothing left to do.
+            HTTPException: A handshake hook refused, or failed (500).
+        """
+        connection = Connection(
+            websocket, client_id, self._parts, control_frames=control_frames, endpoint=Endpoint(cancellable=True)
+        )
+        connection.face = StableSocket(connection, self._run, identity=identity)
+        try:
+            await self._hooks.handshake(connection.face)
+        except Exception as error:
+            if not is_bug(error):
+                raise
+            await connection.bug("handshake_hook_failed", error)
+            raise HTTPException(500) from error
+        await websocket.accept()
+        try:
+            await self._enter(connection)
+        except (SocketClosed, DuplicateClientError) as error:
+            raise WebSocketException(connection.ending.code if connection.ending else error.close_code) from error
+        return connection
+
+    async def open_by_hand(
+        self, websocket: WebSocket, client_id: str, metadata: Mapping[str, Any] | None
+    ) -> Connection:
+        """Take over a WebSocket that the caller has accepted, register it, run the connect hooks.
+
+        In a FastAPI endpoint the connection then ends as one of the dependency does, with an honest close code.
+
+        Raises:
+            RuntimeError: It is not accepted yet.
+            SocketClosed: It was refused by a connect hook, or is gone already.
+            DuplicateClientError: `on_duplicate="reject"` refused it.
+        """
+        if websocket.application_state is not WebSocketState.CONNECTED:
+            raise RuntimeError("connect() takes an open WebSocket: call `await websocket.accept()` before it")
+        stack = find_exit_stack(websocket.scope)
+        connection = Connection(
+            websocket,
+            client_id,
+            self._parts,
+            control_frames=True,
+            endpoint=Endpoint(cancellable=stack is not None),
+        )
+        connection.face = StableSocket(connection, self._run, metadata=metadata)
+        task = asyncio.current_task()
+        if stack is not None:
+
+            async def leave(_: Any, error: BaseException | None, __: Any) -> bool:
+                failure = await self.leave(connection, error)
+                if failure is None:
+                    return True
+                if failure is error:
+                    return False
+                raise failure from error
+
+            stack.push_async_exit(leave)
+        elif task is not None:
+            task.add_done_callback(lambda _: connection.ending or connection.end(DisconnectReason.COMPLETED))
+        await self._enter(connection)
+        return connection
+
+    async def _enter(self, connection: Connection) -> None:
+        connection.open()
+        self.unfinished.add(connection)
+        connection.finished.add_done_callback(lambda _: self.unfinished.discard(connection))
+        older = self.registry.of_client(connection.client_id)
+        if older and self._config.on_duplicate is DuplicatePolicy.REJECT:
+            error = DuplicateClientError(connection.client_id)
+            await self.leave(connection, error)
+            raise error
+        task = asyncio.current_task()
+        if task is not None:
+            self._own.setdefault(task, {})[connection.client_id] = connection
+        self.registry.add(connection)
+        self.heartbeat.add(connection)
+        if self._config.on_duplicate is DuplicatePolicy.REPLACE:
+            for connection_before in older:
+                connection_before.end(DisconnectReason.REPLACED)
+        connection.hooks_wanted = True
+        try:
+            with connection.busy():
+                await self._hooks.connect(connection.face)
+        except BaseException as error:
+            failure = await self.leave(connection, error)
+            if failure is error:
+                raise
+            raise self._closed(connection) from error
+        if connection.ending is not None:  # a hook closed it, or the client has left
+            await self.leave(connection, None)
+            raise self._closed(connection)
+
+    def _closed(self, connection: Connection) -> SocketClosed:
+        return socket_closed(connection.ending or ending(DisconnectReason.COMPLETED))
+
+    async def _run(self, socket: StableSocket, concurrency: int) -> None:
+        await self._dispatcher.run(socket._connection, concurrency)
+
+    # ── ending ──
+
+    async def leave(self, connection: Connection, error: BaseException | None) -> BaseException | None:
+        """End a connection whose endpoint has returned (`None`) or let `error` escape, and wait until that is done.
+
+        Dependencies that were entered before ours must learn that something failed, or they would commit what should
+        be rolled back. So an error is not swallowed but exchanged for a `WebSocketException`, which Starlette handles
+        in silence because the connection is closed by then. A bug was logged here before, once.
+
+        Returns:
+            What has to be raised instead of `error`; `error` itself if it is not ours to touch; `None` if nothing is.
+        """
+        endpoint = connection.endpoint
+        cancelled_by_us = error is not None and endpoint.is_own_cancellation(error)
+        endpoint.has_returned()
+        foreign = error is not None and not isinstance(error, Exception) and not cancelled_by_us
+        if foreign:
+            connection.end(DisconnectReason.SERVER_SHUTDOWN)
+            if isinstance(error, asyncio.CancelledError):
+                # Whoever cancels us means the endpoint; the close frame and the hooks still have their time. The scope
+                # is for callers like Starlette's TestClient, whose cancellation strikes at every await.
+                with anyio.CancelScope(shield=True):
+                    await wait_for_all([connection.finished], None)
+            return error
+        if error is not None and not cancelled_by_us and is_bug(error):
+            await connection.bug("endpoint_failed", error)
+        if connection.ending is None:
+            how = ending_for(error)
+            connection.end(how.reason, code=how.code, text=how.text)
+        await wait_for_all([connection.finished], None)
+        if error is None or isinstance(error, SocketClosed):
+            return None
+        # Where the user has closed the WebSocket himself, Starlette's handler could only trip over it.
+        if connection.websocket.application_state is not WebSocketState.CONNECTED:
+            return None
+        return WebSocketException(connection.ending.code if connection.ending else 1000)
+
+    def _left(self, connection: Connection) -> None:
+        self.registry.remove(connection)
+        self.heartbeat.remove(connection)
+
+    def own_connection(self, client_id: str) -> Connection | None:
+        """The connection that the current task has opened under this client id, open or not."""
+        task = asyncio.current_task()
+        return None if task is None else self._own.get(task, {}).get(client_id)
+
+    def meant(self, client_id: str) -> list[Connection]:
+        """The connections that a call with this client id means: the current task's own one, else all of the client."""
+        own = self.own_connection(client_id)
+        return self.registry.of_client(client_id) if own is None else [own]
+
+    async def stop(self) -> None:
+        """Let go of the heartbeat and of tasks that are left over."""
+        self.heartbeat.stop()
+        if left_over := self._tasks.cancel():
+            await wait_for_all(left_over, 1.0)
+
+    def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
+        self._reports.bug("internal_task_failed", error, task=task.get_name())

@@ -1,0 +1,1 @@
+"""The ASGI servers that this library runs under."""
