@@ -128,6 +128,7 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
         reason = DisconnectReason.MESSAGE_TOO_BIG
     elif close_frame:
         reason = DisconnectReason.CLIENT_CLOSE
+        code = NO_STATUS if code == ABNORMAL else code
     else:
         reason = DisconnectReason.NETWORK_LOST
         code = ABNORMAL if code == NO_STATUS else code

@@ -80,6 +80,15 @@ class Endpoint:
         return not error.args or error.args[0] == _CANCEL_MESSAGE
 
 
+_NO_BUGS: Final = (
+    HTTPException,
+    WebSocketException,
+    WebSocketDisconnect,  # SocketClosed is one
+    WebSocketRequestValidationError,
+    asyncio.CancelledError,
+)
+
+
 def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
     """The exit stack that FastAPI closes first when the endpoint of this connection ends."""
     for name in _STACKS:
@@ -91,18 +100,9 @@ def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
 
 def is_bug(error: BaseException) -> bool:
     """Whether an exception that an endpoint let escape is one that somebody has to mend."""
-    if isinstance(error, WebSocketStabilizerError):
-        return error.close_code == WebSocketStabilizerError.close_code
-    return not isinstance(
-        error,
-        (
-            HTTPException,
-            WebSocketException,
-            WebSocketDisconnect,
-            WebSocketRequestValidationError,
-            asyncio.CancelledError,
-        ),
-    )
+    if isinstance(error, _NO_BUGS):
+        return False
+    return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
 
 
 def ending_for(error: BaseException | None) -> Ending:

@@ -252,6 +252,14 @@ class Connection:
             self.end(DisconnectReason.SLOW_CONSUMER)
         self.abort()
 
+    def send_waits(self) -> None:
+        """A send waits for a transport: cut it if the server is closing it, for a close waits for the same client.
+
+        uvicorn's older WebSocket implementation says nothing of its shutdown before the transport is gone.
+        """
+        if self.server_side.closing:
+            self.server_side.abort()
+
     async def send_failed(self, error: Exception) -> None:
         """The server refused a message: wait a moment for it to say why, then take the network for lost."""
         if self._pump is not None and not self.reading_paused:
@@ -268,6 +276,8 @@ class Connection:
         """
         if self._pump is None:
             raise NotOpenError
+        if self.ending is not None:
+            return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
         return self._begin_end(ending(reason, code=code, text=text))
 
     def ended_by_peer(self, how: Ending) -> None:
@@ -295,6 +305,7 @@ class Connection:
         if how.by_peer:
             self._discarded(self.outbox.discard())
         else:
+            self._stop_reading()
             self._discarded(self.outbox.finish(how.code, how.text, flush=how.rule.flush))
             patience = self.config.send_timeout if how.rule.flush else LINGER
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
@@ -330,12 +341,18 @@ class Connection:
     async def _run_hooks(self, reason: DisconnectReason) -> None:
         await self._parts.disconnected(self.face, reason)
 
+    def give_up(self) -> None:
+        """Nothing more is done for this connection: let go whoever waits for its end."""
+        self._close(self.ending or ending(DisconnectReason.SERVER_SHUTDOWN))
+
     def _close(self, how: Ending) -> None:
+        if self.finished.done():
+            return
+        self.finished.set_result(None)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
-        if self._pump is not None:
-            self._pump.cancel()
+        self._stop_reading()
         self.server_side.abort_unless_flushed()
         self.tell(
             "connection_ended",
@@ -345,8 +362,11 @@ class Connection:
             text=how.text,
             seconds=monotonic() - self.opened_at,
         )
-        if not self.finished.done():
-            self.finished.set_result(None)
+
+    def _stop_reading(self) -> None:
+        """Take back a `receive` that waits: granian sends no close frame while one does."""
+        if self._pump is not None and self._pump is not asyncio.current_task():
+            self._pump.cancel()
 
     def _discarded(self, count: int) -> None:
         if count:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.payload import Frame, close_message
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+_LOOK_INTERVAL: Final = 0.5
+"""Seconds between two looks at a send that waits."""
 
 
 class OutboxOwner(Protocol):
@@ -22,6 +26,9 @@ class OutboxOwner(Protocol):
 
     def send_stuck(self) -> None:
         """A send has made no progress for `send_timeout`."""
+
+    def send_waits(self) -> None:
+        """A send has made no progress for a while, and `send_timeout` is not over."""
 
     async def send_failed(self, error: Exception) -> None:
         """The server refused a message: the connection is gone. Awaited by the writer, which ends then."""
@@ -165,6 +172,8 @@ class Outbox:
             self._set_done()
         elif writer is not asyncio.current_task():  # the writer itself may be the one that found the end
             writer.cancel()
+            # A task that is cancelled before its first step runs none of its code, so its end is heard from outside.
+            writer.add_done_callback(lambda _: self._set_done())
         return discarded
 
     def _append(self, frame: Frame) -> None:
@@ -182,7 +191,7 @@ class Outbox:
             while self._queue or self._close is not None:
                 self._sending_since = monotonic()
                 if self._watch is None:
-                    self._watch = asyncio.get_running_loop().call_later(self._send_timeout, self._look)
+                    self._watch = asyncio.get_running_loop().call_later(self._next_look(0.0), self._look)
                 if self._queue:
                     frame = self._queue.popleft()
                     self.held_bytes -= frame.size
@@ -208,11 +217,16 @@ class Outbox:
         since = self._sending_since
         if since is None:
             return
-        left = since + self._send_timeout - monotonic()
-        if left > 0:
-            self._watch = asyncio.get_running_loop().call_later(left, self._look)
-        else:
+        waited = monotonic() - since
+        if waited >= self._send_timeout:
             self._owner.send_stuck()
+            return
+        if waited >= _LOOK_INTERVAL:
+            self._owner.send_waits()
+        self._watch = asyncio.get_running_loop().call_later(self._next_look(waited), self._look)
+
+    def _next_look(self, waited: float) -> float:
+        return min(_LOOK_INTERVAL, self._send_timeout - waited)
 
     def _clear(self) -> int:
         discarded = len(self._queue)

@@ -22,12 +22,18 @@ class ServerSide:
 
     def __init__(self, receive: object, send: object) -> None:
         self._receiver: Any = getattr(receive, "__self__", None)
-        self._sender: Any = getattr(send, "__self__", None)
+        self._sender: Any = getattr(_unwrapped(send), "__self__", None)
 
     @property
     def can_abort(self) -> bool:
         """Whether the transport is within reach."""
         return self._transport() is not None
+
+    @property
+    def closing(self) -> bool:
+        """Whether the server is closing the transport."""
+        closing = getattr(self._transport(), "is_closing", None)
+        return callable(closing) and bool(closing())
 
     def abort(self) -> bool:
         """Cut the connection without waiting for anything; `False` where the server hides its transport."""
@@ -85,3 +91,17 @@ class ServerSide:
 
 
 _UNKNOWN: Final = object()
+
+_MAX_WRAPPERS: Final = 8
+
+
+def _unwrapped(send: Any) -> Any:
+    """The server's `send` inside the closures that Starlette's exception middleware puts round it."""
+    for _ in range(_MAX_WRAPPERS):
+        names = getattr(getattr(send, "__code__", None), "co_freevars", ())
+        cells = getattr(send, "__closure__", None) or ()
+        inner = dict(zip(names, cells, strict=False)).get("send")
+        if inner is None or hasattr(send, "__self__"):
+            break
+        send = inner.cell_contents
+    return send

@@ -10,6 +10,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, SocketClosed
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.messages import BadMessage, MessageHandlers, Received, error_reply
 from fastapi_ws_stabilizer.tasks import TaskSet
@@ -72,7 +73,15 @@ class Dispatcher:
             self._refuse(connection, problem)
             return
         for handler, message in prepared:
-            await handler(socket, message)
+            try:
+                await handler(socket, message)
+            except SocketClosed:
+                # It wanted to answer a client that has left. What else that client sent is still handled.
+                if connection.ending is None:
+                    raise
+            except BroadcastFailedError as error:
+                # It spoke to others, and they were too slow. That is no fault of this client.
+                connection.tell("broadcast_failed", logging.WARNING, recipients=error.total)
 
     def _refuse(self, connection: Connection, problem: BadMessage) -> None:
         self._reports.totals.bad_messages += 1

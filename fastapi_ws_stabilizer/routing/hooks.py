@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.reports import Reports
 
 HOOK_ARGUMENTS: Final = {"handshake": 1, "connect": 1, "disconnect": 2, "error": 2}
@@ -102,6 +104,14 @@ class Hooks:
         for hook in self._hooks["disconnect"]:
             try:
                 await hook(socket, reason)
+            except BroadcastFailedError as error:
+                self._reports.tell(
+                    "broadcast_failed",
+                    logging.WARNING,
+                    client_id=socket.client_id,
+                    connection_id=socket.connection_id,
+                    recipients=error.total,
+                )
             except Exception as error:
                 self._reports.bug(
                     "disconnect_hook_failed", error, client_id=socket.client_id, connection_id=socket.connection_id

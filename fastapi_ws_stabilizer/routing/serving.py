@@ -210,6 +210,8 @@ class Serving:
         self.heartbeat.stop()
         if left_over := self._tasks.cancel():
             await wait_for_all(left_over, 1.0)
+        for connection in list(self.unfinished):
+            connection.give_up()
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         self._reports.bug("internal_task_failed", error, task=task.get_name())

@@ -1,0 +1,1 @@
+"""A chat room for two browser tabs or more: `python -m examples.chat`."""

@@ -1,0 +1,1 @@
+"""Behaviour on real servers in subprocesses, with real clients."""

@@ -1,0 +1,377 @@
+"""The app that most live tests run: one route for each behaviour, and a probe that tells what went on inside."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import resource
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
+from pydantic import BaseModel
+
+from fastapi_ws_stabilizer import (
+    DisconnectReason,
+    SocketClosed,
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    configure_logging,
+    stable_socket,
+    stats_router,
+)
+
+configure_logging(json_lines=bool(os.environ.get("TEST_JSON_LOG")))
+config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
+manager = WebSocketConnectionManager(config)
+events: list[str] = []
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+    async with manager.lifespan(app) as state:
+        yield state
+    print("LIFESPAN over", flush=True)
+
+
+app = FastAPI(lifespan=lifespan)
+app.include_router(stats_router, prefix="/ws-stats")
+
+
+def note(event: str) -> None:
+    events.append(event)
+    print("NOTE", event, flush=True)
+
+
+@app.get("/probe")
+async def probe() -> dict[str, Any]:
+    return {
+        "connections": manager.get_connection_count(),
+        "clients": manager.get_active_connections(),
+        "tasks": sorted(task.get_name() for task in asyncio.all_tasks()),
+        "events": events,
+        "endings": {reason.value: count for reason, count in manager.totals.endings.items()},
+        "discarded": manager.totals.messages_discarded,
+        "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+@app.post("/collect")
+async def collect() -> dict[str, int]:
+    """Collect garbage and tell the memory that the process holds now."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "objects": len(gc.get_objects())}
+
+
+@app.post("/broadcast")
+async def broadcast(count: int, size: int, pause: float = 0.0) -> dict[str, Any]:
+    slowest = 0.0
+    failed = 0
+    for number in range(count):
+        started = time.perf_counter()
+        result = await manager.broadcast(f"{number:08d}".ljust(size, "x"))
+        slowest = max(slowest, time.perf_counter() - started)
+        failed += result.failed
+        if pause:
+            await asyncio.sleep(pause)
+    return {"slowest": slowest, "failed": failed}
+
+
+@app.post("/forget")
+async def forget() -> bool:
+    events.clear()
+    return True
+
+
+@app.post("/shutdown")
+async def shutdown() -> int:
+    return (await manager.graceful_shutdown(5)).closed_count
+
+
+@app.post("/kick/{client_id}")
+async def kick(client_id: str) -> bool:
+    await manager.disconnect(client_id, 4403, "kicked")
+    return True
+
+
+@app.post("/send/{client_id}")
+async def send(client_id: str, text: str, times: int = 1) -> bool:
+    return all([await manager.send_to_client(client_id, text) for _ in range(times)])
+
+
+# ── hooks ──
+
+
+@manager.on_connect
+async def connected(ws: StableSocket) -> None:
+    if ws.query_params.get("connect") == "boom":
+        raise ValueError("on_connect")
+    if ws.query_params.get("connect") == "403":
+        raise HTTPException(403, "not you")
+    note(f"connect {ws.client_id}")
+
+
+@manager.on_disconnect
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
+    assert ws.ending is not None
+    note(f"disconnect {ws.client_id} {reason.value} {ws.ending.code}")
+
+
+@manager.on_error
+async def failed(ws: StableSocket, error: BaseException) -> None:
+    note(f"error {ws.client_id} {type(error).__name__}")
+
+
+# ── dependencies with a clean-up ──
+
+
+async def slow_resource(websocket: WebSocket) -> AsyncIterator[str]:
+    name = websocket.path_params.get("client_id", "?")
+    try:
+        yield "open"
+    except BaseException as error:
+        note(f"rollback {name} {type(error).__name__}")
+        raise
+    else:
+        note(f"commit {name}")
+    finally:
+        await asyncio.sleep(0.2)
+        note(f"released {name}")
+
+
+Resource = Annotated[str, Depends(slow_resource)]
+
+
+async def slow_auth() -> None:
+    await asyncio.sleep(1)
+
+
+def later_401(ws: StableSocketDep) -> None:
+    raise HTTPException(401, "token expired")
+
+
+# ── endpoints ──
+
+
+@app.websocket("/echo/{client_id}")
+async def echo(ws: StableSocket = Depends(stable_socket)) -> None:
+    async for message in ws:
+        await ws.send(message)
+
+
+@app.websocket("/idle/{client_id}")
+async def idle(ws: StableSocketDep, resource: Resource) -> None:
+    try:
+        await asyncio.Queue[None]().get()
+    except asyncio.CancelledError:
+        note(f"cancelled {ws.client_id}")
+        raise
+
+
+@app.websocket("/idle-resource-first/{client_id}")
+async def idle_resource_first(resource: Resource, ws: StableSocketDep) -> None:
+    await asyncio.Queue[None]().get()
+
+
+@app.websocket("/push/{client_id}")
+async def push(ws: StableSocketDep, resource: Resource) -> None:
+    try:
+        while True:
+            await ws.send("tick")
+            await asyncio.sleep(0.05)
+    except SocketClosed:
+        note(f"push ended {ws.client_id}")
+        raise
+
+
+@app.websocket("/flood/{client_id}")
+async def flood(ws: StableSocketDep) -> None:
+    try:
+        while True:
+            await ws.send_bytes(b"x" * 65536)
+    except SocketClosed as closed:
+        note(f"flood ended {ws.client_id} {closed.ending.reason.value}")
+
+
+@app.websocket("/slow-finish/{client_id}")
+async def slow_finish(ws: StableSocketDep) -> None:
+    async for message in ws:
+        await ws.send(message)
+    await asyncio.sleep(2)
+    note(f"finished {ws.client_id}")
+
+
+@app.websocket("/slow-auth/{client_id}")
+async def after_slow_auth(auth: Annotated[None, Depends(slow_auth)], ws: StableSocketDep) -> None:
+    await ws.run()
+
+
+@app.websocket("/three-senders/{client_id}")
+async def three_senders(ws: StableSocketDep, delay: float) -> None:
+    async def talk() -> None:
+        while True:
+            await ws.send("x" * 100)
+            await asyncio.sleep(0)
+
+    async def end() -> None:
+        await asyncio.sleep(delay)
+        await ws.close(4000, "enough")
+
+    for _ in range(3):
+        ws.create_task(talk())
+    ws.create_task(end())
+    async for _ in ws:
+        pass
+
+
+@app.websocket("/return/{client_id}")
+async def return_after(ws: StableSocketDep, size: int = 0) -> None:
+    if size:
+        await ws.send_bytes(b"x" * size)
+
+
+@app.websocket("/raise/{client_id}")
+async def raise_something(ws: StableSocketDep, resource: Resource, what: str) -> None:
+    if what == "value":
+        raise ValueError("a bug")
+    if what == "http":
+        raise HTTPException(404, "no such room")
+    if what == "websocket":
+        raise WebSocketException(4321, "mine")
+    if what == "disconnect":
+        raise WebSocketDisconnect(1000)
+    raise HTTPException(401, "é" * 200)
+
+
+@app.websocket("/raise-resource-first/{client_id}")
+async def raise_resource_first(resource: Resource, ws: StableSocketDep) -> None:
+    raise ValueError("a bug")
+
+
+@app.websocket("/later-401/{client_id}")
+async def later(ws: StableSocketDep, late: Annotated[None, Depends(later_401)]) -> None:
+    note("the endpoint ran")
+
+
+@app.websocket("/needs-number/{client_id}")
+async def needs_number(ws: StableSocketDep, number: int) -> None:
+    note("the endpoint ran")
+
+
+@app.websocket("/close/{client_id}")
+async def close(ws: StableSocketDep, code: int, reason: str = "") -> None:
+    try:
+        await ws.close(code, reason)
+        await ws.close(code, reason)
+    except ValueError as error:
+        note(f"refused {error}")
+
+
+@app.websocket("/two-readers/{client_id}")
+async def two_readers(ws: StableSocketDep) -> None:
+    first = ws.create_task(ws.receive_text())
+    await asyncio.sleep(0)
+    try:
+        await ws.receive_text()
+    except Exception as error:
+        await ws.send(type(error).__name__)
+    await ws.send(await first)
+
+
+@app.websocket("/ten-writers/{client_id}")
+async def ten_writers(ws: StableSocketDep) -> None:
+    async def write(writer: int) -> None:
+        for number in range(100):
+            await ws.send(f"{writer} {number} " + "x" * 500)
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+
+    await asyncio.gather(*(ws.create_task(write(writer)) for writer in range(10)))
+
+
+@app.websocket("/run/{client_id}")
+async def run(ws: StableSocketDep, concurrency: int = 1) -> None:
+    await ws.run(concurrency=concurrency)
+
+
+class Wait(BaseModel):
+    seconds: float
+    name: str
+
+
+@manager.on_message("wait")
+async def wait(ws: StableSocket, message: Wait) -> None:
+    await asyncio.sleep(message.seconds)
+    note(f"handled {message.name}")
+    await ws.send(message.name)
+
+
+@manager.on_message("sync-wait")
+def sync_wait(ws: StableSocket, message: Wait) -> None:
+    time.sleep(message.seconds)
+    note(f"sync {message.name}")
+
+
+@manager.on_message("echo")
+async def typed_echo(ws: StableSocket, message: dict[str, Any]) -> None:
+    await ws.send(message)
+
+
+@manager.on_message("boom")
+async def boom(ws: StableSocket) -> None:
+    raise ValueError("a bug in a handler")
+
+
+# ── by hand ──
+
+
+@app.websocket("/hand/{client_id}")
+async def by_hand(websocket: WebSocket, client_id: str) -> None:
+    await websocket.accept()
+    try:
+        await manager.connect(client_id, websocket, {"plan": "gold"})
+        while True:
+            await websocket.send_text(await websocket.receive_text())
+    except WebSocketDisconnect:
+        await manager.disconnect(client_id)
+
+
+@app.websocket("/hand-slow/{client_id}")
+async def by_hand_slow(websocket: WebSocket, client_id: str) -> None:
+    await websocket.accept()
+    await manager.connect(client_id, websocket)
+    try:
+        while True:
+            await websocket.send_text(await websocket.receive_text())
+    except WebSocketDisconnect:
+        await asyncio.sleep(1)
+        await manager.disconnect(client_id)
+        note(f"hand-slow finished {client_id}")
+
+
+@app.websocket("/hand-return/{client_id}")
+async def by_hand_return(websocket: WebSocket, client_id: str) -> None:
+    await websocket.accept()
+    await manager.connect(client_id, websocket)
+
+
+@app.websocket("/hand-raise/{client_id}")
+async def by_hand_raise(websocket: WebSocket, client_id: str, resource: Resource) -> None:
+    await websocket.accept()
+    await manager.connect(client_id, websocket)
+    raise ValueError("a bug")
+
+
+@app.websocket("/hand-idle/{client_id}")
+async def by_hand_idle(websocket: WebSocket, client_id: str) -> None:
+    await websocket.accept()
+    await manager.connect(client_id, websocket)
+    await asyncio.Queue[None]().get()

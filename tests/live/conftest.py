@@ -1,0 +1,39 @@
+"""Fixtures of the live tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live.server import LiveServer
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test below this folder runs a server."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.live)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., LiveServer]]:
+    """Starts servers that are stopped after the test."""
+    with ExitStack() as stack:
+
+        def start(kind: str = "uvicorn-sansio", **options: Any) -> LiveServer:
+            return stack.enter_context(LiveServer(kind, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    """One uvicorn for all tests of a module that can share it."""
+    with LiveServer() as server:
+        yield server

@@ -1,0 +1,189 @@
+"""Real ASGI servers in subprocesses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+QUICK = {"disconnect_grace": 0.5, "heartbeat_interval": 1000}
+"""Options of the test apps where a test names no others: no waiting at the end, no pings among the messages."""
+
+UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets")
+SERVERS = (*UVICORN, "hypercorn", "granian")
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = "") -> Any:
+    """Wait for something that another process does, and return what `condition` gave when it was true."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
+        await asyncio.sleep(0.01)
+
+
+class LiveServer:
+    """One server process, serving one of the test apps.
+
+    Args:
+        kind: One of `SERVERS`.
+        app: The application, `module:name`.
+        config: Options of its `WebSocketConfig`, for apps that read them.
+        args: More command line arguments.
+        python: The interpreter.
+        cwd: Where it runs.
+    """
+
+    def __init__(
+        self,
+        kind: str = "uvicorn-sansio",
+        *,
+        app: str = "tests.live.app:app",
+        config: dict[str, Any] | None = None,
+        args: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        python: str = sys.executable,
+        cwd: Path = ROOT,
+    ) -> None:
+        self.kind = kind
+        self.port = free_port()
+        self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=f"-{kind}.log", delete=False)  # noqa: SIM115 (closed in stop)
+        command = [python, "-m", *self._command(app), *args]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "TEST_WS_CONFIG": json.dumps({**QUICK, **(config or {})}),
+                "PYTHONUNBUFFERED": "1",
+                **(env or {}),
+            },
+            start_new_session=True,
+        )
+
+    def _command(self, app: str) -> list[str]:
+        port = str(self.port)
+        if self.kind == "hypercorn":
+            return ["hypercorn", app, "--bind", f"127.0.0.1:{port}", "--error-logfile", "-", "--graceful-timeout", "2"]
+        if self.kind == "granian":
+            return ["granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", port, "--workers", "1", app]
+        implementation = {"sansio": "websockets-sansio"}.get(self.kind.split("-")[1], self.kind.split("-")[1])
+        return ["uvicorn", app, "--port", port, "--ws", implementation]
+
+    def __enter__(self) -> LiveServer:
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_up(self, timeout: float = 20.0) -> None:
+        """Wait until it accepts connections."""
+
+        deadline = time.monotonic() + timeout
+        while True:
+            assert self.process.poll() is None, f"the server did not start:\n{self.log}"
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                assert time.monotonic() < deadline, f"not up within {timeout} s:\n{self.log}"
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self) -> None:
+        """End the process and everything that it has started."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(4)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self._log.close()
+        Path(self._log.name).unlink(missing_ok=True)
+
+    def terminate(self, timeout: float) -> float:
+        """Send SIGTERM and return after how many seconds the process was gone, at most `timeout`."""
+        started = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running {timeout} s after SIGTERM:\n{self.log}") from None
+        return time.monotonic() - started
+
+    @property
+    def log(self) -> str:
+        """Everything that it has printed."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def url(self, path: str) -> str:
+        """Address of a WebSocket route."""
+        return f"ws://127.0.0.1:{self.port}{path}"
+
+    def get(self, path: str) -> Any:
+        """GET JSON."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """POST JSON."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+            method="POST",
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def probe(self) -> dict[str, Any]:
+        """What the test app says of itself: connections, tasks, events."""
+        found: dict[str, Any] = self.get("/probe")
+        return found
+
+    def events(self, prefix: str = "") -> list[str]:
+        """The events that the app has noted."""
+        return [event for event in self.probe()["events"] if event.startswith(prefix)]
+
+    async def until_event(self, event: str, timeout: float = 5.0) -> None:
+        """Wait until the app has noted an event that begins so."""
+        await until(lambda: self.events(event), timeout, f"event {event!r}")
+
+    def errors(self) -> list[str]:
+        """Lines of the log that tell of a crash."""
+        marks = ("Traceback", "Exception in ASGI", "Error in ASGI", "panicked", "ERROR", "CRITICAL")
+        return [line for line in self.log.splitlines() if any(mark in line for mark in marks)]

@@ -1,0 +1,114 @@
+"""The chat example, started as its readers start it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from websockets.asyncio.client import ClientConnection, connect
+
+pytestmark = pytest.mark.live
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 15.0
+
+
+@pytest_asyncio.fixture
+async def address() -> AsyncIterator[str]:
+    """Host and port of a running chat; on the way out it must stop without a traceback."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "examples.chat", "--port", "0"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).decode()
+        assert line.startswith("Chat: http://"), line
+        yield line.split()[1].removeprefix("http://")
+        process.send_signal(signal.SIGINT)
+        _, errors = await asyncio.wait_for(process.communicate(), DEADLINE)
+        assert process.returncode == 0
+        assert errors == b""
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def hear(client: ClientConnection, *kinds: str) -> Any:
+    """Return the next message of these types, leaving out all others."""
+
+    async def next_of_them() -> Any:
+        while True:
+            message = json.loads(await client.recv())
+            if message["type"] in kinds:
+                return message
+
+    return await asyncio.wait_for(next_of_them(), DEADLINE)
+
+
+async def test_what_one_says_both_hear_and_who_is_killed_is_missed(address: str) -> None:
+    """Two tabs called Ann are both here; both hear what one says; when one is killed the other is told why."""
+    async with (
+        connect(f"ws://{address}/ws/tab-1?name=Ann") as first,
+        connect(f"ws://{address}/ws/tab-2?name=Ann") as second,
+    ):
+        one, two = (await hear(first, "welcome"))["you"], (await hear(second, "welcome"))["you"]
+        assert one["id"] != two["id"]
+
+        await first.send(json.dumps({"type": "say", "text": " hello "}))
+        for client in (first, second):
+            assert await hear(client, "said") == {"type": "said", "who": one, "text": "hello"}
+
+        first.transport.abort()
+        left = await hear(second, "left")
+        assert left == {"type": "left", "who": one, "why": "network_lost", "people": [two]}
+
+
+async def test_a_tab_that_comes_back_unnoticed_is_not_announced(address: str) -> None:
+    """A newer connection of the same tab takes the place of the older one, and nobody joins or leaves by that."""
+    url = f"ws://{address}/ws/tab-1?name=Ann"
+    async with connect(f"ws://{address}/ws/other?name=Ben") as other, connect(url) as old, connect(url) as new:
+        await hear(new, "welcome")
+        await asyncio.wait_for(old.wait_closed(), DEADLINE)
+        assert old.close_code == 4409
+        await new.close()
+        told = [await hear(other, "joined", "left") for _ in range(3)]
+        assert [(event["type"], event["who"]["name"]) for event in told] == [
+            ("joined", "Ben"),
+            ("joined", "Ann"),
+            ("left", "Ann"),
+        ]
+
+
+async def test_a_name_that_is_too_long_is_refused(address: str) -> None:
+    """The refusal is a close code that a browser can read, and nobody is told of a person who never was here."""
+    async with connect(f"ws://{address}/ws/tab-1?name={'n' * 25}") as client:
+        await asyncio.wait_for(client.wait_closed(), DEADLINE)
+        assert client.close_code == 4400
+
+
+async def test_the_page_needs_nothing_from_elsewhere(address: str) -> None:
+    """GET / returns one page that loads nothing."""
+
+    def get() -> tuple[str, str]:
+        with urllib.request.urlopen(f"http://{address}/", timeout=DEADLINE) as response:
+            return response.headers["content-type"], response.read().decode()
+
+    content_type, page = await asyncio.to_thread(get)
+    assert content_type.startswith("text/html")
+    assert "<title>Chat</title>" in page
+    assert "src=" not in page
+    assert "@import" not in page
+    assert "https://" not in page

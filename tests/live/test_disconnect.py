@@ -1,0 +1,144 @@
+"""A client that leaves is noticed, whatever the endpoint is doing, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.live.raw import RawClient
+from tests.live.server import SERVERS, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+GRACE = {"disconnect_grace": 0.3}
+
+
+def clean_code(kind: str) -> int:
+    """The code that a server passes on for a clean 1000; hypercorn passes none on."""
+    return 1005 if kind == "hypercorn" else 1000
+
+
+def own_tasks(server: LiveServer) -> list[str]:
+    return [name for name in server.probe()["tasks"] if name.startswith("ws-")]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_an_idle_endpoint_is_cancelled_after_its_client_has_left(serve: Serve, kind: str) -> None:
+    """An endpoint that waits for something else ends within the grace, and its dependencies are closed whole."""
+    server = serve(kind, config=GRACE)
+    async with connect(server.url("/idle/ann")):
+        await until(lambda: server.probe()["connections"] == 1)
+    await server.until_event("released ann", 1.5)
+    await until(lambda: not own_tasks(server), 1.0)
+    assert server.probe()["connections"] == 0
+    assert server.events("cancelled") == ["cancelled ann"]
+    assert server.events("rollback") == ["rollback ann CancelledError"]
+    assert server.events("disconnect") == [f"disconnect ann client_close {clean_code(kind)}"]
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_pushing_endpoint_learns_that_its_client_has_left(serve: Serve, kind: str) -> None:
+    """An endpoint that only sends gets SocketClosed at its next send, on servers that never say so too."""
+    server = serve(kind, config=GRACE)
+    async with connect(server.url("/push/ann")) as client:
+        assert await client.recv() == "tick"
+    await server.until_event("push ended ann", 1.0)
+    await server.until_event("released ann")
+    await until(lambda: not own_tasks(server), 1.0)
+    assert server.probe()["connections"] == 0
+    assert server.events("disconnect") == [f"disconnect ann client_close {clean_code(kind)}"]
+    assert not server.errors()
+
+
+async def test_a_dependency_that_was_entered_first_is_closed_whole_too(server: LiveServer) -> None:
+    """What the endpoint depends on before its socket learns of the cut and is cleaned up."""
+    async with connect(server.url("/idle-resource-first/first")):
+        pass
+    await server.until_event("released first", 3)
+    assert server.events("rollback first") == ["rollback first WebSocketException"]
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_reset_client_leaves_nothing_behind(serve: Serve, kind: str) -> None:
+    """A second after a TCP reset: count 0, no task, no registry entry, one on_disconnect."""
+    server = serve(kind)
+    before = len(server.probe()["tasks"])
+    client = RawClient(server.port, "/run/ann")
+    client.handshake()
+    await until(lambda: server.probe()["connections"] == 1)
+    client.reset()
+    await server.until_event("disconnect ann network_lost 1006", 1.0)
+    await until(lambda: len(server.probe()["tasks"]) <= before, 1.0)
+    found = server.probe()
+    assert (found["connections"], found["clients"]) == (0, [])
+    assert server.events("disconnect") == ["disconnect ann network_lost 1006"]
+    assert not server.errors()
+
+
+async def test_what_was_received_before_the_disconnect_is_still_handled(serve: Serve) -> None:
+    """Messages that wait when the client leaves reach their handlers, and on_disconnect comes after them."""
+    server = serve()
+    async with connect(server.url("/run/ann")) as client:
+        await until(lambda: server.events("connect"))
+        for number in range(5):
+            await client.send(f'{{"type":"wait","seconds":0.05,"name":"{number}"}}')
+    await server.until_event("disconnect ann")
+    handled = [f"handled {number}" for number in range(5)]
+    assert server.events()[1:] == [*handled, "disconnect ann client_close 1000"]
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
+async def test_closes_at_random_moments_while_three_tasks_send_log_no_traceback(serve: Serve, kind: str) -> None:
+    """200 times: three tasks send, one closes, the client closes or resets at a random moment."""
+    server = serve(kind)
+    chance = random.Random(1)
+
+    async def one(number: int) -> None:
+        path = f"/three-senders/c{number}?delay={chance.uniform(0, 0.05):.4f}"
+        try:
+            async with connect(server.url(path), max_queue=None) as client:
+                stay = chance.uniform(0, 0.06)
+                reset = chance.random() < 0.3
+                await asyncio.sleep(stay)
+                if reset:
+                    client.transport.abort()
+        except (ConnectionClosed, OSError):
+            pass
+
+    rounds = 20 if kind == "uvicorn-sansio" else 5
+    for start in range(rounds):
+        await asyncio.gather(*(one(10 * start + number) for number in range(10)))
+    await until(lambda: server.probe()["connections"] == 0)
+    await until(lambda: len(server.events("disconnect")) == len(server.events("connect")))
+    assert len(server.events("connect")) == 10 * rounds
+    assert not server.errors()
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
+async def test_a_client_that_is_gone_before_accept_logs_no_traceback(serve: Serve, kind: str) -> None:
+    """A reset during a slow dependency before the accept is no error."""
+    server = serve(kind)
+    client = RawClient(server.port, "/slow-auth/ann")
+    await asyncio.sleep(0.2)
+    client.reset()
+    async with connect(server.url("/slow-auth/bob")):
+        await until(lambda: server.probe()["clients"] == ["bob"])
+    await until(lambda: server.probe()["connections"] == 0)
+    assert not server.errors()
+
+
+async def test_a_tied_task_ends_with_its_connection(server: LiveServer) -> None:
+    """Tasks of ws.create_task are cancelled when the client leaves."""
+    async with connect(server.url("/three-senders/tied?delay=60"), max_queue=None) as client:
+        await client.recv()
+        assert sum(name.startswith("ws-task-") for name in server.probe()["tasks"]) == 4
+    await until(lambda: not own_tasks(server), 1.0)
+    assert not server.errors()

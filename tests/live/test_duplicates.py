@@ -1,0 +1,97 @@
+"""The same client id connects again: an old connection's end never touches a newer one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.live.server import LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+
+async def close_code(client: object) -> int:
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            await asyncio.wait_for(client.recv(), 5)  # type: ignore[attr-defined]
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code
+
+
+@pytest.mark.parametrize("path", ["/slow-finish/ann", "/hand-slow/ann"])
+async def test_a_replaced_connection_ends_late_and_hurts_nothing(serve: Serve, path: str) -> None:
+    """The old endpoint is slow to finish, by the dependency and by hand; the new socket stays open and is reached."""
+    server = serve(config={"disconnect_grace": 10})
+    async with connect(server.url(path)) as old:
+        await until(lambda: server.probe()["connections"] == 1)
+        async with connect(server.url(path)) as new:
+            assert await close_code(old) == 4409
+            assert server.probe()["clients"] == ["ann"]
+            await until(lambda: server.events("finished ann") or server.events("hand-slow finished"))
+            assert server.probe()["connections"] == 1
+            assert await asyncio.to_thread(server.post, "/send/ann?text=hello") is True
+            assert await asyncio.wait_for(new.recv(), 2) == "hello"
+            await new.send("still here")
+            assert await asyncio.wait_for(new.recv(), 2) == "still here"
+    await until(lambda: len(server.events("disconnect")) == 2)
+    assert sorted(server.events("disconnect"))[1] == "disconnect ann replaced 4409"
+    assert not server.errors()
+
+
+async def test_fifty_rapid_reconnects_leave_one_entry(serve: Serve) -> None:
+    """The last of many connections of one client is the only one that is left."""
+    server = serve()
+    clients = [await connect(server.url("/echo/ann")) for _ in range(50)]
+    await until(lambda: len(server.events("disconnect")) == 49)
+    found = server.probe()
+    assert (found["connections"], found["clients"]) == (1, ["ann"])
+    await clients[-1].send("x")
+    assert await clients[-1].recv() == "x"
+    for client in clients:
+        await client.close()
+    await until(lambda: server.probe()["connections"] == 0)
+    assert len(server.events("disconnect")) == len(server.events("connect")) == 50
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("path", ["/echo/ann", "/hand/ann"])
+async def test_reject_keeps_the_old_and_closes_the_new(serve: Serve, path: str) -> None:
+    """With on_duplicate="reject" the second connection gets 4409 and no hook ever sees it."""
+    server = serve(config={"on_duplicate": "reject"})
+    async with connect(server.url(path)) as old:
+        await until(lambda: server.probe()["connections"] == 1)
+        async with connect(server.url(path)) as new:
+            assert await close_code(new) == 4409
+        await old.send("x")
+        assert await old.recv() == "x"
+        assert server.events() == ["connect ann"]
+    await server.until_event("disconnect ann client_close")
+    assert not server.errors()
+
+
+async def test_allow_keeps_both_and_a_direct_send_reaches_all(serve: Serve) -> None:
+    """With on_duplicate="allow" one client has several connections; ending one leaves the other."""
+    server = serve(config={"on_duplicate": "allow"})
+    async with connect(server.url("/echo/ann")) as first:
+        async with connect(server.url("/echo/ann")) as second:
+            await until(lambda: server.probe()["connections"] == 2)
+            assert await asyncio.to_thread(server.post, "/send/ann?text=both") is True
+            assert [await first.recv(), await second.recv()] == ["both", "both"]
+        await until(lambda: server.probe()["connections"] == 1)
+        await first.send("alone")
+        assert await first.recv() == "alone"
+
+
+async def test_disconnect_of_an_unknown_client_says_so(server: LiveServer) -> None:
+    """ConnectionNotFoundError is for a client that is not there; a kick closes with its code."""
+    with pytest.raises(Exception, match="500"):
+        await asyncio.to_thread(server.post, "/kick/nobody")
+    await until(lambda: "client 'nobody' is not connected" in server.log)
+    async with connect(server.url("/echo/kicked")) as client:
+        await until(lambda: "kicked" in server.probe()["clients"])
+        assert await asyncio.to_thread(server.post, "/kick/kicked") is True
+        assert await close_code(client) == 4403

@@ -1,0 +1,106 @@
+"""A server that is told to stop stops, whatever its sockets are doing."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.live.raw import RawClient
+from tests.live.server import ROOT, UVICORN, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_sigterm_with_idle_pushing_and_stalled_sockets_exits_in_time(serve: Serve, kind: str) -> None:
+    """SIGTERM ends the process within disconnect_grace + 2 s, and the clean-ups come before the end of the lifespan."""
+    grace = 1.0
+    server = serve(kind, config={"disconnect_grace": grace, "send_timeout": 30})
+    with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
+        stalled.handshake()
+        await sigterm(server, grace)
+
+
+async def sigterm(server: LiveServer, grace: float) -> None:
+    async with connect(server.url("/idle/idle")) as idle, connect(server.url("/push/push")) as push:
+        await push.recv()
+        await until(lambda: server.probe()["connections"] == 3)
+        await asyncio.sleep(0.5)  # so that the flood has filled the buffers and is stuck
+        took = await asyncio.to_thread(server.terminate, grace + 2)
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                await push.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        with pytest.raises(ConnectionClosed):
+            await idle.recv()
+    assert took < grace + 2
+    log = server.log
+    assert "server_shutdown 1012" in log
+    assert log.index("NOTE released idle") < log.index("LIFESPAN over")
+    assert server.process.returncode in (0, -15)
+    assert not server.errors()
+
+
+async def test_reload_with_an_open_socket_starts_the_new_worker(serve: Serve, tmp_path: Path) -> None:
+    """With --reload, a changed file leads to a new worker in under 5 s while a client holds its socket open."""
+    package = tmp_path / "reloaded"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    shutil.copy(ROOT / "tests/live/app.py", package / "main.py")
+    server = serve(
+        app="reloaded.main:app",
+        cwd=tmp_path,
+        config={"disconnect_grace": 0.5},
+        args=("--reload", "--reload-dir", str(package)),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    async with connect(server.url("/idle/ann")) as client:
+        await until(lambda: server.probe()["connections"] == 1)
+        changed = time.monotonic()
+        (package / "main.py").write_text((package / "main.py").read_text() + "\n# changed\n")
+        with pytest.raises(ConnectionClosed):
+            await asyncio.wait_for(client.recv(), 5)
+
+        def answered() -> bool:
+            try:
+                return bool(server.probe()["connections"] == 0)
+            except OSError:
+                return False
+
+        await until(answered, 5)
+        assert time.monotonic() - changed < 5
+
+
+async def test_graceful_shutdown_by_hand_closes_all_and_reports(serve: Serve) -> None:
+    """graceful_shutdown, called while the server still runs, closes with 1012, waits for hooks and tells the truth."""
+    server = serve(app="tests.live.shutdown_app:app")
+    async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
+        report = await asyncio.to_thread(server.post, "/shutdown?timeout=5")
+        assert (report["closed_count"], report["failed_count"]) == (2, 0)
+        assert report["gone"] == ["ann server_shutdown", "bob server_shutdown"]
+        for client in (ann, bob):
+            with pytest.raises(ConnectionClosed) as closed:
+                await client.recv()
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1012
+    with pytest.raises(Exception, match="503"):
+        async with connect(server.url("/ws/late")):
+            pass
+
+
+async def test_graceful_shutdown_keeps_its_time_limit(serve: Serve) -> None:
+    """A hook that hangs costs the timeout and not more, and is counted as failed."""
+    server = serve(app="tests.live.shutdown_app:app")
+    async with connect(server.url("/ws/hangs")):
+        started = time.monotonic()
+        report = await asyncio.to_thread(server.post, "/shutdown?timeout=0.5")
+        assert time.monotonic() - started < 2
+    assert (report["closed_count"], report["failed_count"]) == (0, 1)

@@ -1,0 +1,108 @@
+"""A client that does not take its messages hurts nobody but itself, and its memory is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.live.raw import RawClient
+from tests.live.server import UVICORN, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+SIZE = 65536
+
+
+async def test_a_stalled_client_delays_no_broadcast_to_the_others(serve: Serve) -> None:
+    """300 broadcasts of 64 KiB reach four clients in order within 2 s while a fifth reads nothing."""
+    server = serve(config={"send_timeout": 30})
+
+    async def read(client: ClientConnection) -> list[int]:
+        return [int(str(await client.recv())[:8]) for _ in range(300)]
+
+    with RawClient(server.port, "/echo/stalled", receive_buffer=4096) as stalled:
+        stalled.handshake()
+        clients = [await connect(server.url(f"/echo/c{n}"), max_queue=None) for n in range(4)]
+        await until(lambda: server.probe()["connections"] == 5)
+        started = time.monotonic()
+        readers = [asyncio.create_task(read(client)) for client in clients]
+        report = await asyncio.to_thread(server.post, f"/broadcast?count=300&size={SIZE}&pause=0.002")
+        received = await asyncio.wait_for(asyncio.gather(*readers), 10)
+        took = time.monotonic() - started
+        for client in clients:
+            await client.close()
+    assert received == [list(range(300))] * 4
+    assert report["slowest"] < 0.05
+    assert took < 2
+
+
+@pytest.mark.parametrize("kind", [*UVICORN, "hypercorn"])
+async def test_a_stuck_send_ends_the_connection_after_send_timeout(serve: Serve, kind: str) -> None:
+    """Within send_timeout + 1 s the slot is free and on_disconnect has run once; SIGTERM then exits in under 3 s."""
+    server = serve(kind, config={"send_timeout": 1, "disconnect_grace": 1})
+    with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
+        stalled.handshake()
+        await server.until_event("connect stalled")
+        started = time.monotonic()
+        await server.until_event("disconnect stalled", 5)
+        took = time.monotonic() - started
+        assert server.probe()["connections"] == 0
+        await until(lambda: server.events("flood ended"))
+        assert server.events("flood ended") == ["flood ended stalled slow_consumer"]
+        assert server.events("disconnect") == ["disconnect stalled slow_consumer 4507"]
+        if kind in UVICORN:
+            assert await asyncio.to_thread(server.terminate, 3) < 3
+    # The flood fills the buffers of both kernels before its send is stuck; the second starts there.
+    assert took < 1 + 1 + 0.8
+    assert not server.errors()
+
+
+async def test_memory_stays_flat_while_a_client_reads_nothing(serve: Serve) -> None:
+    """2,000 messages of 64 KiB to a stalled client cost less than 8 MiB, and end it as a slow consumer."""
+    server = serve(config={"send_timeout": 60})
+    with RawClient(server.port, "/echo/stalled", receive_buffer=4096) as stalled:
+        stalled.handshake()
+        async with connect(server.url("/echo/good"), max_queue=None) as good:
+            await until(lambda: server.probe()["connections"] == 2)
+            await asyncio.to_thread(server.post, f"/broadcast?count=5&size={SIZE}&pause=0.001")
+            before = server.probe()["max_rss"]
+            report = await asyncio.to_thread(server.post, f"/broadcast?count=2000&size={SIZE}&pause=0.001")
+            after = server.probe()["max_rss"]
+            for _ in range(2005):
+                await good.recv()
+        found = server.probe()
+        assert after - before < 8 * 1024 * 1024
+        assert report["failed"] == 1
+        assert found["endings"]["slow_consumer"] == 1
+        # What was queued and never sent is counted: at most what the outbox may hold.
+        assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE
+        assert server.events("disconnect stalled") == ["disconnect stalled slow_consumer 4507"]
+
+
+async def test_a_client_that_is_slow_but_reads_gets_its_close_code(serve: Serve) -> None:
+    """An outbox that overflows on a connection that still works is closed with 4507."""
+    server = serve(config={"outbox_max_messages": 4})
+    with RawClient(server.port, "/echo/slow") as slow:
+        slow.handshake()
+        await until(lambda: server.probe()["connections"] == 1)
+        assert await asyncio.to_thread(server.post, "/send/slow?text=x&times=50") is False
+        code, reason = await asyncio.to_thread(slow.close_frame)
+    assert (code, reason) == (4507, "slow consumer")
+
+
+async def test_a_direct_send_waits_for_a_slow_client_and_loses_nothing(serve: Serve) -> None:
+    """`await ws.send()` from the endpoint waits while the outbox is full; every message arrives, in order."""
+    server = serve(config={"outbox_max_messages": 8})
+    async with connect(server.url("/ten-writers/ann"), max_queue=2) as client:
+        received = []
+        for _ in range(1000):
+            received.append(str(await client.recv()))
+            if len(received) % 100 == 0:
+                await asyncio.sleep(0.01)
+    for writer in range(10):
+        numbers = [int(m.split()[1]) for m in received if m.startswith(f"{writer} ")]
+        assert numbers == list(range(100))
