@@ -5,20 +5,31 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
 
-.PHONY: help demo test test-fast soak lint format docs clean
+.PHONY: help demo test test-fast test-lowest soak lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/demo.stamp: pyproject.toml
+$(VENV)/venv.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/venv.stamp
 	$(BIN)/python -m pip install --quiet -e ".[uvicorn]"
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(BIN)/python -m pip install --quiet --group test --group servers --group coverage
+$(VENV)/fast.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/lowest.stamp: $(VENV)/venv.stamp constraints-lowest.txt
+	$(BIN)/python -m pip install --quiet -e ".[uvicorn]" --group test -c constraints-lowest.txt
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/fast.stamp
+	$(BIN)/python -m pip install --quiet --group servers --group coverage
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
@@ -38,7 +49,10 @@ test: $(VENV)/test.stamp ## Run all tests on real servers, with branch coverage
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-fast: $(VENV)/test.stamp ## Run the tests that need no server process
+test-fast: $(VENV)/fast.stamp ## Run the tests that need no server process
+	$(BIN)/python -m pytest -m "not live and not soak"
+
+test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that are claimed
 	$(BIN)/python -m pytest -m "not live and not soak"
 
 soak: $(VENV)/test.stamp ## Run the long tests; bounded, a few minutes
@@ -58,4 +72,4 @@ docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

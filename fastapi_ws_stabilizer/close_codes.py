@@ -129,11 +129,16 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
     elif close_frame:
         reason = DisconnectReason.CLIENT_CLOSE
         code = NO_STATUS if code == ABNORMAL else code
+    elif code in _BY_SERVER_FOR_BAD_FRAMES:
+        reason = DisconnectReason.POLICY
     else:
         reason = DisconnectReason.NETWORK_LOST
         code = ABNORMAL if code == NO_STATUS else code
     return Ending(reason, code, cut_reason(text or ""), by_peer=True)
 
+
+_BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
+"""Codes with which a server ends a connection itself when the client breaks the protocol."""
 
 _R_SHUTDOWN_CODE: Final = ENDING_RULES[_R.SERVER_SHUTDOWN].code
 

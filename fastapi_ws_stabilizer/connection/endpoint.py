@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import weakref
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -41,7 +42,9 @@ class Endpoint:
 
     def __init__(self, *, cancellable: bool) -> None:
         loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task() if cancellable else None
+        task = asyncio.current_task() if cancellable else None
+        # Weakly: what a task has opened is remembered under the task, and must not keep it alive.
+        self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
         self.returned: asyncio.Future[None] = loop.create_future()
         if not cancellable:
@@ -64,19 +67,21 @@ class Endpoint:
 
     def cancel(self) -> None:
         """Cancel the task, once, unless the user's code has ended."""
-        if self._task is not None and not self._cancelled and not self.returned.done():
+        task = None if self._task is None else self._task()
+        if task is not None and not self._cancelled and not self.returned.done():
             self._cancelled = True
-            self._task.cancel(_CANCEL_MESSAGE)
+            task.cancel(_CANCEL_MESSAGE)
 
     def is_own_cancellation(self, error: BaseException) -> bool:
         """Whether `error` is the cancellation that `cancel` has sent, and no other is under way.
 
         Where it is, the task's count of cancellations is put right, so that the caller may swallow it.
         """
-        if not self._cancelled or self._task is None or not isinstance(error, asyncio.CancelledError):
+        task = None if self._task is None else self._task()
+        if not self._cancelled or task is None or not isinstance(error, asyncio.CancelledError):
             return False
         if sys.version_info >= (3, 11):
-            return self._task.uncancel() == 0
+            return task.uncancel() == 0
         return not error.args or error.args[0] == _CANCEL_MESSAGE
 
 

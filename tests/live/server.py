@@ -54,6 +54,7 @@ class LiveServer:
         args: More command line arguments.
         python: The interpreter.
         cwd: Where it runs.
+        auto: Whether uvicorn chooses its WebSocket implementation itself.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class LiveServer:
         env: dict[str, str] | None = None,
         python: str = sys.executable,
         cwd: Path = ROOT,
+        auto: bool = False,
     ) -> None:
         self.kind = kind
+        self._auto = auto
         self.port = free_port()
         self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=f"-{kind}.log", delete=False)  # noqa: SIM115 (closed in stop)
         command = [python, "-m", *self._command(app), *args]
@@ -91,6 +94,8 @@ class LiveServer:
             return ["hypercorn", app, "--bind", f"127.0.0.1:{port}", "--error-logfile", "-", "--graceful-timeout", "2"]
         if self.kind == "granian":
             return ["granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", port, "--workers", "1", app]
+        if self._auto:
+            return ["uvicorn", app, "--port", port]
         implementation = {"sansio": "websockets-sansio"}.get(self.kind.split("-")[1], self.kind.split("-")[1])
         return ["uvicorn", app, "--port", port, "--ws", implementation]
 

@@ -1,0 +1,1 @@
+"""Apps that are run inside the test: Starlette's TestClient, httpx-ws, pytest-asyncio and anyio's plugin."""

@@ -1,0 +1,319 @@
+"""The ways into an app, under the clients that people test with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
+from httpx_ws import aconnect_ws
+from httpx_ws.transport import ASGIWebSocketTransport
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer import (
+    ManagerNotFoundError,
+    StableSocket,
+    StableSocketDep,
+    WebSocketConnectionManager,
+    WrongLoopError,
+    stable_socket,
+    stats_router,
+)
+
+Made = tuple[FastAPI, WebSocketConnectionManager, str]
+
+
+async def echo(ws: StableSocket = Depends(stable_socket)) -> None:
+    async for message in ws:
+        await ws.send(f"{ws.client_id}: {message!s}")
+
+
+def plain() -> Made:
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    app.websocket("/ws/{client_id}")(echo)
+    return app, manager, "/ws/ann"
+
+
+def with_router() -> Made:
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    router = APIRouter(prefix="/api")
+    router.websocket("/ws/{client_id}")(echo)
+    app.include_router(router)
+    app.include_router(stats_router, prefix="/ws-stats")
+    return app, manager, "/api/ws/ann"
+
+
+def mounted() -> Made:
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    inner = FastAPI()
+    inner.websocket("/ws/{client_id}")(echo)
+    app.mount("/inner", inner)
+    return app, manager, "/inner/ws/ann"
+
+
+def own_lifespan() -> Made:
+    manager = WebSocketConnectionManager()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with manager.lifespan(app) as state:
+            yield {**state, "mine": 1}
+
+    app = FastAPI(lifespan=lifespan)
+    app.websocket("/ws/{client_id}")(echo)
+    return app, manager, "/ws/ann"
+
+
+def installed_twice() -> Made:
+    manager = WebSocketConnectionManager()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+        yield {"mine": 1}
+
+    app = FastAPI(lifespan=lifespan)
+    manager.install(app)
+    manager.install(app)
+    app.websocket("/ws/{client_id}")(echo)
+    return app, manager, "/ws/ann"
+
+
+def named() -> Made:
+    manager = WebSocketConnectionManager()
+    app = FastAPI()
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocket = Depends(manager.socket)) -> None:
+        await echo(ws)
+
+    return app, manager, "/ws/ann"
+
+
+def by_alias() -> Made:
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        await echo(ws)
+
+    return app, manager, "/ws/ann"
+
+
+APPS = [plain, with_router, mounted, own_lifespan, installed_twice, named, by_alias]
+FOUND_WITHOUT_LIFESPAN = [plain, with_router, installed_twice, named, by_alias]
+
+
+@pytest.mark.parametrize("make", APPS)
+def test_every_way_in_works_under_the_test_client(make: Callable[[], Made]) -> None:
+    """`with TestClient(app)` connects, echoes, and leaves no connection behind; afterwards nothing is taken."""
+    app, manager, path = make()
+    with TestClient(app) as client:
+        for _ in range(2):
+            with client.websocket_connect(path) as ws:
+                ws.send_text("hi")
+                assert ws.receive_text() == "ann: hi"
+                assert manager.get_active_connections() == ["ann"]
+            assert manager.get_connection_count() == 0
+
+
+@pytest.mark.parametrize("make", FOUND_WITHOUT_LIFESPAN)
+def test_the_manager_is_found_though_the_lifespan_never_ran(make: Callable[[], Made]) -> None:
+    """A TestClient without `with` runs no lifespan and makes an event loop for each connection; both are no matter."""
+    app, manager, path = make()
+    client = TestClient(app)
+    for _ in range(2):
+        with client.websocket_connect(path) as ws:
+            ws.send_text("hi")
+            assert ws.receive_text() == "ann: hi"
+    assert manager.get_connection_count() == 0
+
+
+def test_two_loops_at_the_same_time_are_refused_with_advice() -> None:
+    """Two sockets on two event loops cannot share a manager; the error says what to write."""
+    app, _, path = plain()
+    client = TestClient(app)
+    with client.websocket_connect(path), pytest.raises(WrongLoopError, match="with TestClient"):
+        with client.websocket_connect("/ws/bob"):
+            pass
+
+
+@pytest.mark.parametrize("make", APPS)
+async def test_every_way_in_works_under_httpx_ws(make: Callable[[], Made]) -> None:
+    """httpx-ws connects to the app, with its lifespan run as the application server would."""
+    app, manager, path = make()
+    async with app.router.lifespan_context(app) as state:
+
+        async def with_state(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, "state": dict(state or {})}, receive, send)
+
+        async with httpx.AsyncClient(transport=ASGIWebSocketTransport(with_state)) as client:
+            async with aconnect_ws(f"http://test{path}", client) as ws:
+                await ws.send_text("hi")
+                assert await ws.receive_text() == "ann: hi"
+            with anyio.fail_after(2):
+                while manager.get_connection_count():
+                    await anyio.sleep(0)
+    assert manager.totals.connections_opened == 1
+
+
+@pytest.mark.anyio
+async def test_the_dependency_works_under_anyios_own_pytest_plugin(anyio_backend_name: str) -> None:
+    """Nothing of it minds a task group or a cancel scope around it."""
+    app, manager, path = plain()
+    async with anyio.create_task_group() as group:
+        group.cancel_scope.deadline = anyio.current_time() + 5
+        async with app.router.lifespan_context(app):
+            async with httpx.AsyncClient(transport=ASGIWebSocketTransport(app)) as client:
+                async with aconnect_ws(f"http://test{path}", client) as ws:
+                    await ws.send_text("hi")
+                    assert await ws.receive_text() == "ann: hi"
+    assert manager.totals.connections_opened == 1
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_the_dependency_can_be_overridden() -> None:
+    """`app.dependency_overrides[stable_socket]` puts another manager's socket, or a fake, in its place."""
+    app, manager, path = plain()
+    other = WebSocketConnectionManager()
+    app.dependency_overrides[stable_socket] = other.socket
+    with TestClient(app) as client, client.websocket_connect(path) as ws:
+        ws.send_text("hi")
+        assert ws.receive_text() == "ann: hi"
+        assert (manager.get_connection_count(), other.get_connection_count()) == (0, 1)
+
+
+class User:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def current_user(token: str = "") -> User:
+    if not token:
+        raise HTTPException(401, "no token")
+    return User(token)
+
+
+def app_for(*args: Any, **options: Any) -> tuple[FastAPI, WebSocketConnectionManager]:
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(ws: StableSocket = Depends(manager.socket_for(*args, **options))) -> None:
+        await ws.send(f"{ws.client_id} {type(ws.identity).__name__}")
+        async for message in ws:
+            await ws.send(message)
+
+    return app, manager
+
+
+def test_the_client_id_comes_from_any_dependency() -> None:
+    """socket_for takes the id from another dependency, which can refuse, be overridden, and is kept as ws.identity."""
+    app, _ = app_for(current_user, key=lambda user: user.name)
+    with TestClient(app) as client:
+        with client.websocket_connect("/ws?token=ann") as ws:
+            assert ws.receive_text() == "ann User"
+        with pytest.raises(WebSocketDisconnect) as refused, client.websocket_connect("/ws"):
+            pass
+        assert getattr(refused.value, "status_code", None) == 401
+        app.dependency_overrides[current_user] = lambda: User("fake")
+        with client.websocket_connect("/ws") as ws:
+            assert ws.receive_text() == "fake User"
+
+
+def test_an_identity_that_is_no_client_id_says_what_to_write() -> None:
+    """An object without a key is refused with the advice to give one."""
+    app, _ = app_for(current_user)
+    with TestClient(app) as client, pytest.raises(TypeError, match="key=lambda identity"):
+        with client.websocket_connect("/ws?token=ann"):
+            pass
+
+
+def test_control_frames_can_be_left_to_the_endpoint() -> None:
+    """With control_frames=False the texts ping and pong are data like any other."""
+    app, _ = app_for(lambda: "ann", control_frames=False)
+    with TestClient(app) as client, client.websocket_connect("/ws") as ws:
+        ws.receive_text()
+        ws.send_text("ping")
+        assert ws.receive_text() == "ping"
+
+
+def test_without_a_manager_the_error_says_how_to_add_one() -> None:
+    """An app that no manager belongs to gets an error with the lines to write."""
+    app = FastAPI()
+    app.websocket("/ws/{client_id}")(echo)
+    with pytest.raises(ManagerNotFoundError, match=r"FastAPI\(lifespan=manager.lifespan\)"):
+        with TestClient(app).websocket_connect("/ws/ann"):
+            pass
+
+
+def test_the_client_id_is_path_then_query_then_fresh() -> None:
+    """The path parameter wins over the query parameter, and without both each connection has an id of its own."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws/{client_id}")
+    @app.websocket("/ws")
+    async def endpoint(ws: StableSocketDep) -> None:
+        await ws.send(ws.client_id)
+
+    with TestClient(app) as client:
+        found = []
+        for path in ("/ws/ann?client_id=bob", "/ws?client_id=bob", "/ws", "/ws", "/ws?client_id="):
+            with client.websocket_connect(path) as ws:
+                found.append(ws.receive_text())
+    assert found[:2] == ["ann", "bob"]
+    assert len(set(found)) == 5
+
+
+def test_what_people_know_from_websocket_is_there() -> None:
+    """Headers, parameters, cookies, url, client, app and state are those of the handshake."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    async def mark(websocket: WebSocket) -> None:
+        websocket.state.mark = "state"
+
+    @app.websocket("/ws/{client_id}", dependencies=[Depends(mark)])
+    async def endpoint(ws: StableSocketDep) -> None:
+        await ws.send_json(
+            [
+                ws.headers["x-test"],
+                ws.query_params["q"],
+                ws.path_params["client_id"],
+                ws.cookies["c"],
+                ws.url.path,
+                ws.client.host if ws.client else None,
+                ws.app is app,
+                ws.state.mark,
+                ws.scope["type"],
+            ]
+        )
+        await ws.send_json({"of": await ws.receive_json()}, mode="binary")
+        await ws.send_bytes(await ws.receive_bytes())
+        await ws.send_text(await ws.receive_text())
+
+    with TestClient(app, cookies={"c": "cookie"}) as client:
+        with client.websocket_connect("/ws/ann?q=query", headers={"x-test": "header"}) as ws:
+            assert ws.receive_json() == [
+                *("header", "query", "ann", "cookie", "/ws/ann", "testclient", True, "state", "websocket"),
+            ]
+            ws.send_json({"a": 1})
+            assert ws.receive_json(mode="binary") == {"of": {"a": 1}}
+            ws.send_bytes(b"raw")
+            assert ws.receive_bytes() == b"raw"
+            ws.send_text("text")
+            assert ws.receive_text() == "text"
+            assert ws.receive()["code"] == 1000

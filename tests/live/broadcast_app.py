@@ -1,0 +1,41 @@
+"""An app whose handler broadcasts more than an outbox holds, without a pause."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from fastapi_ws_stabilizer import (
+    BroadcastFailedError,
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    configure_logging,
+    stats_router,
+)
+
+configure_logging()
+manager = WebSocketConnectionManager(WebSocketConfig(outbox_max_messages=2, heartbeat_type="off"))
+app = FastAPI(lifespan=manager.lifespan)
+app.include_router(stats_router, prefix="/ws-stats")
+
+
+@manager.on_message("shout")
+async def shout(ws: StableSocket) -> None:
+    for _ in range(2):
+        await manager.send_to_client("slow", "x")
+    try:
+        await manager.broadcast("too much", exclude_client=ws.client_id)
+    except BroadcastFailedError as error:
+        assert error.total == 1
+        raise
+
+
+@manager.on_message("ask")
+async def ask(ws: StableSocket) -> None:
+    await ws.send("still here")
+
+
+@app.websocket("/ws/{client_id}")
+async def endpoint(ws: StableSocketDep) -> None:
+    await ws.run()

@@ -1,0 +1,108 @@
+"""The first hour: a fresh environment, a wrong path, a manager in an unusual place."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from tests.live.server import ROOT, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+
+def readme_quick_start() -> str:
+    """The first complete app of the README."""
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        if "FastAPI(" in block and "@app.websocket" in block:
+            return str(block)
+    raise AssertionError("the README has no quick start")
+
+
+@pytest.mark.timeout(300)
+async def test_the_quick_start_runs_in_a_fresh_environment(serve: Serve, tmp_path: Path) -> None:
+    """With the extra alone the README's quick start works; without a WebSocket library the log says what to install."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = str(environment / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[uvicorn]"]
+    await asyncio.to_thread(subprocess.run, install, check=True, capture_output=True)
+    (tmp_path / "main.py").write_text(readme_quick_start())
+    path = "/ws/ann"
+    server = serve(app="main:app", python=python, cwd=tmp_path)
+    async with connect(server.url(path)) as client:
+        await client.send("ping")
+        while await asyncio.wait_for(client.recv(), 5) != "pong":
+            pass
+    assert "uvicorn has no WebSocket library" not in server.log
+    server.stop()
+    remove = [python, "-m", "pip", "uninstall", "--quiet", "-y", "websockets"]
+    await asyncio.to_thread(subprocess.run, remove, check=True, capture_output=True)
+    server = LiveServer(app="main:app", python=python, cwd=tmp_path, auto=True)
+    with server:
+        with pytest.raises(InvalidStatus, match="404"):
+            async with connect(server.url(path)):
+                pass
+        assert "pip install" in server.log
+        assert "uvicorn has no WebSocket library" in server.log
+
+
+async def test_a_wrong_path_is_explained_in_the_log(server: LiveServer) -> None:
+    """A handshake on a path that no route has logs the paths that exist; a scanner cannot fill the log."""
+    for number in range(30):
+        with pytest.raises(InvalidStatus, match="403"):
+            async with connect(server.url(f"/wrong/{number}")):
+                pass
+    lines = [line for line in server.log.splitlines() if "no_websocket_route" in line]
+    assert len(lines) == 10
+    assert "path=/wrong/0" in lines[0]
+    assert "/echo/{client_id}" in lines[0]
+
+
+PLACES = ["plain", "own_lifespan", "with_router", "mounted", "installed_twice", "never_started"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_heartbeat_and_shutdown_run_once_wherever_the_manager_is(serve: Serve, place: str) -> None:
+    """Beats come at their rate, not twice, and the shutdown is done once, where a lifespan is run at all."""
+    server = serve(app=f"tests.live.placed_apps:{place}")
+    path = "/inner/ws" if place in ("mounted", "never_started") else "/ws"
+    async with connect(server.url(path)) as client:
+        await client.recv()
+        started = time.monotonic()
+        for _ in range(5):
+            await asyncio.wait_for(client.recv(), 2)
+        assert 0.8 < time.monotonic() - started < 1.5
+    await until(lambda: "connection_ended" in server.log)
+    await asyncio.to_thread(server.terminate, 5)
+    assert server.log.count(" shutdown closed_count=0 failed_count=0") == (0 if place == "never_started" else 1)
+    assert not server.errors()
+
+
+def test_nothing_but_fastapi_pydantic_and_typing_extensions_is_required() -> None:
+    """The built project depends on three distributions and no others; the rest are extras."""
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlib.metadata import requires\n"
+            "print(*(r for r in requires('fastapi-ws-stabilizer') if 'extra' not in r), sep='\\n')",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    assert sorted(re.split(r"[<>=!]", line)[0] for line in shown if line) == [
+        "fastapi",
+        "pydantic",
+        "typing-extensions",
+    ]

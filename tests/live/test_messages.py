@@ -1,0 +1,129 @@
+"""Messages are handled in order, bad ones are answered, and readers and writers never get in each other's way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.live.server import LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+
+def wait(seconds: float, name: str, kind: str = "wait") -> str:
+    return json.dumps({"type": kind, "seconds": seconds, "name": name})
+
+
+async def test_bad_messages_are_answered_and_the_connection_stays(serve: Serve) -> None:
+    """Bytes, bad JSON, a wrong schema, an empty text and a lone surrogate get five error replies; the sixth closes."""
+    server = serve(config={"max_bad_messages": 5})
+    bad = [
+        (b"\xff\xfe", "bad_json"),
+        ("{nonsense", "bad_json"),
+        ('{"type":"wait","seconds":"soon"}', "invalid_message"),
+        ("", "bad_json"),
+        ('{"type":"echo","text":"\\ud800"}', "bad_json"),
+    ]
+    async with connect(server.url("/run/ann")) as client:
+        for message, code in bad:
+            await client.send(message)
+            reply = json.loads(await asyncio.wait_for(client.recv(), 2))
+            assert (reply["type"], reply["code"]) == ("error", code)
+            assert reply["message"]
+        await client.send('{"type":"echo","text":"fine"}')
+        assert json.loads(await client.recv()) == {"type": "echo", "text": "fine"}
+        await client.send('{"type":"nobody handles this"}')
+        with pytest.raises(ConnectionClosed) as closed:
+            await asyncio.wait_for(client.recv(), 2)
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "too many bad messages")
+    assert server.get("/ws-stats/")["bad_messages"] == 6
+    assert not server.errors()
+
+
+async def test_an_error_reply_says_what_is_wrong_and_nothing_of_the_inside(server: LiveServer) -> None:
+    """The reply to an invalid model names the fields, not the values, the model or the code."""
+    async with connect(server.url("/run/reply")) as client:
+        await client.send('{"type":"wait","seconds":"secret-value"}')
+        reply = json.loads(await client.recv())
+    assert "seconds: " in reply["message"]
+    assert "name: Field required" in reply["message"]
+    assert "secret-value" not in reply["message"]
+    assert "Wait" not in reply["message"]
+
+
+async def test_a_second_reader_gets_a_clear_error(server: LiveServer) -> None:
+    """While one task waits in receive, another one's receive raises ConcurrentReceiveError and takes nothing."""
+    async with connect(server.url("/two-readers/ann")) as client:
+        assert await client.recv() == "ConcurrentReceiveError"
+        await client.send("for the first")
+        assert await client.recv() == "for the first"
+
+
+async def test_ten_writers_keep_each_their_order(server: LiveServer) -> None:
+    """10 tasks send 100 messages each: all arrive whole, in order per task."""
+    async with connect(server.url("/ten-writers/ann"), max_queue=None) as client:
+        received = [str(await asyncio.wait_for(client.recv(), 5)) for _ in range(1000)]
+    assert all(message.endswith("x" * 500) for message in received)
+    for writer in range(10):
+        assert [int(m.split()[1]) for m in received if m.startswith(f"{writer} ")] == list(range(100))
+
+
+async def test_messages_are_handled_one_after_the_other(server: LiveServer) -> None:
+    """Replies come in the order of the messages, though the first takes longest."""
+    async with connect(server.url("/run/ordered")) as client:
+        for seconds, name in ((0.3, "1"), (0.1, "2"), (0, "3")):
+            await client.send(wait(seconds, name))
+        assert [await client.recv() for _ in range(3)] == ["1", "2", "3"]
+
+
+async def test_with_concurrency_messages_are_handled_at_the_same_time(server: LiveServer) -> None:
+    """Four messages of 0.4 s take less than 1.2 s with ws.run(concurrency=4), and a fifth waits for a place."""
+    async with connect(server.url("/run/concurrent?concurrency=4")) as client:
+        started = time.monotonic()
+        for name in "12345":
+            await client.send(wait(0.4, name))
+        first = {await client.recv() for _ in range(4)}
+        assert time.monotonic() - started < 0.75
+        last = await client.recv()
+        assert 0.75 < time.monotonic() - started < 1.2
+    assert first == set("1234")
+    assert last == "5"
+
+
+async def test_a_blocking_handler_delays_nobody_else(server: LiveServer) -> None:
+    """A `def` handler that sleeps for a second runs in the thread pool; another socket's echo takes under 100 ms."""
+    async with connect(server.url("/run/blocker")) as blocker, connect(server.url("/echo/other")) as other:
+        await blocker.send(wait(1.0, "blocked", "sync-wait"))
+        slowest = 0.0
+        until_then = time.monotonic() + 0.8
+        while time.monotonic() < until_then:
+            started = time.monotonic()
+            await other.send("x")
+            await other.recv()
+            slowest = max(slowest, time.monotonic() - started)
+        assert slowest < 0.1
+        await server.until_event("sync blocked")
+
+
+async def test_a_handler_that_broadcasts_to_slow_clients_only_stays(serve: Serve) -> None:
+    """A broadcast that reaches nobody is no bug of the client whose handler made it."""
+    server = serve(app="tests.live.broadcast_app:app")
+    async with connect(server.url("/ws/slow")) as slow, connect(server.url("/ws/speaker")) as speaker:
+        await until(lambda: server.get("/ws-stats/")["connections"] == 2)
+        await speaker.send('{"type":"shout"}')
+        await speaker.send('{"type":"ask"}')
+        assert await asyncio.wait_for(speaker.recv(), 2) == "still here"
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                await asyncio.wait_for(slow.recv(), 2)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4507
+    assert "broadcast_failed" in server.log
+    assert not server.errors()
