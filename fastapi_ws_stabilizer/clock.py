@@ -6,8 +6,3 @@ import time
 
 monotonic = time.monotonic
 """Seconds on a clock that never jumps: the only one that durations are measured with."""
-
-
-def wall() -> float:
-    """Seconds since the epoch, for what people read."""
-    return time.time()

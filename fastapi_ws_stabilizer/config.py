@@ -83,7 +83,7 @@ def _no_bool(value: object) -> object:
     return value
 
 
-_Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, allow_inf_nan=False)]
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 _Lower = BeforeValidator(_lower)
 
@@ -221,6 +221,15 @@ class WebSocketConfig(BaseModel):
             raise ValueError("heartbeat_payload is only sent with heartbeat_type='custom'")
         return self
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some options changed, validated as a new one is.
+
+        Raises:
+            pydantic.ValidationError: A changed option is not allowed.
+        """
+        copy = super().model_copy(deep=deep)
+        return copy if not update else type(self)(**{**dict(copy), **update})
+
     @classmethod
     def from_env(cls, prefix: str = "WS_", environ: Mapping[str, str] | None = None) -> Self:
         """Read options from environment variables such as `WS_HEARTBEAT_INTERVAL`, as a ConfigMap provides them.
@@ -267,6 +276,6 @@ def _from_text(option: str, text: str) -> Any:
     if option == "reconnect_token_ttl":
         try:
             return timedelta(seconds=float(text))
-        except ValueError:
+        except (ValueError, OverflowError):
             return text
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, WebSocket
@@ -47,7 +48,9 @@ def _manager_in(lifespan: Any) -> WebSocketConnectionManager | None:
         if isinstance(owner, WebSocketConnectionManager):
             return owner
         candidate = getattr(candidate, "__wrapped__", candidate)
-        waiting.extend(cell.cell_contents for cell in getattr(candidate, "__closure__", None) or ())
+        for cell in getattr(candidate, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty cell
+                waiting.append(cell.cell_contents)
     return None
 
 

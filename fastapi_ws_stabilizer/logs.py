@@ -17,6 +17,8 @@ ROOT: Final = "fastapi_ws_stabilizer"
 
 _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None)
 _STANDARD_ATTRIBUTES: Final = frozenset(vars(_PLAIN)) | {"message", "asctime", "taskName"}
+_JSON_FIELDS: Final = frozenset({"time", "level", "logger", "exception"})
+_LINE_ENDS: Final = {ord(c): f"\\u{ord(c):04x}" for c in "\x7f\x85\u2028\u2029"}  # JSON lets them stand in strings
 
 
 class _Report(Protocol):
@@ -89,14 +91,12 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line.update({key: value for key, value in vars(record).items() if key not in _STANDARD_ATTRIBUTES})
+        for key, value in vars(record).items():
+            if key not in _STANDARD_ATTRIBUTES:
+                line[f"{key}_" if key in _JSON_FIELDS else key] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
-
-
-class _OurHandler(logging.StreamHandler[Any]):
-    """Marks the handler that `configure_logging` made, so that configuring twice replaces it."""
+        return json.dumps(line, ensure_ascii=False, default=str).translate(_LINE_ENDS)
 
 
 def configure_logging(level: str = "INFO", *, json_lines: bool = False) -> None:
@@ -113,9 +113,10 @@ def configure_logging(level: str = "INFO", *, json_lines: bool = False) -> None:
     """
     logger = logging.getLogger(ROOT)
     logger.setLevel(level.upper())
-    for handler in [h for h in logger.handlers if isinstance(h, _OurHandler)]:
-        logger.removeHandler(handler)
-    handler = _OurHandler()
+    for ours in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
+        logger.removeHandler(ours)
+    handler: logging.Handler = logging.StreamHandler()
+    handler.set_name(ROOT)
     handler.setFormatter(
         JsonFormatter() if json_lines else logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     )

@@ -84,9 +84,9 @@ class WebSocketConnectionManager(EventDecorators):
 
     def _ensure_running(self) -> Serving:
         loop = asyncio.get_running_loop()
+        if self._shut and self._loop in (None, loop):
+            raise ShutdownError
         if self._loop is loop:
-            if self._shut:
-                raise ShutdownError
             return self._serving
         if self._loop is not None and not self._loop.is_closed() and self._serving.registry:
             raise WrongLoopError
@@ -343,8 +343,8 @@ class WebSocketConnectionManager(EventDecorators):
 
     @property
     def running(self) -> bool:
-        """Whether it takes connections: it was started and not shut down."""
-        return self._loop is not None and not self._shut
+        """Whether it takes connections: it has not been shut down."""
+        return not self._shut
 
     @property
     def uptime_seconds(self) -> float:

@@ -64,7 +64,12 @@ class Reports:
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with every report from now on; call what is returned to stop that."""
         self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
 
     def tell(self, event: str, level: int, *, error: BaseException | None = None, **facts: Any) -> None:
         """Hand one report to all listeners. A listener that fails is logged and hurts nobody else."""

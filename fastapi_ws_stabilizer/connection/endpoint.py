@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
+from fastapi import WebSocketDisconnect
 from fastapi.exceptions import WebSocketRequestValidationError
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException, WebSocketException  # FastAPI's own are subclasses of these
 
 from fastapi_ws_stabilizer.close_codes import (
     MAX_REASON_BYTES,
@@ -34,11 +35,12 @@ class Endpoint:
     """The task that serves one connection.
 
     Attributes:
+        tracked: Whether we are told when the user's code ends.
         returned: Set when the user's code has ended. FastAPI then closes its dependencies in the same task, and that
             must not be cancelled.
     """
 
-    __slots__ = ("_cancelled", "_task", "returned")
+    __slots__ = ("_cancelled", "_task", "returned", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -46,6 +48,7 @@ class Endpoint:
         # Weakly: what a task has opened is remembered under the task, and must not keep it alive.
         self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
+        self.tracked = cancellable
         self.returned: asyncio.Future[None] = loop.create_future()
         if not cancellable:
             self.has_returned()  # nobody would tell us when it does
@@ -115,7 +118,7 @@ def ending_for(error: BaseException | None) -> Ending:
     if error is None or isinstance(error, WebSocketDisconnect):
         return ending(DisconnectReason.COMPLETED)
     if isinstance(error, HTTPException):
-        return ending(DisconnectReason.POLICY, code=4000 + error.status_code, text=_text(error.detail))
+        return ending(DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error.detail))
     if isinstance(error, WebSocketException):
         return ending(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
     if isinstance(error, WebSocketRequestValidationError):

@@ -23,7 +23,7 @@ class Inbox:
     __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_room", "held_bytes")
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
-        self._items: deque[str | bytes] = deque()
+        self._items: deque[tuple[str | bytes, int]] = deque()  # with its size: a str grows when it is encoded
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self.held_bytes = 0
@@ -41,8 +41,9 @@ class Inbox:
 
     def put(self, message: str | bytes) -> None:
         """Add a message and wake the reader."""
-        self._items.append(message)
-        self.held_bytes += sys.getsizeof(message)
+        size = sys.getsizeof(message)
+        self._items.append((message, size))
+        self.held_bytes += size
         if self._reader is not None:
             _wake(self._reader)
 
@@ -72,8 +73,8 @@ class Inbox:
                 await self._reader
             finally:
                 self._reader = None
-        message = self._items.popleft()
-        self.held_bytes -= sys.getsizeof(message)
+        message, size = self._items.popleft()
+        self.held_bytes -= size
         if self._room is not None and not self.full:
             _wake(self._room)
         return message

@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from fastapi import WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.pump import pump
@@ -245,6 +245,10 @@ class Connection:
         """A message was taken by the server."""
         self.reports.totals.messages_sent += 1
 
+    def unsent(self) -> None:
+        """A message was given to the server and not taken."""
+        self._discarded(1)
+
     def send_stuck(self) -> None:
         """A send made no progress: nothing can reach this client, not even a close frame."""
         if self.ending is None:
@@ -265,6 +269,7 @@ class Connection:
         if self._pump is not None and not self.reading_paused:
             await wait_for_all([self._pump], _A_SERVER_MAY_STILL_SAY_WHY)
         self.lost(error)
+        self._discarded(self.outbox.discard())
 
     # ── the end ──
 
@@ -286,9 +291,8 @@ class Connection:
 
     def lost(self, error: Exception) -> None:
         """The connection broke."""
-        if self.ending is None:
+        if self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.tell("connection_lost", logging.DEBUG, cause=repr(error))
-            self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
 
     def abort(self) -> None:
         """Stop sending at once and cut the transport, where the server lets us."""
@@ -353,6 +357,8 @@ class Connection:
             self._abort_timer.cancel()
             self._abort_timer = None
         self._stop_reading()
+        if self.endpoint.tracked:  # it has ended, so nobody will read any more
+            self._discarded(self.inbox.close(discard=True))
         self.server_side.abort_unless_flushed()
         self.tell(
             "connection_ended",
@@ -393,15 +399,18 @@ class Connection:
         return self._idle
 
     def tie(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
-        """Start a task that ends with this connection. A bug in it is reported and ends the connection."""
-        if self.ending is not None:
+        """Start a task that ends with this connection, and whose failure ends it as the endpoint's would."""
+        if self._pump is None or self.ending is not None:
             coroutine.close()
-            raise socket_closed(self.ending)
+            raise self._closed_error()
         if self._tied is None:
             self._tied = TaskSet(self._tied_failed)
         return self._tied.spawn(coroutine, name=name or f"ws-task-{self.connection_id}")
 
     def _tied_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
+        if isinstance(error, WebSocketDisconnect):
+            return
         if is_bug(error):
             self._parts.tasks.spawn(self.bug("tied_task_failed", error), name=f"ws-error-{self.connection_id}")
-            self.end(DisconnectReason.ERROR)
+        how = ending_for(error)
+        self.end(how.reason, code=how.code, text=how.text)

@@ -24,6 +24,9 @@ class OutboxOwner(Protocol):
     def sent(self) -> None:
         """A message was taken by the server."""
 
+    def unsent(self) -> None:
+        """A message was given to the server and not taken."""
+
     def send_stuck(self) -> None:
         """A send has made no progress for `send_timeout`."""
 
@@ -187,6 +190,7 @@ class Outbox:
             self._writer = self._tasks.spawn(self._write(), name=self.name)
 
     async def _write(self) -> None:
+        in_flight = False
         try:
             while self._queue or self._close is not None:
                 self._sending_since = monotonic()
@@ -195,7 +199,9 @@ class Outbox:
                 if self._queue:
                     frame = self._queue.popleft()
                     self.held_bytes -= frame.size
+                    in_flight = True
                     await self._send(frame.message())
+                    in_flight = False
                     self._owner.sent()
                     if self._waiters:
                         self._wake_waiter()
@@ -206,6 +212,8 @@ class Outbox:
             self._sending_since = None
             await self._owner.send_failed(error)
         finally:
+            if in_flight:
+                self._owner.unsent()
             self._sending_since = None
             self._writer = None
             if self._shut:

@@ -86,7 +86,7 @@ class ServerSide:
                 return True
             if name in ("OPEN", "LOCAL_CLOSING"):
                 return False
-        code = event.get("code", 1005)
+        code = event.get("code") or 1005
         return code not in (1005, 1006) or (code == 1005 and event.get("reason") is not None)
 
 
@@ -103,5 +103,8 @@ def _unwrapped(send: Any) -> Any:
         inner = dict(zip(names, cells, strict=False)).get("send")
         if inner is None or hasattr(send, "__self__"):
             break
-        send = inner.cell_contents
+        try:
+            send = inner.cell_contents
+        except ValueError:  # an empty cell
+            break
     return send

@@ -227,7 +227,7 @@ class StableSocket:
         message = await self._connection.receive()
         try:
             return from_json(message, allow_inf_nan=False)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
             raise MessageFormatError(f"the message is not JSON: {error}") from None
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
@@ -324,9 +324,11 @@ class StableSocket:
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Start a task that is cancelled when the connection ends.
 
-        An exception in it is a bug: it is reported, and ends the connection with 1011. `SocketClosed` is not.
+        An exception in it ends the connection as one in the endpoint would: a bug is reported and closes 1011, an
+        `HTTPException` closes 4000 + its status. `SocketClosed` is no news.
 
         Raises:
             SocketClosed: The connection is over.
+            NotOpenError: The connection is not accepted yet.
         """
         return self._connection.tie(coroutine, name)

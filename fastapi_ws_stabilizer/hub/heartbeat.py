@@ -118,6 +118,8 @@ class Heartbeat:
         if now >= pulse.next_ping:
             self._ping(member, now)
             pulse.next_ping = now + self._interval
+            if member.ending is not None:  # the payload function ended it
+                return None
         deadline = self._deadline(member)
         return pulse.next_ping if deadline is None else min(pulse.next_ping, deadline)
 

@@ -31,8 +31,11 @@ class Pulse:
 
     def pinged(self, now: float) -> None:
         """A ping has been queued."""
-        if self.awaiting_since is None:  # of several open pings the oldest counts: no round trip is flattered
+        if self.awaiting_since is None:
             self.awaiting_since = now
+        # Of several open pings the oldest counts, so that no round trip is flattered, once we know that pings are
+        # answered at all.
+        if self._ping_sent is None or not self.answers:
             self._ping_sent = now
 
     def ponged(self, now: float) -> None:

@@ -45,24 +45,39 @@ class Dispatcher:
                 await self._run_concurrently(connection, concurrency)
 
     async def _run_concurrently(self, connection: Connection, concurrency: int) -> None:
-        running: set[asyncio.Task[Any]] = set()
-        tasks = TaskSet(lambda _, __: None)  # failures are raised below, to the endpoint
+        tasks = TaskSet(lambda _, __: None)  # failures are raised to the endpoint
+        running: set[asyncio.Task[None]] = set()
+        reading: asyncio.Task[str | bytes] | None = None
+        over = False
         try:
-            async for raw in connection.face:
-                running.add(tasks.spawn(self._handle(connection, raw), name=f"ws-message-{connection.connection_id}"))
-                while len(running) >= concurrency:
-                    running = await self._reap(running)
-            while running:
-                running = await self._reap(running)
+            while running or not over:
+                if reading is None and not over and len(running) < concurrency:
+                    reading = tasks.spawn(connection.receive(), name=f"ws-read-{connection.connection_id}")
+                waiting: set[asyncio.Task[Any]] = {*running} if reading is None else {*running, reading}
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                handled = {task for task in running if task in done}
+                running -= handled
+                self._raise_first(connection, handled)
+                if reading is not None and reading.done():
+                    try:
+                        message = self._handle(connection, reading.result())
+                        running.add(tasks.spawn(message, name=f"ws-message-{connection.connection_id}"))
+                    except SocketClosed:
+                        over = True
+                    reading = None
         finally:
             if cancelled := tasks.cancel():
                 await asyncio.wait(cancelled)
 
-    async def _reap(self, running: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
-        done, pending = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-        return pending
+    def _raise_first(self, connection: Connection, done: set[asyncio.Task[None]]) -> None:
+        """Raise what one of these tasks raised; what others did at the same moment is reported."""
+        errors = [error for task in done if (error := task.exception()) is not None]
+        for error in errors[1:]:
+            self._reports.bug(
+                "handler_failed", error, client_id=connection.client_id, connection_id=connection.connection_id
+            )
+        if errors:
+            raise errors[0]
 
     async def _handle(self, connection: Connection, raw: str | bytes) -> None:
         received = Received(raw)

@@ -69,7 +69,9 @@ class Hook:
         if self._async:
             await self.function(*args[: self._arguments])
         else:
-            await run_in_threadpool(self.function, *args[: self._arguments])
+            result = await run_in_threadpool(self.function, *args[: self._arguments])
+            if inspect.isawaitable(result):  # `lambda ws: ws.send("hi")` makes its coroutine in the thread pool
+                await result
 
 
 class Hooks:

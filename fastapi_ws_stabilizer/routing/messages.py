@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Received:
         if self._value is _UNPARSED:
             try:
                 self._value = from_json(self.raw, allow_inf_nan=False)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
                 raise BadMessage("bad_json", f"the message is not JSON: {error}") from None
         return self._value
 
@@ -168,7 +169,11 @@ def _message_annotation(function: Callable[..., Any]) -> Any:
     parameters = positional_parameters(function)
     if parameters is None:
         return inspect.Parameter.empty
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    target: Any = function
+    while isinstance(target, functools.partial):
+        target = target.func
+    if not inspect.isroutine(target):
+        target = getattr(target, "__call__", target)  # noqa: B004 (it is the method itself that is looked at)
     hints = typing.get_type_hints(target, include_extras=True)
     return hints.get(parameters[1].name, inspect.Parameter.empty)
 

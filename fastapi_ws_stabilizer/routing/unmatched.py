@@ -49,8 +49,13 @@ class UnmatchedSockets:
 def websocket_paths(routes: Iterable[Any], prefix: str = "") -> Iterator[str]:
     """The paths of all WebSocket routes, those of mounted apps and included routers too."""
     for route in routes:
-        path = prefix + str(getattr(route, "path", ""))
         if isinstance(route, WebSocketRoute):
-            yield path
-        else:
-            yield from websocket_paths(getattr(route, "routes", None) or (), path)
+            yield prefix + route.path
+            continue
+        # A mount has `path` and `routes`; newer FastAPI keeps an included router whole, with its prefix beside it.
+        included = getattr(route, "original_router", None)
+        inner = getattr(route if included is None else included, "routes", None) or ()
+        path = (
+            getattr(getattr(route, "include_context", None), "prefix", "") if included else getattr(route, "path", "")
+        )
+        yield from websocket_paths(inner, prefix + str(path))

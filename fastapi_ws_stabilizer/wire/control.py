@@ -57,7 +57,7 @@ def parse_control(text: str) -> Ping | Pong | None:
         return None
     try:
         value: Any = from_json(text, allow_inf_nan=False)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: half of a surrogate pair
         return None
     if not isinstance(value, dict) or not value.keys() <= _KEYS:
         return None

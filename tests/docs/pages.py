@@ -1,0 +1,89 @@
+"""The pages of the project, and what can be read out of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    """The page's path as a reader of the checkout writes it."""
+    return page.relative_to(ROOT).as_posix()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of code.
+
+    Attributes:
+        page: Where it stands.
+        line: The line of its opening fence.
+        language: What stands behind that fence.
+        code: Its text, without the fences.
+        before: The last line before it that is not empty.
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    before: str
+
+    def __str__(self) -> str:
+        return f"{name_of(self.page)}:{self.line}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is a module that runs as it stands; a fragment begins with something else."""
+        return self.code.startswith(("import ", "from ", '"""'))
+
+    @property
+    def source(self) -> str | None:
+        """The example that the line before says it is from."""
+        named = re.search(r"`(examples/[\w/]+\.py)`.*:$", self.before)
+        return named.group(1) if named else None
+
+
+def blocks(language: str) -> list[Block]:
+    """All blocks of one language."""
+    return [block for page in PAGES for block in _blocks(page) if block.language == language]
+
+
+def _blocks(page: Path) -> Iterator[Block]:
+    before = ""
+    opened: tuple[int, str, str] | None = None
+    code: list[str] = []
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if opened is None and line.startswith("```"):
+            opened, code = (number, line[3:].strip(), before), []
+        elif opened is not None and line.startswith("```"):
+            yield Block(page, opened[0], opened[1], "\n".join(code) + "\n", opened[2])
+            opened, before = None, ""
+        elif opened is not None:
+            code.append(line)
+        elif line.strip():
+            before = line.strip()
+    assert opened is None, f"{name_of(page)}: the fence of line {opened} is never closed"
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def table(page: str, header: str) -> list[list[str]]:
+    """The rows of the one table of a page whose header begins so; each cell without the spaces around it."""
+    lines = prose(ROOT / page).splitlines()
+    found = [number for number, line in enumerate(lines) if line.startswith(header)]
+    assert len(found) == 1, f"{page} has {len(found)} tables that begin {header!r}"
+    rows: list[list[str]] = []
+    for line in lines[found[0] + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows

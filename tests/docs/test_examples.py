@@ -1,0 +1,176 @@
+"""Tests of the short examples: each does what its page says. The chat has its own test among the live ones."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fastapi.routing import APIWebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from examples.authenticated import app as authenticated
+from examples.by_hand import app as by_hand
+from examples.by_hand import manager as manager_by_hand
+from examples.push import app as push
+from examples.quickstart import app as quickstart
+from examples.quickstart import manager as quickstart_manager
+from examples.typed_messages import app as typed_messages
+from examples.typed_messages import manager as typed_manager
+from fastapi_ws_stabilizer import get_logger
+from tests.docs.pages import ROOT
+from tests.live.server import SERVERS, LiveServer
+
+pytestmark = pytest.mark.timeout(60)
+
+NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture(autouse=True)
+def untouched_logger() -> Iterator[None]:
+    """Give the library's logger back as it was: an example configures it."""
+    logger = get_logger()
+    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    logger.propagate = propagate
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_is_an_app_with_a_socket(name: str) -> None:
+    """An example imports without a server, and has an app, a manager and a WebSocket route."""
+    module: ModuleType = importlib.import_module(f"examples.{name}")
+    assert any(isinstance(route, APIWebSocketRoute) for route in module.app.routes)
+    assert module.manager.get_connection_count() == 0
+
+
+def test_the_quick_start_tells_everybody() -> None:
+    """Who comes, what they say and why they leave is heard by all; a bad message is answered."""
+    with TestClient(quickstart) as client, client.websocket_connect("/ws/ann") as ann:
+        assert ann.receive_json() == {"type": "joined", "who": "ann"}
+        with client.websocket_connect("/ws/bob") as bob:
+            assert ann.receive_json() == bob.receive_json() == {"type": "joined", "who": "bob"}
+            bob.send_json({"type": "say", "text": "hello"})
+            assert ann.receive_json() == bob.receive_json() == {"type": "said", "who": "bob", "text": "hello"}
+            bob.send_json({"type": "say"})
+            reply = bob.receive_json()
+            assert reply == {"type": "error", "code": "invalid_message", "message": "text: Field required"}
+        assert ann.receive_json() == {"type": "left", "who": "bob", "why": "client_close"}
+        assert quickstart_manager.get_active_connections() == ["ann"]
+
+
+def test_the_loop_by_hand_speaks_to_the_others() -> None:
+    """An old loop broadcasts to all but the speaker, and never sees a pong."""
+    with TestClient(by_hand) as client:
+        with client.websocket_connect("/ws/ann?plan=gold") as ann, client.websocket_connect("/ws/bob") as bob:
+            ann.send_text("ping")
+            assert ann.receive_text() == "pong"
+            ann.send_text("pong")
+            ann.send_text("hello")
+            assert bob.receive_json() == {"user": "ann", "message": "hello"}
+            (socket,) = manager_by_hand.get_sockets("ann")
+            assert socket.metadata == {"plan": "gold"}
+        assert manager_by_hand.get_connection_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "headers"),
+    [("/ws?token=secret-of-ann", {}), ("/ws", {"authorization": "Bearer secret-of-ann"})],
+)
+def test_who_is_logged_in_is_known(url: str, headers: dict[str, str]) -> None:
+    """The client id and the identity come from the login, by header or by query."""
+    with TestClient(authenticated) as client, client.websocket_connect(url, headers=headers) as ws:
+        assert ws.receive_json() == {"hello": "Ann", "client_id": "1"}
+
+
+def test_the_server_speaks_unasked() -> None:
+    """Ticks come by themselves, also beside an echo; an HTTP route reaches a client, or says that it is not there."""
+    with TestClient(push) as client:
+        with client.websocket_connect("/clock/ann") as ann:
+            assert ann.receive_json()["type"] == "tick"
+            assert client.post("/notify/ann", json={"n": 1}).json() == {"queued": True}
+            assert client.post("/announce", json={"n": 2}).json() == {"queued": 1, "failed": 0}
+            told = [message for message in (ann.receive_json() for _ in range(2)) if "n" in message]
+            assert told == [{"n": 1}, {"n": 2}]
+        with client.websocket_connect("/both/bob") as bob:
+            bob.send_text("hello")
+            assert {bob.receive_json()["type"] for _ in range(2)} == {"tick", "echo"}
+        assert client.post("/notify/nobody", json={}).status_code == 404
+
+
+def test_each_message_finds_its_handler() -> None:
+    """A typed handler, one without content, one in the thread pool, and one for all else take what is theirs."""
+    with TestClient(typed_messages) as client, client.websocket_connect("/ws/ann") as ws:
+        ws.send_json({"type": "move", "x": 1, "y": 2})
+        assert ws.receive_json() == {"type": "moved", "who": "ann", "x": 1, "y": 2}
+        ws.send_json({"type": "move", "x": 8, "y": 2})
+        assert ws.receive_json() == {
+            "type": "error",
+            "code": "invalid_message",
+            "message": "x: Input should be less than or equal to 7",
+        }
+        ws.send_json({"type": "report", "text": "all well"})
+        ws.send_text("anything")
+        assert ws.receive_json() == {"type": "echo", "text": "anything"}
+        (socket,) = typed_manager.get_sockets("ann")
+        assert socket.user_data == {"last_report": "all well"}
+        ws.send_json({"type": "resign"})
+        with pytest.raises(WebSocketDisconnect) as closed:
+            ws.receive_json()
+        assert (closed.value.code, closed.value.reason) == (4000, "resigned")
+
+
+def test_the_stats_are_for_who_has_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the key, or on a server that has none, every path of the stats is refused."""
+    watched: Any = importlib.import_module("examples.watched")
+    paths = ("/ws-stats/", "/ws-stats/connections", "/ws-stats/connections/x", "/ws-stats/health")
+    with TestClient(watched.app) as client, client.websocket_connect("/ws/ann") as ann:
+        ann.send_text("hello")
+        assert ann.receive_text() == "hello"
+        assert {client.get(path).status_code for path in paths} == {403}
+        assert client.get("/ws-stats/", headers={"x-stats-key": ""}).status_code == 403
+        monkeypatch.setenv("STATS_KEY", "secret")
+        assert client.get("/ws-stats/", headers={"x-stats-key": "guess"}).status_code == 403
+        assert client.get("/ws-stats/", headers={"x-stats-key": "secret"}).json()["connections"] == 1
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_stranger_gets_the_status_of_the_refusal(kind: str) -> None:
+    """An HTTPException of the identity, before the accept, is its HTTP status on every server."""
+    with LiveServer(kind, app="examples.authenticated:app") as server:
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(server.url("/ws")):
+                pass
+        assert refused.value.response.status_code == 401
+        async with connect(server.url("/ws?token=secret-of-ann")) as ws:
+            assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"hello": "Ann", "client_id": "1"}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_refusal_after_the_accept_can_be_read(kind: str) -> None:
+    """A wrong origin is HTTP 403; who is not logged in gets 4401 and the reason; who is logged in gets in."""
+    origin: Any = "https://example.com"
+    with LiveServer(kind, app="examples.readable_refusal:app") as server:
+        for wrong in (None, "https://elsewhere.example"):
+            with pytest.raises(InvalidStatus) as refused:
+                async with connect(server.url("/ws"), origin=wrong):  # type: ignore[arg-type]
+                    pass
+            assert refused.value.response.status_code == 403
+        async with connect(server.url("/ws"), origin=origin) as stranger:
+            with pytest.raises(ConnectionClosed) as closed:
+                await asyncio.wait_for(stranger.recv(), 5)
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4401, "log in first")
+        cookie = {"Cookie": "session=session-of-ann"}
+        async with connect(server.url("/ws"), origin=origin, additional_headers=cookie) as ann:
+            assert await asyncio.wait_for(ann.recv(), 5) == "hello ann"

@@ -1,0 +1,141 @@
+"""Parts of a connection, made for one test and taken down after it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.lifecycle import Connection, Parts
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.logs import get_logger
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.reports import Report, Reports
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from tests.unit.fake_websocket import FakeServer
+
+
+@dataclass
+class Heard:
+    """What a manager or a connection has reported."""
+
+    reports: list[Report] = field(default_factory=list)
+
+    def __call__(self, report: Report) -> None:
+        self.reports.append(report)
+
+    @property
+    def events(self) -> list[str]:
+        """The names of all events, in order."""
+        return [report.event for report in self.reports]
+
+    def of(self, event: str) -> list[Report]:
+        """The reports of one event."""
+        return [report for report in self.reports if report.event == event]
+
+
+@dataclass
+class Bench:
+    """One connection on a bench, without a manager: what it is made of, and what it has told."""
+
+    config: WebSocketConfig
+    server: FakeServer = field(default_factory=FakeServer)
+    heard: Heard = field(default_factory=Heard)
+    reports: Reports = field(default_factory=Reports)
+    left: list[Connection] = field(default_factory=list)
+    disconnected: list[DisconnectReason] = field(default_factory=list)
+    failed: list[BaseException] = field(default_factory=list)
+    task_failures: list[BaseException] = field(default_factory=list)
+    on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]] | None = None
+
+    def __post_init__(self) -> None:
+        self.reports.subscribe(self.heard)
+        self.tasks = TaskSet(lambda _, error: self.task_failures.append(error))
+
+    async def open(
+        self, *, cancellable: bool = False, control_frames: bool = True, accept: bool = True
+    ) -> tuple[Connection, StableSocket]:
+        """Accept the WebSocket and open a connection for it."""
+        websocket = await self.server.accepted() if accept else self.server.websocket
+        parts = Parts(
+            self.config,
+            self.reports,
+            self.tasks,
+            left=self.left.append,
+            disconnected=self._disconnected,
+            failed=self._failed,
+        )
+        endpoint = Endpoint(cancellable=cancellable)
+        self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
+        socket = StableSocket(self.connection, self._dispatch)
+        self.connection.face = socket
+        if accept:
+            self.connection.open()
+        return self.connection, socket
+
+    async def _disconnected(self, socket: Any, reason: DisconnectReason) -> None:
+        self.disconnected.append(reason)
+        if self.on_disconnect is not None:
+            await self.on_disconnect(socket, reason)
+
+    async def _failed(self, _: Any, error: BaseException) -> None:
+        self.failed.append(error)
+
+    async def _dispatch(self, socket: StableSocket, concurrency: int) -> None:
+        self.dispatched = (socket, concurrency)
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Callable[..., Bench]]:
+    """Make benches; what is left of their tasks is cancelled at the end."""
+    made: list[Bench] = []
+
+    def make(**options: Any) -> Bench:
+        made.append(Bench(WebSocketConfig(**options)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.release()
+        await wait_for_all(one.tasks.cancel(), 2.0)
+
+
+@pytest.fixture
+async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectionManager, Heard]]]:
+    """Make managers, each with an ear on its reports; they are shut down at the end."""
+    made: list[WebSocketConnectionManager] = []
+
+    def make(**options: Any) -> tuple[WebSocketConnectionManager, Heard]:
+        manager = WebSocketConnectionManager(WebSocketConfig(**options))
+        heard = Heard()
+        manager.reports.subscribe(heard)
+        made.append(manager)
+        return manager, heard
+
+    yield make
+    for manager in made:
+        await manager.graceful_shutdown(timeout=0.2)
+
+
+@pytest.fixture
+def heard() -> tuple[Reports, Heard]:
+    """Reports, and an ear on them."""
+    reports, ear = Reports(), Heard()
+    reports.subscribe(ear)
+    return reports, ear
+
+
+@pytest.fixture(autouse=True)
+def untouched_logger() -> Iterator[None]:
+    """Give the library's logger back as it was."""
+    logger = get_logger()
+    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    logger.propagate = propagate

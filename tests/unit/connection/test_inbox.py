@@ -1,0 +1,206 @@
+"""Tests of what a client has sent and nobody has read yet."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import from_json
+
+from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
+from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
+from tests.unit.fake_websocket import settle, with_deadline
+
+
+def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
+    """A small inbox."""
+    return Inbox(max_messages, max_bytes)
+
+
+async def test_messages_come_out_in_their_order() -> None:
+    """What went in first comes out first, text and bytes as they came."""
+    inbox = make()
+    inbox.put("one")
+    inbox.put(b"two")
+    assert [await inbox.get(), await inbox.get()] == ["one", b"two"]
+    assert (len(inbox), inbox.held_bytes) == (0, 0)
+
+
+async def test_a_waiting_reader_is_woken_by_a_message() -> None:
+    """A reader that came first gets the message when it comes."""
+    inbox = make()
+    reader = asyncio.ensure_future(inbox.get())
+    await settle()
+    inbox.put("one")
+    inbox.put("two")
+    assert await with_deadline(reader) == "one"
+    assert await inbox.get() == "two"
+
+
+async def test_a_reader_gets_what_came_before_the_disconnect() -> None:
+    """A closed inbox gives out what it holds, and only then says that it is closed."""
+    inbox = make()
+    inbox.put("one")
+    assert inbox.close(discard=False) == 0
+    assert await inbox.get() == "one"
+    with pytest.raises(InboxClosed):
+        await inbox.get()
+
+
+async def test_a_discarded_inbox_gives_out_nothing_and_counts_it() -> None:
+    """Messages that are thrown away are counted."""
+    inbox = make()
+    inbox.put("one")
+    inbox.put("two")
+    assert inbox.close(discard=True) == 2
+    assert (len(inbox), inbox.held_bytes) == (0, 0)
+    with pytest.raises(InboxClosed):
+        await inbox.get()
+
+
+async def test_a_waiting_reader_is_woken_by_the_end() -> None:
+    """A reader that waits when the inbox closes learns it."""
+    inbox = make()
+    reader = asyncio.ensure_future(inbox.get())
+    await settle()
+    inbox.close(discard=False)
+    with pytest.raises(InboxClosed):
+        await with_deadline(reader)
+
+
+async def test_closing_again_wakes_a_reader_only_once() -> None:
+    """A second message or close before the woken reader has run breaks nothing."""
+    inbox = make()
+    reader = asyncio.ensure_future(inbox.get())
+    await settle()
+    inbox.put("one")
+    inbox.close(discard=False)
+    inbox.close(discard=False)
+    assert await with_deadline(reader) == "one"
+
+
+async def test_a_cancelled_reader_loses_no_message() -> None:
+    """A reader that is cancelled after it was woken has taken nothing out."""
+    inbox = make()
+    reader = asyncio.ensure_future(inbox.get())
+    await settle()
+    inbox.put("one")
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert await with_deadline(inbox.get()) == "one"
+
+
+async def test_a_timeout_of_the_reader_loses_no_message() -> None:
+    """`asyncio.wait_for` round a read can be repeated without a gap."""
+    inbox = make()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(inbox.get(), 0.01)
+    inbox.put("one")
+    assert await asyncio.wait_for(inbox.get(), 1.0) == "one"
+
+
+async def test_a_second_reader_is_refused() -> None:
+    """Two tasks that wait for the same stream would each get a part of it, so the second gets an error."""
+    inbox = make()
+    reader = asyncio.ensure_future(inbox.get())
+    await settle()
+    with pytest.raises(ConcurrentReceiveError, match="already receiving"):
+        await inbox.get()
+    inbox.put("one")
+    assert await with_deadline(reader) == "one"
+
+
+async def test_the_mark_is_reached_by_messages_or_by_bytes() -> None:
+    """An inbox is full by number or by size; the message that reaches the mark is taken."""
+    by_number, by_size = make(max_messages=2), make(max_bytes=500)
+    by_number.put("a")
+    assert not by_number.full
+    by_number.put("b")
+    assert by_number.full
+    by_size.put("x" * 1000)
+    assert by_size.full
+    assert len(by_size) == 1
+
+
+async def test_room_comes_when_a_message_is_read() -> None:
+    """Who waits for room is woken by the read that makes it, not by one that is not enough."""
+    inbox = make(max_messages=2)
+    for text in ("a", "b", "c"):
+        inbox.put(text)
+    room = asyncio.ensure_future(inbox.room())
+    await settle()
+    await inbox.get()
+    await settle()
+    assert not room.done()
+    await inbox.get()
+    await with_deadline(room)
+    assert not inbox.full
+
+
+async def test_there_is_room_at_once_where_the_mark_is_not_reached() -> None:
+    """Waiting for room that is there takes no turn."""
+    inbox = make()
+    await with_deadline(inbox.room())
+    assert not inbox.full
+
+
+async def test_waiting_for_room_ends_with_the_connection() -> None:
+    """A full inbox that is closed lets the pump go on to its end."""
+    inbox = make(max_messages=1)
+    inbox.put("a")
+    room = asyncio.ensure_future(inbox.room())
+    await settle()
+    inbox.close(discard=False)
+    await with_deadline(room)
+    assert inbox.full
+    await with_deadline(inbox.room())
+
+
+async def test_cancelling_the_wait_for_room_is_safe() -> None:
+    """After a cancelled wait the next one works."""
+    inbox = make(max_messages=1)
+    inbox.put("a")
+    room = asyncio.ensure_future(inbox.room())
+    await settle()
+    room.cancel()
+    await settle()
+    again = asyncio.ensure_future(inbox.room())
+    await settle()
+    assert await inbox.get() == "a"
+    await with_deadline(again)
+    assert room.cancelled()
+
+
+async def test_a_message_frees_what_it_was_counted_with() -> None:
+    """Python grows a str when somebody asks for its UTF-8; the account must not lose by it."""
+    inbox = make()
+    text = '"' + "grün€" * 50 + '"'
+    inbox.put(text)
+    from_json(text)
+    await inbox.get()
+    assert inbox.held_bytes == 0
+
+
+@given(st.lists(st.one_of(st.binary(max_size=50), st.text(max_size=50), st.just(None)), max_size=40), st.booleans())
+def test_the_account_is_right_after_any_operations(steps: list[str | bytes | None], discard: bool) -> None:
+    """Every message that went in was read, is held, or was counted as discarded; the bytes are those of the held."""
+
+    async def play() -> None:
+        inbox = make(max_messages=5, max_bytes=300)
+        held: list[str | bytes] = []
+        for step in steps:
+            if step is not None:
+                inbox.put(step)
+                held.append(step)
+            elif held:
+                assert await inbox.get() == held.pop(0)
+            assert len(inbox) == len(held)
+            assert (inbox.held_bytes == 0) == (not held)
+            assert inbox.full == (len(held) >= 5 or inbox.held_bytes >= 300)
+        assert inbox.close(discard=discard) == (len(held) if discard else 0)
+        assert len(inbox) == (0 if discard else len(held))
+
+    asyncio.run(play())

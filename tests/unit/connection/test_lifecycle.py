@@ -1,0 +1,661 @@
+"""Tests of the life of one connection: one ending, the same steps after it, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import HTTPException
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending_by_peer
+from fastapi_ws_stabilizer.errors import NotOpenError, SocketClosed
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import eventually, settle, with_deadline
+
+
+def transport_of(server: Any) -> list[str]:
+    """Give a server a transport that writes down that it was aborted."""
+    aborted: list[str] = []
+    server.transport = SimpleNamespace(abort=lambda: aborted.append("aborted"), get_write_buffer_size=lambda: 0)
+    return aborted
+
+
+async def test_an_open_connection_is_told_and_counted(bench: Any) -> None:
+    """Opening is reported with both ids."""
+    b = bench()
+    connection, _ = await b.open()
+    (report,) = b.heard.reports
+    assert (report.event, report.level) == ("connection_opened", logging.INFO)
+    assert report.facts == {"client_id": "ann", "connection_id": connection.connection_id}
+    assert b.reports.totals.connections_opened == 1
+
+
+async def test_each_connection_has_an_id_of_its_own(bench: Any) -> None:
+    """Two connections of one client differ by their connection id."""
+    b, c = bench(), bench()
+    first, _ = await b.open()
+    second, _ = await c.open()
+    assert first.client_id == second.client_id
+    assert first.connection_id != second.connection_id
+
+
+async def test_the_first_ending_wins(bench: Any) -> None:
+    """Whatever else would end the connection later changes nothing."""
+    b = bench()
+    connection, _ = await b.open()
+    assert connection.end(DisconnectReason.HEARTBEAT_TIMEOUT)
+    assert not connection.end(DisconnectReason.APPLICATION, code=4000)
+    connection.lost(OSError("gone"))
+    connection.ended_by_peer(ending_by_peer(1001, None, close_frame=True))
+    b.server.feed_disconnect(1001)
+    await with_deadline(connection.finished)
+    assert connection.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert b.server.close_frames == [(4408, "heartbeat timeout")]
+    assert b.left == [connection]
+    assert b.reports.totals.endings == {DisconnectReason.HEARTBEAT_TIMEOUT: 1}
+    assert len(b.heard.of("connection_ended")) == 1
+
+
+async def test_the_end_is_told_with_its_facts(bench: Any) -> None:
+    """The report of the end has reason, code, text and duration, and is no warning."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect(4000, "see you")
+    await with_deadline(connection.finished)
+    (report,) = b.heard.of("connection_ended")
+    facts = dict(report.facts)
+    assert facts.pop("seconds") >= 0
+    assert facts == {
+        "client_id": "ann",
+        "connection_id": connection.connection_id,
+        "reason": "client_close",
+        "code": 4000,
+        "text": "see you",
+    }
+    assert report.level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("reason", "flushed"),
+    [
+        (DisconnectReason.COMPLETED, True),
+        (DisconnectReason.APPLICATION, True),
+        (DisconnectReason.SERVER_SHUTDOWN, True),
+        (DisconnectReason.REPLACED, True),
+        (DisconnectReason.ERROR, True),
+        (DisconnectReason.SLOW_CONSUMER, False),
+        (DisconnectReason.HEARTBEAT_TIMEOUT, False),
+    ],
+)
+async def test_what_is_queued_is_flushed_where_the_ending_says_so(
+    bench: Any, reason: DisconnectReason, flushed: bool
+) -> None:
+    """Each ending either sends what is queued before its close frame, or counts it as discarded."""
+    b = bench()
+    connection, _ = await b.open()
+    for number in range(3):
+        assert connection.enqueue(encode(str(number)))
+    connection.end(reason)
+    await with_deadline(connection.finished)
+    assert b.server.data == (["0", "1", "2"] if flushed else [])
+    assert len(b.server.close_frames) == 1
+    assert b.reports.totals.messages_discarded == (0 if flushed else 3)
+    assert b.reports.totals.messages_sent == (3 if flushed else 0)
+
+
+async def test_messages_that_came_in_before_the_end_can_be_read(bench: Any) -> None:
+    """After a disconnect a reader first gets what is in the inbox, and then `SocketClosed`."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_text("1", "2")
+    b.server.feed_disconnect(1001)
+    await with_deadline(connection.finished)
+    assert [await connection.receive(), await connection.receive()] == ["1", "2"]
+    with pytest.raises(SocketClosed) as caught:
+        await connection.receive()
+    assert (caught.value.code, caught.value.ending) == (1001, connection.ending)
+
+
+async def test_messages_that_nobody_will_read_are_counted(bench: Any) -> None:
+    """An ending by our own side throws unread messages away and says how many."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_text("1", "2")
+    await eventually(lambda: len(connection.inbox) == 2)
+    connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(connection.finished)
+    assert b.reports.totals.messages_discarded == 2
+    assert b.heard.of("messages_discarded")[0].facts["count"] == 2
+
+
+async def test_senders_and_readers_learn_of_the_end_at_once(bench: Any) -> None:
+    """Everyone who waits is woken when the ending is written, not when the clean-up is done."""
+    b = bench(outbox_max_messages=1, send_timeout=5)
+    connection, _ = await b.open()
+    b.server.block()
+    assert connection.enqueue(encode("sending"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    assert connection.enqueue(encode("queued"))
+    sender = asyncio.ensure_future(connection.send(encode("waiting")))
+    reader = asyncio.ensure_future(connection.receive())
+    waiter = asyncio.ensure_future(connection.wait_over())
+    await settle()
+    connection.end(DisconnectReason.REPLACED)
+    for task in (sender, reader):
+        with pytest.raises(SocketClosed):
+            await with_deadline(task)
+    assert await with_deadline(waiter) == connection.ending
+    assert not connection.finished.done()
+
+
+async def test_a_full_outbox_ends_the_connection(bench: Any) -> None:
+    """A client that does not keep up with what is queued without waiting is a slow consumer."""
+    b = bench(outbox_max_messages=2)
+    connection, _ = await b.open()
+    b.server.block()
+    assert connection.enqueue(encode("sending"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    assert connection.enqueue(encode("1"))
+    assert not connection.under_pressure()
+    assert connection.enqueue(encode("2"))
+    assert connection.under_pressure()
+    assert not connection.enqueue_if_room(encode("may be left out"))
+    assert connection.ending is None
+    assert not connection.enqueue(encode("3"))
+    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert not connection.enqueue(encode("4"))
+    b.server.release()
+    await with_deadline(connection.finished)
+    assert b.server.close_frames == [(4507, "slow consumer")]
+
+
+async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: Any) -> None:
+    """A send without progress for `send_timeout` is told, ends the connection, and the transport is cut."""
+    b = bench(send_timeout=0.03)
+    aborted = transport_of(b.server)
+    connection, _ = await b.open()
+    b.server.block()
+    connection.enqueue(encode("stuck"))
+    await with_deadline(connection.finished)
+    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert aborted
+    (report,) = b.heard.of("send_stuck")
+    assert report.level == logging.WARNING
+    assert report.facts["send_timeout"] == 0.03
+
+
+async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.01)
+    b = bench(send_timeout=60)
+    aborted = transport_of(b.server)
+    closing: list[bool] = []
+    b.server.transport.is_closing = lambda: bool(closing)
+    connection, _ = await b.open()
+    b.server.block()
+    connection.enqueue(encode("waiting"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    await eventually(lambda: connection.outbox._watch is not None)
+    assert aborted == []
+    closing.append(True)
+    await eventually(lambda: aborted)
+    assert connection.ending is None
+
+
+async def test_a_close_frame_that_is_stuck_does_not_hold_up_the_end(bench: Any) -> None:
+    """A client that takes nothing at all cannot keep a connection from ending."""
+    b = bench(send_timeout=0.03)
+    aborted = transport_of(b.server)
+    connection, _ = await b.open()
+    b.server.block()
+    connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(connection.finished)
+    assert aborted
+    assert b.heard.of("send_stuck") == []
+
+
+async def test_a_refused_send_waits_for_the_server_to_say_why(bench: Any) -> None:
+    """When a send fails because the client has just left, the ending is the client's and not a lost network."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.fail(RuntimeError("close already sent"))
+    connection.enqueue(encode("late"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    b.server.feed_disconnect(1001, "going away")
+    await with_deadline(connection.finished)
+    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
+
+
+async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the server never says why it refused a message, the network is taken for lost."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.lifecycle._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    b = bench()
+    connection, _ = await b.open()
+    b.server.fail(OSError("broken pipe"))
+    connection.enqueue(encode("late"))
+    await with_deadline(connection.finished)
+    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.NETWORK_LOST, 1006)
+    assert b.task_failures == []
+
+
+async def test_a_flush_that_fails_counts_what_was_not_sent(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages whose flush the server refuses are counted as discarded, and not forgotten."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.lifecycle._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    b = bench()
+    connection, _ = await b.open()
+    b.server.fail(OSError("broken pipe"))
+    for number in range(3):
+        connection.enqueue(encode(str(number)))
+    connection.end(DisconnectReason.SERVER_SHUTDOWN)
+    await with_deadline(connection.finished)
+    assert b.reports.totals.messages_sent == 0
+    assert b.reports.totals.messages_discarded == 3
+    assert (len(connection.outbox), connection.outbox.held_bytes) == (0, 0)
+
+
+async def test_a_message_and_a_disconnect_in_one_turn_end_at_once(bench: Any) -> None:
+    """A message that was queued in the moment in which the client leaves holds up neither the end nor a close."""
+    b = bench()
+    connection, socket = await b.open()
+    await settle()
+    b.server.feed_disconnect(1001)
+    connection.enqueue(encode("too late"))
+    connection.ended_by_peer(ending_by_peer(1001, None, close_frame=True))
+    await asyncio.wait_for(socket.close(), 1.0)
+    await asyncio.wait_for(asyncio.shield(connection.finished), 1.0)
+    assert b.reports.totals.messages_discarded == 1
+
+
+# ── before it is open ──
+
+
+async def test_nothing_can_be_done_before_it_is_open(bench: Any) -> None:
+    """Before the handshake is accepted, sending, receiving and closing say that it is too early."""
+    b = bench()
+    connection, socket = await b.open(accept=False)
+    with pytest.raises(NotOpenError, match="not accepted yet"):
+        await connection.receive()
+    with pytest.raises(NotOpenError):
+        await connection.send(encode("early"))
+    with pytest.raises(NotOpenError):
+        connection.end(DisconnectReason.APPLICATION)
+    with pytest.raises(NotOpenError):
+        await socket.close()
+    assert not connection.enqueue(encode("early"))
+    assert connection.ending is None
+    assert b.server.offered == []
+
+
+async def test_no_task_can_be_tied_before_it_is_open(bench: Any) -> None:
+    """A task that is tied to a connection which is then refused would never end; it is refused itself."""
+    b = bench()
+    _, socket = await b.open(accept=False)
+    waiting = asyncio.Event().wait()
+    try:
+        with pytest.raises(NotOpenError):
+            socket.create_task(waiting)
+    finally:
+        waiting.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await settle()
+
+
+# ── the WebSocket itself ──
+
+
+async def test_code_that_reads_the_websocket_itself_goes_through_the_inbox(bench: Any) -> None:
+    """`websocket.receive_text()` gets what the pump has read, and control frames stay hidden."""
+    b = bench()
+    await b.open()
+    b.server.feed_text("1", "ping")
+    b.server.feed_bytes(b"2")
+    b.server.feed_disconnect(4000, "bye")
+    websocket = b.server.websocket
+    assert await with_deadline(websocket.receive_text()) == "1"
+    assert await with_deadline(websocket.receive_bytes()) == b"2"
+    with pytest.raises(WebSocketDisconnect) as caught:
+        await with_deadline(websocket.receive_text())
+    assert (caught.value.code, caught.value.reason) == (4000, "bye")
+
+
+async def test_code_that_writes_the_websocket_itself_goes_through_the_outbox(bench: Any) -> None:
+    """`websocket.send_text()` and `send_bytes()` queue behind what is queued already."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.enqueue(encode("first"))
+    await b.server.websocket.send_text("second")
+    await b.server.websocket.send_bytes(b"third")
+    await b.server.websocket.send({"type": "websocket.send", "text": None, "bytes": b"fourth"})
+    await b.server.websocket.send_text("")
+    await b.server.until(lambda: len(b.server.data) == 5)
+    assert b.server.data == ["first", "second", b"third", b"fourth", ""]
+
+
+async def test_closing_the_websocket_itself_ends_the_connection(bench: Any) -> None:
+    """`websocket.close()` is an ending by the application, after what is queued."""
+    b = bench()
+    connection, _ = await b.open()
+    await b.server.websocket.send_text("last")
+    await b.server.websocket.close(4001, "bye")
+    await with_deadline(connection.finished)
+    assert connection.ending.reason is DisconnectReason.APPLICATION
+    assert b.server.data == ["last"]
+    assert b.server.close_frames == [(4001, "bye")]
+
+
+@pytest.mark.parametrize("code", [1000, 1005, 1006])
+async def test_closing_the_websocket_of_an_ended_connection_is_quiet(bench: Any, code: int) -> None:
+    """An exception handler that closes once more, with whatever code the connection ended with, changes nothing."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect(1006)
+    await with_deadline(connection.finished)
+    await b.server.websocket.close(code)
+    assert connection.ending.code == 1006
+    assert b.server.close_frames == []
+
+
+async def test_sending_on_the_websocket_of_an_ended_connection_is_a_disconnect(bench: Any) -> None:
+    """Code that knows only Starlette's error catches ours."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect(1001)
+    await with_deadline(connection.finished)
+    with pytest.raises(WebSocketDisconnect):
+        await b.server.websocket.send_text("late")
+
+
+async def test_a_message_that_no_open_websocket_can_send_is_refused(bench: Any) -> None:
+    """An ASGI message that does not belong here is an error and not silently dropped."""
+    b = bench()
+    connection, _ = await b.open()
+    with pytest.raises(RuntimeError, match=r"cannot send 'websocket\.accept'"):
+        await connection._asgi_send({"type": "websocket.accept"})
+
+
+# ── the steps of the end ──
+
+
+async def test_the_disconnect_hooks_run_once_with_the_reason(bench: Any) -> None:
+    """Where hooks are wanted they run exactly once, whatever ends the connection how often."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.hooks_wanted = True
+    connection.end(DisconnectReason.REPLACED)
+    connection.end(DisconnectReason.APPLICATION)
+    b.server.feed_disconnect()
+    await with_deadline(connection.finished)
+    assert b.disconnected == [DisconnectReason.REPLACED]
+
+
+async def test_without_connect_hooks_there_are_no_disconnect_hooks(bench: Any) -> None:
+    """A connection whose connect hooks never began has none to undo."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.end(DisconnectReason.REPLACED)
+    await with_deadline(connection.finished)
+    assert b.disconnected == []
+
+
+async def test_the_hooks_wait_for_who_is_busy(bench: Any) -> None:
+    """The disconnect hooks run after the messages that were received have been handled."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.hooks_wanted = True
+    with connection.busy():
+        b.server.feed_disconnect()
+        await with_deadline(connection.wait_over())
+        await settle()
+        assert b.disconnected == []
+        with connection.busy():
+            pass
+        await settle()
+        assert b.disconnected == []
+    await with_deadline(connection.finished)
+    assert b.disconnected == [DisconnectReason.CLIENT_CLOSE]
+
+
+async def test_a_hook_that_does_not_end_is_given_up(bench: Any) -> None:
+    """A disconnect hook has `disconnect_grace`, and is cancelled and told then."""
+    b = bench(disconnect_grace=0.02)
+    cancelled: list[str] = []
+
+    async def hang(_: Any, __: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append("hook")
+            raise
+
+    b.on_disconnect = hang
+    connection, _ = await b.open()
+    connection.hooks_wanted = True
+    connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(connection.finished)
+    await settle()
+    assert cancelled == ["hook"]
+    (report,) = b.heard.of("disconnect_hook_timeout")
+    assert report.level == logging.ERROR
+
+
+async def test_an_endpoint_that_goes_on_is_cancelled_after_the_grace(bench: Any) -> None:
+    """An endpoint that does not notice the end is cancelled after `disconnect_grace`, and not before."""
+    b = bench(disconnect_grace=0.05)
+    events: list[str] = []
+
+    async def endpoint() -> None:
+        await b.open(cancellable=True)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            events.append(f"cancelled, ours: {b.connection.endpoint.is_own_cancellation(error)}")
+
+    task = asyncio.ensure_future(endpoint())
+    await eventually(lambda: b.heard.of("connection_opened"))
+    b.server.feed_disconnect()
+    await with_deadline(b.connection.wait_over())
+    await settle()
+    assert events == []
+    await with_deadline(task)
+    await with_deadline(b.connection.finished)
+    assert events == ["cancelled, ours: True"]
+    assert len(b.heard.of("endpoint_cancelled")) == 1
+
+
+async def test_an_endpoint_that_returns_in_time_is_not_cancelled(bench: Any) -> None:
+    """What the endpoint does within the grace is left alone, and its end ends the wait."""
+    b = bench(disconnect_grace=5)
+
+    async def endpoint() -> str:
+        await b.open(cancellable=True)
+        await b.connection.wait_over()
+        await asyncio.sleep(0)
+        b.connection.endpoint.has_returned()
+        await b.connection.finished
+        return "finished"
+
+    task = asyncio.ensure_future(endpoint())
+    await eventually(lambda: b.heard.of("connection_opened"))
+    b.server.feed_disconnect()
+    assert await with_deadline(task) == "finished"
+    assert b.heard.of("endpoint_cancelled") == []
+
+
+async def test_user_code_that_stays_busy_is_cancelled_after_the_grace(bench: Any) -> None:
+    """A handler that does not end is cancelled with its endpoint, and the hooks run after it."""
+    b = bench(disconnect_grace=0.03)
+    order: list[str] = []
+
+    async def hook(_: Any, __: Any) -> None:
+        order.append("hook")
+
+    b.on_disconnect = hook
+
+    async def endpoint() -> None:
+        await b.open(cancellable=True)
+        b.connection.hooks_wanted = True
+        try:
+            with b.connection.busy():
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            order.append("cancelled")
+            b.connection.endpoint.has_returned()
+
+    task = asyncio.ensure_future(endpoint())
+    await eventually(lambda: b.heard.of("connection_opened"))
+    b.server.feed_disconnect()
+    await with_deadline(task)
+    await with_deadline(b.connection.finished)
+    assert order == ["cancelled", "hook"]
+
+
+async def test_hooks_see_the_context_of_the_endpoint(bench: Any) -> None:
+    """Context variables of the endpoint's task are those of its disconnect hooks, whoever ends the connection."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+    b = bench()
+    seen: list[str] = []
+
+    async def hook(_: Any, __: Any) -> None:
+        seen.append(variable.get())
+
+    b.on_disconnect = hook
+    token = variable.set("endpoint")
+    connection, _ = await b.open()
+    variable.reset(token)
+    connection.hooks_wanted = True
+    connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(connection.finished)
+    assert seen == ["endpoint"]
+
+
+async def test_an_ended_connection_leaves_no_task_and_no_timer(bench: Any) -> None:
+    """When a connection has finished, pump, writer, hooks and timers are gone."""
+    b = bench()
+    loop = asyncio.get_running_loop()
+    before = len([timer for timer in loop._scheduled if not timer.cancelled()])  # type: ignore[attr-defined]
+    connection, socket = await b.open()
+    connection.hooks_wanted = True
+    socket.create_task(asyncio.Event().wait())
+    await socket.send("hi")
+    await socket.close()
+    await with_deadline(connection.finished)
+    await eventually(lambda: len(b.tasks) == 0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert len([timer for timer in loop._scheduled if not timer.cancelled()]) == before  # type: ignore[attr-defined]
+
+
+# ── tied tasks ──
+
+
+async def test_a_tied_task_is_cancelled_with_the_connection(bench: Any) -> None:
+    """A task of `ws.create_task` does not outlive its connection."""
+    b = bench()
+    connection, socket = await b.open()
+    named = socket.create_task(asyncio.Event().wait(), name="ticker")
+    unnamed = socket.create_task(asyncio.Event().wait())
+    assert named.get_name() == "ticker"
+    assert connection.connection_id in unnamed.get_name()
+    b.server.feed_disconnect()
+    await with_deadline(connection.finished)
+    assert named.cancelled()
+    assert unnamed.cancelled()
+    assert b.task_failures == []
+
+
+async def test_a_bug_in_a_tied_task_is_reported_and_ends_the_connection(bench: Any) -> None:
+    """A tied task that fails closes with 1011, and is reported once and to the error hooks."""
+    b = bench()
+    connection, socket = await b.open()
+    error = ValueError("bug")
+
+    async def fail() -> None:
+        raise error
+
+    socket.create_task(fail())
+    await with_deadline(connection.finished)
+    assert b.server.close_frames == [(1011, "internal error")]
+    assert [report.error for report in b.heard.of("tied_task_failed")] == [error]
+    assert b.failed == [error]
+
+
+async def test_a_refusal_from_a_tied_task_does_not_vanish(bench: Any) -> None:
+    """An `HTTPException` in a tied task ends the connection too; it is not swallowed without a trace."""
+    b = bench()
+    connection, socket = await b.open()
+
+    async def refuse() -> None:
+        raise HTTPException(403)
+
+    socket.create_task(refuse())
+    await settle()
+    assert connection.ending is not None
+
+
+async def test_a_tied_task_that_finds_the_connection_closed_is_no_bug(bench: Any) -> None:
+    """A task that sends in a loop ends with `SocketClosed` when the client leaves, and that is no error."""
+    b = bench()
+    connection, socket = await b.open()
+
+    async def work() -> None:
+        await socket.wait_closed()
+        await socket.send("late")
+
+    socket.create_task(work())
+    b.server.feed_disconnect()
+    await with_deadline(connection.finished)
+    assert b.failed == []
+    assert max(report.level for report in b.heard.reports) < logging.ERROR
+
+
+async def test_no_task_can_be_tied_to_an_ended_connection(bench: Any) -> None:
+    """Tying a task to what is over raises, and the coroutine is closed without a warning."""
+    b = bench()
+    connection, socket = await b.open()
+    connection.end(DisconnectReason.APPLICATION)
+    with pytest.raises(SocketClosed):
+        socket.create_task(asyncio.Event().wait())
+    await with_deadline(connection.finished)
+    assert b.task_failures == []
+
+
+async def test_a_bug_is_reported_with_both_ids(bench: Any) -> None:
+    """A bug is an error report with the connection's ids, and the error hooks get it."""
+    b = bench()
+    connection, _ = await b.open()
+    error = ValueError("bug")
+    await connection.bug("endpoint_failed", error)
+    (report,) = b.heard.of("endpoint_failed")
+    assert report.facts == {"client_id": "ann", "connection_id": connection.connection_id}
+    assert b.failed == [error]
+
+
+async def test_random_endings_while_tasks_send_leave_no_trace(bench: Any) -> None:
+    """However sends, receives and endings meet, each connection finishes and no task fails."""
+    endings = [
+        lambda b: b.server.feed_disconnect(1001),
+        lambda b: b.connection.end(DisconnectReason.REPLACED),
+        lambda b: b.server.fail(RuntimeError("closed")) or b.server.feed_disconnect(1006),
+        lambda b: b.connection.send_stuck(),
+    ]
+    for number in range(40):
+        b = bench(send_timeout=1)
+        connection, socket = await b.open()
+
+        async def send(socket: Any = socket) -> None:
+            while True:
+                await socket.send("x")
+                await asyncio.sleep(0)
+
+        for _ in range(3):
+            socket.create_task(send())
+        await settle(number % 5)
+        endings[number % len(endings)](b)
+        await with_deadline(connection.finished)
+        assert b.task_failures == []
+        assert b.failed == []

@@ -1,0 +1,448 @@
+"""Tests of what waits to be sent to a client, and of the one writer that sends it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+
+
+class Owner:
+    """Who is told what happens to the messages."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.stuck = 0
+        self.waits = 0
+        self.failures: list[Exception] = []
+        self.discarded = 0
+        self.outbox: Outbox | None = None
+
+    def sent(self) -> None:
+        """Count a message that was taken."""
+        self.taken += 1
+
+    def send_stuck(self) -> None:
+        """Count a send that made no progress."""
+        self.stuck += 1
+
+    def unsent(self) -> None:
+        """Count a message that the server was given and did not take."""
+        self.discarded += 1
+
+    def send_waits(self) -> None:
+        """Count a send that waits."""
+        self.waits += 1
+
+    async def send_failed(self, error: Exception) -> None:
+        """Keep the failure and let the outbox go, as a connection does."""
+        self.failures.append(error)
+        if self.outbox is not None:
+            self.discarded += self.outbox.discard()
+
+
+class Post:
+    """An outbox with its owner and its server."""
+
+    def __init__(self, max_messages: int = 3, max_bytes: int = 1000, send_timeout: float = 5.0) -> None:
+        self.server = FakeServer()
+        self.owner = Owner()
+        self.tasks = TaskSet(lambda _, error: None)
+        self.outbox = Outbox(
+            self.server.send,
+            self.owner,
+            self.tasks,
+            name="ws-writer-test",
+            max_messages=max_messages,
+            max_bytes=max_bytes,
+            send_timeout=send_timeout,
+        )
+        self.owner.outbox = self.outbox
+        self.outbox.open()
+
+    def waiting(self, text: str) -> asyncio.Future[bool]:
+        """Start to put a message that waits for room."""
+        return asyncio.ensure_future(self.outbox.put_wait(encode(text)))
+
+    async def stuck_with(self, *texts: str) -> None:
+        """Let the first message be stuck in the server and the others wait behind it."""
+        self.server.block()
+        for number, text in enumerate(texts):
+            assert self.outbox.put(encode(text))
+            if number == 0:
+                await self.server.until(lambda: self.server.offered)
+
+
+@pytest.fixture
+async def post() -> AsyncIterator[Callable[..., Post]]:
+    """Make outboxes; their tasks are cancelled at the end."""
+    made: list[Post] = []
+
+    def make(**kwargs: Any) -> Post:
+        made.append(Post(**kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.outbox.discard()
+        await wait_for_all(one.tasks.cancel(), 2.0)
+
+
+async def test_messages_go_out_in_their_order(post: Any) -> None:
+    """The writer sends what was queued, in order, and counts it."""
+    p = post(max_messages=10)
+    for text in ("a", "b", "c"):
+        assert p.outbox.put(encode(text))
+    assert (len(p.outbox), p.outbox.held_bytes) == (3, 3)
+    await p.server.until(lambda: p.server.data == ["a", "b", "c"])
+    await eventually(lambda: p.owner.taken == 3)
+    assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
+
+
+async def test_an_empty_outbox_owns_no_task(post: Any) -> None:
+    """The writer exists only while there is something to send."""
+    p = post()
+    assert len(p.tasks) == 0
+    p.outbox.put(encode("a"))
+    assert len(p.tasks) == 1
+    await eventually(lambda: len(p.tasks) == 0)
+    assert p.server.data == ["a"]
+    p.outbox.put(encode("b"))
+    await p.server.until(lambda: p.server.data == ["a", "b"])
+
+
+async def test_an_outbox_that_is_not_open_takes_nothing(post: Any) -> None:
+    """Before the connection is open nothing can be queued."""
+    p = post()
+    closed = Outbox(p.server.send, p.owner, p.tasks, name="x", max_messages=1, max_bytes=1, send_timeout=1)
+    assert not closed.put(encode("a"))
+    assert not await closed.put_wait(encode("a"))
+
+
+async def test_the_bound_is_in_messages(post: Any) -> None:
+    """No more than `max_messages` wait behind the one that is being sent."""
+    p = post(max_messages=2)
+    await p.stuck_with("sending", "a", "b")
+    assert not p.outbox.put(encode("c"))
+    assert len(p.outbox) == 2
+
+
+async def test_the_bound_is_in_bytes(post: Any) -> None:
+    """No more than `max_bytes` wait behind the one that is being sent."""
+    p = post(max_messages=100, max_bytes=10)
+    await p.stuck_with("sending", "12345678")
+    assert not p.outbox.put(encode("123"))
+    assert p.outbox.put(encode("12"))
+    assert p.outbox.held_bytes == 10
+
+
+async def test_one_message_of_any_size_fits_into_an_empty_outbox(post: Any) -> None:
+    """A message that is larger than the bound can be sent all the same, alone."""
+    p = post(max_bytes=10)
+    await p.stuck_with("sending", "x" * 5000)
+    assert not p.outbox.put(encode("y"))
+    p.server.release()
+    await p.server.until(lambda: len(p.server.data) == 2)
+
+
+async def test_pressure_begins_above_one_half(post: Any) -> None:
+    """An outbox is under pressure when more than half of one of its bounds is used."""
+    p = post(max_messages=4, max_bytes=100)
+    await p.stuck_with("sending", "a", "b")
+    assert not p.outbox.half_full
+    p.outbox.put(encode("c"))
+    assert p.outbox.half_full
+    q = post(max_messages=100, max_bytes=100)
+    await q.stuck_with("sending", "x" * 51)
+    assert q.outbox.half_full
+
+
+async def test_a_waiting_sender_goes_on_when_there_is_room(post: Any) -> None:
+    """`put_wait` waits while the outbox is full, and queues as soon as the client takes something."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "a")
+    sender = p.waiting("b")
+    await settle()
+    assert not sender.done()
+    p.server.release()
+    assert await with_deadline(sender)
+    await p.server.until(lambda: p.server.data == ["sending", "a", "b"])
+
+
+async def test_waiting_senders_go_on_in_their_order(post: Any) -> None:
+    """Who waited first is served first, however many wait."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "0")
+    senders = [p.waiting(str(number)) for number in range(1, 8)]
+    await settle()
+    p.server.release()
+    assert await with_deadline(asyncio.gather(*senders)) == [True] * 7
+    await p.server.until(lambda: p.server.data == ["sending", *"01234567"])
+
+
+async def test_nobody_overtakes_a_waiting_sender(post: Any) -> None:
+    """A `put_wait` that comes while another waits queues behind it, even if its own message would fit."""
+    p = post(max_messages=10, max_bytes=10)
+    await p.stuck_with("sending", "123456")
+    big = p.waiting("1234567")
+    await settle()
+    small = p.waiting("1")
+    await settle()
+    assert not small.done()
+    p.server.release()
+    assert await with_deadline(asyncio.gather(big, small)) == [True, True]
+    await p.server.until(lambda: p.server.data == ["sending", "123456", "1234567", "1"])
+
+
+async def test_a_sender_that_was_woken_for_too_little_room_stays_first(post: Any) -> None:
+    """A message that still does not fit keeps its place in the line."""
+    p = post(max_messages=10, max_bytes=10)
+    gate = asyncio.Semaphore(0)
+    taken: list[Any] = []
+
+    async def one_at_a_time(message: Any) -> None:
+        await gate.acquire()
+        taken.append(message["text"])
+
+    p.outbox._send = one_at_a_time
+    for text in ("sending", "1", "22222", "333"):
+        assert p.outbox.put(encode(text))
+        await settle()
+    big, small = p.waiting("bbbbbbbb"), p.waiting("s")
+    await settle()
+    for _ in range(2):
+        gate.release()
+        await settle()
+    assert not big.done()
+    assert not small.done()
+    for _ in range(10):
+        gate.release()
+        await settle()
+    assert big.result()
+    assert small.result()
+    assert taken == ["sending", "1", "22222", "333", "bbbbbbbb", "s"]
+
+
+async def test_a_cancelled_sender_leaves_its_message_out_and_lets_the_next_one_go(post: Any) -> None:
+    """A sender that is cancelled while it waits has queued nothing, and holds up nobody."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "a")
+    first, second = p.waiting("first"), p.waiting("second")
+    await settle()
+    first.cancel()
+    p.server.release()
+    assert await with_deadline(second)
+    await p.server.until(lambda: p.server.data == ["sending", "a", "second"])
+    assert first.cancelled()
+
+
+async def test_a_sender_that_is_cancelled_after_it_was_woken_wakes_the_next(post: Any) -> None:
+    """Room that was offered to a cancelled sender goes to the one behind it."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "a")
+    first, second = p.waiting("first"), p.waiting("second")
+    await settle()
+    p.outbox._queue.clear()
+    p.outbox._wake_waiter()
+    first.cancel()
+    await settle()
+    assert await with_deadline(second)
+    assert first.cancelled()
+
+
+async def test_a_finish_flushes_and_then_closes(post: Any) -> None:
+    """What is queued is sent, the close frame after it, and then `done` is set."""
+    p = post()
+    p.outbox.put(encode("a"))
+    assert p.outbox.finish(4408, "bye", flush=True) == 0
+    assert not p.outbox.done.done()
+    await with_deadline(p.outbox.done)
+    assert p.server.taken == [
+        {"type": "websocket.send", "text": "a"},
+        {"type": "websocket.close", "code": 4408, "reason": "bye"},
+    ]
+
+
+async def test_a_finish_without_flush_throws_away_and_counts(post: Any) -> None:
+    """Where nothing is flushed, what waits is counted as discarded, and only the close frame goes out."""
+    p = post()
+    await p.stuck_with("sending", "a", "b")
+    assert p.outbox.finish(4408, "bye", flush=False) == 2
+    p.server.release()
+    await with_deadline(p.outbox.done)
+    assert p.server.data == ["sending"]
+    assert p.server.close_frames == [(4408, "bye")]
+    assert p.outbox.held_bytes == 0
+
+
+async def test_a_finished_outbox_takes_nothing_more(post: Any) -> None:
+    """After the end has begun nothing can be queued, and a second end changes nothing."""
+    p = post()
+    p.outbox.finish(1000, "", flush=True)
+    assert not p.outbox.put(encode("late"))
+    assert not await p.outbox.put_wait(encode("late"))
+    assert p.outbox.finish(4000, "", flush=False) == 0
+    await with_deadline(p.outbox.done)
+    assert p.server.close_frames == [(1000, "")]
+
+
+async def test_waiting_senders_learn_of_the_end(post: Any) -> None:
+    """Everyone who waits for room is woken when the outbox is shut, and has queued nothing."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "a")
+    senders = [p.waiting("b"), p.waiting("c")]
+    await settle()
+    p.outbox.finish(1000, "", flush=True)
+    assert await with_deadline(asyncio.gather(*senders)) == [False, False]
+
+
+async def test_discarding_an_idle_outbox_is_done_at_once(post: Any) -> None:
+    """Without a writer there is nothing to wait for."""
+    p = post()
+    assert p.outbox.discard() == 0
+    assert p.outbox.done.done()
+    assert p.outbox.discard() == 0
+
+
+async def test_discarding_stops_a_stuck_send(post: Any) -> None:
+    """A discarded outbox sends nothing more, not even the close frame that was waiting."""
+    p = post()
+    await p.stuck_with("sending", "a")
+    p.outbox.finish(1000, "", flush=True)
+    assert p.outbox.discard() >= 1
+    await with_deadline(p.outbox.done)
+    p.server.release()
+    await settle()
+    assert p.server.taken == []
+    assert p.outbox._watch is None
+
+
+async def test_discarding_before_the_writer_has_run_is_done_too(post: Any) -> None:
+    """A message and the end of the connection in one turn of the event loop leave nobody waiting for `done`."""
+    p = post()
+    p.outbox.put(encode("a"))
+    assert p.outbox.discard() == 1
+    await with_deadline(p.outbox.done)
+    assert p.server.taken == []
+
+
+async def test_a_failed_send_is_told_and_ends_the_writer(post: Any) -> None:
+    """When the server refuses a message the owner learns the error, and nothing more is sent."""
+    p = post()
+    error = OSError("gone")
+    p.server.fail(error)
+    p.outbox.put(encode("a"))
+    p.outbox.put(encode("b"))
+    await with_deadline(p.outbox.done)
+    assert p.owner.failures == [error]
+    assert p.owner.taken == 0
+    assert len(p.outbox) == 0
+
+
+async def test_a_failed_close_frame_is_told_too(post: Any) -> None:
+    """A close frame that the server refuses does not keep the end from coming."""
+    p = post()
+    p.server.fail(RuntimeError("closed already"))
+    p.outbox.finish(1000, "", flush=True)
+    await with_deadline(p.outbox.done)
+    assert len(p.owner.failures) == 1
+
+
+async def test_a_stuck_send_is_told_once(post: Any) -> None:
+    """A send that makes no progress for `send_timeout` is told."""
+    p = post(send_timeout=0.02)
+    await p.stuck_with("sending")
+    await eventually(lambda: p.owner.stuck == 1)
+    assert p.owner.taken == 0
+
+
+async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a send waits the owner can look at its transport, long before `send_timeout`."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.01)
+    p = post(send_timeout=5)
+    await p.stuck_with("sending")
+    await eventually(lambda: p.owner.waits >= 2)
+    assert p.owner.stuck == 0
+
+
+async def test_a_slow_client_that_makes_progress_is_not_stuck(post: Any) -> None:
+    """The watch measures one send, not the whole queue."""
+    p = post(max_messages=100, send_timeout=0.2)
+
+    async def slow(_: Any) -> None:
+        await asyncio.sleep(0.03)
+
+    p.outbox._send = slow
+    for _ in range(12):
+        p.outbox.put(encode("x"))
+    await eventually(lambda: p.owner.taken == 12)
+    assert p.owner.stuck == 0
+
+
+async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
+    """Some time after the last message the outbox owns no timer either."""
+    p = post(send_timeout=0.02)
+    p.outbox.put(encode("a"))
+    await eventually(lambda: p.owner.taken == 1)
+    assert p.outbox._watch is not None
+    await eventually(lambda: p.outbox._watch is None)
+    assert p.owner.stuck == 0
+
+
+_STEPS = st.lists(st.sampled_from(["put", "big", "wait", "turn", "block", "release", "cancel"]), max_size=40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_STEPS, st.sampled_from(["flush", "drop", "discard", "fail"]), st.booleans())
+def test_every_message_is_accounted_for(steps: list[str], end: str, settled: bool) -> None:
+    """Whatever happens, each message that was taken is sent or counted as discarded when all is over."""
+
+    async def play() -> None:
+        p = Post(max_messages=4, max_bytes=30)
+        accepted = 0
+        senders: list[asyncio.Future[bool]] = []
+        for step in steps:
+            if step == "put":
+                accepted += p.outbox.put(encode("x"))
+            elif step == "big":
+                accepted += p.outbox.put(encode("y" * 25))
+            elif step == "wait":
+                senders.append(p.waiting("zz"))
+            elif step == "turn":
+                await settle(2)
+            elif step == "block":
+                p.server.block()
+            elif step == "release":
+                p.server.release()
+            elif senders:
+                senders[-1].cancel()
+            assert len(p.outbox) == len(p.outbox._queue)
+            assert p.outbox.held_bytes == sum(frame.size for frame in p.outbox._queue)
+            assert len(p.outbox) <= 4
+        if settled:
+            p.server.release()
+            await settle()
+        if end == "fail":
+            p.server.fail(OSError("gone"))
+        if end == "discard":
+            p.owner.discarded += p.outbox.discard()
+        else:
+            p.owner.discarded += p.outbox.finish(1000, "", flush=end != "drop")
+        p.server.release()
+        await settle(100)
+        assert p.outbox.done.done()
+        assert all(sender.done() for sender in senders)
+        accepted += sum(1 for sender in senders if not sender.cancelled() and sender.result())
+        assert p.owner.taken + p.owner.discarded == accepted
+        assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
+
+    asyncio.run(play())

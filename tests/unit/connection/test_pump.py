@@ -1,0 +1,220 @@
+"""Tests of the task that always reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from tests.unit.fake_websocket import eventually, settle, with_deadline
+
+
+async def test_messages_are_read_without_anybody_waiting_for_them(bench: Any) -> None:
+    """What comes in goes to the inbox and is counted, whatever the endpoint is doing."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_text("one", "")
+    b.server.feed_bytes(b"two")
+    await eventually(lambda: len(connection.inbox) == 3)
+    assert [await connection.receive() for _ in range(3)] == ["one", "", b"two"]
+    assert b.reports.totals.messages_received == 3
+
+
+async def test_an_empty_binary_message_is_a_message(bench: Any) -> None:
+    """A message without a text and without bytes, as some servers put it, is empty bytes."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed({"type": "websocket.receive", "text": None, "bytes": None})
+    assert await with_deadline(connection.receive()) == b""
+
+
+@pytest.mark.parametrize(
+    ("ping", "pong"),
+    [("ping", "pong"), ('{"type":"ping"}', '{"type":"pong"}'), ('{"type":"ping","ts":5}', '{"type":"pong","ts":5}')],
+)
+async def test_a_clients_ping_is_answered_while_user_code_is_busy(bench: Any, ping: str, pong: str) -> None:
+    """Pings are answered by the pump and are no messages."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_text(ping, "data")
+    await b.server.until(lambda: b.server.data == [pong])
+    await eventually(lambda: len(connection.inbox) == 1)
+    assert b.reports.totals.messages_received == 1
+
+
+async def test_a_pong_is_a_sign_of_life_and_no_message(bench: Any) -> None:
+    """A pong reaches the pulse and not the endpoint."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.pulse.pinged(connection.opened_at)
+    b.server.feed_text('{"type":"pong"}')
+    await eventually(lambda: connection.pulse.answers)
+    assert connection.pulse.rtt is not None
+    assert connection.pulse.awaiting_since is None
+    assert len(connection.inbox) == 0
+
+
+async def test_any_message_is_a_sign_of_life(bench: Any) -> None:
+    """Data proves life as well as a pong does, and is not counted as an answer."""
+    b = bench()
+    connection, _ = await b.open()
+    connection.pulse.pinged(connection.opened_at)
+    b.server.feed_text("data")
+    await eventually(lambda: len(connection.inbox) == 1)
+    assert connection.pulse.awaiting_since is None
+    assert connection.pulse.last_seen >= connection.opened_at
+    assert not connection.pulse.answers
+
+
+async def test_interception_can_be_switched_off(bench: Any) -> None:
+    """Where control frames are off, `ping` and `pong` are data like any other."""
+    b = bench()
+    connection, _ = await b.open(control_frames=False)
+    b.server.feed_text("ping", '{"type":"pong"}')
+    await eventually(lambda: len(connection.inbox) == 2)
+    assert [await connection.receive(), await connection.receive()] == ["ping", '{"type":"pong"}']
+    assert b.server.data == []
+
+
+async def test_a_text_that_no_parser_takes_is_data(bench: Any) -> None:
+    """Half a surrogate pair in what looks like a control frame does not stop the reading."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_text('{"type":"ping","ts":"\ud800"}', "next")
+    await eventually(lambda: len(connection.inbox) == 2)
+    assert b.task_failures == []
+
+
+@pytest.mark.parametrize("message", ["x" * 11, "ä" * 6, "🌱" * 3, b"x" * 11])
+async def test_a_message_over_the_limit_closes_and_is_never_seen(bench: Any, message: str | bytes) -> None:
+    """One byte over `max_message_size` closes with 1009, and no reader gets the message."""
+    b = bench(max_message_size=10)
+    connection, _ = await b.open()
+    if isinstance(message, str):
+        b.server.feed_text(message)
+    else:
+        b.server.feed_bytes(message)
+    await with_deadline(connection.finished)
+    assert b.server.close_frames == [(1009, "message over 10 bytes")]
+    assert connection.ending.reason is DisconnectReason.MESSAGE_TOO_BIG
+    assert b.reports.totals.messages_received == 0
+    assert len(connection.inbox) == 0
+
+
+@pytest.mark.parametrize("message", ["x" * 10, "ä" * 5, "🌱🌱äx"[:2] + "xx", b"x" * 10])
+async def test_a_message_at_the_limit_is_taken(bench: Any, message: str | bytes) -> None:
+    """Exactly `max_message_size` bytes are allowed."""
+    b = bench(max_message_size=10)
+    connection, _ = await b.open()
+    if isinstance(message, str):
+        b.server.feed_text(message)
+    else:
+        b.server.feed_bytes(message)
+    assert await with_deadline(connection.receive()) == message
+
+
+async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
+    """With `inbox_overflow="pause"` reading stops at the mark, is told once, and goes on when there is room."""
+    b = bench(inbox_max_messages=2)
+    connection, _ = await b.open()
+    b.server.feed_text("1", "2", "3", "4", "5")
+    await eventually(lambda: connection.reading_paused)
+    await settle()
+    assert len(connection.inbox) == 2
+    assert [await with_deadline(connection.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
+    await eventually(lambda: not connection.reading_paused)
+    assert len(b.heard.of("reading_paused")) == 1
+    assert connection.ending is None
+
+
+async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be read during our pause never counts as the client's silence."""
+    b = bench(inbox_max_messages=1)
+    connection, _ = await b.open()
+    b.server.feed_text("1")
+    await eventually(lambda: connection.reading_paused)
+    connection.pulse.last_seen = 0.0
+    connection.pulse.awaiting_since = 0.0
+    await connection.receive()
+    await eventually(lambda: not connection.reading_paused)
+    assert connection.pulse.last_seen > 0.0
+    assert connection.pulse.awaiting_since is None
+
+
+async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
+    """A connection whose reading is paused can be ended, and what came in before can still be read."""
+    b = bench(inbox_max_messages=1)
+    connection, _ = await b.open()
+    b.server.feed_text("1")
+    await eventually(lambda: connection.reading_paused)
+    connection.end(DisconnectReason.SERVER_SHUTDOWN)
+    await with_deadline(connection.finished)
+    assert await connection.receive() == "1"
+    assert b.server.close_frames == [(1012, "server shutdown")]
+
+
+async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
+    """With `inbox_overflow="close"` a client that sends faster than it is read is closed with 1013."""
+    b = bench(inbox_max_messages=2, inbox_overflow="close")
+    connection, _ = await b.open()
+    b.server.feed_text("1", "2", "3")
+    await with_deadline(connection.finished)
+    assert b.server.close_frames == [(1013, "messages come faster than they are read")]
+    assert b.reports.totals.messages_discarded == 2
+
+
+async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
+    """`inbox_max_bytes` pauses the reading like `inbox_max_messages`."""
+    b = bench(inbox_max_bytes=1000)
+    connection, _ = await b.open()
+    b.server.feed_text("x" * 2000, "next")
+    await eventually(lambda: connection.reading_paused)
+    assert len(connection.inbox) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "expected", "seen"),
+    [
+        (1000, "", DisconnectReason.CLIENT_CLOSE, 1000),
+        (1001, None, DisconnectReason.CLIENT_CLOSE, 1001),
+        (4000, "later", DisconnectReason.CLIENT_CLOSE, 4000),
+        (1005, None, DisconnectReason.NETWORK_LOST, 1006),
+        (1006, "", DisconnectReason.NETWORK_LOST, 1006),
+        (1012, None, DisconnectReason.SERVER_SHUTDOWN, 1012),
+        (None, None, DisconnectReason.NETWORK_LOST, 1006),
+    ],
+)
+async def test_the_end_by_the_other_side_is_read(
+    bench: Any, code: Any, reason: Any, expected: DisconnectReason, seen: int
+) -> None:
+    """A disconnect event ends the connection with what it says, and nothing is sent any more."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed_disconnect(code, reason)
+    await with_deadline(connection.finished)
+    assert (connection.ending.reason, connection.ending.code) == (expected, seen)
+    assert connection.ending.by_peer
+    assert b.server.close_frames == []
+
+
+async def test_a_receive_that_fails_is_a_lost_network(bench: Any) -> None:
+    """A server that tears its stream down instead of saying so has lost the connection, and that is no error log."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.feed(RuntimeError("stream closed"))
+    await with_deadline(connection.finished)
+    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.NETWORK_LOST, 1006)
+    assert b.heard.of("connection_lost")[0].facts["cause"] == "RuntimeError('stream closed')"
+    assert max(report.level for report in b.heard.reports) < 30
+
+
+async def test_a_ping_to_a_full_outbox_is_left_out(bench: Any) -> None:
+    """A client that pings without taking anything gets no answer instead of an ever longer queue."""
+    b = bench(outbox_max_messages=1)
+    connection, _ = await b.open()
+    b.server.block()
+    b.server.feed_text(*["ping"] * 10, "data")
+    await eventually(lambda: len(connection.inbox) == 1)
+    assert len(connection.outbox) <= 1
+    assert connection.ending is None

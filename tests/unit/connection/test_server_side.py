@@ -1,0 +1,201 @@
+"""Tests of what can be found out about the server behind the two ASGI callables."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.connection import server_side as server_side_module
+from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from tests.unit.fake_websocket import eventually, settle
+
+
+class Transport:
+    """A transport that counts."""
+
+    def __init__(self, buffered: Any = 0, error: Exception | None = None) -> None:
+        self.buffered = buffered
+        self.error = error
+        self.aborted = 0
+
+    def abort(self) -> None:
+        """Cut."""
+        self.aborted += 1
+        if self.error is not None:
+            raise self.error
+
+    def get_write_buffer_size(self) -> int:
+        """How much is not flushed."""
+        if isinstance(self.buffered, Exception):
+            raise self.buffered
+        return int(self.buffered)
+
+
+class Protocol:
+    """A server's protocol object, whose methods are the ASGI callables."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    async def receive(self) -> Any:
+        """ASGI."""
+
+    async def send(self, message: Any) -> None:
+        """ASGI."""
+
+
+def side(**attributes: Any) -> ServerSide:
+    """The server's side, for a protocol object with these attributes."""
+    protocol = Protocol(**attributes)
+    return ServerSide(protocol.receive, protocol.send)
+
+
+def hidden() -> ServerSide:
+    """The server's side behind a middleware."""
+
+    async def receive() -> Any:
+        return None
+
+    return ServerSide(receive, lambda message: None)
+
+
+def test_a_transport_within_reach_is_aborted() -> None:
+    """Where the server shows its transport, the connection can be cut."""
+    transport = Transport()
+    server = side(transport=transport)
+    assert server.can_abort
+    assert server.abort()
+    assert transport.aborted == 1
+
+
+@pytest.mark.parametrize("server", [hidden(), side(), side(transport=None), side(transport=object())])
+def test_a_hidden_transport_changes_nothing_else(server: ServerSide) -> None:
+    """Where the transport cannot be had, aborting says so and nothing fails."""
+    assert not server.can_abort
+    assert not server.abort()
+
+
+def test_a_transport_that_refuses_to_be_aborted_hurts_nobody() -> None:
+    """Whatever a foreign transport raises stays inside."""
+    assert not side(transport=Transport(error=RuntimeError("gone"))).abort()
+
+
+@pytest.mark.parametrize(("buffered", "aborted"), [(0, 0), (100, 1), (RuntimeError("gone"), 0)])
+async def test_a_transport_is_cut_only_if_it_does_not_flush(
+    monkeypatch: pytest.MonkeyPatch, buffered: Any, aborted: int
+) -> None:
+    """What a client does not take in time is cut, and a connection that is flushed is left to itself."""
+    monkeypatch.setattr(server_side_module, "LINGER", 0.0)
+    transport = Transport(buffered)
+    side(transport=transport).abort_unless_flushed()
+    await settle()
+    assert transport.aborted == aborted
+
+
+async def test_a_transport_that_flushes_in_time_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second look decides, after the client had its moment."""
+    monkeypatch.setattr(server_side_module, "LINGER", 0.0)
+    transport = Transport(100)
+    asked: list[int] = []
+    transport.get_write_buffer_size = lambda: asked.append(1) or (100 if len(asked) == 1 else 0)  # type: ignore[method-assign]
+    side(transport=transport).abort_unless_flushed()
+    await eventually(lambda: len(asked) == 2)
+    assert transport.aborted == 0
+
+
+async def test_a_hidden_transport_is_left_to_the_server() -> None:
+    """Without a transport there is nothing to look at."""
+    server = hidden()
+    server.abort_unless_flushed()
+    assert not server.can_abort
+
+
+@pytest.mark.parametrize(
+    ("event", "seen"),
+    [
+        ({"code": 1000}, True),
+        ({"code": 1001, "reason": ""}, True),
+        ({"code": 4000, "reason": "bye"}, True),
+        ({"code": 1005}, False),
+        ({"code": 1005, "reason": None}, False),
+        ({"code": 1005, "reason": ""}, True),
+        ({"code": 1006}, False),
+        ({"code": 1006, "reason": ""}, False),
+        ({}, False),
+    ],
+)
+def test_a_close_frame_is_told_from_a_lost_network_by_the_event(event: dict[str, Any], seen: bool) -> None:
+    """Where the server's protocol cannot be seen, code and reason of the event tell."""
+    assert hidden().saw_close_frame(event) is seen
+
+
+@pytest.mark.parametrize(("received", "seen"), [(None, False), (object(), True)])
+def test_websockets_knows_whether_a_close_frame_came(received: Any, seen: bool) -> None:
+    """uvicorn's protocol on `websockets` remembers the frame, whatever the event says."""
+    server = side(conn=SimpleNamespace(close_rcvd=received))
+    assert server.saw_close_frame({"code": 1006}) is seen
+    assert server.saw_close_frame({"code": 1000}) is seen
+
+
+@pytest.mark.parametrize(
+    ("state", "seen"), [("CLOSED", True), ("REMOTE_CLOSING", True), ("OPEN", False), ("LOCAL_CLOSING", False)]
+)
+@pytest.mark.parametrize("where", ["conn", "connection"])
+def test_wsproto_knows_whether_a_close_frame_came(where: str, state: str, seen: bool) -> None:
+    """uvicorn's and hypercorn's protocols on `wsproto` have a state that tells."""
+    server = side(**{where: SimpleNamespace(state=SimpleNamespace(name=state))})
+    assert server.saw_close_frame({"code": 1005 if seen else 1000}) is seen
+
+
+def test_an_unknown_state_leaves_it_to_the_event() -> None:
+    """A protocol state without a meaning decides nothing."""
+    server = side(conn=SimpleNamespace(state=SimpleNamespace(name="CONNECTING")))
+    assert server.saw_close_frame({"code": 1000})
+    assert not server.saw_close_frame({"code": 1006})
+
+
+def _wrapped(send: Any) -> Any:
+    """A `send` inside two closures, as Starlette's middleware makes them."""
+
+    def once(send: Any) -> Any:
+        async def sender(message: Any) -> None:
+            await send(message)
+
+        return sender
+
+    return once(once(send))
+
+
+def test_the_servers_send_is_found_inside_the_closures_of_a_middleware() -> None:
+    """Hypercorn's protocol is behind `send`, which Starlette's exception middleware wraps."""
+    protocol = Protocol(connection=SimpleNamespace(state=SimpleNamespace(name="CLOSED")))
+    server = ServerSide(lambda: None, _wrapped(protocol.send))
+    assert server.saw_close_frame({"code": 1006})
+
+
+def test_an_endless_chain_of_closures_is_given_up() -> None:
+    """A `send` that wraps itself is looked through a few times and no more."""
+
+    async def send(message: Any) -> None:
+        await send(message)
+
+    assert not ServerSide(lambda: None, send).saw_close_frame({"code": 1006})
+
+
+def test_a_closure_whose_variable_is_gone_is_given_up() -> None:
+    """A wrapper that has let go of the server's `send` hides it, and nothing fails."""
+
+    server_send = None
+
+    def make() -> Any:
+        if server_send is not None:
+            send = server_send
+
+        async def sender(message: Any) -> None:
+            await send(message)
+
+        return sender
+
+    assert not ServerSide(lambda: None, make()).saw_close_frame({"code": 1006})

@@ -1,0 +1,157 @@
+"""A real `WebSocket` over the server's side of a connection that does what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.websockets import WebSocket
+
+T = TypeVar("T")
+
+DEADLINE = 5.0
+"""Seconds after which a test gives up waiting."""
+
+
+class FakeServer:
+    """What an ASGI server is to one connection: it feeds events, and takes messages, late or never if it is told so.
+
+    Attributes:
+        websocket: The `WebSocket` that an application would be handed.
+        offered: All messages that the application has begun to send.
+        taken: Those that were taken, the handshake's answer included.
+    """
+
+    def __init__(self, path: str = "/ws", *, query: str = "", app: Any = None, **scope: Any) -> None:
+        self.offered: list[dict[str, Any]] = []
+        self.taken: list[dict[str, Any]] = []
+        self._events: asyncio.Queue[dict[str, Any] | Exception] = asyncio.Queue()
+        self._may_send = asyncio.Event()
+        self._may_send.set()
+        self._failure: Exception | None = None
+        self._something_happened = asyncio.Event()
+        self.feed({"type": "websocket.connect"})
+        full_scope = {
+            "type": "websocket",
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [(b"host", b"testserver"), (b"cookie", b"taste=sweet")],
+            "client": ("10.0.0.7", 4711),
+            "server": ("testserver", 80),
+            "scheme": "ws",
+            "path_params": {},
+            "app": app,
+            "state": {},
+            **scope,
+        }
+        self.websocket = WebSocket(full_scope, self.receive, self.send)
+
+    # ── what the server does ──
+
+    async def receive(self) -> dict[str, Any]:
+        """The ASGI `receive`."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def send(self, message: Any) -> None:
+        """The ASGI `send`."""
+        self.offered.append(message)
+        self._something_happened.set()
+        await self._may_send.wait()
+        if self._failure is not None:
+            raise self._failure
+        self.taken.append(message)
+        self._something_happened.set()
+
+    # ── what a test makes it do ──
+
+    def feed(self, event: dict[str, Any] | Exception) -> None:
+        """Let the application receive an event, or let its `receive` fail."""
+        self._events.put_nowait(event)
+
+    def feed_text(self, *texts: str) -> None:
+        """Let the client send text messages."""
+        for text in texts:
+            self.feed({"type": "websocket.receive", "text": text})
+
+    def feed_bytes(self, data: bytes) -> None:
+        """Let the client send a binary message."""
+        self.feed({"type": "websocket.receive", "bytes": data})
+
+    def feed_disconnect(self, code: int = 1000, reason: str | None = "") -> None:
+        """Let the client go."""
+        self.feed({"type": "websocket.disconnect", "code": code, "reason": reason})
+
+    def block(self) -> None:
+        """Take no message from now on."""
+        self._may_send.clear()
+
+    def release(self) -> None:
+        """Take messages again."""
+        self._may_send.set()
+
+    def fail(self, error: Exception) -> None:
+        """Refuse every message from now on."""
+        self._failure = error
+        self._may_send.set()
+
+    async def accepted(self) -> WebSocket:
+        """The WebSocket, after its handshake."""
+        await self.websocket.accept()
+        return self.websocket
+
+    # ── what a test sees ──
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait until a message makes `condition` true."""
+        await with_deadline(self._until(condition))
+
+    async def _until(self, condition: Callable[[], Any]) -> None:
+        while not condition():
+            self._something_happened.clear()
+            await self._something_happened.wait()
+
+    @property
+    def data(self) -> list[str | bytes]:
+        """The texts and bytes that were taken."""
+        frames = [message for message in self.taken if message["type"] == "websocket.send"]
+        return [frame["text"] if frame.get("text") is not None else frame["bytes"] for frame in frames]
+
+    @property
+    def json(self) -> list[Any]:
+        """The JSON values in the texts that were taken."""
+        return [json.loads(data) for data in self.data]
+
+    @property
+    def close_frames(self) -> list[tuple[int, str]]:
+        """Code and reason of the close frames that were taken."""
+        return [(m["code"], m["reason"]) for m in self.taken if m["type"] == "websocket.close"]
+
+
+async def with_deadline(awaitable: Awaitable[T]) -> T:
+    """Wait for something that has to happen soon; what has not happened then is a failure, and is not cancelled."""
+    future = asyncio.ensure_future(awaitable)
+    done, _ = await asyncio.wait({future}, timeout=DEADLINE)
+    if not done:
+        raise AssertionError(f"nothing has happened for {DEADLINE} seconds: {awaitable!r}")
+    return future.result()
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Give the event loop as many turns as `condition` needs to become true, until the deadline."""
+
+    deadline = asyncio.get_running_loop().time() + DEADLINE
+    while not condition():
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError(f"this has not become true for {DEADLINE} seconds")
+        await asyncio.sleep(0)
+
+
+async def settle(turns: int = 20) -> None:
+    """Let everything happen that is ready to happen."""
+    for _ in range(turns):
+        await asyncio.sleep(0)

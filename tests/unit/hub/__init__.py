@@ -1,0 +1,1 @@
+"""Tests of who is connected, what reaches them, and whether they live."""

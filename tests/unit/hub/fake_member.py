@@ -1,0 +1,59 @@
+"""A connection as the hub sees it, without a socket."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+_numbers = itertools.count(1)
+
+
+class FakeMember:
+    """A connection that writes down what the hub does to it.
+
+    Attributes:
+        frames: What was queued for it.
+        room: Whether a frame that may be left out finds room.
+        takes: Whether it can be queued for at all.
+    """
+
+    def __init__(self, client_id: str = "ann", *, takes: bool = True, room: bool = True, pressed: bool = False) -> None:
+        self.connection_id = f"connection-{next(_numbers)}"
+        self.client_id = client_id
+        self.pulse = Pulse(0.0)
+        self.ending: Ending | None = None
+        self.reading_paused = False
+        self.face: Any = f"face of {self.connection_id}"
+        self.frames: list[Frame] = []
+        self.takes = takes
+        self.room = room
+        self.pressed = pressed
+
+    def enqueue(self, frame: Frame) -> bool:
+        """Queue a frame, or end as a connection whose outbox is full."""
+        if not self.takes:
+            self.end(DisconnectReason.SLOW_CONSUMER)
+            return False
+        self.frames.append(frame)
+        return True
+
+    def enqueue_if_room(self, frame: Frame) -> bool:
+        """Queue a frame that may be left out."""
+        if self.room:
+            self.frames.append(frame)
+        return self.room
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of the outbox is used."""
+        return self.pressed
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """Begin the end."""
+        if self.ending is not None:
+            return False
+        self.ending = ending(reason, code=code, text=text)
+        return True

@@ -1,0 +1,440 @@
+"""Tests of the one scheduler that beats for all connections, driven by numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
+from fastapi_ws_stabilizer.hub.heartbeat import LATE, Heartbeat
+from fastapi_ws_stabilizer.reports import Reports
+from tests.unit.conftest import Heard
+from tests.unit.fake_websocket import eventually
+from tests.unit.hub.fake_member import FakeMember
+
+
+class Beating:
+    """A heartbeat whose clock is a number, with what it reports."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.now = 1000.0
+        self.heard = Heard()
+        self.reports = Reports()
+        self.reports.subscribe(self.heard)
+        monkeypatch.setattr(heartbeat_module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(heartbeat_module.random, "uniform", lambda low, high: self.first(low, high))
+        self.first = lambda low, high: high
+        self.heartbeat = Heartbeat(WebSocketConfig(**options), self.reports)
+
+    def add(self, client_id: str = "ann", **kwargs: Any) -> FakeMember:
+        """Begin to beat for a new connection, whose first ping is due after one interval."""
+        member = FakeMember(client_id, **kwargs)
+        member.pulse.seen(self.now)
+        self.heartbeat.add(member)
+        return member
+
+    def at(self, seconds: float, late: float = 0.0) -> None:
+        """Do what is due that many seconds after the start."""
+        self.now = 1000.0 + seconds
+        self.heartbeat.beat_due(self.now, late)
+
+    def pong(self, member: FakeMember) -> None:
+        """Let the client answer."""
+        member.pulse.seen(self.now)
+        member.pulse.ponged(self.now)
+
+
+@pytest.fixture
+def beating(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any:
+    """Make heartbeats with a clock of their own."""
+    made: list[Beating] = []
+
+    def make(**options: Any) -> Beating:
+        made.append(Beating(monkeypatch, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.heartbeat.stop()
+
+
+@pytest.fixture
+async def event_loop_is_running() -> None:
+    """Make these tests run on an event loop, since adding a connection sets a timer."""
+
+
+async def test_a_connection_is_pinged_once_per_interval(beating: Any) -> None:
+    """Pings come one interval apart, and none between."""
+    clock = beating(heartbeat_interval=10)
+    member = clock.add()
+    for second in range(31):
+        clock.at(second)
+    assert [frame.text for frame in member.frames] == ['{"type":"ping"}'] * 3
+    assert clock.reports.totals.pings_sent == 3
+
+
+async def test_the_first_ping_comes_after_a_random_part_of_the_interval(beating: Any) -> None:
+    """Clients that connect together are not pinged together."""
+    clock = beating(heartbeat_interval=10)
+    asked = []
+    clock.first = lambda low, high: asked.append((low, high)) or 3.0
+    member = clock.add()
+    clock.at(2.9)
+    assert member.frames == []
+    clock.at(3.0)
+    assert len(member.frames) == 1
+    assert asked == [(0.0, 10.0)]
+
+
+async def test_first_pings_are_really_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real random numbers, a hundred connections of one moment are due all over the interval."""
+    heartbeat = Heartbeat(WebSocketConfig(heartbeat_interval=10), Reports())
+    members = [FakeMember() for _ in range(100)]
+    for member in members:
+        heartbeat.add(member)
+    heartbeat.stop()
+    due = sorted(member.pulse.next_ping for member in members)
+    assert due[-1] - due[0] > 5.0
+    assert len(set(due)) > 90
+
+
+@pytest.mark.parametrize(("interval", "timeout"), [(10, 25), (10, 60), (30, 5), (10, 10)])
+async def test_the_timeout_is_honoured_longer_or_shorter_than_the_interval(
+    beating: Any, interval: float, timeout: float
+) -> None:
+    """A client that always answered and then falls silent is closed exactly `heartbeat_timeout` after the ping."""
+    clock = beating(heartbeat_interval=interval, heartbeat_timeout=timeout)
+    member = clock.add()
+    clock.at(interval)
+    clock.pong(member)
+    clock.at(2 * interval)
+    clock.at(2 * interval + timeout - 0.01)
+    assert member.ending is None
+    clock.at(2 * interval + timeout)
+    assert member.ending is not None
+    assert member.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert len(clock.heartbeat) == 0
+
+
+async def test_pings_go_on_while_an_answer_is_awaited(beating: Any) -> None:
+    """With a timeout over several intervals, each interval has its ping, and the first open one counts."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=35, require_pong=True)
+    member = clock.add()
+    for second in range(10, 45):
+        clock.at(second)
+    assert len(member.frames) == 4
+    assert member.ending is None
+    clock.at(45)
+    assert member.ending is not None
+
+
+async def test_a_timeout_is_told_with_the_time_of_silence(beating: Any) -> None:
+    """The report of a timeout names connection, client and how long it was silent."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add("bob")
+    clock.at(10)
+    clock.at(15)
+    (report,) = clock.heard.of("heartbeat_timeout")
+    assert report.level == logging.INFO
+    assert report.facts == {"client_id": "bob", "connection_id": member.connection_id, "silent_seconds": 15.0}
+
+
+async def test_a_chatty_client_that_never_pongs_lives(beating: Any) -> None:
+    """Any inbound frame proves life, even where pongs are required."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    for second in range(100):
+        clock.at(second)
+        member.pulse.seen(clock.now)
+    assert member.ending is None
+    assert len(member.frames) >= 9
+
+
+async def test_a_client_that_has_never_answered_is_not_closed(beating: Any) -> None:
+    """With `require_pong="auto"` enforcement starts with the client's first pong."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5)
+    member = clock.add()
+    for second in range(0, 200, 5):
+        clock.at(second)
+    assert member.ending is None
+    clock.pong(member)
+    for second in range(200, 220):
+        clock.at(second)
+    assert member.ending is not None
+
+
+async def test_a_required_pong_is_required_from_the_start(beating: Any) -> None:
+    """With `require_pong=True` a client that never answers is closed."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    clock.at(10)
+    clock.at(15)
+    assert member.ending is not None
+
+
+async def test_a_pong_that_is_not_required_is_never_missed(beating: Any) -> None:
+    """With `require_pong=False` silence closes nobody, not even who has answered before."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=False)
+    member = clock.add()
+    clock.at(10)
+    clock.pong(member)
+    for second in range(20, 200, 5):
+        clock.at(second)
+    assert member.ending is None
+
+
+async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> None:
+    """A pong that is handled right after the ping was queued is not lost."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+
+    def answer_at_once(frame: Any) -> bool:
+        member.frames.append(frame)
+        asyncio.get_running_loop().call_soon(clock.pong, member)
+        return True
+
+    member.enqueue_if_room = answer_at_once  # type: ignore[method-assign]
+    clock.at(10)
+    await eventually(lambda: member.pulse.answers)
+    clock.at(15)
+    clock.at(19.9)
+    assert member.ending is None
+    assert member.pulse.rtt == 0.0
+
+
+async def test_a_client_whose_outbox_is_full_is_not_pinged_and_owes_nothing(beating: Any) -> None:
+    """A ping that finds no room proves nothing, so no answer to it is awaited."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add(room=False)
+    for second in range(10, 60):
+        clock.at(second)
+    assert member.ending is None
+    assert clock.reports.totals.pings_sent == 0
+    member.room = True
+    clock.at(60)
+    assert len(member.frames) == 1
+
+
+async def test_a_pause_of_ours_is_not_the_clients_silence(beating: Any) -> None:
+    """While we do not read, what the client owes is forgiven."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    clock.at(10)
+    member.reading_paused = True
+    for second in range(11, 100):
+        clock.at(second)
+    assert member.ending is None
+
+
+async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
+    """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
+    clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    clock.at(100)
+    clock.at(112, late=7.0)
+    assert member.ending is None
+    clock.at(112.9)
+    assert member.ending is None
+    clock.at(113)
+    assert member.ending is not None
+
+
+async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None:
+    """A short timeout has a short second look."""
+    clock = beating(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
+    member = clock.add()
+    clock.at(100)
+    clock.at(101, late=LATE)
+    assert member.ending is None
+    clock.at(101.25)
+    assert member.ending is not None
+
+
+async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
+    """A beat that is late by less than half a second is on time."""
+    clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    clock.at(100)
+    clock.at(105.4, late=LATE - 0.1)
+    assert member.ending is not None
+
+
+async def test_an_ended_connection_is_let_go_of(beating: Any) -> None:
+    """A connection that ended otherwise is neither pinged nor kept."""
+    clock = beating(heartbeat_interval=10)
+    member = clock.add()
+    member.end(DisconnectReason.CLIENT_CLOSE)
+    clock.at(10)
+    assert member.frames == []
+    assert len(clock.heartbeat) == 0
+
+
+async def test_a_removed_connection_is_not_pinged(beating: Any) -> None:
+    """After `remove` a connection gets nothing, and the others do."""
+    clock = beating(heartbeat_interval=10)
+    gone, here = clock.add("gone"), clock.add("here")
+    clock.heartbeat.remove(gone)
+    clock.heartbeat.remove(gone)
+    assert len(clock.heartbeat) == 1
+    clock.at(10)
+    assert (len(gone.frames), len(here.frames)) == (0, 1)
+
+
+async def test_connections_that_come_and_go_leave_nothing_behind(beating: Any) -> None:
+    """However many connections have been removed, the heap holds little more than those that are there."""
+    clock = beating(heartbeat_interval=10)
+    staying = [clock.add() for _ in range(3)]
+    for _ in range(10):
+        for member in [clock.add() for _ in range(100)]:
+            clock.heartbeat.remove(member)
+    assert len(clock.heartbeat) == 3
+    assert len(clock.heartbeat._heap) <= 64 + 1
+    clock.at(10)
+    assert [len(member.frames) for member in staying] == [1, 1, 1]
+
+
+async def test_a_stuck_client_delays_nobodys_beat(beating: Any) -> None:
+    """A client whose outbox is full costs the others nothing."""
+    clock = beating(heartbeat_interval=10)
+    stuck = clock.add(room=False)
+    others = [clock.add() for _ in range(3)]
+    clock.at(10)
+    assert stuck.frames == []
+    assert [len(member.frames) for member in others] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("payload", ["beat", {"kind": "beat"}, b"\x01"])
+async def test_a_custom_payload_is_what_is_sent(beating: Any, payload: Any) -> None:
+    """With `heartbeat_type="custom"` the heartbeat is the user's own message, encoded once."""
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    member = clock.add()
+    clock.at(10)
+    clock.at(20)
+    first, second = member.frames
+    assert first is second
+    sent = first.data if first.text is None else first.text
+    assert sent == payload or json.loads(sent) == payload
+
+
+async def test_a_custom_payload_can_be_a_function_of_the_socket(beating: Any) -> None:
+    """A callable payload is called for each beat with what user code knows the connection by."""
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda face: {"for": face})
+    member = clock.add()
+    clock.at(10)
+    assert json.loads(member.frames[0].text) == {"for": member.face}
+
+
+async def test_a_payload_function_that_fails_is_told_and_tried_again(beating: Any) -> None:
+    """A bug in the payload function is reported, hurts no other connection, and the next beat tries again."""
+    answers: list[Any] = [ValueError("bug"), object(), "beat"]
+
+    def payload(face: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    member = clock.add()
+    clock.at(10)
+    clock.at(20)
+    clock.at(30)
+    assert clock.heard.events == ["heartbeat_payload_failed", "heartbeat_payload_invalid"]
+    assert isinstance(clock.heard.reports[1].error, MessageEncodeError)
+    assert [frame.text for frame in member.frames] == ["beat"]
+
+
+async def test_a_payload_that_cannot_be_encoded_is_refused_when_the_manager_is_made() -> None:
+    """A constant payload that JSON does not know fails early and not at each beat."""
+    config = WebSocketConfig(heartbeat_type="custom", heartbeat_payload={"x": object()})
+    with pytest.raises(MessageEncodeError):
+        Heartbeat(config, Reports())
+
+
+async def test_a_payload_function_that_ends_its_connection_leaves_no_entry(beating: Any) -> None:
+    """A connection that its own payload function has ended is not scheduled again."""
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda face: end())
+    member = clock.add()
+
+    def end() -> str:
+        member.end(DisconnectReason.APPLICATION)
+        member.room = False
+        clock.heartbeat.remove(member)
+        return "bye"
+
+    clock.at(10)
+    assert len(clock.heartbeat) == 0
+
+
+async def test_a_heartbeat_that_is_off_does_nothing(beating: Any) -> None:
+    """With `heartbeat_type="off"` nobody is scheduled and no timer is set."""
+    clock = beating(heartbeat_type="off")
+    member = clock.add()
+    clock.at(1000)
+    assert len(clock.heartbeat) == 0
+    assert clock.heartbeat._timer is None
+    clock.heartbeat.remove(member)
+    assert member.frames == []
+
+
+# ── the one timer ──
+
+
+async def test_the_timer_beats_by_itself() -> None:
+    """On the real clock, a connection is pinged without anybody calling."""
+    heartbeat = Heartbeat(WebSocketConfig(heartbeat_interval=0.02), Reports())
+    member = FakeMember()
+    heartbeat.add(member)
+    await eventually(lambda: len(member.frames) >= 2)
+    heartbeat.stop()
+    assert len(heartbeat) == 0
+    assert heartbeat._timer is None
+
+
+async def test_all_connections_share_one_timer(beating: Any) -> None:
+    """However many connections there are, the event loop holds one timer for them, for the first that is due."""
+    clock = beating(heartbeat_interval=10)
+    firsts = iter([5.0, 7.0, 2.0, 9.0])
+    clock.first = lambda low, high: next(firsts)
+    timers = []
+    for _ in range(4):
+        clock.add()
+        timers.append(clock.heartbeat._timer)
+    assert timers[0] is timers[1]
+    assert timers[0].cancelled()
+    assert timers[2] is timers[3]
+    assert not timers[2].cancelled()
+    assert clock.heartbeat._timer_due == 1002.0
+
+
+async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating: Any) -> None:
+    """When the timer itself comes late by half a second or more, that is a warning, and gives a second look."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    clock.at(10)
+    clock.heartbeat._timer_due = 1015.0
+    clock.now = 1018.0
+    clock.heartbeat._on_timer()
+    assert member.ending is None
+    (report,) = clock.heard.of("event_loop_blocked")
+    assert report.level == logging.WARNING
+    assert report.facts == {"blocked_seconds": 3.0}
+    assert clock.heartbeat._timer is not None
+
+
+async def test_stopping_twice_is_fine(beating: Any) -> None:
+    """A stopped heartbeat has no connections, no timer, and can be stopped again."""
+    clock = beating()
+    clock.add()
+    clock.heartbeat.stop()
+    clock.heartbeat.stop()
+    assert len(clock.heartbeat) == 0
+    clock.heartbeat._on_timer()
+    assert clock.heartbeat._timer is None

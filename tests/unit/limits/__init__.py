@@ -1,0 +1,1 @@
+"""Tests of what connections may take."""

@@ -1,0 +1,193 @@
+"""Tests of the functions that users register for events."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.hooks import Hook, Hooks, check_parameters, is_async
+from tests.unit.conftest import Heard
+
+SOCKET: Any = SimpleNamespace(client_id="ann", connection_id="5f3a")
+
+
+async def coroutine_function(ws: Any) -> None:
+    """Async."""
+
+
+def plain_function(ws: Any) -> None:
+    """Not async."""
+
+
+class AsyncCallable:
+    """An object whose call is async."""
+
+    async def __call__(self, ws: Any) -> None:
+        """Async."""
+
+    async def method(self, ws: Any) -> None:
+        """Async."""
+
+
+class PlainCallable:
+    """An object whose call is not async."""
+
+    def __call__(self, ws: Any) -> None:
+        """Not async."""
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (coroutine_function, True),
+        (functools.partial(functools.partial(coroutine_function)), True),
+        (AsyncCallable(), True),
+        (functools.partial(AsyncCallable()), True),
+        (AsyncCallable().method, True),
+        (plain_function, False),
+        (functools.partial(plain_function), False),
+        (PlainCallable(), False),
+        (lambda ws: None, False),
+    ],
+)
+def test_async_functions_are_told_from_others(function: Any, expected: bool) -> None:
+    """Partials and callable objects are looked through."""
+    assert is_async(function) is expected
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (lambda: None, 0),
+        (lambda ws: None, 1),
+        (lambda ws, reason: None, 2),
+        (lambda ws, reason, extra=1: None, 2),
+        (lambda ws, *, option=1: None, 1),
+        (lambda *args: None, 2),
+        (functools.partial(lambda db, ws, reason: None, "db"), 2),
+    ],
+)
+def test_a_function_gets_as_many_arguments_as_it_takes(function: Any, arguments: int) -> None:
+    """A function that takes fewer arguments gets the first ones, and defaults beyond them stay."""
+    assert check_parameters(function, "on_disconnect", 2, "the socket and the reason") == arguments
+
+
+def test_a_function_that_wants_too_much_is_refused_with_what_it_can_have() -> None:
+    """A function that could not be called is refused when it is registered, by name."""
+    with pytest.raises(TypeError, match=r"cannot be an on_connect function: it must take the socket"):
+        Hooks(Reports()).add("connect", lambda ws, more: None)
+
+
+def test_a_function_that_needs_a_keyword_is_refused() -> None:
+    """Nobody would give the keyword argument."""
+
+    def needs(ws: Any, *, db: Any) -> None:
+        """Cannot be called with a socket."""
+
+    with pytest.raises(TypeError, match="needs the keyword argument 'db'"):
+        Hooks(Reports()).add("connect", needs)
+
+
+async def test_a_function_that_is_not_async_runs_in_the_thread_pool() -> None:
+    """Blocking user code does not block the event loop."""
+    threads: list[int] = []
+    await Hook(lambda ws: threads.append(threading.get_ident()), 1)(SOCKET)
+    assert threads != [threading.get_ident()]
+
+
+async def test_an_async_function_runs_on_the_event_loop() -> None:
+    """An async hook is awaited where it is called."""
+    threads: list[int] = []
+
+    async def hook(ws: Any) -> None:
+        threads.append(threading.get_ident())
+
+    await Hook(hook, 1)(SOCKET)
+    assert threads == [threading.get_ident()]
+
+
+async def test_a_function_that_returns_a_coroutine_is_awaited() -> None:
+    """`manager.on_connect(lambda ws: ws.send("hi"))` does what it says."""
+    sent: list[str] = []
+
+    async def send(text: str) -> None:
+        sent.append(text)
+
+    coroutines: list[Any] = []
+
+    def hook(ws: Any) -> Any:
+        coroutines.append(send("hi"))
+        return coroutines[0]
+
+    await Hook(hook, 1)(SOCKET)
+    for coroutine in coroutines:
+        coroutine.close()
+    assert sent == ["hi"]
+
+
+@pytest.mark.parametrize(("event", "args"), [("handshake", ()), ("connect", ())])
+async def test_hooks_run_in_the_order_of_their_registration(event: str, args: tuple[Any, ...]) -> None:
+    """Several hooks of one event run one after the other, and the first that raises stops them."""
+    hooks = Hooks(Reports())
+    order: list[int] = []
+    hooks.add(event, lambda ws: order.append(1))
+
+    async def second(ws: Any) -> None:
+        await asyncio.sleep(0)
+        order.append(2)
+
+    def third() -> None:
+        raise ValueError("refused")
+
+    hooks.add(event, second)
+    hooks.add(event, third)
+    hooks.add(event, lambda: order.append(4))
+    with pytest.raises(ValueError, match="refused"):
+        await getattr(hooks, event)(SOCKET, *args)
+    assert order == [1, 2]
+
+
+async def test_all_disconnect_hooks_run_even_if_one_fails() -> None:
+    """A failing disconnect hook is reported and told to the error hooks; the others run."""
+    reports, heard = Reports(), Heard()
+    reports.subscribe(heard)
+    hooks = Hooks(reports)
+    calls: list[Any] = []
+    error = ValueError("bug")
+
+    def fail(ws: Any) -> None:
+        raise error
+
+    hooks.add("disconnect", fail)
+    hooks.add("disconnect", lambda ws, reason: calls.append(reason))
+    hooks.add("error", lambda ws, error: calls.append(error))
+    await hooks.disconnect(SOCKET, DisconnectReason.CLIENT_CLOSE)
+    assert calls == [error, DisconnectReason.CLIENT_CLOSE]
+    (report,) = heard.reports
+    assert (report.event, report.error) == ("disconnect_hook_failed", error)
+    assert report.facts == {"client_id": "ann", "connection_id": "5f3a"}
+
+
+async def test_all_error_hooks_run_even_if_one_fails() -> None:
+    """A failing error hook is reported, and does not call the error hooks again."""
+    reports, heard = Reports(), Heard()
+    reports.subscribe(heard)
+    hooks = Hooks(reports)
+    calls: list[Any] = []
+    first, second = ValueError("bug"), KeyError("bug in the hook")
+
+    def fail(ws: Any, error: BaseException) -> None:
+        raise second
+
+    hooks.add("error", fail)
+    hooks.add("error", lambda ws, error: calls.append(error))
+    await hooks.error(SOCKET, first)
+    assert calls == [first]
+    assert [(report.event, report.error) for report in heard.reports] == [("error_hook_failed", second)]

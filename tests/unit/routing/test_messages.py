@@ -1,0 +1,325 @@
+"""Tests of message handlers: which messages they take, and as what."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, Literal, Union
+
+import pytest
+from pydantic import BaseModel, Field
+
+from fastapi_ws_stabilizer.routing import messages as messages_module
+from fastapi_ws_stabilizer.routing.messages import (
+    BadMessage,
+    MessageHandler,
+    MessageHandlers,
+    Received,
+    error_reply,
+)
+
+
+class Chat(BaseModel):
+    """A message of an application."""
+
+    type: str = "chat"
+    text: str = Field(max_length=5)
+
+
+class Many(BaseModel):
+    """A message with many fields."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+    e: int
+    f: int
+    g: int
+
+
+class Move(BaseModel):
+    """A message of a union."""
+
+    kind: Literal["move"]
+    x: int
+
+
+class Say(BaseModel):
+    """Another message of that union."""
+
+    kind: Literal["say"]
+    text: str
+
+
+class Room:
+    """An object with handlers."""
+
+    def __call__(self, ws: Any, message: Chat) -> None:
+        """Take a message."""
+
+    def method(self, ws: Any, message: Chat) -> None:
+        """Take a message."""
+
+
+def prepare(function: Any, raw: str | bytes, *, typed: bool = True) -> Any:
+    """What `function` would be given for a message."""
+    return MessageHandler(function, typed=typed).prepare(Received(raw))
+
+
+def takes_chat(ws: Any, message: Chat) -> None:
+    """Take a model."""
+
+
+def takes_dict(ws: Any, message: dict[str, Any]) -> None:
+    """Take an object."""
+
+
+def takes_str(ws: Any, message: str) -> None:
+    """Take text."""
+
+
+def takes_bytes(ws: Any, message: bytes) -> None:
+    """Take bytes."""
+
+
+def takes_either(ws: Any, message: str | bytes) -> None:
+    """Take a message as it came."""
+
+
+def takes_either_in_words(ws: Any, message: Union[str, bytes]) -> None:  # noqa: UP007 (both spellings are tested)
+    """Take a message as it came."""
+
+
+def takes_any(ws: Any, message: Any) -> None:
+    """Take anything."""
+
+
+def takes_something(ws, message):  # type: ignore[no-untyped-def]
+    """Take anything, without a word about it."""
+
+
+def takes_union(ws: Any, message: Annotated[Move | Say, Field(discriminator="kind")]) -> None:
+    """Take one of several models."""
+
+
+def takes_with_db(db: Any, ws: Any, message: Chat) -> None:
+    """Take a model, with something bound before."""
+
+
+def takes_all(*args: Any) -> None:
+    """Take whatever there is."""
+
+
+def takes_socket(ws: Any) -> None:
+    """Take no message."""
+
+
+TEXT = '{"type":"chat","text":"hi"}'
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        takes_chat,
+        Room(),
+        Room().method,
+        functools.partial(takes_with_db, "db"),
+        functools.partial(takes_chat),
+    ],
+    ids=["function", "object", "method", "partial of two", "partial"],
+)
+@pytest.mark.parametrize("raw", [TEXT, TEXT.encode()], ids=["text", "bytes"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_model_is_validated(function: Any, raw: str | bytes, typed: bool) -> None:
+    """A handler that wants a model gets it, however the function is made and whether text or bytes came."""
+    assert prepare(function, raw, typed=typed) == Chat(text="hi")
+
+
+@pytest.mark.parametrize(
+    ("function", "typed", "expected"),
+    [
+        (takes_dict, True, {"type": "chat", "text": "hi"}),
+        (takes_str, True, TEXT),
+        (takes_either, True, TEXT),
+        (takes_either_in_words, True, TEXT),
+        (takes_any, True, {"type": "chat", "text": "hi"}),
+        (takes_something, True, {"type": "chat", "text": "hi"}),
+        (takes_all, True, {"type": "chat", "text": "hi"}),
+        (takes_dict, False, {"type": "chat", "text": "hi"}),
+        (takes_str, False, TEXT),
+        (takes_any, False, TEXT),
+        (takes_something, False, TEXT),
+        (takes_all, False, TEXT),
+    ],
+)
+def test_the_annotation_says_what_a_message_becomes(function: Any, typed: bool, expected: Any) -> None:
+    """Without an annotation a typed handler gets the JSON value, and one that takes all the message as it came."""
+    assert prepare(function, TEXT, typed=typed) == expected
+
+
+def test_bytes_stay_bytes() -> None:
+    """A handler of bytes gets them untouched."""
+    assert prepare(takes_bytes, b"\x00\xff", typed=False) == b"\x00\xff"
+    assert prepare(takes_either, b"\x00\xff", typed=False) == b"\x00\xff"
+
+
+def test_a_union_is_validated_by_its_discriminator() -> None:
+    """Anything that pydantic validates can be an annotation."""
+    assert prepare(takes_union, '{"kind":"move","x":1}', typed=False) == Move(kind="move", x=1)
+    assert prepare(takes_union, '{"kind":"say","text":"a"}', typed=False) == Say(kind="say", text="a")
+
+
+@pytest.mark.parametrize(
+    ("function", "raw", "code"),
+    [
+        (takes_chat, '{"type":"chat"}', "invalid_message"),
+        (takes_chat, "[]", "invalid_message"),
+        (takes_chat, "{", "bad_json"),
+        (takes_chat, "NaN", "bad_json"),
+        (takes_any, "{", "bad_json"),
+        (takes_any, b"\xff", "bad_json"),
+        (takes_any, "[" * 5000, "bad_json"),
+        (takes_any, '"\ud800"', "bad_json"),
+        (takes_str, b"data", "text_expected"),
+        (takes_bytes, "text", "binary_expected"),
+    ],
+)
+def test_a_message_that_does_not_fit_has_a_code(function: Any, raw: str | bytes, code: str) -> None:
+    """What is wrong with a message is a fixed word and a sentence for the client."""
+    with pytest.raises(BadMessage) as caught:
+        prepare(function, raw)
+    assert caught.value.code == code
+    assert error_reply(caught.value) == {"type": "error", "code": code, "message": caught.value.message}
+    assert caught.value.message
+
+
+def test_the_wrong_fields_are_named() -> None:
+    """The reply says which field is wrong and why, and nothing of the input or the inside."""
+    with pytest.raises(BadMessage) as caught:
+        prepare(takes_chat, '{"type":"chat","text":"much too long secret"}')
+    assert caught.value.message == "text: String should have at most 5 characters"
+    with pytest.raises(BadMessage) as caught:
+        prepare(takes_chat, "[]")
+    assert ":" not in caught.value.message
+
+
+def test_no_reply_is_endless() -> None:
+    """Of many wrong fields a few are named, and the rest is counted."""
+
+    def takes_many(ws: Any, message: Many) -> None:
+        """Take many."""
+
+    with pytest.raises(BadMessage, match=r"and 2 more$") as caught:
+        prepare(takes_many, "{}")
+    assert caught.value.message.count("Field required") == messages_module.MAX_PROBLEMS
+
+
+def test_a_handler_may_take_the_socket_only() -> None:
+    """A handler without a message is called for it all the same."""
+    assert MessageHandler(takes_socket, typed=True).prepare(Received("anything")) == "anything"
+
+
+async def test_a_handler_is_called_with_what_was_prepared() -> None:
+    """The function gets socket and message, or the socket only if it takes no more."""
+    calls: list[Any] = []
+    await MessageHandler(lambda ws, message: calls.append((ws, message)), typed=True)("socket", "message")  # type: ignore[arg-type]
+    await MessageHandler(lambda ws: calls.append(ws), typed=True)("socket", "message")  # type: ignore[arg-type]
+    assert calls == [("socket", "message"), "socket"]
+
+
+def test_a_handler_that_cannot_be_called_is_refused() -> None:
+    """A function that wants more than a socket and a message is an error at once."""
+    with pytest.raises(TypeError, match="cannot be an on_message function"):
+        MessageHandlers().add("chat", lambda ws, message, more: None)
+
+
+def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many handlers look at a message, its JSON is read once."""
+    parsed: list[Any] = []
+    real = messages_module.from_json
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        parsed.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(messages_module, "from_json", counting)
+    handlers = MessageHandlers()
+    for _ in range(3):
+        handlers.add("chat", takes_any)
+    received = Received(TEXT)
+    for handler in handlers.find(received):
+        handler.prepare(received)
+    assert len(parsed) == 1
+
+
+# ── finding ──
+
+
+def found(handlers: MessageHandlers, raw: str | bytes) -> list[Any]:
+    """The functions that would be called for a message."""
+    return [handler.function for handler in handlers.find(Received(raw))]
+
+
+def test_without_handlers_there_is_nothing_to_find() -> None:
+    """A manager without handlers takes every message and does nothing."""
+    handlers = MessageHandlers()
+    assert not handlers
+    assert found(handlers, "anything") == []
+
+
+def test_the_type_of_a_message_finds_its_handlers() -> None:
+    """All handlers of a type are called, in their order, and no others."""
+    handlers = MessageHandlers()
+    handlers.add("chat", takes_chat)
+    handlers.add("chat", takes_dict)
+    handlers.add("move", takes_any)
+    assert handlers
+    assert found(handlers, TEXT) == [takes_chat, takes_dict]
+    assert found(handlers, b'{"type":"move"}') == [takes_any]
+
+
+@pytest.mark.parametrize("raw", ["plain text", b"\xff", '{"type":"other"}', '{"a":1}', '{"type":7}', "[]"])
+def test_what_no_typed_handler_takes_goes_to_those_that_take_all(raw: str | bytes) -> None:
+    """A handler without a type gets every message that has no handler of its own, JSON or not."""
+    handlers = MessageHandlers()
+    handlers.add("chat", takes_chat)
+    handlers.add(None, takes_any)
+    assert found(handlers, raw) == [takes_any]
+    assert found(handlers, TEXT) == [takes_chat]
+
+
+def test_handlers_that_take_all_take_all() -> None:
+    """Without typed handlers nothing is parsed to find them."""
+    handlers = MessageHandlers()
+    handlers.add(None, takes_any)
+    assert handlers
+    assert found(handlers, "{") == [takes_any]
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        ("{", "bad_json"),
+        (b"\xff", "bad_json"),
+        ("[]", "no_type"),
+        ('{"a":1}', "no_type"),
+        ('{"type":7}', "no_type"),
+        ('{"type":"other"}', "unknown_type"),
+    ],
+)
+def test_a_message_that_nobody_takes_is_told_why(raw: str | bytes, code: str) -> None:
+    """Where all handlers are typed, a message without one of their types is a bad message."""
+    handlers = MessageHandlers()
+    handlers.add("chat", takes_chat)
+    with pytest.raises(BadMessage) as caught:
+        handlers.find(Received(raw))
+    assert caught.value.code == code
+
+
+def test_an_endless_type_is_cut_in_the_reply() -> None:
+    """A reply does not send back as much as came in."""
+    handlers = MessageHandlers()
+    handlers.add("chat", takes_chat)
+    with pytest.raises(BadMessage) as caught:
+        handlers.find(Received('{"type":"' + "x" * 10_000 + '"}'))
+    assert len(caught.value.message) < 200

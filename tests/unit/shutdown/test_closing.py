@@ -1,0 +1,99 @@
+"""Tests of closing all connections within a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import eventually, settle, with_deadline
+
+
+async def test_nobody_is_closed_at_once() -> None:
+    """Without connections there is nothing to do."""
+    report = await close_all([], 1.0)
+    assert (report.closed_count, report.failed_count) == (0, 0)
+    assert report.duration_seconds < 0.5
+
+
+async def test_everybody_gets_what_is_queued_and_then_1012(bench: Any) -> None:
+    """A shutdown loses no queued message and closes with 1012."""
+    benches = [bench() for _ in range(3)]
+    connections = [(await b.open())[0] for b in benches]
+    for connection in connections:
+        connection.enqueue(encode("last"))
+    report = await with_deadline(close_all(connections, 5.0))
+    assert (report.closed_count, report.failed_count) == (3, 0)
+    for b in benches:
+        assert b.server.data == ["last"]
+        assert b.server.close_frames == [(1012, "server shutdown")]
+        assert b.connection.ending.reason is DisconnectReason.SERVER_SHUTDOWN
+
+
+async def test_who_does_not_end_in_time_is_cut(bench: Any) -> None:
+    """The timeout is honoured: a stuck client counts as failed, its transport is aborted, its endpoint cancelled."""
+    aborted: list[str] = []
+    good, stuck = bench(), bench(send_timeout=60, disconnect_grace=60)
+    stuck.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
+    await good.open()
+
+    async def endpoint() -> str:
+        await stuck.open(cancellable=True)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "cancelled"
+        return "returned"
+
+    task = asyncio.ensure_future(endpoint())
+    await eventually(lambda: stuck.heard.of("connection_opened"))
+    stuck.server.block()
+    report = await with_deadline(close_all([good.connection, stuck.connection], 0.05))
+    assert (report.closed_count, report.failed_count) == (1, 1)
+    assert 0.04 < report.duration_seconds < 2.0
+    assert aborted == ["stuck"]
+    assert await with_deadline(task) == "cancelled"
+
+
+async def test_who_is_ending_already_is_waited_for_and_not_counted(bench: Any) -> None:
+    """A connection that ends for another reason keeps its reason, and the shutdown waits for it."""
+    b = bench(disconnect_grace=5)
+    gate = asyncio.Event()
+
+    async def hook(_: Any, __: Any) -> None:
+        await gate.wait()
+
+    b.on_disconnect = hook
+    connection, _ = await b.open()
+    connection.hooks_wanted = True
+    b.server.feed_disconnect(1001)
+    await with_deadline(connection.wait_over())
+    closing = asyncio.ensure_future(close_all([connection], 5.0))
+    await settle()
+    assert not closing.done()
+    gate.set()
+    report = await with_deadline(closing)
+    assert (report.closed_count, report.failed_count) == (0, 0)
+    assert connection.ending.reason is DisconnectReason.CLIENT_CLOSE
+
+
+async def test_all_are_closed_at_the_same_time(bench: Any) -> None:
+    """A stuck client does not keep the next one waiting for its close frame."""
+    stuck, good = bench(send_timeout=60), bench()
+    await stuck.open()
+    await good.open()
+    stuck.server.block()
+    closing = asyncio.ensure_future(close_all([stuck.connection, good.connection], 5.0))
+    await with_deadline(good.connection.finished)
+    assert good.server.close_frames == [(1012, "server shutdown")]
+    assert not closing.done()
+    stuck.server.release()
+    assert (await with_deadline(closing)).closed_count == 2
+
+
+def test_a_report_begins_empty() -> None:
+    """A report can be made without numbers."""
+    assert ShutdownReport() == ShutdownReport(closed_count=0, failed_count=0, duration_seconds=0.0)

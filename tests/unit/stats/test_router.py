@@ -1,0 +1,187 @@
+"""Tests of what goes on, over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Header, HTTPException
+from starlette.testclient import TestClient
+
+from fastapi_ws_stabilizer.dependencies import StableSocketDep
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.stats import stats_router
+from tests.unit.fake_websocket import FakeServer, eventually
+
+
+def make(manager: WebSocketConnectionManager, **kwargs: Any) -> FastAPI:
+    """An app with a socket and the stats."""
+    app = FastAPI(lifespan=manager.lifespan)
+    app.include_router(stats_router, prefix="/ws-stats", **kwargs)
+
+    @app.websocket("/ws/{client_id}")
+    async def endpoint(ws: StableSocketDep) -> None:
+        async for message in ws:
+            await ws.send(message)
+
+    return app
+
+
+@pytest.fixture
+def manager() -> WebSocketConnectionManager:
+    """A manager."""
+    return WebSocketConnectionManager()
+
+
+@pytest.fixture
+def client(manager: WebSocketConnectionManager) -> Iterator[TestClient]:
+    """A client of an app with that manager."""
+    with TestClient(make(manager)) as client:
+        yield client
+
+
+def test_the_totals_of_a_life(client: TestClient) -> None:
+    """Connections, messages, broadcasts and endings are counted."""
+    with client.websocket_connect("/ws/ann") as ann, client.websocket_connect("/ws/bob"):
+        ann.send_text("hi")
+        assert ann.receive_text() == "hi"
+        now = client.get("/ws-stats/").json()
+    assert (now["connections"], now["clients"], now["connections_opened"]) == (2, 2, 2)
+    assert (now["messages_received"], now["messages_sent"]) == (1, 1)
+    assert now["endings"] == {}
+    assert now["uptime_seconds"] > 0
+    later = client.get("/ws-stats/").json()
+    assert (later["connections"], later["clients"]) == (0, 0)
+    assert later["endings"] == {"client_close": 2}
+
+
+def test_the_connections_a_page_at_a_time(client: TestClient) -> None:
+    """Open connections come oldest first, by client if wanted, and a page at a time."""
+    with client.websocket_connect("/ws/a"), client.websocket_connect("/ws/b"), client.websocket_connect("/ws/c"):
+        everything = client.get("/ws-stats/connections").json()
+        assert (everything["total"], everything["offset"]) == (3, 0)
+        assert [one["client_id"] for one in everything["connections"]] == ["a", "b", "c"]
+        page = client.get("/ws-stats/connections", params={"offset": 1, "limit": 1}).json()
+        assert (page["total"], page["offset"]) == (3, 1)
+        assert [one["client_id"] for one in page["connections"]] == ["b"]
+        of_client = client.get("/ws-stats/connections", params={"client_id": "c"}).json()
+        assert of_client["total"] == 1
+        nobody = client.get("/ws-stats/connections", params={"client_id": "nobody"}).json()
+        assert nobody == {"total": 0, "offset": 0, "connections": []}
+
+
+def test_one_connection(client: TestClient) -> None:
+    """A connection is found by its connection id, with everything that is known of it; another id is a 404."""
+    with client.websocket_connect("/ws/ann") as ws:
+        ws.send_text("pong")
+        (listed,) = client.get("/ws-stats/connections").json()["connections"]
+        one = client.get(f"/ws-stats/connections/{listed['connection_id']}").json()
+        assert set(one) == {
+            "connection_id",
+            "client_id",
+            "address",
+            "connected_seconds",
+            "silent_seconds",
+            "rtt_seconds",
+            "queued_messages",
+            "queued_bytes",
+            "unread_messages",
+            "unread_bytes",
+        }
+        assert (one["connection_id"], one["client_id"]) == (listed["connection_id"], "ann")
+        assert one["address"] == "testclient:50000"
+        assert one["connected_seconds"] >= one["silent_seconds"] >= 0
+        assert one["rtt_seconds"] is None
+        assert (one["queued_messages"], one["queued_bytes"], one["unread_messages"]) == (0, 0, 0)
+    missing = client.get(f"/ws-stats/connections/{listed['connection_id']}")
+    assert (missing.status_code, missing.json()) == (404, {"detail": "no open connection has this id"})
+
+
+@pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 1001}, {"offset": -1}])
+def test_a_page_has_limits(client: TestClient, params: dict[str, int]) -> None:
+    """Nobody can ask for everything at once."""
+    assert client.get("/ws-stats/connections", params=params).status_code == 422
+
+
+async def test_health_says_whether_connections_are_taken(manager: WebSocketConnectionManager) -> None:
+    """Health is 200 while the manager runs, and 503 after a shutdown."""
+    async for client in _http(make(manager)):
+        await manager.start()
+        healthy = await client.get("/ws-stats/health")
+        assert (healthy.status_code, healthy.json()) == (200, {"status": "ok", "connections": 0})
+        await manager.graceful_shutdown(timeout=1)
+        stopped = await client.get("/ws-stats/health")
+        assert (stopped.status_code, stopped.json()) == (503, {"status": "shut_down", "connections": 0})
+
+
+async def test_a_manager_that_waits_for_its_first_socket_is_healthy(manager: WebSocketConnectionManager) -> None:
+    """A manager that nobody started takes connections, so a readiness probe must not keep them away."""
+    async for client in _http(make(manager)):
+        health = await client.get("/ws-stats/health")
+        assert (health.status_code, health.json()["status"]) == (200, "ok")
+
+
+async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
+    """What waits to be sent and to be read can be seen, summed up and by connection."""
+    server = FakeServer()
+    del server.websocket.scope["client"]
+    socket = await manager.connect("ann", await server.accepted())
+    server.block()
+    await manager.broadcast("sending")
+    await server.until(lambda: len(server.offered) == 2)
+    await manager.broadcast("1234")
+    server.feed_text("in")
+    await eventually(lambda: socket.unread_messages)
+    async for client in _http(make(manager)):
+        totals = (await client.get("/ws-stats/")).json()
+        (one,) = (await client.get("/ws-stats/connections")).json()["connections"]
+    assert (totals["queued_messages"], totals["queued_bytes"], totals["unread_messages"]) == (1, 4, 1)
+    assert totals["broadcasts"] == 2
+    assert (one["queued_messages"], one["queued_bytes"], one["unread_messages"]) == (1, 4, 1)
+    assert one["unread_bytes"] > 0
+    assert one["address"] is None
+    server.release()
+    await manager.graceful_shutdown(timeout=1)
+
+
+def test_the_stats_are_protected_by_fastapis_own_means(manager: WebSocketConnectionManager) -> None:
+    """`dependencies=[Depends(...)]` guards every path."""
+
+    def admin(token: Annotated[str, Header()] = "") -> None:
+        if token != "secret":
+            raise HTTPException(401)
+
+    with TestClient(make(manager, dependencies=[Depends(admin)])) as client:
+        for path in ("/", "/connections", "/connections/x", "/health"):
+            assert client.get(f"/ws-stats{path}").status_code == 401
+        assert client.get("/ws-stats/", headers={"token": "secret"}).status_code == 200
+
+
+def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
+    """Each path has its model and says what its fields mean."""
+    document = client.get("/openapi.json").json()
+    assert {path for path in document["paths"] if path.startswith("/ws-stats")} == {
+        "/ws-stats/",
+        "/ws-stats/connections",
+        "/ws-stats/connections/{connection_id}",
+        "/ws-stats/health",
+    }
+    schemas = document["components"]["schemas"]
+    assert {"Overview", "ConnectionPage", "ConnectionStats", "Health"} <= set(schemas)
+    assert schemas["Overview"]["properties"]["queued_bytes"]["description"]
+
+
+def test_without_a_manager_the_error_says_how_to_add_one() -> None:
+    """Stats in an app without a manager are a mistake that is told."""
+    app = FastAPI()
+    app.include_router(stats_router)
+    with pytest.raises(Exception, match="no WebSocketConnectionManager belongs to this app"):
+        TestClient(app).get("/")
+
+
+async def _http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client on this event loop, which runs no lifespan."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://testserver") as client:
+        yield client

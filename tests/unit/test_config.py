@@ -1,0 +1,331 @@
+"""Tests of the options."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fastapi_ws_stabilizer.config import (
+    NOT_YET_HONOURED,
+    CompressionMode,
+    DuplicatePolicy,
+    HeartbeatType,
+    InboxOverflow,
+    MemoryEvictionPolicy,
+    WebSocketConfig,
+)
+
+SECONDS = ["heartbeat_interval", "heartbeat_timeout", "disconnect_grace", "send_timeout", "memory_check_interval"]
+COUNTS = [
+    "max_message_size",
+    "inbox_max_messages",
+    "inbox_max_bytes",
+    "outbox_max_messages",
+    "outbox_max_bytes",
+    "num_shards",
+    "max_concurrent_cleanup",
+    "max_concurrent_broadcast",
+]
+OPTIONAL_COUNTS = ["max_connections", "max_bad_messages", "max_memory_per_connection", "max_total_memory"]
+WORDS = {
+    "heartbeat_type": ("ping", "custom", "off"),
+    "on_duplicate": ("replace", "reject", "allow"),
+    "inbox_overflow": ("pause", "close"),
+    "compression": ("deflate", "none"),
+    "memory_eviction_policy": ("lru", "fifo", "oldest"),
+    "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "default"),
+    [
+        ("heartbeat_interval", 30.0),
+        ("heartbeat_timeout", 60.0),
+        ("heartbeat_type", "ping"),
+        ("max_connections", None),
+        ("max_message_size", 1048576),
+        ("reconnect_token_ttl", timedelta(hours=1)),
+        ("enable_reconnect", True),
+        ("compression", "deflate"),
+        ("log_level", "INFO"),
+        ("enable_metrics", False),
+        ("num_shards", 16),
+        ("max_concurrent_cleanup", 100),
+        ("max_concurrent_broadcast", 1000),
+        ("max_memory_per_connection", None),
+        ("max_total_memory", None),
+        ("memory_eviction_policy", "lru"),
+        ("memory_check_interval", 60.0),
+    ],
+)
+def test_the_options_of_the_readme_have_their_defaults(option: str, default: Any) -> None:
+    """Every option that was promised exists, with the default that was promised."""
+    assert getattr(WebSocketConfig(), option) == default
+
+
+def test_the_options_that_are_not_yet_honoured_are_exactly_these() -> None:
+    """An option that is accepted without its part is on one list, and the list only shrinks."""
+    assert sorted(NOT_YET_HONOURED) == [
+        "compression",
+        "enable_metrics",
+        "enable_reconnect",
+        "max_concurrent_broadcast",
+        "max_concurrent_cleanup",
+        "max_connections",
+        "max_memory_per_connection",
+        "max_total_memory",
+        "memory_check_interval",
+        "memory_eviction_policy",
+        "num_shards",
+        "reconnect_token_ttl",
+    ]
+    assert set(WebSocketConfig.model_fields) >= NOT_YET_HONOURED
+
+
+@pytest.mark.parametrize("option", SECONDS)
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), float("-inf"), True, "soon", None])
+def test_seconds_that_are_no_duration_are_refused_by_name(option: str, value: Any) -> None:
+    """Zero, negative, nan, infinite and other values that are no duration are an error that names the option."""
+    with pytest.raises(ValidationError, match=option):
+        WebSocketConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", COUNTS + OPTIONAL_COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), True, "many"])
+def test_numbers_that_are_no_count_are_refused_by_name(option: str, value: Any) -> None:
+    """Zero, negative, broken and other values that are no count are an error that names the option."""
+    with pytest.raises(ValidationError, match=option):
+        WebSocketConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", OPTIONAL_COUNTS)
+def test_none_stands_for_no_limit(option: str) -> None:
+    """A cap can be taken away."""
+    assert getattr(WebSocketConfig(**{option: None}), option) is None
+
+
+@pytest.mark.parametrize(("option", "words"), WORDS.items())
+def test_an_unknown_word_is_refused_with_the_allowed_ones(option: str, words: tuple[str, ...]) -> None:
+    """An error about a word names the option and every allowed value."""
+    with pytest.raises(ValidationError) as caught:
+        WebSocketConfig(**{option: "nonsense"})
+    assert option in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("option", "words"), WORDS.items())
+def test_words_are_read_whatever_their_case(option: str, words: tuple[str, ...]) -> None:
+    """`"PING"` and `"ping"` mean the same, and so does the member of the enum."""
+    for word in words:
+        given_with = {"heartbeat_payload": "beat"} if word == "custom" else {}
+        for spelling in (word, word.upper(), word.lower()):
+            assert getattr(WebSocketConfig(**{option: spelling}, **given_with), option) == word
+
+
+def test_enum_members_are_taken_as_they_are() -> None:
+    """An option with an enum takes its members."""
+    config = WebSocketConfig(
+        heartbeat_type=HeartbeatType.OFF,
+        on_duplicate=DuplicatePolicy.ALLOW,
+        inbox_overflow=InboxOverflow.CLOSE,
+        compression=CompressionMode.NONE,
+        memory_eviction_policy=MemoryEvictionPolicy.OLDEST,
+    )
+    assert config.on_duplicate is DuplicatePolicy.ALLOW
+    assert config.memory_eviction_policy is MemoryEvictionPolicy.OLDEST
+
+
+@pytest.mark.parametrize("value", ["zstd", "deflat", 1])
+def test_a_compression_that_does_not_exist_is_refused(value: Any) -> None:
+    """A compression that nobody can do does not pass."""
+    with pytest.raises(ValidationError, match="compression"):
+        WebSocketConfig(compression=value)
+
+
+def test_an_option_that_does_not_exist_is_refused_with_a_hint() -> None:
+    """A typo is an error that says which option may have been meant."""
+    with pytest.raises(ValidationError, match="no option 'heartbeat_intervall'; did you mean 'heartbeat_interval'"):
+        WebSocketConfig(heartbeat_intervall=5)
+    with pytest.raises(ValidationError, match=r"no option 'xyzzy'(?!; did)"):
+        WebSocketConfig(xyzzy=5)
+
+
+def test_a_config_is_made_from_options_only() -> None:
+    """Something that is no mapping of options is a clear error."""
+    with pytest.raises(ValidationError):
+        WebSocketConfig.model_validate("heartbeat_interval=5")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    """A config is frozen: a running manager's options do not move."""
+    config = WebSocketConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.heartbeat_interval = 5.0
+
+
+def test_a_changed_copy_is_validated() -> None:
+    """The documented way to a changed config lets no value pass that the constructor refuses."""
+    with pytest.raises(ValueError, match="heartbeat_interval"):
+        WebSocketConfig().model_copy(update={"heartbeat_interval": float("nan")})
+
+
+def test_a_changed_copy_differs_only_in_what_was_changed() -> None:
+    """`model_copy(update=...)` keeps the other options and the original."""
+    config = WebSocketConfig(send_timeout=3)
+    copy = config.model_copy(update={"heartbeat_interval": 5.0})
+    assert (copy.heartbeat_interval, copy.send_timeout) == (5.0, 3.0)
+    assert config.heartbeat_interval == 30.0
+
+
+def test_a_custom_heartbeat_needs_its_payload() -> None:
+    """`heartbeat_type="custom"` without a payload would send nothing, so it is an error."""
+    with pytest.raises(ValidationError, match="heartbeat_payload"):
+        WebSocketConfig(heartbeat_type="custom")
+
+
+def test_a_payload_without_a_custom_heartbeat_is_refused() -> None:
+    """A payload that would never be sent is an error, not a dead option."""
+    with pytest.raises(ValidationError, match="heartbeat_type='custom'"):
+        WebSocketConfig(heartbeat_payload="beat")
+
+
+@pytest.mark.parametrize("payload", ["beat", {"t": 1}, b"\x01", lambda ws: "beat"])
+def test_a_custom_payload_is_kept_as_it_is(payload: Any) -> None:
+    """Any message, or a function of the socket, can be the payload."""
+    assert WebSocketConfig(heartbeat_type="custom", heartbeat_payload=payload).heartbeat_payload is payload
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [("auto", "auto"), ("AUTO", "auto"), (True, True), ("true", True), ("No", False), ("0", False), (False, False)],
+)
+def test_require_pong_knows_three_values(value: Any, meaning: Any) -> None:
+    """`require_pong` is `"auto"`, true or false, also in the words of an environment variable."""
+    assert WebSocketConfig(require_pong=value).require_pong is meaning or meaning == "auto"
+    assert WebSocketConfig(require_pong=value).require_pong == meaning
+
+
+@pytest.mark.parametrize("value", ["sometimes", None, 7])
+def test_require_pong_refuses_everything_else(value: Any) -> None:
+    """Another value of `require_pong` is an error that names it."""
+    with pytest.raises(ValidationError, match="require_pong"):
+        WebSocketConfig(require_pong=value)
+
+
+@pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-1), "later"])
+def test_a_token_lives_for_some_time(value: Any) -> None:
+    """The life of a token is more than nothing."""
+    with pytest.raises(ValidationError, match="reconnect_token_ttl"):
+        WebSocketConfig(reconnect_token_ttl=value)
+
+
+def test_changed_options_are_those_that_differ() -> None:
+    """An option that is set to its default does not count as changed."""
+    assert WebSocketConfig(num_shards=16).changed_options() == set()
+    assert WebSocketConfig(num_shards=8, send_timeout=1).changed_options() == {"num_shards", "send_timeout"}
+
+
+def test_a_beat_always_moves_the_clock() -> None:
+    """An interval so short that adding it to the clock changes nothing would beat for ever; it is refused."""
+    with pytest.raises(ValidationError, match="heartbeat_interval"):
+        WebSocketConfig(heartbeat_interval=1e-300)
+
+
+# ── from the environment ──
+
+
+def test_from_env_reads_the_prefixed_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`WS_HEARTBEAT_INTERVAL` in the process's environment is the option `heartbeat_interval`."""
+    monkeypatch.setenv("WS_HEARTBEAT_INTERVAL", "5")
+    monkeypatch.setenv("HEARTBEAT_TIMEOUT", "7")
+    config = WebSocketConfig.from_env()
+    assert (config.heartbeat_interval, config.heartbeat_timeout) == (5.0, 60.0)
+
+
+def test_from_env_takes_another_prefix_and_any_case() -> None:
+    """The prefix is the caller's, and case does not matter."""
+    config = WebSocketConfig.from_env("chat_", {"CHAT_Log_Level": "debug", "WS_NUM_SHARDS": "3"})
+    assert (config.log_level, config.num_shards) == ("DEBUG", 16)
+
+
+@pytest.mark.parametrize("text", ["", "none", "None", " null "])
+def test_an_empty_variable_means_no_limit(text: str) -> None:
+    """A variable can say that there is no limit."""
+    assert WebSocketConfig.from_env(environ={"WS_MAX_BAD_MESSAGES": text}).max_bad_messages is None
+
+
+def test_none_is_a_kind_of_compression_in_the_environment() -> None:
+    """`WS_COMPRESSION=none` switches compression off, and is not the absence of a value."""
+    assert WebSocketConfig.from_env(environ={"WS_COMPRESSION": "none"}).compression is CompressionMode.NONE
+
+
+def test_a_tokens_life_is_given_in_seconds() -> None:
+    """`WS_RECONNECT_TOKEN_TTL` is a number of seconds."""
+    config = WebSocketConfig.from_env(environ={"WS_RECONNECT_TOKEN_TTL": "90"})
+    assert config.reconnect_token_ttl == timedelta(seconds=90)
+
+
+@pytest.mark.parametrize("text", ["soon", "nan", "-5", "inf", "1e300"])
+def test_a_tokens_life_that_is_none_is_refused_by_name(text: str) -> None:
+    """A life that is no duration is the one clear error, whatever Python thinks of the number."""
+    with pytest.raises(ValidationError, match="reconnect_token_ttl"):
+        WebSocketConfig.from_env(environ={"WS_RECONNECT_TOKEN_TTL": text})
+
+
+@pytest.mark.parametrize(("name", "text"), [("WS_HEARTBEAT_INTERVAL", "nan"), ("WS_ON_DUPLICATE", "both")])
+def test_a_bad_variable_is_refused_by_name(name: str, text: str) -> None:
+    """The error about a variable names the option."""
+    with pytest.raises(ValidationError, match=name[3:].lower()):
+        WebSocketConfig.from_env(environ={name: text})
+
+
+def test_a_foreign_variable_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """A variable with the prefix that is no option, as Kubernetes adds them, changes nothing and says nothing."""
+    config = WebSocketConfig.from_env(environ={"WS_PORT_80_TCP_ADDR": "10.0.0.1", "WS_SERVICE_HOST": "x"})
+    assert config == WebSocketConfig()
+    assert not caplog.records
+
+
+def test_a_misspelt_variable_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """A variable that looks like an option is told, with the option that may have been meant."""
+    with caplog.at_level(logging.WARNING, logger="fastapi_ws_stabilizer"):
+        WebSocketConfig.from_env(environ={"WS_HEARTBEAT_INTERVALL": "5"})
+    assert "did you mean WS_HEARTBEAT_INTERVAL?" in caplog.text
+
+
+_TEXTS = {
+    "heartbeat_interval": st.floats(0.001, 1e6),
+    "heartbeat_timeout": st.floats(0.001, 1e6),
+    "require_pong": st.sampled_from(["auto", True, False]),
+    "max_connections": st.none() | st.integers(1, 10**9),
+    "on_duplicate": st.sampled_from(DuplicatePolicy),
+    "inbox_overflow": st.sampled_from(InboxOverflow),
+    "max_bad_messages": st.none() | st.integers(1, 10**9),
+    "outbox_max_bytes": st.integers(1, 10**12),
+    "reconnect_token_ttl": st.integers(1, 10**8).map(lambda seconds: timedelta(seconds=seconds)),
+    "enable_reconnect": st.booleans(),
+    "compression": st.sampled_from(CompressionMode),
+    "log_level": st.sampled_from(WORDS["log_level"]),
+    "memory_eviction_policy": st.sampled_from(MemoryEvictionPolicy),
+}
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, timedelta):
+        return str(value.total_seconds())
+    return str(getattr(value, "value", value))
+
+
+@given(st.fixed_dictionaries({}, optional=_TEXTS), st.sampled_from(["WS_", "ws_", "CHAT_WS_"]))
+def test_every_config_makes_the_way_through_the_environment(options: dict[str, Any], prefix: str) -> None:
+    """Options that are written to an environment and read back are the same options."""
+    environ = {f"{prefix}{name}".upper(): _as_text(value) for name, value in options.items()}
+    assert WebSocketConfig.from_env(prefix, environ) == WebSocketConfig(**options)

@@ -1,0 +1,296 @@
+"""Tests of `stable_socket`, and of how the manager of an app is found."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, WebSocket
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer import dependencies
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.dependencies import StableSocketDep, find_manager, stable_socket
+from fastapi_ws_stabilizer.errors import ManagerNotFoundError, SocketClosed
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from tests.unit.fake_websocket import FakeServer
+
+
+async def greet(ws: StableSocket = Depends(stable_socket)) -> None:  # noqa: B008 (FastAPI's own way)
+    """An endpoint that says who its client is."""
+    await ws.send(ws.client_id)
+
+
+def with_endpoint(app: Any, path: str = "/ws/{client_id}") -> Any:
+    """Add the endpoint to an app or router."""
+    app.add_api_websocket_route(path, greet)
+    return app
+
+
+def greeting(client: TestClient, path: str = "/ws/ann") -> str:
+    """What the endpoint says to a client, which is then closed with 1000."""
+    with client.websocket_connect(path) as ws:
+        said = ws.receive_text()
+        closed = ws.receive()
+    assert (closed["type"], closed["code"]) == ("websocket.close", 1000)
+    return str(said)
+
+
+def test_with_the_managers_lifespan() -> None:
+    """`FastAPI(lifespan=manager.lifespan)` is all that is needed."""
+    app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
+    with TestClient(app) as client:
+        assert greeting(client) == "ann"
+
+
+def test_with_a_lifespan_that_nobody_runs() -> None:
+    """A test client without `with` runs no lifespan, and sockets work all the same."""
+    app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
+    assert greeting(TestClient(app)) == "ann"
+    assert greeting(TestClient(app)) == "ann"
+
+
+def test_with_an_installed_manager() -> None:
+    """`manager.install(app)` works with and without a running lifespan."""
+    app = with_endpoint(FastAPI())
+    WebSocketConnectionManager().install(app)
+    assert greeting(TestClient(app)) == "ann"
+    with TestClient(app) as client:
+        assert greeting(client) == "ann"
+
+
+def test_with_a_lifespan_of_ones_own() -> None:
+    """`async with manager.lifespan(app) as state: yield state` in the app's own lifespan."""
+    manager = WebSocketConnectionManager()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with manager.lifespan(app) as state:
+            yield state
+
+    with TestClient(with_endpoint(FastAPI(lifespan=lifespan))) as client:
+        assert greeting(client) == "ann"
+
+
+def test_in_a_router_and_in_a_mounted_app() -> None:
+    """The manager of the app that runs is found from an included router and from a mounted sub-app."""
+    app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
+    app.include_router(with_endpoint(APIRouter()), prefix="/router")
+    app.mount("/sub", with_endpoint(FastAPI()))
+    with TestClient(app) as client:
+        assert greeting(client, "/router/ws/bob") == "bob"
+        assert greeting(client, "/sub/ws/eve") == "eve"
+
+
+def test_the_short_form_is_the_same() -> None:
+    """`ws: StableSocketDep` needs no default."""
+    app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(ws: StableSocketDep) -> None:
+        await ws.send(await ws.receive_text())
+
+    with TestClient(app) as client, client.websocket_connect("/ws?client_id=ann") as ws:
+        ws.send_text("echo")
+        assert ws.receive_text() == "echo"
+
+
+def test_a_named_manager() -> None:
+    """`Depends(manager.socket)` needs no manager in the app, and two managers can serve one app."""
+    one, other = WebSocketConnectionManager(), WebSocketConnectionManager()
+    app = FastAPI()
+
+    @app.websocket("/one")
+    async def at_one(ws: Annotated[StableSocket, Depends(one.socket)]) -> None:
+        await ws.send([one.get_connection_count(), other.get_connection_count()])
+
+    @app.websocket("/other")
+    async def at_other(ws: Annotated[StableSocket, Depends(other.socket)]) -> None:
+        await ws.send([one.get_connection_count(), other.get_connection_count()])
+
+    with TestClient(app) as client:
+        with client.websocket_connect("/one") as ws:
+            assert ws.receive_json() == [1, 0]
+        with client.websocket_connect("/other") as ws:
+            assert ws.receive_json() == [0, 1]
+
+
+class User:
+    """Somebody who is logged in."""
+
+    def __init__(self, token: str) -> None:
+        self.id = f"user-{token}"
+
+
+def current_user(token: Annotated[str, Query()]) -> User:
+    """A dependency that knows who it is."""
+    if token == "bad":
+        raise HTTPException(401)
+    return User(token)
+
+
+def test_the_client_id_of_another_dependency() -> None:
+    """`manager.socket_for` takes the id from any dependency, keeps the identity, and lets it refuse."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    socket = manager.socket_for(current_user, key=lambda user: user.id, control_frames=False)
+
+    @app.websocket("/ws")
+    async def endpoint(ws: Annotated[StableSocket, Depends(socket)]) -> None:
+        await ws.send([ws.client_id, type(ws.identity).__name__, await ws.receive_text()])
+
+    with TestClient(app) as client:
+        with client.websocket_connect("/ws?token=7") as ws:
+            ws.send_text("ping")
+            assert ws.receive_json() == ["user-7", "User", "ping"]
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws?token=bad"):
+            pytest.fail("a bad token was accepted")
+    assert manager.totals.connections_opened == 1
+
+
+def test_an_overridden_dependency() -> None:
+    """`app.dependency_overrides` replaces the identity as well as the socket itself."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(
+        ws: Annotated[StableSocket, Depends(manager.socket_for(current_user, key=lambda user: user.id))],
+    ) -> None:
+        await ws.send(ws.client_id)
+
+    app.dependency_overrides[current_user] = lambda: User("test")
+    with TestClient(app) as client, client.websocket_connect("/ws") as ws:
+        assert ws.receive_text() == "user-test"
+
+
+@pytest.mark.parametrize("disconnect_code", [1000, 1005, 1006])
+def test_a_client_that_leaves_ends_the_endpoint_without_an_error(
+    disconnect_code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An endpoint that lets the disconnect escape, or refuses afterwards, leaves no traceback, whatever the code."""
+    app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
+    seen: list[str] = []
+
+    @app.websocket("/escape")
+    async def escape(ws: StableSocketDep) -> None:
+        await ws.receive()
+
+    @app.websocket("/refuse")
+    async def refuse(ws: StableSocketDep) -> None:
+        try:
+            await ws.receive()
+        except SocketClosed as closed:
+            seen.append(str(closed.code))
+            raise HTTPException(404) from closed
+
+    with caplog.at_level(logging.WARNING), TestClient(app) as client:
+        for path in ("/escape", "/refuse"):
+            with client.websocket_connect(path) as ws:
+                ws.close(disconnect_code)
+    assert len(seen) == 1
+    assert caplog.records == []
+
+
+def test_dependencies_that_the_endpoint_uses_are_closed() -> None:
+    """Dependencies before and after the socket get their whole clean-up, and learn that something failed."""
+    app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
+    log: list[str] = []
+
+    async def database(websocket: WebSocket) -> AsyncIterator[str]:
+        try:
+            yield "db"
+        except Exception as error:
+            log.append(f"rolled back after {type(error).__name__}")
+            raise
+        else:
+            log.append("committed")
+
+    @app.websocket("/good")
+    async def good(ws: StableSocketDep, db: Annotated[str, Depends(database)]) -> None:
+        await ws.send(db)
+
+    @app.websocket("/bad")
+    async def bad(db: Annotated[str, Depends(database)], ws: StableSocketDep) -> None:
+        await ws.send(db)
+        raise ValueError("bug")
+
+    with TestClient(app) as client:
+        for path, code in (("/good", 1000), ("/bad", 1011)):
+            with client.websocket_connect(path) as ws:
+                assert ws.receive_text() == "db"
+                assert ws.receive()["code"] == code
+    assert log == ["committed", "rolled back after WebSocketException"]
+
+
+def test_a_parameter_that_is_wrong_after_accept_closes_with_1008() -> None:
+    """A validation error of the endpoint's parameters refuses, and no endpoint runs."""
+    app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(ws: StableSocketDep, page: int) -> None:
+        pytest.fail("the endpoint ran")
+
+    with TestClient(app) as client, client.websocket_connect("/ws?page=x") as ws:
+        assert ws.receive()["code"] == 1008
+
+
+# ── finding ──
+
+
+@pytest.mark.parametrize(
+    "app",
+    [None, object(), FastAPI(), FastAPI(lifespan=asynccontextmanager(lambda app: None))],  # type: ignore[list-item]
+    ids=["none", "object", "plain", "lifespan"],
+)
+def test_without_a_manager_the_error_says_how_to_add_one(app: Any) -> None:
+    """An app without a manager is an error with the three ways out of it."""
+    with pytest.raises(ManagerNotFoundError, match=r"FastAPI\(lifespan=manager\.lifespan\)"):
+        find_manager(FakeServer(app=app).websocket)
+
+
+def test_something_else_under_our_name_is_not_taken_for_a_manager() -> None:
+    """What is found has to be a manager."""
+    app = FastAPI()
+    app.state.fastapi_ws_stabilizer = "not a manager"
+    with pytest.raises(ManagerNotFoundError):
+        find_manager(FakeServer(app=app, state=None).websocket)
+
+
+def test_a_lifespan_whose_variables_are_not_set_yet_is_looked_through() -> None:
+    """A closure with an empty variable hides no manager behind another error."""
+
+    def make() -> Any:
+        if False:
+            later = None
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[None]:
+            print(later)
+            yield
+
+        return FastAPI(lifespan=lifespan)
+
+    with pytest.raises(ManagerNotFoundError):
+        find_manager(FakeServer(app=make()).websocket)
+
+
+def test_an_endless_chain_of_lifespans_is_given_up() -> None:
+    """Looking through merged lifespans has an end."""
+
+    def around(inner: Any) -> Any:
+        async def lifespan(app: Any) -> Any:
+            return inner
+
+        return lifespan
+
+    manager = WebSocketConnectionManager()
+    lifespan: Any = manager.lifespan
+    for _ in range(5):
+        lifespan = around(lifespan)
+    assert dependencies._manager_in(lifespan) is manager
+    for _ in range(100):
+        lifespan = around(lifespan)
+    assert dependencies._manager_in(lifespan) is None

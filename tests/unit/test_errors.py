@@ -1,0 +1,120 @@
+"""Tests of the tree of errors."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer import errors
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code, ending
+
+ERRORS = [
+    errors.SocketClosed(ending(DisconnectReason.REPLACED)),
+    errors.ConnectionTimeoutError(ending(DisconnectReason.HEARTBEAT_TIMEOUT)),
+    errors.NotOpenError(),
+    errors.ConnectionNotFoundError("ann"),
+    errors.DuplicateClientError("ann"),
+    errors.ConcurrentReceiveError(),
+    errors.MessageEncodeError("a set cannot be sent"),
+    errors.MessageFormatError("not JSON"),
+    errors.BroadcastFailedError(3),
+    errors.ShutdownError(),
+    errors.ManagerNotFoundError(),
+    errors.WrongLoopError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_each_error_belongs_to_the_tree_and_says_something(error: errors.WebSocketStabilizerError) -> None:
+    """Each error has the one base, a sentence, a close code that can be sent, and its place in the drawn tree."""
+    assert isinstance(error, errors.WebSocketStabilizerError)
+    assert str(error)
+    assert check_close_code(error.close_code)
+    assert type(error).__name__ in str(errors.__doc__)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_each_error_survives_pickling(error: errors.WebSocketStabilizerError) -> None:
+    """An error crosses a process border with its facts and its sentence."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_all_errors_are_tested_here() -> None:
+    """No class of the module escapes these tests."""
+    classes = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.WebSocketStabilizerError)
+    }
+    assert classes == {type(error) for error in ERRORS} | {errors.WebSocketStabilizerError}
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (errors.SocketClosed, WebSocketDisconnect),
+        (errors.ConnectionTimeoutError, TimeoutError),
+        (errors.ConnectionTimeoutError, errors.SocketClosed),
+        (errors.NotOpenError, RuntimeError),
+        (errors.ConnectionNotFoundError, LookupError),
+        (errors.ConcurrentReceiveError, RuntimeError),
+        (errors.MessageEncodeError, ValueError),
+        (errors.MessageFormatError, ValueError),
+        (errors.ShutdownError, RuntimeError),
+        (errors.ManagerNotFoundError, RuntimeError),
+        (errors.WrongLoopError, RuntimeError),
+    ],
+)
+def test_an_error_is_also_the_builtin_that_one_expects(kind: type, builtin: type) -> None:
+    """Code that knows only Python's or Starlette's error catches ours."""
+    assert issubclass(kind, builtin)
+
+
+def test_a_closed_socket_tells_how_it_ended() -> None:
+    """The error has the ending, and code and reason as in Starlette's `WebSocketDisconnect`."""
+    how = ending(DisconnectReason.REPLACED)
+    error = errors.socket_closed(how)
+    assert type(error) is errors.SocketClosed
+    assert error.ending is how
+    assert (error.code, error.reason) == (4409, "replaced by a newer connection")
+    assert str(error) == "the connection is over: replaced, code 4409 (replaced by a newer connection)"
+
+
+def test_a_closed_socket_without_a_text_says_only_reason_and_code() -> None:
+    """An empty close reason leaves no empty brackets."""
+    assert (
+        str(errors.socket_closed(ending(DisconnectReason.COMPLETED))) == "the connection is over: completed, code 1000"
+    )
+
+
+def test_a_socket_that_died_of_silence_is_a_timeout() -> None:
+    """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is a `TimeoutError`."""
+    error = errors.socket_closed(ending(DisconnectReason.HEARTBEAT_TIMEOUT))
+    assert isinstance(error, errors.ConnectionTimeoutError)
+    assert error.code == 4408
+
+
+def test_the_facts_are_attributes() -> None:
+    """What an error is about can be read without parsing its sentence."""
+    assert errors.ConnectionNotFoundError("ann").client_id == "ann"
+    assert errors.DuplicateClientError("ann").client_id == "ann"
+    assert errors.BroadcastFailedError(3).total == 3
+
+
+def test_a_client_id_with_a_line_break_stands_quoted_in_the_sentence() -> None:
+    """A hostile client id cannot begin a new line in an error's sentence."""
+    assert "\n" not in str(errors.ConnectionNotFoundError("a\nb"))
+    assert "\n" not in str(errors.DuplicateClientError("a\nb"))
+
+
+def test_close_codes_say_what_kind_of_failure_it_was() -> None:
+    """1011 stands for a bug; what is not a bug has a code of its own."""
+    assert errors.DuplicateClientError.close_code == 4409
+    assert errors.MessageFormatError.close_code == 1003
+    assert errors.ShutdownError.close_code == 1012
+    assert errors.MessageEncodeError.close_code == 1011

@@ -1,0 +1,403 @@
+"""The laws of the architecture that can be shown without a server; the rest is shown on real ones."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastapi_ws_stabilizer
+from fastapi_ws_stabilizer import manager as manager_module
+from fastapi_ws_stabilizer.close_codes import ENDING_RULES, DisconnectReason
+from fastapi_ws_stabilizer.config import NOT_YET_HONOURED
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+
+PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+
+
+def dotted(node: ast.AST) -> str:
+    """The name that an expression spells, such as `asyncio.create_task`."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    if isinstance(node, ast.Call):
+        return f"{dotted(node.func)}()"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def mentions(*last_names: str) -> dict[str, list[str]]:
+    """Modules in which an attribute or a name with one of these last parts is spelt, each with what is spelt."""
+    found: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Attribute, ast.Name)) and dotted(node).split(".")[-1] in last_names:
+                found.setdefault(module, []).append(dotted(node))
+    return found
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
+    """Every import of a module: from where, and what."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+
+
+def test_the_package_was_found() -> None:
+    """These tests look at all modules, so an empty list would prove nothing."""
+    assert len(TREES) > 30
+    assert "connection/lifecycle.py" in TREES
+
+
+# ── by connection ──
+
+
+async def test_law_1_the_end_of_an_old_connection_never_touches_a_newer_one(manager_with: Any) -> None:
+    """Every step of an old connection's end looks itself up by its connection id."""
+    manager, _ = manager_with(on_duplicate="allow")
+    old_server, new_server = FakeServer(), FakeServer()
+    old = await manager.connect("ann", await old_server.accepted())
+    new = await manager.connect("ann", await new_server.accepted())
+    old_server.feed_disconnect(1001)
+    await with_deadline(old._connection.finished)
+    await with_deadline(old.close())
+    assert manager.get_sockets("ann") == [new]
+    assert new.ending is None
+    assert await manager.send_to_client("ann", "still here")
+    await new_server.until(lambda: new_server.data == ["still here"])
+
+
+# ── the pump always reads ──
+
+
+async def test_law_2_pongs_and_closes_are_handled_while_user_code_is_busy(manager_with: Any) -> None:
+    """A client is heard, answered and missed without its endpoint ever reading."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    socket = await manager.connect("ann", await server.accepted())
+    server.feed_text("ping", "pong", "data")
+    server.feed_disconnect(1001)
+    await with_deadline(socket.wait_closed())
+    assert socket._connection.pulse.answers
+    assert socket.unread_messages == 1
+    assert socket.reason is DisconnectReason.CLIENT_CLOSE
+
+
+# ── nobody awaits a slow client ──
+
+
+async def test_law_3_nobody_awaits_a_slow_client(manager_with: Any) -> None:
+    """Broadcast, direct send, heartbeat, disconnect and eviction return while a client's send is stuck."""
+    manager, _ = manager_with(heartbeat_interval=0.01)
+    server = FakeServer()
+    await manager.connect("slow", await server.accepted())
+    server.block()
+    await asyncio.wait_for(manager.broadcast("hi"), 1.0)
+    await server.until(lambda: len(server.offered) == 2)
+    await asyncio.wait_for(manager.broadcast("hi"), 1.0)
+    await asyncio.wait_for(manager.send_to_client("slow", "hi"), 1.0)
+    await asyncio.wait_for(manager.disconnect("slow"), 1.0)
+    assert manager.get_connection_count() == 0
+    assert server.data == []
+
+
+# ── an honest close frame on every exit ──
+
+
+async def test_law_4_every_ending_of_ours_sends_the_close_frame_of_the_table(bench: Any) -> None:
+    """No path of our own leaves the client with 1006."""
+    for reason in DisconnectReason:
+        if reason is DisconnectReason.NETWORK_LOST:
+            continue
+        b = bench()
+        connection, _ = await b.open()
+        connection.end(reason)
+        await with_deadline(connection.finished)
+        assert b.server.close_frames == [(ENDING_RULES[reason].code, ENDING_RULES[reason].text)]
+
+
+async def test_law_4_a_normal_disconnect_is_never_an_error_log(bench: Any) -> None:
+    """Whatever way a client goes, nothing of it is above INFO."""
+    for code in (1000, 1001, 1005, 1006, 1012, 4000):
+        b = bench()
+        connection, _ = await b.open()
+        b.server.feed_disconnect(code)
+        await with_deadline(connection.finished)
+        assert max(report.level for report in b.heard.reports) <= logging.INFO
+
+
+# ── no silent loss ──
+
+
+async def test_law_5_what_is_never_sent_or_never_read_is_counted_and_reported(bench: Any) -> None:
+    """Each message that an ending throws away is in the totals and in a report."""
+    b = bench()
+    connection, _ = await b.open()
+    b.server.block()
+    connection.enqueue(_frame("sending"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    connection.enqueue(_frame("never sent"))
+    b.server.feed_text("never read")
+    await eventually(lambda: len(connection.inbox) == 1)
+    connection.end(DisconnectReason.APPLICATION)
+    connection.abort()
+    await with_deadline(connection.finished)
+    assert b.reports.totals.messages_received == 1
+    assert b.reports.totals.messages_sent == 0
+    assert b.reports.totals.messages_discarded == 3
+    assert sum(report.facts["count"] for report in b.heard.of("messages_discarded")) == 3
+
+
+async def test_law_5_a_received_message_that_nobody_will_read_is_counted(manager_with: Any) -> None:
+    """A message that is still unread when its endpoint has returned is counted, whoever ended the connection."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    server.feed_text("1", "2", "3")
+    server.feed_disconnect(1001)
+    async with manager.serve(server.websocket, "ann") as socket:
+        await with_deadline(socket.wait_closed())
+        assert await socket.receive() == "1"
+    assert manager.totals.messages_discarded == 2
+
+
+# ── encode once ──
+
+
+async def test_law_6_a_broadcast_is_encoded_once(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients there are, the payload is serialised one time."""
+    manager, _ = manager_with()
+    servers = [FakeServer() for _ in range(20)]
+    for number, server in enumerate(servers):
+        await manager.connect(f"client-{number}", await server.accepted())
+    encoded: list[Any] = []
+    real = manager_module.encode
+    monkeypatch.setattr(manager_module, "encode", lambda message: encoded.append(message) or real(message))
+    await manager.broadcast({"n": 1})
+    for server in servers:
+        await server.until(lambda server=server: server.data)
+    assert encoded == [{"n": 1}]
+    first = servers[0].data[0]
+    assert all(server.data[0] is first for server in servers)
+
+
+async def test_law_6_a_payload_that_cannot_be_encoded_touches_no_socket(manager_with: Any) -> None:
+    """It raises at the caller; nobody gets anything, nobody goes."""
+    manager, heard = manager_with()
+    server = FakeServer()
+    await manager.connect("ann", await server.accepted())
+    with pytest.raises(MessageEncodeError):
+        await manager.broadcast({"x": object()})
+    await settle()
+    assert server.data == []
+    assert manager.get_connection_count() == 1
+    assert manager.totals.broadcasts == 0
+    assert heard.events == ["connection_opened"]
+
+
+# ── no dead options ──
+
+
+def test_law_7_an_option_is_read_or_is_on_the_list() -> None:
+    """Each option is looked at somewhere in the package, but for those that are said to be not yet honoured."""
+    outside_of_config = "".join(path.read_text(encoding="utf-8") for path in MODULES if path.name != "config.py")
+    for option in fastapi_ws_stabilizer.WebSocketConfig.model_fields:
+        assert (f"config.{option}" in outside_of_config) == (option not in NOT_YET_HONOURED), option
+
+
+# ── cancellation ──
+
+
+def test_law_8_nothing_stands_round_a_yield() -> None:
+    """No task group, cancel scope or timeout is open where a generator yields: it would cancel the wrong code."""
+    guards = ("TaskGroup", "create_task_group", "CancelScope", "timeout", "timeout_at", "fail_after", "move_on_after")
+    offenders = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.With, ast.AsyncWith)):
+                opened = [dotted(item.context_expr).removesuffix("()").split(".")[-1] for item in node.items]
+                yields = [inner for inner in ast.walk(node) if isinstance(inner, (ast.Yield, ast.YieldFrom))]
+                if yields and set(opened) & set(guards):
+                    offenders.append(f"{module}:{node.lineno}")
+    assert offenders == []
+
+
+def test_law_8_a_caught_cancellation_goes_on() -> None:
+    """Nobody catches `CancelledError` or `BaseException` without raising in the same handler."""
+    offenders = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                names = {dotted(kind).split(".")[-1] if kind is not None else "BaseException" for kind in kinds}
+                raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+                if names & {"CancelledError", "BaseException"} and not raises:
+                    offenders.append(f"{module}:{node.lineno}")
+    assert offenders == []
+
+
+# ── one clock, one maker of tasks ──
+
+
+def test_law_9_time_is_read_in_one_place() -> None:
+    """Only `clock.py` asks for the time, so durations are measured on the monotonic clock alone."""
+    readers = mentions("monotonic", "time", "perf_counter", "time_ns", "monotonic_ns", "now", "utcnow", "today")
+    readers = {module: [name for name in names if "." in name] for module, names in readers.items()}
+    assert {module for module, names in readers.items() if names} == {"clock.py"}
+
+
+def test_law_9_nobody_but_the_clock_imports_the_time() -> None:
+    """`time` and `datetime` serve elsewhere only to write durations and moments down, not to read a clock."""
+    importers = {
+        module: sorted(name for source, names in imports(tree) if source in ("time", "datetime") for name in names)
+        for module, tree in TREES.items()
+        if any(source in ("time", "datetime") for source, _ in imports(tree))
+    }
+    assert importers == {"clock.py": [], "logs.py": [], "config.py": ["timedelta"]}
+
+
+def test_tasks_are_made_in_one_place() -> None:
+    """Only `tasks.py` starts a task; `StableSocket.create_task` is the user's, and goes there too."""
+    makers = mentions("create_task", "ensure_future", "run_coroutine_threadsafe", "TaskGroup", "create_task_group")
+    assert set(makers) == {"tasks.py"}
+
+
+def test_no_queue_is_unbounded() -> None:
+    """Nothing waits in an `asyncio.Queue`, whose bound is messages only and easily forgotten."""
+    assert mentions("Queue", "LifoQueue", "PriorityQueue", "SimpleQueue") == {}
+
+
+# ── imports ──
+
+
+def test_nobody_inside_imports_the_package_root() -> None:
+    """The root is for users; inside, each import names the module, so that the arrow can be read in the line."""
+    offenders = [
+        module
+        for module, tree in TREES.items()
+        for source, names in imports(tree)
+        if source == "fastapi_ws_stabilizer" or source.startswith(".")
+    ]
+    assert offenders == []
+
+
+def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
+    """The core needs FastAPI, what FastAPI brings, and the standard library."""
+    allowed = {
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "typing_extensions",
+        "anyio",
+        "fastapi_ws_stabilizer",
+    }
+    foreign = {
+        source.split(".")[0]
+        for tree in TREES.values()
+        for source, _ in imports(tree)
+        if source.split(".")[0] not in allowed | set(sys.stdlib_module_names)
+    }
+    assert foreign == set()
+
+
+def test_the_public_names_are_all_there() -> None:
+    """Everything in `__all__` exists, in order, and the version is a version."""
+    names = fastapi_ws_stabilizer.__all__
+    assert names == sorted(names)
+    assert all(hasattr(fastapi_ws_stabilizer, name) for name in names)
+    assert fastapi_ws_stabilizer.__version__.count(".") == 2
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_every_module_class_and_public_function_is_described() -> None:
+    """Each public name has a docstring that begins with a sentence."""
+    missing = []
+    for module, tree in TREES.items():
+        for node in [tree, *ast.walk(tree)]:
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                name = getattr(node, "name", "")
+                if not name.startswith("_") and not ast.get_docstring(node) and not _is_inner(tree, node):
+                    missing.append(f"{module}:{name}")
+    assert missing == []
+
+
+def _is_inner(tree: ast.Module, node: ast.AST) -> bool:
+    """Whether a function stands inside another function, is an overload, or belongs to a private class."""
+    for outer in ast.walk(tree):
+        if outer is node:
+            continue
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)) and node in ast.walk(outer):
+            return True
+        if isinstance(outer, ast.ClassDef) and outer.name.startswith("_") and node in ast.walk(outer):
+            return True
+    decorators = getattr(node, "decorator_list", [])
+    return any(dotted(decorator).split(".")[-1] == "overload" for decorator in decorators)
+
+
+# ── idle costs nothing, and nothing is left behind ──
+
+
+def _timers() -> int:
+    loop: Any = asyncio.get_running_loop()
+    return sum(1 for timer in loop._scheduled if not timer.cancelled())
+
+
+def _of_connections(tasks: set[Any]) -> list[str]:
+    return [task.get_name() for task in tasks if task.get_name().startswith("ws-")]
+
+
+async def test_law_11_an_idle_connection_owns_one_task_and_no_timer(manager_with: Any) -> None:
+    """A hundred idle connections are a hundred pumps and the one timer of the heartbeat."""
+    manager, _ = manager_with(heartbeat_interval=100_000)  # nobody is pinged while this looks
+    await manager.start()
+    tasks, timers = asyncio.all_tasks(), _timers()
+    for number in range(100):
+        await manager.connect(f"client-{number}", await FakeServer().accepted())
+    await settle()
+    added = asyncio.all_tasks() - tasks
+    assert len(added) == 100
+    assert all(task.get_name().startswith("ws-pump-") for task in added)
+    assert _timers() - timers == 1
+
+
+async def test_an_ended_connection_leaves_no_entry(manager_with: Any) -> None:
+    """Whatever way connections end, registry, heartbeat, tasks and unfinished ones are empty afterwards."""
+    manager, _ = manager_with()
+    await manager.start()
+    before = asyncio.all_tasks()
+    servers = [FakeServer() for _ in range(6)]
+    sockets = [await manager.connect(f"c{number}", await server.accepted()) for number, server in enumerate(servers)]
+    for socket in sockets:
+        socket.create_task(asyncio.Event().wait())
+        await socket.send("hi")
+    await settle()
+    servers[0].feed_disconnect(1001)
+    servers[1].feed(RuntimeError("reset"))
+    await manager.disconnect("c2")
+    await sockets[3].close()
+    sockets[4]._connection.end(DisconnectReason.HEARTBEAT_TIMEOUT)
+    sockets[5]._connection.send_stuck()
+    for socket in sockets:
+        await with_deadline(asyncio.shield(socket._connection.finished))
+    serving = manager._serving
+    await eventually(lambda: len(serving._tasks) == 0)
+    assert manager.get_connection_count() == 0
+    assert manager.get_active_connections() == []
+    assert len(serving.heartbeat) == 0
+    assert len(serving.unfinished) == 0
+    await eventually(lambda: not _of_connections(asyncio.all_tasks() - before))
+    assert sum(manager.totals.endings.values()) == 6
+
+
+def _frame(text: str) -> Any:
+    return encode(text)

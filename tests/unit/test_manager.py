@@ -1,0 +1,932 @@
+"""Tests of the façade."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import FastAPI, HTTPException, WebSocketException
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import (
+    BroadcastFailedError,
+    ConnectionNotFoundError,
+    DuplicateClientError,
+    MessageEncodeError,
+    ShutdownError,
+    SocketClosed,
+    WrongLoopError,
+)
+from fastapi_ws_stabilizer.logs import get_logger
+from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+
+
+class Client:
+    """One client of a manager: its server, and the task that serves it, which waits until the client leaves."""
+
+    def __init__(self, manager: WebSocketConnectionManager, client_id: str = "ann", *, by_hand: bool = False) -> None:
+        self.server = FakeServer(path_params={"client_id": client_id})
+        self.manager = manager
+        self.client_id = client_id
+        self.socket: StableSocket | None = None
+        self.task = asyncio.ensure_future(self._by_hand() if by_hand else self._served())
+
+    async def _served(self) -> None:
+        async with self.manager.serve(self.server.websocket, self.client_id) as self.socket:
+            await self.socket.wait_closed()
+
+    async def _by_hand(self) -> None:
+        websocket = await self.server.accepted()
+        async with AsyncExitStack() as stack:
+            websocket.scope["fastapi_inner_astack"] = stack
+            self.socket = await self.manager.connect(self.client_id, websocket)
+            try:
+                while True:
+                    await websocket.receive_text()
+            except WebSocketDisconnect:
+                await self.manager.disconnect(self.client_id)
+
+    async def connected(self) -> StableSocket:
+        """The socket, once the endpoint has it."""
+        await eventually(lambda: self.socket is not None or self.task.done())
+        if self.socket is None:
+            await self.task
+        assert self.socket is not None
+        return self.socket
+
+    async def gone(self) -> None:
+        """Let the client leave, and wait for its endpoint."""
+        self.server.feed_disconnect(1001)
+        await with_deadline(self.task)
+
+
+@pytest.fixture
+def clients_of() -> Any:
+    """Connect clients to a manager."""
+
+    async def connect(manager: WebSocketConnectionManager, *client_ids: str, **kwargs: Any) -> list[Client]:
+        clients = [Client(manager, client_id, **kwargs) for client_id in client_ids]
+        for client in clients:
+            await client.connected()
+        return clients
+
+    return connect
+
+
+# ── starting and stopping ──
+
+
+async def test_a_new_manager_has_the_default_options() -> None:
+    """Without a config the defaults hold, and nobody is connected."""
+    manager = WebSocketConnectionManager()
+    assert manager.config == WebSocketConfig()
+    assert manager.get_connection_count() == 0
+    assert repr(manager) == "<WebSocketConnectionManager 0 connections>"
+    assert manager.running
+    assert manager.uptime_seconds == 0.0
+
+
+async def test_starting_twice_changes_nothing(manager_with: Any, clients_of: Any) -> None:
+    """A second `start` makes no second heartbeat, and no connection is lost."""
+    manager, _ = manager_with()
+    await manager.start()
+    (client,) = await clients_of(manager, "ann")
+    heartbeat = manager._serving.heartbeat
+    tasks = len(asyncio.all_tasks())
+    await manager.start()
+    assert manager._serving.heartbeat is heartbeat
+    assert len(asyncio.all_tasks()) == tasks
+    assert manager.get_active_connections() == ["ann"]
+    assert manager.running
+    assert manager.uptime_seconds > 0
+    await client.gone()
+
+
+async def test_starting_sets_the_level_of_the_log(manager_with: Any) -> None:
+    """`log_level` is honoured."""
+    manager, _ = manager_with(log_level="debug")
+    await manager.start()
+    assert get_logger().level == logging.DEBUG
+
+
+_CHANGED: dict[str, Any] = {
+    "max_connections": 5,
+    "reconnect_token_ttl": 60,
+    "enable_reconnect": False,
+    "compression": "none",
+    "enable_metrics": True,
+    "num_shards": 2,
+    "max_concurrent_cleanup": 2,
+    "max_concurrent_broadcast": 2,
+    "max_memory_per_connection": 1000,
+    "max_total_memory": 1000,
+    "memory_eviction_policy": "fifo",
+    "memory_check_interval": 5,
+}
+
+
+@pytest.mark.parametrize("option", sorted(NOT_YET_HONOURED))
+async def test_an_option_that_is_not_yet_honoured_is_warned_about(manager_with: Any, option: str) -> None:
+    """No option is silently dead: a manager that starts with one that has no part yet says so."""
+    manager, heard = manager_with(**{option: _CHANGED[option]})
+    await manager.start()
+    await manager.start()
+    (report,) = heard.of("option_not_honoured_yet")
+    assert report.level == logging.WARNING
+    assert report.facts == {"option": option}
+
+
+async def test_the_defaults_warn_of_nothing(manager_with: Any) -> None:
+    """A manager whose options are all honoured or untouched starts in silence."""
+    manager, heard = manager_with(heartbeat_interval=5, send_timeout=1)
+    await manager.start()
+    assert heard.events == []
+
+
+async def test_a_missing_websocket_library_is_told(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the server cannot speak WebSocket, the start says what to install."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.manager.missing_websocket_library", lambda: "pip install something")
+    manager, heard = manager_with()
+    await manager.start()
+    (report,) = heard.of("websocket_library_missing")
+    assert report.level == logging.ERROR
+    assert report.facts == {"problem": "pip install something"}
+
+
+async def test_the_first_socket_starts_a_manager_that_nobody_started(manager_with: Any, clients_of: Any) -> None:
+    """A manager that nobody started serves all the same."""
+    manager, _ = manager_with()
+    (client,) = await clients_of(manager, "ann")
+    assert manager.running
+    assert manager.get_connection_count() == 1
+    await client.gone()
+
+
+async def test_a_shutdown_closes_everybody_with_1012(manager_with: Any, clients_of: Any) -> None:
+    """A graceful shutdown ends all connections honestly and reports how many."""
+    manager, heard = manager_with()
+    clients = await clients_of(manager, "ann", "bob")
+    report = await with_deadline(manager.graceful_shutdown(timeout=5))
+    assert (report.closed_count, report.failed_count) == (2, 0)
+    for client in clients:
+        await with_deadline(client.task)
+        assert client.server.close_frames == [(1012, "server shutdown")]
+    assert manager.get_connection_count() == 0
+    assert not manager.running
+    assert heard.of("shutdown")[0].facts["closed_count"] == 2
+
+
+async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> None:
+    """A manager that is shut down refuses with 503 before accepting, and by hand with `ShutdownError`."""
+    manager, _ = manager_with()
+    await manager.start()
+    await manager.graceful_shutdown(timeout=1)
+    server = FakeServer()
+    with pytest.raises(HTTPException) as caught:
+        async with manager.serve(server.websocket, "ann"):
+            pass
+    assert caught.value.status_code == 503
+    assert caught.value.headers == {"Retry-After": "1"}
+    assert server.offered == []
+    with pytest.raises(ShutdownError):
+        await manager.connect("ann", await server.accepted())
+
+
+async def test_a_manager_that_was_shut_down_before_its_start_takes_nobody_either(manager_with: Any) -> None:
+    """`graceful_shutdown` holds, whether the manager was ever started or not, until `start` is called."""
+    manager, _ = manager_with()
+    await manager.graceful_shutdown(timeout=1)
+    with pytest.raises(ShutdownError):
+        await manager.connect("ann", await FakeServer().accepted())
+    await manager.start()
+    assert manager.running
+
+
+async def test_after_a_shutdown_it_can_be_started_again(manager_with: Any, clients_of: Any) -> None:
+    """`start` after a shutdown takes connections again, heartbeat included."""
+    manager, _ = manager_with(heartbeat_interval=0.02)
+    await clients_of(manager, "ann")
+    await manager.graceful_shutdown(timeout=5)
+    await manager.start()
+    (client,) = await clients_of(manager, "bob")
+    await client.server.until(lambda: client.server.data)
+    assert manager.get_active_connections() == ["bob"]
+    await client.gone()
+
+
+async def test_a_shutdown_cuts_what_does_not_end(manager_with: Any, clients_of: Any) -> None:
+    """The timeout of a shutdown is honoured, and no task is left over."""
+    manager, _ = manager_with(send_timeout=60, disconnect_grace=60)
+    (client,) = await clients_of(manager, "ann")
+    client.server.block()
+    report = await with_deadline(manager.graceful_shutdown(timeout=0.05))
+    assert (report.closed_count, report.failed_count) == (0, 1)
+    await with_deadline(client.task)
+    await eventually(lambda: len(manager._serving._tasks) == 0)
+    assert manager.get_connection_count() == 0
+
+
+def test_one_manager_can_be_used_on_one_loop_after_the_other() -> None:
+    """A test client makes a loop for each connection; a loop of the past does no harm."""
+    manager = WebSocketConnectionManager()
+
+    async def once() -> int:
+        client = Client(manager)
+        await client.connected()
+        count = manager.get_connection_count()
+        await client.gone()
+        return count
+
+    assert [asyncio.run(once()), asyncio.run(once())] == [1, 1]
+
+
+async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any, clients_of: Any) -> None:
+    """While there are open connections, another event loop is an error that says what to do."""
+    manager, _ = manager_with()
+    (client,) = await clients_of(manager, "ann")
+    with pytest.raises(WrongLoopError, match="TestClient"):
+        await asyncio.to_thread(lambda: asyncio.run(manager.start()))
+    assert manager.get_connection_count() == 1
+    await client.gone()
+
+
+async def test_the_lifespan_starts_and_stops(manager_with: Any, clients_of: Any) -> None:
+    """Within the lifespan the manager runs and is found in the app's state; after it all are closed."""
+    manager, _ = manager_with()
+    app = FastAPI()
+    async with manager.lifespan(app) as state:
+        assert state == {STATE_KEY: manager}
+        assert getattr(app.state, STATE_KEY) is manager
+        assert manager.running
+        (client,) = await clients_of(manager, "ann")
+    assert not manager.running
+    await with_deadline(client.task)
+    assert client.server.close_frames == [(1012, "server shutdown")]
+
+
+async def test_installing_wraps_the_lifespan_that_is_there(manager_with: Any) -> None:
+    """`install` keeps the app's own lifespan and its state, inside the manager's."""
+    manager, _ = manager_with()
+    order: list[str] = []
+
+    @asynccontextmanager
+    async def own(app: Any) -> AsyncIterator[dict[str, Any]]:
+        order.append(f"up, running={manager.running}")
+        yield {"db": "open"}
+        order.append(f"down, running={manager.running}")
+
+    app = FastAPI(lifespan=own)
+    manager.install(app)
+    wrapped = app.router.lifespan_context
+    manager.install(app)
+    assert app.router.lifespan_context is wrapped
+    async with app.router.lifespan_context(app) as state:
+        assert state == {STATE_KEY: manager, "db": "open"}
+    assert order == ["up, running=True", "down, running=True"]
+    assert not manager.running
+
+
+async def test_installing_into_an_app_without_a_lifespan(manager_with: Any) -> None:
+    """An app without a lifespan of its own gets the manager's."""
+    manager, _ = manager_with()
+    app = FastAPI()
+    manager.install(app)
+    async with app.router.lifespan_context(app) as state:
+        assert state == {STATE_KEY: manager}
+        assert manager.running
+
+
+def test_an_app_has_one_installed_manager() -> None:
+    """A second manager is an error that says how to name each."""
+    app = FastAPI()
+    WebSocketConnectionManager().install(app)
+    with pytest.raises(RuntimeError, match=r"Depends\(manager\.socket\)"):
+        WebSocketConnectionManager().install(app)
+
+
+# ── serving ──
+
+
+async def test_a_served_socket_is_accepted_registered_and_closed(manager_with: Any, clients_of: Any) -> None:
+    """An endpoint that returns closes with 1000, and nothing is left."""
+    manager, heard = manager_with()
+    server = FakeServer(path_params={"client_id": "ann"})
+    async with manager.serve(server.websocket) as socket:
+        assert server.taken[0]["type"] == "websocket.accept"
+        assert manager.get_sockets() == [socket]
+        assert manager.get_socket(socket.connection_id) is socket
+        assert socket.client_id == "ann"
+    assert server.close_frames == [(1000, "")]
+    assert socket.reason is DisconnectReason.COMPLETED
+    assert manager.get_connection_count() == 0
+    assert manager.get_socket(socket.connection_id) is None
+    assert heard.events == ["connection_opened", "connection_ended"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "events"),
+    [
+        (HTTPException(401), 4401, []),
+        (WebSocketException(4123, "no"), 4123, []),
+        (ValueError("bug"), 1011, ["endpoint_failed"]),
+        (WebSocketDisconnect(1001), 1000, []),
+    ],
+)
+async def test_an_endpoint_that_raises_gets_the_code_that_fits(
+    manager_with: Any, error: Exception, code: int, events: list[str]
+) -> None:
+    """The close code says what kind of error it was; dependencies before ours learn that something failed."""
+    manager, heard = manager_with()
+    server = FakeServer()
+    with pytest.raises(WebSocketException) as caught:
+        async with manager.serve(server.websocket, "ann"):
+            raise error
+    assert caught.value.__cause__ is error
+    assert [frame[0] for frame in server.close_frames] == [code]
+    assert [event for event in heard.events if event.endswith("failed")] == events
+
+
+async def test_an_endpoint_that_lets_the_disconnect_escape_is_quiet(manager_with: Any) -> None:
+    """`SocketClosed` from a socket whose client has left is a normal end, and no error is logged."""
+    manager, heard = manager_with()
+    server = FakeServer()
+    server.feed_disconnect(1001)
+    async with manager.serve(server.websocket, "ann") as socket:
+        await with_deadline(socket.receive())
+    assert max(report.level for report in heard.reports) < logging.WARNING
+    assert heard.of("connection_ended")[0].facts["reason"] == "client_close"
+
+
+async def test_an_endpoint_that_fails_after_its_client_was_lost_leaves_one_error(manager_with: Any) -> None:
+    """After a lost network Starlette's handler may close again with 1006, which changes nothing and fails nowhere."""
+    manager, heard = manager_with()
+    server = FakeServer()
+    server.feed_disconnect(1006)
+
+    async def endpoint() -> None:
+        async with manager.serve(server.websocket, "ann") as socket:
+            await socket.wait_closed()
+            raise ValueError("bug")
+
+    with pytest.raises(WebSocketException) as caught:
+        await endpoint()
+    await server.websocket.close(caught.value.code, caught.value.reason)
+    assert server.close_frames == []
+    assert len(heard.of("endpoint_failed")) == 1
+
+
+async def test_a_cancelled_endpoint_stays_cancelled_and_closes_honestly(manager_with: Any, clients_of: Any) -> None:
+    """A foreign cancellation goes on, after the close frame of a shutdown."""
+    manager, _ = manager_with()
+    (client,) = await clients_of(manager, "ann")
+    client.task.cancel("server stops")
+    with pytest.raises(asyncio.CancelledError):
+        await with_deadline(client.task)
+    assert client.server.close_frames == [(1012, "server shutdown")]
+    assert manager.get_connection_count() == 0
+
+
+@pytest.mark.parametrize("how", ["task", "scope"])
+async def test_a_cancelled_endpoint_has_its_whole_end(manager_with: Any, how: str) -> None:
+    """Close frame and hooks have their time before the cancellation goes on, also if it strikes at every await."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    done: list[str] = []
+
+    @manager.on_disconnect
+    async def slow(ws: StableSocket, reason: DisconnectReason) -> None:
+        await settle(50)
+        done.append(reason.value)
+
+    scope = anyio.CancelScope()
+
+    async def endpoint() -> None:
+        with scope:
+            async with manager.serve(server.websocket, "ann"):
+                await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(endpoint())
+    await eventually(manager.get_connection_count)
+    await settle()
+    if how == "task":
+        task.cancel()
+    else:
+        scope.cancel()
+    await with_deadline(asyncio.wait([task]))
+    assert done == ["server_shutdown"]
+    assert server.close_frames == [(1012, "server shutdown")]
+    assert task.cancelled() == (how == "task")
+    assert scope.cancelled_caught == (how == "scope")
+
+
+async def test_an_endpoint_that_ignores_the_end_is_cancelled_and_that_is_swallowed(manager_with: Any) -> None:
+    """Our own cancellation after `disconnect_grace` does not reach who called."""
+    manager, heard = manager_with(disconnect_grace=0.03)
+    server = FakeServer()
+    server.feed_disconnect(1001)
+
+    async def endpoint() -> str:
+        try:
+            async with manager.serve(server.websocket, "ann"):
+                await asyncio.Event().wait()
+        except WebSocketException:
+            return "exchanged"
+        return "swallowed"
+
+    assert await with_deadline(asyncio.ensure_future(endpoint())) in ("swallowed", "exchanged")
+    assert len(heard.of("endpoint_cancelled")) == 1
+
+
+async def test_a_system_exit_goes_on(manager_with: Any) -> None:
+    """What is no `Exception` is not touched, and the connection ends as in a shutdown."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    with pytest.raises(SystemExit):
+        async with manager.serve(server.websocket, "ann") as socket:
+            raise SystemExit(3)
+    assert socket.reason is DisconnectReason.SERVER_SHUTDOWN
+
+
+# ── hooks ──
+
+
+async def test_the_hooks_of_a_connections_life(manager_with: Any) -> None:
+    """Handshake before accept, connect after it, disconnect once with the reason."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    log: list[Any] = []
+
+    @manager.on_handshake
+    async def shake(ws: StableSocket) -> None:
+        log.append(("handshake", [message["type"] for message in server.taken]))
+        ws.user_data["seen"] = True
+
+    @manager.on_connect()
+    async def connect(ws: StableSocket) -> None:
+        log.append(("connect", manager.get_active_connections(), ws.user_data))
+        await ws.send("welcome")
+
+    @manager.on_disconnect
+    def disconnect(ws: StableSocket, reason: DisconnectReason) -> None:
+        log.append(("disconnect", manager.get_active_connections(), reason))
+
+    async with manager.serve(server.websocket, "ann"):
+        pass
+    assert log == [
+        ("handshake", []),
+        ("connect", ["ann"], {"seen": True}),
+        ("disconnect", [], DisconnectReason.COMPLETED),
+    ]
+    assert server.data == ["welcome"]
+
+
+async def test_a_handshake_hook_can_refuse(manager_with: Any) -> None:
+    """An `HTTPException` in a handshake hook goes to the server before anything is accepted; no other hook runs."""
+    manager, heard = manager_with()
+    calls: list[str] = []
+
+    @manager.on_handshake
+    async def refuse(ws: StableSocket) -> None:
+        raise HTTPException(401)
+
+    manager.on_connect(lambda ws: calls.append("connect"))
+    manager.on_disconnect(lambda ws: calls.append("disconnect"))
+    server = FakeServer()
+    with pytest.raises(HTTPException) as caught:
+        async with manager.serve(server.websocket, "ann"):
+            calls.append("endpoint")
+    assert caught.value.status_code == 401
+    assert server.offered == []
+    assert calls == []
+    assert heard.events == []
+
+
+async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
+    """A handshake hook that fails is reported once and refuses with 500."""
+    manager, heard = manager_with()
+    error = ValueError("bug")
+    told: list[Any] = []
+
+    @manager.on_handshake
+    async def fail(ws: StableSocket) -> None:
+        raise error
+
+    @manager.on_error
+    async def on_error(ws: StableSocket, error: BaseException) -> None:
+        told.append(error)
+
+    with pytest.raises(HTTPException) as caught:
+        async with manager.serve(FakeServer().websocket, "ann"):
+            pass
+    assert caught.value.status_code == 500
+    assert [(report.event, report.error) for report in heard.reports] == [("handshake_hook_failed", error)]
+    assert told == [error]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(HTTPException(403), 4403), (ValueError("bug"), 1011), (WebSocketException(4001), 4001)]
+)
+async def test_a_connect_hook_that_raises_ends_the_connection(manager_with: Any, error: Exception, code: int) -> None:
+    """The endpoint does not begin, the close code says why, and the disconnect hooks run once."""
+    manager, _ = manager_with()
+    calls: list[str] = []
+
+    @manager.on_connect
+    async def refuse(ws: StableSocket) -> None:
+        raise error
+
+    manager.on_disconnect(lambda ws: calls.append("disconnect"))
+    server = FakeServer()
+    with pytest.raises(WebSocketException) as caught:
+        async with manager.serve(server.websocket, "ann"):
+            calls.append("endpoint")
+    assert caught.value.code == code
+    assert [frame[0] for frame in server.close_frames] == [code]
+    assert calls == ["disconnect"]
+    assert manager.get_connection_count() == 0
+
+
+async def test_a_connect_hook_can_refuse_by_closing(manager_with: Any) -> None:
+    """A hook that closes the socket keeps the endpoint from beginning."""
+    manager, heard = manager_with()
+
+    @manager.on_connect
+    async def refuse(ws: StableSocket) -> None:
+        await ws.close(4010, "not today")
+
+    server = FakeServer()
+    with pytest.raises(WebSocketException):
+        async with manager.serve(server.websocket, "ann"):
+            pytest.fail("the endpoint began")
+    assert server.close_frames == [(4010, "not today")]
+    assert max(report.level for report in heard.reports) < logging.WARNING
+
+
+async def test_messages_reach_their_handlers(manager_with: Any) -> None:
+    """`on_message` with a type, without parentheses, and with empty parentheses."""
+    manager, _ = manager_with()
+    seen: list[Any] = []
+
+    @manager.on_message("chat")
+    async def chat(ws: StableSocket, message: dict[str, Any]) -> None:
+        seen.append(message["text"])
+
+    @manager.on_message
+    async def others(ws: StableSocket, message: str) -> None:
+        seen.append(message)
+
+    @manager.on_message()
+    def more(ws: StableSocket) -> None:
+        seen.append("again")
+
+    server = FakeServer()
+    server.feed_text('{"type":"chat","text":"hi"}', "plain")
+    server.feed_disconnect()
+    async with manager.serve(server.websocket, "ann") as socket:
+        await with_deadline(socket.run())
+    assert seen == ["hi", "plain", "again"]
+
+
+# ── the same client again ──
+
+
+async def test_a_newer_connection_replaces_the_older_one(manager_with: Any, clients_of: Any) -> None:
+    """With `on_duplicate="replace"` the old connection is closed with 4409 and its end does not touch the new one."""
+    manager, _ = manager_with()
+    (old,) = await clients_of(manager, "ann")
+    (new,) = await clients_of(manager, "ann")
+    await with_deadline(old.task)
+    assert old.server.close_frames == [(4409, "replaced by a newer connection")]
+    assert manager.get_sockets("ann") == [new.socket]
+    assert await manager.send_to_client("ann", "hi")
+    await new.server.until(lambda: new.server.data == ["hi"])
+    await new.gone()
+
+
+async def test_the_old_endpoint_of_the_readme_never_hurts_the_new_connection(
+    manager_with: Any, clients_of: Any
+) -> None:
+    """`except WebSocketDisconnect: await manager.disconnect(client_id)` means that endpoint's own connection."""
+    manager, heard = manager_with()
+    (old,) = await clients_of(manager, "ann", by_hand=True)
+    (new,) = await clients_of(manager, "ann", by_hand=True)
+    await with_deadline(old.task)
+    assert manager.get_sockets("ann") == [new.socket]
+    assert new.socket.ending is None
+    assert old.server.close_frames == [(4409, "replaced by a newer connection")]
+    await new.gone()
+    assert max(report.level for report in heard.reports) < logging.WARNING
+
+
+async def test_a_newer_connection_can_be_rejected(manager_with: Any, clients_of: Any) -> None:
+    """With `on_duplicate="reject"` the old connection stays and the new one is closed with 4409, without hooks."""
+    manager, _ = manager_with(on_duplicate="reject")
+    calls: list[str] = []
+    (old,) = await clients_of(manager, "ann")
+    manager.on_connect(lambda ws: calls.append("connect"))
+    manager.on_disconnect(lambda ws: calls.append("disconnect"))
+    server = FakeServer()
+    with pytest.raises(WebSocketException) as caught:
+        async with manager.serve(server.websocket, "ann"):
+            pass
+    assert caught.value.code == 4409
+    assert [frame[0] for frame in server.close_frames] == [4409]
+    assert manager.get_sockets("ann") == [old.socket]
+    assert calls == []
+    with pytest.raises(DuplicateClientError):
+        await manager.connect("ann", await FakeServer().accepted())
+    assert manager.get_connection_count() == 1
+    await old.gone()
+
+
+async def test_a_client_may_have_several_connections(manager_with: Any, clients_of: Any) -> None:
+    """With `on_duplicate="allow"` a direct send reaches all connections of a client, which counts once."""
+    manager, _ = manager_with(on_duplicate="allow")
+    clients = await clients_of(manager, "ann", "ann", "bob")
+    assert manager.get_active_connections() == ["ann", "bob"]
+    assert manager.get_connection_count() == 3
+    assert await manager.send_to_client("ann", "hi")
+    for client in clients[:2]:
+        await client.server.until(lambda client=client: client.server.data == ["hi"])
+    assert clients[2].server.data == []
+    await manager.disconnect("ann", 4010)
+    assert manager.get_active_connections() == ["bob"]
+    await clients[2].gone()
+
+
+# ── by hand ──
+
+
+async def test_a_connection_by_hand_is_looked_after(manager_with: Any) -> None:
+    """`connect` registers an accepted WebSocket with its metadata, and the caller goes on reading it himself."""
+    manager, _ = manager_with()
+    server = FakeServer()
+    websocket = await server.accepted()
+    socket = await manager.connect("ann", websocket, metadata={"plan": "free"})
+    assert socket.metadata == {"plan": "free"}
+    assert manager.get_sockets("ann") == [socket]
+    server.feed_text("ping", "hello")
+    assert await with_deadline(websocket.receive_text()) == "hello"
+    await server.until(lambda: server.data == ["pong"])
+    await manager.disconnect("ann", 4001, "bye")
+    await server.until(lambda: server.close_frames == [(4001, "bye")])
+    assert manager.get_connection_count() == 0
+
+
+async def test_the_task_that_connected_by_hand_closes_at_its_end(manager_with: Any) -> None:
+    """Outside FastAPI's exit stacks the connection ends with the task that made it."""
+    manager, _ = manager_with()
+    server = FakeServer()
+
+    async def endpoint() -> None:
+        await manager.connect("ann", await server.accepted())
+
+    await with_deadline(asyncio.ensure_future(endpoint()))
+    await server.until(lambda: server.close_frames)
+    assert server.close_frames == [(1000, "")]
+    assert manager.get_connection_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(HTTPException(401), 4401), (ValueError("bug"), 1011), (asyncio.CancelledError(), 1012)]
+)
+async def test_an_endpoint_by_hand_gets_the_code_that_fits_too(
+    manager_with: Any, error: BaseException, code: int
+) -> None:
+    """In a FastAPI endpoint a connection by hand ends as honestly as one of the dependency."""
+    manager, _ = manager_with()
+    server = FakeServer()
+
+    async def endpoint() -> None:
+        websocket = await server.accepted()
+        async with AsyncExitStack() as stack:
+            websocket.scope["fastapi_inner_astack"] = stack
+            await manager.connect("ann", websocket)
+            raise error
+
+    with pytest.raises((WebSocketException, asyncio.CancelledError)):
+        await with_deadline(asyncio.ensure_future(endpoint()))
+    assert [frame[0] for frame in server.close_frames] == [code]
+
+
+async def test_an_endpoint_by_hand_that_was_cancelled_stays_cancelled(manager_with: Any) -> None:
+    """Nobody swallows a foreign cancellation, by hand as little as by dependency."""
+    manager, _ = manager_with()
+    client = Client(manager, by_hand=True)
+    await client.connected()
+    client.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await with_deadline(client.task)
+    assert client.server.close_frames == [(1012, "server shutdown")]
+
+
+async def test_only_an_accepted_websocket_can_be_connected(manager_with: Any) -> None:
+    """Forgetting `accept` is an error that says so."""
+    manager, _ = manager_with()
+    with pytest.raises(RuntimeError, match=r"await websocket\.accept\(\)"):
+        await manager.connect("ann", FakeServer().websocket)
+
+
+@pytest.mark.parametrize("client_id", ["", None, 7])
+async def test_a_client_id_says_something(manager_with: Any, client_id: Any) -> None:
+    """An empty client id, or one that is no text, is refused."""
+    manager, _ = manager_with()
+    with pytest.raises(ValueError, match="client_id"):
+        await manager.connect(client_id, await FakeServer().accepted())
+
+
+async def test_a_connect_hook_refuses_a_connection_by_hand_with_a_disconnect(manager_with: Any) -> None:
+    """The caller of `connect` gets `SocketClosed`, which is a `WebSocketDisconnect`."""
+    manager, _ = manager_with()
+
+    @manager.on_connect
+    async def refuse(ws: StableSocket) -> None:
+        raise HTTPException(403)
+
+    server = FakeServer()
+    with pytest.raises(SocketClosed) as caught:
+        await manager.connect("ann", await server.accepted())
+    assert caught.value.code == 4403
+    assert isinstance(caught.value, WebSocketDisconnect)
+
+
+async def test_disconnecting_who_is_not_there_is_an_error(manager_with: Any, clients_of: Any) -> None:
+    """`ConnectionNotFoundError` is for a client that is not there; a code that cannot be sent closes nobody."""
+    manager, _ = manager_with()
+    with pytest.raises(ConnectionNotFoundError):
+        await manager.disconnect("nobody")
+    (client,) = await clients_of(manager, "ann")
+    with pytest.raises(ValueError, match="1006"):
+        await manager.disconnect("ann", 1006)
+    assert manager.get_connection_count() == 1
+    await client.gone()
+
+
+async def test_a_pong_that_user_code_read_counts(manager_with: Any, clients_of: Any) -> None:
+    """`handle_pong` is a sign of life; for a client that is gone nothing happens."""
+    manager, _ = manager_with()
+    (client,) = await clients_of(manager, "ann")
+    pulse = client.socket._connection.pulse
+    pulse.pinged(pulse.last_seen)
+    await manager.handle_pong("ann")
+    assert (pulse.answers, pulse.awaiting_since) == (True, None)
+    assert client.socket.rtt is not None
+    await manager.handle_pong("nobody")
+    await client.gone()
+
+
+# ── sending ──
+
+
+async def test_a_broadcast_reaches_everybody_but_who_is_excluded(manager_with: Any, clients_of: Any) -> None:
+    """The result counts only who it was meant for."""
+    manager, _ = manager_with()
+    clients = await clients_of(manager, "ann", "bob", "eve")
+    result = await manager.broadcast({"n": 1}, exclude_client="eve")
+    assert (result.total, result.succeeded, result.failed, result.errors) == (2, 2, 0, [])
+    for client in clients[:2]:
+        await client.server.until(lambda client=client: client.server.json == [{"n": 1}])
+    assert clients[2].server.data == []
+    assert manager.totals.broadcasts == 1
+    for client in clients:
+        await client.gone()
+
+
+async def test_a_broadcast_to_nobody_is_no_error(manager_with: Any, clients_of: Any) -> None:
+    """Neither an empty manager nor an exclusion of the only client raises."""
+    manager, _ = manager_with()
+    assert (await manager.broadcast("hi")).total == 0
+    (client,) = await clients_of(manager, "ann")
+    assert (await manager.broadcast("hi", exclude_client="ann")).total == 0
+    await client.gone()
+
+
+async def test_a_payload_that_cannot_be_encoded_harms_nobody(manager_with: Any, clients_of: Any) -> None:
+    """It raises at the caller, and all connections stay."""
+    manager, _ = manager_with()
+    clients = await clients_of(manager, "ann", "bob")
+    for send in (manager.broadcast, lambda payload: manager.send_to_client("ann", payload)):
+        with pytest.raises(MessageEncodeError):
+            await send({"x": object()})
+    assert manager.get_active_connections() == ["ann", "bob"]
+    assert [client.server.data for client in clients] == [[], []]
+    for client in clients:
+        await client.gone()
+
+
+async def test_a_slow_client_keeps_nobody_waiting(manager_with: Any, clients_of: Any) -> None:
+    """A broadcast returns at once however stuck a client is; when its outbox is full, only that client goes."""
+    manager, _ = manager_with(outbox_max_messages=2)
+    slow, good = await clients_of(manager, "slow", "good")
+    slow.server.block()
+    results = [await asyncio.wait_for(manager.broadcast(str(number)), 1.0) for number in range(6)]
+    assert results[-1].total == 1
+    assert [error for result in results for error in result.errors] == [("slow", "slow_consumer")]
+    await good.server.until(lambda: len(good.server.data) == 6)
+    assert manager.get_active_connections() == ["good"]
+    slow.server.release()
+    await with_deadline(slow.task)
+    assert slow.server.close_frames == [(4507, "slow consumer")]
+    await good.gone()
+
+
+async def test_a_broadcast_that_reaches_none_of_its_recipients_says_so(manager_with: Any, clients_of: Any) -> None:
+    """If the only recipient's outbox is full, the caller learns it."""
+    manager, _ = manager_with(outbox_max_messages=1)
+    (slow,) = await clients_of(manager, "slow")
+    slow.server.block()
+    await manager.broadcast("sending")
+    await slow.server.until(lambda: len(slow.server.offered) == 2)
+    await manager.broadcast("waiting")
+    with pytest.raises(BroadcastFailedError):
+        await manager.broadcast("too much")
+    slow.server.release()
+    await with_deadline(slow.task)
+
+
+async def test_sending_to_who_is_not_there_is_false(manager_with: Any, clients_of: Any) -> None:
+    """`send_to_client` says whether it could be queued, and never raises for a client that is gone."""
+    manager, _ = manager_with()
+    assert not await manager.send_to_client("nobody", "hi")
+    (client,) = await clients_of(manager, "ann")
+    assert await manager.send_to_client("ann", b"data")
+    assert await manager.send_to_client("ann", ["list"])
+    await client.server.until(lambda: client.server.data == [b"data", '["list"]'])
+    await client.gone()
+    assert not await manager.send_to_client("ann", "hi")
+
+
+# ── user data and memory ──
+
+
+async def test_user_data_is_set_and_read_by_client_id(manager_with: Any, clients_of: Any) -> None:
+    """Entries are those of `ws.user_data`; a client that is not there has none and cannot get any."""
+    manager, _ = manager_with()
+    (client,) = await clients_of(manager, "ann")
+    await manager.set_user_data("ann", "name", "Ann")
+    await manager.set_user_data("ann", "nothing", None)
+    assert client.socket.user_data == {"name": "Ann", "nothing": None}
+    assert await manager.get_user_data("ann", "name") == "Ann"
+    assert await manager.get_user_data("ann", "age") is None
+    assert await manager.get_user_data("nobody", "name") is None
+    with pytest.raises(ConnectionNotFoundError):
+        await manager.set_user_data("nobody", "name", "x")
+    await client.gone()
+
+
+async def test_memory_counts_what_is_inside(manager_with: Any, clients_of: Any) -> None:
+    """Ten megabytes nested in user data are ten megabytes; queued and unread messages count too."""
+    manager, _ = manager_with(outbox_max_bytes=10**7)
+    assert manager.get_memory_usage() == {"total_memory": 0, "connection_count": 0, "per_connection_average": 0.0}
+    ann, bob = await clients_of(manager, "ann", "bob")
+    before = manager.get_memory_usage()["total_memory"]
+    await manager.set_user_data("ann", "nested", [{"deep": b"x" * 10_000_000}])
+    bob.server.block()
+    await manager.send_to_client("bob", "sending")
+    await bob.server.until(lambda: len(bob.server.offered) == 2)
+    await manager.send_to_client("bob", "y" * 1_000_000)
+    bob.server.feed_text("z" * 500_000)
+    await eventually(lambda: bob.socket.unread_messages)
+    usage = manager.get_memory_usage()
+    assert 11_500_000 < usage["total_memory"] - before < 11_510_000
+    assert usage["connection_count"] == 2
+    assert usage["per_connection_average"] == usage["total_memory"] / 2
+    bob.server.release()
+    await ann.gone()
+    await bob.gone()
+
+
+async def test_the_heartbeat_reaches_served_sockets(manager_with: Any, clients_of: Any) -> None:
+    """A client that answered once and falls silent is closed with 4408 and found nowhere any more."""
+    manager, heard = manager_with(heartbeat_interval=0.02, heartbeat_timeout=0.05)
+    (client,) = await clients_of(manager, "ann")
+    await client.server.until(lambda: client.server.data)
+    client.server.feed_text("pong")
+    await with_deadline(client.task)
+    assert client.server.close_frames == [(4408, "heartbeat timeout")]
+    assert manager.get_connection_count() == 0
+    assert len(manager._serving.heartbeat) == 0
+    assert heard.of("connection_ended")[0].facts["reason"] == "heartbeat_timeout"
+
+
+async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
+    """A task of the library itself that fails is told with its name, as a bug."""
+    manager, heard = manager_with()
+    await manager.start()
+
+    async def fail() -> None:
+        raise ValueError("internal")
+
+    manager._serving._tasks.spawn(fail(), name="ws-internal")
+    await settle()
+    (report,) = heard.of("internal_task_failed")
+    assert report.facts == {"task": "ws-internal"}

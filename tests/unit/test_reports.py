@@ -1,0 +1,81 @@
+"""Tests of the interface through which the core tells what happened."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fastapi_ws_stabilizer.reports import Report, Reports
+
+
+def test_every_listener_hears_every_report() -> None:
+    """A report reaches all listeners with its event, level and facts."""
+    reports = Reports()
+    first: list[Report] = []
+    second: list[Report] = []
+    reports.subscribe(first.append)
+    reports.subscribe(second.append)
+    reports.tell("connection_opened", logging.INFO, client_id="ann")
+    assert first == second == [Report("connection_opened", logging.INFO, {"client_id": "ann"})]
+
+
+def test_a_listener_that_has_unsubscribed_hears_nothing() -> None:
+    """What `subscribe` returns ends the subscription."""
+    reports = Reports()
+    heard: list[Report] = []
+    stop = reports.subscribe(heard.append)
+    stop()
+    reports.tell("x", logging.INFO)
+    assert heard == []
+
+
+def test_a_listener_may_unsubscribe_while_it_is_called() -> None:
+    """A listener that leaves in the middle of a report keeps nobody else from hearing it."""
+    reports = Reports()
+    heard: list[str] = []
+
+    def once(report: Report) -> None:
+        heard.append("once")
+        stop()
+
+    stop = reports.subscribe(once)
+    reports.subscribe(lambda report: heard.append("always"))
+    reports.tell("x", logging.INFO)
+    reports.tell("x", logging.INFO)
+    assert heard == ["once", "always", "always"]
+
+
+def test_a_listener_that_fails_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """The failure of one listener is logged, and the others still hear the report."""
+    reports = Reports()
+    heard: list[Report] = []
+
+    def broken(report: Report) -> None:
+        raise ValueError("broken listener")
+
+    reports.subscribe(broken)
+    reports.subscribe(heard.append)
+    reports.tell("x", logging.INFO)
+    assert len(heard) == 1
+    assert [record.event for record in caplog.records] == ["listener_failed"]
+    assert "broken listener" in caplog.text
+
+
+def test_a_bug_is_an_error_report_with_its_exception() -> None:
+    """A bug is reported at level ERROR with the exception itself."""
+    reports = Reports()
+    heard: list[Report] = []
+    reports.subscribe(heard.append)
+    error = ValueError("bug")
+    reports.bug("endpoint_failed", error, connection_id="5f")
+    assert heard == [Report("endpoint_failed", logging.ERROR, {"connection_id": "5f"}, error)]
+
+
+def test_totals_begin_at_zero_and_are_each_ones_own() -> None:
+    """Two managers do not count into each other's totals."""
+    one, other = Reports(), Reports()
+    one.totals.broadcasts += 1
+    one.totals.endings["x"] += 1  # type: ignore[index]
+    assert other.totals.broadcasts == 0
+    assert not other.totals.endings

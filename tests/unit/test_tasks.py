@@ -1,0 +1,146 @@
+"""Tests of the one place where tasks are made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import weakref
+
+import pytest
+
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from tests.unit.fake_websocket import settle, with_deadline
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
+
+
+def make() -> tuple[TaskSet, list[tuple[str, BaseException]]]:
+    """A set, and the failures that it is told."""
+    failures: list[tuple[str, BaseException]] = []
+    return TaskSet(lambda task, error: failures.append((task.get_name(), error))), failures
+
+
+async def test_a_task_has_its_name_and_gives_its_result() -> None:
+    """A spawned task is named, and can be awaited like any other."""
+    tasks, failures = make()
+
+    async def work() -> int:
+        return 7
+
+    task = tasks.spawn(work(), name="ws-seven")
+    assert task.get_name() == "ws-seven"
+    assert await task == 7
+    assert failures == []
+
+
+async def test_a_task_is_held_until_it_ends_and_not_longer() -> None:
+    """A task that only the set knows survives the garbage collector; an ended one is let go of."""
+    tasks, _ = make()
+    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        inner.append(weakref.ref(waiting))
+        asyncio.get_running_loop().call_later(0.01, lambda ref=inner[0]: ref() is not None and ref().set_result(None))
+        await waiting
+        finished.set_result(None)
+
+    inner: list[weakref.ref[asyncio.Future[None]]] = []
+    tasks.spawn(work(), name="held")
+    assert len(tasks) == 1
+    await settle()
+    gc.collect()
+    await with_deadline(finished)
+    await settle()
+    assert len(tasks) == 0
+
+
+async def test_a_failure_is_told() -> None:
+    """The exception of a task reaches the owner of the set, once."""
+    tasks, failures = make()
+    error = ValueError("no")
+
+    async def fail() -> None:
+        raise error
+
+    tasks.spawn(fail(), name="failing")
+    await settle()
+    assert failures == [("failing", error)]
+    assert len(tasks) == 0
+
+
+async def test_a_cancellation_is_not_a_failure() -> None:
+    """A task that was cancelled is not reported."""
+    tasks, failures = make()
+    task = tasks.spawn(asyncio.Event().wait(), name="waiting")
+    assert tasks.cancel() == [task]
+    await settle()
+    assert task.cancelled()
+    assert failures == []
+
+
+async def test_a_task_that_cancels_its_set_is_spared() -> None:
+    """The task that closes the set goes on; the caller gets only the others."""
+    tasks, _ = make()
+
+    async def closer() -> list[str]:
+        return [task.get_name() for task in tasks.cancel()]
+
+    other = tasks.spawn(asyncio.Event().wait(), name="other")
+    closing = tasks.spawn(closer(), name="closer")
+    assert await with_deadline(closing) == ["other"]
+    await settle()
+    assert other.cancelled()
+
+
+async def test_a_task_runs_in_the_context_that_it_is_given() -> None:
+    """Context variables come from the given context, else from the caller's."""
+    tasks, _ = make()
+
+    async def look() -> str:
+        return VARIABLE.get()
+
+    context = contextvars.copy_context()
+    context.run(VARIABLE.set, "given")
+    token = VARIABLE.set("callers")
+    try:
+        assert await tasks.spawn(look(), name="given", context=context) == "given"
+        assert await tasks.spawn(look(), name="callers") == "callers"
+    finally:
+        VARIABLE.reset(token)
+
+
+async def test_waiting_for_what_is_done_takes_no_turn() -> None:
+    """Futures that are done are not waited for, and none at all is fine."""
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    assert await wait_for_all([done], 0.0)
+    assert await wait_for_all([], None)
+
+
+async def test_a_wait_that_times_out_touches_nothing() -> None:
+    """After the timeout the futures are still pending, and the answer is no."""
+    future = asyncio.get_running_loop().create_future()
+    assert not await wait_for_all([future], 0.01)
+    assert not future.done()
+
+
+async def test_a_cancelled_wait_touches_nothing() -> None:
+    """The cancellation of who waits goes on to the waiter and not to the futures."""
+    future = asyncio.get_running_loop().create_future()
+    waiter = asyncio.ensure_future(wait_for_all([future], None))
+    await settle()
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert not future.done()
+
+
+async def test_a_failed_future_counts_as_done() -> None:
+    """Waiting says whether all are done, and does not raise what they have raised."""
+    future = asyncio.get_running_loop().create_future()
+    future.set_exception(ValueError("no"))
+    assert await wait_for_all([future], 0.0)
+    with pytest.raises(ValueError, match="no"):
+        future.result()
