@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -24,24 +23,12 @@ from examples.quickstart import app as quickstart
 from examples.quickstart import manager as quickstart_manager
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
-from fastapi_ws_stabilizer import get_logger
 from tests.docs.pages import ROOT
 from tests.live.server import SERVERS, LiveServer
 
 pytestmark = pytest.mark.timeout(60)
 
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
-
-
-@pytest.fixture(autouse=True)
-def untouched_logger() -> Iterator[None]:
-    """Give the library's logger back as it was: an example configures it."""
-    logger = get_logger()
-    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
-    logger.propagate = propagate
 
 
 @pytest.mark.parametrize("name", NAMES)

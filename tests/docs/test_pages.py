@@ -27,10 +27,10 @@ from fastapi_ws_stabilizer import (
     WebSocketConfig,
     WebSocketConnectionManager,
     WebSocketStabilizerError,
-    get_logger,
 )
 from fastapi_ws_stabilizer.close_codes import ENDING_RULES
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED
+from tests.docs.deadline import within
 from tests.docs.pages import PAGES, ROOT, Block, blocks, name_of, prose, table
 
 pytestmark = pytest.mark.timeout(30)
@@ -41,19 +41,7 @@ SOURCES = sorted((ROOT / "fastapi_ws_stabilizer").rglob("*.py"))
 DEADLINE = 10.0
 
 CONFIG_PAGES = ("README.md", "docs/reference/configuration.md")
-REFUSED_BEFORE_ACCEPT = (401, 403)
-
-
-@pytest.fixture(autouse=True)
-def untouched_logger() -> Iterator[None]:
-    """Give the library's logger back as it was: pages configure it."""
-    loggers = (get_logger(), get_logger().root)
-    before = [(logger, logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
-    yield
-    for logger, level, handlers, propagate in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-        logger.propagate = propagate
+REFUSED_BEFORE_ACCEPT = {401, 403}
 
 
 @pytest.fixture
@@ -98,35 +86,39 @@ def test_every_block_uses_names_that_exist(block: Block) -> None:
 @pytest.mark.parametrize("block", COMPLETE, ids=str)
 async def test_every_complete_block_runs(block: Block, run: Callable[[Block], ModuleType]) -> None:
     """A block that begins with its imports runs as it stands, and the tests in it pass."""
-    module = await asyncio.wait_for(asyncio.to_thread(run, block), DEADLINE)
+    module = within(DEADLINE, lambda: run(block))
     for name, function in list(vars(module).items()):
         if not name.startswith("test_"):
             continue
         if inspect.iscoroutinefunction(function):
             await asyncio.wait_for(function(), DEADLINE)
         else:
-            await asyncio.wait_for(asyncio.to_thread(function), DEADLINE)
+            within(DEADLINE, function)
 
 
 @pytest.mark.parametrize("block", [block for block in COMPLETE if "@app.websocket(" in block.code], ids=str)
-async def test_every_app_on_a_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
+def test_every_app_on_a_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
     """Each WebSocket route of an app on a page accepts a client, or refuses it as a stranger, and lets it go."""
     module = run(block)
     routes = [route.path for route in module.app.routes if isinstance(route, APIWebSocketRoute)]
     assert routes
-    await asyncio.wait_for(asyncio.to_thread(_visit, module.app, routes), DEADLINE)
+    refusals = within(DEADLINE, lambda: _visit(module.app, routes))
+    assert set(refusals) <= REFUSED_BEFORE_ACCEPT
     assert module.manager.get_connection_count() == 0
     assert not {reason.value for reason in module.manager.totals.endings} & {"error", "slow_consumer"}
 
 
-def _visit(app: FastAPI, routes: list[str]) -> None:
+def _visit(app: FastAPI, routes: list[str]) -> list[Any]:
+    """Connect to each route and leave; return the HTTP statuses of the refusals."""
+    refusals = []
     with TestClient(app) as client:
         for path in routes:
             try:
                 with client.websocket_connect(path.replace("{client_id}", "ann")):
                     pass
             except WebSocketDisconnect as refused:
-                assert getattr(refused, "status_code", None) in REFUSED_BEFORE_ACCEPT, path
+                refusals.append(getattr(refused, "status_code", None))
+    return refusals
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.source], ids=str)

@@ -261,6 +261,25 @@ async def later(ws: StableSocketDep, late: Annotated[None, Depends(later_401)]) 
     note("the endpoint ran")
 
 
+def current_user(token: str = "") -> str:
+    if not token:
+        raise HTTPException(401, "no token")
+    return token
+
+
+@app.websocket("/identified")
+async def identified(ws: Annotated[StableSocket, Depends(manager.socket_for(current_user))]) -> None:
+    await ws.send(ws.client_id)
+
+
+@manager.on_handshake
+async def handshake(ws: StableSocket) -> None:
+    if ws.query_params.get("handshake") == "403":
+        raise HTTPException(403, "not you")
+    if ws.query_params.get("handshake") == "boom":
+        raise ValueError("on_handshake")
+
+
 @app.websocket("/needs-number/{client_id}")
 async def needs_number(ws: StableSocketDep, number: int) -> None:
     note("the endpoint ran")

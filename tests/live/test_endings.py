@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.live.raw import RawClient
 from tests.live.server import SERVERS, UVICORN, LiveServer, until
@@ -78,6 +78,23 @@ async def test_a_refusal_closes_with_its_code_and_logs_no_error(serve: Serve, ki
     assert server.events("the endpoint ran") == []
     assert server.events("error") == []
     assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_a_refusal_before_the_accept_is_an_http_status(serve: Serve, kind: str) -> None:
+    """What an identity dependency or a handshake hook raises is answered with its status; a bug in the hook with 500."""
+    server = serve(kind)
+    for path, status in (("/identified", 401), ("/echo/ann?handshake=403", 403), ("/echo/ann?handshake=boom", 500)):
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(server.url(path))
+        assert (path, refused.value.response.status_code) == (path, status)
+    async with connect(server.url("/identified?token=ann")) as client:
+        assert await client.recv() == "ann"
+    assert server.events("connect") == ["connect ann"]
+    records = [line for line in server.log.splitlines() if " ERROR fastapi_ws_stabilizer" in line]
+    assert len(records) == 1
+    assert "handshake_hook_failed" in records[0]
+    assert server.events("error") == ["error ann ValueError"]
 
 
 async def test_what_was_entered_before_the_socket_learns_of_a_bug(serve: Serve) -> None:

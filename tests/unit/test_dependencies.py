@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, WebSocket
 from starlette.testclient import TestClient
-from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer import dependencies
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -132,7 +131,7 @@ def current_user(token: Annotated[str, Query()]) -> User:
 
 
 def test_the_client_id_of_another_dependency() -> None:
-    """`manager.socket_for` takes the id from any dependency, keeps the identity, and lets it refuse."""
+    """`manager.socket_for` takes the id from any dependency, and keeps the identity."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
     socket = manager.socket_for(current_user, key=lambda user: user.id, control_frames=False)
@@ -145,8 +144,6 @@ def test_the_client_id_of_another_dependency() -> None:
         with client.websocket_connect("/ws?token=7") as ws:
             ws.send_text("ping")
             assert ws.receive_json() == ["user-7", "User", "ping"]
-        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws?token=bad"):
-            pytest.fail("a bad token was accepted")
     assert manager.totals.connections_opened == 1
 
 

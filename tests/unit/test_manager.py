@@ -28,6 +28,7 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.unit.own_loop import run
 
 
 class Client:
@@ -246,7 +247,7 @@ def test_one_manager_can_be_used_on_one_loop_after_the_other() -> None:
         await client.gone()
         return count
 
-    assert [asyncio.run(once()), asyncio.run(once())] == [1, 1]
+    assert [run(once()), run(once())] == [1, 1]
 
 
 async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any, clients_of: Any) -> None:

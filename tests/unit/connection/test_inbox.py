@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
 from tests.unit.fake_websocket import settle, with_deadline
+from tests.unit.own_loop import run
 
 
 def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
@@ -203,4 +204,4 @@ def test_the_account_is_right_after_any_operations(steps: list[str | bytes | Non
         assert inbox.close(discard=discard) == (len(held) if discard else 0)
         assert len(inbox) == (0 if discard else len(held))
 
-    asyncio.run(play())
+    run(play())

@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.unit.own_loop import run
 
 
 class Owner:
@@ -445,4 +446,4 @@ def test_every_message_is_accounted_for(steps: list[str], end: str, settled: boo
         assert p.owner.taken + p.owner.discarded == accepted
         assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
 
-    asyncio.run(play())
+    run(play())

@@ -1,0 +1,32 @@
+"""A deadline for code that blocks, as Starlette's TestClient does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """Call a function in a thread and return or raise what it does; fail if it takes longer.
+
+    The thread is a daemon: one that hangs holds up neither the other tests nor the end of the process.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name=f"within {seconds} s")
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"not done within {seconds} s: {function}"
+    if errors:
+        raise errors[0]
+    return results[0]
