@@ -82,7 +82,7 @@ async def test_a_refusal_closes_with_its_code_and_logs_no_error(serve: Serve, ki
 
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_a_refusal_before_the_accept_is_an_http_status(serve: Serve, kind: str) -> None:
-    """What an identity dependency or a handshake hook raises is answered with its status; a bug in the hook with 500."""
+    """What an identity dependency or a handshake hook raises is answered with its status, a bug there with 500."""
     server = serve(kind)
     for path, status in (("/identified", 401), ("/echo/ann?handshake=403", 403), ("/echo/ann?handshake=boom", 500)):
         with pytest.raises(InvalidStatus) as refused:

@@ -31,7 +31,7 @@ def traceback_of(server: LiveServer) -> str:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", UVICORN)
 async def test_a_crowd_of_rude_clients_leaves_a_tidy_server(serve: Serve, kind: str) -> None:
-    """Clients that talk, stall, reset, send garbage and take each other's ids leave nothing behind, no traceback too."""
+    """Clients that talk, stall, reset, send garbage and take each other's ids leave no task and no traceback."""
     config = {
         "heartbeat_interval": 0.5,
         "heartbeat_timeout": 1.0,

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from tests.unit.fake_websocket import FakeServer
 
 
-async def greet(ws: StableSocket = Depends(stable_socket)) -> None:  # noqa: B008 (FastAPI's own way)
+async def greet(ws: StableSocket = Depends(stable_socket)) -> None:
     """An endpoint that says who its client is."""
     await ws.send(ws.client_id)
 
