@@ -95,7 +95,9 @@ class WebSocketConnectionManager(EventDecorators):
         self._shut = False
         self._started_at = monotonic()
         self._serving = self._make_serving()
-        get_logger().setLevel(self.config.log_level)
+        logger = get_logger()
+        if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
+            logger.setLevel(self.config.log_level)  # a default does not undo what configure_logging() was told
         for option in sorted(self.config.changed_options() & NOT_YET_HONOURED):
             self.reports.tell("option_not_honoured_yet", logging.WARNING, option=option)
         if problem := missing_websocket_library():

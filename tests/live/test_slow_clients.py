@@ -78,8 +78,8 @@ async def test_memory_stays_flat_while_a_client_reads_nothing(serve: Serve) -> N
         assert after - before < 8 * 1024 * 1024
         assert report["failed"] == 1
         assert found["endings"]["slow_consumer"] == 1
-        # What was queued and never sent is counted: at most what the outbox may hold.
-        assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE
+        # What was never sent is counted: at most what the outbox may hold, and the message that was on its way.
+        assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE + 1
         assert server.events("disconnect stalled") == ["disconnect stalled slow_consumer 4507"]
 
 
