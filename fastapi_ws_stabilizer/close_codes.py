@@ -122,13 +122,13 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
         close_frame: Whether the client sent a close frame. The code alone does not tell: uvicorn reports 1005 for a
             lost network, hypercorn 1006 for a clean close.
     """
-    if code == _R_SHUTDOWN_CODE:
+    if close_frame:
+        reason = DisconnectReason.CLIENT_CLOSE
+        code = NO_STATUS if code == ABNORMAL else code
+    elif code == ENDING_RULES[_R.SERVER_SHUTDOWN].code:
         reason = DisconnectReason.SERVER_SHUTDOWN
     elif code == ENDING_RULES[_R.MESSAGE_TOO_BIG].code:
         reason = DisconnectReason.MESSAGE_TOO_BIG
-    elif close_frame:
-        reason = DisconnectReason.CLIENT_CLOSE
-        code = NO_STATUS if code == ABNORMAL else code
     elif code in _BY_SERVER_FOR_BAD_FRAMES:
         reason = DisconnectReason.POLICY
     else:
@@ -140,7 +140,8 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
 """Codes with which a server ends a connection itself when the client breaks the protocol."""
 
-_R_SHUTDOWN_CODE: Final = ENDING_RULES[_R.SERVER_SHUTDOWN].code
+SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
+"""Codes that come from the server in front of us rather than from a client, where there is no telling."""
 
 
 def check_close_code(code: int) -> int:

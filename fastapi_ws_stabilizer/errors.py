@@ -3,7 +3,7 @@
 ```
 WebSocketStabilizerError
 ├── SocketClosed                (also a WebSocketDisconnect)  the connection is over
-│   └── ConnectionTimeoutError  (also a TimeoutError)         ... because the client did not answer
+│   └── ConnectionTimeoutError                                ... because the client did not answer
 ├── NotOpenError                (also a RuntimeError)         used before it was accepted
 ├── ConnectionNotFoundError     (also a LookupError)          no such client
 ├── DuplicateClientError                                      on_duplicate="reject" refused this connection
@@ -33,9 +33,11 @@ class WebSocketStabilizerError(Exception):
 
     Attributes:
         close_code: The close code that the client gets if an endpoint lets this error escape. 1011 stands for a bug.
+        close_text: The close reason that goes with it: for the client, so without advice for developers.
     """
 
     close_code: ClassVar[int] = 1011
+    close_text: ClassVar[str] = ""
 
 
 class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
@@ -59,8 +61,11 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
         return type(self), (self.ending,)
 
 
-class ConnectionTimeoutError(SocketClosed, TimeoutError):
-    """The connection is over because the client did not answer a heartbeat in time."""
+class ConnectionTimeoutError(SocketClosed):
+    """The connection is over because the client did not answer a heartbeat in time.
+
+    It is no `TimeoutError`: a loop that waits with a timeout and goes on after one would never end.
+    """
 
 
 def socket_closed(ending: Ending) -> SocketClosed:
@@ -103,6 +108,7 @@ class DuplicateClientError(WebSocketStabilizerError):
     """
 
     close_code = 4409
+    close_text = "connected already"
 
     def __init__(self, client_id: str) -> None:
         super().__init__(client_id)
@@ -132,14 +138,20 @@ class MessageFormatError(WebSocketStabilizerError, ValueError):
     """A received message is not of the kind that the reader asked for. The connection stays usable."""
 
     close_code = 1003
+    close_text = "unexpected kind of message"
 
 
 class BroadcastFailedError(WebSocketStabilizerError):
-    """A broadcast had recipients and could be queued for none of them.
+    """A broadcast had recipients and could be queued for none of them: all were too slow.
+
+    An endpoint that lets it escape is no bug: its client is closed with 1013 and may come back.
 
     Attributes:
         total: How many connections it was meant for.
     """
+
+    close_code = 1013
+    close_text = "try again later"
 
     def __init__(self, total: int) -> None:
         super().__init__(total)
@@ -153,6 +165,7 @@ class ShutdownError(WebSocketStabilizerError, RuntimeError):
     """The manager has been shut down and takes no new connections until `start()` is called again."""
 
     close_code = 1012
+    close_text = "server shutdown"
 
     def __str__(self) -> str:
         return "the manager is shut down: call start() before it can take connections again"

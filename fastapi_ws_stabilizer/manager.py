@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, ShutdownError, WrongLoopError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, fan_out
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, fan_out, let_writers_work
 from fastapi_ws_stabilizer.limits.memory import deep_size
 from fastapi_ws_stabilizer.logs import get_logger, write_report
 from fastapi_ws_stabilizer.reports import Reports, Totals
@@ -60,7 +60,7 @@ class WebSocketConnectionManager(EventDecorators):
         self.config = config or WebSocketConfig()
         self.reports = Reports()
         self.reports.subscribe(write_report)
-        super().__init__(Hooks(self.reports), MessageHandlers())
+        super().__init__(Hooks(self.reports, self.config.disconnect_grace), MessageHandlers())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shut = False
         self._started_at = 0.0
@@ -79,7 +79,7 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             WrongLoopError: There are open connections on another event loop.
         """
-        self._shut = False
+        self._shut = self._serving.closing = False
         self._ensure_running()
 
     def _ensure_running(self) -> Serving:
@@ -118,7 +118,7 @@ class WebSocketConnectionManager(EventDecorators):
         Args:
             timeout: Seconds that all of it may take.
         """
-        self._shut = True
+        self._shut = self._serving.closing = True
         report = await close_all(self._serving.unfinished, timeout)
         await self._serving.stop()
         self.reports.tell("shutdown", logging.INFO, **vars(report))
@@ -154,7 +154,7 @@ class WebSocketConnectionManager(EventDecorators):
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-            async with self.lifespan(app) as ours, inner(app) as state:
+            async with inner(app) as state, self.lifespan(app) as ours:  # hooks may need what the app's own holds
                 yield {**ours, **(state or {})}
 
         app.router.lifespan_context = lifespan
@@ -228,11 +228,11 @@ class WebSocketConnectionManager(EventDecorators):
             client_id = client_id_of(websocket)
         try:
             serving = self._ensure_running()
+            connection = await serving.open_by_dependency(
+                websocket, client_id, identity=identity, control_frames=control_frames
+            )
         except ShutdownError as error:
             raise HTTPException(503, headers={"Retry-After": "1"}) from error
-        connection = await serving.open_by_dependency(
-            websocket, client_id, identity=identity, control_frames=control_frames
-        )
         try:
             yield connection.face
         except BaseException as error:
@@ -300,7 +300,9 @@ class WebSocketConnectionManager(EventDecorators):
             MessageEncodeError: The message cannot be encoded.
         """
         frame = encode(message)
-        queued = [connection.enqueue(frame) for connection in self._serving.registry.of_client(client_id)]
+        connections = self._serving.registry.of_client(client_id)
+        queued = [connection.enqueue(frame) for connection in connections]
+        await let_writers_work([connection for connection in connections if connection.under_pressure()])
         return any(queued)
 
     async def broadcast(self, message: Any, exclude_client: str | None = None) -> BroadcastResult:

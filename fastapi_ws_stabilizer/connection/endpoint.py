@@ -75,6 +75,17 @@ class Endpoint:
             self._cancelled = True
             task.cancel(_CANCEL_MESSAGE)
 
+    def is_cancelled_by_others(self, error: BaseException) -> bool:
+        """Whether `error` is a cancellation of this task that did not come from `cancel`.
+
+        A `CancelledError` of another task that user code has awaited is none: it is a bug like any other exception.
+        Python 3.10 cannot tell the two apart.
+        """
+        task = None if self._task is None else self._task()
+        if not isinstance(error, asyncio.CancelledError) or task is None:
+            return isinstance(error, asyncio.CancelledError)
+        return sys.version_info < (3, 11) or task.cancelling() > 0
+
     def is_own_cancellation(self, error: BaseException) -> bool:
         """Whether `error` is the cancellation that `cancel` has sent, and no other is under way.
 
@@ -106,8 +117,18 @@ def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
     return None
 
 
+def meaning(error: BaseException) -> BaseException:
+    """The exception that decides how a connection ends: of a group, a bug before a refusal before a disconnect."""
+    inside = getattr(error, "exceptions", None)
+    if not isinstance(inside, (tuple, list)) or not inside:
+        return error
+    found = [meaning(one) for one in inside]
+    return min(found, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError))))
+
+
 def is_bug(error: BaseException) -> bool:
     """Whether an exception that an endpoint let escape is one that somebody has to mend."""
+    error = meaning(error)
     if isinstance(error, _NO_BUGS):
         return False
     return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
@@ -115,6 +136,7 @@ def is_bug(error: BaseException) -> bool:
 
 def ending_for(error: BaseException | None) -> Ending:
     """How a connection ends whose endpoint returned (`None`) or let `error` escape."""
+    error = None if error is None else meaning(error)
     if error is None or isinstance(error, WebSocketDisconnect):
         return ending(DisconnectReason.COMPLETED)
     if isinstance(error, HTTPException):
@@ -124,7 +146,7 @@ def ending_for(error: BaseException | None) -> Ending:
     if isinstance(error, WebSocketRequestValidationError):
         return ending(DisconnectReason.POLICY, text=_validation_text(error))
     if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
-        return ending(DisconnectReason.POLICY, code=error.close_code, text=str(error))
+        return ending(DisconnectReason.POLICY, code=error.close_code, text=error.close_text)
     if isinstance(error, asyncio.CancelledError):
         return ending(DisconnectReason.SERVER_SHUTDOWN)
     return ending(DisconnectReason.ERROR)

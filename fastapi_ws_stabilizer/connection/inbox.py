@@ -20,13 +20,14 @@ class Inbox:
     it is taken, and the pump then waits for room before it reads the next one.
     """
 
-    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_room", "held_bytes")
+    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_room", "held_bytes", "taken")
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._items: deque[tuple[str | bytes, int]] = deque()  # with its size: a str grows when it is encoded
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self.held_bytes = 0
+        self.taken = 0
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -47,14 +48,19 @@ class Inbox:
         if self._reader is not None:
             _wake(self._reader)
 
-    async def room(self) -> None:
-        """Wait until the mark is no longer reached or the inbox is closed. Cancelling is safe."""
-        while self.full and not self._closed:
+    async def room(self, timeout: float | None = None) -> bool:
+        """Wait until the mark is no longer reached or the inbox is closed; tell whether it is so. Cancelling is safe.
+
+        Args:
+            timeout: Seconds to wait at most; for ever when left out.
+        """
+        if self.full and not self._closed:
             self._room = asyncio.get_running_loop().create_future()
             try:
-                await self._room
+                await asyncio.wait({self._room}, timeout=timeout)
             finally:
                 self._room = None
+        return self._closed or not self.full
 
     async def get(self) -> str | bytes:
         """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
@@ -75,6 +81,7 @@ class Inbox:
                 self._reader = None
         message, size = self._items.popleft()
         self.held_bytes -= size
+        self.taken += 1
         if self._room is not None and not self.full:
             _wake(self._room)
         return message

@@ -6,7 +6,8 @@ does the rest in order, each step with a limit in time:
 
 1. what is queued is sent, if the ending says so, and the close frame after it (the outbox's writer does that);
 2. who is dispatching messages finishes, then the disconnect hooks run;
-3. the endpoint gets the rest of `disconnect_grace`, and is cancelled then;
+3. the endpoint gets the rest of `disconnect_grace` and is cancelled then; tasks that are tied to the connection are
+   cancelled when it has returned;
 4. what the transport still holds gets a moment to be flushed, and is cut off then.
 """
 
@@ -39,6 +40,10 @@ from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
 _A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
 """Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
 be one turn of the event loop away."""
+
+
+_MAX_FLUSH: Final = 6
+"""How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
 
 class Parts:
@@ -149,7 +154,7 @@ class Connection:
         self._busy = 0
         self._idle: asyncio.Future[None] | None = None
         self._tied: TaskSet | None = None
-        self._context = contextvars.copy_context()
+        self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
 
@@ -161,6 +166,7 @@ class Connection:
         receive = websocket._receive
         websocket._receive = self._asgi_receive
         websocket._send = self._asgi_send
+        self._context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
         self.outbox.open()
         self.reports.totals.connections_opened += 1
@@ -172,7 +178,7 @@ class Connection:
         self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
 
     async def bug(self, event: str, error: BaseException) -> None:
-        """Report a bug in user code, once, and tell the error hooks."""
+        """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
         self.reports.bug(event, error, client_id=self.client_id, connection_id=self.connection_id)
         await self._parts.failed(self.face, error)
 
@@ -208,6 +214,7 @@ class Connection:
         """Queue a frame without waiting. A full outbox ends the connection: its client does not keep up."""
         if self.outbox.put(frame):
             return True
+        self.reports.totals.messages_discarded += 1
         if self.ending is None and self._pump is not None:
             self.end(DisconnectReason.SLOW_CONSUMER)
         return False
@@ -217,8 +224,16 @@ class Connection:
         return self.outbox.put(frame)
 
     def under_pressure(self) -> bool:
-        """Whether more than half of the outbox is used."""
-        return self.outbox.half_full
+        """Whether more than half of the outbox is used, and its client seems to read."""
+        return self.outbox.half_full and not self.outbox.send_waits
+
+    def has_backlog(self) -> bool:
+        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
+        return len(self.outbox) > 0 or self.outbox.send_waits
+
+    def unflushed_bytes(self) -> int | None:
+        """What the transport has not yet given to the network."""
+        return self.server_side.unflushed_bytes
 
     async def _asgi_receive(self) -> dict[str, Any]:
         """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
@@ -271,6 +286,10 @@ class Connection:
         self.lost(error)
         self._discarded(self.outbox.discard())
 
+    def belongs_to(self, parts: Parts) -> bool:
+        """Whether this connection was opened with these parts, and not by another manager."""
+        return self._parts is parts
+
     # ── the end ──
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
@@ -311,7 +330,8 @@ class Connection:
         else:
             self._stop_reading()
             self._discarded(self.outbox.finish(how.code, how.text, flush=how.rule.flush))
-            patience = self.config.send_timeout if how.rule.flush else LINGER
+            # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
+            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
         self.endpoint.watch(self.websocket.scope)
         self._over.set_result(how)
@@ -326,24 +346,28 @@ class Connection:
         grace = self.config.disconnect_grace
         until = monotonic() + grace
         try:
-            tied = self._tied.cancel() if self._tied is not None else []
             if self._busy and not await wait_for_all([self._when_idle()], grace):
-                self.endpoint.cancel()
-                await wait_for_all([self._when_idle()], grace)
-            if self.hooks_wanted:
-                hooks = self._parts.tasks.spawn(self._run_hooks(how.reason), name=f"ws-hooks-{self.connection_id}")
-                if not await wait_for_all([hooks], grace):
-                    hooks.cancel()
-                    self.tell("disconnect_hook_timeout", logging.ERROR, disconnect_grace=grace)
-            if not await wait_for_all([self.endpoint.returned, *tied], max(0.0, until - monotonic())):
-                self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=grace)
-                self.endpoint.cancel()
-            await wait_for_all([self.outbox.done], self.config.send_timeout)
+                self._cancel_endpoint()
+                await wait_for_all([self._when_idle()], min(grace, LINGER))
+            await self.run_disconnect_hooks()
+            if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
+                self._cancel_endpoint()
+            tied = self._tied.cancel() if self._tied is not None else []
+            await wait_for_all([self.endpoint.returned, *tied], grace)
+            await wait_for_all([self.outbox.done], None)  # the abort timer bounds it
         finally:
             self._close(how)
 
-    async def _run_hooks(self, reason: DisconnectReason) -> None:
-        await self._parts.disconnected(self.face, reason)
+    async def run_disconnect_hooks(self) -> None:
+        """Run the disconnect hooks, once, if the connect hooks have begun."""
+        if self.hooks_wanted and self.ending is not None:
+            self.hooks_wanted = False
+            await self._parts.disconnected(self.face, self.ending.reason)
+
+    def _cancel_endpoint(self) -> None:
+        if not self.endpoint.returned.done():
+            self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
+            self.endpoint.cancel()
 
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""
@@ -359,7 +383,8 @@ class Connection:
         self._stop_reading()
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
             self._discarded(self.inbox.close(discard=True))
-        self.server_side.abort_unless_flushed()
+        patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
+        self.server_side.abort_unless_flushed(self.config.send_timeout if patient else None)
         self.tell(
             "connection_ended",
             logging.INFO,

@@ -18,6 +18,10 @@ _LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a send that waits."""
 
 
+_HEALTHY_SEND: Final = 0.05
+"""Seconds that a send to a client which reads may wait."""
+
+
 class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
 
@@ -26,6 +30,9 @@ class OutboxOwner(Protocol):
 
     def unsent(self) -> None:
         """A message was given to the server and not taken."""
+
+    def unflushed_bytes(self) -> int | None:
+        """What the transport still holds; `None` where it cannot be seen."""
 
     def send_stuck(self) -> None:
         """A send has made no progress for `send_timeout`."""
@@ -55,6 +62,7 @@ class Outbox:
         "_sending_since",
         "_shut",
         "_tasks",
+        "_unflushed",
         "_waiters",
         "_watch",
         "_writer",
@@ -85,8 +93,9 @@ class Outbox:
         self.held_bytes = 0
         self._writer: asyncio.Task[None] | None = None
         self._sending_since: float | None = None
+        self._unflushed: int | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[tuple[asyncio.Future[bool], Frame]] = deque()
         self._shut = True
         self._close: tuple[int, str] | None = None
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -105,6 +114,11 @@ class Outbox:
         return len(self._queue) < self._max_messages and self.held_bytes + size <= self._max_bytes
 
     @property
+    def send_waits(self) -> bool:
+        """Whether a send has been waiting for longer than a healthy one does."""
+        return self._sending_since is not None and monotonic() - self._sending_since > _HEALTHY_SEND
+
+    @property
     def half_full(self) -> bool:
         """Whether more than half of one of the bounds is used."""
         return 2 * len(self._queue) > self._max_messages or 2 * self.held_bytes > self._max_bytes
@@ -119,27 +133,23 @@ class Outbox:
     async def put_wait(self, frame: Frame) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
 
-        Cancelling leaves the frame out. The wait is bounded: a writer that makes no progress ends the connection.
+        The writer hands free room to who waits, so `put` cannot take it away. The wait is bounded by the sends before
+        it: one that makes no progress ends the connection. Cancelling leaves the frame out, unless it has just been
+        queued.
         """
         if not self._waiters and self.put(frame):
             return True
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
+        if self._shut:
+            return False
+        waiter: tuple[asyncio.Future[bool], Frame] = (asyncio.get_running_loop().create_future(), frame)
         self._waiters.append(waiter)
         try:
-            while not self._shut:
-                await waiter
-                if not self._shut and self.has_room(frame.size):
-                    self._append(frame)
-                    return True
-                # Woken, as the first in line, by a send that freed too little: stay first.
-                place = self._waiters.index(waiter)
-                self._waiters[place] = waiter = loop.create_future()
-            return False
-        finally:
-            self._waiters.remove(waiter)
-            if self._waiters and self.has_room(0):
-                self._wake_waiter()
+            return await waiter[0]
+        except asyncio.CancelledError:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+                self._serve_waiters()
+            raise
 
     def finish(self, code: int, text: str, *, flush: bool) -> int:
         """Take nothing more, send what is queued and then the close frame; `done` is set when that is over.
@@ -157,7 +167,7 @@ class Outbox:
         self._shut = True
         discarded = 0 if flush else self._clear()
         self._close = (code, text)
-        self._wake_all()
+        self._turn_away()
         self._start_writer()
         return discarded
 
@@ -166,7 +176,7 @@ class Outbox:
         self._shut = True
         self._close = None
         discarded = self._clear()
-        self._wake_all()
+        self._turn_away()
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -204,7 +214,7 @@ class Outbox:
                     in_flight = False
                     self._owner.sent()
                     if self._waiters:
-                        self._wake_waiter()
+                        self._serve_waiters()
                 elif self._close is not None:
                     close, self._close = self._close, None
                     await self._send(close_message(*close))
@@ -225,6 +235,10 @@ class Outbox:
         since = self._sending_since
         if since is None:
             return
+        left = self._owner.unflushed_bytes()
+        if left is not None and self._unflushed is not None and left < self._unflushed:
+            self._sending_since = since = monotonic()  # the client reads, if slowly
+        self._unflushed = left
         waited = monotonic() - since
         if waited >= self._send_timeout:
             self._owner.send_stuck()
@@ -242,14 +256,19 @@ class Outbox:
         self.held_bytes = 0
         return discarded
 
-    def _wake_waiter(self) -> None:
-        if self._waiters and not self._waiters[0].done():
-            self._waiters[0].set_result(None)
-
-    def _wake_all(self) -> None:
-        for waiter in self._waiters:
+    def _serve_waiters(self) -> None:
+        """Queue what others wait to send, in their order, as far as there is room."""
+        while self._waiters and self.has_room(self._waiters[0][1].size):
+            waiter, frame = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                self._append(frame)
+                waiter.set_result(True)
+
+    def _turn_away(self) -> None:
+        for waiter, _ in self._waiters:
+            if not waiter.done():
+                waiter.set_result(False)
+        self._waiters.clear()
 
     def _set_done(self) -> None:
         if self._watch is not None:

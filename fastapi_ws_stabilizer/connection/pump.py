@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending_by_peer
@@ -19,6 +19,9 @@ from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, Ping, parse_control
 from fastapi_ws_stabilizer.wire.payload import Frame
+
+_LOOK_INTERVAL: Final = 0.5
+"""Seconds between two looks at a transport that is not read from."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -98,19 +101,36 @@ async def pump(connection: Pumped, receive: Receive) -> None:
             connection.end(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
             return
         totals.messages_received += 1
-        inbox.put(message)
-        if inbox.full:
+        if inbox.full and not connection.server_side.closing:
             await _overflow(connection)
+            if connection.ending is not None:
+                totals.messages_discarded += 1
+                return
+        inbox.put(message)
 
 
 async def _overflow(connection: Pumped) -> None:
-    if connection.config.inbox_overflow is InboxOverflow.CLOSE:
+    """Wait for room before one more message is taken.
+
+    While we do not read, ASGI cannot tell us that the client has left. So the wait looks at the transport now and then,
+    and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
+    end is behind it. A pause that nobody relieves ends the connection.
+    """
+    config = connection.config
+    if config.inbox_overflow is InboxOverflow.CLOSE:
         connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
         return
     if not connection.told_of_pause:
         connection.told_of_pause = True
         connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox))
     connection.reading_paused = True
-    await connection.inbox.room()
+    patience = config.heartbeat_interval + config.heartbeat_timeout
+    taken, since = connection.inbox.taken, monotonic()
+    while not await connection.inbox.room(_LOOK_INTERVAL) and not connection.server_side.closing:
+        if connection.inbox.taken != taken:
+            taken, since = connection.inbox.taken, monotonic()
+        elif monotonic() - since >= patience:
+            connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+            break
     connection.reading_paused = False
     connection.pulse.seen(monotonic())

@@ -11,8 +11,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
+from fastapi_ws_stabilizer.close_codes import SERVER_CODES
+
 LINGER: Final = 1.0
-"""Seconds that a transport has to flush what it holds after its connection is over, before it is aborted."""
+"""Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
 
 
 class ServerSide:
@@ -46,29 +48,34 @@ class ServerSide:
             return False
         return True
 
-    def abort_unless_flushed(self) -> None:
-        """Cut the connection if it still holds bytes after `LINGER`.
+    def abort_unless_flushed(self, linger: float | None = None) -> None:
+        """Cut the connection if it still holds bytes after `linger` seconds, `LINGER` when left out.
 
         A transport that closes waits for its buffer to empty, which a client that reads nothing prevents for ever, and
         uvicorn waits for its transports before it exits.
         """
-        if self._unflushed():
-            asyncio.get_running_loop().call_later(LINGER, self._abort_if_unflushed)
+        if self.unflushed_bytes:
+            asyncio.get_running_loop().call_later(LINGER if linger is None else linger, self._abort_if_unflushed)
 
     def _abort_if_unflushed(self) -> None:
-        if self._unflushed():
+        if self.unflushed_bytes:
             self.abort()
 
-    def _unflushed(self) -> bool:
+    @property
+    def unflushed_bytes(self) -> int | None:
+        """How much the transport has not yet given to the network; `None` where it cannot be seen."""
         size = getattr(self._transport(), "get_write_buffer_size", None)
         try:
-            return callable(size) and size() > 0
+            return int(size()) if callable(size) else None
         except Exception:  # a transport that is gone may refuse the question
-            return False
+            return None
 
     def _transport(self) -> Any:
-        transport = getattr(self._receiver, "transport", None)
-        return transport if callable(getattr(transport, "abort", None)) else None
+        for protocol in (self._receiver, self._sender):  # a middleware may wrap one of them
+            transport = getattr(protocol, "transport", None)
+            if callable(getattr(transport, "abort", None)):
+                return transport
+        return None
 
     def saw_close_frame(self, event: Mapping[str, Any]) -> bool:
         """Whether the client ended the connection with a close frame, for a `websocket.disconnect` event.
@@ -87,7 +94,7 @@ class ServerSide:
             if name in ("OPEN", "LOCAL_CLOSING"):
                 return False
         code = event.get("code") or 1005
-        return code not in (1005, 1006) or (code == 1005 and event.get("reason") is not None)
+        return code not in {1005, 1006, *SERVER_CODES} or (code == 1005 and event.get("reason") is not None)
 
 
 _UNKNOWN: Final = object()

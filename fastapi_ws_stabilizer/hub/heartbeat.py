@@ -107,7 +107,7 @@ class Heartbeat:
         if member.ending is not None:
             return None
         pulse = member.pulse
-        if member.reading_paused:
+        if member.reading_paused or member.has_backlog():  # what we have not read or sent is no debt of the client
             pulse.forgive()
         deadline = self._deadline(member)
         if deadline is not None and now >= deadline:

@@ -35,7 +35,10 @@ class Member(Protocol):
         """Queue a frame that may be left out; `False` if there is no room."""
 
     def under_pressure(self) -> bool:
-        """Whether more than half of the outbox is used."""
+        """Whether more than half of the outbox is used, and its client seems to read."""
+
+    def has_backlog(self) -> bool:
+        """Whether something waits to be sent."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """Begin its end; `False` if it has begun already."""

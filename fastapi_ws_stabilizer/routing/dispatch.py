@@ -71,7 +71,11 @@ class Dispatcher:
 
     def _raise_first(self, connection: Connection, done: set[asyncio.Task[None]]) -> None:
         """Raise what one of these tasks raised; what others did at the same moment is reported."""
-        errors = [error for task in done if (error := task.exception()) is not None]
+        errors: list[BaseException] = []
+        for task in done:
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            if error is not None:
+                errors.append(error)
         for error in errors[1:]:
             self._reports.bug(
                 "handler_failed", error, client_id=connection.client_id, connection_id=connection.connection_id

@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HOOK_ARGUMENTS: Final = {"handshake": 1, "connect": 1, "disconnect": 2, "error": 2}
 """How many arguments a hook of each event gets at most. A function that takes fewer gets the first ones."""
@@ -75,10 +76,17 @@ class Hook:
 
 
 class Hooks:
-    """The hooks of one manager, called in the order in which they were registered."""
+    """The hooks of one manager, called in the order in which they were registered.
 
-    def __init__(self, reports: Reports) -> None:
+    Args:
+        reports: Where failures are told.
+        limit: Seconds that a disconnect or error hook may take.
+    """
+
+    def __init__(self, reports: Reports, limit: float = 10.0) -> None:
         self._reports = reports
+        self._limit = limit
+        self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
         self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_ARGUMENTS}
 
     def add(self, event: str, function: Callable[..., Any]) -> None:
@@ -101,11 +109,19 @@ class Hooks:
         for hook in self._hooks["connect"]:
             await hook(socket)
 
+    async def _within_limit(self, hook: Hook, *args: Any) -> None:
+        """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
+        task = self._tasks.spawn(hook(*args), name="ws-hook")
+        if not await wait_for_all([task], self._limit):
+            task.cancel()
+            raise TimeoutError(f"a hook took longer than disconnect_grace, {self._limit} seconds")
+        task.result()
+
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
-        """Run the disconnect hooks, all of them, even if one fails."""
+        """Run the disconnect hooks, all of them, even if one fails or hangs."""
         for hook in self._hooks["disconnect"]:
             try:
-                await hook(socket, reason)
+                await self._within_limit(hook, socket, reason)
             except BroadcastFailedError as error:
                 self._reports.tell(
                     "broadcast_failed",
@@ -121,10 +137,10 @@ class Hooks:
                 await self.error(socket, error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
-        """Run the error hooks, all of them, even if one fails."""
+        """Run the error hooks, all of them, even if one fails or hangs."""
         for hook in self._hooks["error"]:
             try:
-                await hook(socket, error)
+                await self._within_limit(hook, socket, error)
             except Exception as second:
                 self._reports.bug(
                     "error_hook_failed", second, client_id=socket.client_id, connection_id=socket.connection_id

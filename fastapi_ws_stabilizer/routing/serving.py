@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
+import contextvars
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +13,19 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection, Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import DuplicateClientError, SocketClosed, socket_closed
+from fastapi_ws_stabilizer.errors import DuplicateClientError, ShutdownError, SocketClosed, socket_closed
 from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
 from fastapi_ws_stabilizer.hub.registry import Registry
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+
+_own: contextvars.ContextVar[Mapping[str, Connection]] = contextvars.ContextVar("own_connections")
+"""The connections that the current task has opened, by client id. Replaced, never changed."""
 
 
 class Serving:
@@ -33,6 +36,7 @@ class Serving:
     Attributes:
         registry: The open connections.
         unfinished: The open connections and those whose end is still being worked on.
+        closing: Whether no more connections are taken.
     """
 
     def __init__(self, config: WebSocketConfig, reports: Reports, hooks: Hooks, dispatcher: Dispatcher) -> None:
@@ -44,7 +48,7 @@ class Serving:
         self._parts = Parts(
             config, reports, self._tasks, left=self._left, disconnected=hooks.disconnect, failed=hooks.error
         )
-        self._own: weakref.WeakKeyDictionary[asyncio.Task[Any], dict[str, Connection]] = weakref.WeakKeyDictionary()
+        self.closing = False
         self.registry: Registry[Connection] = Registry()
         self.heartbeat = Heartbeat(config, reports)
         self.unfinished: set[Connection] = set()
@@ -59,6 +63,7 @@ class Serving:
         Raises:
             WebSocketException: The connection is over already; Starlette's handler for it has nothing left to do.
             HTTPException: A handshake hook refused, or failed (500).
+            ShutdownError: The manager was shut down meanwhile.
         """
         connection = Connection(
             websocket, client_id, self._parts, control_frames=control_frames, endpoint=Endpoint(cancellable=True)
@@ -71,6 +76,8 @@ class Serving:
                 raise
             await connection.bug("handshake_hook_failed", error)
             raise HTTPException(500) from error
+        if self.closing:
+            raise ShutdownError
         await websocket.accept()
         try:
             await self._enter(connection)
@@ -92,6 +99,8 @@ class Serving:
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
             raise RuntimeError("connect() takes an open WebSocket: call `await websocket.accept()` before it")
+        if isinstance(known := getattr(websocket._receive, "__self__", None), Connection):
+            raise RuntimeError(f"this WebSocket is connected already, as client {known.client_id!r}")
         stack = find_exit_stack(websocket.scope)
         connection = Connection(
             websocket,
@@ -114,11 +123,20 @@ class Serving:
 
             stack.push_async_exit(leave)
         elif task is not None:
-            task.add_done_callback(lambda _: connection.ending or connection.end(DisconnectReason.COMPLETED))
+            task.add_done_callback(lambda done: self._task_ended(connection, done))
         await self._enter(connection)
         return connection
 
+    @staticmethod
+    def _task_ended(connection: Connection, task: asyncio.Task[Any]) -> None:
+        """The task that has connected a socket by hand is over, and no exit stack has told us before."""
+        if connection.ending is None:
+            how = ending_for(asyncio.CancelledError() if task.cancelled() else task.exception())
+            connection.end(how.reason, code=how.code, text=how.text)
+
     async def _enter(self, connection: Connection) -> None:
+        # Child tasks and hooks inherit it, so that they too mean this connection by its client id.
+        _own.set({**_own.get({}), connection.client_id: connection})
         connection.open()
         self.unfinished.add(connection)
         connection.finished.add_done_callback(lambda _: self.unfinished.discard(connection))
@@ -127,9 +145,10 @@ class Serving:
             error = DuplicateClientError(connection.client_id)
             await self.leave(connection, error)
             raise error
-        task = asyncio.current_task()
-        if task is not None:
-            self._own.setdefault(task, {})[connection.client_id] = connection
+        if self.closing:
+            connection.end(DisconnectReason.SERVER_SHUTDOWN)
+            await self.leave(connection, None)
+            raise self._closed(connection)
         self.registry.add(connection)
         self.heartbeat.add(connection)
         if self._config.on_duplicate is DuplicatePolicy.REPLACE:
@@ -169,8 +188,7 @@ class Serving:
         endpoint = connection.endpoint
         cancelled_by_us = error is not None and endpoint.is_own_cancellation(error)
         endpoint.has_returned()
-        foreign = error is not None and not isinstance(error, Exception) and not cancelled_by_us
-        if foreign:
+        if error is not None and not cancelled_by_us and self._is_foreign(endpoint, error):
             connection.end(DisconnectReason.SERVER_SHUTDOWN)
             if isinstance(error, asyncio.CancelledError):
                 # Whoever cancels us means the endpoint; the close frame and the hooks still have their time. The scope
@@ -178,27 +196,33 @@ class Serving:
                 with anyio.CancelScope(shield=True):
                     await wait_for_all([connection.finished], None)
             return error
-        if error is not None and not cancelled_by_us and is_bug(error):
+        bug = error is not None and not cancelled_by_us and (is_bug(error) or not isinstance(error, Exception))
+        how = ending(DisconnectReason.ERROR) if bug else ending_for(error)
+        connection.end(how.reason, code=how.code, text=how.text)
+        if bug and error is not None:
             await connection.bug("endpoint_failed", error)
-        if connection.ending is None:
-            how = ending_for(error)
-            connection.end(how.reason, code=how.code, text=how.text)
         await wait_for_all([connection.finished], None)
-        if error is None or isinstance(error, SocketClosed):
+        if error is None or isinstance(meaning(error), SocketClosed):
             return None
-        # Where the user has closed the WebSocket himself, Starlette's handler could only trip over it.
-        if connection.websocket.application_state is not WebSocketState.CONNECTED:
-            return None
+        # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
+        connection.websocket.application_state = WebSocketState.CONNECTED
         return WebSocketException(connection.ending.code if connection.ending else 1000)
+
+    @staticmethod
+    def _is_foreign(endpoint: Endpoint, error: BaseException) -> bool:
+        """Whether an exception is nobody's bug and has to go on: an exit, or a cancellation of this very task."""
+        if isinstance(error, (Exception, asyncio.CancelledError)) or getattr(error, "exceptions", None):
+            return endpoint.is_cancelled_by_others(error)
+        return True
 
     def _left(self, connection: Connection) -> None:
         self.registry.remove(connection)
         self.heartbeat.remove(connection)
 
     def own_connection(self, client_id: str) -> Connection | None:
-        """The connection that the current task has opened under this client id, open or not."""
-        task = asyncio.current_task()
-        return None if task is None else self._own.get(task, {}).get(client_id)
+        """The connection that the current task, or the one that has started it, has opened under this client id."""
+        connection = _own.get({}).get(client_id)
+        return connection if connection is not None and connection.belongs_to(self._parts) else None
 
     def meant(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""
@@ -208,6 +232,10 @@ class Serving:
     async def stop(self) -> None:
         """Let go of the heartbeat and of tasks that are left over."""
         self.heartbeat.stop()
+        left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
+        if left_out:  # their time is over, but nobody's disconnect goes untold
+            hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]
+            await wait_for_all(hooks, 1.0)
         if left_over := self._tasks.cancel():
             await wait_for_all(left_over, 1.0)
         for connection in list(self.unfinished):

@@ -294,6 +294,57 @@ async def close(ws: StableSocketDep, code: int, reason: str = "") -> None:
         note(f"refused {error}")
 
 
+@app.websocket("/await-tied/{client_id}")
+async def await_tied(ws: StableSocketDep) -> None:
+    async def push() -> None:
+        while True:
+            await ws.send("tick")
+            await asyncio.sleep(0.05)
+
+    await asyncio.gather(ws.create_task(push()), ws.create_task(asyncio.Queue[None]().get()))
+
+
+@app.websocket("/tied-run/{client_id}")
+async def tied_run(ws: StableSocketDep) -> None:
+    await asyncio.wait([ws.create_task(ws.run())])
+
+
+@app.websocket("/group/{client_id}")
+async def in_a_group(ws: StableSocketDep, what: str = "") -> None:
+    """A reader and a pusher in a task group: what fails in it comes as a group of exceptions."""
+
+    async def push() -> None:
+        while True:
+            if what == "401":
+                raise HTTPException(401, "expired")
+            if what == "bug":
+                raise ValueError("a bug")
+            await ws.send("tick")
+            await asyncio.sleep(0.05)
+
+    async def read() -> None:
+        while True:
+            await ws.receive()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(push())
+        group.create_task(read())
+
+
+@app.websocket("/own-cancel/{client_id}")
+async def own_cancel(ws: StableSocketDep) -> None:
+    task = asyncio.create_task(asyncio.Queue[None]().get())
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+
+
+@app.websocket("/relay/{client_id}")
+async def relay(ws: StableSocketDep) -> None:
+    async for message in ws:
+        await manager.broadcast(message, exclude_client=ws.client_id)
+
+
 @app.websocket("/two-readers/{client_id}")
 async def two_readers(ws: StableSocketDep) -> None:
     first = ws.create_task(ws.receive_text())

@@ -73,13 +73,13 @@ class RawClient:
                 return struct.unpack("!H", payload[:2])[0], payload[2:].decode()
 
     def _exactly(self, size: int) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < size:
-            chunk = self.socket.recv(size - len(data))
+            chunk = self.socket.recv(min(size - len(data), 1 << 20))
             if not chunk:
                 raise ConnectionError("closed without a close frame")
             data += chunk
-        return data
+        return bytes(data)
 
     def reset(self) -> None:
         """Cut the connection with a TCP reset."""

@@ -11,7 +11,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.live.raw import RawClient
-from tests.live.server import SERVERS, LiveServer, until
+from tests.live.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -62,6 +62,48 @@ async def test_a_dependency_that_was_entered_first_is_closed_whole_too(server: L
         pass
     await server.until_event("released first", 3)
     assert server.events("rollback first") == ["rollback first WebSocketException"]
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+@pytest.mark.parametrize("path", ["/await-tied/ann", "/group/ann"])
+async def test_an_endpoint_of_several_tasks_ends_without_a_traceback(serve: Serve, kind: str, path: str) -> None:
+    """An endpoint that awaits tied tasks or a task group ends as quietly as any other when its client leaves."""
+    server = serve(kind, config=GRACE)
+    async with connect(server.url(path)) as client:
+        assert await client.recv() == "tick"
+    await server.until_event("disconnect ann client_close", 2)
+    await until(lambda: not own_tasks(server), 2)
+    assert server.events("error") == []
+    assert not server.errors()
+
+
+async def test_a_tied_reader_gets_what_came_before_the_disconnect(serve: Serve) -> None:
+    """ws.run() in a tied task handles the messages that wait when the client leaves."""
+    server = serve(config={"disconnect_grace": 5})
+    async with connect(server.url("/tied-run/ann")) as client:
+        await until(lambda: server.events("connect"))
+        for number in range(20):
+            await client.send(f'{{"type":"wait","seconds":0.01,"name":"{number}"}}')
+    await server.until_event("disconnect ann")
+    assert server.events("handled") == [f"handled {number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_client_that_has_filled_the_inbox_is_missed_too(serve: Serve, kind: str) -> None:
+    """Behind more messages than the inbox holds a disconnect is still found, and nobody hangs."""
+    config = {"inbox_max_messages": 4, "heartbeat_interval": 0.5, "heartbeat_timeout": 0.5, "send_timeout": 1, **GRACE}
+    server = serve(kind, config=config)
+    with RawClient(server.port, "/idle/ann") as client:
+        client.handshake()
+        for _ in range(100):
+            client.send(1, b"x")
+        await until(lambda: "reading_paused" in server.log)
+        client.reset()
+        await server.until_event("disconnect ann", 5)
+        await server.until_event("released ann")
+    await until(lambda: not own_tasks(server), 2)
+    assert server.probe()["connections"] == 0
     assert not server.errors()
 
 

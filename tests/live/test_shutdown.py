@@ -49,6 +49,20 @@ async def sigterm(server: LiveServer, grace: float) -> None:
     assert not server.errors()
 
 
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_sigterm_with_a_full_inbox_exits_in_time(serve: Serve, kind: str) -> None:
+    """A socket whose reading is paused learns of the shutdown too."""
+    server = serve(kind, config={"disconnect_grace": 0.5, "inbox_max_messages": 4, "heartbeat_type": "off"})
+    with RawClient(server.port, "/idle/ann") as client:
+        client.handshake()
+        for _ in range(100):
+            client.send(1, b"x")
+        await until(lambda: "reading_paused" in server.log)
+        assert await asyncio.to_thread(server.terminate, 2.5) < 2.5
+    assert "NOTE released ann" in server.log
+    assert not server.errors()
+
+
 async def test_reload_with_an_open_socket_starts_the_new_worker(serve: Serve, tmp_path: Path) -> None:
     """With --reload, a changed file leads to a new worker in under 5 s while a client holds its socket open."""
     package = tmp_path / "reloaded"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
@@ -78,20 +79,54 @@ async def test_memory_stays_flat_while_a_client_reads_nothing(serve: Serve) -> N
         assert after - before < 8 * 1024 * 1024
         assert report["failed"] == 1
         assert found["endings"]["slow_consumer"] == 1
-        # What was never sent is counted: at most what the outbox may hold, and the message that was on its way.
-        assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE + 1
+        # What was never sent is counted: at most what the outbox may hold, the message that was on its way, and the one
+        # that found no room.
+        assert 0 < found["discarded"] <= 4 * 1024 * 1024 // SIZE + 2
         assert server.events("disconnect stalled") == ["disconnect stalled slow_consumer 4507"]
 
 
-async def test_a_client_that_is_slow_but_reads_gets_its_close_code(serve: Serve) -> None:
-    """An outbox that overflows on a connection that still works is closed with 4507."""
-    server = serve(config={"outbox_max_messages": 4})
-    with RawClient(server.port, "/echo/slow") as slow:
+async def test_a_slow_client_that_reads_again_gets_its_close_code(serve: Serve) -> None:
+    """A client whose outbox has overflowed and that reads on then finds 4507."""
+    server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
+    with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
-        await until(lambda: server.probe()["connections"] == 1)
-        assert await asyncio.to_thread(server.post, "/send/slow?text=x&times=50") is False
+        await server.until_event("connect")
+        with pytest.raises(OSError, match="500"):  # the only recipient: the broadcast fails
+            for _ in range(40):
+                await asyncio.to_thread(server.post, f"/broadcast?count=10&size={SIZE}&pause=0.001")
         code, reason = await asyncio.to_thread(slow.close_frame)
     assert (code, reason) == (4507, "slow consumer")
+
+
+@pytest.mark.parametrize("kind", [*UVICORN, "hypercorn", "granian"])
+@pytest.mark.parametrize("path", ["/send/ann?text=x&times=1500", "/broadcast?count=3000&size=1"])
+async def test_a_burst_kills_no_client_that_reads(serve: Serve, kind: str, path: str) -> None:
+    """More messages than an outbox holds, sent in one go, all reach a client that reads."""
+    server = serve(kind)
+    async with connect(server.url("/echo/ann"), max_queue=None) as client:
+        await until(lambda: server.probe()["connections"] == 1)
+        sending = asyncio.create_task(asyncio.to_thread(server.post, path))
+        for _ in range(1500 if path.startswith("/send") else 3000):
+            await asyncio.wait_for(client.recv(), 5)
+        await sending
+    assert "slow_consumer" not in server.probe()["endings"]
+
+
+async def test_an_endpoint_that_speaks_to_slow_clients_only_is_no_bug(serve: Serve) -> None:
+    """A broadcast that reaches nobody is no error of the endpoint that lets it escape: 1013, and no log of it."""
+    server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
+    with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
+        slow.handshake()
+        await server.until_event("connect slow")
+        async with connect(server.url("/relay/speaker"), max_size=None) as speaker:
+            with pytest.raises(ConnectionClosed) as closed:
+                for _ in range(400):
+                    await speaker.send("x" * SIZE)
+                await speaker.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1013
+    await server.until_event("disconnect slow slow_consumer")
+    assert not server.errors()
 
 
 async def test_a_direct_send_waits_for_a_slow_client_and_loses_nothing(serve: Serve) -> None:

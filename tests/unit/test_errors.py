@@ -58,7 +58,6 @@ def test_all_errors_are_tested_here() -> None:
     ("kind", "builtin"),
     [
         (errors.SocketClosed, WebSocketDisconnect),
-        (errors.ConnectionTimeoutError, TimeoutError),
         (errors.ConnectionTimeoutError, errors.SocketClosed),
         (errors.NotOpenError, RuntimeError),
         (errors.ConnectionNotFoundError, LookupError),
@@ -93,9 +92,10 @@ def test_a_closed_socket_without_a_text_says_only_reason_and_code() -> None:
 
 
 def test_a_socket_that_died_of_silence_is_a_timeout() -> None:
-    """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is a `TimeoutError`."""
+    """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is no `TimeoutError`."""
     error = errors.socket_closed(ending(DisconnectReason.HEARTBEAT_TIMEOUT))
     assert isinstance(error, errors.ConnectionTimeoutError)
+    assert not isinstance(error, TimeoutError)
     assert error.code == 4408
 
 

@@ -421,29 +421,6 @@ async def test_the_hooks_wait_for_who_is_busy(bench: Any) -> None:
     assert b.disconnected == [DisconnectReason.CLIENT_CLOSE]
 
 
-async def test_a_hook_that_does_not_end_is_given_up(bench: Any) -> None:
-    """A disconnect hook has `disconnect_grace`, and is cancelled and told then."""
-    b = bench(disconnect_grace=0.02)
-    cancelled: list[str] = []
-
-    async def hang(_: Any, __: Any) -> None:
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            cancelled.append("hook")
-            raise
-
-    b.on_disconnect = hang
-    connection, _ = await b.open()
-    connection.hooks_wanted = True
-    connection.end(DisconnectReason.APPLICATION)
-    await with_deadline(connection.finished)
-    await settle()
-    assert cancelled == ["hook"]
-    (report,) = b.heard.of("disconnect_hook_timeout")
-    assert report.level == logging.ERROR
-
-
 async def test_an_endpoint_that_goes_on_is_cancelled_after_the_grace(bench: Any) -> None:
     """An endpoint that does not notice the end is cancelled after `disconnect_grace`, and not before."""
     b = bench(disconnect_grace=0.05)

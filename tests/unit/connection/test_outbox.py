@@ -40,6 +40,9 @@ class Owner:
         """Count a message that the server was given and did not take."""
         self.discarded += 1
 
+    def unflushed_bytes(self) -> None:
+        """Say nothing of a transport."""
+
     def send_waits(self) -> None:
         """Count a send that waits."""
         self.waits += 1
@@ -246,18 +249,30 @@ async def test_a_cancelled_sender_leaves_its_message_out_and_lets_the_next_one_g
     assert first.cancelled()
 
 
-async def test_a_sender_that_is_cancelled_after_it_was_woken_wakes_the_next(post: Any) -> None:
-    """Room that was offered to a cancelled sender goes to the one behind it."""
+async def test_the_room_of_a_cancelled_sender_goes_to_the_one_behind_it(post: Any) -> None:
+    """A sender that waits and is cancelled leaves its message out and its place to the next."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
     first, second = p.waiting("first"), p.waiting("second")
     await settle()
-    p.outbox._queue.clear()
-    p.outbox._wake_waiter()
     first.cancel()
     await settle()
+    p.server.release()
     assert await with_deadline(second)
     assert first.cancelled()
+
+
+async def test_free_room_goes_to_who_waits_before_anybody_else(post: Any) -> None:
+    """The writer hands room over, so messages that nobody waits with cannot take it away."""
+    p = post(max_messages=1)
+    await p.stuck_with("sending", "a")
+    waiting = p.waiting("waits")
+    await settle()
+    p.server.release()
+    while not waiting.done():
+        p.outbox.put(encode("pushes in"))
+        await asyncio.sleep(0)
+    assert await with_deadline(waiting)
 
 
 async def test_a_finish_flushes_and_then_closes(post: Any) -> None:

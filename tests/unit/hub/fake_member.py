@@ -47,6 +47,10 @@ class FakeMember:
             self.frames.append(frame)
         return self.room
 
+    def has_backlog(self) -> bool:
+        """Nothing waits here."""
+        return False
+
     def under_pressure(self) -> bool:
         """Whether more than half of the outbox is used."""
         return self.pressed

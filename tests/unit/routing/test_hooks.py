@@ -191,3 +191,26 @@ async def test_all_error_hooks_run_even_if_one_fails() -> None:
     await hooks.error(SOCKET, first)
     assert calls == [first]
     assert [(report.event, report.error) for report in heard.reports] == [("error_hook_failed", second)]
+
+
+async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -> None:
+    """Each disconnect hook has its own limit; the one that passes it is cancelled and told, and the next is called."""
+    reports = Reports()
+    told: list[str] = []
+    reports.subscribe(lambda report: told.append(report.event))
+    hooks = Hooks(reports, limit=0.02)
+    called: list[str] = []
+
+    async def hang(_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            called.append("cancelled")
+            raise
+
+    hooks.add("disconnect", hang)
+    hooks.add("disconnect", lambda _: called.append("second"))
+    socket: Any = SimpleNamespace(client_id="ann", connection_id="1")
+    await asyncio.wait_for(hooks.disconnect(socket, DisconnectReason.COMPLETED), 5)
+    assert sorted(called) == ["cancelled", "second"]
+    assert told == ["disconnect_hook_failed"]
