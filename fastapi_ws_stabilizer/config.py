@@ -161,6 +161,11 @@ class WebSocketConfig(BaseModel):
         default=InboxOverflow.PAUSE, description="What happens when the inbox is full."
     )
 
+    inbox_pause_timeout: _Seconds = Field(
+        default=300.0,
+        description="Seconds that a full inbox may go unread before the connection is closed with 1013.",
+    )
+
     # messages out
     outbox_max_messages: _Count = Field(default=1024, description="Most messages that wait to be sent to one client.")
     outbox_max_bytes: _Count = Field(

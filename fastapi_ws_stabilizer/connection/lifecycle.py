@@ -90,6 +90,7 @@ class Connection:
         "_busy",
         "_context",
         "_idle",
+        "_opened",
         "_over",
         "_parts",
         "_pump",
@@ -156,6 +157,7 @@ class Connection:
         self._tied: TaskSet | None = None
         self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
+        self._opened = False
         self._abort_timer: asyncio.TimerHandle | None = None
 
     # ── open ──
@@ -166,6 +168,7 @@ class Connection:
         receive = websocket._receive
         websocket._receive = self._asgi_receive
         websocket._send = self._asgi_send
+        self._opened = True
         self._context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
         self.outbox.open()
@@ -191,7 +194,7 @@ class Connection:
             SocketClosed: The connection is over and everything has been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        if self._pump is None:
+        if not self._opened:
             raise NotOpenError
         try:
             return await self.inbox.get()
@@ -215,7 +218,7 @@ class Connection:
         if self.outbox.put(frame):
             return True
         self.reports.totals.messages_discarded += 1
-        if self.ending is None and self._pump is not None:
+        if self.ending is None and self._opened:
             self.end(DisconnectReason.SLOW_CONSUMER)
         return False
 
@@ -298,7 +301,7 @@ class Connection:
         Raises:
             ValueError: `code` cannot be sent.
         """
-        if self._pump is None:
+        if not self._opened:
             raise NotOpenError
         if self.ending is not None:
             return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
@@ -381,6 +384,7 @@ class Connection:
             self._abort_timer.cancel()
             self._abort_timer = None
         self._stop_reading()
+        self._pump = self._context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
             self._discarded(self.inbox.close(discard=True))
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
@@ -425,7 +429,7 @@ class Connection:
 
     def tie(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
         """Start a task that ends with this connection, and whose failure ends it as the endpoint's would."""
-        if self._pump is None or self.ending is not None:
+        if not self._opened or self.ending is not None:
             coroutine.close()
             raise self._closed_error()
         if self._tied is None:

@@ -124,12 +124,11 @@ async def _overflow(connection: Pumped) -> None:
         connection.told_of_pause = True
         connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox))
     connection.reading_paused = True
-    patience = config.heartbeat_interval + config.heartbeat_timeout
     taken, since = connection.inbox.taken, monotonic()
     while not await connection.inbox.room(_LOOK_INTERVAL) and not connection.server_side.closing:
         if connection.inbox.taken != taken:
             taken, since = connection.inbox.taken, monotonic()
-        elif monotonic() - since >= patience:
+        elif monotonic() - since >= config.inbox_pause_timeout:
             connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
             break
     connection.reading_paused = False

@@ -1,4 +1,4 @@
-"""An app whose handler broadcasts more than an outbox holds, without a pause."""
+"""An app whose handler broadcasts more than a stalled client takes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ app.include_router(stats_router, prefix="/ws-stats")
 
 @manager.on_message("shout")
 async def shout(ws: StableSocket) -> None:
-    for _ in range(2):
-        await manager.send_to_client("slow", "x")
-    await manager.broadcast("too much", exclude_client=ws.client_id)  # raises BroadcastFailedError
+    for _ in range(500):  # until it raises BroadcastFailedError
+        await manager.broadcast("x" * 65536, exclude_client=ws.client_id)
+    raise AssertionError("the slow client has taken everything")
 
 
 @manager.on_message("ask")

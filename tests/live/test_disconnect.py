@@ -92,7 +92,7 @@ async def test_a_tied_reader_gets_what_came_before_the_disconnect(serve: Serve) 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_a_client_that_has_filled_the_inbox_is_missed_too(serve: Serve, kind: str) -> None:
     """Behind more messages than the inbox holds a disconnect is still found, and nobody hangs."""
-    config = {"inbox_max_messages": 4, "heartbeat_interval": 0.5, "heartbeat_timeout": 0.5, "send_timeout": 1, **GRACE}
+    config = {"inbox_max_messages": 4, "inbox_pause_timeout": 1, "send_timeout": 1, **GRACE}
     server = serve(kind, config=config)
     with RawClient(server.port, "/idle/ann") as client:
         client.handshake()
