@@ -17,23 +17,21 @@ import asyncio
 import contextvars
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.activity import Activity
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
 from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
 from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
 from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
 
@@ -46,38 +44,6 @@ _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
 
-class Parts:
-    """What a manager lends to its connections.
-
-    Args:
-        config: Its options.
-        reports: Where to tell what happens.
-        tasks: Holds the tasks of all connections.
-        left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
-        disconnected: Runs the disconnect hooks.
-        failed: Told of a bug in user code, after it has been reported.
-    """
-
-    __slots__ = ("config", "disconnected", "failed", "left", "reports", "tasks")
-
-    def __init__(
-        self,
-        config: WebSocketConfig,
-        reports: Reports,
-        tasks: TaskSet,
-        *,
-        left: Callable[[Connection], None],
-        disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
-        failed: Callable[[Any, BaseException], Awaitable[None]],
-    ) -> None:
-        self.config = config
-        self.reports = reports
-        self.tasks = tasks
-        self.left = left
-        self.disconnected = disconnected
-        self.failed = failed
-
-
 class Connection:
     """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
 
@@ -87,14 +53,13 @@ class Connection:
 
     __slots__ = (
         "_abort_timer",
-        "_busy",
         "_context",
-        "_idle",
         "_opened",
         "_over",
         "_parts",
         "_pump",
         "_tied",
+        "activity",
         "bad_messages",
         "client_id",
         "config",
@@ -152,8 +117,7 @@ class Connection:
         self.hooks_wanted = False
         self.bad_messages = 0
         self._parts = parts
-        self._busy = 0
-        self._idle: asyncio.Future[None] | None = None
+        self.activity = Activity()
         self._tied: TaskSet | None = None
         self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -349,9 +313,9 @@ class Connection:
         grace = self.config.disconnect_grace
         until = monotonic() + grace
         try:
-            if self._busy and not await wait_for_all([self._when_idle()], grace):
+            if not await wait_for_all([self.activity.idle()], grace):
                 self._cancel_endpoint()
-                await wait_for_all([self._when_idle()], min(grace, LINGER))
+                await wait_for_all([self.activity.idle()], min(grace, LINGER))
             await self.run_disconnect_hooks()
             if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
                 self._cancel_endpoint()
@@ -409,23 +373,6 @@ class Connection:
             self.tell("messages_discarded", logging.DEBUG, count=count)
 
     # ── user code ──
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Hold back the disconnect hooks while user code works on what was received."""
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            if not self._busy and self._idle is not None and not self._idle.done():
-                self._idle.set_result(None)
-
-    def _when_idle(self) -> asyncio.Future[None]:
-        self._idle = asyncio.get_running_loop().create_future()
-        if not self._busy:
-            self._idle.set_result(None)
-        return self._idle
 
     def tie(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
         """Start a task that ends with this connection, and whose failure ends it as the endpoint's would."""

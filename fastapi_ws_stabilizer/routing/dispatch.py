@@ -37,7 +37,7 @@ class Dispatcher:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         if not self._handlers:
             connection.tell("no_message_handlers", logging.WARNING)
-        with connection.busy():
+        with connection.activity.busy():
             if concurrency == 1:
                 async for raw in connection.face:
                     await self._handle(connection, raw)

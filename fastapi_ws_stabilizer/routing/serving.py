@@ -14,7 +14,8 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
-from fastapi_ws_stabilizer.connection.lifecycle import Connection, Parts
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import DuplicateClientError, ShutdownError, SocketClosed, socket_closed
 from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
@@ -156,7 +157,7 @@ class Serving:
                 connection_before.end(DisconnectReason.REPLACED)
         connection.hooks_wanted = True
         try:
-            with connection.busy():
+            with connection.activity.busy():
                 await self._hooks.connect(connection.face)
         except BaseException as error:
             failure = await self.leave(connection, error)

@@ -11,7 +11,8 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint
-from fastapi_ws_stabilizer.connection.lifecycle import Connection, Parts
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager

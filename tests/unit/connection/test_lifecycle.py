@@ -408,12 +408,12 @@ async def test_the_hooks_wait_for_who_is_busy(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     connection.hooks_wanted = True
-    with connection.busy():
+    with connection.activity.busy():
         b.server.feed_disconnect()
         await with_deadline(connection.wait_over())
         await settle()
         assert b.disconnected == []
-        with connection.busy():
+        with connection.activity.busy():
             pass
         await settle()
         assert b.disconnected == []
@@ -478,7 +478,7 @@ async def test_user_code_that_stays_busy_is_cancelled_after_the_grace(bench: Any
         await b.open(cancellable=True)
         b.connection.hooks_wanted = True
         try:
-            with b.connection.busy():
+            with b.connection.activity.busy():
                 await asyncio.Event().wait()
         except asyncio.CancelledError:
             order.append("cancelled")
