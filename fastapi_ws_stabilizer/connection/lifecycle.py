@@ -321,7 +321,7 @@ class Connection:
                 self._cancel_endpoint()
             tied = self._tied.cancel() if self._tied is not None else []
             await wait_for_all([self.endpoint.returned, *tied], grace)
-            await wait_for_all([self.outbox.done], None)  # the abort timer bounds it
+            await wait_for_all([self.outbox.done], _MAX_FLUSH * self.config.send_timeout)
         finally:
             self._close(how)
 

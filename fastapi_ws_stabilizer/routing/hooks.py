@@ -115,6 +115,8 @@ class Hooks:
         if not await wait_for_all([task], self._limit):
             task.cancel()
             raise TimeoutError(f"a hook took longer than disconnect_grace, {self._limit} seconds")
+        if task.cancelled():
+            raise RuntimeError("a hook was cancelled by something that it waited for")
         task.result()
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:

@@ -223,7 +223,11 @@ class Serving:
     def own_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
         connection = _own.get({}).get(client_id)
-        return connection if connection is not None and connection.belongs_to(self._parts) else None
+        if connection is None or not connection.belongs_to(self._parts):
+            return None
+        if connection.finished.done() and connection.endpoint.tracked:
+            return None  # its endpoint is over: this is a task that outlives it, and means whoever is connected now
+        return connection
 
     def meant(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""

@@ -311,3 +311,44 @@ def test_what_people_know_from_websocket_is_there() -> None:
             ws.send_text("text")
             assert ws.receive_text() == "text"
             assert ws.receive()["code"] == 1000
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_dependency_before_the_socket_sees_a_bug_after_a_close_too(by_hand: bool) -> None:
+    """An endpoint that closes the WebSocket itself and raises then still makes an earlier dependency roll back."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    seen: list[str] = []
+
+    async def database() -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception:
+            seen.append("rolled back")
+            raise
+        else:
+            seen.append("committed")
+
+    async def close_and_raise(websocket: WebSocket) -> None:
+        await websocket.close(4000)
+        raise ValueError("a bug")
+
+    if by_hand:
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket, db: None = Depends(database)) -> None:
+            await websocket.accept()
+            await manager.connect("ann", websocket)
+            await close_and_raise(websocket)
+
+    else:
+
+        @app.websocket("/ws")
+        async def endpoint_with_dependency(
+            db: None = Depends(database), ws: StableSocket = Depends(stable_socket)
+        ) -> None:
+            await close_and_raise(ws.websocket)
+
+    with TestClient(app) as client, client.websocket_connect("/ws") as ws:
+        assert ws.receive()["code"] == 4000
+    assert seen == ["rolled back"]

@@ -929,3 +929,150 @@ async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
     await settle()
     (report,) = heard.of("internal_task_failed")
     assert report.facts == {"task": "ws-internal"}
+
+
+# ── hooks that hang, and the end of the manager ──
+
+
+async def test_an_error_hook_that_hangs_keeps_back_no_close_frame(manager_with: Any) -> None:
+    """After a bug the client has its 1011 at once, and the endpoint ends though an error hook never does."""
+    manager, _ = manager_with(disconnect_grace=0.05)
+    frames: list[Any] = []
+    server = FakeServer()
+
+    @manager.on_error
+    async def hang(_: StableSocket, __: BaseException) -> None:
+        await eventually(lambda: server.close_frames)
+        frames.extend(server.close_frames)
+        await asyncio.Event().wait()
+
+    async def endpoint() -> None:
+        async with manager.serve(server.websocket, "ann"):
+            raise ValueError("bug")
+
+    with pytest.raises(WebSocketException):
+        await with_deadline(asyncio.ensure_future(endpoint()))
+    assert frames == [(1011, "internal error")]
+
+
+async def test_a_shutdown_that_runs_out_of_time_still_tells_the_disconnect_hooks(manager_with: Any) -> None:
+    """A handler that is busy beyond the timeout costs no `on_disconnect`, and it is told once."""
+    manager, _ = manager_with()
+    told: list[str] = []
+    started = asyncio.Event()
+
+    @manager.on_message
+    async def busy(_: StableSocket) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    @manager.on_disconnect
+    async def gone(ws: StableSocket, _: DisconnectReason) -> None:
+        told.append(ws.client_id)
+
+    server = FakeServer()
+
+    async def endpoint() -> None:
+        async with manager.serve(server.websocket, "ann") as ws:
+            await ws.run()
+
+    task = asyncio.ensure_future(endpoint())
+    server.feed_text("work")
+    await with_deadline(asyncio.ensure_future(started.wait()))
+    report = await manager.graceful_shutdown(timeout=0.05)
+    assert report.failed_count == 1
+    assert told == ["ann"]
+    await asyncio.wait([task], timeout=5)
+    assert told == ["ann"]
+
+
+async def test_a_shutdown_during_the_handshake_refuses_the_connection(manager_with: Any) -> None:
+    """A connection whose handshake hook is slower than the shutdown is not accepted afterwards."""
+    manager, _ = manager_with()
+    await manager.start()
+    waiting, go = asyncio.Event(), asyncio.Event()
+
+    @manager.on_handshake
+    async def slow(_: StableSocket) -> None:
+        waiting.set()
+        await go.wait()
+
+    server = FakeServer()
+
+    async def endpoint() -> None:
+        async with manager.serve(server.websocket, "ann"):
+            pytest.fail("it was let in")
+
+    task = asyncio.ensure_future(endpoint())
+    await with_deadline(asyncio.ensure_future(waiting.wait()))
+    await manager.graceful_shutdown(1)
+    go.set()
+    with pytest.raises(HTTPException) as refused:
+        await with_deadline(task)
+    assert refused.value.status_code == 503
+    assert server.taken == []
+
+
+# ── by hand: whose connection is meant ──
+
+
+async def test_one_websocket_is_connected_once(manager_with: Any) -> None:
+    """A second `connect` with the same WebSocket is refused, and the first connection is not touched."""
+    manager, _ = manager_with()
+    websocket = await FakeServer().accepted()
+    await manager.connect("ann", websocket)
+    with pytest.raises(RuntimeError, match="connected already, as client 'ann'"):
+        await manager.connect("bob", websocket)
+    assert manager.get_active_connections() == ["ann"]
+
+
+async def test_a_child_task_means_the_connection_of_its_endpoint(manager_with: Any, clients_of: Any) -> None:
+    """`disconnect(client_id)` in a task that the old endpoint has started never ends the newer connection."""
+    manager, _ = manager_with()
+    server = FakeServer()
+
+    async def reader(websocket: Any) -> None:
+        try:
+            while True:
+                await websocket.receive_text()
+        except WebSocketDisconnect:
+            await manager.disconnect("ann")
+
+    async def endpoint() -> None:
+        websocket = await server.accepted()
+        async with AsyncExitStack() as stack:
+            websocket.scope["fastapi_inner_astack"] = stack
+            await manager.connect("ann", websocket)
+            await asyncio.gather(reader(websocket))
+
+    old = asyncio.ensure_future(endpoint())
+    await eventually(lambda: manager.get_connection_count() == 1)
+    (new,) = await clients_of(manager, "ann")
+    await with_deadline(old)
+    assert server.close_frames == [(4409, "replaced by a newer connection")]
+    assert manager.get_connection_count() == 1
+    assert not new.server.close_frames
+
+
+async def test_a_task_that_outlives_its_endpoint_means_whoever_is_connected(manager_with: Any, clients_of: Any) -> None:
+    """A worker that was started in a connection can still disconnect a later connection of that client."""
+    manager, _ = manager_with()
+    go = asyncio.Event()
+    workers: list[asyncio.Task[None]] = []
+
+    async def worker() -> None:
+        await go.wait()
+        await manager.disconnect("ann")
+
+    server = FakeServer()
+
+    async def endpoint() -> None:
+        async with manager.serve(server.websocket, "ann"):
+            workers.append(asyncio.ensure_future(worker()))
+
+    await with_deadline(asyncio.ensure_future(endpoint()))
+    (later,) = await clients_of(manager, "ann")
+    go.set()
+    await with_deadline(workers[0])
+    await later.server.until(lambda: later.server.close_frames)
+    assert later.server.close_frames == [(1000, "")]

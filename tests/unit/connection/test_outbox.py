@@ -40,8 +40,11 @@ class Owner:
         """Count a message that the server was given and did not take."""
         self.discarded += 1
 
-    def unflushed_bytes(self) -> None:
-        """Say nothing of a transport."""
+    unflushed: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
+
+    def unflushed_bytes(self) -> int | None:
+        """What the transport holds at each look; nothing is known of it without a list."""
+        return self.unflushed.pop(0) if self.unflushed else None
 
     def send_waits(self) -> None:
         """Count a send that waits."""
@@ -379,6 +382,17 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
     await p.stuck_with("sending")
     await eventually(lambda: p.owner.stuck == 1)
     assert p.owner.taken == 0
+
+
+async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.02)
+    p = post(send_timeout=0.05)
+    p.owner.unflushed = list(range(20, 0, -1))
+    await p.stuck_with("sending")
+    await eventually(lambda: not p.owner.unflushed)
+    assert p.owner.stuck == 0
+    await eventually(lambda: p.owner.stuck == 1)
 
 
 async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ class FakeMember:
         self.takes = takes
         self.room = room
         self.pressed = pressed
+        self.backlog = False
 
     def enqueue(self, frame: Frame) -> bool:
         """Queue a frame, or end as a connection whose outbox is full."""
@@ -48,8 +49,8 @@ class FakeMember:
         return self.room
 
     def has_backlog(self) -> bool:
-        """Nothing waits here."""
-        return False
+        """Whether something waits to be sent."""
+        return self.backlog
 
     def under_pressure(self) -> bool:
         """Whether more than half of the outbox is used."""

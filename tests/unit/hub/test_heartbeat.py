@@ -233,6 +233,20 @@ async def test_a_pause_of_ours_is_not_the_clients_silence(beating: Any) -> None:
     assert member.ending is None
 
 
+async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> None:
+    """While messages wait before it the client cannot have seen the ping; when they are gone the debt counts again."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    member = clock.add()
+    member.backlog = True
+    for second in range(10, 100):
+        clock.at(second)
+    assert member.ending is None
+    member.backlog = False
+    for second in range(100, 130):
+        clock.at(second)
+    assert member.ending is not None
+
+
 async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
     """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
