@@ -22,8 +22,11 @@ from fastapi_ws_stabilizer.config import (
     HeartbeatType,
     InboxOverflow,
     MemoryEvictionPolicy,
+    OutboxOverflow,
     WebSocketConfig,
 )
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
 from fastapi_ws_stabilizer.errors import (
@@ -36,12 +39,14 @@ from fastapi_ws_stabilizer.errors import (
     MessageEncodeError,
     MessageFormatError,
     NotOpenError,
+    RoomLimitError,
     ShutdownError,
     SocketClosed,
     WebSocketStabilizerError,
     WrongLoopError,
 )
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
+from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Report, Totals
@@ -69,9 +74,14 @@ __all__ = [
     "MessageEncodeError",
     "MessageFormatError",
     "NotOpenError",
+    "OutboxOverflow",
+    "Presence",
     "Report",
+    "Room",
+    "RoomLimitError",
     "ShutdownError",
     "ShutdownReport",
+    "SlowClient",
     "SocketClosed",
     "StableSocket",
     "StableSocketDep",

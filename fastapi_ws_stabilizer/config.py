@@ -60,6 +60,17 @@ class InboxOverflow(str, Enum):
     """The connection is closed with 1013."""
 
 
+class OutboxOverflow(str, Enum):
+    """What happens to a message for a client whose outbox is full, if its sender does not wait."""
+
+    DISCONNECT = "disconnect"
+    """The client is disconnected with 4507: it can come back, and knows that it has missed something."""
+    DROP_OLDEST = "drop_oldest"
+    """The messages that have waited longest are thrown away."""
+    DROP_NEWEST = "drop_newest"
+    """The message is left out."""
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value
 
@@ -92,11 +103,7 @@ NOT_YET_HONOURED: Final = frozenset(
         "max_connections",
         "reconnect_token_ttl",
         "enable_reconnect",
-        "compression",
         "enable_metrics",
-        "num_shards",
-        "max_concurrent_cleanup",
-        "max_concurrent_broadcast",
         "max_memory_per_connection",
         "max_total_memory",
         "memory_eviction_policy",
@@ -171,8 +178,19 @@ class WebSocketConfig(BaseModel):
     outbox_max_bytes: _Count = Field(
         default=4 * 1024 * 1024, description="Most bytes that wait; one message of any size fits into an empty outbox."
     )
+    outbox_overflow: Annotated[OutboxOverflow, _Lower] = Field(
+        default=OutboxOverflow.DISCONNECT,
+        description="What happens when an outbox is full: the client is disconnected (4507), or messages are dropped.",
+    )
     send_timeout: _Seconds = Field(
         default=10.0, description="Seconds after which a send that makes no progress ends the connection (4507)."
+    )
+
+    # rooms
+    max_rooms_per_connection: _Count | None = Field(default=100, description="Most rooms that one connection is in.")
+    presence_grace: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = Field(
+        default=5.0,
+        description="Seconds that a client whose connection broke still counts as present in its rooms.",
     )
 
     # reconnect
@@ -181,7 +199,11 @@ class WebSocketConfig(BaseModel):
 
     # compression
     compression: Annotated[CompressionMode, _Lower] = Field(
-        default=CompressionMode.DEFLATE, description="Compression of messages on the wire."
+        default=CompressionMode.DEFLATE,
+        description="Compression of messages on the wire, where the client offers it and the server can be told.",
+    )
+    compression_min_bytes: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = Field(
+        default=512, description="Messages below this size are not compressed (with `StableWebSocketProtocol`)."
     )
 
     # logs and metrics
@@ -191,11 +213,18 @@ class WebSocketConfig(BaseModel):
     enable_metrics: bool = Field(default=False, description="Whether metrics are collected.")
 
     # scale
-    num_shards: _Count = Field(default=16, description="Number of parts that the registry is divided into.")
-    max_concurrent_cleanup: _Count = Field(
-        default=100, description="Most connections that are closed at the same time."
+    num_shards: _Count = Field(
+        default=16,
+        description="Parts that connections are divided into; between two of them the event loop can do other work.",
     )
-    max_concurrent_broadcast: _Count = Field(default=1000, description="Most sends of broadcasts at the same time.")
+    max_concurrent_cleanup: _Count = Field(
+        default=100,
+        description="Most connections whose disconnect hooks run, and whose close frames wait for the server, "
+        "at the same time.",
+    )
+    max_concurrent_broadcast: _Count = Field(
+        default=1000, description="Most sends that the server makes wait at the same time."
+    )
 
     # memory
     max_memory_per_connection: _Count | None = Field(default=None, description="Most bytes held for one connection.")

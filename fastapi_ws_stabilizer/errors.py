@@ -10,6 +10,7 @@ WebSocketStabilizerError
 ├── ConcurrentReceiveError      (also a RuntimeError)         two readers on one socket
 ├── MessageEncodeError          (also a ValueError)           a payload that cannot be sent
 ├── MessageFormatError          (also a ValueError)           a received message of the wrong kind
+├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
 ├── BroadcastFailedError                                      a broadcast reached nobody
 ├── ShutdownError               (also a RuntimeError)         the manager is shutting down
 ├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
@@ -139,6 +140,29 @@ class MessageFormatError(WebSocketStabilizerError, ValueError):
 
     close_code = 1003
     close_text = "unexpected kind of message"
+
+
+class RoomLimitError(WebSocketStabilizerError, RuntimeError):
+    """A connection is in as many rooms as it may be. An endpoint that lets it escape is closed with 1008.
+
+    Attributes:
+        room: The room that it was to join.
+        limit: `max_rooms_per_connection`.
+    """
+
+    close_code = 1008
+    close_text = "too many rooms"
+
+    def __init__(self, room: str, limit: int) -> None:
+        super().__init__(room, limit)
+        self.room = room
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the connection cannot join {self.room!r}: it is in {self.limit} rooms, "
+            "as many as max_rooms_per_connection allows"
+        )
 
 
 class BroadcastFailedError(WebSocketStabilizerError):

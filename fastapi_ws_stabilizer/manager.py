@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from fastapi import Depends, HTTPException, WebSocket
+from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
-from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
+from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, CompressionMode, WebSocketConfig
+from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, ShutdownError, WrongLoopError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, fan_out, let_writers_work
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.limits.memory import deep_size
 from fastapi_ws_stabilizer.logs import get_logger, write_report
 from fastapi_ws_stabilizer.reports import Reports, Totals
 from fastapi_ws_stabilizer.routing.decorators import EventDecorators
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.hooks import Hooks
-from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.routing.served import Served, identified
 from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
@@ -32,6 +33,9 @@ from fastapi_ws_stabilizer.wire.payload import encode
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
+
+SHUTDOWN_TIMEOUT: Final = 30
+"""Seconds that the lifespan gives connections to end."""
 
 
 class WebSocketConnectionManager(EventDecorators):
@@ -108,7 +112,7 @@ class WebSocketConnectionManager(EventDecorators):
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
         return Serving(self.config, self.reports, self._hooks, dispatcher)
 
-    async def graceful_shutdown(self, timeout: float = 30.0) -> ShutdownReport:
+    async def graceful_shutdown(self, timeout: float = float(SHUTDOWN_TIMEOUT)) -> ShutdownReport:
         """Close all connections with 1012 and wait for their end; take no new ones.
 
         Each is sent what is queued for it and the close frame, its disconnect hooks run, its endpoint finishes. What
@@ -160,6 +164,21 @@ class WebSocketConnectionManager(EventDecorators):
         app.router.lifespan_context = lifespan
         self._attach(app)
 
+    def uvicorn_options(self) -> dict[str, Any]:
+        """The options of uvicorn that go with this manager's: `uvicorn.run(app, **manager.uvicorn_options())`.
+
+        They choose `StableWebSocketProtocol`, and set the limit of messages, the pings of WebSockets that this manager
+        does not serve, compression, and a bound to uvicorn's own shutdown.
+        """
+        return {
+            "ws": "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol",
+            "ws_max_size": self.config.max_message_size,
+            "ws_ping_interval": self.config.heartbeat_interval,
+            "ws_ping_timeout": self.config.heartbeat_timeout,
+            "ws_per_message_deflate": self.config.compression is CompressionMode.DEFLATE,
+            "timeout_graceful_shutdown": SHUTDOWN_TIMEOUT,
+        }
+
     def _attach(self, app: Any) -> None:
         setattr(app.state, STATE_KEY, self)
         UnmatchedSockets.watch(app, self.reports)
@@ -185,34 +204,19 @@ class WebSocketConnectionManager(EventDecorators):
             key: Makes the client id of what `identify` returned. Not needed for `str`, `int` and `UUID`.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
         """
-        serve = self.serve
+        return identified(self.serve, identify, key, control_frames)
 
-        async def identified_socket(
-            websocket: WebSocket, identity: Annotated[Any, Depends(identify)]
-        ) -> AsyncIterator[StableSocket]:
-            client_id = client_id_from(identity, key)
-            async with serve(websocket, client_id, identity=identity, control_frames=control_frames) as socket:
-                yield socket
-
-        # Under `from __future__ import annotations` FastAPI would look for `identify` among this module's names.
-        identified_socket.__annotations__ = {
-            "websocket": WebSocket,
-            "identity": Annotated[Any, Depends(identify)],
-        }
-        return identified_socket
-
-    @asynccontextmanager
-    async def serve(
+    def serve(
         self,
         websocket: WebSocket,
         client_id: str | None = None,
         *,
         identity: Any = None,
         control_frames: bool = True,
-    ) -> AsyncIterator[StableSocket]:
+    ) -> Served:
         """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
 
-        Must be entered and left in the task that serves the WebSocket.
+        `async with manager.serve(websocket) as socket:`, entered and left in the task that serves the WebSocket.
 
         Args:
             websocket: A WebSocket that is not accepted yet.
@@ -224,25 +228,7 @@ class WebSocketConnectionManager(EventDecorators):
             HTTPException: The manager is shut down (503), or a handshake hook refused.
             WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
         """
-        if client_id is None:
-            client_id = client_id_of(websocket)
-        try:
-            serving = self._ensure_running()
-            connection = await serving.open_by_dependency(
-                websocket, client_id, identity=identity, control_frames=control_frames
-            )
-        except ShutdownError as error:
-            raise HTTPException(503, headers={"Retry-After": "1"}) from error
-        try:
-            yield connection.face
-        except BaseException as error:
-            failure = await serving.leave(connection, error)
-            if failure is error:
-                raise
-            if failure is not None:
-                raise failure from error
-        else:
-            await serving.leave(connection, None)
+        return Served(self._ensure_running, websocket, client_id, identity=identity, control_frames=control_frames)
 
     # ── connections by hand ──
 
@@ -293,32 +279,59 @@ class WebSocketConnectionManager(EventDecorators):
 
     # ── sending ──
 
-    async def send_to_client(self, client_id: str, message: Any) -> bool:
-        """Queue a message for a client, for all its connections; `False` if it is not connected. Waits for nobody.
+    async def send_to_client(self, client_id: str, message: Any, *, coalesce_key: Any = None) -> bool:
+        """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
+
+        Args:
+            client_id: Who gets it.
+            message: `str`, bytes, or anything that can be JSON.
+            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
 
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-        frame = encode(message)
-        connections = self._serving.registry.of_client(client_id)
-        queued = [connection.enqueue(frame) for connection in connections]
-        await let_writers_work([connection for connection in connections if connection.under_pressure()])
-        return any(queued)
+        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key))
 
-    async def broadcast(self, message: Any, exclude_client: str | None = None) -> BroadcastResult:
-        """Queue a message for all connections. It is encoded once, and no client is waited for.
+    async def broadcast(
+        self,
+        message: Any,
+        exclude_client: str | None = None,
+        *,
+        room: str | Iterable[str] | None = None,
+        exclude: Any = None,
+        coalesce_key: Any = None,
+    ) -> BroadcastResult:
+        """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
 
         Args:
             message: `str`, bytes, or anything that can be JSON.
             exclude_client: A client id that does not get it.
+            room: The name of a room, or of several; who is in more than one gets it once.
+            exclude: Who else does not get it: a client id, a socket, or several of them.
+            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
 
         Raises:
             MessageEncodeError: The message cannot be encoded; nobody got anything.
             BroadcastFailedError: There were recipients, and it could be queued for none.
         """
-        frame = encode(message)
-        self.reports.totals.broadcasts += 1
-        return await fan_out(frame, (member for member in self._serving.registry if member.client_id != exclude_client))
+        frame = encode(message, coalesce_key)
+        delivery = self._serving.delivery
+        excluded = delivery.connections_of(exclude_client) | delivery.connections_of(exclude)
+        return await delivery.broadcast(frame, room, excluded)
+
+    def room(self, name: str) -> Room:
+        """A room: who is in it, to send to it, to close it. It need not exist.
+
+        Raises:
+            ValueError: The name is empty.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a room's name is a string of at least one character, not {name!r}")
+        return Room(name, self._serving.delivery)
+
+    def get_rooms(self) -> list[str]:
+        """The names of the rooms that somebody is in, oldest first."""
+        return self._serving.delivery.rooms.names()
 
     # ── looking ──
 

@@ -46,6 +46,12 @@ class Totals:
     messages_sent: int = 0
     messages_discarded: int = 0
     """Messages that were received and never read, or queued and never sent, because their connection ended."""
+    messages_dropped: int = 0
+    """Messages that `outbox_overflow` threw away because a client was slow."""
+    messages_coalesced: int = 0
+    """Messages in whose place a newer one with the same `coalesce_key` was sent."""
+    slow_clients: Counter[str] = field(default_factory=Counter)
+    """How often clients have become slow, by `SlowClient`."""
     bad_messages: int = 0
     broadcasts: int = 0
     pings_sent: int = 0

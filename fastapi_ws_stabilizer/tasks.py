@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine, Iterable
+import sys
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,7 +31,12 @@ class TaskSet:
         return len(self._tasks)
 
     def spawn(
-        self, coroutine: Coroutine[Any, Any, T], *, name: str, context: contextvars.Context | None = None
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        *,
+        name: str,
+        context: contextvars.Context | None = None,
+        eager: bool = False,
     ) -> asyncio.Task[T]:
         """Start a task and hold it until it ends.
 
@@ -38,10 +44,23 @@ class TaskSet:
             coroutine: What to run.
             name: The task's name, as it shows in `asyncio.all_tasks()`.
             context: The contextvars that it starts with; the caller's when left out.
+            eager: Whether it runs at once until it waits, so that it may be done when this returns. From Python 3.12
+                on; on older ones it starts in the next turn of the event loop as any other.
         """
-        create = asyncio.get_running_loop().create_task
-        # create_task(context=...) needs Python 3.11; a task copies the context that it is created in on all versions.
-        task = create(coroutine, name=name) if context is None else context.run(create, coroutine, name=name)
+        loop = asyncio.get_running_loop()
+        if eager and sys.version_info >= (3, 12):
+            task = asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
+            if task.done():
+                self._ended(task)
+                return task
+        else:
+            create = loop.create_task
+            if context is None:
+                task = create(coroutine, name=name)
+            elif sys.version_info >= (3, 11):
+                task = create(coroutine, name=name, context=context)
+            else:
+                task = context.run(create, coroutine, name=name)  # which copies it, as all tasks do there
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -69,3 +88,66 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
     if pending:
         _, pending = await asyncio.wait(pending, timeout=timeout)
     return not pending
+
+
+class Latch:
+    """Something that happens once. A future of it is made only if somebody waits."""
+
+    __slots__ = ("_future", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._future: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """It has happened. Setting it again changes nothing."""
+        self.is_set = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    @property
+    def future(self) -> asyncio.Future[None]:
+        """A future that is done when it has happened. Shared: wait for it with `asyncio.wait` or shield it."""
+        if self._future is None:
+            self._future = asyncio.get_running_loop().create_future()
+            if self.is_set:
+                self._future.set_result(None)
+        return self._future
+
+
+class Suspended:
+    """A coroutine that was begun outside of a task, and waits for something. Await it, once, to run the rest."""
+
+    __slots__ = ("_coroutine", "_waits_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        coroutine, waits_for = self._coroutine, self._waits_for
+        while True:
+            try:
+                try:
+                    value = yield waits_for
+                except BaseException as error:  # the coroutine's, which knows what to do with it
+                    waits_for = coroutine.throw(error)
+                else:
+                    waits_for = coroutine.send(value)
+            except StopIteration as over:
+                return over.value
+
+
+def begin(coroutine: Coroutine[Any, Any, Any]) -> Suspended | None:
+    """Run a coroutine, here and without a task, until it waits; `None` if it has ended without.
+
+    What is awaited is handed on to the task that goes on with it, as an eager task would. Meant for coroutines that do
+    not ask which task they run in.
+
+    Raises:
+        Exception: Whatever the coroutine raised before it waited.
+    """
+    try:
+        return Suspended(coroutine, coroutine.send(None))
+    except StopIteration:
+        return None

@@ -23,6 +23,7 @@ from fastapi_ws_stabilizer.close_codes import (
     ending,
 )
 from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
+from fastapi_ws_stabilizer.tasks import Latch
 
 _CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
 
@@ -36,42 +37,54 @@ class Endpoint:
 
     Attributes:
         tracked: Whether we are told when the user's code ends.
-        returned: Set when the user's code has ended. FastAPI then closes its dependencies in the same task, and that
-            must not be cancelled.
     """
 
-    __slots__ = ("_cancelled", "_task", "returned", "tracked")
+    __slots__ = ("_cancelled", "_returned", "_task", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
-        loop = asyncio.get_running_loop()
         task = asyncio.current_task() if cancellable else None
         # Weakly: what a task has opened is remembered under the task, and must not keep it alive.
         self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
         self.tracked = cancellable
-        self.returned: asyncio.Future[None] = loop.create_future()
+        self._returned = Latch()
         if not cancellable:
             self.has_returned()  # nobody would tell us when it does
 
     def has_returned(self) -> None:
         """Note that the user's code has ended."""
-        if not self.returned.done():
-            self.returned.set_result(None)
+        self._returned.set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the user's code has ended.
+
+        FastAPI then closes its dependencies in the same task, and that must not be cancelled.
+        """
+        return self._returned.is_set
+
+    @property
+    def returned(self) -> asyncio.Future[None]:
+        """A future that is done when the user's code has ended."""
+        return self._returned.future
 
     def watch(self, scope: Mapping[str, Any]) -> None:
         """Learn from FastAPI when the user's code ends, before its dependencies are closed.
 
-        The last callback of an exit stack runs first, so this is called once when the connection opens and once more
+        What was pushed last on an exit stack runs first, so this is called once when the connection opens and once more
         when it ends: then it stands above the dependencies that have been entered in between.
         """
         stack = find_exit_stack(scope)
         if stack is not None:
-            stack.callback(self.has_returned)
+            stack.push(self._on_exit)  # less memory than a callback, which is a closure
+
+    def _on_exit(self, *_: object) -> None:
+        self.has_returned()
 
     def cancel(self) -> None:
         """Cancel the task, once, unless the user's code has ended."""
         task = None if self._task is None else self._task()
-        if task is not None and not self._cancelled and not self.returned.done():
+        if task is not None and not self._cancelled and not self.has_ended:
             self._cancelled = True
             task.cancel(_CANCEL_MESSAGE)
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections import deque
+from collections.abc import Callable
+from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
 
 
 class InboxClosed(Exception):
     """Everything has been read and nothing more will come."""
+
+
+_Items = deque[tuple[str | bytes, int]]
+"""Messages with their sizes: a str grows when it is encoded."""
+
+_NOTHING: Final[_Items] = deque(maxlen=0)
+"""What every empty inbox holds, so that an idle connection need not own a queue."""
 
 
 class Inbox:
@@ -20,17 +30,17 @@ class Inbox:
     it is taken, and the pump then waits for room before it reads the next one.
     """
 
-    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_room", "held_bytes", "taken")
+    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_relief", "held_bytes", "taken")
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
-        self._items: deque[tuple[str | bytes, int]] = deque()  # with its size: a str grows when it is encoded
+        self._items = _NOTHING
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self.held_bytes = 0
         self.taken = 0
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
+        self._relief: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -43,7 +53,10 @@ class Inbox:
     def put(self, message: str | bytes) -> None:
         """Add a message and wake the reader."""
         size = sys.getsizeof(message)
-        self._items.append((message, size))
+        if self._items:
+            self._items.append((message, size))
+        else:
+            self._items = deque(((message, size),))
         self.held_bytes += size
         if self._reader is not None:
             _wake(self._reader)
@@ -55,12 +68,22 @@ class Inbox:
             timeout: Seconds to wait at most; for ever when left out.
         """
         if self.full and not self._closed:
-            self._room = asyncio.get_running_loop().create_future()
+            room = asyncio.get_running_loop().create_future()
+            self._relief = functools.partial(_wake, room)
             try:
-                await asyncio.wait({self._room}, timeout=timeout)
+                await asyncio.wait({room}, timeout=timeout)
             finally:
-                self._room = None
+                self._relief = None
         return self._closed or not self.full
+
+    def call_when_room(self, relief: Callable[[], None]) -> None:
+        """Call a function, once, as soon as the mark is no longer reached or the inbox is closed."""
+        self._relief = relief
+
+    def _relieve(self) -> None:
+        relief, self._relief = self._relief, None
+        if relief is not None:
+            relief()
 
     async def get(self) -> str | bytes:
         """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
@@ -82,8 +105,10 @@ class Inbox:
         message, size = self._items.popleft()
         self.held_bytes -= size
         self.taken += 1
-        if self._room is not None and not self.full:
-            _wake(self._room)
+        if not self._items:
+            self._items = _NOTHING
+        if self._relief is not None and not self.full:
+            self._relieve()
         return message
 
     def close(self, *, discard: bool) -> int:
@@ -96,12 +121,11 @@ class Inbox:
         discarded = 0
         if discard:
             discarded = len(self._items)
-            self._items.clear()
+            self._items = _NOTHING
             self.held_bytes = 0
         if self._reader is not None:
             _wake(self._reader)
-        if self._room is not None:
-            _wake(self._room)
+        self._relieve()
         return discarded
 
 

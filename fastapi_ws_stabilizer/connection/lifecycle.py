@@ -23,16 +23,21 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.activity import Activity
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
-from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.link_reader import LinkReader
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
 from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
+from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
 
 _A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
@@ -42,6 +47,8 @@ be one turn of the event loop away."""
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
+
+_TAKEN: Final = (Offered.QUEUED, Offered.PRESSED, Offered.SLOW)
 
 
 class Connection:
@@ -54,6 +61,8 @@ class Connection:
     __slots__ = (
         "_abort_timer",
         "_context",
+        "_finished",
+        "_link",
         "_opened",
         "_over",
         "_parts",
@@ -65,10 +74,10 @@ class Connection:
         "config",
         "connection_id",
         "control_frames",
+        "dropped_messages",
         "ending",
         "endpoint",
         "face",
-        "finished",
         "hooks_wanted",
         "inbox",
         "opened_at",
@@ -77,6 +86,7 @@ class Connection:
         "reading_paused",
         "reports",
         "server_side",
+        "shard",
         "told_of_pause",
         "websocket",
     )
@@ -99,23 +109,17 @@ class Connection:
         self.pulse = Pulse(self.opened_at)
         self.inbox = Inbox(config.inbox_max_messages, config.inbox_max_bytes)
         self.server_side = ServerSide(websocket._receive, websocket._send)
-        self.outbox = Outbox(
-            websocket._send,
-            self,
-            parts.tasks,
-            name=f"ws-writer-{self.connection_id}",
-            max_messages=config.outbox_max_messages,
-            max_bytes=config.outbox_max_bytes,
-            send_timeout=config.send_timeout,
-        )
-        loop = asyncio.get_running_loop()
-        self._over: asyncio.Future[Ending] = loop.create_future()
-        self.finished: asyncio.Future[None] = loop.create_future()
+        self.shard = parts.next_shard()
+        self._link = self.server_side.link()
+        self.outbox = self._make_outbox(parts)
+        self._over = Latch()
+        self._finished = Latch()
         self.ending: Ending | None = None
         self.reading_paused = False
         self.told_of_pause = False
         self.hooks_wanted = False
         self.bad_messages = 0
+        self.dropped_messages = 0
         self._parts = parts
         self.activity = Activity()
         self._tied: TaskSet | None = None
@@ -124,7 +128,35 @@ class Connection:
         self._opened = False
         self._abort_timer: asyncio.TimerHandle | None = None
 
+    def _make_outbox(self, parts: Parts) -> AsgiOutbox | LinkOutbox:
+        if self._link is not None:
+            return LinkOutbox(
+                self,
+                parts.outbox_limits,
+                parts.turns,
+                self.shard,
+                link=self._link,
+                min_bytes=self.config.compression_min_bytes,
+            )
+        return AsgiOutbox(
+            self,
+            parts.outbox_limits,
+            parts.turns,
+            self.shard,
+            send=self.server_side.send,
+            by_hand=self.server_side.is_direct,
+            tasks=parts.tasks,
+            name=self.connection_id,
+            sends=parts.sends,
+            closes=parts.closes,
+        )
+
     # ── open ──
+
+    def before_accept(self) -> None:
+        """Settle what cannot be changed once the connection is accepted."""
+        if self._link is not None and self.config.compression is CompressionMode.NONE:
+            self._link.refuse_compression()
 
     def open(self) -> None:
         """Start to read. From here on every path leads to one ending and to `finished`."""
@@ -138,7 +170,16 @@ class Connection:
         self.outbox.open()
         self.reports.totals.connections_opened += 1
         self.tell("connection_opened", logging.INFO)
-        self._pump = self._parts.tasks.spawn(pump(self, receive), name=f"ws-pump-{self.connection_id}")
+        if isinstance(self.outbox, LinkOutbox) and self._link is not None:
+            self._link.attach(
+                LinkReader(self, self._link, self.outbox),
+                max_message_bytes=self.config.max_message_size,
+                own_pings=self.config.heartbeat_type is HeartbeatType.PING,
+            )
+            if self.config.compression is CompressionMode.NONE:  # accepted by hand, before we could refuse it
+                self._link.window_bits = 0
+        else:
+            self._pump = self._parts.tasks.spawn(pump(self, receive), name=f"ws-pump-{self.connection_id}", context=self._context)
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""
@@ -174,29 +215,47 @@ class Connection:
         if not await self.outbox.put_wait(frame):
             raise self._closed_error()
 
+    def check_open(self) -> None:
+        """Raise unless the connection is open.
+
+        Raises:
+            SocketClosed: It is over.
+            NotOpenError: It is not accepted yet.
+        """
+        if not self._opened or self.ending is not None:
+            raise self._closed_error()
+
     def _closed_error(self) -> Exception:
         return NotOpenError() if self.ending is None else socket_closed(self.ending)
 
     def enqueue(self, frame: Frame) -> bool:
-        """Queue a frame without waiting. A full outbox ends the connection: its client does not keep up."""
-        if self.outbox.put(frame):
+        """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
+        return self.outbox.offer(frame) in _TAKEN
+
+    def answer(self, frame: Frame) -> None:
+        """Send a control frame, before what is queued."""
+        self.outbox.put_urgent(frame)
+
+    @property
+    def pings_by_protocol(self) -> bool:
+        """Whether heartbeats are ping frames."""
+        return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
+
+    def ping(self, frame: Frame | None, now: float) -> bool:
+        """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
+        if frame is None and self._link is not None:
+            if self._link.write_paused:
+                return False
+            self._link.ping(self.pulse.pinged_by_protocol(now))
             return True
-        self.reports.totals.messages_discarded += 1
-        if self.ending is None and self._opened:
-            self.end(DisconnectReason.SLOW_CONSUMER)
-        return False
-
-    def enqueue_if_room(self, frame: Frame) -> bool:
-        """Queue a frame that may be left out."""
-        return self.outbox.put(frame)
-
-    def under_pressure(self) -> bool:
-        """Whether more than half of the outbox is used, and its client seems to read."""
-        return self.outbox.half_full and not self.outbox.send_waits
+        if frame is None or not self.outbox.put_urgent(frame):
+            return False
+        self.pulse.pinged(now)
+        return True
 
     def has_backlog(self) -> bool:
         """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
-        return len(self.outbox) > 0 or self.outbox.send_waits
+        return self.outbox.blocked or len(self.outbox) > 0
 
     def unflushed_bytes(self) -> int | None:
         """What the transport has not yet given to the network."""
@@ -223,13 +282,37 @@ class Connection:
 
     # ── what the outbox tells ──
 
-    def sent(self) -> None:
-        """A message was taken by the server."""
-        self.reports.totals.messages_sent += 1
+    def sent(self, count: int) -> None:
+        """Messages were taken by the server."""
+        self.reports.totals.messages_sent += count
 
-    def unsent(self) -> None:
-        """A message was given to the server and not taken."""
-        self._discarded(1)
+    def unsent(self, count: int) -> None:
+        """Messages were given to the server and not taken."""
+        self._discarded(count)
+
+    def dropped(self, count: int) -> None:
+        """Messages were thrown away because the client is slow."""
+        self.dropped_messages += count
+        self.reports.totals.messages_dropped += count
+
+    def coalesced(self) -> None:
+        """A newer message has taken the place of one that waited."""
+        self.reports.totals.messages_coalesced += 1
+
+    def slow(self, how: SlowClient) -> None:
+        """The client has become slow."""
+        if self.ending is not None:
+            return
+        self.reports.totals.slow_clients[how] += 1
+        self.tell("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
+        self._parts.slow(self.face, how)
+        if how is SlowClient.DISCONNECTED:
+            self.reports.totals.messages_discarded += 1  # the one that found no room
+            self.end(DisconnectReason.SLOW_CONSUMER)
+
+    def caught_up(self) -> None:
+        """The client is slow no longer."""
+        self.tell("client_caught_up", logging.INFO, dropped_messages=self.dropped_messages)
 
     def send_stuck(self) -> None:
         """A send made no progress: nothing can reach this client, not even a close frame."""
@@ -246,10 +329,13 @@ class Connection:
         if self.server_side.closing:
             self.server_side.abort()
 
-    async def send_failed(self, error: Exception) -> None:
-        """The server refused a message: wait a moment for it to say why, then take the network for lost."""
-        if self._pump is not None and not self.reading_paused:
-            await wait_for_all([self._pump], _A_SERVER_MAY_STILL_SAY_WHY)
+    def send_failed(self, error: Exception) -> None:
+        """The server refused a message: give it a moment to say why, then take the network for lost."""
+        self._parts.tasks.spawn(self._why_failed(error), name=f"ws-lost-{self.connection_id}")
+
+    async def _why_failed(self, error: Exception) -> None:
+        if not self.reading_paused:
+            await wait_for_all([self._over.future], _A_SERVER_MAY_STILL_SAY_WHY)
         self.lost(error)
         self._discarded(self.outbox.discard())
 
@@ -301,13 +387,31 @@ class Connection:
             patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
         self.endpoint.watch(self.websocket.scope)
-        self._over.set_result(how)
-        self._parts.tasks.spawn(self._finish(how), name=f"ws-end-{self.connection_id}", context=self._context)
+        self._over.set()
+        self._parts.turns.soon(self.shard, self)
         return True
+
+    def take_turn(self) -> None:
+        """Begin with the rest of the end. Called soon after it was decided, with those of others, shard by shard."""
+        if self.ending is not None and not self._finished.is_set:
+            end = self._finish(self.ending)
+            self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self._context)
+
+    @property
+    def finished(self) -> asyncio.Future[None]:
+        """A future that is done when everything is done for this connection."""
+        return self._finished.future
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything is done for this connection."""
+        return self._finished.is_set
 
     async def wait_over(self) -> Ending:
         """Wait for the ending. Cancelling is safe."""
-        return await asyncio.shield(self._over)
+        while self.ending is None:
+            await asyncio.shield(self._over.future)
+        return self.ending
 
     async def _finish(self, how: Ending) -> None:
         grace = self.config.disconnect_grace
@@ -316,7 +420,8 @@ class Connection:
             if not await wait_for_all([self.activity.idle()], grace):
                 self._cancel_endpoint()
                 await wait_for_all([self.activity.idle()], min(grace, LINGER))
-            await self.run_disconnect_hooks()
+            async with self._parts.cleanups:
+                await self.run_disconnect_hooks()
             if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
                 self._cancel_endpoint()
             tied = self._tied.cancel() if self._tied is not None else []
@@ -332,7 +437,7 @@ class Connection:
             await self._parts.disconnected(self.face, self.ending.reason)
 
     def _cancel_endpoint(self) -> None:
-        if not self.endpoint.returned.done():
+        if not self.endpoint.has_ended:
             self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
             self.endpoint.cancel()
 
@@ -341,9 +446,10 @@ class Connection:
         self._close(self.ending or ending(DisconnectReason.SERVER_SHUTDOWN))
 
     def _close(self, how: Ending) -> None:
-        if self.finished.done():
+        if self._finished.is_set:
             return
-        self.finished.set_result(None)
+        self._finished.set()
+        self._parts.finished(self)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
@@ -376,9 +482,11 @@ class Connection:
 
     def tie(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
         """Start a task that ends with this connection, and whose failure ends it as the endpoint's would."""
-        if not self._opened or self.ending is not None:
+        try:
+            self.check_open()
+        except Exception:
             coroutine.close()
-            raise self._closed_error()
+            raise
         if self._tied is None:
             self._tied = TaskSet(self._tied_failed)
         return self._tied.spawn(coroutine, name=name or f"ws-task-{self.connection_id}")

@@ -1,35 +1,82 @@
-"""What waits to be sent to a client, and the one writer that sends it."""
+"""What waits to be sent to a client: bounded, in order, and never waited for by those who speak to many.
+
+How it is sent depends on the server: `asgi_outbox` awaits its `send`, `link_outbox` writes to its transport.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.tasks import TaskSet
-from fastapi_ws_stabilizer.wire.payload import Frame, close_message
+from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.tasks import Latch
+from fastapi_ws_stabilizer.wire.payload import Frame
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-_LOOK_INTERVAL: Final = 0.5
+LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a send that waits."""
 
-
-_HEALTHY_SEND: Final = 0.05
+HEALTHY_SEND: Final = 0.05
 """Seconds that a send to a client which reads may wait."""
+
+MAX_URGENT: Final = 16
+"""Control frames that wait at most. A pong is worth nothing when the next one is there."""
+
+
+_NOTHING: Final[deque[Frame]] = deque(maxlen=0)
+"""The queue of every idle outbox: it can hold nothing, and a connection that is sent nothing need not own one."""
+
+
+class SlowClient(str, Enum):
+    """How slow a client has become. Each is told once until the client has caught up."""
+
+    LAGGING = "lagging"
+    """More than half of its outbox is used, and the network takes nothing."""
+    DROPPING = "dropping"
+    """Messages to it are thrown away, as `outbox_overflow` says."""
+    DISCONNECTED = "disconnected"
+    """Its outbox was full, and it is disconnected with 4507."""
+
+
+class OutboxLimits:
+    """The bounds and the policy that all outboxes of a manager share."""
+
+    __slots__ = ("calm_bytes", "calm_messages", "max_bytes", "max_messages", "overflow", "send_timeout")
+
+    def __init__(self, config: WebSocketConfig) -> None:
+        self.max_messages = config.outbox_max_messages
+        self.max_bytes = config.outbox_max_bytes
+        self.calm_messages = config.outbox_max_messages // 2
+        self.calm_bytes = config.outbox_max_bytes // 2
+        self.overflow = config.outbox_overflow
+        self.send_timeout = config.send_timeout
 
 
 class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
 
-    def sent(self) -> None:
-        """A message was taken by the server."""
+    def sent(self, count: int) -> None:
+        """Messages were taken by the server."""
 
-    def unsent(self) -> None:
-        """A message was given to the server and not taken."""
+    def unsent(self, count: int) -> None:
+        """Messages were given to the server and not taken."""
+
+    def dropped(self, count: int) -> None:
+        """Messages were thrown away because the client is slow."""
+
+    def coalesced(self) -> None:
+        """A newer message has taken the place of one that waited."""
+
+    def slow(self, how: SlowClient) -> None:
+        """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
+
+    def caught_up(self) -> None:
+        """The client is slow no longer."""
 
     def unflushed_bytes(self) -> int | None:
         """What the transport still holds; `None` where it cannot be seen."""
@@ -40,100 +87,155 @@ class OutboxOwner(Protocol):
     def send_waits(self) -> None:
         """A send has made no progress for a while, and `send_timeout` is not over."""
 
-    async def send_failed(self, error: Exception) -> None:
-        """The server refused a message: the connection is gone. Awaited by the writer, which ends then."""
+    def send_failed(self, error: Exception) -> None:
+        """The server refused a message: the connection is gone."""
 
 
 class Outbox:
-    """A bounded queue with many writers and one task that empties it.
+    """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
-    The task exists only while there is something to send, so an idle connection has none. A watch for a stuck send is
-    one timer that looks at the time when the current send began; it is not set anew for every message.
+    An idle outbox owns no task and no timer. A watch for a stuck send is one timer that looks at the time since when
+    the client has taken nothing; it is not set anew for every message.
+
+    Subclasses send: `_carry` takes what can be sent now, and `_close_now` sends the close frame.
     """
 
     __slots__ = (
+        "_blocked_since",
+        "_broken",
         "_close",
-        "_max_bytes",
-        "_max_messages",
+        "_done",
+        "_due",
+        "_keyed",
+        "_limits",
         "_owner",
         "_queue",
-        "_send",
-        "_send_timeout",
-        "_sending_since",
+        "_shard",
         "_shut",
-        "_tasks",
+        "_slow",
+        "_taken",
+        "_turns",
         "_unflushed",
+        "_urgent",
         "_waiters",
         "_watch",
-        "_writer",
-        "done",
         "held_bytes",
-        "name",
     )
 
-    def __init__(
-        self,
-        send: Send,
-        owner: OutboxOwner,
-        tasks: TaskSet,
-        *,
-        name: str,
-        max_messages: int,
-        max_bytes: int,
-        send_timeout: float,
-    ) -> None:
-        self._send = send
+    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int) -> None:
         self._owner = owner
-        self._tasks = tasks
-        self.name = name
-        self._max_messages = max_messages
-        self._max_bytes = max_bytes
-        self._send_timeout = send_timeout
-        self._queue: deque[Frame] = deque()
+        self._limits = limits
+        self._turns = turns
+        self._shard = shard
+        self._queue = _NOTHING
+        self._urgent: list[Frame] | None = None
+        self._keyed: dict[Any, int] | None = None  # coalesce_key -> number of the queued frame, counted from the start
+        self._taken = 0
         self.held_bytes = 0
-        self._writer: asyncio.Task[None] | None = None
-        self._sending_since: float | None = None
+        self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
+        self._shut = True
+        self._broken = False
+        self._slow: SlowClient | None = None
+        self._waiters: deque[tuple[asyncio.Future[bool], Frame]] | None = None
+        self._close: tuple[int, str] | None = None
+        self._done = Latch()
+        self._blocked_since: float | None = None
         self._unflushed: int | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._waiters: deque[tuple[asyncio.Future[bool], Frame]] = deque()
-        self._shut = True
-        self._close: tuple[int, str] | None = None
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._urgent or ())
 
     def open(self) -> None:
         """Take messages from now on."""
         self._shut = False
 
-    def has_room(self, size: int) -> bool:
-        """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
-        if not self._queue:
-            return True
-        return len(self._queue) < self._max_messages and self.held_bytes + size <= self._max_bytes
+    # ── putting in ──
 
-    @property
-    def send_waits(self) -> bool:
-        """Whether a send has been waiting for longer than a healthy one does."""
-        return self._sending_since is not None and monotonic() - self._sending_since > _HEALTHY_SEND
+    def offer(self, frame: Frame) -> Offered:
+        """Queue a frame without waiting. A full outbox does what `outbox_overflow` says.
 
-    @property
-    def half_full(self) -> bool:
-        """Whether more than half of one of the bounds is used."""
-        return 2 * len(self._queue) > self._max_messages or 2 * self.held_bytes > self._max_bytes
+        Hot path: called for each recipient of each broadcast. All that is unusual is elsewhere.
+        """
+        if self._shut or frame.key is not None:
+            return self._offer_with_care(frame)
+        queue = self._queue
+        held = self.held_bytes + frame.size
+        if queue:
+            limits = self._limits
+            if len(queue) >= limits.calm_messages or held > limits.calm_bytes:
+                return self._offer_with_care(frame)
+            queue.append(frame)
+        else:
+            self._queue = deque((frame,))
+        self.held_bytes = held
+        if not self._due:
+            self._due = True
+            self._turns.soon(self._shard, self)
+        return Offered.QUEUED
+
+    def _offer_with_care(self, frame: Frame) -> Offered:
+        if self._shut:
+            return Offered.REFUSED
+        if frame.key is not None and self._coalesce(frame):
+            return Offered.QUEUED
+        calm = self._is_calm(frame)
+        if not calm and not self.blocked:
+            self._carry()  # the network may take all of it at once
+            calm = self._is_calm(frame)
+            if self._shut:
+                return Offered.REFUSED
+        if self._fits(frame.size):
+            self._append(frame)
+            if calm:
+                return Offered.QUEUED
+            if not self.send_waits:
+                return Offered.PRESSED
+            self._becomes(SlowClient.LAGGING)
+            return Offered.SLOW
+        if self._limits.overflow is OutboxOverflow.DISCONNECT:
+            self._becomes(SlowClient.DISCONNECTED)
+            return Offered.REFUSED
+        if self._limits.overflow is OutboxOverflow.DROP_NEWEST:
+            self._drop(1)
+            return Offered.DROPPED
+        count = 0
+        while self._queue and not self._fits(frame.size):
+            count += 1
+            self.held_bytes -= self._queue.popleft().size
+        self._taken += count
+        self._append(frame)
+        self._drop(count)
+        return Offered.SLOW
 
     def put(self, frame: Frame) -> bool:
         """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
-        if self._shut or not self.has_room(frame.size):
+        if self._shut:
             return False
+        if frame.key is not None and self._coalesce(frame):
+            return True
+        if not self._fits(frame.size):
+            if not self.blocked:
+                self._carry()
+            if self._shut or not self._fits(frame.size):
+                return False
         self._append(frame)
+        return True
+
+    def put_urgent(self, frame: Frame) -> bool:
+        """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
+        urgent = self._urgent or []
+        if self._shut or len(urgent) >= MAX_URGENT:
+            return False
+        urgent.append(frame)
+        self._urgent = urgent
+        self._book_turn()
         return True
 
     async def put_wait(self, frame: Frame) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
 
-        The writer hands free room to who waits, so `put` cannot take it away. The wait is bounded by the sends before
+        Free room goes to who waits, so `put` and `offer` cannot take it away. The wait is bounded by the sends before
         it: one that makes no progress ends the connection. Cancelling leaves the frame out, unless it has just been
         queued.
         """
@@ -141,18 +243,190 @@ class Outbox:
             return True
         if self._shut:
             return False
+        if self._waiters is None:
+            self._waiters = deque()
         waiter: tuple[asyncio.Future[bool], Frame] = (asyncio.get_running_loop().create_future(), frame)
         self._waiters.append(waiter)
         try:
             return await waiter[0]
         except asyncio.CancelledError:
-            if waiter in self._waiters:
+            if self._waiters and waiter in self._waiters:
                 self._waiters.remove(waiter)
                 self._serve_waiters()
             raise
 
+    def _append(self, frame: Frame) -> None:
+        if frame.key is not None:
+            keyed = self._keyed = {} if self._keyed is None else self._keyed
+            if len(keyed) > 2 * self._limits.max_messages:  # most of them point to frames that are long sent
+                self._keyed = keyed = {key: number for key, number in keyed.items() if number >= self._taken}
+            keyed[frame.key] = self._taken + len(self._queue)
+        if self._queue:
+            self._queue.append(frame)
+        else:
+            self._queue = deque((frame,))
+        self.held_bytes += frame.size
+        self._book_turn()
+
+    def _coalesce(self, frame: Frame) -> bool:
+        """Put a frame in the place of a queued one with its key; `False` if there is none, or no room for it."""
+        place = -1 if self._keyed is None else self._keyed.get(frame.key, -1) - self._taken
+        if place < 0:
+            return False
+        more = frame.size - self._queue[place].size
+        if more > 0 and len(self._queue) > 1 and self.held_bytes + more > self._limits.max_bytes:
+            return False
+        self._queue[place] = frame
+        self.held_bytes += more
+        self._owner.coalesced()
+        return True
+
+    # ── how full it is ──
+
+    def _fits(self, size: int) -> bool:
+        """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
+        if not self._queue:
+            return True
+        return len(self._queue) < self._limits.max_messages and self.held_bytes + size <= self._limits.max_bytes
+
+    def _is_calm(self, frame: Frame) -> bool:
+        """Whether no more than half is used with this frame."""
+        limits = self._limits
+        return not self._queue or (
+            len(self._queue) < limits.calm_messages and self.held_bytes + frame.size <= limits.calm_bytes
+        )
+
+    @property
+    def send_waits(self) -> bool:
+        """Whether the network has taken nothing for longer than it does for a client that reads."""
+        return self._blocked_since is not None and monotonic() - self._blocked_since > HEALTHY_SEND
+
+    @property
+    def blocked(self) -> bool:
+        """Whether what is queued cannot be sent now."""
+        return self._broken or self._blocked_since is not None
+
+    @property
+    def half_full(self) -> bool:
+        """Whether more than half of one of the bounds is used."""
+        return 2 * len(self._queue) > self._limits.max_messages or 2 * self.held_bytes > self._limits.max_bytes
+
+    def under_pressure(self) -> bool:
+        """Whether more than half is used, and the client seems to read."""
+        return self.half_full and not self.send_waits
+
+    def _becomes(self, how: SlowClient) -> None:
+        """Tell, once in an episode, that the client has become that slow."""
+        if self._slow is not how and self._slow is not SlowClient.DROPPING:
+            self._slow = how
+            self._owner.slow(how)
+
+    def _drop(self, count: int) -> None:
+        self._owner.dropped(count)
+        self._becomes(SlowClient.DROPPING)
+
+    # ── taking out ──
+
+    def take_turn(self) -> None:
+        """Send what can be sent now. Called at the end of a turn of the event loop in which something was queued."""
+        self._due = False
+        if not self._broken:
+            self._carry()
+
+    def _carry(self) -> None:
+        raise NotImplementedError
+
+    def _take(self, max_bytes: int) -> Sequence[Frame]:
+        """Take out what is next, control frames first, until `max_bytes` are reached."""
+        if self._urgent:
+            urgent, self._urgent = self._urgent, None
+            return urgent
+        if self.held_bytes <= max_bytes:
+            frames: Sequence[Frame] = self._queue
+            self._emptied()
+        else:
+            frames, size = [], 0
+            while self._queue and size < max_bytes:
+                frames.append(frame := self._queue.popleft())
+                size += frame.size
+            self.held_bytes -= size
+            self._taken += len(frames)
+        if self._waiters:
+            self._serve_waiters()
+        return frames
+
+    def _emptied(self) -> None:
+        """Nothing waits any more."""
+        self._queue = _NOTHING
+        self.held_bytes = self._taken = 0
+        self._keyed = None
+
+    def _serve_waiters(self) -> None:
+        """Queue what others wait to send, in their order, as far as there is room."""
+        while self._waiters and self._fits(self._waiters[0][1].size):
+            waiter, frame = self._waiters.popleft()
+            if not waiter.done():
+                self._append(frame)
+                waiter.set_result(True)
+
+    def _book_turn(self) -> None:
+        if not self._due:
+            self._due = True
+            self._turns.soon(self._shard, self)
+
+    def _failed(self, error: Exception, unsent: int) -> None:
+        """The server has refused a message: nothing can be sent any more, and the end is on its way to us."""
+        self._broken = self._due = True
+        if unsent:
+            self._owner.unsent(unsent)
+        self._owner.send_failed(error)
+
+    def _calm_down(self) -> None:
+        """The queue is empty: tell if the client was slow and has caught up."""
+        if self._slow is not None and not self._shut:
+            self._slow = None
+            self._owner.caught_up()
+
+    # ── a send that waits ──
+
+    def _block(self) -> None:
+        """The client takes nothing for the moment."""
+        if self._blocked_since is None:
+            self._blocked_since = monotonic()
+            self._due = True
+            if self._watch is None:
+                self._set_watch(0.0)
+
+    def _unblock(self) -> None:
+        self._blocked_since = None
+        self._due = self._broken
+
+    def _set_watch(self, waited: float) -> None:
+        delay = min(LOOK_INTERVAL, self._limits.send_timeout - waited)
+        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look)
+
+    def _look(self) -> None:
+        """See whether the send that waits has waited too long."""
+        self._watch = None
+        since = self._blocked_since
+        if since is None:
+            return
+        left = self._owner.unflushed_bytes()
+        if left is not None and self._unflushed is not None and left < self._unflushed:
+            self._blocked_since = since = monotonic()  # the client reads, if slowly
+        self._unflushed = left
+        waited = monotonic() - since
+        if waited >= self._limits.send_timeout:
+            self._owner.send_stuck()
+            return
+        if waited >= LOOK_INTERVAL:
+            self._owner.send_waits()
+        self._set_watch(waited)
+
+    # ── the end ──
+
     def finish(self, code: int, text: str, *, flush: bool) -> int:
-        """Take nothing more, send what is queued and then the close frame; `done` is set when that is over.
+        """Take nothing more, send what is queued and then the close frame; `wait_done` returns when that is over.
 
         Args:
             code: Close code.
@@ -168,7 +442,7 @@ class Outbox:
         discarded = 0 if flush else self._clear()
         self._close = (code, text)
         self._turn_away()
-        self._start_writer()
+        self._book_turn()
         return discarded
 
     def discard(self) -> int:
@@ -177,102 +451,28 @@ class Outbox:
         self._close = None
         discarded = self._clear()
         self._turn_away()
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
-        writer = self._writer
-        if writer is None:
-            self._set_done()
-        elif writer is not asyncio.current_task():  # the writer itself may be the one that found the end
-            writer.cancel()
-            # A task that is cancelled before its first step runs none of its code, so its end is heard from outside.
-            writer.add_done_callback(lambda _: self._set_done())
+        self._set_done()
         return discarded
-
-    def _append(self, frame: Frame) -> None:
-        self._queue.append(frame)
-        self.held_bytes += frame.size
-        if self._writer is None:
-            self._start_writer()
-
-    def _start_writer(self) -> None:
-        if self._writer is None:
-            self._writer = self._tasks.spawn(self._write(), name=self.name)
-
-    async def _write(self) -> None:
-        in_flight = False
-        try:
-            while self._queue or self._close is not None:
-                self._sending_since = monotonic()
-                if self._watch is None:
-                    self._watch = asyncio.get_running_loop().call_later(self._next_look(0.0), self._look)
-                if self._queue:
-                    frame = self._queue.popleft()
-                    self.held_bytes -= frame.size
-                    in_flight = True
-                    await self._send(frame.message())
-                    in_flight = False
-                    self._owner.sent()
-                    if self._waiters:
-                        self._serve_waiters()
-                elif self._close is not None:
-                    close, self._close = self._close, None
-                    await self._send(close_message(*close))
-        except Exception as error:
-            self._sending_since = None
-            await self._owner.send_failed(error)
-        finally:
-            if in_flight:
-                self._owner.unsent()
-            self._sending_since = None
-            self._writer = None
-            if self._shut:
-                self._set_done()
-
-    def _look(self) -> None:
-        """See whether the send that runs now has taken too long."""
-        self._watch = None
-        since = self._sending_since
-        if since is None:
-            return
-        left = self._owner.unflushed_bytes()
-        if left is not None and self._unflushed is not None and left < self._unflushed:
-            self._sending_since = since = monotonic()  # the client reads, if slowly
-        self._unflushed = left
-        waited = monotonic() - since
-        if waited >= self._send_timeout:
-            self._owner.send_stuck()
-            return
-        if waited >= _LOOK_INTERVAL:
-            self._owner.send_waits()
-        self._watch = asyncio.get_running_loop().call_later(self._next_look(waited), self._look)
-
-    def _next_look(self, waited: float) -> float:
-        return min(_LOOK_INTERVAL, self._send_timeout - waited)
 
     def _clear(self) -> int:
         discarded = len(self._queue)
-        self._queue.clear()
-        self.held_bytes = 0
+        self._urgent = None
+        self._emptied()
         return discarded
 
-    def _serve_waiters(self) -> None:
-        """Queue what others wait to send, in their order, as far as there is room."""
-        while self._waiters and self.has_room(self._waiters[0][1].size):
-            waiter, frame = self._waiters.popleft()
-            if not waiter.done():
-                self._append(frame)
-                waiter.set_result(True)
-
     def _turn_away(self) -> None:
-        for waiter, _ in self._waiters:
+        for waiter, _ in self._waiters or ():
             if not waiter.done():
                 waiter.set_result(False)
-        self._waiters.clear()
+        self._waiters = None
+
+    @property
+    def done(self) -> asyncio.Future[None]:
+        """A future that is done when nothing will be sent any more."""
+        return self._done.future
 
     def _set_done(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        if not self.done.done():
-            self.done.set_result(None)
+        self._done.set()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.outbox import OutboxLimits, SlowClient
+from fastapi_ws_stabilizer.hub.slots import Slots
+from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
 
@@ -18,26 +22,63 @@ class Parts:
         config: Its options.
         reports: Where to tell what happens.
         tasks: Holds the tasks of all connections.
+        turns: Runs what connections have to do at the end of a turn of the event loop.
+        next_shard: Gives a new connection its shard.
         left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
+        finished: Called, without waiting, when everything is done for a connection.
         disconnected: Runs the disconnect hooks.
+        slow: Called, without waiting, when a client has become slow.
         failed: Told of a bug in user code, after it has been reported.
+
+    Attributes:
+        outbox_limits: What all outboxes share.
+        sends: How many sends may wait for the server at the same time.
+        closes: The same for close frames.
+        cleanups: The same for disconnect hooks.
     """
 
-    __slots__ = ("config", "disconnected", "failed", "left", "reports", "tasks")
+    __slots__ = (
+        "cleanups",
+        "closes",
+        "config",
+        "disconnected",
+        "failed",
+        "finished",
+        "left",
+        "next_shard",
+        "outbox_limits",
+        "reports",
+        "sends",
+        "slow",
+        "tasks",
+        "turns",
+    )
 
     def __init__(
         self,
         config: WebSocketConfig,
         reports: Reports,
         tasks: TaskSet,
+        turns: Turns,
         *,
+        next_shard: Callable[[], int],
         left: Callable[[Any], None],
+        finished: Callable[[Any], None],
         disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
+        slow: Callable[[Any, SlowClient], None],
         failed: Callable[[Any, BaseException], Awaitable[None]],
     ) -> None:
         self.config = config
         self.reports = reports
         self.tasks = tasks
+        self.turns = turns
+        self.next_shard = next_shard
         self.left = left
+        self.finished = finished
         self.disconnected = disconnected
+        self.slow = slow
         self.failed = failed
+        self.outbox_limits = OutboxLimits(config)
+        self.sends = Slots(config.max_concurrent_broadcast)
+        self.closes = Slots(config.max_concurrent_cleanup)
+        self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

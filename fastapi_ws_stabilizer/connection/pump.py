@@ -7,7 +7,7 @@ its client has left. Everything else goes to the inbox.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -39,8 +39,8 @@ class Pumped(Protocol):
     told_of_pause: bool
     ending: Ending | None
 
-    def enqueue_if_room(self, frame: Frame) -> bool:
-        """Queue a frame that may be left out."""
+    def answer(self, frame: Frame) -> None:
+        """Send a control frame, before what is queued."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
@@ -56,57 +56,80 @@ class Pumped(Protocol):
 
 
 async def pump(connection: Pumped, receive: Receive) -> None:
-    """Read until the connection is over.
-
-    Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
-    """
-    config = connection.config
-    max_size = config.max_message_size
-    pulse = connection.pulse
+    """Read until the connection is over."""
     inbox = connection.inbox
-    totals = connection.reports.totals
+    pulse = connection.pulse
     while connection.ending is None:
         try:
             event = await receive()
         except Exception as error:  # a server or a test client that tears its stream down instead of saying so
             connection.lost(error)
             return
-        now = monotonic()
         if event["type"] != "websocket.receive":
-            close_frame = connection.server_side.saw_close_frame(event)
-            connection.ended_by_peer(
-                ending_by_peer(event.get("code") or 1005, event.get("reason"), close_frame=close_frame)
-            )
+            end_by_event(connection, event)
             return
-        pulse.seen(now)
+        pulse.seen(monotonic())
         text: str | None = event.get("text")
         message: str | bytes = (event.get("bytes") or b"") if text is None else text
-        if (
-            text is not None
-            and len(text) <= MAX_CONTROL_CHARS
-            and connection.control_frames
-            and (control := parse_control(text))
-        ):
-            if isinstance(control, Ping):
-                connection.enqueue_if_room(control.answer)
-            else:
-                pulse.ponged(now)
+        if not is_for_inbox(connection, message):
             continue
-        if len(message) > max_size or (
-            isinstance(message, str)
-            and not message.isascii()
-            and 4 * len(message) > max_size
-            and len(message.encode("utf-8", "surrogatepass")) > max_size
-        ):
-            connection.end(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
-            return
-        totals.messages_received += 1
         if inbox.full and not connection.server_side.closing:
             await _overflow(connection)
             if connection.ending is not None:
-                totals.messages_discarded += 1
+                connection.reports.totals.messages_discarded += 1
                 return
         inbox.put(message)
+
+
+def is_for_inbox(connection: Pumped, message: str | bytes) -> bool:
+    """Whether a message is one for user code; else it has been dealt with.
+
+    Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
+    """
+    if (
+        isinstance(message, str)
+        and len(message) <= MAX_CONTROL_CHARS
+        and connection.control_frames
+        and (control := parse_control(message)) is not None
+    ):
+        if isinstance(control, Ping):
+            connection.answer(control.answer)
+        else:
+            connection.pulse.ponged(monotonic())
+        return False
+    max_size = connection.config.max_message_size
+    if len(message) > max_size or (
+        4 * len(message) > max_size
+        and isinstance(message, str)
+        and not message.isascii()
+        and len(message.encode("utf-8", "surrogatepass")) > max_size
+    ):
+        connection.end(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
+        return False
+    connection.reports.totals.messages_received += 1
+    return True
+
+
+def end_by_event(connection: Pumped, event: Mapping[str, Any]) -> None:
+    """End a connection as an ASGI `websocket.disconnect` says."""
+    close_frame = connection.server_side.saw_close_frame(event)
+    connection.ended_by_peer(ending_by_peer(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
+
+
+def refuse_more(connection: Pumped) -> bool:
+    """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused."""
+    if connection.config.inbox_overflow is InboxOverflow.CLOSE:
+        connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
+        return True
+    if not connection.told_of_pause:
+        connection.told_of_pause = True
+        connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox))
+    return False
+
+
+def nobody_reads(connection: Pumped) -> None:
+    """End a connection whose full inbox has not been touched for `inbox_pause_timeout`."""
+    connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
 async def _overflow(connection: Pumped) -> None:
@@ -116,20 +139,15 @@ async def _overflow(connection: Pumped) -> None:
     and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
     end is behind it. A pause that nobody relieves ends the connection.
     """
-    config = connection.config
-    if config.inbox_overflow is InboxOverflow.CLOSE:
-        connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
+    if refuse_more(connection):
         return
-    if not connection.told_of_pause:
-        connection.told_of_pause = True
-        connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox))
     connection.reading_paused = True
     taken, since = connection.inbox.taken, monotonic()
     while not await connection.inbox.room(_LOOK_INTERVAL) and not connection.server_side.closing:
         if connection.inbox.taken != taken:
             taken, since = connection.inbox.taken, monotonic()
-        elif monotonic() - since >= config.inbox_pause_timeout:
-            connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+        elif monotonic() - since >= connection.config.inbox_pause_timeout:
+            nobody_reads(connection)
             break
     connection.reading_paused = False
     connection.pulse.seen(monotonic())

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
+from fastapi_ws_stabilizer.servers.link import Link
 
 LINGER: Final = 1.0
 """Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
@@ -20,11 +21,23 @@ LINGER: Final = 1.0
 class ServerSide:
     """The server's end of one connection."""
 
-    __slots__ = ("_receiver", "_sender")
+    __slots__ = ("_receiver", "_sender", "send")
 
     def __init__(self, receive: object, send: object) -> None:
         self._receiver: Any = getattr(receive, "__self__", None)
-        self._sender: Any = getattr(_unwrapped(send), "__self__", None)
+        self._sender: Any = getattr(_unwrapped(send, _MAX_WRAPPERS), "__self__", None)
+        direct = _unwrapped(send, _MAX_WRAPPERS, only_starlettes=True)
+        self.send: Any = direct if getattr(direct, "__self__", None) is not None else send
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether `send` is the server's own, so that nothing in it depends on the task that calls it."""
+        return type(getattr(self.send, "__self__", None)).__module__.startswith(_SERVERS)
+
+    def link(self) -> Link | None:
+        """What the server offers beyond ASGI, if no middleware stands between."""
+        owner = getattr(self.send, "__self__", None)
+        return owner if owner is self._receiver and callable(getattr(owner, "attach", None)) else None
 
     @property
     def can_abort(self) -> bool:
@@ -102,9 +115,21 @@ _UNKNOWN: Final = object()
 _MAX_WRAPPERS: Final = 8
 
 
-def _unwrapped(send: Any) -> Any:
-    """The server's `send` inside the closures that Starlette's exception middleware puts round it."""
-    for _ in range(_MAX_WRAPPERS):
+_SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
+
+
+def _unwrapped(send: Any, most: int, *, only_starlettes: bool = False) -> Any:
+    """The server's `send` inside the closures that Starlette's exception middleware puts round it.
+
+    Args:
+        send: What the application was given.
+        most: How many wrappers are opened.
+        only_starlettes: Whether to stop at a closure that is not Starlette's. Its own hand every WebSocket message on
+            as it is, so they can be left out.
+    """
+    for _ in range(most):
+        if only_starlettes and getattr(send, "__module__", None) != "starlette._exception_handler":
+            break
         names = getattr(getattr(send, "__code__", None), "co_freevars", ())
         cells = getattr(send, "__closure__", None) or ()
         inner = dict(zip(names, cells, strict=False)).get("send")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
 
 from fastapi import WebSocket
 from pydantic_core import from_json
@@ -14,11 +14,26 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
+from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
 
 T = TypeVar("T")
 
-Dispatch = Callable[["StableSocket", int], Awaitable[None]]
+
+class Services(Protocol):
+    """What a manager does for its sockets."""
+
+    async def run(self, socket: StableSocket, concurrency: int) -> None:
+        """Hand every message to the handlers."""
+
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+        """Let a connection into a room."""
+
+    def leave_room(self, connection: Connection, room: str) -> bool:
+        """Take a connection out of a room."""
+
+    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
+        """The rooms that a connection is in."""
 
 
 class StableSocket:
@@ -41,18 +56,18 @@ class StableSocket:
         identity: What the dependency of `manager.socket_for(...)` returned.
     """
 
-    __slots__ = ("_connection", "_dispatch", "identity", "metadata", "user_data")
+    __slots__ = ("_connection", "_services", "identity", "metadata", "user_data")
 
     def __init__(
         self,
         connection: Connection,
-        dispatch: Dispatch,
+        services: Services,
         *,
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
     ) -> None:
         self._connection = connection
-        self._dispatch = dispatch
+        self._services = services
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.user_data: dict[str, Any] = {}
         self.identity = identity
@@ -166,6 +181,11 @@ class StableSocket:
         return self._connection.outbox.held_bytes
 
     @property
+    def dropped_messages(self) -> int:
+        """Messages that were thrown away because the client is slow."""
+        return self._connection.dropped_messages
+
+    @property
     def unread_messages(self) -> int:
         """Messages that have been received and wait to be read."""
         return len(self._connection.inbox)
@@ -230,13 +250,16 @@ class StableSocket:
         except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
             raise MessageFormatError(f"the message is not JSON: {error}") from None
 
-    async def __aiter__(self) -> AsyncIterator[str | bytes]:
+    def __aiter__(self) -> AsyncIterator[str | bytes]:
         """Iterate over the messages until the connection is over."""
+        return self
+
+    async def __anext__(self) -> str | bytes:
+        """The next message, for `async for`. Cancelling is safe."""
         try:
-            while True:
-                yield await self._connection.receive()
+            return await self._connection.receive()
         except SocketClosed:
-            return
+            raise StopAsyncIteration from None
 
     async def iter_text(self) -> AsyncIterator[str]:
         """Iterate over the messages, which must all be text, until the connection is over."""
@@ -274,20 +297,55 @@ class StableSocket:
             ConcurrentReceiveError: Another task is receiving.
             Exception: Whatever a handler raises ends the run and with it the connection.
         """
-        await self._dispatch(self, concurrency)
+        await self._services.run(self, concurrency)
+
+    # ── rooms ──
+
+    async def join(self, room: str, metadata: Mapping[str, Any] | None = None) -> list[Presence]:
+        """Join a room, and return who is there by now, oneself included. Joining again renews the metadata.
+
+        The connection leaves its rooms when it ends. Needs no waiting: it is awaitable so that it can become so where
+        rooms span several processes.
+
+        Args:
+            room: Its name. It is made by the first who joins.
+            metadata: What the others see of this client in the room: a name, a colour, a status.
+
+        Raises:
+            ValueError: The name is empty.
+            RoomLimitError: The connection is in `max_rooms_per_connection` rooms.
+            SocketClosed: The connection is over.
+            NotOpenError: The connection is not accepted yet.
+        """
+        self._connection.check_open()
+        return self._services.join(self._connection, room, metadata)
+
+    async def leave(self, room: str) -> bool:
+        """Leave a room; `False` if it is not in. Presence ends at once, without a grace."""
+        return self._services.leave_room(self._connection, room)
+
+    @property
+    def rooms(self) -> tuple[str, ...]:
+        """The rooms that this connection is in, in the order in which it joined them."""
+        return self._services.rooms_of(self._connection)
 
     # ── sending ──
 
-    async def send(self, message: Any) -> None:
+    async def send(self, message: Any, *, coalesce_key: Any = None) -> None:
         """Send anything: `str` as text, bytes as binary, all else as JSON. Waits while the outbox is full.
 
         Messages of one task arrive in the order of their calls. Cancelling while it waits leaves the message out.
+
+        Args:
+            message: What to send.
+            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place: for what is
+                worth nothing when there is a newer one, such as a price or the place of a cursor.
 
         Raises:
             MessageEncodeError: The message cannot be encoded; the connection stays usable.
             SocketClosed: The connection is over.
         """
-        await self._connection.send(encode(message))
+        await self._connection.send(encode(message, coalesce_key))
 
     async def send_text(self, data: str) -> None:
         """Send a text message. As `send`."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.member import Member
+from fastapi_ws_stabilizer.hub.member import Member, Offered
+from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
+from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 MAX_TURNS: Final = 8
@@ -17,52 +20,115 @@ MAX_TURNS: Final = 8
 
 @dataclass
 class BroadcastResult:
-    """What became of a broadcast.
+    """What became of a broadcast: `total` is `succeeded`, `failed`, and what `drop_newest` left out.
 
     Attributes:
         total: Connections that it was meant for; excluded ones are not counted.
-        succeeded: Connections that it was queued for.
-        failed: Connections that it could not be queued for.
+        succeeded: Connections that it was queued for. Whether they receive it, only they can tell.
+        failed: Connections that it could not be queued for: they were over, or ended because they were too slow.
         errors: Client id and reason of each failure.
+        dropped: Messages that the policy for slow clients threw away to make room, or this one where it found none.
+        slow: Connections that lag: more than half of their outbox is used, or it overflowed.
     """
 
     total: int = 0
     succeeded: int = 0
     failed: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
+    dropped: int = 0
+    slow: int = 0
 
 
-async def fan_out(frame: Frame, members: Iterable[Member]) -> BroadcastResult:
-    """Queue one frame for all members.
+class FanOut:
+    """Hands frames to the outboxes of many connections.
 
-    No client is waited for. When outboxes of clients that read fill up, the event loop gets a few turns, so that their
-    writers can work even if the caller sends in a loop without any pause. Cancelling at that point loses nothing:
-    everything is queued.
-
-    Raises:
-        BroadcastFailedError: There were members and it could be queued for none.
+    All clients get broadcasts in the same order: one that has to give way to the event loop half-way holds up those
+    that come after it, and only those.
     """
-    result = BroadcastResult()
-    pressed: list[Member] = []
-    for member in members:
-        result.total += 1
-        if member.enqueue(frame):
-            result.succeeded += 1
-            if member.under_pressure():
+
+    def __init__(self, turns: Turns, totals: Totals) -> None:
+        self._turns = turns
+        self._totals = totals
+        self._one_after_the_other = asyncio.Lock()
+
+    async def send(
+        self, frame: Frame, groups: Iterable[Sequence[Member]], excluded: Collection[str] = ()
+    ) -> BroadcastResult:
+        """Queue one frame for all members of all groups.
+
+        No client is waited for. The event loop gets a turn between two groups when it has been held for long, and
+        when outboxes of clients that read fill up, so that their writers can work even if the caller sends in a loop
+        without any pause. Cancelling loses nothing: what is not queued yet is queued at once.
+
+        Args:
+            frame: What to send.
+            groups: Whom to send it to, in parts of a size that may be handled at one go.
+            excluded: Connection ids that do not get it.
+
+        Raises:
+            BroadcastFailedError: There were members and it could be queued for none.
+        """
+        result = BroadcastResult()
+        pressed: list[Member] = []
+        async with self._one_after_the_other:
+            hold = HoldTimer()
+            rest = iter(groups)
+            for group in rest:
+                self._queue(frame, group, excluded, result, pressed)
+                if hold.held_long():
+                    try:
+                        await hold.let_go()
+                    except asyncio.CancelledError:
+                        for late in rest:
+                            self._queue(frame, late, excluded, result, pressed)
+                        raise
+        if result.total and result.failed == result.total:
+            raise BroadcastFailedError(result.total)
+        if pressed:
+            await let_writers_work(pressed)
+        elif self._turns.overdue():
+            await asyncio.sleep(0)
+        return result
+
+    def _queue(
+        self,
+        frame: Frame,
+        group: Sequence[Member],
+        excluded: Collection[str],
+        result: BroadcastResult,
+        pressed: list[Member],
+    ) -> None:
+        """Queue a frame for one group. Hot path: one call for each recipient, and nothing else for most of them."""
+        if excluded:
+            group = [member for member in group if member.connection_id not in excluded]
+        dropped_before = self._totals.messages_dropped
+        queued = Offered.QUEUED
+        unusual = [(member, offered) for member in group if (offered := member.outbox.offer(frame)) is not queued]
+        result.total += len(group)
+        result.succeeded += len(group)
+        if not unusual:
+            return
+        for member, offered in unusual:
+            if offered is Offered.PRESSED:
                 pressed.append(member)
-        else:
-            result.failed += 1
+                continue
             ending = member.ending
-            result.errors.append((member.client_id, ending.reason.value if ending else "not open"))
-    if result.total and result.failed == result.total:
-        raise BroadcastFailedError(result.total)
-    await let_writers_work(pressed)
-    return result
+            if offered is not Offered.REFUSED or (
+                ending is not None and ending.reason is DisconnectReason.SLOW_CONSUMER
+            ):
+                result.slow += 1
+            if offered is Offered.REFUSED:
+                result.succeeded -= 1
+                result.failed += 1
+                result.errors.append((member.client_id, ending.reason.value if ending else "not open"))
+            elif offered is Offered.DROPPED:
+                result.succeeded -= 1
+        result.dropped += self._totals.messages_dropped - dropped_before
 
 
-async def let_writers_work(pressed: list[Member]) -> None:
+async def let_writers_work(pressed: Sequence[Member]) -> None:
     """Give the event loop some turns, `MAX_TURNS` at most, while one of these members is under pressure."""
     for turn in range(MAX_TURNS if pressed else 0):
         await asyncio.sleep(0 if turn < MAX_TURNS // 2 else 0.001)
-        if not any(member.under_pressure() for member in pressed):
+        if not any(member.outbox.under_pressure() for member in pressed):
             break

@@ -18,6 +18,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub.member import Member
+from fastapi_ws_stabilizer.hub.turns import HoldTimer
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.wire.control import PING
 from fastapi_ws_stabilizer.wire.payload import Frame, encode
@@ -93,7 +94,10 @@ class Heartbeat:
             now: Time on the monotonic clock.
             late: Seconds by which this comes later than it was due.
         """
+        hold = HoldTimer()
         while self._heap and self._heap[0][0] <= now:
+            if hold.held_long():
+                break  # the timer is set anew at once: nobody is left out, and the loop gets a turn
             member: Member | None = heapq.heappop(self._heap)[2]
             if member is None:
                 continue
@@ -125,7 +129,7 @@ class Heartbeat:
 
     def _deadline(self, member: Member) -> float | None:
         pulse = member.pulse
-        enforced = pulse.answers if self._require_pong == "auto" else self._require_pong
+        enforced = pulse.answers or member.pings_by_protocol if self._require_pong == "auto" else self._require_pong
         if not enforced or pulse.awaiting_since is None:
             return None
         return pulse.awaiting_since + self._timeout
@@ -143,7 +147,9 @@ class Heartbeat:
 
     def _ping(self, member: Member, now: float) -> None:
         frame = self._constant
-        if frame is None:
+        if frame is PING and member.pings_by_protocol:
+            frame = None
+        elif frame is None:
             try:
                 frame = encode(self._payload(member.face))
             except Exception as error:  # the user's function or what it returned; the next beat tries again
@@ -152,8 +158,7 @@ class Heartbeat:
                 )
                 self._reports.bug(name, error, client_id=member.client_id, connection_id=member.connection_id)
                 return
-        if member.enqueue_if_room(frame):  # a full outbox is under its own watch; a ping would prove nothing there
-            member.pulse.pinged(now)
+        if member.ping(frame, now):  # a client that takes nothing is under another watch; a ping would prove nothing
             self._reports.totals.pings_sent += 1
 
     def _push(self, member: Member, due: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
@@ -9,12 +10,42 @@ from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 
+class Offered(Enum):
+    """What became of a frame that was offered to an outbox."""
+
+    QUEUED = "queued"
+    """It will be sent."""
+    PRESSED = "pressed"
+    """It will be sent; more than half of the outbox is used, and its client seems to read."""
+    SLOW = "slow"
+    """It will be sent; more than half of the outbox is used, or older messages had to go, and its client lags."""
+    DROPPED = "dropped"
+    """It was left out, as `outbox_overflow="drop_newest"` says."""
+    REFUSED = "refused"
+    """The connection is over, or has just ended because its outbox was full."""
+
+
+class Mailbox(Protocol):
+    """Where what is meant for a connection waits to be sent. Nothing here waits."""
+
+    def offer(self, frame: Frame) -> Offered:
+        """Queue a frame, as far as the bounds and the policy for slow clients allow."""
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of it is used, and its client seems to read."""
+
+
 class Member(Protocol):
     """One connection, as the hub handles it. Nothing here waits."""
 
     connection_id: str
     client_id: str
+    shard: int
     pulse: Pulse
+
+    @property
+    def outbox(self) -> Mailbox:
+        """What waits to be sent to it."""
 
     @property
     def ending(self) -> Ending | None:
@@ -25,20 +56,18 @@ class Member(Protocol):
         """Whether we, not the client, are the reason that nothing is received."""
 
     @property
+    def pings_by_protocol(self) -> bool:
+        """Whether it can be sent ping frames, which every client answers by itself."""
+
+    @property
     def face(self) -> Any:
         """What user code knows the connection by."""
 
-    def enqueue(self, frame: Frame) -> bool:
-        """Queue a frame; `False` if the connection is over or has just ended because its outbox was full."""
-
-    def enqueue_if_room(self, frame: Frame) -> bool:
-        """Queue a frame that may be left out; `False` if there is no room."""
-
-    def under_pressure(self) -> bool:
-        """Whether more than half of the outbox is used, and its client seems to read."""
+    def ping(self, frame: Frame | None, now: float) -> bool:
+        """Send a heartbeat: this frame, or a ping frame of the protocol; `False` if there is no room for it."""
 
     def has_backlog(self) -> bool:
-        """Whether something waits to be sent."""
+        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """Begin its end; `False` if it has begun already."""

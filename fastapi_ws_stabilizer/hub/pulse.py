@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+from typing import Final
+
+_payload: Final = struct.Struct("!d").pack
+
 
 class Pulse:
     """When a client was last heard, and what it owes us.
@@ -37,6 +42,18 @@ class Pulse:
         # answered at all.
         if self._ping_sent is None or not self.answers:
             self._ping_sent = now
+
+    def pinged_by_protocol(self, now: float) -> bytes:
+        """A ping frame is being sent; return its payload, by which its pong is known."""
+        if self.awaiting_since is None:
+            self.awaiting_since = now
+        self._ping_sent = now
+        return _payload(now)
+
+    def ponged_by_protocol(self, payload: bytes, now: float) -> None:
+        """A pong frame has come in. One that answers no open ping says no more than that the client lives."""
+        if self._ping_sent is not None and payload == _payload(self._ping_sent):
+            self.ponged(now)
 
     def ponged(self, now: float) -> None:
         """A pong has come in."""

@@ -1,4 +1,4 @@
-"""Who is connected: by connection id, and by client id.
+"""Who is connected: by connection id, by client id, and by shard.
 
 Everything that ends, replaces or removes a connection looks it up by its own connection id, so that the end of an old
 connection can never touch a newer one of the same client.
@@ -6,7 +6,8 @@ connection can never touch a newer one of the same client.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from fastapi_ws_stabilizer.hub.member import Member
@@ -15,26 +16,45 @@ M = TypeVar("M", bound=Member)
 
 
 class Registry(Generic[M]):
-    """The open connections of one manager."""
+    """The open connections of one manager.
 
-    __slots__ = ("_by_client", "_by_id")
+    Args:
+        num_shards: Into how many parts they are divided, for work that is done part by part.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_by_client", "_by_id", "_numbers", "_shards")
+
+    def __init__(self, num_shards: int = 1) -> None:
         self._by_id: dict[str, M] = {}
-        self._by_client: dict[str, dict[str, M]] = {}
+        self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only where a client has several connections
+        self._shards: tuple[dict[str, M], ...] = tuple({} for _ in range(num_shards))
+        self._numbers = itertools.count()
+
+    def next_shard(self) -> int:
+        """The shard for a new connection: in turn, so that all have the same size."""
+        return next(self._numbers) % len(self._shards)
 
     def add(self, member: M) -> None:
         """Add a connection."""
         self._by_id[member.connection_id] = member
-        self._by_client.setdefault(member.client_id, {})[member.connection_id] = member
+        self._shards[member.shard][member.connection_id] = member
+        known = self._by_client.get(member.client_id)
+        if known is None:
+            self._by_client[member.client_id] = member
+        elif isinstance(known, dict):
+            known[member.connection_id] = member
+        else:
+            self._by_client[member.client_id] = {known.connection_id: known, member.connection_id: member}
 
     def remove(self, member: M) -> None:
         """Remove a connection; nothing happens if it is not there."""
         if self._by_id.pop(member.connection_id, None) is None:
             return
-        siblings = self._by_client[member.client_id]
-        del siblings[member.connection_id]
-        if not siblings:
+        del self._shards[member.shard][member.connection_id]
+        known = self._by_client[member.client_id]
+        if isinstance(known, dict) and len(known) > 1:
+            del known[member.connection_id]
+        else:
             del self._by_client[member.client_id]
 
     def get(self, connection_id: str) -> M | None:
@@ -43,11 +63,20 @@ class Registry(Generic[M]):
 
     def of_client(self, client_id: str) -> list[M]:
         """All connections of a client, oldest first."""
-        return list(self._by_client.get(client_id, {}).values())
+        known = self._by_client.get(client_id)
+        if known is None:
+            return []
+        return list(known.values()) if isinstance(known, dict) else [known]
 
     def client_ids(self) -> list[str]:
         """The connected clients, each once, in the order in which they came."""
         return list(self._by_client)
+
+    def shards(self) -> Iterator[Sequence[M]]:
+        """All connections, shard by shard; connections may come and go while this is read."""
+        for shard in self._shards:
+            if shard:
+                yield tuple(shard.values())
 
     def __iter__(self) -> Iterator[M]:
         """All connections, oldest first; connections may come and go while this is read."""

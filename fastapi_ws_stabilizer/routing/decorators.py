@@ -68,6 +68,42 @@ class EventDecorators:
         """
         return self._decorate("error", hook)
 
+    @overload
+    def on_slow(self, hook: F, /) -> F: ...
+    @overload
+    def on_slow(self, /) -> Callable[[F], F]: ...
+    def on_slow(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a client does not keep up: `hook(ws, how)`, with a `SlowClient`.
+
+        Told once when it begins to lag, once when messages to it are dropped, and once when it is disconnected for it,
+        until it has caught up. `ws.queued_messages` and `ws.dropped_messages` say how bad it is. Nobody waits for it.
+        """
+        return self._decorate("slow", hook)
+
+    @overload
+    def on_join(self, hook: F, /) -> F: ...
+    @overload
+    def on_join(self, /) -> Callable[[F], F]: ...
+    def on_join(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a client has come to a room: `hook(room, who)`, with a `Room` and a `Presence`.
+
+        Told once for a client, however many connections it has. In one room, hooks are called one after the other, in
+        the order in which clients came and went.
+        """
+        return self._decorate("join", hook)
+
+    @overload
+    def on_leave(self, hook: F, /) -> F: ...
+    @overload
+    def on_leave(self, /) -> Callable[[F], F]: ...
+    def on_leave(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a client has gone from a room: `hook(room, who)`, with a `Room` and a `Presence`.
+
+        Told when its last connection has left by `ws.leave`, has said goodbye, or was closed by the application; where
+        a connection broke, after `presence_grace`, unless the client is back by then.
+        """
+        return self._decorate("leave", hook)
+
     def _decorate(self, event: str, hook: Callable[..., Any] | None) -> Any:
         def register(function: F) -> F:
             self._hooks.add(event, function)

@@ -11,13 +11,24 @@ from typing import Any, Final
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
+from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
-HOOK_ARGUMENTS: Final = {"handshake": 1, "connect": 1, "disconnect": 2, "error": 2}
-"""How many arguments a hook of each event gets at most. A function that takes fewer gets the first ones."""
+HOOK_SHAPES: Final = {
+    "handshake": ("the socket",),
+    "connect": ("the socket",),
+    "disconnect": ("the socket", "the reason"),
+    "error": ("the socket", "the error"),
+    "slow": ("the socket", "a SlowClient"),
+    "join": ("the room", "a Presence"),
+    "leave": ("the room", "a Presence"),
+}
+"""What a hook of each event gets. A function that takes fewer arguments gets the first ones."""
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -87,7 +98,7 @@ class Hooks:
         self._reports = reports
         self._limit = limit
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
-        self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_ARGUMENTS}
+        self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_SHAPES}
 
     def add(self, event: str, function: Callable[..., Any]) -> None:
         """Register a function for an event.
@@ -95,9 +106,13 @@ class Hooks:
         Raises:
             TypeError: It cannot be called with what the event gives.
         """
-        most = HOOK_ARGUMENTS[event]
-        shape = {1: "the socket", 2: "the socket and the " + ("reason" if event == "disconnect" else "error")}[most]
-        self._hooks[event].append(Hook(function, check_parameters(function, f"on_{event}", most, shape)))
+        shape = HOOK_SHAPES[event]
+        arguments = check_parameters(function, f"on_{event}", len(shape), " and ".join(shape))
+        self._hooks[event].append(Hook(function, arguments))
+
+    def has(self, *events: str) -> bool:
+        """Whether a function is registered for one of these events."""
+        return any(self._hooks[event] for event in events)
 
     async def handshake(self, socket: StableSocket) -> None:
         """Run the handshake hooks; what one raises refuses the connection."""
@@ -121,22 +136,32 @@ class Hooks:
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the disconnect hooks, all of them, even if one fails or hangs."""
-        for hook in self._hooks["disconnect"]:
+        await self._all("disconnect", socket, socket, reason)
+
+    def slow(self, socket: StableSocket, how: SlowClient) -> None:
+        """Start the hooks for a client that has become slow. Nobody waits for them."""
+        if self._hooks["slow"]:
+            self._tasks.spawn(self._all("slow", socket, socket, how), name="ws-slow-hooks")
+
+    async def presence(self, event: str, room: Room, who: Presence) -> None:
+        """Run the hooks for a client that has joined or left a room, all of them, even if one fails or hangs."""
+        await self._all(event, None, room, who)
+
+    async def _all(self, event: str, socket: StableSocket | None, *args: Any) -> None:
+        facts: dict[str, Any] = (
+            {"room": args[0].name}
+            if socket is None
+            else {"client_id": socket.client_id, "connection_id": socket.connection_id}
+        )
+        for hook in self._hooks[event]:
             try:
-                await self._within_limit(hook, socket, reason)
+                await self._within_limit(hook, *args)
             except BroadcastFailedError as error:
-                self._reports.tell(
-                    "broadcast_failed",
-                    logging.WARNING,
-                    client_id=socket.client_id,
-                    connection_id=socket.connection_id,
-                    recipients=error.total,
-                )
+                self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
             except Exception as error:
-                self._reports.bug(
-                    "disconnect_hook_failed", error, client_id=socket.client_id, connection_id=socket.connection_id
-                )
-                await self.error(socket, error)
+                self._reports.bug(f"{event}_hook_failed", error, **facts)
+                if socket is not None:
+                    await self.error(socket, error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
         """Run the error hooks, all of them, even if one fails or hangs."""

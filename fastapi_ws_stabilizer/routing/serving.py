@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,16 +17,20 @@ from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.parts import Parts
+from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import DuplicateClientError, ShutdownError, SocketClosed, socket_closed
+from fastapi_ws_stabilizer.hub.delivery import Delivery
 from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
-from fastapi_ws_stabilizer.hub.registry import Registry
+from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
-_own: contextvars.ContextVar[Mapping[str, Connection]] = contextvars.ContextVar("own_connections")
+_Own = tuple[str, Connection, Any]
+_own: contextvars.ContextVar[_Own | None] = contextvars.ContextVar("own_connections", default=None)
 """The connections that the current task has opened, by client id. Replaced, never changed."""
 
 
@@ -35,7 +40,7 @@ class Serving:
     Made for one event loop.
 
     Attributes:
-        registry: The open connections.
+        delivery: Who is connected, in which rooms, and how they are reached.
         unfinished: The open connections and those whose end is still being worked on.
         closing: Whether no more connections are taken.
     """
@@ -46,13 +51,32 @@ class Serving:
         self._hooks = hooks
         self._dispatcher = dispatcher
         self._tasks = TaskSet(self._task_failed)
-        self._parts = Parts(
-            config, reports, self._tasks, left=self._left, disconnected=hooks.disconnect, failed=hooks.error
+        turns = Turns(config.num_shards, reports)
+        self.delivery: Delivery[Connection] = Delivery(
+            config,
+            reports,
+            turns,
+            self._tasks,
+            joined=functools.partial(self._presence, "join"),
+            left=functools.partial(self._presence, "leave"),
+            wanted=functools.partial(hooks.has, "join", "leave"),
         )
-        self.closing = False
-        self.registry: Registry[Connection] = Registry()
+        self.registry = self.delivery.registry
         self.heartbeat = Heartbeat(config, reports)
         self.unfinished: set[Connection] = set()
+        self.closing = False
+        self._parts = Parts(
+            config,
+            reports,
+            self._tasks,
+            turns,
+            next_shard=self.registry.next_shard,
+            left=self._left,
+            finished=self.unfinished.discard,
+            disconnected=hooks.disconnect,
+            slow=hooks.slow,
+            failed=hooks.error,
+        )
 
     # ── opening ──
 
@@ -69,7 +93,7 @@ class Serving:
         connection = Connection(
             websocket, client_id, self._parts, control_frames=control_frames, endpoint=Endpoint(cancellable=True)
         )
-        connection.face = StableSocket(connection, self._run, identity=identity)
+        connection.face = StableSocket(connection, self, identity=identity)
         try:
             await self._hooks.handshake(connection.face)
         except Exception as error:
@@ -79,6 +103,7 @@ class Serving:
             raise HTTPException(500) from error
         if self.closing:
             raise ShutdownError
+        connection.before_accept()
         await websocket.accept()
         try:
             await self._enter(connection)
@@ -110,7 +135,7 @@ class Serving:
             control_frames=True,
             endpoint=Endpoint(cancellable=stack is not None),
         )
-        connection.face = StableSocket(connection, self._run, metadata=metadata)
+        connection.face = StableSocket(connection, self, metadata=metadata)
         task = asyncio.current_task()
         if stack is not None:
 
@@ -137,10 +162,9 @@ class Serving:
 
     async def _enter(self, connection: Connection) -> None:
         # Child tasks and hooks inherit it, so that they too mean this connection by its client id.
-        _own.set({**_own.get({}), connection.client_id: connection})
-        connection.open()
+        _own.set((connection.client_id, connection, _own.get()))
         self.unfinished.add(connection)
-        connection.finished.add_done_callback(lambda _: self.unfinished.discard(connection))
+        connection.open()
         older = self.registry.of_client(connection.client_id)
         if older and self._config.on_duplicate is DuplicatePolicy.REJECT:
             error = DuplicateClientError(connection.client_id)
@@ -171,8 +195,26 @@ class Serving:
     def _closed(self, connection: Connection) -> SocketClosed:
         return socket_closed(connection.ending or ending(DisconnectReason.COMPLETED))
 
-    async def _run(self, socket: StableSocket, concurrency: int) -> None:
+    # ── what sockets ask for ──
+
+    async def run(self, socket: StableSocket, concurrency: int) -> None:
+        """Hand every message of a socket to the handlers."""
         await self._dispatcher.run(socket._connection, concurrency)
+
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+        """Let a connection into a room."""
+        return self.delivery.join(connection, room, metadata)
+
+    def leave_room(self, connection: Connection, room: str) -> bool:
+        """Take a connection out of a room."""
+        return self.delivery.leave(connection, room)
+
+    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
+        """The rooms that a connection is in."""
+        return self.delivery.rooms.of(connection)
+
+    async def _presence(self, event: str, who: Presence) -> None:
+        await self._hooks.presence(event, Room(who.room, self.delivery), who)
 
     # ── ending ──
 
@@ -217,15 +259,18 @@ class Serving:
         return True
 
     def _left(self, connection: Connection) -> None:
-        self.registry.remove(connection)
+        self.delivery.remove(connection)
         self.heartbeat.remove(connection)
 
     def own_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
-        connection = _own.get({}).get(client_id)
-        if connection is None or not connection.belongs_to(self._parts):
+        own = _own.get()
+        while own is not None and own[0] != client_id:
+            own = own[2]
+        if own is None or not own[1].belongs_to(self._parts):
             return None
-        if connection.finished.done() and connection.endpoint.tracked:
+        connection = own[1]
+        if connection.is_finished and connection.endpoint.tracked:
             return None  # its endpoint is over: this is a task that outlives it, and means whoever is connected now
         return connection
 
@@ -237,6 +282,7 @@ class Serving:
     async def stop(self) -> None:
         """Let go of the heartbeat and of tasks that are left over."""
         self.heartbeat.stop()
+        self.delivery.stop()
         left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
         if left_out:  # their time is over, but nobody's disconnect goes untold
             hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]

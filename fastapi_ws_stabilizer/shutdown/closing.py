@@ -36,9 +36,9 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
     everyone = list(connections)
     ours = [connection for connection in everyone if connection.end(DisconnectReason.SERVER_SHUTDOWN)]
     await wait_for_all([connection.finished for connection in everyone], timeout)
-    late = [connection for connection in everyone if not connection.finished.done()]
+    late = [connection for connection in everyone if not connection.is_finished]
     for connection in late:
         connection.abort()
         connection.endpoint.cancel()
-    closed = sum(1 for connection in ours if connection.finished.done())
+    closed = sum(1 for connection in ours if connection.is_finished)
     return ShutdownReport(closed, len(late), monotonic() - started)

@@ -29,6 +29,10 @@ class Overview(BaseModel):
     messages_received: int = Field(description="Messages that came in, without control frames.")
     messages_sent: int = Field(description="Messages that the server took over, control frames included.")
     messages_discarded: int = Field(description="Messages whose connection ended before they were read or sent.")
+    messages_dropped: int = Field(description="Messages that were thrown away because their client is slow.")
+    messages_coalesced: int = Field(description="Messages in whose place a newer one was sent.")
+    slow_clients: dict[str, int] = Field(description="How often clients have become slow, by how slow.")
+    rooms: int = Field(description="Rooms that somebody is in.")
     bad_messages: int = Field(description="Messages that no handler could take.")
     broadcasts: int = Field(description="Broadcasts.")
     pings_sent: int = Field(description="Heartbeats.")
@@ -46,8 +50,10 @@ class ConnectionStats(BaseModel):
     rtt_seconds: float | None = Field(description="Last measured round trip; null before the first answered ping.")
     queued_messages: int
     queued_bytes: int
+    dropped_messages: int = Field(description="Messages that were thrown away because the client is slow.")
     unread_messages: int
     unread_bytes: int
+    rooms: list[str]
 
 
 class ConnectionPage(BaseModel):
@@ -90,6 +96,10 @@ async def overview(manager: Manager) -> Overview:
         messages_received=totals.messages_received,
         messages_sent=totals.messages_sent,
         messages_discarded=totals.messages_discarded,
+        messages_dropped=totals.messages_dropped,
+        messages_coalesced=totals.messages_coalesced,
+        slow_clients=dict(totals.slow_clients),
+        rooms=len(manager.get_rooms()),
         bad_messages=totals.bad_messages,
         broadcasts=totals.broadcasts,
         pings_sent=totals.pings_sent,
@@ -137,6 +147,8 @@ def _connection_stats(socket: StableSocket) -> ConnectionStats:
         rtt_seconds=socket.rtt,
         queued_messages=socket.queued_messages,
         queued_bytes=socket.queued_bytes,
+        dropped_messages=socket.dropped_messages,
         unread_messages=socket.unread_messages,
         unread_bytes=socket.unread_bytes,
+        rooms=list(socket.rooms),
     )

@@ -15,10 +15,10 @@ from fastapi_ws_stabilizer.wire.payload import Frame, encode_json
 
 MAX_CONTROL_CHARS: Final = 64
 
-PING: Final = Frame('{"type":"ping"}', None, 15)
+PING: Final = Frame('{"type":"ping"}')
 """The server's heartbeat."""
 
-_TEXT_PONG: Final = Frame("pong", None, 4)
+_TEXT_PONG: Final = Frame("pong")
 _KEYS: Final = {"type", "ts"}
 
 

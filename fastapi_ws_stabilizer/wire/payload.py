@@ -8,44 +8,115 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.wire.compression import deflate
+from fastapi_ws_stabilizer.wire.framing import BINARY, TEXT, frame_bytes
 
 
 class Frame:
     """One encoded message: text or bytes, and its size on the wire before compression.
 
-    A broadcast makes one and hands it to every outbox.
+    A broadcast makes one and hands it to every outbox. What a kind of client needs of it is made when the first such
+    client gets it, and kept for the others: the string for a plain ASGI server, the framed bytes, and the compressed
+    ones for each size of window.
+
+    Attributes:
+        binary: Whether it travels in a binary frame.
+        size: Bytes of its payload.
+        key: What a newer message must have in common with this one to take its place in an outbox.
     """
 
-    __slots__ = ("data", "size", "text")
+    __slots__ = ("_compressed", "_framed", "_payload", "_text", "binary", "key", "size")
 
-    def __init__(self, text: str | None, data: bytes | None, size: int) -> None:
-        self.text = text
-        self.data = data
-        self.size = size
+    def __init__(self, payload: str | bytes, *, binary: bool = False, size: int | None = None, key: Any = None) -> None:
+        self._text: str | None = payload if isinstance(payload, str) else None
+        self._payload: bytes | None = payload if isinstance(payload, bytes) else None
+        self.binary = binary
+        self.size = len(payload) if size is None else size
+        self.key = key
+        self._framed: bytes | None = None
+        self._compressed: dict[int, bytes] | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The text; `None` if it is binary."""
+        if self.binary:
+            return None
+        if self._text is None:
+            self._text = self.payload.decode("utf-8")
+        return self._text
+
+    @property
+    def data(self) -> bytes | None:
+        """The bytes of a binary message; `None` if it is text."""
+        return self._payload if self.binary else None
+
+    @property
+    def payload(self) -> bytes:
+        """What travels inside the frame."""
+        if self._payload is None:
+            self._payload = (self._text or "").encode("utf-8")
+        return self._payload
 
     def message(self) -> dict[str, Any]:
         """The ASGI message that sends this frame. Made anew each time: a middleware may change what it is given."""
-        if self.text is not None:
-            return {"type": "websocket.send", "text": self.text}
-        return {"type": "websocket.send", "bytes": self.data}
+        if self.binary:
+            return {"type": "websocket.send", "bytes": self._payload}
+        return {"type": "websocket.send", "text": self.text}
+
+    def framed(self) -> bytes:
+        """The frame as it stands on the wire, uncompressed."""
+        if self._framed is None:
+            self._framed = frame_bytes(BINARY if self.binary else TEXT, self.payload)
+        return self._framed
+
+    def compressed(self, window_bits: int, min_bytes: int) -> bytes:
+        """The frame as it stands on the wire, compressed for clients with windows of this size.
+
+        Args:
+            window_bits: Base-2 logarithm of the window, 9 to 15.
+            min_bytes: A payload below this, and one that compression makes no smaller, stays as it is.
+        """
+        if self.size < min_bytes:
+            return self.framed()
+        if self._compressed is None:
+            self._compressed = {}
+        known = self._compressed.get(window_bits)
+        if known is None:
+            small = deflate(self.payload, window_bits)
+            known = (
+                frame_bytes(BINARY if self.binary else TEXT, small, compressed=True)
+                if len(small) < self.size
+                else self.framed()
+            )
+            self._compressed[window_bits] = known
+        return known
 
 
-def encode(message: Any) -> Frame:
+def encode(message: Any, key: Any = None) -> Frame:
     """Encode anything that can be sent.
 
     `str` becomes a text frame as it is, bytes a binary frame, and everything else JSON in a text frame: pydantic
     models, dicts, lists, dataclasses, with datetimes, UUIDs, decimals and enums inside. NaN and infinities, which JSON
     does not have, become `null`, as in JavaScript.
 
+    Args:
+        message: What to encode.
+        key: Its `coalesce_key`, if a newer message may take its place.
+
     Raises:
         MessageEncodeError: The message cannot be encoded.
+        TypeError: The key cannot be hashed.
     """
     if isinstance(message, str):
-        return _text(message)
-    if isinstance(message, (bytes, bytearray, memoryview)):
-        data = bytes(message)
-        return Frame(None, data, len(data))
-    return encode_json(message)
+        frame = _text(message)
+    elif isinstance(message, (bytes, bytearray, memoryview)):
+        frame = Frame(bytes(message), binary=True)
+    else:
+        frame = encode_json(message)
+    if key is not None:
+        hash(key)  # now, at the caller, and not in the middle of a broadcast
+        frame.key = key
+    return frame
 
 
 def encode_json(message: Any) -> Frame:
@@ -57,21 +128,23 @@ def encode_json(message: Any) -> Frame:
     try:
         if isinstance(message, BaseModel):
             return _text(message.model_dump_json())
-        data = to_json(message, inf_nan_mode="null")
-        return Frame(data.decode("utf-8"), None, len(data))
+        return Frame(to_json(message, inf_nan_mode="null"))
     except ValueError as error:  # pydantic's errors are ValueErrors, and so is a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
 
 
 def _text(text: str) -> Frame:
     if text.isascii():
-        return Frame(text, None, len(text))
+        return Frame(text)
     try:
-        return Frame(text, None, len(text.encode("utf-8")))
+        payload = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MessageEncodeError(
             f"the text cannot be sent: character {error.start} is half of a surrogate pair"
         ) from error
+    frame = Frame(text, size=len(payload))
+    frame._payload = payload
+    return frame
 
 
 CLOSE: Final = "websocket.close"

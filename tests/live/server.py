@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 QUICK = {"disconnect_grace": 0.5, "heartbeat_interval": 1000}
 """Options of the test apps where a test names no others: no waiting at the end, no pings among the messages."""
 
-UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets")
+UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets", "uvicorn-stable")
 SERVERS = (*UVICORN, "hypercorn", "granian")
 
 
@@ -96,7 +96,11 @@ class LiveServer:
             return ["granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", port, "--workers", "1", app]
         if self._auto:
             return ["uvicorn", app, "--port", port]
-        implementation = {"sansio": "websockets-sansio"}.get(self.kind.split("-")[1], self.kind.split("-")[1])
+        implementation = self.kind.removeprefix("uvicorn-")
+        implementation = {
+            "sansio": "websockets-sansio",
+            "stable": "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol",
+        }.get(implementation, implementation)
         return ["uvicorn", app, "--port", port, "--ws", implementation]
 
     def __enter__(self) -> LiveServer:

@@ -12,18 +12,18 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.live.raw import RawClient, idle_cutting_proxy
-from tests.live.server import SERVERS, LiveServer, until
+from tests.live.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
 NO_SERVER_PINGS = {
     "granian": (),
     "hypercorn": (),
-    **dict.fromkeys(("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"), ("--ws-ping-interval", "0")),
+    **dict.fromkeys(UVICORN, ("--ws-ping-interval", "0")),
 }
 
 
-@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
+@pytest.mark.parametrize("kind", UVICORN)
 async def test_a_client_whose_handler_is_busy_stays_connected(serve: Serve, kind: str) -> None:
     """With server pings of 1 s + 1 s a handler may work for 6 s while a second message waits."""
     server = serve(kind, args=("--ws-ping-interval", "1", "--ws-ping-timeout", "1"))

@@ -12,8 +12,11 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Report, Reports
@@ -49,7 +52,10 @@ class Bench:
     heard: Heard = field(default_factory=Heard)
     reports: Reports = field(default_factory=Reports)
     left: list[Connection] = field(default_factory=list)
+    finished: list[Connection] = field(default_factory=list)
+    slow: list[SlowClient] = field(default_factory=list)
     disconnected: list[DisconnectReason] = field(default_factory=list)
+    rooms: list[str] = field(default_factory=list)
     failed: list[BaseException] = field(default_factory=list)
     task_failures: list[BaseException] = field(default_factory=list)
     on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]] | None = None
@@ -67,13 +73,17 @@ class Bench:
             self.config,
             self.reports,
             self.tasks,
+            Turns(1, self.reports),
+            next_shard=lambda: 0,
             left=self.left.append,
+            finished=self.finished.append,
             disconnected=self._disconnected,
+            slow=lambda _, how: self.slow.append(how),
             failed=self._failed,
         )
         endpoint = Endpoint(cancellable=cancellable)
         self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
-        socket = StableSocket(self.connection, self._dispatch)
+        socket = StableSocket(self.connection, self)
         self.connection.face = socket
         if accept:
             self.connection.open()
@@ -87,8 +97,25 @@ class Bench:
     async def _failed(self, _: Any, error: BaseException) -> None:
         self.failed.append(error)
 
-    async def _dispatch(self, socket: StableSocket, concurrency: int) -> None:
+    async def run(self, socket: StableSocket, concurrency: int) -> None:
+        """Note what was to be dispatched."""
         self.dispatched = (socket, concurrency)
+
+    def join(self, connection: Connection, room: str, metadata: Any) -> list[Presence]:
+        """Note who has joined."""
+        self.rooms.append(room)
+        return [Presence(connection.client_id, room, metadata or {}, 1, 0.0)]
+
+    def leave_room(self, connection: Connection, room: str) -> bool:
+        """Note who has left."""
+        if room not in self.rooms:
+            return False
+        self.rooms.remove(room)
+        return True
+
+    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
+        """The rooms that were joined."""
+        return tuple(self.rooms)
 
 
 @pytest.fixture

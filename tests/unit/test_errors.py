@@ -19,6 +19,7 @@ ERRORS = [
     errors.ConcurrentReceiveError(),
     errors.MessageEncodeError("a set cannot be sent"),
     errors.MessageFormatError("not JSON"),
+    errors.RoomLimitError("lobby", 100),
     errors.BroadcastFailedError(3),
     errors.ShutdownError(),
     errors.ManagerNotFoundError(),

@@ -161,10 +161,10 @@ async def test_a_full_outbox_ends_the_connection(bench: Any) -> None:
     assert connection.enqueue(encode("sending"))
     await b.server.until(lambda: len(b.server.offered) == 2)
     assert connection.enqueue(encode("1"))
-    assert not connection.under_pressure()
+    assert not connection.outbox.under_pressure()
     assert connection.enqueue(encode("2"))
-    assert connection.under_pressure()
-    assert not connection.enqueue_if_room(encode("may be left out"))
+    assert connection.outbox.under_pressure()
+    assert not connection.outbox.put(encode("may be left out"))
     assert connection.ending is None
     assert not connection.enqueue(encode("3"))
     assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
@@ -191,7 +191,7 @@ async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: 
 
 async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
     b = bench(send_timeout=60)
     aborted = transport_of(b.server)
     closing: list[bool] = []

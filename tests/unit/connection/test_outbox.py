@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection.outbox import Outbox, OutboxLimits, SlowClient
+from fastapi_ws_stabilizer.hub.slots import Slots
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
@@ -27,18 +32,37 @@ class Owner:
         self.failures: list[Exception] = []
         self.discarded = 0
         self.outbox: Outbox | None = None
+        self.dropped_messages = 0
+        self.coalesced_messages = 0
+        self.told: list[SlowClient | str] = []
 
-    def sent(self) -> None:
-        """Count a message that was taken."""
-        self.taken += 1
+    def sent(self, count: int) -> None:
+        """Count messages that were taken."""
+        self.taken += count
+
+    def dropped(self, count: int) -> None:
+        """Count messages that were thrown away."""
+        self.dropped_messages += count
+
+    def coalesced(self) -> None:
+        """Count messages in whose place a newer one came."""
+        self.coalesced_messages += 1
+
+    def slow(self, how: SlowClient) -> None:
+        """Keep how slow the client has become."""
+        self.told.append(how)
+
+    def caught_up(self) -> None:
+        """Keep that it has caught up."""
+        self.told.append("caught up")
 
     def send_stuck(self) -> None:
         """Count a send that made no progress."""
         self.stuck += 1
 
-    def unsent(self) -> None:
-        """Count a message that the server was given and did not take."""
-        self.discarded += 1
+    def unsent(self, count: int) -> None:
+        """Count messages that the server was given and did not take."""
+        self.discarded += count
 
     unflushed: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
 
@@ -50,7 +74,7 @@ class Owner:
         """Count a send that waits."""
         self.waits += 1
 
-    async def send_failed(self, error: Exception) -> None:
+    def send_failed(self, error: Exception) -> None:
         """Keep the failure and let the outbox go, as a connection does."""
         self.failures.append(error)
         if self.outbox is not None:
@@ -60,21 +84,43 @@ class Owner:
 class Post:
     """An outbox with its owner and its server."""
 
-    def __init__(self, max_messages: int = 3, max_bytes: int = 1000, send_timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        max_messages: int = 3,
+        max_bytes: int = 1000,
+        send_timeout: float = 5.0,
+        *,
+        by_hand: bool = True,
+        max_sends: int = 100,
+    ) -> None:
+        self.by_hand = by_hand
+        self.sends = Slots(max_sends)
         self.server = FakeServer()
         self.owner = Owner()
         self.tasks = TaskSet(lambda _, error: None)
-        self.outbox = Outbox(
-            self.server.send,
-            self.owner,
-            self.tasks,
-            name="ws-writer-test",
-            max_messages=max_messages,
-            max_bytes=max_bytes,
-            send_timeout=send_timeout,
-        )
+        self.outbox = self.make(max_messages=max_messages, max_bytes=max_bytes, send_timeout=send_timeout)
         self.owner.outbox = self.outbox
         self.outbox.open()
+
+    def make(self, *, max_messages: int, max_bytes: int, send_timeout: float, **config: Any) -> AsgiOutbox:
+        """An outbox that is not open yet."""
+        limits = OutboxLimits(
+            WebSocketConfig(
+                outbox_max_messages=max_messages, outbox_max_bytes=max_bytes, send_timeout=send_timeout, **config
+            )
+        )
+        return AsgiOutbox(
+            self.owner,
+            limits,
+            Turns(1, Reports()),
+            0,
+            send=self.server.send,
+            by_hand=self.by_hand,
+            tasks=self.tasks,
+            name="ws-writer-test",
+            sends=self.sends,
+            closes=Slots(100),
+        )
 
     def waiting(self, text: str) -> asyncio.Future[bool]:
         """Start to put a message that waits for room."""
@@ -116,11 +162,13 @@ async def test_messages_go_out_in_their_order(post: Any) -> None:
 
 
 async def test_an_empty_outbox_owns_no_task(post: Any) -> None:
-    """The writer exists only while there is something to send."""
+    """A task exists only while a send waits."""
     p = post()
-    assert len(p.tasks) == 0
+    p.server.block()
     p.outbox.put(encode("a"))
-    assert len(p.tasks) == 1
+    assert len(p.tasks) == 0
+    await eventually(lambda: len(p.tasks) == 1)
+    p.server.release()
     await eventually(lambda: len(p.tasks) == 0)
     assert p.server.data == ["a"]
     p.outbox.put(encode("b"))
@@ -130,7 +178,7 @@ async def test_an_empty_outbox_owns_no_task(post: Any) -> None:
 async def test_an_outbox_that_is_not_open_takes_nothing(post: Any) -> None:
     """Before the connection is open nothing can be queued."""
     p = post()
-    closed = Outbox(p.server.send, p.owner, p.tasks, name="x", max_messages=1, max_bytes=1, send_timeout=1)
+    closed = p.make(max_messages=1, max_bytes=1, send_timeout=1)
     assert not closed.put(encode("a"))
     assert not await closed.put_wait(encode("a"))
 
@@ -386,7 +434,7 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
 
 async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.02)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.unflushed = list(range(20, 0, -1))
     await p.stuck_with("sending")
@@ -397,7 +445,7 @@ async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: 
 
 async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a send waits the owner can look at its transport, long before `send_timeout`."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox._LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
     p = post(send_timeout=5)
     await p.stuck_with("sending")
     await eventually(lambda: p.owner.waits >= 2)
@@ -419,11 +467,13 @@ async def test_a_slow_client_that_makes_progress_is_not_stuck(post: Any) -> None
 
 
 async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
-    """Some time after the last message the outbox owns no timer either."""
+    """Some time after a send has waited the outbox owns no timer either."""
     p = post(send_timeout=0.02)
+    p.server.block()
     p.outbox.put(encode("a"))
+    await eventually(lambda: p.outbox._watch is not None)
+    p.server.release()
     await eventually(lambda: p.owner.taken == 1)
-    assert p.outbox._watch is not None
     await eventually(lambda: p.outbox._watch is None)
     assert p.owner.stuck == 0
 

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.wire.payload import Frame
 
@@ -21,32 +22,50 @@ class FakeMember:
         takes: Whether it can be queued for at all.
     """
 
-    def __init__(self, client_id: str = "ann", *, takes: bool = True, room: bool = True, pressed: bool = False) -> None:
+    def __init__(
+        self, client_id: str = "ann", *, takes: bool = True, room: bool = True, pressed: bool = False, shard: int = 0
+    ) -> None:
         self.connection_id = f"connection-{next(_numbers)}"
         self.client_id = client_id
+        self.shard = shard
         self.pulse = Pulse(0.0)
         self.ending: Ending | None = None
         self.reading_paused = False
+        self.pings_by_protocol = False
         self.face: Any = f"face of {self.connection_id}"
         self.frames: list[Frame] = []
+        self.protocol_pings: list[bytes] = []
         self.takes = takes
         self.room = room
         self.pressed = pressed
         self.backlog = False
+        self.verdict = Offered.QUEUED
 
-    def enqueue(self, frame: Frame) -> bool:
+    @property
+    def outbox(self) -> FakeMember:
+        """It is its own outbox."""
+        return self
+
+    def offer(self, frame: Frame) -> Offered:
         """Queue a frame, or end as a connection whose outbox is full."""
         if not self.takes:
             self.end(DisconnectReason.SLOW_CONSUMER)
-            return False
+            return Offered.REFUSED
+        if self.verdict is Offered.DROPPED:
+            return self.verdict
         self.frames.append(frame)
-        return True
+        return Offered.PRESSED if self.pressed else self.verdict
 
-    def enqueue_if_room(self, frame: Frame) -> bool:
-        """Queue a frame that may be left out."""
-        if self.room:
+    def ping(self, frame: Frame | None, now: float) -> bool:
+        """Send a heartbeat, if there is room."""
+        if not self.room:
+            return False
+        if frame is None:
+            self.protocol_pings.append(self.pulse.pinged_by_protocol(now))
+        else:
             self.frames.append(frame)
-        return self.room
+            self.pulse.pinged(now)
+        return True
 
     def has_backlog(self) -> bool:
         """Whether something waits to be sent."""

@@ -7,9 +7,18 @@ import asyncio
 import pytest
 
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, fan_out
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
 from tests.unit.hub.fake_member import FakeMember
+
+
+async def fan_out(frame: Frame, members: list[FakeMember]) -> BroadcastResult:
+    """Send a frame to some members, in one go."""
+    reports = Reports()
+    return await FanOut(Turns(1, reports), reports.totals).send(frame, [members])
 
 
 async def test_everybody_gets_the_same_frame() -> None:
@@ -25,14 +34,14 @@ async def test_a_client_that_cannot_be_queued_for_is_counted_and_named() -> None
     """The result names each connection that could not be queued for, with the reason of its end."""
     ann, bob = FakeMember("ann"), FakeMember("bob", takes=False)
     result = await fan_out(encode("hi"), [ann, bob])
-    assert result == BroadcastResult(total=2, succeeded=1, failed=1, errors=[("bob", "slow_consumer")])
+    assert result == BroadcastResult(total=2, succeeded=1, failed=1, errors=[("bob", "slow_consumer")], slow=1)
     assert len(ann.frames) == 1
 
 
 async def test_a_client_that_is_not_open_yet_is_named_too() -> None:
     """A failure without an ending has a word as well."""
     ann, new = FakeMember("ann"), FakeMember("new")
-    new.enqueue = lambda frame: False  # type: ignore[method-assign]
+    new.offer = lambda frame: Offered.REFUSED  # type: ignore[method-assign]
     assert (await fan_out(encode("hi"), [ann, new])).errors == [("new", "not open")]
 
 

@@ -195,12 +195,13 @@ async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> Non
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
 
-    def answer_at_once(frame: Any) -> bool:
-        member.frames.append(frame)
-        asyncio.get_running_loop().call_soon(clock.pong, member)
-        return True
+    send = member.ping
 
-    member.enqueue_if_room = answer_at_once  # type: ignore[method-assign]
+    def answer_at_once(frame: Any, now: float) -> bool:
+        asyncio.get_running_loop().call_soon(clock.pong, member)
+        return send(frame, now)
+
+    member.ping = answer_at_once  # type: ignore[method-assign]
     clock.at(10)
     await eventually(lambda: member.pulse.answers)
     clock.at(15)

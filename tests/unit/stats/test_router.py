@@ -87,8 +87,10 @@ def test_one_connection(client: TestClient) -> None:
             "rtt_seconds",
             "queued_messages",
             "queued_bytes",
+            "dropped_messages",
             "unread_messages",
             "unread_bytes",
+            "rooms",
         }
         assert (one["connection_id"], one["client_id"]) == (listed["connection_id"], "ann")
         assert one["address"] == "testclient:50000"

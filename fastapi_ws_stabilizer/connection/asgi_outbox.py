@@ -1,0 +1,222 @@
+"""The outbox of a connection whose server has nothing but ASGI's `send`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import CoroutineType
+from typing import Any
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox, OutboxLimits, OutboxOwner
+from fastapi_ws_stabilizer.hub.slots import Slots
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.tasks import TaskSet, begin
+from fastapi_ws_stabilizer.wire.payload import close_message
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class AsgiOutbox(Outbox):
+    """Awaits the server's `send`, without a task where that does not wait.
+
+    uvicorn's `send` waits only while its transport is full. So it is begun where we are, and only if it waits does a
+    task take over: first that send, then what has been queued behind it. Other sends begin in a task of their own.
+
+    Args:
+        send: The server's `send`.
+        by_hand: Whether `send` may be begun outside of a task of its own: it is the server's, with no middleware round
+            it that might look at the current task.
+        tasks: Holds the task of a send that waits.
+        name: What that task's name ends with.
+        sends: How many sends of all connections may wait at the same time. One that waits for longer than a healthy
+            client makes it gives its slot up, so that slow clients cannot hold up the others.
+        closes: The same for close frames.
+    """
+
+    __slots__ = (
+        "_by_hand",
+        "_closes",
+        "_in_flight",
+        "_name",
+        "_send",
+        "_sends",
+        "_slot",
+        "_slot_timer",
+        "_task",
+        "_tasks",
+    )
+
+    def __init__(
+        self,
+        owner: OutboxOwner,
+        limits: OutboxLimits,
+        turns: Turns,
+        shard: int,
+        *,
+        send: Send,
+        by_hand: bool,
+        tasks: TaskSet,
+        name: str,
+        sends: Slots,
+        closes: Slots,
+    ) -> None:
+        super().__init__(owner, limits, turns, shard)
+        self._send = send
+        self._by_hand = by_hand
+        self._tasks = tasks
+        self._name = name
+        self._sends = sends
+        self._closes = closes
+        self._task: asyncio.Task[None] | None = None
+        self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
+        self._slot: Slots | None = None
+        self._slot_timer: asyncio.TimerHandle | None = None
+
+    def _carry(self) -> None:
+        """Hot path where the server is plain: one send for each message and recipient."""
+        if self._task is not None:
+            return
+        while self._waiting():
+            slots = self._slots()
+            if not slots.free:
+                self._due = True
+                slots.wait(self._look_again)
+                return
+            if self._by_hand:
+                sending = self._begin_next()
+                if isinstance(sending, CoroutineType):
+                    try:
+                        sending = begin(sending)
+                    except Exception as error:
+                        self._failed(error, self._in_flight)
+                        return
+                if sending is None:
+                    self._has_sent()
+                    continue
+                self._hand_over(sending, slots)
+            else:
+                self._hand_over(None, slots)
+            if self._task is not None:
+                return
+        self._rest()
+
+    def _waiting(self) -> bool:
+        return not self._broken and bool(self._queue or self._urgent or self._close is not None)
+
+    def _slots(self) -> Slots:
+        return self._sends if self._queue or self._urgent else self._closes
+
+    def _begin_next(self) -> Awaitable[None] | None:
+        """Take out what is next and call `send` with it."""
+        if self._urgent:
+            self._in_flight = 1
+            message = self._urgent.pop(0).message()
+        elif self._queue:
+            self._in_flight = 1
+            frame = self._queue.popleft()
+            if self._queue:
+                self.held_bytes -= frame.size
+                self._taken += 1
+            else:
+                self._emptied()
+            if self._waiters:
+                self._serve_waiters()
+            message = frame.message()
+        else:
+            assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
+            message = close_message(*self._close)
+            self._close = None
+        sending: Awaitable[None] = self._send(message)
+        return sending
+
+    def _has_sent(self) -> None:
+        if self._in_flight:
+            self._in_flight = 0
+            self._owner.sent(1)
+
+    def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
+        """Let a task wait for a send that was begun, and send what is behind it."""
+        task = self._tasks.spawn(self._go_on(begun), name=f"ws-writer-{self._name}", eager=begun is None)
+        if task.done():  # it began at once, and did not wait
+            return
+        self._task = task
+        self._block()
+        slots.take()
+        self._slot = slots
+        self._watch_slot()
+        task.add_done_callback(self._task_over)
+
+    async def _go_on(self, sending: Awaitable[None] | None) -> None:
+        """Send until nothing is left, or others wait for the slot."""
+        try:
+            if sending is None and self._waiting():
+                sending = self._begin_next()
+            while sending is not None:
+                await sending
+                self._has_sent()
+                if not self._waiting() or self._slot is not self._slots() or len(self._slot):
+                    return
+                self._blocked_since = monotonic()
+                sending = self._begin_next()
+        except Exception as error:
+            unsent, self._in_flight = self._in_flight, 0
+            self._failed(error, unsent)
+
+    def _task_over(self, _: asyncio.Task[None]) -> None:
+        self._task = None
+        self._unblock()
+        self._give_slot_back()
+        if self._in_flight:  # cancelled
+            unsent, self._in_flight = self._in_flight, 0
+            self._owner.unsent(unsent)
+        if self._waiting():
+            self._book_turn()
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Everything is sent, or nothing can be."""
+        self._calm_down()
+        self._sends.pass_on()
+        self._closes.pass_on()
+        if self._shut:
+            self._set_done()
+
+    # ── slots ──
+
+    def _look_again(self) -> None:
+        """There may be a slot."""
+        self._due = False
+        self._book_turn()
+
+    def _watch_slot(self) -> None:
+        self._slot_timer = asyncio.get_running_loop().call_later(HEALTHY_SEND, self._look_at_slot)
+
+    def _look_at_slot(self) -> None:
+        if self.send_waits:
+            self._slot_timer = None
+            self._give_slot_back()
+        else:
+            self._watch_slot()
+
+    def _give_slot_back(self) -> None:
+        if self._slot_timer is not None:
+            self._slot_timer.cancel()
+            self._slot_timer = None
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.release()
+
+    # ── the end ──
+
+    def discard(self) -> int:
+        """Take nothing more, send nothing more, and tell how many messages were thrown away."""
+        discarded = super().discard()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        return discarded
+
+    def _set_done(self) -> None:
+        if self._task is None or self._task.done():  # else when it is over
+            super()._set_done()

@@ -1,0 +1,103 @@
+"""Where the pump stands on other servers: takes what a server's link has read, without a task."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.pump import Pumped, end_by_event, is_for_inbox, nobody_reads, refuse_more
+from fastapi_ws_stabilizer.servers.link import Link
+
+
+class LinkReader:
+    """The `Sink` of one connection. Called by the server's protocol, from the event loop.
+
+    When the inbox is full the link stops reading, so TCP pushes back. What had been read with the message that filled
+    it is taken too: that is less than the server reads at one go.
+    """
+
+    __slots__ = ("_connection", "_link", "_outbox", "_since", "_taken", "_timer")
+
+    def __init__(self, connection: Pumped, link: Link, outbox: LinkOutbox) -> None:
+        self._connection = connection
+        self._link = link
+        self._outbox = outbox
+        self._taken = 0
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def heard(self) -> None:
+        """Bytes have come in, be it only a part of a message."""
+        self._connection.pulse.seen(monotonic())
+
+    def received(self, message: str | bytes) -> None:
+        """A message has come in. Hot path."""
+        connection = self._connection
+        if connection.ending is not None or not is_for_inbox(connection, message):
+            return
+        inbox = connection.inbox
+        full = inbox.full
+        if full and refuse_more(connection):
+            connection.reports.totals.messages_discarded += 1
+            return
+        inbox.put(message)
+        if full and not connection.reading_paused:
+            self._pause()
+
+    def ponged(self, payload: bytes) -> None:
+        """A pong frame has come in."""
+        self._connection.pulse.ponged_by_protocol(payload, monotonic())
+
+    def gone(self, event: Mapping[str, Any]) -> None:
+        """The connection is over."""
+        self._stop_timer()
+        end_by_event(self._connection, event)
+
+    def writable(self) -> None:
+        """The transport takes more again."""
+        self._outbox.writable()
+
+    def last_call(self) -> None:
+        """The server is about to close."""
+        self._outbox.take_turn()
+
+    # ── a full inbox ──
+
+    def _pause(self) -> None:
+        connection = self._connection
+        connection.reading_paused = True
+        self._link.pause_reading()
+        self._taken, self._since = connection.inbox.taken, monotonic()
+        connection.inbox.call_when_room(self._resume)
+        self._watch(connection.config.inbox_pause_timeout)
+
+    def _resume(self) -> None:
+        self._stop_timer()
+        self._connection.reading_paused = False
+        self._connection.pulse.seen(monotonic())  # the pause was ours
+        self._link.resume_reading()
+
+    def _watch(self, delay: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def _look(self) -> None:
+        """See whether anybody has read since the last look."""
+        self._timer = None
+        connection = self._connection
+        if connection.ending is not None:
+            return
+        now, timeout = monotonic(), connection.config.inbox_pause_timeout
+        if connection.inbox.taken != self._taken:
+            self._taken, self._since = connection.inbox.taken, now
+        if now - self._since >= timeout:
+            nobody_reads(connection)
+        else:
+            self._watch(timeout - (now - self._since))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

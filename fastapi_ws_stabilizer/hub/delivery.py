@@ -1,0 +1,143 @@
+"""Who gets what: everybody, one client, or the members of rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
+from fastapi_ws_stabilizer.hub.member import Member, Offered
+from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard
+from fastapi_ws_stabilizer.hub.registry import Registry
+from fastapi_ws_stabilizer.hub.rooms import Rooms
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+M = TypeVar("M", bound=Member)
+
+_NOT_QUEUED = (Offered.DROPPED, Offered.REFUSED)
+
+_MEANT_IT = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
+"""Endings by which this side has said that it is over. Nobody is expected back after them."""
+
+
+class Delivery(Generic[M]):
+    """Registry, rooms, presence and fan-out of one manager on one event loop.
+
+    Args:
+        config: Its options.
+        reports: Where what is broadcast is counted.
+        turns: The turns of the event loop that work for many is cut into.
+        tasks: Holds the tasks that announce who has joined and left.
+        joined: Told of a client that has come to a room.
+        left: Told of a client that has gone from one.
+        wanted: Whether anybody wants to be told.
+
+    Attributes:
+        registry: The open connections.
+        rooms: Who is in which room, by connection.
+        presence: Who is in which room, by client.
+    """
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        turns: Turns,
+        tasks: TaskSet,
+        *,
+        joined: Callable[[Presence], Awaitable[None]],
+        left: Callable[[Presence], Awaitable[None]],
+        wanted: Callable[[], bool],
+    ) -> None:
+        self._totals = reports.totals
+        self._num_shards = config.num_shards
+        self._fan_out = FanOut(turns, reports.totals)
+        self.registry: Registry[M] = Registry(config.num_shards)
+        self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
+        self.presence = PresenceBoard(grace=config.presence_grace, joined=joined, left=left, wanted=wanted, tasks=tasks)
+
+    # ── sending ──
+
+    async def broadcast(
+        self, frame: Frame, rooms: str | Iterable[str] | None, excluded: frozenset[str]
+    ) -> BroadcastResult:
+        """Queue a frame for everybody, or for the members of some rooms, each once.
+
+        Args:
+            frame: What to send.
+            rooms: Names of rooms, or the name of one; everybody when left out.
+            excluded: Connection ids that do not get it.
+
+        Raises:
+            BroadcastFailedError: There were recipients, and it could be queued for none.
+        """
+        self._totals.broadcasts += 1
+        groups = self.registry.shards() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
+        return await self._fan_out.send(frame, groups, excluded)
+
+    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[M]]:
+        """Some members, in as many parts as everybody is divided into."""
+        size = max(1, -(-len(members) // self._num_shards))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+    async def to_client(self, client_id: str, frame: Frame) -> bool:
+        """Queue a frame for all connections of a client; tell whether it was queued for one."""
+        connections = self.registry.of_client(client_id)
+        offered = [connection.outbox.offer(frame) for connection in connections]
+        if Offered.PRESSED in offered:
+            await let_writers_work([one for one in connections if one.outbox.under_pressure()])
+        return any(how not in _NOT_QUEUED for how in offered)
+
+    def connections_of(self, whom: Any) -> frozenset[str]:
+        """The connection ids that are meant by a client id, a socket, or several of them."""
+        if whom is None:
+            return frozenset()
+        if isinstance(whom, str):
+            return frozenset(connection.connection_id for connection in self.registry.of_client(whom))
+        connection_id = getattr(whom, "connection_id", None)
+        if isinstance(connection_id, str):
+            return frozenset((connection_id,))
+        return frozenset().union(*(self.connections_of(one) for one in whom))
+
+    # ── rooms ──
+
+    def join(self, member: M, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+        """Let a connection into a room, and return who is there. Joining again renews the metadata.
+
+        Raises:
+            ValueError: The name is empty.
+            RoomLimitError: The connection is in as many rooms as it may be.
+        """
+        self.rooms.join(member, room)
+        self.presence.enter(room, member.client_id, member.connection_id, metadata)
+        return self.presence.present(room)
+
+    def leave(self, member: M, room: str) -> bool:
+        """Take a connection out of a room; `False` if it is not in."""
+        if not self.rooms.leave(member, room):
+            return False
+        self.presence.leave(room, member.client_id, member.connection_id, at_once=True)
+        return True
+
+    def remove(self, member: M) -> None:
+        """Take a connection that is over out of everything."""
+        self.registry.remove(member)
+        for room in self.rooms.leave_all(member):
+            self.presence.leave(room, member.client_id, member.connection_id, at_once=_is_final(member.ending))
+
+    def stop(self) -> None:
+        """Say nothing more about who is where."""
+        self.presence.close()
+
+
+def _is_final(how: Ending | None) -> bool:
+    """Whether nobody is expected back after this ending: one side has said goodbye."""
+    if how is None:
+        return False
+    return how.reason in _MEANT_IT or (how.reason is DisconnectReason.CLIENT_CLOSE and how.code == 1000)

@@ -1,0 +1,263 @@
+"""Who is in a room, by client: two tabs are one person, and a reload is no departure.
+
+What is true and what was said are kept apart. `enter` and `leave` change what is true, at once. What was said follows:
+each room with something to say has one task, which says one thing at a time, always what is true when its turn comes.
+So what comes and goes while a hook is slow waits as one entry per client at most, and what has undone itself by then is
+never said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.tasks import TaskSet
+
+AT_ONCE: Final = 256
+"""How many departures, or announcements of one room, are handled before the event loop gets a turn."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """One client in one room, as it was when this was made.
+
+    Attributes:
+        client_id: The client.
+        room: The room.
+        metadata: What the client has been described with. For reading: it is the presence's own.
+        connections: How many of its connections are in the room; none while it is expected back.
+        present_seconds: How long it has been in the room or, once it has left, how long it was.
+    """
+
+    client_id: str
+    room: str
+    metadata: Mapping[str, Any] = field(hash=False)
+    connections: int
+    present_seconds: float = field(compare=False)
+
+
+class _Room:
+    """The people of a room, and those of whom something may have to be said, in order."""
+
+    __slots__ = ("name", "people", "talking", "unsaid")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.people: dict[str, _Person] = {}
+        self.unsaid: OrderedDict[str, _Person] = OrderedDict()  # a plain dict is slow to empty from its front
+        self.talking = False
+
+
+class _Person:
+    """One stay of a client in a room, from its arrival to its departure."""
+
+    __slots__ = ("announced", "client_id", "connections", "metadata", "room", "since", "until")
+
+    def __init__(self, room: _Room, client_id: str, metadata: Mapping[str, Any], since: float) -> None:
+        self.room = room
+        self.client_id = client_id
+        self.metadata = metadata
+        self.connections: set[str] = set()
+        self.since = since
+        self.until: float | None = None  # when it had gone
+        self.announced = False
+
+    def look(self, now: float) -> Presence:
+        seconds = (now if self.until is None else self.until) - self.since
+        return Presence(self.client_id, self.room.name, self.metadata, len(self.connections), seconds)
+
+
+class PresenceBoard:
+    """Knows who is present, and says who has come and who has gone.
+
+    A client is present from the moment at which the first of its connections enters a room until `grace` seconds after
+    the last of them has left it. For each client of a room, `joined` and `left` are called in turn, never twice in a
+    row, and within a room never two at a time.
+
+    Args:
+        grace: Seconds for which a client whose connections have all left is expected back.
+        joined: Called when a client has come. Must not raise, and must end by itself in bounded time.
+        left: Called when a client has gone; the same holds.
+        wanted: Whether anybody listens, asked at each arrival. A client that has come unsaid goes unsaid.
+        tasks: Where the tasks that call `joined` and `left` are made.
+    """
+
+    def __init__(
+        self,
+        *,
+        grace: float,
+        joined: Callable[[Presence], Awaitable[None]],
+        left: Callable[[Presence], Awaitable[None]],
+        wanted: Callable[[], bool],
+        tasks: TaskSet,
+    ) -> None:
+        self._grace = grace
+        self._joined = joined
+        self._left = left
+        self._wanted = wanted
+        self._tasks = tasks
+        # What a room says must not carry the context variables of the one connection that happened to come first.
+        self._context = contextvars.copy_context()
+        self._rooms: dict[str, _Room] = {}
+        self._graces: OrderedDict[_Person, float] = OrderedDict()  # all last equally long, so the first ends first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """How many rooms there are in which somebody is present or something is still to be said."""
+        return len(self._rooms)
+
+    def enter(self, room: str, client_id: str, connection_id: str, metadata: Mapping[str, Any] | None) -> None:
+        """A connection of a client has come into a room.
+
+        Args:
+            room: The room.
+            client_id: The client.
+            connection_id: Its connection. To enter twice is to enter once.
+            metadata: Describes the client from now on, in place of what did so before; `None` changes nothing.
+        """
+        metadata = None if metadata is None else dict(metadata)
+        here = self._rooms.get(room)
+        if here is None:
+            here = self._rooms[room] = _Room(room)
+        person = here.people.get(client_id)
+        if person is None:
+            person = here.people[client_id] = _Person(here, client_id, metadata or {}, monotonic())
+            person.connections.add(connection_id)
+            if here.unsaid.pop(client_id, None) is not None:  # it is back before its departure was said
+                person.announced = True
+            elif self._wanted():
+                self._say(person)
+        else:
+            person.connections.add(connection_id)
+            self._graces.pop(person, None)
+            if metadata is not None:
+                person.metadata = metadata
+
+    def leave(self, room: str, client_id: str, connection_id: str, *, at_once: bool) -> None:
+        """A connection of a client has left a room; nothing happens if it was not in.
+
+        Args:
+            room: The room.
+            client_id: The client.
+            connection_id: Its connection.
+            at_once: Whether the client means to leave, so that it is not expected back if this was its last connection.
+        """
+        person = self._find(room, client_id)
+        if person is None or connection_id not in person.connections:
+            return
+        person.connections.discard(connection_id)
+        if person.connections:
+            return
+        now = monotonic()
+        if at_once or self._grace <= 0:
+            self._depart(person, now)
+        else:
+            self._graces[person] = now + self._grace
+            self._arm()
+
+    def present(self, room: str) -> list[Presence]:
+        """Everybody who is in a room, in order of arrival, those who are expected back included."""
+        here = self._rooms.get(room)
+        if here is None:
+            return []
+        now = monotonic()
+        return [person.look(now) for person in here.people.values()]
+
+    def update(self, room: str, client_id: str, metadata: Mapping[str, Any]) -> bool:
+        """Describe a client anew; `False` if it is not present. Nothing is announced."""
+        person = self._find(room, client_id)
+        if person is None:
+            return False
+        person.metadata = dict(metadata)
+        return True
+
+    def close(self) -> None:
+        """Forget everybody and say nothing more. A call of `joined` or `left` that has begun is left to end."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for room in self._rooms.values():
+            room.unsaid.clear()
+        self._rooms.clear()
+        self._graces.clear()
+
+    def _find(self, room: str, client_id: str) -> _Person | None:
+        here = self._rooms.get(room)
+        return None if here is None else here.people.get(client_id)
+
+    def _depart(self, person: _Person, until: float) -> None:
+        room = person.room
+        del room.people[person.client_id]
+        person.until = until
+        if person.announced:
+            self._say(person)
+        else:
+            room.unsaid.pop(person.client_id, None)
+            self._forget_if_idle(room)
+
+    def _forget_if_idle(self, room: _Room) -> None:
+        # After close() its name may belong to another room.
+        if not (room.people or room.unsaid or room.talking) and self._rooms.get(room.name) is room:
+            del self._rooms[room.name]
+
+    # ── graces ──
+
+    def _arm(self) -> None:
+        """Set the one timer to the end of the first grace. One that is set already comes no later than that."""
+        if self._timer is None and self._graces:
+            due = next(iter(self._graces.values()))
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = monotonic()
+        for _ in range(AT_ONCE):
+            person, due = next(iter(self._graces.items()), (None, now))
+            if person is None or due > now:
+                break
+            del self._graces[person]
+            self._depart(person, due)
+        self._arm()
+
+    # ── announcements ──
+
+    def _say(self, person: _Person) -> None:
+        """Put a client whose arrival or departure is not yet said at the end of its room's list."""
+        room = person.room
+        room.unsaid[person.client_id] = person
+        if not room.talking:
+            self._talk(room)
+
+    def _talk(self, room: _Room) -> None:
+        room.talking = True  # before the task is made: an eager one begins at once
+        task = self._tasks.spawn(self._announce(room), name="ws-presence", context=self._context.copy())
+        task.add_done_callback(lambda task: self._fell_silent(room, task))
+
+    def _fell_silent(self, room: _Room, task: asyncio.Task[None]) -> None:
+        room.talking = False
+        if room.unsaid and not task.cancelled():  # it came after the last look, or a call has raised after all
+            self._talk(room)
+        else:
+            self._forget_if_idle(room)
+
+    async def _announce(self, room: _Room) -> None:
+        """Say what is unsaid in a room, until nothing is.
+
+        Cancelling ends the call that has begun; what is unsaid then waits for the next change in the room.
+        """
+        said = 0
+        while room.unsaid:
+            _, person = room.unsaid.popitem(last=False)
+            if person.until is None:
+                person.announced = True  # before the call: who goes while it runs has been said to have come
+                await self._joined(person.look(monotonic()))
+            else:
+                await self._left(person.look(monotonic()))
+            said += 1
+            if said % AT_ONCE == 0:  # hooks that wait for nothing give no turn
+                await asyncio.sleep(0)

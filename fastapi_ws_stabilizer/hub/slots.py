@@ -1,0 +1,52 @@
+"""A limit on how much goes on at the same time, for work that is not one task each."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+
+class Slots:
+    """At most `limit` pieces of work at one time; what comes later waits in line.
+
+    A semaphore for code that runs in no task. Who finds no slot leaves a function that is called when it may look
+    again. It must then take a slot, or `pass_on` if it turns out that it needs none.
+
+    Attributes:
+        limit: How many slots there are.
+        taken: How many are taken now.
+    """
+
+    __slots__ = ("_line", "limit", "taken")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._line: deque[Callable[[], None]] = deque()
+
+    def __len__(self) -> int:
+        """How many wait in line."""
+        return len(self._line)
+
+    @property
+    def free(self) -> bool:
+        """Whether a slot can be taken."""
+        return self.taken < self.limit
+
+    def take(self) -> None:
+        """Take a slot."""
+        self.taken += 1
+
+    def release(self) -> None:
+        """Give a slot back and let the first in line look."""
+        self.taken -= 1
+        self.pass_on()
+
+    def wait(self, look_again: Callable[[], None]) -> None:
+        """Stand in line."""
+        self._line.append(look_again)
+
+    def pass_on(self) -> None:
+        """Let the first in line look, if there is a slot."""
+        if self._line and self.free:
+            self._line.popleft()()

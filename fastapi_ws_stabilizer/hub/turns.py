@@ -1,0 +1,99 @@
+"""Work for many connections, cut into pieces, so that no turn of the event loop grows with their number.
+
+On one event loop sharding is about latency and not about locks: everything runs in one thread anyway, but what runs
+without a pause delays everybody else's messages, pongs and HTTP requests. Each connection belongs to a shard. Work is
+done shard by shard, and when the loop has been held for longer than `MAX_HOLD` the rest waits for the next turn. More
+shards mean finer cuts; with one shard there are none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.reports import Reports
+
+MAX_HOLD: Final = 0.005
+"""Seconds after which the event loop gets a turn between two shards."""
+
+
+class Worker(Protocol):
+    """Something that has work to do soon."""
+
+    def take_turn(self) -> None:
+        """Do it. Must not wait."""
+
+
+class Turns:
+    """Runs the work of connections in the next turns of the event loop.
+
+    What is queued for one client within one turn is sent together at its end: that is what makes a burst cheap.
+
+    Args:
+        num_shards: How many shards there are.
+        reports: Where a worker that fails is reported. The others go on.
+    """
+
+    __slots__ = ("_next", "_reports", "_scheduled", "_shards", "_since")
+
+    def __init__(self, num_shards: int, reports: Reports) -> None:
+        self._shards: list[list[Worker]] = [[] for _ in range(num_shards)]
+        self._reports = reports
+        self._next = 0
+        self._scheduled = False
+        self._since = 0.0
+
+    def soon(self, shard: int, worker: Worker) -> None:
+        """Let a worker take its turn soon. Hot path: called once per recipient of a broadcast."""
+        self._shards[shard].append(worker)
+        if not self._scheduled:
+            self._schedule()
+
+    def overdue(self) -> bool:
+        """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
+        return self._scheduled and monotonic() - self._since > MAX_HOLD
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._since = monotonic()
+        asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        started = monotonic()
+        self._scheduled = False
+        shards = self._shards
+        count = len(shards)
+        for number in range(self._next, self._next + count):
+            shard = number % count
+            if not shards[shard]:
+                continue
+            workers, shards[shard] = shards[shard], []
+            for worker in workers:
+                try:
+                    worker.take_turn()
+                except Exception as error:  # ours to mend, and nobody else's connection may suffer from it
+                    self._reports.bug("internal_task_failed", error, task=type(worker).__name__)
+            if monotonic() - started > MAX_HOLD:
+                self._next = (shard + 1) % count  # who waits longest goes first next time
+                break
+        if not self._scheduled and any(shards):
+            self._schedule()
+
+
+class HoldTimer:
+    """Tells a loop over many when it has held the event loop long enough."""
+
+    __slots__ = ("_since",)
+
+    def __init__(self) -> None:
+        self._since = monotonic()
+
+    def held_long(self) -> bool:
+        """Whether `MAX_HOLD` has passed since it was made or let go."""
+        return monotonic() - self._since > MAX_HOLD
+
+    async def let_go(self) -> None:
+        """Give the event loop a turn. Cancelling is safe."""
+        await asyncio.sleep(0)
+        self._since = monotonic()

@@ -1,0 +1,74 @@
+"""What a server can offer beyond ASGI, and what it is told: the two sides of a `Link`.
+
+A server that has it puts `EXTENSION` into the `extensions` of the ASGI scope, and the object whose `receive` and `send`
+it hands to the application is the `Link`. It is used only if no middleware stands between: one that wraps `receive` or
+`send` wants to see the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+EXTENSION: Final = "fastapi_ws_stabilizer"
+
+
+class Sink(Protocol):
+    """The application's end of a link. Nothing here waits, and nothing raises."""
+
+    def heard(self) -> None:
+        """Bytes have come in: the client lives."""
+
+    def received(self, message: str | bytes) -> None:
+        """A message has come in."""
+
+    def ponged(self, payload: bytes) -> None:
+        """A pong frame has come in."""
+
+    def gone(self, event: Mapping[str, Any]) -> None:
+        """The connection is over; `event` is the ASGI `websocket.disconnect`."""
+
+    def writable(self) -> None:
+        """The transport takes more again, after `write_paused`."""
+
+    def last_call(self) -> None:
+        """The server is about to close: what is queued can be written now, or never."""
+
+
+class Link(Protocol):
+    """The server's end of a link.
+
+    Attributes:
+        write_paused: Whether the transport holds more than it should. What is written then is kept, without a limit.
+        window_bits: Base-2 logarithm of the window for compressed frames; 0 if compression was not negotiated.
+    """
+
+    write_paused: bool
+    window_bits: int
+
+    def refuse_compression(self) -> None:
+        """Negotiate no compression. Has an effect before the connection is accepted."""
+
+    def attach(self, sink: Sink, *, max_message_bytes: int, own_pings: bool) -> None:
+        """Hand everything that comes in to `sink`, beginning with what has come in already.
+
+        Args:
+            sink: Who gets it.
+            max_message_bytes: A larger message closes 1009 before it is read whole, or inflated.
+            own_pings: Whether the sink sends pings, so that the server need not.
+        """
+
+    def write(self, frames: bytes) -> None:
+        """Write framed bytes."""
+
+    def ping(self, payload: bytes) -> None:
+        """Write a ping frame."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Write a close frame, and close the transport when the client has answered, or after a while."""
+
+    def pause_reading(self) -> None:
+        """Read no more bytes from the network."""
+
+    def resume_reading(self) -> None:
+        """Read again."""

@@ -1,0 +1,298 @@
+"""`StableWebSocketProtocol`: uvicorn's own WebSocket protocol, with a link for the connections of this library.
+
+```
+uvicorn app:app --ws fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol
+```
+
+or `uvicorn.run(app, **manager.uvicorn_options())`. Other WebSocket routes are served as uvicorn serves them. So are
+all routes if uvicorn's internals are not those that this module knows; that is logged once.
+
+What is different for a connection that is attached:
+
+- reading goes on while the application is busy, so pings, pongs and closes are seen; it stops when asked to;
+- ping frames are sent and their pongs reported;
+- bytes are written as they are given: framed, joined and compressed by the sender, once for all recipients;
+- what is parsed goes straight to its inbox, without a queue and a task in between.
+
+Parsing, the handshake and the closing handshake are uvicorn's and those of the `websockets` library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import uvicorn
+from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
+
+from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
+from fastapi_ws_stabilizer.wire.framing import PING, frame_bytes
+
+try:
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+except ImportError as missing:
+    raise ImportError(
+        f"StableWebSocketProtocol needs uvicorn 0.35 or newer with the websockets library, and this is uvicorn "
+        f'{uvicorn.__version__}: pip install -U "fastapi-ws-stabilizer[uvicorn]"'
+    ) from missing
+
+logger = logging.getLogger("fastapi_ws_stabilizer")
+
+MAX_FRAGMENTS: Final = 1024
+"""Fragments of one message that are kept apart. Their number is bounded by nothing else: fragments may be empty."""
+
+FAREWELL: Final = 2.0
+"""Seconds in which a client that broke the protocol can read why, before its connection is cut."""
+
+_DEFLATE: Final = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
+"""Without context takeover a message is compressed once for all, and an idle connection holds no compressor."""
+
+_WRITABLE: Final = asyncio.Event()
+_WRITABLE.set()
+
+_OURS: Final = ("queue", "conn", "writable", "close_sent", "close_timer", "close_timeout", "read_paused", "frames")
+_OURS_OF_CONN: Final = ("available_extensions", "extensions", "max_message_size", "close_sent", "parser_exc")
+_METHODS: Final = (
+    "handle_cont",
+    "handle_parser_exception",
+    "handle_ping",
+    "handle_pong",
+    "run_asgi",
+    "send_receive_event_to_app",
+    "stop_keepalive",
+)
+
+
+class _ToSink:
+    """Stands where uvicorn has a queue: what uvicorn puts into it, its disconnect events, goes to the sink."""
+
+    __slots__ = ("sink",)
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink: Sink | None = sink
+
+    def put_nowait(self, event: dict[str, Any]) -> None:
+        if self.sink is not None:
+            self.sink.gone(event)
+
+    def empty(self) -> bool:
+        return True
+
+    async def get(self) -> Any:
+        raise RuntimeError("this WebSocket is read by fastapi-ws-stabilizer: read from its StableSocket")
+
+
+class StableWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's sans-I/O WebSocket protocol, and a `Link`. Made by uvicorn, one for each WebSocket."""
+
+    queue: Any
+    request: Any
+    response: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sink: Sink | None = None
+        self.write_paused = False
+        self.window_bits = 0
+        self.known = not _unknown_internals(self)
+        if self.known and self.config.ws_per_message_deflate:
+            self.conn.available_extensions = [_DEFLATE]
+
+    def run_asgi(self) -> Coroutine[Any, Any, None]:
+        """Run the application, and let it know what it is served by."""
+        if self.known:
+            self.scope["extensions"][EXTENSION] = {}
+        return super().run_asgi()
+
+    # ── the link ──
+
+    def refuse_compression(self) -> None:
+        """As `Link`."""
+        self.conn.extensions = []
+        if "Sec-WebSocket-Extensions" in self.response.headers:
+            del self.response.headers["Sec-WebSocket-Extensions"]
+
+    def attach(self, sink: Sink, *, max_message_bytes: int, own_pings: bool) -> None:
+        """As `Link`."""
+        self.sink = sink
+        came_before, self.queue = self.queue, _ToSink(sink)
+        self.writable = _WRITABLE  # what waits for the transport is in the outbox
+        self.request = self.response = None  # the handshake is over; nobody looks at them again
+        limit = self.conn.max_message_size
+        self.conn.max_message_size = max_message_bytes if limit is None else min(limit, max_message_bytes)
+        for extension in self.conn.extensions:
+            if isinstance(extension, PerMessageDeflate):
+                self.window_bits = extension.local_max_window_bits
+        if own_pings:
+            self.stop_keepalive()
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        while not came_before.empty():
+            event = came_before.get_nowait()
+            if event["type"] == "websocket.receive":
+                text = event.get("text")
+                sink.received(event["bytes"] if text is None else text)
+            else:
+                sink.gone(event)
+
+    def write(self, frames: bytes) -> None:
+        """As `Link`."""
+        self.transport.write(frames)
+
+    def ping(self, payload: bytes) -> None:
+        """As `Link`."""
+        if not self.close_sent and not self.transport.is_closing():
+            self.transport.write(frame_bytes(PING, payload))
+
+    def close(self, code: int, reason: str) -> None:
+        """As `Link`."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        self.conn.send_close(code, reason)
+        self._write_output()
+        self.close_sent = True
+        self.resume_reading()  # for the client's answer
+        self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+
+    def pause_reading(self) -> None:
+        """As `Link`."""
+        if not self.read_paused and not self.transport.is_closing():
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """As `Link`."""
+        if self.read_paused:
+            self.read_paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    # ── what the network tells ──
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come in."""
+        if self.sink is not None:
+            self.sink.heard()
+        super().data_received(data)
+
+    def pause_writing(self) -> None:
+        """The transport holds enough."""
+        self.write_paused = True
+        if self.sink is None:
+            super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The transport takes more."""
+        self.write_paused = False
+        if self.sink is None:
+            super().resume_writing()
+        else:
+            self.sink.writable()
+
+    def shutdown(self) -> None:
+        """The server stops: it sends 1012 next."""
+        if self.sink is not None and not self.close_sent:
+            self.sink.last_call()
+        super().shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport is gone."""
+        super().connection_lost(exc)
+        if self.sink is not None:
+            self.sink = self.queue.sink = None  # the two know each other, and nobody else needs to collect them
+
+    # ── what the parser tells ──
+
+    def send_receive_event_to_app(self) -> None:
+        """A message is complete."""
+        sink = self.sink
+        if sink is None:
+            super().send_receive_event_to_app()
+            return
+        data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+        self.frames = []
+        if self.close_sent:
+            return
+        if self.curr_msg_data_type != "text":
+            sink.received(bytes(data))
+            return
+        try:
+            text = str(data, "utf-8")
+        except UnicodeDecodeError:
+            self.conn.fail(1007, "text that is not UTF-8")
+            self.handle_parser_exception()
+        else:
+            sink.received(text)
+
+    def handle_cont(self, event: Any) -> None:
+        """A fragment has come in."""
+        if not event.data and not event.fin and self.frames:
+            return
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.frames = [b"".join(self.frames)]
+        super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        """A ping has come in, and its pong lies ready."""
+        if self.sink is not None and self.write_paused:
+            self.conn.data_to_send()  # a client that floods pings and reads no pongs; RFC 6455 section 5.5.3 allows it
+        else:
+            super().handle_ping()
+
+    def handle_pong(self, event: Any) -> None:
+        """A pong has come in."""
+        if self.sink is not None:
+            self.sink.ponged(bytes(event.data))
+        super().handle_pong(event)
+
+    def handle_parser_exception(self) -> None:
+        """The client broke the protocol, and the close frame that says so lies ready.
+
+        uvicorn closes the transport at once. With bytes of the client still unread that is a TCP reset, which can
+        overtake the close frame. So only our half is closed, and what comes in is thrown away for a moment.
+        """
+        if self.sink is None:
+            super().handle_parser_exception()
+            return
+        if self.close_sent:
+            self.transport.close()
+            return
+        how: Any = self.conn.close_sent
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": how.code, "reason": how.reason})
+        self._write_output()
+        self.close_sent = True
+        self.frames = []
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
+
+    def _write_output(self) -> None:
+        self.transport.write(b"".join(self.conn.data_to_send()))
+
+
+@functools.cache
+def _say_once(missing: tuple[str, ...]) -> None:
+    logger.warning(
+        "uvicorn %s is not built as StableWebSocketProtocol knows it (%s): it works as uvicorn's own protocol, "
+        "without ping frames, prepared frames and compression that is done once",
+        uvicorn.__version__,
+        ", ".join(missing),
+        extra={"event": "uvicorn_internals_unknown", "missing": list(missing)},
+    )
+
+
+def _unknown_internals(protocol: Any) -> bool:
+    """Whether something of uvicorn's protocol that we stand on is not there; says so once."""
+    conn = getattr(protocol, "conn", None)
+    missing = (
+        *(name for name in _OURS if not hasattr(protocol, name)),
+        *(f"conn.{name}" for name in _OURS_OF_CONN if not hasattr(conn, name)),
+        *(name for name in _METHODS if not hasattr(WebSocketsSansIOProtocol, name)),
+    )
+    if missing:
+        _say_once(missing)
+    return bool(missing)

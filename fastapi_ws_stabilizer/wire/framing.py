@@ -1,0 +1,34 @@
+"""Frames of RFC 6455 section 5.2, as a server sends them: whole, and not masked."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+TEXT: Final = 0x1
+BINARY: Final = 0x2
+PING: Final = 0x9
+
+_FIN: Final = 0x80
+_RSV1: Final = 0x40  # RFC 7692 section 6: the message is compressed
+
+_short = struct.Struct("!BB").pack
+_medium = struct.Struct("!BBH").pack
+_long = struct.Struct("!BBQ").pack
+
+
+def frame_bytes(opcode: int, payload: bytes, *, compressed: bool = False) -> bytes:
+    """One final frame with its header.
+
+    Args:
+        opcode: What it is.
+        payload: What it carries.
+        compressed: Whether the payload is compressed by permessage-deflate.
+    """
+    first = _FIN | (_RSV1 if compressed else 0) | opcode
+    length = len(payload)
+    if length < 126:
+        return _short(first, length) + payload
+    if length < 65536:
+        return _medium(first, 126, length) + payload
+    return _long(first, 127, length) + payload

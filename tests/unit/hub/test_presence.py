@@ -1,0 +1,1013 @@
+"""Tests of who is in a room by client, on a clock that is a number."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic_core import from_json, to_json
+
+from fastapi_ws_stabilizer.hub import presence as presence_module
+from fastapi_ws_stabilizer.hub.presence import AT_ONCE, Presence, PresenceBoard
+from fastapi_ws_stabilizer.tasks import TaskSet
+from tests.unit.fake_websocket import eventually, settle
+from tests.unit.hub.fake_member import FakeMember
+from tests.unit.own_loop import run
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
+
+
+class Watched:
+    """A board whose clock is a number, and what it has said.
+
+    Attributes:
+        calls: What was said and of whom, in order, each from the moment at which its call began.
+        running: How many calls have begun in each room and not ended.
+        listening: Whether anybody wants to hear it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, grace: float = 10.0) -> None:
+        self.now = 1000.0
+        self.calls: list[tuple[str, Presence]] = []
+        self.running: dict[str, int] = {}
+        self.listening = True
+        self.failures: list[BaseException] = []
+        self.tasks = TaskSet(lambda _, error: self.failures.append(error))
+        self._may_end = asyncio.Event()
+        self._may_end.set()
+        monkeypatch.setattr(presence_module, "monotonic", lambda: self.now)
+        self.board = PresenceBoard(
+            grace=grace,
+            joined=lambda who: self._hear("joined", who),
+            left=lambda who: self._hear("left", who),
+            wanted=lambda: self.listening,
+            tasks=self.tasks,
+        )
+
+    async def _hear(self, what: str, who: Presence) -> None:
+        self.running[who.room] = self.running.get(who.room, 0) + 1
+        assert self.running[who.room] == 1, "two calls at a time in one room"
+        self.calls.append((what, who))
+        await self._may_end.wait()
+        self.running[who.room] -= 1
+
+    def block(self) -> None:
+        """Let no call end from now on."""
+        self._may_end.clear()
+
+    def release(self) -> None:
+        """Let calls end again."""
+        self._may_end.set()
+
+    @property
+    def said(self) -> list[str]:
+        """What was said, in words."""
+        return [f"{who.client_id} {what}" for what, who in self.calls]
+
+    def enter(self, member: FakeMember, room: str = "lobby", metadata: Any = None) -> None:
+        """Let a connection in."""
+        self.board.enter(room, member.client_id, member.connection_id, metadata)
+
+    def leave(self, member: FakeMember, room: str = "lobby", *, at_once: bool = False) -> None:
+        """Take a connection out."""
+        self.board.leave(room, member.client_id, member.connection_id, at_once=at_once)
+
+    def present(self, room: str = "lobby") -> list[str]:
+        """The clients in a room."""
+        return [who.client_id for who in self.board.present(room)]
+
+    def at(self, seconds: float) -> None:
+        """Let it be that many seconds after the start, and let graces that have run out then end."""
+        self.now = 1000.0 + seconds
+        while self.board._graces and next(iter(self.board._graces.values())) <= self.now:
+            self.timer_fires()
+
+    def timer_fires(self) -> None:
+        """Let the timer fire instead of the event loop."""
+        assert self.board._timer is not None
+        self.board._timer.cancel()
+        self.board._on_timer()
+
+
+@pytest.fixture
+async def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make boards with a clock of their own; they are closed at the end, and nothing of them has failed."""
+    made: list[Watched] = []
+
+    def make(grace: float = 10.0) -> Watched:
+        made.append(Watched(monkeypatch, grace))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.release()
+        one.board.close()
+        await eventually(lambda one=one: len(one.tasks) == 0)
+        assert one.failures == []
+
+
+# ── who is present ──
+
+
+async def test_two_tabs_are_one_person(watched: Any) -> None:
+    """A client is present once, with all its connections, and only its first and last one are announced."""
+    w = watched()
+    one, two = FakeMember("ann"), FakeMember("ann")
+    w.enter(one)
+    w.enter(two)
+    (ann,) = w.board.present("lobby")
+    assert (ann.client_id, ann.room, ann.connections) == ("ann", "lobby", 2)
+    await settle()
+    w.leave(one, at_once=True)
+    await settle()
+    assert [who.connections for who in w.board.present("lobby")] == [1]
+    assert w.said == ["ann joined"]
+    w.leave(two, at_once=True)
+    await settle()
+    assert w.present() == []
+    assert w.said == ["ann joined", "ann left"]
+
+
+async def test_a_connection_that_enters_twice_leaves_once(watched: Any) -> None:
+    """Connections are known by their ids, so to enter again is nothing, and one leaving is enough."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    w.enter(ann)
+    assert [who.connections for who in w.board.present("lobby")] == [1]
+    w.leave(ann, at_once=True)
+    assert w.present() == []
+
+
+async def test_leaving_without_having_entered_changes_nothing(watched: Any) -> None:
+    """Neither a foreign room nor a foreign client nor an old connection of the same client takes anybody out."""
+    w = watched(grace=0)
+    ann, old, bob = FakeMember("ann"), FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    w.leave(old)
+    w.leave(bob)
+    w.leave(ann, "attic")
+    assert w.present() == ["ann"]
+    w.enter(old)
+    w.leave(old)
+    w.leave(old)
+    assert w.present() == ["ann"]
+    assert len(w.board) == 1
+
+
+async def test_people_stand_in_the_order_of_their_arrival(watched: Any) -> None:
+    """Further tabs and reloads keep a client's place; who has left and comes again is last."""
+    w = watched()
+    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    for member in (ann, bob, eve):
+        w.enter(member)
+    w.enter(FakeMember("ann"))
+    w.leave(bob)
+    w.enter(bob)
+    assert w.present() == ["ann", "bob", "eve"]
+    w.leave(bob, at_once=True)
+    w.enter(bob)
+    assert w.present() == ["ann", "eve", "bob"]
+
+
+async def test_rooms_know_nothing_of_each_other(watched: Any) -> None:
+    """A client that is in two rooms comes and goes in each by itself."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann, "a")
+    w.enter(ann, "b")
+    w.leave(ann, "a", at_once=True)
+    await settle()
+    assert (w.present("a"), w.present("b")) == ([], ["ann"])
+    assert {(what, who.room) for what, who in w.calls} == {("joined", "b")}
+
+
+async def test_a_room_that_nobody_is_in_is_empty(watched: Any) -> None:
+    """Asking for people where there are none is no error and makes no room."""
+    w = watched()
+    assert w.board.present("nowhere") == []
+    assert len(w.board) == 0
+
+
+# ── what is known of them ──
+
+
+async def test_metadata_of_a_later_join_replaces_the_former(watched: Any) -> None:
+    """The client is described by the last that was given; a join that gives none changes nothing."""
+    w = watched()
+    seen = []
+    for metadata in (None, {"name": "Ann"}, None, {"away": True}):
+        w.enter(FakeMember("ann"), metadata=metadata)
+        seen += [who.metadata for who in w.board.present("lobby")]
+    assert seen == [{}, {"name": "Ann"}, {"name": "Ann"}, {"away": True}]
+
+
+async def test_a_client_can_be_described_anew(watched: Any) -> None:
+    """An update replaces the metadata of who is present, is not announced, and says if there was nobody."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann, metadata={"name": "Ann"})
+    await settle()
+    assert w.board.update("lobby", "ann", {"name": "Anne"})
+    assert not w.board.update("lobby", "bob", {})
+    assert not w.board.update("attic", "ann", {})
+    assert [who.metadata for who in w.board.present("lobby")] == [{"name": "Anne"}]
+    await settle()
+    assert w.said == ["ann joined"]
+    w.leave(ann)
+    assert w.board.update("lobby", "ann", {"away": True})
+
+
+async def test_what_the_caller_does_to_its_metadata_later_is_not_seen(watched: Any) -> None:
+    """What was given is copied, on entering and on updating."""
+    w = watched()
+    mine = {"n": 1}
+    w.enter(FakeMember("ann"), metadata=mine)
+    mine["n"] = 2
+    assert w.board.present("lobby")[0].metadata == {"n": 1}
+    w.board.update("lobby", "ann", mine)
+    mine["n"] = 3
+    assert w.board.present("lobby")[0].metadata == {"n": 2}
+
+
+async def test_a_new_stay_begins_without_the_old_metadata(watched: Any) -> None:
+    """Who has left is forgotten, even if that was not said yet: its next stay is a new one."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann, metadata={"name": "Ann"})
+    await settle()
+    w.leave(ann, at_once=True)
+    w.now += 5
+    w.enter(ann)
+    (presence,) = w.board.present("lobby")
+    assert (presence.metadata, presence.present_seconds) == ({}, 0.0)
+
+
+async def test_a_presence_says_for_how_long(watched: Any) -> None:
+    """Seconds run from the arrival, over reloads, and stop at the end of the grace or at a deliberate leaving."""
+    w = watched(grace=10)
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    w.enter(bob)
+    w.at(7)
+    w.leave(ann)
+    w.enter(ann)
+    w.at(20)
+    assert [who.present_seconds for who in w.board.present("lobby")] == [20.0, 20.0]
+    await settle()
+    w.leave(ann)
+    w.leave(bob, at_once=True)
+    w.at(33)
+    w.now += 100  # however late it is said
+    await settle()
+    gone = [(who.client_id, who.connections, who.present_seconds) for what, who in w.calls if what == "left"]
+    assert gone == [("bob", 0, 20.0), ("ann", 0, 30.0)]
+
+
+def test_a_presence_can_be_sent_and_kept() -> None:
+    """It is JSON with durations only, can be in a set, and two looks at the same state are equal."""
+    first, second = Presence("ann", "lobby", {"n": 1}, 2, 3.0), Presence("ann", "lobby", {"n": 1}, 2, 4.0)
+    assert from_json(to_json(first)) == {
+        "client_id": "ann",
+        "room": "lobby",
+        "metadata": {"n": 1},
+        "connections": 2,
+        "present_seconds": 3.0,
+    }
+    assert len({first, second}) == 1
+
+
+# ── graces ──
+
+
+async def test_a_reload_is_neither_a_departure_nor_an_arrival(watched: Any) -> None:
+    """A client whose last connection goes and that is back within the grace is present all the time, unannounced."""
+    w = watched(grace=10)
+    old, new = FakeMember("ann"), FakeMember("ann")
+    w.enter(old)
+    await settle()
+    w.leave(old)
+    w.at(9.9)
+    assert [(who.client_id, who.connections) for who in w.board.present("lobby")] == [("ann", 0)]
+    w.enter(new)
+    w.at(1000)
+    await settle()
+    assert w.present() == ["ann"]
+    assert w.said == ["ann joined"]
+
+
+async def test_a_client_is_gone_when_its_grace_has_run_out(watched: Any) -> None:
+    """It is present until `grace` seconds after its last connection has left, and not longer."""
+    w = watched(grace=10)
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.at(5)
+    w.leave(ann)
+    w.at(14.9)
+    await settle()
+    assert w.present() == ["ann"]
+    assert w.said == ["ann joined"]
+    w.at(15)
+    assert w.present() == []
+    await settle()
+    assert w.said == ["ann joined", "ann left"]
+
+
+async def test_each_leaving_has_a_whole_grace(watched: Any) -> None:
+    """A grace that was interrupted by a return does not count for the next one."""
+    w = watched(grace=10)
+    ann = FakeMember("ann")
+    w.enter(ann)
+    w.leave(ann)
+    w.at(9)
+    w.enter(ann)
+    w.leave(ann)
+    w.at(18.9)
+    assert w.present() == ["ann"]
+    w.at(19)
+    assert w.present() == []
+
+
+async def test_a_late_leaving_of_an_old_connection_does_not_touch_a_grace(watched: Any) -> None:
+    """Who is expected back is neither expected for longer nor gone at once because a connection leaves twice."""
+    w = watched(grace=10)
+    ann = FakeMember("ann")
+    w.enter(ann)
+    w.leave(ann)
+    w.at(5)
+    w.leave(ann)
+    w.leave(FakeMember("ann"), at_once=True)
+    w.at(9.9)
+    assert w.present() == ["ann"]
+    w.at(10)
+    assert w.present() == []
+
+
+async def test_who_means_to_leave_gets_no_grace(watched: Any) -> None:
+    """With `at_once` the last connection takes its client with it, and one of several does not."""
+    w = watched(grace=10)
+    one, two = FakeMember("ann"), FakeMember("ann")
+    w.enter(one)
+    w.enter(two)
+    w.leave(one, at_once=True)
+    assert w.present() == ["ann"]
+    w.leave(two, at_once=True)
+    assert w.present() == []
+    assert w.board._timer is None
+
+
+async def test_without_a_grace_leaving_is_at_once(watched: Any) -> None:
+    """A grace of zero seconds needs no timer."""
+    w = watched(grace=0)
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.leave(ann)
+    assert w.present() == []
+    assert w.board._timer is None
+    await settle()
+    assert w.said == ["ann joined", "ann left"]
+
+
+async def test_a_grace_ends_by_itself() -> None:
+    """On the real clock, a client is gone without anybody calling, and no timer stays."""
+    left = asyncio.Event()
+
+    async def joined(who: Presence) -> None: ...
+
+    async def gone(who: Presence) -> None:
+        left.set()
+
+    tasks = TaskSet(lambda _, __: None)
+    board = PresenceBoard(grace=0.02, joined=joined, left=gone, wanted=lambda: True, tasks=tasks)
+    board.enter("lobby", "ann", "1", None)
+    await settle()
+    board.leave("lobby", "ann", "1", at_once=False)
+    await asyncio.wait_for(left.wait(), 5.0)
+    assert board.present("lobby") == []
+    assert board._timer is None
+
+
+async def test_all_graces_share_one_timer(watched: Any) -> None:
+    """However many are expected back, the event loop holds one timer, for the first; who is back costs nothing."""
+    w = watched(grace=10)
+    members = [FakeMember(f"client-{number}") for number in range(5)]
+    timers = set()
+    for second, member in enumerate(members):
+        w.at(second)
+        w.enter(member)
+        assert w.board._timer in timers or not timers
+        w.leave(member)
+        timers.add(w.board._timer)
+    assert len(timers) == 1
+    w.enter(members[0])
+    w.enter(members[1])
+    assert len(w.board._graces) == 3
+    w.at(12)
+    assert w.present() == ["client-0", "client-1", "client-3", "client-4"]
+    assert w.board._timer not in timers
+    w.at(20)
+    assert w.present() == ["client-0", "client-1"]
+    assert w.board._timer is None
+
+
+async def test_a_timer_for_somebody_who_is_back_is_set_anew(watched: Any) -> None:
+    """When the first of those who were expected is back, its timer ends nobody else's grace early."""
+    w = watched(grace=10)
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    w.enter(bob)
+    w.leave(ann)
+    w.at(5)
+    w.leave(bob)
+    w.enter(ann)
+    w.now = 1010.0
+    w.timer_fires()
+    assert w.present() == ["ann", "bob"]
+    assert w.board._timer is not None
+    w.at(15)
+    assert w.present() == ["ann"]
+
+
+async def test_reloading_again_and_again_piles_nothing_up(watched: Any) -> None:
+    """A client is expected back once, however often it has left."""
+    w = watched(grace=10)
+    ann = FakeMember("ann")
+    for _ in range(1000):
+        w.enter(ann)
+        w.leave(ann)
+    assert len(w.board._graces) == 1
+
+
+async def test_many_graces_that_end_together_share_the_loop(watched: Any) -> None:
+    """One turn of the event loop ends no more than `AT_ONCE` of them; the rest follows by itself."""
+    w = watched(grace=10)
+    w.listening = False
+    members = [FakeMember(f"client-{number}") for number in range(1000)]
+    for member in members:
+        w.enter(member)
+        w.leave(member)
+    w.now += 10
+    left = [1000]
+    w.timer_fires()
+    while left[-1]:
+        left.append(len(w.present()))
+        await asyncio.sleep(0)
+    assert left[1] == 1000 - AT_ONCE
+    assert max(before - after for before, after in pairwise(left)) == AT_ONCE
+
+
+# ── announcements ──
+
+
+async def test_arrivals_and_departures_are_told_in_order(watched: Any) -> None:
+    """Within a room, what happened first is said first."""
+    w = watched(grace=10)
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann, metadata={"name": "Ann"})
+    w.enter(bob)
+    await settle()
+    w.leave(bob)
+    w.leave(ann)
+    w.at(10)
+    await settle()
+    assert w.said == ["ann joined", "bob joined", "bob left", "ann left"]
+    assert w.calls[0][1] == Presence("ann", "lobby", {"name": "Ann"}, 1, 0.0)
+    assert w.calls[3][1] == Presence("ann", "lobby", {"name": "Ann"}, 0, 10.0)
+
+
+async def test_one_call_at_a_time_in_a_room(watched: Any) -> None:
+    """The next call of a room waits for the end of the one before; other rooms do not."""
+    w = watched()
+    w.block()
+    for name in ("ann", "bob"):
+        w.enter(FakeMember(name), "a")
+        w.enter(FakeMember(name), "b")
+    await settle()
+    assert [(who.room, who.client_id) for _, who in w.calls] == [("a", "ann"), ("b", "ann")]
+    assert len(w.tasks) == 2
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", "ann joined", "bob joined", "bob joined"]
+
+
+async def test_who_came_and_went_before_it_was_said_is_not_mentioned(watched: Any) -> None:
+    """An arrival that has undone itself while another call was running is never said."""
+    w = watched()
+    bob = FakeMember("bob")
+    w.block()
+    w.enter(FakeMember("ann"))
+    await settle()
+    for _ in range(100):
+        w.enter(bob)
+        w.leave(bob, at_once=True)
+    w.release()
+    await settle()
+    assert w.said == ["ann joined"]
+
+
+async def test_who_went_and_came_before_it_was_said_is_not_mentioned(watched: Any) -> None:
+    """A departure that has undone itself while another call was running is never said; the next one is."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.block()
+    w.enter(FakeMember("bob"))
+    await settle()
+    for _ in range(100):
+        w.leave(ann, at_once=True)
+        w.enter(ann)
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", "bob joined"]
+    w.leave(ann, at_once=True)
+    await settle()
+    assert w.said == ["ann joined", "bob joined", "ann left"]
+
+
+async def test_who_goes_while_its_arrival_is_being_said_is_said_to_have_gone(watched: Any) -> None:
+    """A call that has begun counts as said, so its opposite follows."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.block()
+    w.enter(ann)
+    await settle()
+    w.leave(ann, at_once=True)
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", "ann left"]
+
+
+async def test_who_comes_while_its_departure_is_being_said_is_said_to_have_come(watched: Any) -> None:
+    """After a departure whose call has begun, a return is an arrival."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.block()
+    w.leave(ann, at_once=True)
+    await settle()
+    w.enter(ann)
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", "ann left", "ann joined"]
+
+
+async def test_a_room_that_is_empty_but_for_a_running_call_is_the_same_room(watched: Any) -> None:
+    """While a departure is being said, who comes and goes unsaid does not let another call begin beside it."""
+    w = watched()
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    await settle()
+    w.block()
+    w.leave(ann, at_once=True)
+    await settle()
+    w.enter(bob)
+    w.leave(bob, at_once=True)
+    w.enter(FakeMember("eve"))
+    await settle()
+    assert w.said == ["ann joined", "ann left"]
+    assert len(w.tasks) == 1
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", "ann left", "eve joined"]
+
+
+async def test_churn_while_a_hook_is_slow_is_bounded_by_the_clients(watched: Any) -> None:
+    """What waits is one entry per client, and one task, however much happens."""
+    w = watched()
+    members = [FakeMember(f"client-{number}") for number in range(10)]
+    w.block()
+    w.enter(FakeMember("ann"))
+    await settle()
+    for _ in range(50):
+        for member in members:
+            w.enter(member)
+        for member in members[::2]:
+            w.leave(member, at_once=True)
+    assert len(w.board._rooms["lobby"].unsaid) == 5
+    assert len(w.tasks) == 1
+    w.release()
+    await settle()
+    assert w.said == ["ann joined", *(f"{member.client_id} joined" for member in members[1::2])]
+
+
+async def test_what_is_said_is_true_when_it_is_said(watched: Any) -> None:
+    """An arrival that had to wait tells the metadata and connections of the moment of its call."""
+    w = watched()
+    w.block()
+    w.enter(FakeMember("ann"))
+    await settle()
+    w.enter(FakeMember("bob"), metadata={"n": 1})
+    w.enter(FakeMember("bob"), metadata={"n": 2})
+    w.now += 3
+    w.release()
+    await settle()
+    what, bob = w.calls[1]
+    assert (what, bob, bob.present_seconds) == ("joined", Presence("bob", "lobby", {"n": 2}, 2, 0.0), 3.0)
+
+
+async def test_a_task_exists_only_while_there_is_something_to_say(watched: Any) -> None:
+    """One task per room speaks and ends; a second tab, a reload and people who just are there have none."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    w.enter(FakeMember("bob"))
+    assert len(w.tasks) == 1
+    await settle()
+    assert len(w.tasks) == 0
+    w.enter(FakeMember("ann"))
+    w.leave(ann)
+    w.enter(ann)
+    assert len(w.tasks) == 0
+
+
+async def test_when_nobody_listens_nothing_is_spawned(watched: Any) -> None:
+    """Without hooks, people come and go and no task is made; no entry waits for being said."""
+    w = watched(grace=10)
+    w.listening = False
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    w.enter(bob)
+    assert w.board._rooms["lobby"].unsaid == {}
+    w.leave(ann)
+    w.at(10)
+    w.leave(bob, at_once=True)
+    assert len(w.tasks) == 0
+    assert len(w.board) == 0
+    assert w.calls == []
+
+
+async def test_who_has_come_before_anybody_listened_goes_unsaid(watched: Any) -> None:
+    """A hook that is registered late hears of no departure without its arrival, and of everything from then on."""
+    w = watched()
+    w.listening = False
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.enter(ann)
+    w.listening = True
+    w.enter(bob)
+    w.leave(ann, at_once=True)
+    w.enter(ann)
+    await settle()
+    assert w.said == ["bob joined", "ann joined"]
+
+
+async def test_calls_that_wait_for_nothing_share_the_loop() -> None:
+    """Of a room's announcements no more than `AT_ONCE` are made in one turn of the event loop."""
+    said = 0
+
+    async def hear(who: Presence) -> None:
+        nonlocal said
+        said += 1
+
+    tasks = TaskSet(lambda _, __: None)
+    board = PresenceBoard(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
+    for number in range(1000):
+        board.enter("lobby", f"client-{number}", str(number), None)
+    at_turns = [0]
+    while at_turns[-1] < 1000:
+        await asyncio.sleep(0)
+        at_turns.append(said)
+    assert max(after - before for before, after in pairwise(at_turns)) == AT_ONCE
+    board.close()
+    await eventually(lambda: len(tasks) == 0)
+
+
+async def test_calls_do_not_see_the_context_of_who_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Context variables are those of the board's maker, not those of one connection among many."""
+    seen: list[str] = []
+
+    async def hear(who: Presence) -> None:
+        seen.append(VARIABLE.get())
+
+    tasks = TaskSet(lambda _, __: None)
+    makers = contextvars.copy_context()
+    makers.run(VARIABLE.set, "maker's")
+    board = makers.run(lambda: PresenceBoard(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
+    contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), board.enter("lobby", "ann", "1", None)))
+    await settle()
+    assert seen == ["maker's"]
+
+
+async def test_a_hook_may_let_others_come_and_go(watched: Any) -> None:
+    """What a call of a room does to the same room is said after it, by the same task."""
+    w = watched()
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    hear = w.board._joined
+
+    async def joined(who: Presence) -> None:
+        if who.client_id == "ann":
+            w.enter(bob)
+            w.leave(ann, at_once=True)
+            assert len(w.tasks) == 1
+        await hear(who)
+
+    w.board._joined = joined
+    w.enter(ann)
+    await settle()
+    assert w.said == ["ann joined", "bob joined", "ann left"]
+
+
+async def test_a_call_that_raises_after_all_silences_nobody(watched: Any) -> None:
+    """Its error is reported by the task, it counts as said, and what else is unsaid is said."""
+    w = watched()
+    ann, hear = FakeMember("ann"), w.board._joined
+
+    async def joined(who: Presence) -> None:
+        await hear(who)
+        if who.client_id == "ann":
+            raise ValueError("no")
+
+    w.board._joined = joined
+    w.enter(ann)
+    w.enter(FakeMember("bob"))
+    await settle()
+    assert w.said == ["ann joined", "bob joined"]
+    w.leave(ann, at_once=True)
+    await settle()
+    assert w.said == ["ann joined", "bob joined", "ann left"]
+    assert [str(error) for error in w.failures] == ["no"]
+    w.failures.clear()
+
+
+async def test_who_comes_in_the_moment_in_which_the_task_ends_is_said_to_have_come(watched: Any) -> None:
+    """Between the task's last look and its end nothing is lost."""
+    w = watched()
+
+    async def joined(who: Presence) -> None:
+        w.calls.append(("joined", who))
+        if who.client_id == "ann":  # runs after this task's last step and before it is known to be done
+            asyncio.get_running_loop().call_soon(w.enter, FakeMember("bob"))
+
+    w.board._joined = joined
+    w.enter(FakeMember("ann"))
+    await settle()
+    assert w.said == ["ann joined", "bob joined"]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_what_a_cancelled_task_has_not_said_waits_for_the_next_change(watched: Any, begun: bool) -> None:
+    """A task that is cancelled, even before its first step, starts no other; the next change in its room does."""
+    w = watched()
+    w.block()
+    w.enter(FakeMember("ann"))
+    w.enter(FakeMember("bob"))
+    await settle(2 if begun else 0)
+    w.tasks.cancel()
+    await settle()
+    w.running.clear()
+    assert len(w.tasks) == 0
+    w.release()
+    w.enter(FakeMember("eve"))
+    await settle()
+    assert w.said == ["ann joined", "bob joined", "eve joined"]
+
+
+async def test_a_departure_that_a_cancelled_task_has_not_said_is_not_forgotten(watched: Any) -> None:
+    """An empty room is kept for it, so that a return undoes it and is no second arrival."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.leave(ann, at_once=True)
+    w.tasks.cancel()
+    await settle()
+    assert len(w.board) == 1
+    w.enter(ann)
+    w.leave(ann, at_once=True)
+    await settle()
+    assert w.said == ["ann joined", "ann left"]
+    assert len(w.board) == 0
+
+
+async def test_a_loop_that_begins_tasks_eagerly_changes_nothing(watched: Any) -> None:
+    """Calls that run inside `enter` and `leave` see the new state, and still come one at a time per room."""
+    w = watched(grace=0)
+    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    hear = w.board._joined
+
+    async def joined(who: Presence) -> None:
+        if who.client_id == "ann":
+            w.enter(bob)
+            w.enter(eve, "attic")
+        await hear(who)
+
+    w.board._joined = joined
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # came with Python 3.12
+    try:
+        w.enter(ann)
+        await settle()
+        w.leave(ann)
+        await settle()
+    finally:
+        loop.set_task_factory(None)
+    calls = {
+        room: [(what, who.client_id, who.connections) for what, who in w.calls if who.room == room]
+        for room in ("lobby", "attic")
+    }
+    assert calls == {
+        "lobby": [("joined", "ann", 1), ("joined", "bob", 1), ("left", "ann", 0)],
+        "attic": [("joined", "eve", 1)],
+    }
+
+
+# ── nothing is left ──
+
+
+async def test_an_empty_room_vanishes_when_all_is_said(watched: Any) -> None:
+    """A room stays until its last departure is said, and not longer."""
+    w = watched(grace=10)
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.leave(ann)
+    assert len(w.board) == 1
+    w.block()
+    w.at(10)
+    await settle()
+    assert w.present() == []
+    assert len(w.board) == 1
+    w.release()
+    await settle()
+    assert len(w.board) == 0
+
+
+async def test_a_room_whose_arrivals_undid_themselves_vanishes(watched: Any) -> None:
+    """A room that never had anything to say leaves no entry and no task."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    w.leave(ann, at_once=True)
+    await settle()
+    assert (len(w.board), len(w.tasks), w.calls) == (0, 0, [])
+
+
+async def test_a_closed_board_says_nothing_more(watched: Any) -> None:
+    """Closing forgets everybody, stops the timer, and lets the call that has begun end by itself, once or twice."""
+    w = watched(grace=10)
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    w.block()
+    w.enter(ann)
+    await settle()
+    w.enter(bob)
+    w.leave(ann)
+    timer = w.board._timer
+    w.board.close()
+    w.board.close()
+    assert timer.cancelled()
+    assert w.board._timer is None
+    assert len(w.tasks) == 1
+    w.leave(bob, at_once=True)
+    w.release()
+    await settle()
+    assert w.said == ["ann joined"]
+    assert (len(w.board), len(w.tasks), len(w.board._graces)) == (0, 0, 0)
+
+
+async def test_a_board_that_was_closed_can_be_used_again(watched: Any) -> None:
+    """What begins after closing is new, and the end of a call from before does not touch it."""
+    w = watched()
+    ann = FakeMember("ann")
+    w.enter(ann)
+    await settle()
+    w.block()
+    w.leave(ann, at_once=True)
+    await settle()
+    w.board.close()
+    w.listening = False
+    w.enter(FakeMember("bob"))
+    w.release()
+    await settle()
+    assert w.present() == ["bob"]
+    assert len(w.board) == 1
+    assert w.said == ["ann joined", "ann left"]
+
+
+# ── whatever happens ──
+
+GRACE = 10.0
+ROOMS = "ab"
+CLIENTS = ("ann", "bob")
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("enter"), st.sampled_from(ROOMS), st.integers(0, 3), st.none() | st.integers(0, 3)),
+        st.tuples(st.just("leave"), st.sampled_from(ROOMS), st.integers(0, 3), st.booleans()),
+        st.tuples(st.just("wait"), st.sampled_from([1.0, 4.0, 10.0])),
+        st.tuples(st.sampled_from(["turn", "block", "release", "listen", "cover ears"])),
+    ),
+    max_size=80,
+)
+
+
+@dataclass
+class Stay:
+    """What a naive model knows of one client in one room."""
+
+    since: float
+    metadata: Any
+    connections: set[str] = field(default_factory=set)
+    due: float | None = None
+
+
+class Model:
+    """The truth, kept without any cleverness."""
+
+    def __init__(self) -> None:
+        self.stays: dict[tuple[str, str], Stay] = {}
+
+    def enter(self, room: str, member: FakeMember, metadata: Any, now: float) -> None:
+        """Let a connection in."""
+        stay = self.stays.setdefault((room, member.client_id), Stay(now, {}))
+        stay.connections.add(member.connection_id)
+        stay.due = None
+        stay.metadata = stay.metadata if metadata is None else metadata
+
+    def leave(self, room: str, member: FakeMember, at_once: bool, now: float) -> None:
+        """Take a connection out."""
+        stay = self.stays.get((room, member.client_id))
+        if stay is not None and member.connection_id in stay.connections:
+            stay.connections.remove(member.connection_id)
+            if not stay.connections:
+                stay.due = now if at_once else now + GRACE
+                self.wait(now)
+
+    def wait(self, now: float) -> None:
+        """Let time pass."""
+        self.stays = {key: stay for key, stay in self.stays.items() if stay.due is None or stay.due > now}
+
+    def present(self, room: str, now: float) -> list[tuple[str, Any, int, float]]:
+        """Who is in a room."""
+        return [
+            (client_id, stay.metadata, len(stay.connections), now - stay.since)
+            for (where, client_id), stay in self.stays.items()
+            if where == room
+        ]
+
+
+def said_of(calls: list[tuple[str, Presence]]) -> Iterator[tuple[tuple[str, str], list[str]]]:
+    """What was said of each client of each room, in order."""
+    for room in ROOMS:
+        for client_id in CLIENTS:
+            yield (room, client_id), [what for what, who in calls if (who.room, who.client_id) == (room, client_id)]
+
+
+@settings(max_examples=300)
+@given(STEPS)
+def test_what_is_true_is_told_in_the_end(steps: list[tuple[Any, ...]]) -> None:
+    """Whatever comes, goes, waits or blocks: presence is that of a naive model, calls alternate, and at last agree."""
+    run(_play(steps))
+
+
+async def _play(steps: list[tuple[Any, ...]]) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        w, model = Watched(monkeypatch, GRACE), Model()
+        members = [FakeMember(CLIENTS[number % 2]) for number in range(4)]
+        heard_all = True
+        for act, *details in steps:
+            if act == "enter":
+                room, number, value = details
+                metadata = None if value is None else {"n": value}
+                w.enter(members[number], room, metadata)
+                model.enter(room, members[number], metadata, w.now)
+                heard_all = heard_all and w.listening
+            elif act == "leave":
+                room, number, at_once = details
+                w.leave(members[number], room, at_once=at_once)
+                model.leave(room, members[number], at_once, w.now)
+            elif act == "wait":
+                w.at(w.now - 1000.0 + details[0])
+                model.wait(w.now)
+            elif act == "turn":
+                await settle(5)
+            elif act in ("block", "release"):
+                getattr(w, act)()
+            else:
+                w.listening = act == "listen"
+            for room in ROOMS:
+                there = w.board.present(room)
+                seen = [(who.client_id, dict(who.metadata), who.connections, who.present_seconds) for who in there]
+                assert seen == model.present(room, w.now)
+                assert len(w.board._rooms[room].unsaid if room in w.board._rooms else ()) <= len(CLIENTS)
+            assert len(w.board._graces) == sum(stay.due is not None for stay in model.stays.values())
+            assert (w.board._timer is not None) >= bool(w.board._graces)
+        w.release()
+        await settle(60)
+        assert w.failures == []
+        assert len(w.tasks) == 0
+        assert set(w.board._rooms) == {room for room, _ in model.stays}
+        for key, words in said_of(w.calls):
+            assert words == ["joined", "left"] * (len(words) // 2) + ["joined"] * (len(words) % 2)
+            if heard_all:
+                assert (words[-1:] == ["joined"]) == (key in model.stays)
+        w.board.close()
+        await settle()

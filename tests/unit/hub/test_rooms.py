@@ -1,0 +1,273 @@
+"""Tests of who is in which room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.errors import RoomLimitError
+from fastapi_ws_stabilizer.hub.rooms import Rooms
+from tests.unit.hub.fake_member import FakeMember
+
+
+@pytest.fixture
+def rooms() -> Rooms[FakeMember]:
+    """Rooms that a connection may be in any number of."""
+    return Rooms(None)
+
+
+# ── joining and leaving ──
+
+
+def test_who_joins_is_in(rooms: Rooms[FakeMember]) -> None:
+    """A connection that has joined is among the members, and the room among its rooms."""
+    ann = FakeMember("ann")
+    assert rooms.join(ann, "lobby")
+    assert rooms.members("lobby") == [ann]
+    assert rooms.of(ann) == ("lobby",)
+    assert rooms.names() == ["lobby"]
+    assert len(rooms) == 1
+    assert "lobby" in rooms
+
+
+def test_joining_twice_is_joining_once(rooms: Rooms[FakeMember]) -> None:
+    """The second time says that it was in already, keeps its place, and one leaving is enough."""
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    rooms.join(ann, "lobby")
+    rooms.join(bob, "lobby")
+    assert not rooms.join(ann, "lobby")
+    assert rooms.members("lobby") == [ann, bob]
+    assert rooms.leave(ann, "lobby")
+    assert rooms.members("lobby") == [bob]
+
+
+def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: Rooms[FakeMember]) -> None:
+    """It says so, whether the room exists, the connection is elsewhere, or neither."""
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    assert not rooms.leave(ann, "lobby")
+    rooms.join(ann, "lobby")
+    rooms.join(bob, "attic")
+    assert not rooms.leave(bob, "lobby")
+    assert not rooms.leave(ann, "nowhere")
+    assert (rooms.of(ann), rooms.of(bob)) == (("lobby",), ("attic",))
+    assert len(rooms) == 2
+
+
+def test_a_connection_that_ends_leaves_all_its_rooms(rooms: Rooms[FakeMember]) -> None:
+    """It is in none afterwards; which they were is told in the order of joining; others stay."""
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    for name in ("c", "a", "b"):
+        rooms.join(ann, name)
+    rooms.join(bob, "a")
+    assert rooms.leave_all(ann) == ("c", "a", "b")
+    assert rooms.of(ann) == ()
+    assert rooms.names() == ["a"]
+    assert rooms.members("a") == [bob]
+
+
+def test_a_connection_in_no_room_may_leave_all(rooms: Rooms[FakeMember]) -> None:
+    """There is nothing to leave, and no error."""
+    ann = FakeMember("ann")
+    assert rooms.leave_all(ann) == ()
+    rooms.join(ann, "lobby")
+    rooms.leave_all(ann)
+    assert rooms.leave_all(ann) == ()
+
+
+def test_two_connections_of_a_client_are_two_members(rooms: Rooms[FakeMember]) -> None:
+    """The end of an old connection takes no newer one of the same client out."""
+    old, new = FakeMember("ann"), FakeMember("ann")
+    rooms.join(old, "lobby")
+    rooms.join(new, "lobby")
+    rooms.join(new, "attic")
+    assert rooms.members("lobby") == [old, new]
+    rooms.leave_all(old)
+    assert not rooms.leave(old, "attic")
+    assert rooms.members("lobby") == rooms.members("attic") == [new]
+    assert rooms.of(new) == ("lobby", "attic")
+
+
+def test_who_comes_back_is_last(rooms: Rooms[FakeMember]) -> None:
+    """Members and rooms stand in the order of the latest joining."""
+    ann, bob = FakeMember("ann"), FakeMember("bob")
+    for name in ("a", "b"):
+        rooms.join(ann, name)
+        rooms.join(bob, name)
+    rooms.leave(ann, "a")
+    rooms.join(ann, "a")
+    assert rooms.members("a") == [bob, ann]
+    assert rooms.of(ann) == ("b", "a")
+
+
+# ── names and limits ──
+
+
+@pytest.mark.parametrize("name", ["", None, 7, b"lobby", ["lobby"]])
+def test_a_name_that_is_none_is_refused(rooms: Rooms[FakeMember], name: Any) -> None:
+    """A room's name is a string that is not empty; the error says so, and nobody is in anything."""
+    ann = FakeMember("ann")
+    with pytest.raises(ValueError, match="a string of at least one character"):
+        rooms.join(ann, name)
+    assert rooms.of(ann) == ()
+    assert len(rooms) == 0
+
+
+def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:
+    """The error tells room and limit; no room comes into being; the rooms that it is in are still its own."""
+    rooms: Rooms[FakeMember] = Rooms(2)
+    ann = FakeMember("ann")
+    rooms.join(ann, "a")
+    rooms.join(ann, "b")
+    with pytest.raises(RoomLimitError) as caught:
+        rooms.join(ann, "c")
+    assert (caught.value.room, caught.value.limit) == ("c", 2)
+    assert rooms.names() == ["a", "b"]
+    assert not rooms.join(ann, "b")
+    rooms.leave(ann, "a")
+    assert rooms.join(ann, "c")
+
+
+def test_the_limit_is_each_connections_own() -> None:
+    """A second connection of the same client has a limit of its own, whatever the first has joined."""
+    rooms: Rooms[FakeMember] = Rooms(1)
+    rooms.join(FakeMember("ann"), "a")
+    assert rooms.join(FakeMember("ann"), "b")
+
+
+def test_a_limit_of_none_lets_nobody_in() -> None:
+    """With a limit of zero there are no rooms, and a refused connection costs no entry."""
+    rooms: Rooms[FakeMember] = Rooms(0)
+    with pytest.raises(RoomLimitError):
+        rooms.join(FakeMember("ann"), "a")
+    assert rooms._members == rooms._names == {}
+
+
+# ── nothing is left ──
+
+
+def test_an_empty_room_vanishes(rooms: Rooms[FakeMember]) -> None:
+    """With its last member a room is gone, by one way as by the other."""
+    ann = FakeMember("ann")
+    rooms.join(ann, "lobby")
+    rooms.leave(ann, "lobby")
+    assert "lobby" not in rooms
+    assert (rooms.names(), rooms.members("lobby"), len(rooms)) == ([], [], 0)
+    rooms.join(ann, "lobby")
+    rooms.leave_all(ann)
+    assert "lobby" not in rooms
+
+
+def test_a_connection_in_no_room_costs_no_entry(rooms: Rooms[FakeMember]) -> None:
+    """Neither who was never in a room nor who has left the last is kept."""
+    ann = FakeMember("ann")
+    rooms.of(ann)
+    rooms.leave(ann, "lobby")
+    rooms.leave_all(ann)
+    assert rooms._names == {}
+    rooms.join(ann, "lobby")
+    rooms.leave(ann, "lobby")
+    assert rooms._names == {}
+
+
+# ── who is spoken to ──
+
+
+def test_an_audience_is_everybody_in_the_room(rooms: Rooms[FakeMember]) -> None:
+    """One room's audience are its members in order, whether the room is named by itself or in a list."""
+    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    rooms.join(ann, "lobby")
+    rooms.join(bob, "lobby")
+    rooms.join(eve, "l")
+    assert list(rooms.audience(["lobby"])) == list(rooms.audience("lobby")) == [ann, bob]
+
+
+def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: Rooms[FakeMember]) -> None:
+    """Several rooms, or one that is named twice, have no member twice; two connections of a client are two."""
+    ann, again, bob = FakeMember("ann"), FakeMember("ann"), FakeMember("bob")
+    for name in ("a", "b"):
+        rooms.join(ann, name)
+    rooms.join(again, "b")
+    rooms.join(bob, "c")
+    assert list(rooms.audience(iter(["a", "b", "a", "nowhere", "c"]))) == [ann, again, bob]
+    assert len(rooms.audience(["b", "b"])) == 2
+
+
+def test_rooms_that_do_not_exist_have_no_audience(rooms: Rooms[FakeMember]) -> None:
+    """Speaking into an empty room, or none, reaches nobody and makes no room."""
+    assert list(rooms.audience(["nowhere", "neither"])) == list(rooms.audience([])) == list(rooms.audience("x")) == []
+    assert len(rooms) == 0
+
+
+@pytest.mark.parametrize("names", ["a", ["a"], ["a", "b"]])
+def test_an_audience_may_leave_while_it_is_spoken_to(rooms: Rooms[FakeMember], names: Any) -> None:
+    """An audience is that of the moment: who leaves or joins afterwards does not change it."""
+    members = [FakeMember() for _ in range(3)]
+    for member in members:
+        rooms.join(member, "a")
+        rooms.join(member, "b")
+    audience = rooms.audience(names)
+    seen = []
+    for member in audience:
+        seen.append(member)
+        rooms.leave_all(member)
+        rooms.join(FakeMember(), "a")
+        rooms.join(FakeMember(), "a")
+    assert seen == members
+    assert len(audience) == 3
+
+
+def test_members_are_those_of_the_moment(rooms: Rooms[FakeMember]) -> None:
+    """What is done to the returned list is not done to the room."""
+    ann = FakeMember("ann")
+    rooms.join(ann, "lobby")
+    rooms.members("lobby").clear()
+    rooms.names().clear()
+    assert rooms.members("lobby") == [ann]
+    assert rooms.names() == ["lobby"]
+
+
+# ── whatever happens ──
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["join", "join", "leave", "end"]), st.integers(0, 5), st.sampled_from("abcd")),
+    max_size=60,
+)
+
+
+@given(STEPS, st.none() | st.integers(0, 4))
+def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int, str]], limit: int | None) -> None:
+    """Whatever is joined and left, everything that can be asked agrees with a plain list of who is where."""
+    rooms: Rooms[FakeMember] = Rooms(limit)
+    members = [FakeMember(f"client-{number % 3}") for number in range(6)]
+    pairs: list[tuple[FakeMember, str]] = []
+    for act, number, name in steps:
+        member = members[number]
+        mine = [room for who, room in pairs if who is member]
+        if act == "join" and name not in mine and limit is not None and len(mine) >= limit:
+            with pytest.raises(RoomLimitError):
+                rooms.join(member, name)
+        elif act == "join":
+            assert rooms.join(member, name) == (name not in mine)
+            pairs += [] if name in mine else [(member, name)]
+        elif act == "leave":
+            assert rooms.leave(member, name) == (name in mine)
+            pairs = [pair for pair in pairs if pair != (member, name)]
+        else:
+            assert rooms.leave_all(member) == tuple(mine)
+            pairs = [pair for pair in pairs if pair[0] is not member]
+
+        for one in members:
+            assert list(rooms.of(one)) == [room for who, room in pairs if who is one]
+        for room in "abcd":
+            there = [who for who, where in pairs if where == room]
+            assert rooms.members(room) == list(rooms.audience([room])) == there
+            assert (room in rooms) == bool(there)
+        both = rooms.audience(["a", "b"])
+        assert len(both) == len({who.connection_id for who, where in pairs if where in "ab"})
+        assert {who.connection_id for who in both} == {who.connection_id for who, where in pairs if where in "ab"}
+        assert set(rooms.names()) == {where for _, where in pairs}
+        assert len(rooms) == len(rooms.names())
+        assert set(rooms._names) == {who.connection_id for who, _ in pairs}
