@@ -1,11 +1,12 @@
 # Each target does its own set-up: a fresh machine needs only Python 3.10+ and make.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
 
-.PHONY: help demo test test-fast test-lowest soak lint format docs clean
+.PHONY: help demo test test-fast test-lowest soak bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is
@@ -40,6 +41,18 @@ $(VENV)/docs.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
+$(VENV)/bench.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --group servers
+	touch $@
+
+# The peers run on the same server and framework as the library does.
+$(PEERS)/peers.stamp: benchmarks/peers.txt $(VENV)/bench.stamp
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip freeze | grep -E '^(uvicorn|uvloop|websockets|h11|fastapi|starlette|pydantic)==' > $(PEERS)/same.txt
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers.txt -c $(PEERS)/same.txt
+	touch $@
+
 demo: $(VENV)/demo.stamp ## Start the chat example and print its address
 	$(BIN)/python -m examples.chat
 
@@ -57,6 +70,9 @@ test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that ar
 
 soak: $(VENV)/test.stamp ## Run the long tests; bounded, a few minutes
 	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about twelve minutes; ARGS=--quick for two
+	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check format, style, types and layers
 	$(BIN)/ruff format --check

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from types import CoroutineType
 from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox, OutboxLimits, OutboxOwner
+from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
+from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox, OutboxOwner
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import TaskSet, begin
@@ -26,7 +26,8 @@ class AsgiOutbox(Outbox):
     Args:
         send: The server's `send`.
         by_hand: Whether `send` may be begun outside of a task of its own: it is the server's, with no middleware round
-            it that might look at the current task.
+            it that might look at the current task. Not with a close frame: uvicorn's older implementation has a timeout
+            for it, which belongs to a task.
         tasks: Holds the task of a send that waits.
         name: What that task's name ends with.
         sends: How many sends of all connections may wait at the same time. One that waits for longer than a healthy
@@ -83,14 +84,12 @@ class AsgiOutbox(Outbox):
                 self._due = True
                 slots.wait(self._look_again)
                 return
-            if self._by_hand:
-                sending = self._begin_next()
-                if isinstance(sending, CoroutineType):
-                    try:
-                        sending = begin(sending)
-                    except Exception as error:
-                        self._failed(error, self._in_flight)
-                        return
+            if self._by_hand and slots is self._sends:
+                try:
+                    sending = begin(self._begin_next())
+                except Exception as error:
+                    self._failed(error, self._in_flight)
+                    return
                 if sending is None:
                     self._has_sent()
                     continue
@@ -102,24 +101,19 @@ class AsgiOutbox(Outbox):
         self._rest()
 
     def _waiting(self) -> bool:
-        return not self._broken and bool(self._queue or self._urgent or self._close is not None)
+        return not self._broken and (self._any or self._close is not None)
 
     def _slots(self) -> Slots:
-        return self._sends if self._queue or self._urgent else self._closes
+        return self._sends if self._any else self._closes
 
-    def _begin_next(self) -> Awaitable[None] | None:
-        """Take out what is next and call `send` with it."""
+    def _begin_next(self) -> Any:
+        """Take out what is next, and call `send` with it."""
         if self._urgent:
             self._in_flight = 1
             message = self._urgent.pop(0).message()
-        elif self._queue:
+        elif self._any:
             self._in_flight = 1
-            frame = self._queue.popleft()
-            if self._queue:
-                self.held_bytes -= frame.size
-                self._taken += 1
-            else:
-                self._emptied()
+            frame = self._pop()
             if self._waiters:
                 self._serve_waiters()
             message = frame.message()
@@ -127,13 +121,12 @@ class AsgiOutbox(Outbox):
             assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
             message = close_message(*self._close)
             self._close = None
-        sending: Awaitable[None] = self._send(message)
-        return sending
+        return self._send(message)
 
     def _has_sent(self) -> None:
         if self._in_flight:
             self._in_flight = 0
-            self._owner.sent(1)
+            self._limits.totals.messages_sent += 1
 
     def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""
@@ -169,7 +162,7 @@ class AsgiOutbox(Outbox):
         self._give_slot_back()
         if self._in_flight:  # cancelled
             unsent, self._in_flight = self._in_flight, 0
-            self._owner.unsent(unsent)
+            self.owner.unsent(unsent)
         if self._waiting():
             self._book_turn()
         else:

@@ -176,10 +176,11 @@ class Connection:
                 max_message_bytes=self.config.max_message_size,
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
-            if self.config.compression is CompressionMode.NONE:  # accepted by hand, before we could refuse it
-                self._link.window_bits = 0
+            self.outbox.attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
-            self._pump = self._parts.tasks.spawn(pump(self, receive), name=f"ws-pump-{self.connection_id}", context=self._context)
+            self._pump = self._parts.tasks.spawn(
+                pump(self, receive), name=f"ws-pump-{self.connection_id}", context=self._context
+            )
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""
@@ -281,10 +282,6 @@ class Connection:
         await self.send(encode(message.get("text") or "" if data is None else data))
 
     # ── what the outbox tells ──
-
-    def sent(self, count: int) -> None:
-        """Messages were taken by the server."""
-        self.reports.totals.messages_sent += count
 
     def unsent(self, count: int) -> None:
         """Messages were given to the server and not taken."""
@@ -388,7 +385,8 @@ class Connection:
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
         self.endpoint.watch(self.websocket.scope)
         self._over.set()
-        self._parts.turns.soon(self.shard, self)
+        turns = self._parts.turns
+        turns.soon(turns.pending(self.shard), self)
         return True
 
     def take_turn(self) -> None:

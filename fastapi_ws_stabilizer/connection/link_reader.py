@@ -56,6 +56,10 @@ class LinkReader:
         self._stop_timer()
         end_by_event(self._connection, event)
 
+    def write_paused(self) -> None:
+        """The transport holds more than it should."""
+        self._outbox.write_paused()
+
     def writable(self) -> None:
         """The transport takes more again."""
         self._outbox.writable()

@@ -9,10 +9,11 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
+from fastapi_ws_stabilizer.config import OutboxOverflow
+from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import Latch
@@ -28,10 +29,6 @@ MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
 
 
-_NOTHING: Final[deque[Frame]] = deque(maxlen=0)
-"""The queue of every idle outbox: it can hold nothing, and a connection that is sent nothing need not own one."""
-
-
 class SlowClient(str, Enum):
     """How slow a client has become. Each is told once until the client has caught up."""
 
@@ -43,25 +40,8 @@ class SlowClient(str, Enum):
     """Its outbox was full, and it is disconnected with 4507."""
 
 
-class OutboxLimits:
-    """The bounds and the policy that all outboxes of a manager share."""
-
-    __slots__ = ("calm_bytes", "calm_messages", "max_bytes", "max_messages", "overflow", "send_timeout")
-
-    def __init__(self, config: WebSocketConfig) -> None:
-        self.max_messages = config.outbox_max_messages
-        self.max_bytes = config.outbox_max_bytes
-        self.calm_messages = config.outbox_max_messages // 2
-        self.calm_bytes = config.outbox_max_bytes // 2
-        self.overflow = config.outbox_overflow
-        self.send_timeout = config.send_timeout
-
-
 class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
-
-    def sent(self, count: int) -> None:
-        """Messages were taken by the server."""
 
     def unsent(self, count: int) -> None:
         """Messages were given to the server and not taken."""
@@ -91,13 +71,13 @@ class OutboxOwner(Protocol):
         """The server refused a message: the connection is gone."""
 
 
-class Outbox:
+class Outbox(Backlog):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
     An idle outbox owns no task and no timer. A watch for a stuck send is one timer that looks at the time since when
     the client has taken nothing; it is not set anew for every message.
 
-    Subclasses send: `_carry` takes what can be sent now, and `_close_now` sends the close frame.
+    Subclasses send: `_carry` takes out what can be sent now, and the close frame after it.
     """
 
     __slots__ = (
@@ -106,32 +86,23 @@ class Outbox:
         "_close",
         "_done",
         "_due",
-        "_keyed",
-        "_limits",
-        "_owner",
-        "_queue",
-        "_shard",
+        "_pending",
         "_shut",
         "_slow",
-        "_taken",
         "_turns",
         "_unflushed",
         "_urgent",
         "_waiters",
         "_watch",
-        "held_bytes",
+        "owner",
     )
 
     def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int) -> None:
-        self._owner = owner
-        self._limits = limits
+        super().__init__(limits)
+        self.owner = owner
         self._turns = turns
-        self._shard = shard
-        self._queue = _NOTHING
+        self._pending = turns.pending(shard)
         self._urgent: list[Frame] | None = None
-        self._keyed: dict[Any, int] | None = None  # coalesce_key -> number of the queued frame, counted from the start
-        self._taken = 0
-        self.held_bytes = 0
         self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
         self._shut = True
         self._broken = False
@@ -144,7 +115,7 @@ class Outbox:
         self._watch: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self._urgent or ())
+        return super().__len__() + len(self._urgent or ())
 
     def open(self) -> None:
         """Take messages from now on."""
@@ -166,27 +137,33 @@ class Outbox:
             if len(queue) >= limits.calm_messages or held > limits.calm_bytes:
                 return self._offer_with_care(frame)
             queue.append(frame)
-        else:
-            self._queue = deque((frame,))
+        elif self._alone is None:
+            self._alone = frame
+        else:  # the second of a burst
+            return self._offer_with_care(frame)
         self.held_bytes = held
         if not self._due:
             self._due = True
-            self._turns.soon(self._shard, self)
+            pending = self._pending
+            if not pending:
+                self._turns.book()
+            pending.append(self)
         return Offered.QUEUED
 
     def _offer_with_care(self, frame: Frame) -> Offered:
         if self._shut:
             return Offered.REFUSED
         if frame.key is not None and self._coalesce(frame):
+            self.owner.coalesced()
             return Offered.QUEUED
-        calm = self._is_calm(frame)
+        calm = self._is_calm(frame.size)
         if not calm and not self.blocked:
             self._carry()  # the network may take all of it at once
-            calm = self._is_calm(frame)
+            calm = self._is_calm(frame.size)
             if self._shut:
                 return Offered.REFUSED
         if self._fits(frame.size):
-            self._append(frame)
+            self._put_in(frame)
             if calm:
                 return Offered.QUEUED
             if not self.send_waits:
@@ -200,11 +177,10 @@ class Outbox:
             self._drop(1)
             return Offered.DROPPED
         count = 0
-        while self._queue and not self._fits(frame.size):
+        while Backlog.__len__(self) and not self._fits(frame.size):
+            self._pop()
             count += 1
-            self.held_bytes -= self._queue.popleft().size
-        self._taken += count
-        self._append(frame)
+        self._put_in(frame)
         self._drop(count)
         return Offered.SLOW
 
@@ -213,13 +189,14 @@ class Outbox:
         if self._shut:
             return False
         if frame.key is not None and self._coalesce(frame):
+            self.owner.coalesced()
             return True
         if not self._fits(frame.size):
             if not self.blocked:
                 self._carry()
             if self._shut or not self._fits(frame.size):
                 return False
-        self._append(frame)
+        self._put_in(frame)
         return True
 
     def put_urgent(self, frame: Frame) -> bool:
@@ -255,46 +232,11 @@ class Outbox:
                 self._serve_waiters()
             raise
 
-    def _append(self, frame: Frame) -> None:
-        if frame.key is not None:
-            keyed = self._keyed = {} if self._keyed is None else self._keyed
-            if len(keyed) > 2 * self._limits.max_messages:  # most of them point to frames that are long sent
-                self._keyed = keyed = {key: number for key, number in keyed.items() if number >= self._taken}
-            keyed[frame.key] = self._taken + len(self._queue)
-        if self._queue:
-            self._queue.append(frame)
-        else:
-            self._queue = deque((frame,))
-        self.held_bytes += frame.size
+    def _put_in(self, frame: Frame) -> None:
+        self._append(frame)
         self._book_turn()
 
-    def _coalesce(self, frame: Frame) -> bool:
-        """Put a frame in the place of a queued one with its key; `False` if there is none, or no room for it."""
-        place = -1 if self._keyed is None else self._keyed.get(frame.key, -1) - self._taken
-        if place < 0:
-            return False
-        more = frame.size - self._queue[place].size
-        if more > 0 and len(self._queue) > 1 and self.held_bytes + more > self._limits.max_bytes:
-            return False
-        self._queue[place] = frame
-        self.held_bytes += more
-        self._owner.coalesced()
-        return True
-
     # ── how full it is ──
-
-    def _fits(self, size: int) -> bool:
-        """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
-        if not self._queue:
-            return True
-        return len(self._queue) < self._limits.max_messages and self.held_bytes + size <= self._limits.max_bytes
-
-    def _is_calm(self, frame: Frame) -> bool:
-        """Whether no more than half is used with this frame."""
-        limits = self._limits
-        return not self._queue or (
-            len(self._queue) < limits.calm_messages and self.held_bytes + frame.size <= limits.calm_bytes
-        )
 
     @property
     def send_waits(self) -> bool:
@@ -306,11 +248,6 @@ class Outbox:
         """Whether what is queued cannot be sent now."""
         return self._broken or self._blocked_since is not None
 
-    @property
-    def half_full(self) -> bool:
-        """Whether more than half of one of the bounds is used."""
-        return 2 * len(self._queue) > self._limits.max_messages or 2 * self.held_bytes > self._limits.max_bytes
-
     def under_pressure(self) -> bool:
         """Whether more than half is used, and the client seems to read."""
         return self.half_full and not self.send_waits
@@ -319,10 +256,10 @@ class Outbox:
         """Tell, once in an episode, that the client has become that slow."""
         if self._slow is not how and self._slow is not SlowClient.DROPPING:
             self._slow = how
-            self._owner.slow(how)
+            self.owner.slow(how)
 
     def _drop(self, count: int) -> None:
-        self._owner.dropped(count)
+        self.owner.dropped(count)
         self._becomes(SlowClient.DROPPING)
 
     # ── taking out ──
@@ -341,51 +278,41 @@ class Outbox:
         if self._urgent:
             urgent, self._urgent = self._urgent, None
             return urgent
-        if self.held_bytes <= max_bytes:
-            frames: Sequence[Frame] = self._queue
-            self._emptied()
-        else:
-            frames, size = [], 0
-            while self._queue and size < max_bytes:
-                frames.append(frame := self._queue.popleft())
-                size += frame.size
-            self.held_bytes -= size
-            self._taken += len(frames)
+        frames = self._pop_up_to(max_bytes)
         if self._waiters:
             self._serve_waiters()
         return frames
-
-    def _emptied(self) -> None:
-        """Nothing waits any more."""
-        self._queue = _NOTHING
-        self.held_bytes = self._taken = 0
-        self._keyed = None
 
     def _serve_waiters(self) -> None:
         """Queue what others wait to send, in their order, as far as there is room."""
         while self._waiters and self._fits(self._waiters[0][1].size):
             waiter, frame = self._waiters.popleft()
             if not waiter.done():
-                self._append(frame)
+                self._put_in(frame)
                 waiter.set_result(True)
 
     def _book_turn(self) -> None:
         if not self._due:
             self._due = True
-            self._turns.soon(self._shard, self)
+            self._turns.soon(self._pending, self)
 
     def _failed(self, error: Exception, unsent: int) -> None:
         """The server has refused a message: nothing can be sent any more, and the end is on its way to us."""
         self._broken = self._due = True
         if unsent:
-            self._owner.unsent(unsent)
-        self._owner.send_failed(error)
+            self.owner.unsent(unsent)
+        self.owner.send_failed(error)
+
+    @property
+    def _any(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._alone is not None or self._queue or self._urgent)
 
     def _calm_down(self) -> None:
         """The queue is empty: tell if the client was slow and has caught up."""
         if self._slow is not None and not self._shut:
             self._slow = None
-            self._owner.caught_up()
+            self.owner.caught_up()
 
     # ── a send that waits ──
 
@@ -411,16 +338,16 @@ class Outbox:
         since = self._blocked_since
         if since is None:
             return
-        left = self._owner.unflushed_bytes()
+        left = self.owner.unflushed_bytes()
         if left is not None and self._unflushed is not None and left < self._unflushed:
             self._blocked_since = since = monotonic()  # the client reads, if slowly
         self._unflushed = left
         waited = monotonic() - since
         if waited >= self._limits.send_timeout:
-            self._owner.send_stuck()
+            self.owner.send_stuck()
             return
         if waited >= LOOK_INTERVAL:
-            self._owner.send_waits()
+            self.owner.send_waits()
         self._set_watch(waited)
 
     # ── the end ──
@@ -455,9 +382,9 @@ class Outbox:
         return discarded
 
     def _clear(self) -> int:
-        discarded = len(self._queue)
+        discarded = Backlog.__len__(self)
         self._urgent = None
-        self._emptied()
+        self._empty()
         return discarded
 
     def _turn_away(self) -> None:

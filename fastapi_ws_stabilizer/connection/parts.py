@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.outbox import OutboxLimits, SlowClient
+from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
@@ -78,7 +79,7 @@ class Parts:
         self.disconnected = disconnected
         self.slow = slow
         self.failed = failed
-        self.outbox_limits = OutboxLimits(config)
+        self.outbox_limits = OutboxLimits(config, reports.totals)
         self.sends = Slots(config.max_concurrent_broadcast)
         self.closes = Slots(config.max_concurrent_cleanup)
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

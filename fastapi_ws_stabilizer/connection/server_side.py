@@ -8,6 +8,7 @@ otherwise, and everything works without it.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -31,8 +32,8 @@ class ServerSide:
 
     @property
     def is_direct(self) -> bool:
-        """Whether `send` is the server's own, so that nothing in it depends on the task that calls it."""
-        return type(getattr(self.send, "__self__", None)).__module__.startswith(_SERVERS)
+        """Whether `send` is a coroutine function of the server's own, so that it does not ask which task it runs in."""
+        return inspect.iscoroutinefunction(self.send) and type(self.send.__self__).__module__.startswith(_SERVERS)
 
     def link(self) -> Link | None:
         """What the server offers beyond ASGI, if no middleware stands between."""

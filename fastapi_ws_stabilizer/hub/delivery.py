@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
-from fastapi_ws_stabilizer.hub.member import Member, Offered
+from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard
 from fastapi_ws_stabilizer.hub.registry import Registry
 from fastapi_ws_stabilizer.hub.rooms import Rooms
@@ -77,21 +77,21 @@ class Delivery(Generic[M]):
             BroadcastFailedError: There were recipients, and it could be queued for none.
         """
         self._totals.broadcasts += 1
-        groups = self.registry.shards() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
+        groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
         return await self._fan_out.send(frame, groups, excluded)
 
-    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[M]]:
-        """Some members, in as many parts as everybody is divided into."""
+    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[Mailbox]]:
+        """The outboxes of some members, in as many parts as everybody is divided into."""
         size = max(1, -(-len(members) // self._num_shards))
         for start in range(0, len(members), size):
-            yield members[start : start + size]
+            yield [member.outbox for member in members[start : start + size]]
 
     async def to_client(self, client_id: str, frame: Frame) -> bool:
         """Queue a frame for all connections of a client; tell whether it was queued for one."""
         connections = self.registry.of_client(client_id)
         offered = [connection.outbox.offer(frame) for connection in connections]
         if Offered.PRESSED in offered:
-            await let_writers_work([one for one in connections if one.outbox.under_pressure()])
+            await let_writers_work([one.outbox for one in connections if one.outbox.under_pressure()])
         return any(how not in _NOT_QUEUED for how in offered)
 
     def connections_of(self, whom: Any) -> frozenset[str]:

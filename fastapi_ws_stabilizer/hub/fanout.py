@@ -9,7 +9,7 @@ from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.member import Member, Offered
+from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
 from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
 from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.wire.payload import Frame
@@ -52,9 +52,9 @@ class FanOut:
         self._one_after_the_other = asyncio.Lock()
 
     async def send(
-        self, frame: Frame, groups: Iterable[Sequence[Member]], excluded: Collection[str] = ()
+        self, frame: Frame, groups: Iterable[Sequence[Mailbox]], excluded: Collection[str] = ()
     ) -> BroadcastResult:
-        """Queue one frame for all members of all groups.
+        """Queue one frame in all outboxes of all groups.
 
         No client is waited for. The event loop gets a turn between two groups when it has been held for long, and
         when outboxes of clients that read fill up, so that their writers can work even if the caller sends in a loop
@@ -66,10 +66,10 @@ class FanOut:
             excluded: Connection ids that do not get it.
 
         Raises:
-            BroadcastFailedError: There were members and it could be queued for none.
+            BroadcastFailedError: There were outboxes and it could be queued in none.
         """
         result = BroadcastResult()
-        pressed: list[Member] = []
+        pressed: list[Mailbox] = []
         async with self._one_after_the_other:
             hold = HoldTimer()
             rest = iter(groups)
@@ -93,42 +93,41 @@ class FanOut:
     def _queue(
         self,
         frame: Frame,
-        group: Sequence[Member],
+        group: Sequence[Mailbox],
         excluded: Collection[str],
         result: BroadcastResult,
-        pressed: list[Member],
+        pressed: list[Mailbox],
     ) -> None:
         """Queue a frame for one group. Hot path: one call for each recipient, and nothing else for most of them."""
         if excluded:
-            group = [member for member in group if member.connection_id not in excluded]
+            group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
         dropped_before = self._totals.messages_dropped
         queued = Offered.QUEUED
-        unusual = [(member, offered) for member in group if (offered := member.outbox.offer(frame)) is not queued]
+        unusual = [(outbox, offered) for outbox in group if (offered := outbox.offer(frame)) is not queued]
         result.total += len(group)
         result.succeeded += len(group)
         if not unusual:
             return
-        for member, offered in unusual:
+        for outbox, offered in unusual:
             if offered is Offered.PRESSED:
-                pressed.append(member)
+                pressed.append(outbox)
                 continue
-            ending = member.ending
-            if offered is not Offered.REFUSED or (
-                ending is not None and ending.reason is DisconnectReason.SLOW_CONSUMER
-            ):
-                result.slow += 1
+            member: Member = outbox.owner
+            how = member.ending
             if offered is Offered.REFUSED:
                 result.succeeded -= 1
                 result.failed += 1
-                result.errors.append((member.client_id, ending.reason.value if ending else "not open"))
-            elif offered is Offered.DROPPED:
-                result.succeeded -= 1
+                result.slow += how is not None and how.reason is DisconnectReason.SLOW_CONSUMER
+                result.errors.append((member.client_id, how.reason.value if how else "not open"))
+            else:
+                result.succeeded -= offered is Offered.DROPPED
+                result.slow += 1
         result.dropped += self._totals.messages_dropped - dropped_before
 
 
-async def let_writers_work(pressed: Sequence[Member]) -> None:
-    """Give the event loop some turns, `MAX_TURNS` at most, while one of these members is under pressure."""
+async def let_writers_work(pressed: Sequence[Mailbox]) -> None:
+    """Give the event loop some turns, `MAX_TURNS` at most, while one of these outboxes is under pressure."""
     for turn in range(MAX_TURNS if pressed else 0):
         await asyncio.sleep(0 if turn < MAX_TURNS // 2 else 0.001)
-        if not any(member.outbox.under_pressure() for member in pressed):
+        if not any(outbox.under_pressure() for outbox in pressed):
             break

@@ -28,6 +28,10 @@ class Offered(Enum):
 class Mailbox(Protocol):
     """Where what is meant for a connection waits to be sent. Nothing here waits."""
 
+    @property
+    def owner(self) -> Any:
+        """The `Member` that it belongs to."""
+
     def offer(self, frame: Frame) -> Offered:
         """Queue a frame, as far as the bounds and the policy for slow clients allow."""
 

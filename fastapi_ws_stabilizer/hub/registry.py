@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
-from fastapi_ws_stabilizer.hub.member import Member
+from fastapi_ws_stabilizer.hub.member import Mailbox, Member
 
 M = TypeVar("M", bound=Member)
 
@@ -27,7 +27,7 @@ class Registry(Generic[M]):
     def __init__(self, num_shards: int = 1) -> None:
         self._by_id: dict[str, M] = {}
         self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only where a client has several connections
-        self._shards: tuple[dict[str, M], ...] = tuple({} for _ in range(num_shards))
+        self._shards: tuple[dict[str, Mailbox], ...] = tuple({} for _ in range(num_shards))
         self._numbers = itertools.count()
 
     def next_shard(self) -> int:
@@ -37,7 +37,7 @@ class Registry(Generic[M]):
     def add(self, member: M) -> None:
         """Add a connection."""
         self._by_id[member.connection_id] = member
-        self._shards[member.shard][member.connection_id] = member
+        self._shards[member.shard][member.connection_id] = member.outbox
         known = self._by_client.get(member.client_id)
         if known is None:
             self._by_client[member.client_id] = member
@@ -72,8 +72,8 @@ class Registry(Generic[M]):
         """The connected clients, each once, in the order in which they came."""
         return list(self._by_client)
 
-    def shards(self) -> Iterator[Sequence[M]]:
-        """All connections, shard by shard; connections may come and go while this is read."""
+    def outboxes(self) -> Iterator[Sequence[Mailbox]]:
+        """The outboxes of all connections, shard by shard; connections may come and go while this is read."""
         for shard in self._shards:
             if shard:
                 yield tuple(shard.values())

@@ -44,20 +44,26 @@ class Turns:
         self._scheduled = False
         self._since = 0.0
 
-    def soon(self, shard: int, worker: Worker) -> None:
-        """Let a worker take its turn soon. Hot path: called once per recipient of a broadcast."""
-        self._shards[shard].append(worker)
+    def pending(self, shard: int) -> list[Worker]:
+        """The list of those in a shard who wait for a turn. Whoever puts something into an empty one calls `book`."""
+        return self._shards[shard]
+
+    def soon(self, pending: list[Worker], worker: Worker) -> None:
+        """Let a worker take its turn soon."""
+        if not pending:
+            self.book()
+        pending.append(worker)
+
+    def book(self) -> None:
+        """See to it that the lists are looked at. Booking again changes nothing."""
         if not self._scheduled:
-            self._schedule()
+            self._scheduled = True
+            self._since = monotonic()
+            asyncio.get_running_loop().call_soon(self._run)
 
     def overdue(self) -> bool:
         """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
         return self._scheduled and monotonic() - self._since > MAX_HOLD
-
-    def _schedule(self) -> None:
-        self._scheduled = True
-        self._since = monotonic()
-        asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
         started = monotonic()
@@ -66,9 +72,11 @@ class Turns:
         count = len(shards)
         for number in range(self._next, self._next + count):
             shard = number % count
-            if not shards[shard]:
+            pending = shards[shard]
+            if not pending:
                 continue
-            workers, shards[shard] = shards[shard], []
+            workers = tuple(pending)
+            pending.clear()
             for worker in workers:
                 try:
                     worker.take_turn()
@@ -77,8 +85,8 @@ class Turns:
             if monotonic() - started > MAX_HOLD:
                 self._next = (shard + 1) % count  # who waits longest goes first next time
                 break
-        if not self._scheduled and any(shards):
-            self._schedule()
+        if any(shards):
+            self.book()
 
 
 class HoldTimer:

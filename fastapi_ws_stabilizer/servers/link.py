@@ -28,8 +28,11 @@ class Sink(Protocol):
     def gone(self, event: Mapping[str, Any]) -> None:
         """The connection is over; `event` is the ASGI `websocket.disconnect`."""
 
+    def write_paused(self) -> None:
+        """The transport holds more than it should. What is written then is kept, without a limit."""
+
     def writable(self) -> None:
-        """The transport takes more again, after `write_paused`."""
+        """The transport takes more again."""
 
     def last_call(self) -> None:
         """The server is about to close: what is queued can be written now, or never."""
@@ -39,12 +42,16 @@ class Link(Protocol):
     """The server's end of a link.
 
     Attributes:
-        write_paused: Whether the transport holds more than it should. What is written then is kept, without a limit.
+        write_paused: Whether the transport holds more than it should.
         window_bits: Base-2 logarithm of the window for compressed frames; 0 if compression was not negotiated.
     """
 
     write_paused: bool
     window_bits: int
+
+    @property
+    def transport(self) -> Any:
+        """The asyncio transport; its `write` is all that senders use."""
 
     def refuse_compression(self) -> None:
         """Negotiate no compression. Has an effect before the connection is accepted."""
@@ -57,9 +64,6 @@ class Link(Protocol):
             max_message_bytes: A larger message closes 1009 before it is read whole, or inflated.
             own_pings: Whether the sink sends pings, so that the server need not.
         """
-
-    def write(self, frames: bytes) -> None:
-        """Write framed bytes."""
 
     def ping(self, payload: bytes) -> None:
         """Write a ping frame."""

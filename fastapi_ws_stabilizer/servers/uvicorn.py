@@ -139,10 +139,6 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             else:
                 sink.gone(event)
 
-    def write(self, frames: bytes) -> None:
-        """As `Link`."""
-        self.transport.write(frames)
-
     def ping(self, payload: bytes) -> None:
         """As `Link`."""
         if not self.close_sent and not self.transport.is_closing():
@@ -184,6 +180,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.write_paused = True
         if self.sink is None:
             super().pause_writing()
+        else:
+            self.sink.write_paused()
 
     def resume_writing(self) -> None:
         """The transport takes more."""

@@ -42,6 +42,11 @@ class FakeMember:
         self.verdict = Offered.QUEUED
 
     @property
+    def owner(self) -> FakeMember:
+        """It is its own owner."""
+        return self
+
+    @property
     def outbox(self) -> FakeMember:
         """It is its own outbox."""
         return self

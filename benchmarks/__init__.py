@@ -1,0 +1,1 @@
+"""Measures what the library costs, beside its peers, in one run: `make bench`."""

@@ -1,0 +1,213 @@
+"""The channel through which a server is told what to send, and tells what that cost.
+
+It is a socket that the parent process passes on, with one line of JSON for each command and each answer. A server ends
+when its parent closes that socket or dies, so none is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.channel import CONTROL_FD, OPTIONS
+from benchmarks.messages import MAKERS, stamped
+
+NEVER = 10_000_000.0
+"""Seconds between two heartbeats where none is wanted. Timers of an event loop cannot take infinity."""
+
+Broadcast = Callable[[str], Awaitable[object]]
+Burst = Callable[[list[str]], Awaitable[object]]
+
+
+def options() -> dict[str, Any]:
+    """Options that the scenario has for this server."""
+    found: dict[str, Any] = json.loads(os.environ.get(OPTIONS, "{}"))
+    return found
+
+
+class Ticker:
+    """A callback each millisecond that notes how late it comes: the longest that the loop was held.
+
+    It also notes the longest garbage collection, for that is often what a long stall is.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._longest = 0.0
+        self._collecting_since = 0.0
+        self._longest_collection = 0.0
+
+    def start(self) -> None:
+        """Begin to tick."""
+        if self._handle is None:
+            gc.callbacks.append(self._on_collection)
+            self._arm()
+
+    def stop(self) -> None:
+        """Tick no more."""
+        if self._handle is not None:
+            gc.callbacks.remove(self._on_collection)
+            self._handle.cancel()
+            self._handle = None
+
+    def take(self) -> tuple[float, float]:
+        """The longest delay and the longest garbage collection since the last call, in seconds."""
+        longest, self._longest = max(self._longest, time.monotonic() - self._due), 0.0
+        collection, self._longest_collection = self._longest_collection, 0.0
+        return max(0.0, longest), collection
+
+    def _on_collection(self, phase: str, _: dict[str, int]) -> None:
+        now = time.monotonic()
+        if phase == "start":
+            self._collecting_since = now
+        else:
+            self._longest_collection = max(self._longest_collection, now - self._collecting_since)
+
+    def _arm(self) -> None:
+        self._due = time.monotonic() + 0.001
+        self._handle = self._loop.call_later(0.001, self._tick)
+
+    def _tick(self) -> None:
+        self._longest = max(self._longest, time.monotonic() - self._due)
+        self._arm()
+
+
+class Control(asyncio.Protocol):
+    """Carries out commands. Each `do_...` method is one; every answer also has the CPU seconds of this process.
+
+    Args:
+        broadcast: Sends one text to all clients.
+        burst: Sends several at once; one broadcast after the other when left out.
+    """
+
+    def __init__(self, broadcast: Broadcast, burst: Burst | None = None) -> None:
+        self._broadcast = broadcast
+        self._burst = burst or self._one_by_one
+        self._messages: list[str] = []
+        self._ticker = Ticker()
+        self._pending = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._transport: Any = None
+
+    @classmethod
+    async def open(cls, broadcast: Broadcast, port: int, burst: Burst | None = None) -> Control:
+        """Take the passed socket and say on which port clients are served."""
+        control = cls(broadcast, burst)
+        sock = socket.socket(fileno=int(os.environ[CONTROL_FD]))
+        sock.setblocking(False)
+        await asyncio.get_running_loop().create_unix_connection(lambda: control, sock=sock)
+        control.say({"port": port})
+        return control
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def connection_lost(self, _: Exception | None) -> None:
+        os._exit(0)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            task = asyncio.get_running_loop().create_task(self._answer(json.loads(line)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def say(self, answer: dict[str, Any]) -> None:
+        """Write one answer."""
+        self._transport.write(json.dumps({**answer, "cpu": time.process_time()}).encode() + b"\n")
+
+    async def _answer(self, command: dict[str, Any]) -> None:
+        try:
+            answer = await getattr(self, "do_" + command.pop("do"))(**command)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        self.say(answer or {})
+
+    async def _one_by_one(self, messages: list[str]) -> None:
+        for message in messages:
+            await self._broadcast(message)
+
+    async def do_nothing(self) -> None:
+        """What a command itself costs, and the CPU clock."""
+
+    async def do_collect(self) -> None:
+        """Collect garbage, so that each run begins with as little."""
+        gc.collect()
+
+    async def do_prepare(self, kind: str, count: int, size: int) -> dict[str, Any]:
+        """Make messages, so that their making is not measured."""
+        self._messages = [MAKERS[kind](number, size) for number in range(count)]
+        return {"bytes": sum(len(message) for message in self._messages) / count}
+
+    async def do_broadcast(self, number: int) -> None:
+        """Send one of the prepared messages to all."""
+        await self._broadcast(self._messages[number % len(self._messages)])
+
+    async def do_burst(self) -> None:
+        """Send all prepared messages to all."""
+        await self._burst(self._messages)
+
+    async def do_pace(self, count: int, size: int, interval: float) -> dict[str, Any]:
+        """Send stamped messages at a steady pace; tell how long the calls took and how memory grew."""
+        await self.do_watch(True)
+        before = highest = resident_bytes()
+        longest = 0.0
+        begun = time.monotonic()
+        for number in range(count):
+            await asyncio.sleep(max(0.0, begun + number * interval - time.monotonic()))
+            message = stamped(size)
+            called = time.monotonic()
+            await self._broadcast(message)
+            longest = max(longest, time.monotonic() - called)
+            highest = max(highest, resident_bytes())
+        _, collection = self._ticker.take()
+        self._ticker.stop()
+        return {"longest": longest, "growth": highest - before, "collection": collection}
+
+    async def do_watch(self, on: bool) -> None:
+        """Begin or end to watch the loop."""
+        gc.collect()
+        if on:
+            self._ticker.start()
+            await asyncio.sleep(0.01)
+            self._ticker.take()
+        else:
+            self._ticker.stop()
+
+    async def do_stall(self) -> dict[str, Any]:
+        """The longest that the loop was held since the last such command."""
+        longest, collection = self._ticker.take()
+        return {"longest": longest, "collection": collection}
+
+    async def do_memory(self) -> dict[str, Any]:
+        """What this process holds, after everything that can be let go was let go."""
+        for _ in range(3):
+            gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            pass
+        return {"bytes": proportional_bytes()}
+
+
+def resident_bytes() -> int:
+    """The resident set of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def proportional_bytes() -> int:
+    """The proportional set of this process: what it shares counts in part."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return resident_bytes()

@@ -1,0 +1,113 @@
+"""What the figures have to show: one bar for each promise about speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks.contenders import BARE, PLAIN, PROTOCOL, RAW, REFERENCE, WEBSOCKETS, Contender
+from benchmarks.figures import Table
+from benchmarks.scenarios.isolation import SLOW_CLIENTS, SLOW_LIMIT_BYTES, sharded
+
+Tables = Mapping[str, Table]
+
+LONGER_CALL_MILLISECONDS: Final = 50.0
+"""How much longer a call of `broadcast()` may take when clients are stuck. To wait for one of them takes seconds."""
+
+VISIBLY: Final = 1.5
+"""How much longer a stall has to be to be called visibly longer."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One promise.
+
+    Attributes:
+        figure: What is measured.
+        measured: Finds it in the tables; `None` if a part of it was not measured.
+        limit: What it may be at most, or has to be at least.
+        unit: Of both.
+        at_least: Whether the limit is a lower one.
+    """
+
+    figure: str
+    measured: Callable[[Tables], float | None]
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value keeps the promise."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def _ratio(table: str, one: Contender, other: Contender) -> Callable[[Tables], float | None]:
+    return lambda tables: tables[table].ratio(one.key, other.key) if table in tables else None
+
+
+def _median(table: str, key: str) -> Callable[[Tables], float | None]:
+    return lambda tables: tables[table].median(key) if table in tables else None
+
+
+def _above(table: str, one: str, other: str) -> Callable[[Tables], float | None]:
+    def difference(tables: Tables) -> float | None:
+        mine, theirs = _median(table, one)(tables), _median(table, other)(tables)
+        return None if mine is None or theirs is None else mine - theirs
+
+    return difference
+
+
+def _worst(table: str, key: str) -> Callable[[Tables], float | None]:
+    def highest(tables: Tables) -> float | None:
+        row = tables[table].rows.get(key) if table in tables else None
+        return max(row.values) if row is not None and row.values else None
+
+    return highest
+
+
+def _each(contender: Contender, name: str) -> tuple[Bar, ...]:
+    """The bars that both ways to run the library have."""
+    many, one = sharded(contender)
+    reading, stopped = contender.using("all read").key, contender.using(f"{SLOW_CLIENTS} stopped").key
+    return (
+        Bar(f"longest loop stall, 5,000 clients, {name}", _median("stall", many.key), 15.0, "ms"),
+        Bar(
+            f"the same with `num_shards=1`, {name}: visibly longer",
+            _ratio("stall", one, many),
+            VISIBLY,
+            at_least=True,
+        ),
+        Bar(
+            f"slow clients, {name}: others that missed something", _worst("slow-missed", contender.key), 0.0, "clients"
+        ),
+        Bar(f"slow clients, {name}: p99 delay with / without", _median("slow-ratio", contender.key), 1.3),
+        Bar(
+            f"slow clients, {name}: longest `broadcast()` above that without",
+            _above("slow-call", stopped, reading),
+            LONGER_CALL_MILLISECONDS,
+            "ms",
+        ),
+        Bar(
+            f"slow clients, {name}: memory within the limits",
+            _median("slow-memory", contender.key),
+            SLOW_LIMIT_BYTES / 1024,
+            "KiB",
+        ),
+    )
+
+
+BARS: Final = (
+    Bar("broadcast, plain uvicorn / the reference", _ratio("fanout", PLAIN, REFERENCE), 0.50),
+    Bar("broadcast, protocol class / the reference", _ratio("fanout", PROTOCOL, REFERENCE), 0.36),
+    Bar("broadcast, protocol class / `websockets.broadcast`", _ratio("fanout", PROTOCOL, WEBSOCKETS), 0.90),
+    Bar("broadcast, protocol class / the raw limit", _ratio("fanout", PROTOCOL, RAW), 1.35),
+    Bar("burst, protocol class / the reference", _ratio("burst", PROTOCOL, REFERENCE), 0.06),
+    Bar("compressed 1 KiB, protocol class / the reference", _ratio("compressed-1k", PROTOCOL, REFERENCE), 0.35),
+    Bar("echo, plain uvicorn / bare endpoint", _ratio("echo", PLAIN, BARE), 0.85, at_least=True),
+    Bar("echo, protocol class / bare endpoint", _ratio("echo", PROTOCOL, BARE), 1.0, at_least=True),
+    Bar("idle connection above bare endpoint, plain uvicorn", _above("memory", PLAIN.key, BARE.key), 6.0, "KiB"),
+    Bar("idle connection above bare endpoint, protocol class", _above("memory", PROTOCOL.key, BARE.key), 0.0, "KiB"),
+    *_each(PLAIN, "plain uvicorn"),
+    *_each(PROTOCOL, "protocol class"),
+)

@@ -1,0 +1,64 @@
+"""One client of the load: its socket, its handshake, and what it has got."""
+
+from __future__ import annotations
+
+import socket
+
+from benchmarks.frames import TEXT, FrameReader, client_frame
+
+
+class LoadError(Exception):
+    """A server did not do what was waited for."""
+
+
+class Client:
+    """One connection.
+
+    Args:
+        sock: The connected socket.
+        hello: A text with which a client has to answer the first frame, before it is served.
+        slow: Whether it is one of those that will stop reading.
+    """
+
+    __slots__ = ("bytes", "fd", "frames", "hello", "opened", "reader", "recv_into", "response", "slow", "sock")
+
+    def __init__(self, sock: socket.socket, hello: str | None, slow: bool) -> None:
+        self.sock = sock
+        self.recv_into = sock.recv_into
+        self.fd = sock.fileno()
+        self.slow = slow
+        self.bytes = 0
+        self.frames = 0
+        self.response = b""
+        self.reader = FrameReader()
+        self.hello = hello
+        self.opened = False
+
+    def open_with(self, data: memoryview) -> bool:
+        """Read on in the handshake; `True` when it is over.
+
+        With a `hello` it is over when the server has sent a frame, was sent that text, and has sent another frame.
+
+        Raises:
+            LoadError: The server refused.
+        """
+        frames = 0
+        if self.response.endswith(b"\r\n\r\n"):
+            frames = len(self.reader.feed(data))
+        else:
+            self.response += data
+            head, end, rest = self.response.partition(b"\r\n\r\n")
+            if not end:
+                return False
+            if not head.startswith(b"HTTP/1.1 101"):
+                raise LoadError(f"refused: {head[:80].decode(errors='replace')}")
+            self.response = head + end
+            frames = len(self.reader.feed(memoryview(rest)))
+            self.opened = self.hello is None
+        if frames and not self.opened:
+            if self.hello is None:
+                self.opened = True
+            else:
+                self.sock.send(client_frame(TEXT, self.hello.encode()))
+                self.hello = None
+        return self.opened

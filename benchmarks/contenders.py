@@ -1,0 +1,78 @@
+"""Who takes part: our library in two ways, a bare endpoint, the reference, and the peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+SANSIO = "websockets-sansio"
+PROTOCOL_CLASS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One server and how a client gets in.
+
+    Attributes:
+        name: What `--contenders` calls it, and the bars.
+        title: What the tables call it.
+        app: Its module in `benchmarks.apps`.
+        peer: Whether it runs in the environment of the peers.
+        path: Where its WebSocket is; `{n}` is another number for each client.
+        hello: What a client has to send before it is served.
+        ws: uvicorn's `--ws`.
+        options: Its config, where it has one.
+        variant: Distinguishes rows of the same contender with other options.
+    """
+
+    name: str
+    title: str
+    app: str
+    peer: bool = False
+    path: str = "/ws/{n}"
+    hello: str | None = None
+    ws: str = SANSIO
+    options: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names its row."""
+        return f"{self.name} {self.variant}".strip()
+
+    def using(self, variant: str = "", **options: Any) -> Contender:
+        """The same with other options."""
+        title = f"{self.title}, {variant}" if variant else self.title
+        return replace(self, options={**self.options, **options}, variant=variant, title=title)
+
+
+PLAIN = Contender("ours-plain", "this library, plain uvicorn", "ours")
+PROTOCOL = Contender("ours-protocol", "this library, protocol class", "ours", ws=PROTOCOL_CLASS)
+BARE = Contender("bare", "bare FastAPI endpoint", "bare")
+REFERENCE = Contender("reference", "fastapi-websocket-stabilizer (the reference)", "reference", peer=True)
+SOCKETIO = Contender(
+    "socketio", "python-socketio", "socketio", peer=True, path="/socket.io/?EIO=4&transport=websocket&n={n}", hello="40"
+)
+LITESTAR = Contender("litestar", "litestar channels", "litestar", peer=True, path="/all?n={n}")
+CHANX = Contender("chanx", "chanx", "chanx", peer=True)
+FAST_CHANNELS = Contender("fast-channels", "fast-channels", "fast_channels", peer=True)
+CHANNEL_BOX = Contender("channel-box", "channel-box", "channel_box", peer=True)
+WEBSOCKETS = Contender("websockets", "websockets.broadcast", "websockets", peer=True)
+PICOWS = Contender("picows", "picows", "picows", peer=True)
+RAW = Contender("raw", "raw transport (the limit)", "raw", peer=True)
+
+ALL = (
+    PLAIN,
+    PROTOCOL,
+    BARE,
+    REFERENCE,
+    SOCKETIO,
+    LITESTAR,
+    CHANX,
+    FAST_CHANNELS,
+    CHANNEL_BOX,
+    WEBSOCKETS,
+    PICOWS,
+    RAW,
+)
+"""In the order in which tables show them."""

@@ -1,0 +1,1 @@
+"""What is measured. Each scenario is a function that takes the bench and returns its tables."""

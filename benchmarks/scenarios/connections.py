@@ -1,0 +1,107 @@
+"""What a connection costs by being there: memory, heartbeats, coming and going."""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import BARE, PLAIN, PROTOCOL, REFERENCE
+from benchmarks.figures import Table
+from benchmarks.processes import ContenderError, Stand
+
+WARM_UP_CONNECTIONS = 200
+SETTLE_SECONDS = 0.5
+HEARTBEAT_INTERVAL = 1.0
+
+
+def memory(bench: Bench) -> list[Table]:
+    """What a server holds for a client that does nothing."""
+    clients = bench.scale.memory_clients
+    table = Table(
+        "memory",
+        f"Memory: {clients:,} idle connections",
+        "KiB",
+        f"Growth of the server's proportional set per connection, after {WARM_UP_CONNECTIONS} that came and went; "
+        "garbage collected and free memory given back. Buffers of the kernel are not in it.",
+        BARE.key,
+    )
+
+    def measure(stand: Stand) -> None:
+        stand.load.call("churn", count=WARM_UP_CONNECTIONS, port=stand.port, path=stand.contender.path)
+        time.sleep(SETTLE_SECONDS)
+        before = stand.server.call("memory")["bytes"]
+        stand.connect(clients)
+        time.sleep(SETTLE_SECONDS)
+        after = stand.server.call("memory")["bytes"]
+        table.add(stand.contender, (after - before) / clients / 1024)
+
+    bench.afresh((BARE, PLAIN, PROTOCOL, REFERENCE), [table], measure)
+    return [table]
+
+
+def heartbeat(bench: Bench) -> list[Table]:
+    """What it costs to know that clients are alive."""
+    clients, seconds = bench.scale.heartbeat_clients, bench.scale.heartbeat_seconds
+    table = Table(
+        "heartbeat",
+        f"Heartbeat: {clients:,} idle clients, one ping a second",
+        "µs",
+        "Server CPU per ping and its answer, without what the server uses when nobody is connected.",
+        REFERENCE.key,
+    )
+
+    def measure(stand: Stand) -> None:
+        begun, before = time.monotonic(), stand.cpu()
+        time.sleep(0.7)
+        idle = (stand.cpu() - before) / (time.monotonic() - begun)
+        stand.connect(clients)
+        stand.load.call("answer", seconds=1.5 * HEARTBEAT_INTERVAL)
+        begun, before = time.monotonic(), stand.cpu()
+        stand.load.begin("answer", seconds=seconds)
+        answer = stand.loaded()
+        used = stand.cpu() - before - idle * (time.monotonic() - begun)
+        if answer["lost"] or not answer["pings"]:
+            raise ContenderError(f"{answer['pings']} pings, {answer['lost']} clients lost")
+        table.add(stand.contender, 1e6 * used / answer["pings"], stand.take_load_share())
+        table.row(stand.contender).note(
+            "rate", f"{answer['pings'] / clients / seconds:.2f} pings a second for each client"
+        )
+
+    contenders = [one.using(heartbeat_interval=HEARTBEAT_INTERVAL) for one in (PLAIN, PROTOCOL, REFERENCE)]
+    bench.afresh(contenders, [table], measure)
+    return [table]
+
+
+def connect(bench: Bench) -> list[Table]:
+    """Clients that come and go."""
+    count = bench.scale.churn_connections
+    rate = Table(
+        "connect",
+        f"Connect rate: {count:,} connections, 50 at a time",
+        "connections/s",
+        "Handshake, close frame, end of the connection. More is better.",
+        BARE.key,
+        digits=0,
+    )
+    cpu = Table(
+        "connect-cpu", "Connect rate: server CPU", "µs", "Per connection, of the same runs.", BARE.key, digits=0
+    )
+
+    def run(stand: Stand, number: int) -> tuple[float, float, float]:
+        stand.server.call("collect")
+        before = stand.cpu()
+        stand.load.begin("churn", count=number, port=stand.port, path=stand.contender.path)
+        answer = stand.loaded()
+        time.sleep(0.2)  # endpoints end after their connections
+        return number / answer["seconds"], 1e6 * (stand.cpu() - before) / number, stand.take_load_share()
+
+    def prepare(stand: Stand) -> None:
+        run(stand, WARM_UP_CONNECTIONS)
+
+    def measure(stand: Stand) -> None:
+        per_second, microseconds, share = run(stand, count)
+        rate.add(stand.contender, per_second, share)
+        cpu.add(stand.contender, microseconds, share)
+
+    bench.alternate((BARE, PLAIN, PROTOCOL, REFERENCE), [rate, cpu], prepare, measure)
+    return [rate, cpu]

@@ -1,0 +1,645 @@
+"""RFC 7692 under the protocol class: permessage-deflate is agreed to as the client can take it, and bounded."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
+
+import pytest
+
+from tests.live.server import LiveServer, until
+from tests.live.wire_client import (
+    BINARY,
+    BROWSER_OFFER,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    RSV1,
+    RSV2,
+    RSV3,
+    TEXT,
+    Frame,
+    PeakMemory,
+    WireClient,
+    Witness,
+    close_frame,
+    compressed_with,
+    connect,
+    deflate,
+    far_repeats,
+    fragments,
+    frame,
+    inflated_with,
+    quiet_server,
+)
+
+MAX_SIZE = 1 << 20
+KINDS = pytest.mark.parametrize("opcode", [TEXT, BINARY], ids=["text", "binary"])
+LONG = far_repeats(5000)  # longer than any reasonable compression_min_bytes, and compressible
+BROKEN = (1002, 1007)  # what a server may end with for data that does not inflate
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    """One server for the whole module."""
+    with quiet_server("--ws-max-size", str(MAX_SIZE), max_message_size=MAX_SIZE) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def witness(server: LiveServer) -> Iterator[Witness]:
+    """A well-behaved connection that lives as long as the server."""
+    witness = Witness(server)
+    yield witness
+    witness.close()
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_suffers(witness: Witness) -> Iterator[None]:
+    """After each test another connection still echoes, and the server has logged no error."""
+    yield
+    witness.check()
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[WireClient]:
+    """A WebSocket on the echo route, with the offer of a browser."""
+    with connect(server, offer=BROWSER_OFFER) as client:
+        assert client.parameters is not None
+        yield client
+
+
+def noise(size: int) -> bytes:
+    """Bytes that deflate cannot make shorter."""
+    return random.Random(size).randbytes(size)
+
+
+def compressor_of(client: WireClient) -> zlib._Compress:
+    return zlib.compressobj(9, zlib.DEFLATED, -max(client.window_bits, 9))  # zlib knows no window of 8 bits
+
+
+def deflated(client: WireClient, payload: bytes) -> bytes:
+    """The payload as that client may compress it."""
+    return compressed_with(compressor_of(client), payload)
+
+
+@cache
+def _packed_zeros(bits: int, size: int) -> bytes:
+    packed = deflate(bytes(size), bits)
+    assert len(packed) < size // 900
+    return packed
+
+
+def bomb(client: WireClient, size: int) -> bytes:
+    """That many zeros as that client may compress them."""
+    return _packed_zeros(max(client.window_bits, 9), size)
+
+
+# ── 7.1: negotiation ──
+
+
+def test_the_offer_of_a_browser_is_taken_without_a_context_of_the_server(server: LiveServer) -> None:
+    """The server agrees and promises to compress each message by itself (7.1.1.1)."""
+    with connect(server, offer=BROWSER_OFFER) as client:
+        assert client.parameters is not None
+        assert client.parameters["server_no_context_takeover"] is None
+        assert client.parameters.keys() <= {
+            "server_no_context_takeover",
+            "client_no_context_takeover",
+            "server_max_window_bits",
+            "client_max_window_bits",
+        }
+        assert 8 <= client.window_bits <= 15
+
+
+@pytest.mark.parametrize("bits", range(8, 16))
+@pytest.mark.parametrize("rest", ["", "; server_no_context_takeover", "; client_max_window_bits"])
+def test_the_window_that_the_client_can_inflate_is_kept(server: LiveServer, bits: int, rest: str) -> None:
+    """The agreed window of the server is at most the offered one, and no distance in its frames is longer (7.1.2.1)."""
+    with connect(server, offer=f"permessage-deflate; server_max_window_bits={bits}{rest}") as client:
+        if bits == 8 and client.parameters is None:  # zlib cannot deflate with a window of 256 bytes
+            return
+        assert client.parameters is not None
+        assert 8 <= int(client.parameters["server_max_window_bits"] or 0) <= bits
+        for distance in (100, (1 << bits) - 300, (1 << bits) + 300, 3 << bits):
+            payload = far_repeats(distance)
+            client.write(frame(TEXT, payload))
+            assert client.echoed(TEXT, payload)
+        client.write(frame(BINARY, LONG))
+        assert client.message() == (BINARY, LONG, True)
+
+
+def test_the_inflater_of_that_test_does_refuse_longer_distances() -> None:
+    """A stream made with a larger window fails to inflate with a smaller one, so that the test above can fail."""
+    with pytest.raises(zlib.error):
+        inflated_with(zlib.decompressobj(-10), deflate(far_repeats(1500), 15))
+    assert inflated_with(zlib.decompressobj(-10), deflate(far_repeats(1500), 10)) == far_repeats(1500)
+
+
+@pytest.mark.parametrize("bits", range(8, 16))
+def test_the_window_that_the_client_can_deflate_with_is_kept(server: LiveServer, bits: int) -> None:
+    """The agreed window of the client is at most the offered one, and all that fits into it is inflated (7.1.2.2)."""
+    with connect(server, offer=f"permessage-deflate; client_max_window_bits={bits}") as client:
+        assert client.parameters is not None
+        agreed = client.parameters.get("client_max_window_bits")
+        assert agreed is None or 8 <= int(agreed) <= bits
+        payload = far_repeats((1 << min(client.window_bits, bits)) - 300 if client.window_bits > 8 else 100)
+        client.write(frame(TEXT, deflated(client, payload), rsv=RSV1))
+        assert client.echoed(TEXT, payload)
+
+
+def test_a_client_that_offers_no_window_may_use_the_largest(server: LiveServer) -> None:
+    """Without `client_max_window_bits` in the offer the answer has none, and the window is 15 bits (7.1.2.2)."""
+    with connect(server, offer="permessage-deflate") as client:
+        assert client.parameters is not None
+        assert "client_max_window_bits" not in client.parameters
+        payload = far_repeats(30_000)
+        client.write(frame(TEXT, deflate(payload), rsv=RSV1))
+        assert client.echoed(TEXT, payload)
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        "permessage-deflate",
+        "permessage-deflate; client_no_context_takeover",
+        "permessage-deflate; server_no_context_takeover",
+        "permessage-deflate; server_no_context_takeover; client_no_context_takeover",
+        'permessage-deflate; server_max_window_bits="10"; client_max_window_bits="10"',
+        "permessage-deflate; client_max_window_bits=12; server_max_window_bits=12; server_no_context_takeover",
+        "permessage-deflate;server_max_window_bits=10;client_max_window_bits",
+        "permessage-deflate ; client_max_window_bits ; server_max_window_bits = 10",
+    ],
+)
+def test_each_valid_offer_is_taken(server: LiveServer, offer: str) -> None:
+    """All parameters of the RFC are known, with and without quotes and spaces (7.1)."""
+    with connect(server, offer=offer) as client:
+        assert client.parameters is not None
+        if "server_no_context_takeover" in offer:
+            assert "server_no_context_takeover" in client.parameters
+        for _ in range(2):
+            client.write(frame(TEXT, deflated(client, LONG), rsv=RSV1))
+            assert client.message() == (TEXT, LONG, True)
+
+
+DECLINED = [
+    "x-webkit-deflate-frame",
+    "permessage-bzip2",
+    "permessage-deflate; unknown",
+    "permessage-deflate; unknown=1",
+    "permessage-deflate; client_max_window_bits; unknown",
+    "permessage-deflate; server_no_context_takeover; server_no_context_takeover",
+    "permessage-deflate; client_no_context_takeover; client_no_context_takeover",
+    "permessage-deflate; server_max_window_bits=10; server_max_window_bits=10",
+    "permessage-deflate; client_max_window_bits; client_max_window_bits=10",
+    "permessage-deflate; server_no_context_takeover=1",
+    "permessage-deflate; client_no_context_takeover=true",
+    "permessage-deflate; server_max_window_bits",
+    *(
+        f"permessage-deflate; {side}_max_window_bits={value}"
+        for side in ("server", "client")
+        for value in ("0", "7", "16", "-9", "08", "010", "1e1", "ten", "15.0", "255", '""', "99999999999999999999")
+    ),
+]
+
+
+@pytest.mark.parametrize("offer", DECLINED)
+def test_an_offer_that_is_not_valid_is_declined(server: LiveServer, offer: str) -> None:
+    """An unknown, doubled or wrong parameter declines the offer and does not fail the connection (7.1)."""
+    with WireClient(server.port) as client:
+        answer = client.upgrade(headers={"Sec-WebSocket-Extensions": offer})
+        if answer.status == 400:  # an empty quoted string is outside of the grammar, RFC 6455 section 9.1
+            assert '""' in offer
+            return
+        assert answer.status == 101
+        assert answer.deflate is None
+        client.write(frame(TEXT, LONG))
+        assert client.message() == (TEXT, LONG, False)
+
+
+@pytest.mark.parametrize(
+    ("offer", "bits"),
+    [
+        ("permessage-deflate; server_max_window_bits=10, permessage-deflate", 10),
+        ("permessage-deflate; unknown, permessage-deflate; server_max_window_bits=11", 11),
+        ("permessage-deflate; server_max_window_bits=7, permessage-deflate; server_max_window_bits=9", 9),
+        ("x-webkit-deflate-frame, permessage-deflate; server_max_window_bits=12; client_max_window_bits", 12),
+        ("permessage-deflate; server_max_window_bits=13, x-other; a=b", 13),
+        ("permessage-deflate; unknown\r\nSec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=14", 14),
+        ("permessage-deflate; server_max_window_bits=8, permessage-deflate; server_max_window_bits=9", 9),
+    ],
+)
+def test_the_first_acceptable_of_several_offers_is_taken(server: LiveServer, offer: str, bits: int) -> None:
+    """Offers are in the order of the client's preference, over all lines of the header, and one is taken (5)."""
+    with connect(server, offer=offer) as client:
+        assert client.parameters is not None
+        assert 8 <= int(client.parameters["server_max_window_bits"] or 0) <= bits
+        client.write(frame(TEXT, LONG))
+        assert client.message() == (TEXT, LONG, True)
+
+
+@KINDS
+def test_without_an_offer_nothing_is_compressed(server: LiveServer, opcode: int) -> None:
+    """A client that has offered nothing gets no RSV1, and may set none (6)."""
+    with connect(server) as client:
+        assert client.parameters is None
+        client.write(frame(opcode, LONG))
+        assert client.message() == (opcode, LONG, False)
+        client.write(frame(opcode, deflate(LONG), rsv=RSV1))
+        assert client.ending()[0] == 1002
+
+
+@pytest.mark.parametrize(
+    ("config", "args"),
+    [({"compression": "none"}, ()), ({}, ("--ws-per-message-deflate", "false"))],
+    ids=["compression", "uvicorn's option"],
+)
+def test_compression_can_be_turned_off(config: dict[str, str], args: tuple[str, ...]) -> None:
+    """With compression="none", or uvicorn's own switch, no offer is taken and nothing is compressed."""
+    with quiet_server(*args, **config) as server, connect(server, offer=BROWSER_OFFER) as client:
+        assert client.parameters is None
+        client.write(frame(TEXT, LONG))
+        assert client.message() == (TEXT, LONG, False)
+        client.write(frame(TEXT, deflate(LONG), rsv=RSV1))
+        assert client.ending()[0] == 1002
+        assert not server.errors()
+
+
+# ── 7.2.1: messages of the server ──
+
+
+@pytest.mark.parametrize(
+    ("opcode", "payload", "compressed"),
+    [
+        (TEXT, b"", False),
+        (TEXT, b"x", False),
+        (TEXT, b"x" * 199, False),
+        (TEXT, b"x" * 201, True),
+        (TEXT, "é".encode() * 99, False),
+        (TEXT, "é".encode() * 101, True),
+        (TEXT, LONG, True),
+        (BINARY, b"", False),
+        (BINARY, b"\xff" * 199, False),
+        (BINARY, b"\xff" * 201, True),
+        (BINARY, LONG, True),
+    ],
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value),
+)
+def test_only_messages_of_compression_min_bytes_are_compressed(
+    frugal_server: LiveServer, opcode: int, payload: bytes, compressed: bool
+) -> None:
+    """A message below `compression_min_bytes` goes out as it is, a longer one with RSV1 and by itself (7.2.1)."""
+    with connect(frugal_server, offer=BROWSER_OFFER) as client:
+        for _ in range(2):
+            client.write(frame(opcode, payload))
+            assert client.message() == (opcode, payload, compressed)
+    assert not frugal_server.errors()
+
+
+@pytest.fixture(scope="module")
+def frugal_server() -> Iterator[LiveServer]:
+    """A server that compresses from 200 bytes on."""
+    with quiet_server(compression_min_bytes=200) as server:
+        yield server
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 600, 65_535, 65_536, 65_537, 1_000_000])
+def test_what_cannot_be_made_shorter_comes_back_whole(client: WireClient, size: int) -> None:
+    """A message that deflate makes longer is sent right all the same, around each width of the length field (7.2.1)."""
+    client.write(frame(BINARY, noise(size)))
+    assert client.echoed(BINARY, noise(size))
+    client.write(frame(BINARY, deflated(client, noise(size)), rsv=RSV1))
+    assert client.echoed(BINARY, noise(size))
+
+
+def test_control_frames_are_never_compressed(client: WireClient) -> None:
+    """The extension works on data frames: a pong and a close frame go out as they are (5)."""
+    client.write(frame(PING, b"x" * 125))
+    assert client.next_frame() == Frame(PONG, b"x" * 125)
+    client.write(close_frame(4000, b"x" * 123))
+    assert client.ending()[0] == 4000
+
+
+LISTENERS = [
+    None,
+    BROWSER_OFFER,
+    "permessage-deflate",
+    "permessage-deflate; unknown",
+    *(f"permessage-deflate; server_max_window_bits={bits}" for bits in range(9, 16)),
+]
+
+
+@KINDS
+@pytest.mark.parametrize("speaker_offer", [None, BROWSER_OFFER], ids=["plain speaker", "compressing speaker"])
+def test_a_broadcast_reaches_each_window_right(server: LiveServer, opcode: int, speaker_offer: str | None) -> None:
+    """One broadcast to clients of all windows and of none: each gets it as its own handshake has agreed (7.1.2.1)."""
+    messages = [far_repeats(distance, seed=distance) for distance in (10, 700, 1500, 5000, 20_000, 33_000)]
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(connect(server, offer=offer)) for offer in LISTENERS]
+        for listener in listeners:
+            listener.write(frame(TEXT, b"here"))
+            assert listener.echoed(TEXT, b"here")
+        speaker = stack.enter_context(connect(server, "/relay", offer=speaker_offer))
+        speaker.write(*(frame(opcode, message) for message in messages))
+        for listener in listeners:
+            found = [listener.message() for _ in messages]
+            assert [(each.opcode, each.payload) for each in found] == [(opcode, message) for message in messages]
+            assert found[-1].compressed is (listener.parameters is not None)
+
+
+def test_clients_of_the_same_window_get_the_same_frame(server: LiveServer) -> None:
+    """Without a context of the server the compressed frame of a broadcast depends on the window alone (7.1.1.1)."""
+    offer = "permessage-deflate; server_no_context_takeover; server_max_window_bits=12"
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(connect(server, offer=offer)) for _ in range(3)]
+        for number, listener in enumerate(listeners):
+            for _ in range(number):  # nothing that was sent to one of them before may show in the frame
+                listener.write(frame(TEXT, LONG))
+                assert listener.message() == (TEXT, LONG, True)
+            listener.write(frame(TEXT, b"here"))
+            assert listener.echoed(TEXT, b"here")
+        speaker = stack.enter_context(connect(server, "/relay"))
+        speaker.write(frame(TEXT, LONG))
+        first, *others = [listener.next_frame() for listener in listeners]
+        assert first.rsv == RSV1
+        assert inflated_with(zlib.decompressobj(-12), first.payload) == LONG
+        assert others == [first, first]
+
+
+def test_a_burst_of_short_and_long_messages_keeps_its_order(server: LiveServer) -> None:
+    """Compressed and uncompressed messages of one turn of the loop come in the order in which they were sent (5)."""
+    messages = [b"%04d " % number + (LONG if number % 3 == 0 else b"short") for number in range(90)]
+    with connect(server) as plain, connect(server, offer=BROWSER_OFFER) as packed:
+        for listener in (plain, packed):
+            listener.write(frame(TEXT, b"here"))
+            assert listener.echoed(TEXT, b"here")
+        with connect(server, "/relay") as speaker:
+            speaker.write(*(frame(TEXT, message) for message in messages))
+            for listener in (plain, packed):
+                assert [listener.message().payload for _ in messages] == messages
+
+
+# ── 7.2.2: messages of the client ──
+
+EXAMPLES = {
+    "one fixed block": (["f248cdc9c90700"], b"Hello"),
+    "two fragments": (["f248cd", "c9c90700"], b"Hello"),
+    "a stored block": (["000500faff48656c6c6f00"], b"Hello"),
+    "a final block": (["f348cdc9c9070000"], b"Hello"),
+    "two blocks": (["f248050000 00ffffcac9c90700"], b"Hello"),
+    "two blocks, two fragments": (["f248050000", "00ffffcac9c90700"], b"Hello"),
+    "an empty message": (["00"], b""),
+    "an empty message in empty fragments": (["", "00", ""], b""),
+}
+
+
+@pytest.mark.parametrize(("parts", "message"), EXAMPLES.values(), ids=EXAMPLES)
+def test_the_examples_of_the_rfc_are_read(client: WireClient, parts: list[str], message: bytes) -> None:
+    """Each way in which section 7.2.3 writes a message is inflated to it (7.2.3)."""
+    client.write(*fragments(TEXT, [bytes.fromhex(part) for part in parts], rsv=RSV1))
+    assert client.echoed(TEXT, message)
+
+
+def test_the_example_of_a_shared_window_is_read(client: WireClient) -> None:
+    """A message may refer to the one before it, unless the server has asked the client not to (7.2.3.2)."""
+    assert client.parameters is not None
+    client.write(frame(TEXT, bytes.fromhex("f248cdc9c90700"), rsv=RSV1))
+    assert client.echoed(TEXT, b"Hello")
+    second = "f248cdc9c90700" if "client_no_context_takeover" in client.parameters else "f200110000"
+    client.write(frame(TEXT, bytes.fromhex(second), rsv=RSV1))
+    assert client.echoed(TEXT, b"Hello")
+
+
+def test_the_context_of_the_client_lasts_over_whatever_stands_between(client: WireClient) -> None:
+    """Uncompressed messages, control frames and fragments leave the window of the client as it is (7.2.2)."""
+    assert client.parameters is not None
+    compressor = compressor_of(client)
+    for number in range(20):
+        if "client_no_context_takeover" in client.parameters:
+            compressor = compressor_of(client)
+        payload = b"%d " % number + LONG
+        packed = compressed_with(compressor, payload)
+        cut = number * len(packed) // 20
+        if number % 3 == 0:
+            client.write(frame(TEXT, payload), frame(PONG, b"unsolicited"))
+            assert client.echoed(TEXT, payload)
+            client.write(frame(PING, b"between"))
+            assert client.next_frame() == Frame(PONG, b"between")
+        client.write(*fragments(TEXT, [packed[:cut], packed[cut:]] if number % 2 else [packed], rsv=RSV1))
+        assert client.echoed(TEXT, payload)
+
+
+@KINDS
+def test_a_client_without_a_context_is_read(client: WireClient, opcode: int) -> None:
+    """A client may compress each message by itself though nobody has asked it to (7.1.1.2)."""
+    for number in range(5):
+        payload = b"%d " % number + LONG
+        client.write(frame(opcode, deflated(client, payload), rsv=RSV1))
+        assert client.echoed(opcode, payload)
+
+
+@KINDS
+def test_compressed_fragments_may_be_cut_anywhere(client: WireClient, opcode: int) -> None:
+    """RSV1 on the first fragment says that the whole message is compressed, wherever it is cut (6.1)."""
+    payload = b"Hello, Hello, Hello, world " * 4
+    packed = deflated(client, payload)
+    for at in range(len(packed) + 1):
+        client.write(*fragments(opcode, [packed[:at], packed[at:]], rsv=RSV1))
+        assert client.echoed(opcode, payload)
+    client.write(*fragments(opcode, [bytes([byte]) for byte in packed], rsv=RSV1))
+    assert client.echoed(opcode, payload)
+    client.drip(*fragments(opcode, [packed[:7], b"", packed[7:]], rsv=RSV1))
+    assert client.echoed(opcode, payload)
+
+
+def test_a_ping_between_compressed_fragments_is_answered_before_the_message_ends(client: WireClient) -> None:
+    """Control frames may stand between the fragments of a compressed message, and are not part of it (6.1)."""
+    first, second, third = fragments(TEXT, [(p := deflate(LONG, 9))[:100], p[100:200], p[200:]], rsv=RSV1)
+    client.write(first, frame(PING, b"a"))
+    assert client.next_frame() == Frame(PONG, b"a")
+    client.write(second, frame(PONG, b"unsolicited"), frame(PING, b"b"))
+    assert client.next_frame() == Frame(PONG, b"b")
+    client.write(third)
+    assert client.echoed(TEXT, LONG)
+
+
+@pytest.mark.parametrize("first", [RSV1, 0], ids=["compressed message", "plain message"])
+@pytest.mark.parametrize("fin", [True, False])
+def test_rsv1_on_a_continuation_is_refused(client: WireClient, first: int, fin: bool) -> None:
+    """RSV1 belongs to the first frame of a message and to no other: 1002 (6.1)."""
+    packed = deflate(b"Hello") if first else b"Hello"
+    client.write(frame(TEXT, packed[:3], fin=False, rsv=first), frame(CONTINUATION, packed[3:], fin=fin, rsv=RSV1))
+    assert client.ending()[0] == 1002
+
+
+@pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
+@pytest.mark.parametrize(
+    "payload", [b"", b"\x03\xe8hello", deflate(b"\x03\xe8hello")], ids=["empty", "plain", "packed"]
+)
+def test_rsv1_on_a_control_frame_is_refused(client: WireClient, opcode: int, payload: bytes) -> None:
+    """A control frame is never compressed: 1002 (6.1)."""
+    client.write(frame(opcode, payload, rsv=RSV1))
+    assert client.ending()[0] == 1002
+
+
+@pytest.mark.parametrize("rsv", [RSV2, RSV3, RSV1 | RSV2, RSV1 | RSV3], ids=hex)
+def test_the_other_reserved_bits_stay_reserved(client: WireClient, rsv: int) -> None:
+    """The extension gives a meaning to RSV1 alone: 1002 (6)."""
+    client.write(frame(TEXT, deflate(b"Hello"), rsv=rsv))
+    assert client.ending()[0] == 1002
+
+
+CORRUPT = {
+    "reserved block type": b"\x07",
+    "stored length that does not match": bytes.fromhex("000500000048656c6c6f"),
+    "distance before the beginning": bytes.fromhex("f200110000"),
+    "bad code lengths": b"\xfc" + b"\xff" * 20,
+    "noise": noise(500),
+    "text that is not compressed": LONG,
+}
+
+
+@pytest.mark.parametrize("payload", CORRUPT.values(), ids=CORRUPT)
+@pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
+def test_data_that_does_not_inflate_is_refused(client: WireClient, payload: bytes, cut: bool) -> None:
+    """A message that is no deflate stream fails the connection (7.2.2)."""
+    half = len(payload) // 2
+    client.write(*fragments(TEXT, [payload[:half], payload[half:]] if cut else [payload], rsv=RSV1))
+    assert client.ending()[0] in BROKEN
+
+
+def test_a_stream_that_is_cut_off_breaks_nothing(server: LiveServer) -> None:
+    """A message whose stream ends too early is what could be inflated of it, or the end of the connection (7.2.2)."""
+    packed = deflate(b"Hello, Hello, " + noise(40).hex().encode(), 9)
+    for at in range(len(packed)):
+        with connect(server, offer=BROWSER_OFFER) as client:
+            client.write(frame(BINARY, packed[:at], rsv=RSV1), frame(TEXT, b"next"))
+            found = client.next_frame()
+            if found.opcode == CLOSE:
+                assert int.from_bytes(found.payload[:2], "big") in BROKEN
+            else:
+                assert found.opcode == BINARY
+
+
+@pytest.mark.parametrize("text", [b"a\xffb", b"abc\xe2\x82", b"\xed\xa0\x80"], ids=bytes.hex)
+@pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
+def test_a_compressed_text_that_is_not_utf_8_is_refused(client: WireClient, text: bytes, cut: bool) -> None:
+    """Text is UTF-8 after it has been inflated: 1007 (RFC 6455, 8.1)."""
+    packed = deflate(text, 9)
+    client.write(*fragments(TEXT, [packed[:2], packed[2:]] if cut else [packed], rsv=RSV1))
+    assert client.ending()[0] == 1007
+
+
+def test_messages_that_end_with_a_final_block_follow_each_other(client: WireClient) -> None:
+    """BFINAL ends a block, not the connection's stream: the next message is inflated as well (7.2.1, 7.2.3.4)."""
+    for number in range(4):
+        payload = b"%d " % number + LONG
+        client.write(frame(TEXT, deflate(payload, 9, final=number % 3 != 2), rsv=RSV1))
+        assert client.echoed(TEXT, payload)
+
+
+def test_several_final_blocks_make_one_message(client: WireClient) -> None:
+    """Blocks may follow a final one in a message, padded to a byte (7.2.1): read or refused, and never cut off."""
+    final = [deflate(word, 9, final=True)[:-1] for word in (b"Hello, ", b"brave ")]
+    client.write(frame(TEXT, b"".join(final) + deflate(b"world", 9), rsv=RSV1))
+    found = client.next_frame()
+    if found.opcode == CLOSE:
+        assert int.from_bytes(found.payload[:2], "big") in BROKEN
+    else:
+        assert found == Frame(TEXT, b"Hello, brave world")
+
+
+def test_the_context_of_the_client_lasts_over_a_final_block(client: WireClient) -> None:
+    """The window of the client is that of the connection, whatever blocks have filled it (7.2.2)."""
+    assert client.parameters is not None
+    client.write(frame(TEXT, bytes.fromhex("f348cdc9c9070000"), rsv=RSV1))
+    assert client.echoed(TEXT, b"Hello")
+    second = "f248cdc9c90700" if "client_no_context_takeover" in client.parameters else "f200110000"
+    client.write(frame(TEXT, bytes.fromhex(second), rsv=RSV1))
+    assert client.echoed(TEXT, b"Hello")
+
+
+# ── inflation is bounded ──
+
+
+@pytest.mark.parametrize("size", [MAX_SIZE - 300, MAX_SIZE - 1, MAX_SIZE])
+def test_the_limit_is_that_of_the_inflated_message(client: WireClient, size: int) -> None:
+    """A message as large as the limit comes back, whatever its size on the wire, in either direction (8)."""
+    client.write(frame(BINARY, bomb(client, size), rsv=RSV1))
+    assert client.echoed(BINARY, bytes(size))
+    for payload in (bytes(size), noise(size)):
+        client.write(frame(BINARY, payload))
+        assert client.echoed(BINARY, payload)
+
+
+@pytest.mark.parametrize("over", [1, 2, 257, 258, 259, 5000])
+@pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
+def test_a_message_that_inflates_to_more_than_the_limit_is_refused(client: WireClient, over: int, cut: bool) -> None:
+    """A message that is too big after it has been inflated ends with 1009, from the first byte on (8)."""
+    packed = bomb(client, MAX_SIZE + over)
+    half = len(packed) // 2
+    client.write(*fragments(BINARY, [packed[:half], packed[half:]] if cut else [packed], rsv=RSV1))
+    assert client.ending()[0] == 1009
+
+
+@KINDS
+@pytest.mark.parametrize("size", [10 * MAX_SIZE, 100 * MAX_SIZE], ids=["10 MiB", "100 MiB"])
+def test_a_bomb_is_refused_without_its_memory(server: LiveServer, client: WireClient, opcode: int, size: int) -> None:
+    """Zeros that were a thousand times shorter on the wire end with 1009 and are never held whole (8)."""
+    packed = bomb(client, size)
+    memory = PeakMemory(server)
+    client.write(frame(opcode, packed, rsv=RSV1))
+    assert client.ending()[0] == 1009
+    assert memory.growth() < 8 * MAX_SIZE
+
+
+def test_a_bomb_in_fragments_is_refused_without_waiting_for_the_end(server: LiveServer, client: WireClient) -> None:
+    """What the fragments inflate to is counted together, and the one too much ends with 1009 at once (8)."""
+    compressor = compressor_of(client)
+    parts = [compressor.compress(bytes(MAX_SIZE * 2 // 5)) + compressor.flush(zlib.Z_SYNC_FLUSH) for _ in range(3)]
+    memory = PeakMemory(server)
+    client.write(frame(BINARY, parts[0], fin=False, rsv=RSV1), frame(CONTINUATION, parts[1], fin=False))
+    client.write(frame(PING, b"fine so far"))
+    assert client.next_frame() == Frame(PONG, b"fine so far")
+    client.write(frame(CONTINUATION, parts[2], fin=False))
+    assert client.ending()[0] == 1009
+    assert memory.growth() < 8 * MAX_SIZE
+
+
+def test_a_bomb_in_tiny_fragments_is_refused(server: LiveServer, client: WireClient) -> None:
+    """A bomb is found though each of its fragments is short and inflates to little (8)."""
+    packed = bomb(client, 20 * MAX_SIZE)
+    memory = PeakMemory(server)
+    try:
+        for at in range(0, len(packed), 50):
+            client.write(frame(CONTINUATION if at else BINARY, packed[at : at + 50], fin=False, rsv=0 if at else RSV1))
+    except ConnectionError:  # it was found before all of it was sent
+        pass
+    assert client.ending()[0] == 1009
+    assert memory.growth() < 8 * MAX_SIZE
+
+
+async def test_bombs_on_many_connections_leave_nothing_behind(server: LiveServer) -> None:
+    """What bombs have inflated to is given back with their connections (8)."""
+    before = server.post("/collect")["rss"]
+    for _ in range(20):
+        with connect(server, offer=BROWSER_OFFER) as client:
+            client.write(frame(BINARY, bomb(client, 10 * MAX_SIZE), rsv=RSV1))
+            assert client.ending()[0] == 1009
+    await until(lambda: server.probe()["connections"] == 1)
+    assert server.post("/collect")["rss"] - before < 8 * MAX_SIZE
+
+
+def test_a_bomb_is_bounded_where_the_limit_of_uvicorn_is_its_default() -> None:
+    """Where uvicorn's own limit is its 16 MiB, a bomb of 100 MiB ends with 1009 and costs little more than that."""
+    with quiet_server() as server, connect(server, offer=BROWSER_OFFER) as client:
+        packed = bomb(client, 100 * MAX_SIZE)
+        memory = PeakMemory(server)
+        client.write(frame(BINARY, packed, rsv=RSV1))
+        assert client.ending(answer=True)[0] == 1009
+        assert memory.growth() < 48 * MAX_SIZE
+        assert not server.errors()
