@@ -30,6 +30,13 @@ HOOK_SHAPES: Final = {
 }
 """What a hook of each event gets. A function that takes fewer arguments gets the first ones."""
 
+_FAILED: Final = {
+    "disconnect": "disconnect_hook_failed",
+    "slow": "slow_hook_failed",
+    "join": "join_hook_failed",
+    "leave": "leave_hook_failed",
+}
+
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling `function` gives a coroutine; sees through partials and objects with `async __call__`."""
@@ -159,7 +166,7 @@ class Hooks:
             except BroadcastFailedError as error:
                 self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
             except Exception as error:
-                self._reports.bug(f"{event}_hook_failed", error, **facts)
+                self._reports.bug(_FAILED[event], error, **facts)
                 if socket is not None:
                     await self.error(socket, error)
 

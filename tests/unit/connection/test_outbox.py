@@ -508,8 +508,9 @@ def test_every_message_is_accounted_for(steps: list[str], end: str, settled: boo
                 p.server.release()
             elif senders:
                 senders[-1].cancel()
-            assert p.outbox.held_bytes == sum(frame.size for frame in (p.outbox._queue[p.outbox._head :] or [p.outbox._alone] if len(p.outbox) else []))
-            assert p.outbox.held_bytes == sum(frame.size for frame in p.outbox._queue)
+            waiting = p.outbox._queue[p.outbox._head :] or ([] if p.outbox._alone is None else [p.outbox._alone])
+            assert len(p.outbox) == len(waiting)
+            assert p.outbox.held_bytes == sum(frame.size for frame in waiting)
             assert len(p.outbox) <= 4
         if settled:
             p.server.release()
