@@ -1,0 +1,142 @@
+"""Tests of what a full outbox does, and of messages that only count while they are new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection import outbox as outbox_module
+from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
+from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import eventually
+
+
+@pytest.fixture
+async def stalled(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A connection whose first message is stuck for long in the server, so that all others wait in the outbox."""
+    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+
+    async def make(**options: Any) -> Any:
+        b = bench(outbox_max_messages=4, **options)
+        await b.open()
+        b.server.block()
+        b.connection.outbox.offer(encode("stuck"))
+        await b.server.until(lambda: len(b.server.offered) == 2)
+        return b
+
+    return make
+
+
+def offer(b: Any, *texts: str, key: Any = None) -> list[Offered]:
+    return [b.connection.outbox.offer(encode(text, key)) for text in texts]
+
+
+async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
+    """The messages that have waited longest go, and each is counted."""
+    b = await stalled(outbox_overflow="drop_oldest")
+    assert offer(b, *"abcdef")[-1] is Offered.SLOW
+    b.server.release()
+    await b.server.until(lambda: b.server.data == ["stuck", "c", "d", "e", "f"])
+    assert b.reports.totals.messages_dropped == b.connection.dropped_messages == 2
+    assert b.connection.ending is None
+
+
+async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
+    """What waits is kept, what finds no room is counted."""
+    b = await stalled(outbox_overflow="drop_newest")
+    assert offer(b, *"abcdef")[-2:] == [Offered.DROPPED, Offered.DROPPED]
+    b.server.release()
+    await b.server.until(lambda: b.server.data == ["stuck", "a", "b", "c", "d"])
+    assert b.reports.totals.messages_dropped == 2
+
+
+async def test_disconnect_closes_4507(stalled: Any) -> None:
+    """The client learns that it has missed something."""
+    b = await stalled()
+    assert offer(b, *"abcde")[-1] is Offered.REFUSED
+    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert b.slow == [SlowClient.LAGGING, SlowClient.DISCONNECTED]
+
+
+async def test_each_degree_of_slowness_is_told_once_until_the_client_has_caught_up(stalled: Any) -> None:
+    """Lagging, dropping, and anew after it has caught up."""
+    b = await stalled(outbox_overflow="drop_newest")
+    offer(b, *"abcdefgh")
+    assert b.slow == [SlowClient.LAGGING, SlowClient.DROPPING]
+    b.server.release()
+    await eventually(lambda: "client_caught_up" in b.heard.events)
+    b.server.block()
+    offer(b, "stuck again")
+    await b.server.until(lambda: b.server.offered[-1].get("text") == "stuck again")
+    offer(b, *"abcd")
+    assert b.slow == [SlowClient.LAGGING, SlowClient.DROPPING, SlowClient.LAGGING]
+    assert b.reports.totals.slow_clients == {SlowClient.LAGGING: 2, SlowClient.DROPPING: 1}
+
+
+async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any) -> None:
+    """Only the newest of a key is sent, in the place of the first; other keys and messages are left alone."""
+    b = await stalled()
+    offer(b, "p1", key="price")
+    offer(b, "other")
+    offer(b, "c1", key=("cursor", 7))
+    offer(b, "p2", "p3", key="price")
+    b.server.release()
+    await b.server.until(lambda: b.server.data == ["stuck", "p3", "other", "c1"])
+    assert b.reports.totals.messages_coalesced == 2
+    offer(b, "p4", key="price")
+    await b.server.until(lambda: b.server.data[-1] == "p4")
+
+
+async def test_pongs_and_pings_go_before_messages(stalled: Any) -> None:
+    """A control frame overtakes what is queued."""
+    b = await stalled()
+    offer(b, "a", "b")
+    b.connection.answer(encode("pong"))
+    b.server.release()
+    await b.server.until(lambda: b.server.data == ["stuck", "pong", "a", "b"])
+
+
+def test_a_key_that_cannot_be_one_raises_at_the_caller() -> None:
+    """A key must be hashable, and that shows before anything is queued."""
+    with pytest.raises(TypeError):
+        encode("x", ["no", "key"])
+
+
+_STEPS = st.lists(
+    st.tuples(st.sampled_from(["put", "pop", "some", "all"]), st.sampled_from([None, "k", "l"])), max_size=200
+)
+
+
+@settings(deadline=None)
+@given(_STEPS)
+def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
+    """Whatever is put in and taken out, order, length, bytes and places of keys are those of a plain list."""
+    backlog = Backlog(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Totals()))
+    model: list[Any] = []
+    for number, (step, key) in enumerate(steps):
+        if step == "put":
+            frame = encode("x" * (number % 7), key)
+            old = [place for place, one in enumerate(model) if key is not None and one.key == key]
+            if key is not None and backlog._coalesce(frame):
+                model[old[-1]] = frame
+            else:
+                assert not old
+                backlog._append(frame)
+                model.append(frame)
+        elif model and step == "pop":
+            assert backlog._pop() is model.pop(0)
+        elif model:
+            taken = backlog._pop_up_to(5 if step == "some" else 10**9)
+            assert list(taken) == model[: len(taken)]
+            assert taken
+            del model[: len(taken)]
+        assert len(backlog) == len(model)
+        assert backlog.held_bytes == sum(frame.size for frame in model)
