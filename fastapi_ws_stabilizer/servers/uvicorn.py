@@ -44,6 +44,8 @@ logger = logging.getLogger("fastapi_ws_stabilizer")
 MAX_FRAGMENTS: Final = 1024
 """Fragments of one message that are kept apart. Their number is bounded by nothing else: fragments may be empty."""
 
+MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
+
 FAREWELL: Final = 2.0
 """Seconds in which a client that broke the protocol can read why, before its connection is cut."""
 
@@ -97,6 +99,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.sink: Sink | None = None
         self.write_paused = False
         self.window_bits = 0
+        self.max_message_bytes = 0
+        self.fragment_bytes = 0
         self.known = not _unknown_internals(self)
         if self.known and self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
@@ -122,7 +126,10 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.writable = _WRITABLE  # what waits for the transport is in the outbox
         self.request = self.response = None  # the handshake is over; nobody looks at them again
         limit = self.conn.max_message_size
-        self.conn.max_message_size = max_message_bytes if limit is None else min(limit, max_message_bytes)
+        self.max_message_bytes = max_message_bytes if limit is None else min(limit, max_message_bytes)
+        # The parser counts a control frame between fragments as part of the message. So it gets room for one, and what
+        # that lets through is refused here.
+        self.conn.max_message_size = self.max_message_bytes + MAX_CONTROL_BYTES
         for extension in self.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
                 self.window_bits = extension.local_max_window_bits
@@ -215,6 +222,9 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.frames = []
         if self.close_sent:
             return
+        if len(data) > self.max_message_bytes:
+            self._too_big()
+            return
         if self.curr_msg_data_type != "text":
             sink.received(bytes(data))
             return
@@ -230,9 +240,21 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         """A fragment has come in."""
         if not event.data and not event.fin and self.frames:
             return
+        if self.sink is not None:
+            if len(self.frames) == 1:
+                self.fragment_bytes = len(self.frames[0])
+            self.fragment_bytes += len(event.data)
+            if self.fragment_bytes > self.max_message_bytes:
+                self._too_big()
+                return
         if len(self.frames) >= MAX_FRAGMENTS:
-            self.frames = [b"".join(self.frames)]
+            self.frames = [b"".join(self.frames[:1]), b"".join(self.frames[1:])]
         super().handle_cont(event)
+
+    def _too_big(self) -> None:
+        if not self.close_sent:
+            self.conn.fail(1009, f"message over {self.max_message_bytes} bytes")
+            self.handle_parser_exception()
 
     def handle_ping(self) -> None:
         """A ping has come in, and its pong lies ready."""
