@@ -25,7 +25,7 @@ from fastapi_ws_stabilizer.config import (
     OutboxOverflow,
     WebSocketConfig,
 )
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket

@@ -12,7 +12,7 @@ from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
-from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, CompressionMode, WebSocketConfig
+from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, ShutdownError, WrongLoopError
@@ -28,6 +28,7 @@ from fastapi_ws_stabilizer.routing.served import Served, identified
 from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
+from fastapi_ws_stabilizer.servers.options import uvicorn_options
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.payload import encode
 
@@ -170,14 +171,7 @@ class WebSocketConnectionManager(EventDecorators):
         They choose `StableWebSocketProtocol`, and set the limit of messages, the pings of WebSockets that this manager
         does not serve, compression, and a bound to uvicorn's own shutdown.
         """
-        return {
-            "ws": "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol",
-            "ws_max_size": self.config.max_message_size,
-            "ws_ping_interval": self.config.heartbeat_interval,
-            "ws_ping_timeout": self.config.heartbeat_timeout,
-            "ws_per_message_deflate": self.config.compression is CompressionMode.DEFLATE,
-            "timeout_graceful_shutdown": SHUTDOWN_TIMEOUT,
-        }
+        return uvicorn_options(self.config, SHUTDOWN_TIMEOUT)
 
     def _attach(self, app: Any) -> None:
         setattr(app.state, STATE_KEY, self)

@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox, OutboxOwner
+from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox
+from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import TaskSet, begin
@@ -39,6 +40,7 @@ class AsgiOutbox(Outbox):
         "_by_hand",
         "_closes",
         "_in_flight",
+        "_in_line",
         "_name",
         "_send",
         "_sends",
@@ -71,25 +73,26 @@ class AsgiOutbox(Outbox):
         self._closes = closes
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
+        self._in_line = False  # whether we wait for a slot
         self._slot: Slots | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
     def _carry(self) -> None:
         """Hot path where the server is plain: one send for each message and recipient."""
-        if self._task is not None:
+        if self._task is not None or self._in_line:
             return
         while self._waiting():
             slots = self._slots()
             if not slots.free:
-                self._due = True
+                self._due = self._in_line = True
                 slots.wait(self._look_again)
                 return
             if self._by_hand and slots is self._sends:
                 try:
                     sending = begin(self._begin_next())
                 except Exception as error:
-                    self._failed(error, self._in_flight)
-                    return
+                    self._send_failed(error)
+                    break
                 if sending is None:
                     self._has_sent()
                     continue
@@ -153,8 +156,11 @@ class AsgiOutbox(Outbox):
                 self._blocked_since = monotonic()
                 sending = self._begin_next()
         except Exception as error:
-            unsent, self._in_flight = self._in_flight, 0
-            self._failed(error, unsent)
+            self._send_failed(error)
+
+    def _send_failed(self, error: Exception) -> None:
+        unsent, self._in_flight = self._in_flight, 0
+        self._failed(error, unsent)
 
     def _task_over(self, _: asyncio.Task[None]) -> None:
         self._task = None
@@ -178,10 +184,14 @@ class AsgiOutbox(Outbox):
 
     # ── slots ──
 
-    def _look_again(self) -> None:
-        """There may be a slot."""
+    def _look_again(self) -> bool:
+        """There may be a slot. Tell whether we still want one."""
+        self._in_line = False
+        if not self._waiting():
+            return False
         self._due = False
         self._book_turn()
+        return True
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(HEALTHY_SEND, self._look_at_slot)

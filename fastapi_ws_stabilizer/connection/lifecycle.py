@@ -25,33 +25,24 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.activity import Activity
-from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.link_reader import LinkReader
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
+from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
 from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
-from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
 
-_A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
-"""Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
-be one turn of the event loop away."""
-
-
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
-_TAKEN: Final = (Offered.QUEUED, Offered.PRESSED, Offered.SLOW)
 
-
-class Connection:
+class Connection(SendingHalf):
     """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
 
     It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
@@ -62,37 +53,19 @@ class Connection:
         "_abort_timer",
         "_context",
         "_finished",
-        "_link",
         "_opened",
-        "_over",
-        "_parts",
         "_pump",
         "_tied",
         "activity",
         "bad_messages",
-        "client_id",
-        "config",
-        "connection_id",
         "control_frames",
-        "dropped_messages",
-        "ending",
         "endpoint",
-        "face",
         "hooks_wanted",
         "inbox",
         "opened_at",
-        "outbox",
-        "pulse",
-        "reading_paused",
-        "reports",
-        "server_side",
-        "shard",
         "told_of_pause",
         "websocket",
     )
-
-    face: Any
-    """What user code knows this connection by."""
 
     def __init__(
         self, websocket: WebSocket, client_id: str, parts: Parts, *, control_frames: bool, endpoint: Endpoint
@@ -110,7 +83,7 @@ class Connection:
         self.inbox = Inbox(config.inbox_max_messages, config.inbox_max_bytes)
         self.server_side = ServerSide(websocket._receive, websocket._send)
         self.shard = parts.next_shard()
-        self._link = self.server_side.link()
+        self._link = self.server_side.link(websocket.scope)
         self.outbox = self._make_outbox(parts)
         self._over = Latch()
         self._finished = Latch()
@@ -127,29 +100,6 @@ class Connection:
         self._pump: asyncio.Task[None] | None = None
         self._opened = False
         self._abort_timer: asyncio.TimerHandle | None = None
-
-    def _make_outbox(self, parts: Parts) -> AsgiOutbox | LinkOutbox:
-        if self._link is not None:
-            return LinkOutbox(
-                self,
-                parts.outbox_limits,
-                parts.turns,
-                self.shard,
-                link=self._link,
-                min_bytes=self.config.compression_min_bytes,
-            )
-        return AsgiOutbox(
-            self,
-            parts.outbox_limits,
-            parts.turns,
-            self.shard,
-            send=self.server_side.send,
-            by_hand=self.server_side.is_direct,
-            tasks=parts.tasks,
-            name=self.connection_id,
-            sends=parts.sends,
-            closes=parts.closes,
-        )
 
     # ── open ──
 
@@ -181,10 +131,6 @@ class Connection:
             self._pump = self._parts.tasks.spawn(
                 pump(self, receive), name=f"ws-pump-{self.connection_id}", context=self._context
             )
-
-    def tell(self, event: str, level: int, **facts: Any) -> None:
-        """Report something about this connection."""
-        self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
 
     async def bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
@@ -229,39 +175,6 @@ class Connection:
     def _closed_error(self) -> Exception:
         return NotOpenError() if self.ending is None else socket_closed(self.ending)
 
-    def enqueue(self, frame: Frame) -> bool:
-        """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
-        return self.outbox.offer(frame) in _TAKEN
-
-    def answer(self, frame: Frame) -> None:
-        """Send a control frame, before what is queued."""
-        self.outbox.put_urgent(frame)
-
-    @property
-    def pings_by_protocol(self) -> bool:
-        """Whether heartbeats are ping frames."""
-        return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
-
-    def ping(self, frame: Frame | None, now: float) -> bool:
-        """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
-        if frame is None and self._link is not None:
-            if self._link.write_paused:
-                return False
-            self._link.ping(self.pulse.pinged_by_protocol(now))
-            return True
-        if frame is None or not self.outbox.put_urgent(frame):
-            return False
-        self.pulse.pinged(now)
-        return True
-
-    def has_backlog(self) -> bool:
-        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
-        return self.outbox.blocked or len(self.outbox) > 0
-
-    def unflushed_bytes(self) -> int | None:
-        """What the transport has not yet given to the network."""
-        return self.server_side.unflushed_bytes
-
     async def _asgi_receive(self) -> dict[str, Any]:
         """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
         try:
@@ -280,61 +193,6 @@ class Connection:
             raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")
         data = message.get("bytes")
         await self.send(encode(message.get("text") or "" if data is None else data))
-
-    # ── what the outbox tells ──
-
-    def unsent(self, count: int) -> None:
-        """Messages were given to the server and not taken."""
-        self._discarded(count)
-
-    def dropped(self, count: int) -> None:
-        """Messages were thrown away because the client is slow."""
-        self.dropped_messages += count
-        self.reports.totals.messages_dropped += count
-
-    def coalesced(self) -> None:
-        """A newer message has taken the place of one that waited."""
-        self.reports.totals.messages_coalesced += 1
-
-    def slow(self, how: SlowClient) -> None:
-        """The client has become slow."""
-        if self.ending is not None:
-            return
-        self.reports.totals.slow_clients[how] += 1
-        self.tell("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
-        self._parts.slow(self.face, how)
-        if how is SlowClient.DISCONNECTED:
-            self.reports.totals.messages_discarded += 1  # the one that found no room
-            self.end(DisconnectReason.SLOW_CONSUMER)
-
-    def caught_up(self) -> None:
-        """The client is slow no longer."""
-        self.tell("client_caught_up", logging.INFO, dropped_messages=self.dropped_messages)
-
-    def send_stuck(self) -> None:
-        """A send made no progress: nothing can reach this client, not even a close frame."""
-        if self.ending is None:
-            self.tell("send_stuck", logging.WARNING, send_timeout=self.config.send_timeout)
-            self.end(DisconnectReason.SLOW_CONSUMER)
-        self.abort()
-
-    def send_waits(self) -> None:
-        """A send waits for a transport: cut it if the server is closing it, for a close waits for the same client.
-
-        uvicorn's older WebSocket implementation says nothing of its shutdown before the transport is gone.
-        """
-        if self.server_side.closing:
-            self.server_side.abort()
-
-    def send_failed(self, error: Exception) -> None:
-        """The server refused a message: give it a moment to say why, then take the network for lost."""
-        self._parts.tasks.spawn(self._why_failed(error), name=f"ws-lost-{self.connection_id}")
-
-    async def _why_failed(self, error: Exception) -> None:
-        if not self.reading_paused:
-            await wait_for_all([self._over.future], _A_SERVER_MAY_STILL_SAY_WHY)
-        self.lost(error)
-        self._discarded(self.outbox.discard())
 
     def belongs_to(self, parts: Parts) -> bool:
         """Whether this connection was opened with these parts, and not by another manager."""
@@ -362,11 +220,6 @@ class Connection:
         """The connection broke."""
         if self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.tell("connection_lost", logging.DEBUG, cause=repr(error))
-
-    def abort(self) -> None:
-        """Stop sending at once and cut the transport, where the server lets us."""
-        self._discarded(self.outbox.discard())
-        self.server_side.abort()
 
     def _begin_end(self, how: Ending) -> bool:
         if self.ending is not None:
@@ -470,11 +323,6 @@ class Connection:
         """Take back a `receive` that waits: granian sends no close frame while one does."""
         if self._pump is not None and self._pump is not asyncio.current_task():
             self._pump.cancel()
-
-    def _discarded(self, count: int) -> None:
-        if count:
-            self.reports.totals.messages_discarded += count
-            self.tell("messages_discarded", logging.DEBUG, count=count)
 
     # ── user code ──
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Final
 
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import Outbox, OutboxOwner
+from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.servers.link import Link
 

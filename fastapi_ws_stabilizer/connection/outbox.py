@@ -5,15 +5,16 @@ How it is sent depends on the server: `asgi_outbox` awaits its `send`, `link_out
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.config import OutboxOverflow
 from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
+from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowClient
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import Latch
@@ -29,49 +30,7 @@ MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
 
 
-class SlowClient(str, Enum):
-    """How slow a client has become. Each is told once until the client has caught up."""
-
-    LAGGING = "lagging"
-    """More than half of its outbox is used, and the network takes nothing."""
-    DROPPING = "dropping"
-    """Messages to it are thrown away, as `outbox_overflow` says."""
-    DISCONNECTED = "disconnected"
-    """Its outbox was full, and it is disconnected with 4507."""
-
-
-class OutboxOwner(Protocol):
-    """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
-
-    def unsent(self, count: int) -> None:
-        """Messages were given to the server and not taken."""
-
-    def dropped(self, count: int) -> None:
-        """Messages were thrown away because the client is slow."""
-
-    def coalesced(self) -> None:
-        """A newer message has taken the place of one that waited."""
-
-    def slow(self, how: SlowClient) -> None:
-        """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
-
-    def caught_up(self) -> None:
-        """The client is slow no longer."""
-
-    def unflushed_bytes(self) -> int | None:
-        """What the transport still holds; `None` where it cannot be seen."""
-
-    def send_stuck(self) -> None:
-        """A send has made no progress for `send_timeout`."""
-
-    def send_waits(self) -> None:
-        """A send has made no progress for a while, and `send_timeout` is not over."""
-
-    def send_failed(self, error: Exception) -> None:
-        """The server refused a message: the connection is gone."""
-
-
-class Outbox(Backlog):
+class Outbox(Backlog, abc.ABC):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
     An idle outbox owns no task and no timer. A watch for a stuck send is one timer that looks at the time since when
@@ -270,8 +229,9 @@ class Outbox(Backlog):
         if not self._broken:
             self._carry()
 
+    @abc.abstractmethod
     def _carry(self) -> None:
-        raise NotImplementedError
+        """Take out and send what can be sent now, then the close frame if there is one."""
 
     def _take(self, max_bytes: int) -> Sequence[Frame]:
         """Take out what is next, control frames first, until `max_bytes` are reached."""

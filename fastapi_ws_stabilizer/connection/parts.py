@@ -9,7 +9,7 @@ from typing import Any
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
-from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.servers.link import Link, offers_link
 
 LINGER: Final = 1.0
 """Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
@@ -33,12 +33,13 @@ class ServerSide:
     @property
     def is_direct(self) -> bool:
         """Whether `send` is a coroutine function of the server's own, so that it does not ask which task it runs in."""
-        return inspect.iscoroutinefunction(self.send) and type(self.send.__self__).__module__.startswith(_SERVERS)
-
-    def link(self) -> Link | None:
-        """What the server offers beyond ASGI, if no middleware stands between."""
         owner = getattr(self.send, "__self__", None)
-        return owner if owner is self._receiver and callable(getattr(owner, "attach", None)) else None
+        return inspect.iscoroutinefunction(self.send) and type(owner).__module__.startswith(_SERVERS)
+
+    def link(self, scope: Mapping[str, Any]) -> Link | None:
+        """What the server offers beyond ASGI, if no middleware stands between."""
+        owner: Any = getattr(self.send, "__self__", None)
+        return owner if offers_link(scope) and owner is not None and owner is self._receiver else None
 
     @property
     def can_abort(self) -> bool:

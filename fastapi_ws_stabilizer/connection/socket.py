@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
-from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Services(Protocol):
     async def run(self, socket: StableSocket, concurrency: int) -> None:
         """Hand every message to the handlers."""
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> Roster:
         """Let a connection into a room."""
 
     def leave_room(self, connection: Connection, room: str) -> bool:
@@ -301,8 +301,10 @@ class StableSocket:
 
     # ── rooms ──
 
-    async def join(self, room: str, metadata: Mapping[str, Any] | None = None) -> list[Presence]:
+    async def join(self, room: str, metadata: Mapping[str, Any] | None = None) -> Roster:
         """Join a room, and return who is there by now, oneself included. Joining again renews the metadata.
+
+        The `Presence`s are collected when they are first looked at: `list(await ws.join("lobby"))`.
 
         The connection leaves its rooms when it ends. Needs no waiting: it is awaitable so that it can become so where
         rooms span several processes.
@@ -312,6 +314,7 @@ class StableSocket:
             metadata: What the others see of this client in the room: a name, a colour, a status.
 
         Raises:
+            TypeError: The metadata is no mapping.
             ValueError: The name is empty.
             RoomLimitError: The connection is in `max_rooms_per_connection` rooms.
             SocketClosed: The connection is over.

@@ -9,7 +9,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
 from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
-from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard
+from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard, Roster
 from fastapi_ws_stabilizer.hub.registry import Registry
 from fastapi_ws_stabilizer.hub.rooms import Rooms
 from fastapi_ws_stabilizer.hub.turns import Turns
@@ -103,20 +103,25 @@ class Delivery(Generic[M]):
         connection_id = getattr(whom, "connection_id", None)
         if isinstance(connection_id, str):
             return frozenset((connection_id,))
+        if isinstance(whom, (bytes, bytearray)) or not isinstance(whom, Iterable):
+            raise TypeError(f"exclude takes client ids and sockets, not a {type(whom).__name__}")
         return frozenset().union(*(self.connections_of(one) for one in whom))
 
     # ── rooms ──
 
-    def join(self, member: M, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+    def join(self, member: M, room: str, metadata: Mapping[str, Any] | None) -> Roster:
         """Let a connection into a room, and return who is there. Joining again renews the metadata.
 
         Raises:
+            TypeError: The metadata is no mapping.
             ValueError: The name is empty.
             RoomLimitError: The connection is in as many rooms as it may be.
         """
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise TypeError(f"presence metadata is a mapping of names to values, not a {type(metadata).__name__}")
         self.rooms.join(member, room)
         self.presence.enter(room, member.client_id, member.connection_id, metadata)
-        return self.presence.present(room)
+        return Roster(self.presence, room)
 
     def leave(self, member: M, room: str) -> bool:
         """Take a connection out of a room; `False` if it is not in."""

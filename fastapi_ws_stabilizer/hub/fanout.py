@@ -58,7 +58,8 @@ class FanOut:
 
         No client is waited for. The event loop gets a turn between two groups when it has been held for long, and
         when outboxes of clients that read fill up, so that their writers can work even if the caller sends in a loop
-        without any pause. Cancelling loses nothing: what is not queued yet is queued at once.
+        without any pause. Cancelling one that has begun loses nothing: what is not queued yet is queued at once. One
+        that still waits for a broadcast before it is left out.
 
         Args:
             frame: What to send.

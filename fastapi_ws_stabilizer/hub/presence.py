@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet
@@ -261,3 +261,35 @@ class PresenceBoard:
             said += 1
             if said % AT_ONCE == 0:  # hooks that wait for nothing give no turn
                 await asyncio.sleep(0)
+
+
+class Roster(Sequence[Presence]):
+    """Who is present in a room, in order of arrival: made when it is first looked at, and the same from then on.
+
+    Everybody who joins gets one, and most do not look, so that a room of thousands costs its members nothing.
+    """
+
+    __slots__ = ("_board", "_people", "_room")
+
+    def __init__(self, board: PresenceBoard, room: str) -> None:
+        self._board = board
+        self._room = room
+        self._people: list[Presence] | None = None
+
+    def _look(self) -> list[Presence]:
+        if self._people is None:
+            self._people = self._board.present(self._room)
+        return self._people
+
+    def __len__(self) -> int:
+        return len(self._look())
+
+    @overload
+    def __getitem__(self, index: int) -> Presence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Presence]: ...
+    def __getitem__(self, index: int | slice) -> Presence | list[Presence]:
+        return self._look()[index]
+
+    def __repr__(self) -> str:
+        return f"<Roster {self._room!r} {self._look()!r}>"

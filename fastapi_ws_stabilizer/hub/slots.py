@@ -9,8 +9,8 @@ from collections.abc import Callable
 class Slots:
     """At most `limit` pieces of work at one time; what comes later waits in line.
 
-    A semaphore for code that runs in no task. Who finds no slot leaves a function that is called when it may look
-    again. It must then take a slot, or `pass_on` if it turns out that it needs none.
+    A semaphore for code that runs in no task. Who finds no slot leaves a function that is called, once, when it may
+    look again. It returns whether it will; who then needs no slot after all must `pass_on`.
 
     Attributes:
         limit: How many slots there are.
@@ -22,7 +22,7 @@ class Slots:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
-        self._line: deque[Callable[[], None]] = deque()
+        self._line: deque[Callable[[], bool]] = deque()
 
     def __len__(self) -> int:
         """How many wait in line."""
@@ -42,11 +42,12 @@ class Slots:
         self.taken -= 1
         self.pass_on()
 
-    def wait(self, look_again: Callable[[], None]) -> None:
+    def wait(self, look_again: Callable[[], bool]) -> None:
         """Stand in line."""
         self._line.append(look_again)
 
     def pass_on(self) -> None:
-        """Let the first in line look, if there is a slot."""
-        if self._line and self.free:
-            self._line.popleft()()
+        """Let the first in line that wants to look, if there is a slot."""
+        while self._line and self.free:
+            if self._line.popleft()():
+                break

@@ -11,7 +11,7 @@ from typing import Any, Final
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi import HTTPException, WebSocket, WebSocketException
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
-from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.parts import Parts
@@ -22,11 +23,12 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import DuplicateClientError, ShutdownError, SocketClosed, socket_closed
 from fastapi_ws_stabilizer.hub.delivery import Delivery
 from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
-from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.presence import Presence, Roster
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.servers.link import offers_link
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 _Own = tuple[str, Connection, Any]
@@ -65,6 +67,7 @@ class Serving:
         self.heartbeat = Heartbeat(config, reports)
         self.unfinished: set[Connection] = set()
         self.closing = False
+        self._told_of_server = False
         self._parts = Parts(
             config,
             reports,
@@ -165,6 +168,10 @@ class Serving:
         _own.set((connection.client_id, connection, _own.get()))
         self.unfinished.add(connection)
         connection.open()
+        self._say_what_is_left_to_the_server(connection)
+        if connection.ending is not None:  # it was over before we came: a link tells so at once
+            await self.leave(connection, None)
+            raise self._closed(connection)
         older = self.registry.of_client(connection.client_id)
         if older and self._config.on_duplicate is DuplicatePolicy.REJECT:
             error = DuplicateClientError(connection.client_id)
@@ -192,6 +199,16 @@ class Serving:
             await self.leave(connection, None)
             raise self._closed(connection)
 
+    def _say_what_is_left_to_the_server(self, connection: Connection) -> None:
+        """Say, once, what this library does not do because the server, or a middleware, stands between."""
+        if self._told_of_server or connection.is_linked:
+            return
+        self._told_of_server = True
+        if offers_link(connection.websocket.scope):
+            self._reports.tell("link_wrapped", logging.WARNING)
+        if self._config.compression is CompressionMode.NONE:
+            self._reports.tell("compression_left_to_server", logging.WARNING)
+
     def _closed(self, connection: Connection) -> SocketClosed:
         return socket_closed(connection.ending or ending(DisconnectReason.COMPLETED))
 
@@ -201,7 +218,7 @@ class Serving:
         """Hand every message of a socket to the handlers."""
         await self._dispatcher.run(socket._connection, concurrency)
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> list[Presence]:
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> Roster:
         """Let a connection into a room."""
         return self.delivery.join(connection, room, metadata)
 

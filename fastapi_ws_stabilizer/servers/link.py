@@ -13,6 +13,11 @@ from typing import Any, Final, Protocol
 EXTENSION: Final = "fastapi_ws_stabilizer"
 
 
+def offers_link(scope: Mapping[str, Any]) -> bool:
+    """Whether the server of this connection has one."""
+    return EXTENSION in (scope.get("extensions") or {})
+
+
 class Sink(Protocol):
     """The application's end of a link. Nothing here waits, and nothing raises."""
 

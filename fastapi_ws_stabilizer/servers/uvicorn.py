@@ -26,8 +26,9 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import uvicorn
-from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 
+from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
 from fastapi_ws_stabilizer.wire.framing import PING, frame_bytes
 
@@ -46,17 +47,34 @@ MAX_FRAGMENTS: Final = 1024
 
 MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
 
+PONG_START: Final = b"\x8a"  # the first byte of a whole pong frame
+
 FAREWELL: Final = 2.0
 """Seconds in which a client that broke the protocol can read why, before its connection is cut."""
-
-_DEFLATE: Final = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
-"""Without context takeover a message is compressed once for all, and an idle connection holds no compressor."""
 
 _WRITABLE: Final = asyncio.Event()
 _WRITABLE.set()
 
-_OURS: Final = ("queue", "conn", "writable", "close_sent", "close_timer", "close_timeout", "read_paused", "frames")
-_OURS_OF_CONN: Final = ("available_extensions", "extensions", "max_message_size", "close_sent", "parser_exc")
+_OURS: Final = (
+    "queue",
+    "conn",
+    "handshake_initiated",
+    "writable",
+    "close_sent",
+    "close_timer",
+    "close_timeout",
+    "read_paused",
+    "frames",
+)
+_OURS_OF_CONN: Final = (
+    "available_extensions",
+    "extensions",
+    "max_message_size",
+    "close_sent",
+    "parser_exc",
+    "handshake_exc",
+    "writes",
+)
 _METHODS: Final = (
     "handle_cont",
     "handle_parser_exception",
@@ -103,7 +121,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.fragment_bytes = 0
         self.known = not _unknown_internals(self)
         if self.known and self.config.ws_per_message_deflate:
-            self.conn.available_extensions = [_DEFLATE]
+            self.conn.available_extensions = [DEFLATE]
 
     def run_asgi(self) -> Coroutine[Any, Any, None]:
         """Run the application, and let it know what it is served by."""
@@ -135,9 +153,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
                 self.window_bits = extension.local_max_window_bits
         if own_pings:
             self.stop_keepalive()
-        if self.read_paused:
-            self.read_paused = False
-            self.transport.resume_reading()
+        self.resume_reading()
         while not came_before.empty():
             event = came_before.get_nowait()
             if event["type"] == "websocket.receive":
@@ -181,6 +197,11 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.sink is not None:
             self.sink.heard()
         super().data_received(data)
+        if self.known and self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # What the HTTP parser has let through is no handshake: uvicorn would neither answer nor close.
+            self.handshake_initiated = self.close_sent = True
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The transport holds enough."""
@@ -259,7 +280,8 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_ping(self) -> None:
         """A ping has come in, and its pong lies ready."""
         if self.sink is not None and self.write_paused:
-            self.conn.data_to_send()  # a client that floods pings and reads no pongs; RFC 6455 section 5.5.3 allows it
+            # A client that floods pings and reads no pongs gets none; RFC 6455 section 5.5.3 allows to leave some out.
+            self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
         else:
             super().handle_ping()
 

@@ -43,6 +43,31 @@ async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+class Wrapping:
+    """A middleware that looks at every message, as a tracer does; for one path only."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not scope.get("query_string", b"").startswith(b"wrapped"):
+            await self.app(scope, receive, send)
+            return
+
+        async def looking_receive() -> Any:
+            return await receive()
+
+        async def looking_send(message: Any) -> None:
+            seen = asyncio.current_task()
+            await send(message)
+            assert asyncio.current_task() is seen
+
+        await self.app(scope, looking_receive, looking_send)
+
+
+app.add_middleware(Wrapping)
 app.include_router(stats_router, prefix="/ws-stats")
 
 

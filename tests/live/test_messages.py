@@ -12,7 +12,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
+from tests.live.server import SERVERS, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -126,3 +126,22 @@ async def test_a_handler_that_broadcasts_to_slow_clients_only_stays(serve: Serve
     assert server.get("/ws-stats/")["endings"]["slow_consumer"] == 1
     assert "broadcast_failed" in server.log
     assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_middleware_that_wraps_send_and_receive_sees_every_message(serve: Serve, kind: str) -> None:
+    """A tracer round the two ASGI callables breaks nothing, in echo, broadcast and close."""
+    server = serve(kind)
+    async with connect(server.url("/echo/ann?wrapped"), max_queue=None) as client:
+        for number in range(20):
+            await client.send(str(number))
+            assert await asyncio.wait_for(client.recv(), 5) == str(number)
+        await asyncio.to_thread(server.post, "/broadcast?count=30&size=8")
+        assert [await asyncio.wait_for(client.recv(), 5) for _ in range(30)] == [f"{n:08d}" for n in range(30)]
+        await asyncio.to_thread(server.post, "/kick/ann")
+        with pytest.raises(ConnectionClosed) as closed:
+            await asyncio.wait_for(client.recv(), 5)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 4403
+    assert server.errors() == []
+    assert ("link_wrapped" in server.log) == (kind == "uvicorn-stable")

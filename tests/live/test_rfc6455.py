@@ -762,6 +762,15 @@ def test_a_malformed_offer_of_extensions_is_refused_or_ignored(server: LiveServe
         assert not answer.all("Sec-WebSocket-Extensions")
 
 
+def test_a_header_that_is_no_http_is_refused(server: LiveServer) -> None:
+    """A request that cannot be read is answered with 400 or ended; nobody waits for an answer for ever (4.2.1)."""
+    with WireClient(server.port) as client:
+        try:
+            assert client.upgrade(headers={"X-Delete": "\x7f"}).status in (101, 400)
+        except ConnectionError:
+            pass
+
+
 def test_frames_before_the_answer_to_the_handshake_break_nothing(server: LiveServer) -> None:
     """A client must wait for the answer (4.1); early frames are answered, lost, or the end of their connection."""
     with WireClient(server.port) as client:

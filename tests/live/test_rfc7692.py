@@ -542,6 +542,23 @@ def test_messages_that_end_with_a_final_block_follow_each_other(client: WireClie
         assert client.echoed(TEXT, payload)
 
 
+def test_several_final_blocks_make_one_message(client: WireClient) -> None:
+    """Blocks may follow a final one in a message, padded to a byte (7.2.1): read or refused, and never cut off."""
+    final = [deflate(word, 9, final=True)[:-1] for word in (b"Hello, ", b"brave ")]
+    client.write(frame(TEXT, b"".join(final) + deflate(b"world", 9), rsv=RSV1))
+    found = client.next_frame()
+    if found.opcode == CLOSE:
+        assert int.from_bytes(found.payload[:2], "big") in BROKEN
+    else:
+        assert found == Frame(TEXT, b"Hello, brave world")
+
+
+def test_a_flood_of_final_blocks_is_refused(client: WireClient) -> None:
+    """Empty final blocks without end are the end of their connection, and no work without end (7.2.3.4)."""
+    client.write(frame(TEXT, b"\x03\x00" * 40_000, rsv=RSV1))
+    assert client.ending()[0] in BROKEN
+
+
 def test_the_context_of_the_client_lasts_over_a_final_block(client: WireClient) -> None:
     """The window of the client is that of the connection, whatever blocks have filled it (7.2.2)."""
     assert client.parameters is not None

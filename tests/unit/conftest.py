@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.presence import Presence

@@ -155,3 +155,32 @@ def test_the_options_for_uvicorn_go_with_the_managers(manager_with: Any) -> None
         "ws_per_message_deflate": False,
         "timeout_graceful_shutdown": 30,
     }
+
+
+async def test_bad_metadata_leaves_nobody_half_in(manager_with: Any) -> None:
+    """What is no mapping is refused before anything has changed; so is an audience that is none."""
+    manager, _ = manager_with()
+    _, ann = await connected(manager, "ann")
+    with pytest.raises(TypeError, match="mapping"):
+        await ann.join("lobby", ["no", "mapping"])
+    assert ann.rooms == ()
+    assert manager.get_rooms() == []
+    with pytest.raises(TypeError, match="client ids and sockets"):
+        await manager.broadcast("x", exclude=7)
+
+
+async def test_a_roster_is_made_when_it_is_looked_at(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A join that nobody looks at costs no snapshot, however many are there; one that is looked at stays as it was."""
+    manager, _ = manager_with()
+    await manager.start()
+    board = manager._serving.delivery.presence
+    looks: list[str] = []
+    present = board.present
+    monkeypatch.setattr(type(board), "present", lambda self, room: looks.append(room) or present(room))
+    rosters = [await (await connected(manager, f"c{number}"))[1].join("lobby") for number in range(50)]
+    assert looks == []
+    assert [who.client_id for who in rosters[3][:2]] == ["c0", "c1"]
+    await (await connected(manager, "late"))[1].join("lobby")
+    assert len(rosters[3]) == 50
+    assert rosters[3][0].client_id in repr(rosters[3])
+    assert looks == ["lobby"]

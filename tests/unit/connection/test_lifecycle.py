@@ -233,7 +233,7 @@ async def test_a_refused_send_waits_for_the_server_to_say_why(bench: Any) -> Non
 
 async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the server never says why it refused a message, the network is taken for lost."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.lifecycle._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
@@ -245,7 +245,7 @@ async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monke
 
 async def test_a_flush_that_fails_counts_what_was_not_sent(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages whose flush the server refuses are counted as discarded, and not forgotten."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.lifecycle._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import Outbox, SlowClient
+from fastapi_ws_stabilizer.connection.outbox import Outbox
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports, Totals

@@ -12,11 +12,11 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import outbox as outbox_module
 from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.wire.payload import encode
-from tests.unit.fake_websocket import eventually
+from tests.unit.fake_websocket import eventually, settle
 
 
 @pytest.fixture
@@ -140,3 +140,19 @@ def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
             del model[: len(taken)]
         assert len(backlog) == len(model)
         assert backlog.held_bytes == sum(frame.size for frame in model)
+
+
+async def test_an_outbox_stands_in_line_for_a_slot_once(bench: Any) -> None:
+    """However often it is offered something meanwhile; and it gets its turn when the slot is free."""
+    b = bench(outbox_max_messages=4, outbox_overflow="drop_oldest", max_concurrent_broadcast=1)
+    await b.open()
+    slots = b.connection.outbox._sends
+    slots.take()
+    offer(b, *(str(number) for number in range(100)))
+    await settle()
+    offer(b, *(str(number) for number in range(100)))
+    assert len(slots) == 1
+    assert b.server.data == []
+    slots.release()
+    await b.server.until(lambda: b.server.data == ["96", "97", "98", "99"])
+    assert slots.taken == 0

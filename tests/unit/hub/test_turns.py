@@ -126,8 +126,12 @@ def test_slots_are_given_in_the_order_of_the_line() -> None:
     slots.take()
     assert not slots.free
     log: list[str] = []
-    slots.wait(lambda: log.append("a"))
-    slots.wait(lambda: log.append("b"))
+
+    def look(name: str, wants: bool = True) -> Any:
+        return lambda: log.append(name) or wants
+
+    slots.wait(look("a"))
+    slots.wait(look("b"))
     assert len(slots) == 2
     slots.pass_on()
     assert log == []
@@ -137,3 +141,17 @@ def test_slots_are_given_in_the_order_of_the_line() -> None:
     assert log == ["a", "b"]
     slots.pass_on()
     assert log == ["a", "b"]
+
+
+def test_who_wants_no_slot_any_more_is_passed_over() -> None:
+    """However many in a line are gone, the first that still wants a slot is reached, at once and without recursion."""
+    slots = Slots(1)
+    slots.take()
+    for _ in range(5000):
+        slots.wait(lambda: False)
+    log: list[str] = []
+    slots.wait(lambda: log.append("here") is None)
+    slots.wait(lambda: log.append("not yet") is None)
+    slots.release()
+    assert log == ["here"]
+    assert len(slots) == 1

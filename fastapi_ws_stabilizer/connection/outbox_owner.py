@@ -1,0 +1,48 @@
+"""What an outbox tells of itself, and to whom."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol
+
+
+class SlowClient(str, Enum):
+    """How slow a client has become. Each is told once until the client has caught up."""
+
+    LAGGING = "lagging"
+    """More than half of its outbox is used, and the network takes nothing."""
+    DROPPING = "dropping"
+    """Messages to it are thrown away, as `outbox_overflow` says."""
+    DISCONNECTED = "disconnected"
+    """Its outbox was full, and it is disconnected with 4507."""
+
+
+class OutboxOwner(Protocol):
+    """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
+
+    def unsent(self, count: int) -> None:
+        """Messages were given to the server and not taken."""
+
+    def dropped(self, count: int) -> None:
+        """Messages were thrown away because the client is slow."""
+
+    def coalesced(self) -> None:
+        """A newer message has taken the place of one that waited."""
+
+    def slow(self, how: SlowClient) -> None:
+        """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
+
+    def caught_up(self) -> None:
+        """The client is slow no longer."""
+
+    def unflushed_bytes(self) -> int | None:
+        """What the transport still holds; `None` where it cannot be seen."""
+
+    def send_stuck(self) -> None:
+        """A send has made no progress for `send_timeout`."""
+
+    def send_waits(self) -> None:
+        """A send has made no progress for a while, and `send_timeout` is not over."""
+
+    def send_failed(self, error: Exception) -> None:
+        """The server refused a message: the connection is gone."""

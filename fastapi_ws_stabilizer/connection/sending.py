@@ -1,0 +1,206 @@
+"""The sending half of a connection: what goes into its outbox, and what the outbox tells."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.parts import Parts
+from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+_A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
+"""Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
+be one turn of the event loop away."""
+
+_TAKEN: Final = (Offered.QUEUED, Offered.PRESSED, Offered.SLOW)
+
+
+class SendingHalf(abc.ABC):
+    """What a connection is to those who send to it, and to its outbox."""
+
+    __slots__ = (
+        "_link",
+        "_over",
+        "_parts",
+        "client_id",
+        "config",
+        "connection_id",
+        "dropped_messages",
+        "ending",
+        "face",
+        "outbox",
+        "pulse",
+        "reading_paused",
+        "reports",
+        "server_side",
+        "shard",
+    )
+
+    _link: Link | None
+    _over: Latch
+    _parts: Parts
+    client_id: str
+    config: WebSocketConfig
+    connection_id: str
+    dropped_messages: int
+    ending: Ending | None
+    face: Any
+    """What user code knows this connection by."""
+    outbox: AsgiOutbox | LinkOutbox
+    pulse: Pulse
+    reading_paused: bool
+    reports: Reports
+    server_side: ServerSide
+    shard: int
+
+    @abc.abstractmethod
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """End the connection from our side."""
+
+    @abc.abstractmethod
+    def lost(self, error: Exception) -> None:
+        """The connection broke."""
+
+    def tell(self, event: str, level: int, **facts: Any) -> None:
+        """Report something about this connection."""
+        self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
+
+    def _make_outbox(self, parts: Parts) -> AsgiOutbox | LinkOutbox:
+        if self._link is not None:
+            return LinkOutbox(
+                self,
+                parts.outbox_limits,
+                parts.turns,
+                self.shard,
+                link=self._link,
+                min_bytes=self.config.compression_min_bytes,
+            )
+        return AsgiOutbox(
+            self,
+            parts.outbox_limits,
+            parts.turns,
+            self.shard,
+            send=self.server_side.send,
+            by_hand=self.server_side.is_direct,
+            tasks=parts.tasks,
+            name=self.connection_id,
+            sends=parts.sends,
+            closes=parts.closes,
+        )
+
+    # ── sending ──
+
+    def enqueue(self, frame: Frame) -> bool:
+        """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
+        return self.outbox.offer(frame) in _TAKEN
+
+    def answer(self, frame: Frame) -> None:
+        """Send a control frame, before what is queued."""
+        self.outbox.put_urgent(frame)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether we are at the server's transport, and not behind ASGI."""
+        return self._link is not None
+
+    @property
+    def pings_by_protocol(self) -> bool:
+        """Whether heartbeats are ping frames."""
+        return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
+
+    def ping(self, frame: Frame | None, now: float) -> bool:
+        """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
+        if frame is None and self._link is not None:
+            if self._link.write_paused:
+                return False
+            self._link.ping(self.pulse.pinged_by_protocol(now))
+            return True
+        if frame is None or not self.outbox.put_urgent(frame):
+            return False
+        self.pulse.pinged(now)
+        return True
+
+    def has_backlog(self) -> bool:
+        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
+        return self.outbox.blocked or len(self.outbox) > 0
+
+    def unflushed_bytes(self) -> int | None:
+        """What the transport has not yet given to the network."""
+        return self.server_side.unflushed_bytes
+
+    # ── what the outbox tells ──
+
+    def unsent(self, count: int) -> None:
+        """Messages were given to the server and not taken."""
+        self._discarded(count)
+
+    def dropped(self, count: int) -> None:
+        """Messages were thrown away because the client is slow."""
+        self.dropped_messages += count
+        self.reports.totals.messages_dropped += count
+
+    def coalesced(self) -> None:
+        """A newer message has taken the place of one that waited."""
+        self.reports.totals.messages_coalesced += 1
+
+    def slow(self, how: SlowClient) -> None:
+        """The client has become slow."""
+        if self.ending is not None:
+            return
+        self.reports.totals.slow_clients[how] += 1
+        self.tell("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
+        self._parts.slow(self.face, how)
+        if how is SlowClient.DISCONNECTED:
+            self.reports.totals.messages_discarded += 1  # the one that found no room
+            self.end(DisconnectReason.SLOW_CONSUMER)
+
+    def caught_up(self) -> None:
+        """The client is slow no longer."""
+        self.tell("client_caught_up", logging.INFO, dropped_messages=self.dropped_messages)
+
+    def send_stuck(self) -> None:
+        """A send made no progress: nothing can reach this client, not even a close frame."""
+        if self.ending is None:
+            self.tell("send_stuck", logging.WARNING, send_timeout=self.config.send_timeout)
+            self.end(DisconnectReason.SLOW_CONSUMER)
+        self.abort()
+
+    def send_waits(self) -> None:
+        """A send waits for a transport: cut it if the server is closing it, for a close waits for the same client.
+
+        uvicorn's older WebSocket implementation says nothing of its shutdown before the transport is gone.
+        """
+        if self.server_side.closing:
+            self.server_side.abort()
+
+    def send_failed(self, error: Exception) -> None:
+        """The server refused a message: give it a moment to say why, then take the network for lost."""
+        self._parts.tasks.spawn(self._why_failed(error), name=f"ws-lost-{self.connection_id}")
+
+    async def _why_failed(self, error: Exception) -> None:
+        if not self.reading_paused:
+            await wait_for_all([self._over.future], _A_SERVER_MAY_STILL_SAY_WHY)
+        self.lost(error)
+        self._discarded(self.outbox.discard())
+
+    def abort(self) -> None:
+        """Stop sending at once and cut the transport, where the server lets us."""
+        self._discarded(self.outbox.discard())
+        self.server_side.abort()
+
+    def _discarded(self, count: int) -> None:
+        if count:
+            self.reports.totals.messages_discarded += count
+            self.tell("messages_discarded", logging.DEBUG, count=count)

@@ -1,0 +1,293 @@
+"""Tests of a connection that is at its server's transport, over a link that does what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.servers.link import EXTENSION
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.fake_websocket import FakeServer, eventually, settle
+
+
+class LinkServer(FakeServer):
+    """A server that offers a link, and is its own transport."""
+
+    def __init__(self) -> None:
+        super().__init__(extensions={EXTENSION: {}})
+        self.write_paused = False
+        self.window_bits = 0
+        self.reading = True
+        self.closed: list[tuple[int, str]] = []
+        self.pings: list[bytes] = []
+        self.writes: list[bytes] = []
+        self.error: Exception | None = None
+        self.gone_before: dict[str, Any] | None = None
+        self.compression = True
+
+    @property
+    def transport(self) -> LinkServer:
+        return self
+
+    def write(self, data: bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        self.writes.append(data)
+
+    def abort(self) -> None:
+        self.closed.append((1006, "aborted"))
+
+    def is_closing(self) -> bool:
+        return False
+
+    def refuse_compression(self) -> None:
+        self.compression = False
+
+    def attach(self, sink: Any, *, max_message_bytes: int, own_pings: bool) -> None:
+        self.sink = sink
+        if self.gone_before is not None:
+            sink.gone(self.gone_before)
+
+    def ping(self, payload: bytes) -> None:
+        self.pings.append(payload)
+
+    def close(self, code: int, reason: str) -> None:
+        self.closed.append((code, reason))
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def stall(self) -> None:
+        """The transport has had enough."""
+        self.write_paused = True
+        self.sink.write_paused()
+
+    def drain(self) -> None:
+        """The transport takes more."""
+        self.write_paused = False
+        self.sink.writable()
+
+
+@pytest.fixture
+def linked(bench: Any) -> Any:
+    async def make(**options: Any) -> Any:
+        b = bench(**options)
+        b.server = LinkServer()
+        await b.open()
+        assert isinstance(b.connection.outbox, LinkOutbox)
+        return b
+
+    return make
+
+
+def offer(b: Any, *texts: str) -> list[Any]:
+    return [b.connection.outbox.offer(encode(text)) for text in texts]
+
+
+async def test_what_one_turn_has_queued_is_one_write(linked: Any) -> None:
+    """Fifty messages, one write, in their order; one alone is a write of its own."""
+    b = await linked()
+    offer(b, *(f"{number:02}" for number in range(50)))
+    assert b.server.writes == []
+    await settle()
+    assert b.server.writes == [b"".join(b"\x81\x02%02d" % number for number in range(50))]
+    offer(b, "alone")
+    await settle()
+    assert b.server.writes[1:] == [b"\x81\x05alone"]
+    assert b.reports.totals.messages_sent == 51
+
+
+async def test_a_transport_that_has_had_enough_gets_nothing_more(linked: Any) -> None:
+    """What is queued waits in the outbox, where it is bounded, until the transport takes more."""
+    b = await linked()
+    b.server.stall()
+    offer(b, "a", "b")
+    await settle()
+    assert b.server.writes == []
+    assert len(b.connection.outbox) == 2
+    assert b.connection.has_backlog()
+    b.server.drain()
+    assert b.server.writes == [b"\x81\x01a\x81\x01b"]
+
+
+async def test_a_large_backlog_is_written_in_pieces(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each piece the transport is asked whether it has had enough."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_outbox.MAX_WRITE_BYTES", 10)
+    b = await linked()
+    b.server.stall()
+    offer(b, "a" * 8, "b" * 8, "c" * 8)
+    await settle()
+    write = b.server.write
+
+    def write_and_stall(data: bytes) -> None:
+        write(data)
+        b.server.stall()
+
+    b.connection.outbox._write = write_and_stall
+    b.server.drain()
+    assert len(b.server.writes) == 1
+    assert len(b.connection.outbox) == 1
+    b.server.drain()
+    assert b"".join(b.server.writes) == b"\x81\x08aaaaaaaa\x81\x08bbbbbbbb\x81\x08cccccccc"
+
+
+async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.HEALTHY_SEND", -1.0)
+    b = await linked(outbox_max_messages=2)
+    b.server.stall()
+    offer(b, "a")
+    await settle()
+    offer(b, "b", "c")
+    assert b.slow == [SlowClient.LAGGING, SlowClient.DISCONNECTED]
+    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert b.server.closed == [(4507, "slow consumer")]
+
+
+async def test_a_stalled_client_is_cut_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport that makes no progress at all is aborted."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
+    b = await linked(send_timeout=0.03)
+    b.server.stall()
+    offer(b, "a")
+    await eventually(lambda: (1006, "aborted") in b.server.closed)
+    assert "send_stuck" in b.heard.events
+
+
+@pytest.mark.parametrize("texts", [("a",), ("a", "b")])
+async def test_a_write_that_fails_ends_the_connection(linked: Any, texts: tuple[str, ...]) -> None:
+    """What the transport raises goes to nobody who sends, and what was lost is counted."""
+    b = await linked()
+    b.server.error = RuntimeError("the handle is closed")
+    offer(b, *texts)
+    await settle()
+    offer(b, "later")
+    await eventually(lambda: b.connection.ending is not None)
+    assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
+    await eventually(lambda: b.reports.totals.messages_discarded == len(texts) + 1)
+    assert b.task_failures == []
+
+
+async def test_messages_reach_the_inbox_without_a_task(linked: Any) -> None:
+    """What the link has read is there at once; text pings are answered before what is queued."""
+    b = await linked()
+    assert len(b.tasks) == 0
+    b.server.sink.received("hello")
+    b.server.sink.received("ping")
+    assert await b.connection.receive() == "hello"
+    offer(b, "data")
+    await settle()
+    assert b.server.writes == [b"\x81\x04pong", b"\x81\x04data"]
+
+
+async def test_a_full_inbox_stops_reading_until_there_is_room(linked: Any) -> None:
+    """The message after the full one is taken, then nothing more is read; one that is read makes room."""
+    b = await linked(inbox_max_messages=2)
+    for text in "ab":
+        b.server.sink.received(text)
+    assert b.server.reading
+    b.server.sink.received("c")
+    assert not b.server.reading
+    assert b.connection.reading_paused
+    assert [await b.connection.receive() for _ in range(2)] == ["a", "b"]
+    assert b.server.reading
+    assert not b.connection.reading_paused
+
+
+async def test_a_full_inbox_that_nobody_reads_ends_the_connection(linked: Any) -> None:
+    """After inbox_pause_timeout, counted from the last message that was read."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
+    b.server.sink.received("a")
+    b.server.sink.received("b")
+    await eventually(lambda: b.connection.ending is not None)
+    assert b.connection.ending.code == 1013
+    await eventually(lambda: b.server.closed == [(1013, "nobody reads the messages")])
+
+
+async def test_inbox_overflow_close_ends_the_connection(linked: Any) -> None:
+    """With that policy reading never stops, and the message too many is counted."""
+    b = await linked(inbox_max_messages=1, inbox_overflow="close")
+    b.server.sink.received("a")
+    b.server.sink.received("b")
+    assert b.connection.ending.code == 1013
+    assert b.reports.totals.messages_discarded >= 1
+
+
+async def test_heartbeats_are_ping_frames_and_only_their_pongs_are_measured(linked: Any) -> None:
+    """The payload tells an answer from an unsolicited pong; a full transport gets no ping."""
+    b = await linked()
+    connection = b.connection
+    assert connection.pings_by_protocol
+    now = connection.opened_at + 5
+    assert connection.ping(None, now)
+    b.server.sink.ponged(b"anything")
+    assert connection.pulse.rtt is None
+    b.server.sink.ponged(b.server.pings[0])
+    assert connection.pulse.rtt is not None
+    b.server.stall()
+    assert not connection.ping(None, now)
+
+
+async def test_bytes_of_half_a_message_prove_life(linked: Any) -> None:
+    """A large message over a slow line is no silence."""
+    b = await linked()
+    b.connection.pulse.last_seen = b.connection.pulse.awaiting_since = -1.0
+    b.server.sink.heard()
+    assert b.connection.pulse.last_seen > 0
+    assert b.connection.pulse.awaiting_since is None
+
+
+async def test_the_last_call_writes_what_is_queued(linked: Any) -> None:
+    """What was queued in the turn in which the server stops is not lost."""
+    b = await linked()
+    offer(b, "last words")
+    b.server.sink.last_call()
+    assert b.server.writes == [b"\x81\x0alast words"]
+
+
+async def test_compression_none_negotiates_none_and_sends_none(linked: Any) -> None:
+    """Neither before the accept nor after it is anything compressed."""
+    b = await linked(compression="none", compression_min_bytes=0)
+    b.connection.before_accept()
+    assert not b.server.compression
+    offer(b, "x" * 100)
+    await settle()
+    assert b.server.writes[0][0] == 0x81
+
+
+async def test_a_connection_that_is_over_before_it_is_registered_is_never_registered(manager_with: Any) -> None:
+    """A link can say at once that the client has gone while user code was between accept and connect."""
+    manager, _ = manager_with()
+    server = LinkServer()
+    server.gone_before = {"type": "websocket.disconnect", "code": 1001, "reason": ""}
+    with pytest.raises(Exception, match="over"):
+        await asyncio.wait_for(manager.connect("ann", await server.accepted()), 5)
+    assert manager.get_connection_count() == 0
+    assert manager.get_active_connections() == []
+
+
+async def test_a_middleware_that_wraps_the_link_is_told_once(manager_with: Any) -> None:
+    """Connections then go through ASGI, and the log says why, once."""
+    manager, heard = manager_with(compression="none")
+    for name in ("ann", "bob"):
+        server = LinkServer()
+        websocket = await server.accepted()
+        send = websocket._send
+
+        async def wrapped(message: Any, send: Any = send) -> None:
+            await send(message)
+
+        websocket._send = wrapped
+        await manager.connect(name, websocket)
+    assert await manager.send_to_client("bob", "hi")
+    await server.until(lambda: server.data == ["hi"])
+    assert heard.events.count("link_wrapped") == 1
+    assert heard.events.count("compression_left_to_server") == 1
