@@ -111,11 +111,12 @@ def test_a_key_that_cannot_be_one_raises_at_the_caller() -> None:
 
 
 _STEPS = st.lists(
-    st.tuples(st.sampled_from(["put", "pop", "some", "all"]), st.sampled_from([None, "k", "l"])), max_size=200
+    st.tuples(st.sampled_from(["put", "put", "put", "pop", "some", "all"]), st.sampled_from([None, "k", "l"])),
+    max_size=200,
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(_STEPS)
 def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
     """Whatever is put in and taken out, order, length, bytes and places of keys are those of a plain list."""

@@ -84,3 +84,72 @@ async def test_a_cancelled_broadcast_has_been_queued_for_everybody() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert [len(member.frames) for member in members] == [1, 1, 1]
+
+
+class Held:
+    """A clock by which each recipient takes 2 ms."""
+
+    now = 50.0
+
+    def __call__(self) -> float:
+        self.now += 0.002
+        return self.now
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every look at the time show that the loop was held for long."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.monotonic", Held())
+    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.MAX_HOLD", 0.001)
+
+
+def parts(members: list[FakeMember]) -> list[list[FakeMember]]:
+    return [[member] for member in members]
+
+
+@pytest.mark.usefixtures("slow_clock")
+async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order() -> None:
+    """Others run between two shards; a broadcast that comes meanwhile comes after it, at every client."""
+    reports = Reports()
+    fan = FanOut(Turns(4, reports), reports.totals)
+    members = [FakeMember(str(number)) for number in range(4)]
+    first, second = encode("first"), encode("second")
+    long = asyncio.ensure_future(fan.send(first, parts(members)))
+    await asyncio.sleep(0)
+    assert 0 < sum(len(member.frames) for member in members) < 4
+    await fan.send(second, [members])
+    await long
+    assert all(member.frames == [first, second] for member in members)
+
+
+@pytest.mark.usefixtures("slow_clock")
+async def test_a_long_broadcast_that_is_cancelled_is_queued_for_the_rest_at_once() -> None:
+    """Nobody is left out because the caller was cancelled between two shards."""
+    reports = Reports()
+    fan = FanOut(Turns(4, reports), reports.totals)
+    members = [FakeMember() for _ in range(4)]
+    long = asyncio.ensure_future(fan.send(encode("hi"), parts(members)))
+    await asyncio.sleep(0)
+    long.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await long
+    assert [len(member.frames) for member in members] == [1, 1, 1, 1]
+    assert (await fan.send(encode("next"), [members])).succeeded == 4
+
+
+async def test_dropped_and_slow_ones_are_counted_beside_the_others() -> None:
+    """A message that was left out is neither a success nor a failure, and a slow client is one that lags or loses."""
+    slow, dropping, well = FakeMember(), FakeMember(), FakeMember()
+    slow.verdict, dropping.verdict = Offered.SLOW, Offered.DROPPED
+    result = await fan_out(encode("hi"), [slow, dropping, well])
+    assert (result.total, result.succeeded, result.failed, result.slow) == (3, 2, 0, 2)
+
+
+async def test_who_is_excluded_is_not_counted() -> None:
+    """Excluded connections are no part of the total."""
+    reports = Reports()
+    members = [FakeMember() for _ in range(3)]
+    fan = FanOut(Turns(1, reports), reports.totals)
+    result = await fan.send(encode("hi"), [members], {members[1].connection_id})
+    assert (result.total, result.succeeded) == (2, 2)
+    assert [len(member.frames) for member in members] == [1, 0, 1]
