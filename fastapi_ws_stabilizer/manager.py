@@ -222,7 +222,7 @@ class WebSocketConnectionManager(EventDecorators):
             HTTPException: The manager is shut down (503), or a handshake hook refused.
             WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
         """
-        return Served(self._ensure_running, websocket, client_id, identity=identity, control_frames=control_frames)
+        return Served(self, websocket, client_id, identity=identity, control_frames=control_frames)
 
     # ── connections by hand ──
 
@@ -319,8 +319,6 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             ValueError: The name is empty.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a room's name is a string of at least one character, not {name!r}")
         return Room(name, self._serving.delivery)
 
     def get_rooms(self) -> list[str]:
@@ -370,8 +368,8 @@ class WebSocketConnectionManager(EventDecorators):
         """
         sockets = self.get_sockets()
         total = sum(
-            socket.queued_bytes + socket.unread_bytes + deep_size(socket.user_data) + deep_size(socket.metadata)
-            for socket in sockets
+            socket.queued_bytes + socket.unread_bytes + deep_size(socket._user_data) + deep_size(socket._metadata)
+            for socket in sockets  # not the properties, which would make what is measured
         )
         return {
             "total_memory": total,

@@ -11,6 +11,24 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def start(
+    coroutine: Coroutine[Any, Any, T], *, name: str, context: contextvars.Context | None = None
+) -> asyncio.Task[T]:
+    """Start a task that its caller holds, whose failure it reports itself. All others belong into a `TaskSet`.
+
+    Args:
+        coroutine: What to run.
+        name: The task's name, as it shows in `asyncio.all_tasks()`.
+        context: The contextvars that it starts with; the caller's when left out.
+    """
+    create = asyncio.get_running_loop().create_task
+    if context is None:
+        return create(coroutine, name=name)
+    if sys.version_info >= (3, 11):
+        return create(coroutine, name=name, context=context)
+    return context.run(create, coroutine, name=name)  # which copies it, as all tasks do there
+
+
 class TaskSet:
     """Tasks that belong to one owner.
 
@@ -47,20 +65,13 @@ class TaskSet:
             eager: Whether it runs at once until it waits, so that it may be done when this returns. From Python 3.12
                 on; on older ones it starts in the next turn of the event loop as any other.
         """
-        loop = asyncio.get_running_loop()
         if eager and sys.version_info >= (3, 12):
-            task = asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
+            task = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), name=name, eager_start=True)
             if task.done():
                 self._ended(task)
                 return task
         else:
-            create = loop.create_task
-            if context is None:
-                task = create(coroutine, name=name)
-            elif sys.version_info >= (3, 11):
-                task = create(coroutine, name=name, context=context)
-            else:
-                task = context.run(create, coroutine, name=name)  # which copies it, as all tasks do there
+            task = start(coroutine, name=name, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -93,26 +104,31 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
 class Latch:
     """Something that happens once. A future of it is made only if somebody waits."""
 
-    __slots__ = ("_future", "is_set")
+    __slots__ = ("_state",)
 
     def __init__(self) -> None:
-        self.is_set = False
-        self._future: asyncio.Future[None] | None = None
+        self._state: asyncio.Future[None] | bool = False
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        return self._state if isinstance(self._state, bool) else self._state.done()
 
     def set(self) -> None:
         """It has happened. Setting it again changes nothing."""
-        self.is_set = True
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+        if isinstance(self._state, bool):
+            self._state = True
+        elif not self._state.done():
+            self._state.set_result(None)
 
     @property
     def future(self) -> asyncio.Future[None]:
         """A future that is done when it has happened. Shared: wait for it with `asyncio.wait` or shield it."""
-        if self._future is None:
-            self._future = asyncio.get_running_loop().create_future()
-            if self.is_set:
-                self._future.set_result(None)
-        return self._future
+        if isinstance(self._state, bool):
+            happened, self._state = self._state, asyncio.get_running_loop().create_future()
+            if happened:
+                self._state.set_result(None)
+        return self._state
 
 
 class Suspended:

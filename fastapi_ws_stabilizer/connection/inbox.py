@@ -30,9 +30,20 @@ class Inbox:
     it is taken, and the pump then waits for room before it reads the next one.
     """
 
-    __slots__ = ("_closed", "_items", "_max_bytes", "_max_messages", "_reader", "_relief", "held_bytes", "taken")
+    __slots__ = (
+        "_alone",
+        "_closed",
+        "_items",
+        "_max_bytes",
+        "_max_messages",
+        "_reader",
+        "_relief",
+        "held_bytes",
+        "taken",
+    )
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self._alone: tuple[str | bytes, int] | None = None  # the only message that waits; then the queue is empty
         self._items = _NOTHING
         self._max_messages = max_messages
         self._max_bytes = max_bytes
@@ -43,23 +54,27 @@ class Inbox:
         self._relief: Callable[[], None] | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return 1 if self._alone is not None else len(self._items)
 
     @property
     def full(self) -> bool:
         """Whether the mark is reached."""
-        return len(self._items) >= self._max_messages or self.held_bytes >= self._max_bytes
+        return len(self) >= self._max_messages or self.held_bytes >= self._max_bytes
 
     def put(self, message: str | bytes) -> None:
         """Add a message and wake the reader."""
         size = sys.getsizeof(message)
         if self._items:
             self._items.append((message, size))
+        elif self._alone is None:
+            self._alone = (message, size)
         else:
-            self._items = deque(((message, size),))
+            self._items = deque((self._alone, (message, size)))
+            self._alone = None
         self.held_bytes += size
-        if self._reader is not None:
-            _wake(self._reader)
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     async def room(self, timeout: float | None = None) -> bool:
         """Wait until the mark is no longer reached or the inbox is closed; tell whether it is so. Cancelling is safe.
@@ -94,7 +109,7 @@ class Inbox:
         """
         if self._reader is not None:
             raise ConcurrentReceiveError
-        while not self._items:
+        while self._alone is None and not self._items:
             if self._closed:
                 raise InboxClosed
             self._reader = asyncio.get_running_loop().create_future()
@@ -102,7 +117,11 @@ class Inbox:
                 await self._reader
             finally:
                 self._reader = None
-        message, size = self._items.popleft()
+        if self._alone is not None:
+            message, size = self._alone
+            self._alone = None
+        else:
+            message, size = self._items.popleft()
         self.held_bytes -= size
         self.taken += 1
         if not self._items:
@@ -120,7 +139,8 @@ class Inbox:
         self._closed = True
         discarded = 0
         if discard:
-            discarded = len(self._items)
+            discarded = len(self)
+            self._alone = None
             self._items = _NOTHING
             self.held_bytes = 0
         if self._reader is not None:

@@ -35,7 +35,7 @@ from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
 from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
 from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
 
 _MAX_FLUSH: Final = 6
@@ -53,7 +53,6 @@ class Connection(SendingHalf):
         "_abort_timer",
         "_context",
         "_finished",
-        "_opened",
         "_pump",
         "_tied",
         "activity",
@@ -62,6 +61,7 @@ class Connection(SendingHalf):
         "endpoint",
         "hooks_wanted",
         "inbox",
+        "opened",
         "opened_at",
         "told_of_pause",
         "websocket",
@@ -98,7 +98,7 @@ class Connection(SendingHalf):
         self._tied: TaskSet | None = None
         self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
-        self._opened = False
+        self.opened = False
         self._abort_timer: asyncio.TimerHandle | None = None
 
     # ── open ──
@@ -114,7 +114,7 @@ class Connection(SendingHalf):
         receive = websocket._receive
         websocket._receive = self._asgi_receive
         websocket._send = self._asgi_send
-        self._opened = True
+        self.opened = True
         self._context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
         self.outbox.open()
@@ -128,9 +128,8 @@ class Connection(SendingHalf):
             )
             self.outbox.attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
-            self._pump = self._parts.tasks.spawn(
-                pump(self, receive), name=f"ws-pump-{self.connection_id}", context=self._context
-            )
+            name = f"ws-pump-{self.connection_id}"
+            self._pump = start(pump(self, receive), name=name, context=self._context)
 
     async def bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
@@ -146,8 +145,7 @@ class Connection(SendingHalf):
             SocketClosed: The connection is over and everything has been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        if not self._opened:
-            raise NotOpenError
+        self.check_opened()
         try:
             return await self.inbox.get()
         except InboxClosed:
@@ -162,6 +160,15 @@ class Connection(SendingHalf):
         if not await self.outbox.put_wait(frame):
             raise self._closed_error()
 
+    def check_opened(self) -> None:
+        """Raise unless the connection is open or has been.
+
+        Raises:
+            NotOpenError: It is not accepted yet.
+        """
+        if not self.opened:
+            raise NotOpenError
+
     def check_open(self) -> None:
         """Raise unless the connection is open.
 
@@ -169,7 +176,7 @@ class Connection(SendingHalf):
             SocketClosed: It is over.
             NotOpenError: It is not accepted yet.
         """
-        if not self._opened or self.ending is not None:
+        if not self.opened or self.ending is not None:
             raise self._closed_error()
 
     def _closed_error(self) -> Exception:
@@ -206,7 +213,7 @@ class Connection(SendingHalf):
         Raises:
             ValueError: `code` cannot be sent.
         """
-        if not self._opened:
+        if not self.opened:
             raise NotOpenError
         if self.ending is not None:
             return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us

@@ -56,29 +56,40 @@ class Pumped(Protocol):
 
 
 async def pump(connection: Pumped, receive: Receive) -> None:
-    """Read until the connection is over."""
-    inbox = connection.inbox
-    pulse = connection.pulse
+    """Read until the connection is over.
+
+    Every idle connection holds its frame, so everything else is elsewhere.
+    """
     while connection.ending is None:
         try:
             event = await receive()
         except Exception as error:  # a server or a test client that tears its stream down instead of saying so
             connection.lost(error)
             return
-        if event["type"] != "websocket.receive":
-            end_by_event(connection, event)
-            return
-        pulse.seen(monotonic())
-        text: str | None = event.get("text")
-        message: str | bytes = (event.get("bytes") or b"") if text is None else text
-        if not is_for_inbox(connection, message):
-            continue
-        if inbox.full and not connection.server_side.closing:
-            await _overflow(connection)
-            if connection.ending is not None:
-                connection.reports.totals.messages_discarded += 1
-                return
-        inbox.put(message)
+        try:
+            if not _took(connection, event):
+                await _take_when_room(connection, event)
+        except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
+            connection.reports.bug("internal_task_failed", error, task="ws-pump")
+            connection.lost(error)
+        del event  # or the last message would be held until the next one comes
+
+
+def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
+    """Deal with what was received; `False` if it is a message for which the inbox has no room."""
+    if event["type"] != "websocket.receive":
+        end_by_event(connection, event)
+        return True
+    connection.pulse.seen(monotonic())
+    text: str | None = event.get("text")
+    message: str | bytes = (event.get("bytes") or b"") if text is None else text
+    if not is_for_inbox(connection, message):
+        return True
+    inbox = connection.inbox
+    if inbox.held_bytes and inbox.full and not connection.server_side.closing:
+        return False
+    inbox.put(message)
+    return True
 
 
 def is_for_inbox(connection: Pumped, message: str | bytes) -> bool:
@@ -130,6 +141,16 @@ def refuse_more(connection: Pumped) -> bool:
 def nobody_reads(connection: Pumped) -> None:
     """End a connection whose full inbox has not been touched for `inbox_pause_timeout`."""
     connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+
+
+async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
+    """Wait for room, and take a message; or end the connection."""
+    await _overflow(connection)
+    if connection.ending is not None:
+        connection.reports.totals.messages_discarded += 1
+        return
+    text: str | None = event.get("text")
+    connection.inbox.put((event.get("bytes") or b"") if text is None else text)
 
 
 async def _overflow(connection: Pumped) -> None:

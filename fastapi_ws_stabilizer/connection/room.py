@@ -10,6 +10,7 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.delivery import Delivery
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.hub.rooms import check_room_name
 from fastapi_ws_stabilizer.wire.payload import encode
 
 
@@ -23,6 +24,7 @@ class Room:
     __slots__ = ("_delivery", "name")
 
     def __init__(self, name: str, delivery: Delivery[Connection]) -> None:
+        check_room_name(name)
         self.name = name
         self._delivery = delivery
 

@@ -12,6 +12,7 @@ from starlette.datastructures import URL, Address, Headers, QueryParams, State
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
@@ -51,12 +52,10 @@ class StableSocket:
     ```
 
     Attributes:
-        metadata: What `manager.connect(..., metadata=...)` was given.
-        user_data: Yours: anything that belongs to this connection.
         identity: What the dependency of `manager.socket_for(...)` returned.
     """
 
-    __slots__ = ("_connection", "_services", "identity", "metadata", "user_data")
+    __slots__ = ("_connection", "_metadata", "_services", "_user_data", "identity")
 
     def __init__(
         self,
@@ -68,8 +67,8 @@ class StableSocket:
     ) -> None:
         self._connection = connection
         self._services = services
-        self.metadata: dict[str, Any] = dict(metadata or {})
-        self.user_data: dict[str, Any] = {}
+        self._metadata: dict[str, Any] | None = dict(metadata) if metadata else None
+        self._user_data: dict[str, Any] | None = None
         self.identity = identity
 
     def __repr__(self) -> str:
@@ -87,6 +86,25 @@ class StableSocket:
     def connection_id(self) -> str:
         """This connection, and no other ever."""
         return self._connection.connection_id
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `manager.connect(..., metadata=...)` was given."""
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
+
+    @property
+    def user_data(self) -> dict[str, Any]:
+        """Yours: anything that belongs to this connection."""
+        if self._user_data is None:
+            self._user_data = {}
+        return self._user_data
+
+    @user_data.setter
+    def user_data(self, data: dict[str, Any]) -> None:
+        """Put another dict in its place."""
+        self._user_data = data
 
     @property
     def websocket(self) -> WebSocket:
@@ -256,9 +274,13 @@ class StableSocket:
 
     async def __anext__(self) -> str | bytes:
         """The next message, for `async for`. Cancelling is safe."""
+        if not self._connection.opened:
+            self._connection.check_opened()
         try:
-            return await self._connection.receive()
-        except SocketClosed:
+            return (
+                await self._connection.inbox.get()
+            )  # not by receive(), which an idle connection would hold a frame of
+        except InboxClosed:
             raise StopAsyncIteration from None
 
     async def iter_text(self) -> AsyncIterator[str]:
@@ -348,7 +370,9 @@ class StableSocket:
             MessageEncodeError: The message cannot be encoded; the connection stays usable.
             SocketClosed: The connection is over.
         """
-        await self._connection.send(encode(message, coalesce_key))
+        frame = encode(message, coalesce_key)
+        if not self._connection.outbox.put_if_calm(frame):
+            await self._connection.send(frame)
 
     async def send_text(self, data: str) -> None:
         """Send a text message. As `send`."""

@@ -1,23 +1,23 @@
 """One scheduler that beats for all connections.
 
-Connections wait in a heap by the time of their next beat, and one timer of the event loop waits for the first. An idle
-connection costs a heap entry, no task and no timer of its own.
+The pulses of connections wait in a heap by the time of their next beat, and one timer of the event loop waits for the
+first. An idle connection costs a place in the heap, no task and no timer of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import logging
 import random
-from typing import Any, Final
+from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub.member import Member
+from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.hub.turns import HoldTimer
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.wire.control import PING
@@ -27,10 +27,12 @@ LATE: Final = 0.5
 """Seconds by which a beat may come late before it is taken for a blocked event loop. Pongs may then wait unread in
 the sockets, so nobody is closed before there was a chance to read them."""
 
+MAX_TOGETHER: Final = 0.1
+"""Seconds that a beat may wait for others, and a fiftieth of the interval at most: waking the loop costs more than a
+ping."""
+
 SECOND_LOOK: Final = 1.0
 """Seconds for that chance."""
-
-_Entry = list[Any]  # [due, number, member or None]; a list, so that a member can be taken out without a search
 
 
 class Heartbeat:
@@ -43,6 +45,7 @@ class Heartbeat:
     def __init__(self, config: WebSocketConfig, reports: Reports) -> None:
         self._interval = config.heartbeat_interval
         self._timeout = config.heartbeat_timeout
+        self._together = min(MAX_TOGETHER, config.heartbeat_interval / 50)
         self._require_pong = config.require_pong
         self._payload = config.heartbeat_payload
         self._on = config.heartbeat_type is not HeartbeatType.OFF
@@ -52,14 +55,13 @@ class Heartbeat:
         elif self._on and not callable(self._payload):
             self._constant = encode(self._payload)
         self._reports = reports
-        self._heap: list[_Entry] = []
-        self._entries: dict[str, _Entry] = {}
-        self._numbers = itertools.count()
+        self._heap: list[Pulse] = []
+        self._count = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
 
     def add(self, member: Member) -> None:
         """Begin to beat for a connection."""
@@ -72,11 +74,11 @@ class Heartbeat:
 
     def remove(self, member: Member) -> None:
         """Stop beating for a connection and let go of it at once."""
-        entry = self._entries.pop(member.connection_id, None)
-        if entry is not None:
-            entry[2] = None
-            if len(self._heap) > 64 and len(self._heap) > 2 * len(self._entries):
-                self._heap = list(self._entries.values())
+        if member.pulse.member is not None:
+            member.pulse.member = None
+            self._count -= 1
+            if len(self._heap) > 64 and len(self._heap) > 2 * self._count:
+                self._heap = [pulse for pulse in self._heap if pulse.member is not None]
                 heapq.heapify(self._heap)
 
     def stop(self) -> None:
@@ -84,8 +86,10 @@ class Heartbeat:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        for pulse in self._heap:
+            pulse.member = None
         self._heap.clear()
-        self._entries.clear()
+        self._count = 0
 
     def beat_due(self, now: float, late: float = 0.0) -> None:
         """Do everything that is due at `now`.
@@ -95,13 +99,15 @@ class Heartbeat:
             late: Seconds by which this comes later than it was due.
         """
         hold = HoldTimer()
-        while self._heap and self._heap[0][0] <= now:
+        while self._heap and self._heap[0].due <= now:
             if hold.held_long():
                 break  # the timer is set anew at once: nobody is left out, and the loop gets a turn
-            member: Member | None = heapq.heappop(self._heap)[2]
+            pulse = heapq.heappop(self._heap)
+            member: Member | None = pulse.member
             if member is None:
                 continue
-            del self._entries[member.connection_id]
+            pulse.member = None
+            self._count -= 1
             due = self._beat(member, now, late)
             if due is not None:
                 self._push(member, due)
@@ -162,21 +168,23 @@ class Heartbeat:
             self._reports.totals.pings_sent += 1
 
     def _push(self, member: Member, due: float) -> None:
-        entry: _Entry = [due, next(self._numbers), member]
-        self._entries[member.connection_id] = entry
-        heapq.heappush(self._heap, entry)
+        pulse = member.pulse
+        pulse.due = due
+        pulse.member = member
+        self._count += 1
+        heapq.heappush(self._heap, pulse)
 
     def _arm(self) -> None:
         """Set the one timer to the first entry of the heap."""
         if not self._heap:
             return
-        due = self._heap[0][0]
+        due = self._heap[0].due
         if self._timer is not None:
-            if self._timer_due <= due:
+            if self._timer_due <= due + self._together:
                 return
             self._timer.cancel()
-        self._timer_due = due
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()), self._on_timer)
+        self._timer_due = due + self._together
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, self._timer_due - monotonic()), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -26,7 +26,13 @@ class Offered(Enum):
 
 
 class Mailbox(Protocol):
-    """Where what is meant for a connection waits to be sent. Nothing here waits."""
+    """Where what is meant for a connection waits to be sent. Nothing here waits.
+
+    Attributes:
+        place: Where it stands in its shard, for the registry.
+    """
+
+    place: int
 
     @property
     def owner(self) -> Any:

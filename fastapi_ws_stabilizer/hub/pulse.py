@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 
 _payload: Final = struct.Struct("!d").pack
 
@@ -17,9 +17,11 @@ class Pulse:
         answers: Whether the client has ever answered a ping.
         rtt: Seconds from the last answered ping to its pong; `None` before the first.
         next_ping: Time of the next ping.
+        due: When the heartbeat looks at it next.
+        member: The connection that it beats for; `None` while it does not beat.
     """
 
-    __slots__ = ("_ping_sent", "answers", "awaiting_since", "last_seen", "next_ping", "rtt")
+    __slots__ = ("_ping_sent", "answers", "awaiting_since", "due", "last_seen", "member", "next_ping", "rtt")
 
     def __init__(self, now: float) -> None:
         self.last_seen = now
@@ -27,7 +29,13 @@ class Pulse:
         self.answers = False
         self.rtt: float | None = None
         self.next_ping = now
+        self.due = now
+        self.member: Any = None
         self._ping_sent: float | None = None
+
+    def __lt__(self, other: Pulse) -> bool:
+        """Whether its beat comes first: pulses stand in the heartbeat's heap themselves."""
+        return self.due < other.due
 
     def seen(self, now: float) -> None:
         """Any frame has come in: the client lives and owes nothing."""

@@ -27,7 +27,7 @@ class Registry(Generic[M]):
     def __init__(self, num_shards: int = 1) -> None:
         self._by_id: dict[str, M] = {}
         self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only where a client has several connections
-        self._shards: tuple[dict[str, Mailbox], ...] = tuple({} for _ in range(num_shards))
+        self._shards: tuple[list[Mailbox], ...] = tuple([] for _ in range(num_shards))
         self._numbers = itertools.count()
 
     def next_shard(self) -> int:
@@ -37,7 +37,9 @@ class Registry(Generic[M]):
     def add(self, member: M) -> None:
         """Add a connection."""
         self._by_id[member.connection_id] = member
-        self._shards[member.shard][member.connection_id] = member.outbox
+        shard = self._shards[member.shard]
+        member.outbox.place = len(shard)
+        shard.append(member.outbox)
         known = self._by_client.get(member.client_id)
         if known is None:
             self._by_client[member.client_id] = member
@@ -50,7 +52,11 @@ class Registry(Generic[M]):
         """Remove a connection; nothing happens if it is not there."""
         if self._by_id.pop(member.connection_id, None) is None:
             return
-        del self._shards[member.shard][member.connection_id]
+        shard, outbox = self._shards[member.shard], member.outbox
+        last = shard.pop()
+        if last is not outbox:
+            shard[outbox.place] = last
+            last.place = outbox.place
         known = self._by_client[member.client_id]
         if isinstance(known, dict) and len(known) > 1:
             del known[member.connection_id]
@@ -76,7 +82,7 @@ class Registry(Generic[M]):
         """The outboxes of all connections, shard by shard; connections may come and go while this is read."""
         for shard in self._shards:
             if shard:
-                yield tuple(shard.values())
+                yield tuple(shard)
 
     def __iter__(self) -> Iterator[M]:
         """All connections, oldest first; connections may come and go while this is read."""

@@ -22,6 +22,16 @@ class Roomer(Protocol):
 M = TypeVar("M", bound=Roomer)
 
 
+def check_room_name(name: object) -> None:
+    """Raise unless a room can be called so.
+
+    Raises:
+        ValueError: It is empty, or no string.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a room's name is a string of at least one character, not {name!r}")
+
+
 class Rooms(Generic[M]):
     """The rooms of one manager, and who is in them.
 
@@ -46,8 +56,7 @@ class Rooms(Generic[M]):
             ValueError: The name is empty, or no string.
             RoomLimitError: The connection is in as many rooms as it may be.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a room's name is a string of at least one character, not {name!r}")
+        check_room_name(name)
         connection_id = member.connection_id
         names = self._names.get(connection_id, {})
         if name in names:

@@ -15,18 +15,19 @@ class Slots:
     Attributes:
         limit: How many slots there are.
         taken: How many are taken now.
+        line: Who waits.
     """
 
-    __slots__ = ("_line", "limit", "taken")
+    __slots__ = ("limit", "line", "taken")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
-        self._line: deque[Callable[[], bool]] = deque()
+        self.line: deque[Callable[[], bool]] = deque()
 
     def __len__(self) -> int:
         """How many wait in line."""
-        return len(self._line)
+        return len(self.line)
 
     @property
     def free(self) -> bool:
@@ -44,10 +45,10 @@ class Slots:
 
     def wait(self, look_again: Callable[[], bool]) -> None:
         """Stand in line."""
-        self._line.append(look_again)
+        self.line.append(look_again)
 
     def pass_on(self) -> None:
         """Let the first in line that wants to look, if there is a slot."""
-        while self._line and self.free:
-            if self._line.popleft()():
+        while self.line and self.free:
+            if self.line.popleft()():
                 break

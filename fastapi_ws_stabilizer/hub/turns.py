@@ -35,46 +35,45 @@ class Turns:
         reports: Where a worker that fails is reported. The others go on.
     """
 
-    __slots__ = ("_next", "_reports", "_scheduled", "_shards", "_since")
+    __slots__ = ("_ready", "_reports", "_scheduled", "_shards", "_since")
 
     def __init__(self, num_shards: int, reports: Reports) -> None:
-        self._shards: list[list[Worker]] = [[] for _ in range(num_shards)]
+        self._shards: tuple[list[Worker], ...] = tuple([] for _ in range(num_shards))
+        self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
         self._reports = reports
-        self._next = 0
         self._scheduled = False
         self._since = 0.0
 
     def pending(self, shard: int) -> list[Worker]:
-        """The list of those in a shard who wait for a turn. Whoever puts something into an empty one calls `book`."""
+        """The list of those in a shard who wait for a turn. Whoever puts the first into one calls `book` with it."""
         return self._shards[shard]
 
     def soon(self, pending: list[Worker], worker: Worker) -> None:
         """Let a worker take its turn soon."""
         if not pending:
-            self.book()
+            self.book(pending)
         pending.append(worker)
 
-    def book(self) -> None:
-        """See to it that the lists are looked at. Booking again changes nothing."""
+    def book(self, pending: list[Worker]) -> None:
+        """See to it that a list is looked at, in which nobody has waited until now."""
+        self._ready.append(pending)
         if not self._scheduled:
-            self._scheduled = True
-            self._since = monotonic()
-            asyncio.get_running_loop().call_soon(self._run)
+            self._schedule()
 
     def overdue(self) -> bool:
         """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
         return self._scheduled and monotonic() - self._since > MAX_HOLD
 
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._since = monotonic()
+        asyncio.get_running_loop().call_soon(self._run)
+
     def _run(self) -> None:
         started = monotonic()
         self._scheduled = False
-        shards = self._shards
-        count = len(shards)
-        for number in range(self._next, self._next + count):
-            shard = number % count
-            pending = shards[shard]
-            if not pending:
-                continue
+        ready, self._ready = self._ready, []
+        for number, pending in enumerate(ready, 1):
             workers = tuple(pending)
             pending.clear()
             for worker in workers:
@@ -83,10 +82,10 @@ class Turns:
                 except Exception as error:  # ours to mend, and nobody else's connection may suffer from it
                     self._reports.bug("internal_task_failed", error, task=type(worker).__name__)
             if monotonic() - started > MAX_HOLD:
-                self._next = (shard + 1) % count  # who waits longest goes first next time
+                self._ready = ready[number:] + self._ready  # who has waited longest goes first next time
                 break
-        if any(shards):
-            self.book()
+        if self._ready and not self._scheduled:
+            self._schedule()
 
 
 class HoldTimer:

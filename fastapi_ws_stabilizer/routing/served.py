@@ -15,38 +15,42 @@ from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of
 from fastapi_ws_stabilizer.routing.serving import Serving
 
 
+class Manager(Protocol):
+    """What it needs of a manager."""
+
+    def _ensure_running(self) -> Serving:
+        """Get ready for connections on the running event loop."""
+
+
 class Served:
     """Accepts, registers and gives a socket, and closes it at the end. Entered and left in the task that serves it.
 
     A class and not a generator, because each open connection holds one.
     """
 
-    __slots__ = ("_client_id", "_connection", "_control_frames", "_find_serving", "_identity", "_serving", "_websocket")
+    __slots__ = ("_connection", "_manager", "_opening", "_serving")
 
     _connection: Connection
     _serving: Serving
 
     def __init__(
-        self,
-        find_serving: Callable[[], Serving],
-        websocket: WebSocket,
-        client_id: str | None,
-        *,
-        identity: Any,
-        control_frames: bool,
+        self, manager: Manager, websocket: WebSocket, client_id: str | None, *, identity: Any, control_frames: bool
     ) -> None:
-        self._find_serving = find_serving
-        self._websocket = websocket
-        self._client_id = client_id
-        self._identity = identity
-        self._control_frames = control_frames
+        self._manager = manager
+        self._opening: tuple[WebSocket, str | None, Any, bool] | None = (websocket, client_id, identity, control_frames)
 
     async def __aenter__(self) -> StableSocket:
-        client_id = client_id_of(self._websocket) if self._client_id is None else self._client_id
+        if self._opening is None:
+            raise RuntimeError("what manager.serve() returns can be entered once")
+        websocket, client_id, identity, control_frames = self._opening
+        self._opening = None
         try:
-            self._serving = self._find_serving()
+            self._serving = self._manager._ensure_running()
             self._connection = await self._serving.open_by_dependency(
-                self._websocket, client_id, identity=self._identity, control_frames=self._control_frames
+                websocket,
+                client_id_of(websocket) if client_id is None else client_id,
+                identity=identity,
+                control_frames=control_frames,
             )
         except ShutdownError as error:
             raise HTTPException(503, headers={"Retry-After": "1"}) from error

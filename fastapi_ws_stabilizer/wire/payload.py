@@ -28,8 +28,12 @@ class Frame:
     __slots__ = ("_compressed", "_framed", "_payload", "_text", "binary", "key", "size")
 
     def __init__(self, payload: str | bytes, *, binary: bool = False, size: int | None = None, key: Any = None) -> None:
-        self._text: str | None = payload if isinstance(payload, str) else None
-        self._payload: bytes | None = payload if isinstance(payload, bytes) else None
+        self._text: str | None = None
+        self._payload: bytes | None = None
+        if isinstance(payload, str):
+            self._text = payload
+        else:
+            self._payload = payload
         self.binary = binary
         self.size = len(payload) if size is None else size
         self.key = key

@@ -219,3 +219,16 @@ async def test_a_flood_of_pings_is_not_answered_in_full(bench: Any) -> None:
     await eventually(lambda: len(connection.inbox) == 1)
     assert len(connection.outbox) <= MAX_URGENT
     assert connection.ending is None
+
+
+async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of ours in reading is told, and the connection does not stay without a reader."""
+    b = bench()
+    connection, _ = await b.open()
+    monkeypatch.setattr(type(connection.inbox), "put", lambda self, message: 1 / 0)
+    b.server.feed_text("hello")
+    await with_deadline(connection.finished)
+    assert connection.ending.reason is DisconnectReason.NETWORK_LOST
+    assert [type(report.error) for report in b.heard.of("internal_task_failed")] == [ZeroDivisionError]

@@ -28,6 +28,7 @@ class FakeMember:
         self.connection_id = f"connection-{next(_numbers)}"
         self.client_id = client_id
         self.shard = shard
+        self.place = 0
         self.pulse = Pulse(0.0)
         self.ending: Ending | None = None
         self.reading_paused = False
