@@ -527,7 +527,8 @@ def test_every_message_is_accounted_for(steps: list[str], end: str, settled: boo
         assert p.outbox.done.done()
         assert all(sender.done() for sender in senders)
         accepted += sum(1 for sender in senders if not sender.cancelled() and sender.result())
-        assert p.owner.taken + p.owner.discarded == accepted
+        cancelled = sum(sender.cancelled() for sender in senders)  # one that had just been queued is sent all the same
+        assert accepted <= p.owner.taken + p.owner.discarded <= accepted + cancelled
         assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
 
     run(play())
