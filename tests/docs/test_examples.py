@@ -21,6 +21,7 @@ from examples.by_hand import manager as manager_by_hand
 from examples.push import app as push
 from examples.quickstart import app as quickstart
 from examples.quickstart import manager as quickstart_manager
+from examples.rooms import app as rooms
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
 from tests.docs.pages import ROOT
@@ -91,6 +92,27 @@ def test_the_server_speaks_unasked() -> None:
             bob.send_text("hello")
             assert {bob.receive_json()["type"] for _ in range(2)} == {"tick", "echo"}
         assert client.post("/notify/nobody", json={}).status_code == 404
+
+
+def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:
+    """Who joins sees who is there, the others are told; words reach the room alone; strangers cannot speak to it."""
+    with TestClient(rooms) as client:
+        assert client.get("/rooms/lobby").status_code == 404
+        with client.websocket_connect("/ws/ann") as ann:
+            ann.send_json({"type": "join", "room": "lobby", "name": "Ann"})
+            assert ann.receive_json() == {"type": "here", "room": "lobby", "people": [{"id": "ann", "name": "Ann"}]}
+            with client.websocket_connect("/ws/bob") as bob:
+                bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
+                assert bob.receive_json() == {"type": "refused", "room": "lobby"}
+                bob.send_json({"type": "join", "room": "lobby", "name": "Bob"})
+                assert [who["id"] for who in bob.receive_json()["people"]] == ["ann", "bob"]
+                assert ann.receive_json() == {"type": "came", "room": "lobby", "who": "bob"}
+                bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
+                assert ann.receive_json() == {"type": "said", "who": "bob", "text": "hello"}
+                assert client.get("/rooms/lobby").json() == {"clients": ["ann", "bob"]}
+                bob.send_json({"type": "leave", "room": "lobby"})
+                assert ann.receive_json() == {"type": "went", "room": "lobby", "who": "bob"}
+                assert client.get("/rooms/lobby").json() == {"clients": ["ann"]}
 
 
 def test_each_message_finds_its_handler() -> None:
