@@ -71,7 +71,7 @@ test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that ar
 soak: $(VENV)/test.stamp ## Run the long tests; bounded, a few minutes
 	$(BIN)/python -m pytest -m soak
 
-bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about twelve minutes; ARGS=--quick for two
+bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about eight minutes; ARGS=--quick for two
 	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
 lint: $(VENV)/lint.stamp ## Check format, style, types and layers

@@ -213,7 +213,7 @@ class WebSocketConfig(BaseModel):
     enable_metrics: bool = Field(default=False, description="Whether metrics are collected.")
 
     # scale
-    num_shards: _Count = Field(
+    num_shards: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=4096)] = Field(
         default=16,
         description="Parts that connections are divided into; between two of them the event loop can do other work.",
     )

@@ -309,9 +309,9 @@ class WebSocketConnectionManager(EventDecorators):
             BroadcastFailedError: There were recipients, and it could be queued for none.
         """
         frame = encode(message, coalesce_key)
-        delivery = self._serving.delivery
-        excluded = delivery.connections_of(exclude_client) | delivery.connections_of(exclude)
-        return await delivery.broadcast(frame, room, excluded)
+        if exclude_client is not None:
+            exclude = exclude_client if exclude is None else (exclude_client, exclude)
+        return await self._serving.delivery.broadcast(frame, room, exclude)
 
     def room(self, name: str) -> Room:
         """A room: who is in it, to send to it, to close it. It need not exist.
@@ -319,7 +319,7 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             ValueError: The name is empty.
         """
-        return Room(name, self._serving.delivery)
+        return Room(name, lambda: self._serving.delivery)
 
     def get_rooms(self) -> list[str]:
         """The names of the rooms that somebody is in, oldest first."""

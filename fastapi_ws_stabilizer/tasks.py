@@ -66,7 +66,8 @@ class TaskSet:
                 on; on older ones it starts in the next turn of the event loop as any other.
         """
         if eager and sys.version_info >= (3, 12):
-            task = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), name=name, eager_start=True)
+            loop = asyncio.get_running_loop()
+            task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
             if task.done():
                 self._ended(task)
                 return task
@@ -139,6 +140,10 @@ class Suspended:
     def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
         self._coroutine = coroutine
         self._waits_for = waits_for
+
+    def close(self) -> None:
+        """Give the rest up."""
+        self._coroutine.close()
 
     def __await__(self) -> Generator[Any, Any, Any]:
         coroutine, waits_for = self._coroutine, self._waits_for

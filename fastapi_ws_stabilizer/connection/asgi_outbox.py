@@ -31,8 +31,9 @@ class AsgiOutbox(Outbox):
             for it, which belongs to a task.
         tasks: Holds the task of a send that waits.
         name: What that task's name ends with.
-        sends: How many sends of all connections may wait at the same time. One that waits for longer than a healthy
-            client makes it gives its slot up, so that slow clients cannot hold up the others.
+        sends: How many sends of all connections may wait at the same time. One that does not wait needs no slot. One
+            that waits for longer than a healthy client makes it gives its slot up, so that slow clients cannot hold up
+            the others.
         closes: The same for close frames.
     """
 
@@ -42,6 +43,7 @@ class AsgiOutbox(Outbox):
         "_in_flight",
         "_in_line",
         "_name",
+        "_parked",
         "_send",
         "_sends",
         "_slot",
@@ -74,12 +76,13 @@ class AsgiOutbox(Outbox):
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
         self._in_line = False  # whether we wait for a slot
+        self._parked: Suspended | None = None  # a send that waits for a slot to wait for the server in
         self._slot: Slots | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
     def take_turn(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
-        frame, sends = self._alone, self._sends
+        frame = self._alone
         if (
             frame is None
             or not self._by_hand
@@ -90,7 +93,6 @@ class AsgiOutbox(Outbox):
             or self._waiters
             or self._slow
             or self._broken
-            or sends.taken >= sends.limit
         ):
             super().take_turn()
             return
@@ -107,12 +109,10 @@ class AsgiOutbox(Outbox):
             self._send_failed(error)
             return
         else:
-            self._hand_over(Suspended(coroutine, waits_for), sends)
+            self._park(Suspended(coroutine, waits_for))
             return
         self._in_flight = 0
         self._limits.totals.messages_sent += 1
-        if sends.line:
-            sends.pass_on()
 
     def _carry(self) -> None:
         """Send one message after the other, as long as the server takes them."""
@@ -120,10 +120,6 @@ class AsgiOutbox(Outbox):
             return
         while self._waiting():
             slots = self._slots()
-            if not slots.free:
-                self._due = self._in_line = True
-                slots.wait(self._look_again)
-                return
             if self._by_hand and slots is self._sends:
                 try:
                     sending = begin(self._begin_next())
@@ -133,12 +129,28 @@ class AsgiOutbox(Outbox):
                 if sending is None:
                     self._has_sent()
                     continue
-                self._hand_over(sending, slots)
-            else:
-                self._hand_over(None, slots)
+                self._park(sending)
+                return
+            if not slots.free:
+                self._stand_in_line_for(slots)
+                return
+            self._hand_over(None, slots)
             if self._task is not None:
                 return
         self._rest()
+
+    def _park(self, sending: Suspended) -> None:
+        """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
+        if self._sends.free:
+            self._hand_over(sending, self._sends)
+            return
+        self._parked = sending
+        self._block()
+        self._stand_in_line_for(self._sends)
+
+    def _stand_in_line_for(self, slots: Slots) -> None:
+        self._due = self._in_line = True
+        slots.wait(self._look_again)
 
     def _waiting(self) -> bool:
         return not self._broken and (self._any or self._close is not None)
@@ -195,7 +207,7 @@ class AsgiOutbox(Outbox):
         except Exception as error:
             self._send_failed(error)
 
-    def _send_failed(self, error: Exception) -> None:
+    def _send_failed(self, error: BaseException) -> None:
         unsent, self._in_flight = self._in_flight, 0
         self._failed(error, unsent)
 
@@ -224,11 +236,20 @@ class AsgiOutbox(Outbox):
     def _look_again(self) -> bool:
         """There may be a slot. Tell whether we still want one."""
         self._in_line = False
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            self._hand_over(parked, self._sends)
+            return True
         if not self._waiting():
             return False
         self._due = False
         self._book_turn()
         return True
+
+    @property
+    def stuck(self) -> bool:
+        """As every outbox; or it has to wait for others."""
+        return self._in_line or super().stuck
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(HEALTHY_SEND, self._look_at_slot)
@@ -252,7 +273,13 @@ class AsgiOutbox(Outbox):
 
     def discard(self) -> int:
         """Take nothing more, send nothing more, and tell how many messages were thrown away."""
-        discarded = super().discard()
+        if self._parked is not None:
+            self._parked.close()
+            self._parked = None
+            discarded_on_the_way, self._in_flight = self._in_flight, 0
+        else:
+            discarded_on_the_way = 0
+        discarded = super().discard() + discarded_on_the_way
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         return discarded

@@ -61,6 +61,11 @@ class Backlog:
         """Whether more than half of one of the bounds is used."""
         return 2 * len(self) > self._limits.max_messages or 2 * self.held_bytes > self._limits.max_bytes
 
+    @property
+    def _at_bounds(self) -> bool:
+        """Whether one of the bounds is reached."""
+        return len(self) >= self._limits.max_messages or self.held_bytes >= self._limits.max_bytes
+
     def _fits(self, size: int) -> bool:
         """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
         waiting = len(self)
@@ -93,8 +98,10 @@ class Backlog:
 
     def _coalesce(self, frame: Frame) -> bool:
         """Put a frame in the place of one with its key; `False` if none waits, or there is no room for what is more."""
+        if self._keyed is None:
+            return False
         self._line_up()
-        place = -1 if self._keyed is None else self._keyed.get(frame.key, -1) - self._cut
+        place = self._keyed.get(frame.key, -1) - self._cut
         if place < self._head or not self._queue:
             return False
         more = frame.size - self._queue[place].size

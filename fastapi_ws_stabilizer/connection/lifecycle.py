@@ -223,7 +223,7 @@ class Connection(SendingHalf):
         """The connection is gone: the client, the network or the server in front of us has ended it."""
         self._begin_end(how)
 
-    def lost(self, error: Exception) -> None:
+    def lost(self, error: BaseException) -> None:
         """The connection broke."""
         if self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.tell("connection_lost", logging.DEBUG, cause=repr(error))

@@ -46,7 +46,7 @@ class LinkOutbox(Outbox):
     def take_turn(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
         frame = self._alone
-        if frame is None or self._shut or self._paused or self._slow or self._urgent or self._waiters:
+        if frame is None or self._shut or self._broken or self._paused or self._slow or self._urgent or self._waiters:
             super().take_turn()
             return
         self._due = False
@@ -66,11 +66,11 @@ class LinkOutbox(Outbox):
                 self._block()
                 return
             frames = self._take(MAX_WRITE_BYTES)
-            if self._window_bits:
-                parts = [frame.compressed(self._window_bits, self._min_bytes) for frame in frames]
-            else:
-                parts = [frame.framed() for frame in frames]
             try:
+                if self._window_bits:
+                    parts = [frame.compressed(self._window_bits, self._min_bytes) for frame in frames]
+                else:
+                    parts = [frame.framed() for frame in frames]
                 self._write(parts[0] if len(parts) == 1 else b"".join(parts))
             except Exception as error:
                 self._failed(error, len(frames))

@@ -15,8 +15,8 @@ from fastapi_ws_stabilizer.servers.link import Link
 class LinkReader:
     """The `Sink` of one connection. Called by the server's protocol, from the event loop.
 
-    When the inbox is full the link stops reading, so TCP pushes back. What had been read with the message that filled
-    it is taken too: that is less than the server reads at one go.
+    When the inbox is full the link stops reading, so TCP pushes back. What had been parsed with the message that filled
+    it is taken too: that is what one read of the server holds, or a few kilobytes of it if it is compressed.
     """
 
     __slots__ = ("_connection", "_link", "_outbox", "_since", "_taken", "_timer")
@@ -36,7 +36,10 @@ class LinkReader:
     def received(self, message: str | bytes) -> None:
         """A message has come in. Hot path."""
         connection = self._connection
-        if connection.ending is not None or not is_for_inbox(connection, message):
+        if connection.ending is not None:
+            connection.reports.totals.messages_discarded += 1
+            return
+        if not is_for_inbox(connection, message):
             return
         inbox = connection.inbox
         full = inbox.full
@@ -55,6 +58,7 @@ class LinkReader:
         """The connection is over."""
         self._stop_timer()
         end_by_event(self._connection, event)
+        self._connection.stop_sending()  # also if we were about to end it, and were still flushing
 
     def write_paused(self) -> None:
         """The transport holds more than it should."""

@@ -30,6 +30,26 @@ MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
 
 
+class Waiter:
+    """A sender that waits for room.
+
+    Attributes:
+        frame: What it wants to send.
+        done: `True` when that is queued, or a newer message has taken its place; `False` if it never will be.
+    """
+
+    __slots__ = ("done", "frame")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def settle(self, queued: bool) -> None:
+        """Let the sender go on."""
+        if not self.done.done():
+            self.done.set_result(queued)
+
+
 class Outbox(Backlog, abc.ABC):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
@@ -68,7 +88,7 @@ class Outbox(Backlog, abc.ABC):
         self._shut = True
         self._broken = False
         self._slow: SlowClient | None = None
-        self._waiters: deque[tuple[asyncio.Future[bool], Frame]] | None = None
+        self._waiters: deque[Waiter] | None = None
         self._close: tuple[int, str] | None = None
         self._done = Latch()
         self._blocked_since: float | None = None
@@ -121,9 +141,8 @@ class Outbox(Backlog, abc.ABC):
     def _offer_with_care(self, frame: Frame) -> Offered:
         if self._shut:
             return Offered.REFUSED
-        if frame.key is not None and self._coalesce(frame):
-            self.owner.coalesced()
-            return Offered.QUEUED
+        if frame.key is not None and self._takes_a_place(frame):
+            return Offered.SLOW if self.half_full and self.send_waits else Offered.QUEUED
         calm = self._is_calm(frame.size)
         if not calm and not self.blocked:
             self._carry()  # the network may take all of it at once
@@ -156,8 +175,7 @@ class Outbox(Backlog, abc.ABC):
         """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
         if self._shut:
             return False
-        if frame.key is not None and self._coalesce(frame):
-            self.owner.coalesced()
+        if frame.key is not None and self._takes_a_place(frame):
             return True
         if not self._fits(frame.size):
             if not self.blocked:
@@ -180,25 +198,47 @@ class Outbox(Backlog, abc.ABC):
     async def put_wait(self, frame: Frame) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
 
-        Free room goes to who waits, so `put` and `offer` cannot take it away. The wait is bounded by the sends before
-        it: one that makes no progress ends the connection. Cancelling leaves the frame out, unless it has just been
-        queued.
+        Room that becomes free goes to who waits first, even if it is a little too small, so that messages for which
+        nobody waits cannot take it away again and again. The wait is bounded by the sends before it: one that makes no
+        progress ends the connection. Cancelling leaves the frame out, unless it has just been queued.
         """
         if not self._waiters and self.put(frame):
             return True
         if self._shut:
             return False
-        if self._waiters is None:
-            self._waiters = deque()
-        waiter: tuple[asyncio.Future[bool], Frame] = (asyncio.get_running_loop().create_future(), frame)
-        self._waiters.append(waiter)
+        waiter = Waiter(frame)
+        self._stand_in_line(waiter)
         try:
-            return await waiter[0]
+            return await waiter.done
         except asyncio.CancelledError:
             if self._waiters and waiter in self._waiters:
                 self._waiters.remove(waiter)
                 self._serve_waiters()
             raise
+
+    def _stand_in_line(self, waiter: Waiter) -> None:
+        """Wait behind the others, or in the place of one whose message this one makes worthless."""
+        if self._waiters is None:
+            self._waiters = deque()
+        for place, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
+            if other.frame.key == waiter.frame.key:
+                self._waiters[place] = waiter
+                self.owner.coalesced()
+                other.settle(True)
+                return
+        self._waiters.append(waiter)
+
+    def _takes_a_place(self, frame: Frame) -> bool:
+        """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
+        for waiter in self._waiters or ():
+            if waiter.frame.key == frame.key:  # it is newer than all that are queued
+                waiter.frame = frame
+                self.owner.coalesced()
+                return True
+        if self._coalesce(frame):
+            self.owner.coalesced()
+            return True
+        return False
 
     def _put_in(self, frame: Frame) -> None:
         self._append(frame)
@@ -210,6 +250,11 @@ class Outbox(Backlog, abc.ABC):
     def send_waits(self) -> bool:
         """Whether the network has taken nothing for longer than it does for a client that reads."""
         return self._blocked_since is not None and monotonic() - self._blocked_since > HEALTHY_SEND
+
+    @property
+    def stuck(self) -> bool:
+        """Whether what is queued waits for longer than it does for a client that reads."""
+        return self.send_waits
 
     @property
     def blocked(self) -> bool:
@@ -253,19 +298,21 @@ class Outbox(Backlog, abc.ABC):
         return frames
 
     def _serve_waiters(self) -> None:
-        """Queue what others wait to send, in their order, as far as there is room."""
-        while self._waiters and self._fits(self._waiters[0][1].size):
-            waiter, frame = self._waiters.popleft()
-            if not waiter.done():
-                self._put_in(frame)
-                waiter.set_result(True)
+        """Queue what others wait to send, in their order, as long as the bounds are not reached."""
+        while self._waiters and not self._at_bounds:
+            waiter = self._waiters.popleft()
+            if waiter.done.done():
+                continue
+            if waiter.frame.key is None or not self._takes_a_place(waiter.frame):
+                self._put_in(waiter.frame)
+            waiter.settle(True)
 
     def _book_turn(self) -> None:
         if not self._due:
             self._due = True
             self._turns.soon(self._pending, self)
 
-    def _failed(self, error: Exception, unsent: int) -> None:
+    def _failed(self, error: BaseException, unsent: int) -> None:
         """The server has refused a message: nothing can be sent any more, and the end is on its way to us."""
         self._broken = self._due = True
         if unsent:
@@ -289,6 +336,7 @@ class Outbox(Backlog, abc.ABC):
         """The client takes nothing for the moment."""
         if self._blocked_since is None:
             self._blocked_since = monotonic()
+            self._unflushed = None
             self._due = True
             if self._watch is None:
                 self._set_watch(0.0)
@@ -357,9 +405,8 @@ class Outbox(Backlog, abc.ABC):
         return discarded
 
     def _turn_away(self) -> None:
-        for waiter, _ in self._waiters or ():
-            if not waiter.done():
-                waiter.set_result(False)
+        for waiter in self._waiters or ():
+            waiter.settle(False)
         self._waiters = None
 
     @property

@@ -44,5 +44,5 @@ class OutboxOwner(Protocol):
     def send_waits(self) -> None:
         """A send has made no progress for a while, and `send_timeout` is not over."""
 
-    def send_failed(self, error: Exception) -> None:
+    def send_failed(self, error: BaseException) -> None:
         """The server refused a message: the connection is gone."""

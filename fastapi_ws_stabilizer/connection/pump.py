@@ -48,8 +48,11 @@ class Pumped(Protocol):
     def ended_by_peer(self, how: Ending) -> None:
         """The connection is gone."""
 
-    def lost(self, error: Exception) -> None:
+    def lost(self, error: BaseException) -> None:
         """The connection broke."""
+
+    def stop_sending(self) -> None:
+        """Send nothing more, not even a close frame."""
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
+from fastapi_ws_stabilizer.close_codes import check_close_code
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.delivery import Delivery
@@ -21,27 +22,33 @@ class Room:
         name: Its name.
     """
 
-    __slots__ = ("_delivery", "name")
+    __slots__ = ("_delivery_now", "name")
 
-    def __init__(self, name: str, delivery: Delivery[Connection]) -> None:
+    def __init__(self, name: str, delivery: Callable[[], Delivery[Connection]]) -> None:
         check_room_name(name)
         self.name = name
-        self._delivery = delivery
+        self._delivery_now = delivery  # not the delivery: a manager that is started anew has another one
 
     def __repr__(self) -> str:
         return f"<Room {self.name!r} {len(self)} connections>"
 
+    @property
+    def _delivery(self) -> Delivery[Connection]:
+        return self._delivery_now()
+
     def __len__(self) -> int:
-        return len(self._delivery.rooms.members(self.name))
+        return self._delivery.rooms.count(self.name)
 
     def __bool__(self) -> bool:
         return self.name in self._delivery.rooms
 
     def __contains__(self, whom: object) -> bool:
         """Whether a socket, or a connection of a client id, is in the room now."""
+        delivery = self._delivery
         if isinstance(whom, StableSocket):
-            return whom in self.members
-        return any(member.client_id == whom for member in self._delivery.rooms.members(self.name))
+            return self.name in delivery.rooms.of(whom._connection)
+        connections = delivery.registry.of_client(whom) if isinstance(whom, str) else ()
+        return any(self.name in delivery.rooms.of(connection) for connection in connections)
 
     @property
     def members(self) -> list[StableSocket]:
@@ -67,22 +74,22 @@ class Room:
 
     async def send(self, message: Any, *, exclude: Any = None, coalesce_key: Any = None) -> BroadcastResult:
         """Queue a message for everybody in the room. As `manager.broadcast(message, room=name)`."""
-        excluded = self._delivery.connections_of(exclude)
-        return await self._delivery.broadcast(encode(message, coalesce_key), self.name, excluded)
+        return await self._delivery.broadcast(encode(message, coalesce_key), self.name, exclude)
 
-    def close(self) -> int:
-        """Let everybody leave the room; connections stay open. Return how many connections were in it."""
-        members = self._delivery.rooms.members(self.name)
-        for member in members:
-            self._delivery.leave(member, self.name)
-        return len(members)
+    async def close(self) -> int:
+        """Let everybody leave the room; connections stay open. Return how many connections were in it.
 
-    def disconnect(self, code: int = 1000, reason: str = "") -> int:
+        Cancelling leaves the others in.
+        """
+        return await self._delivery.empty_room(self.name)
+
+    async def disconnect(self, code: int = 1000, reason: str = "") -> int:
         """Close the connections of everybody in the room, and return how many. Waits for none of them.
+
+        Cancelling leaves the others connected.
 
         Raises:
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
-        members = self._delivery.rooms.members(self.name)
-        return sum(member.end(DisconnectReason.APPLICATION, code=code, text=reason) for member in members)
+        return await self._delivery.end_room(self.name, code, reason)

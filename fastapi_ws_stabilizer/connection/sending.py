@@ -70,7 +70,7 @@ class SendingHalf(abc.ABC):
         """End the connection from our side."""
 
     @abc.abstractmethod
-    def lost(self, error: Exception) -> None:
+    def lost(self, error: BaseException) -> None:
         """The connection broke."""
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
@@ -133,8 +133,8 @@ class SendingHalf(abc.ABC):
         return True
 
     def has_backlog(self) -> bool:
-        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
-        return self.outbox.blocked or len(self.outbox) > 0
+        """Whether what is to be sent is stuck, so that a ping among it cannot have been answered."""
+        return self.outbox.stuck
 
     def unflushed_bytes(self) -> int | None:
         """What the transport has not yet given to the network."""
@@ -185,19 +185,23 @@ class SendingHalf(abc.ABC):
         if self.server_side.closing:
             self.server_side.abort()
 
-    def send_failed(self, error: Exception) -> None:
+    def send_failed(self, error: BaseException) -> None:
         """The server refused a message: give it a moment to say why, then take the network for lost."""
         self._parts.tasks.spawn(self._why_failed(error), name=f"ws-lost-{self.connection_id}")
 
-    async def _why_failed(self, error: Exception) -> None:
+    async def _why_failed(self, error: BaseException) -> None:
         if not self.reading_paused:
             await wait_for_all([self._over.future], _A_SERVER_MAY_STILL_SAY_WHY)
         self.lost(error)
+        self.stop_sending()
+
+    def stop_sending(self) -> None:
+        """Send nothing more, not even a close frame."""
         self._discarded(self.outbox.discard())
 
     def abort(self) -> None:
         """Stop sending at once and cut the transport, where the server lets us."""
-        self._discarded(self.outbox.discard())
+        self.stop_sending()
         self.server_side.abort()
 
     def _discarded(self, count: int) -> None:

@@ -39,7 +39,9 @@ class ServerSide:
     def link(self, scope: Mapping[str, Any]) -> Link | None:
         """What the server offers beyond ASGI, if no middleware stands between."""
         owner: Any = getattr(self.send, "__self__", None)
-        return owner if offers_link(scope) and owner is not None and owner is self._receiver else None
+        if not offers_link(scope) or owner is None or owner is not self._receiver or owner.in_use:
+            return None
+        return owner  # type: ignore[no-any-return]
 
     @property
     def can_abort(self) -> bool:

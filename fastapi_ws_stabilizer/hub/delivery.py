@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
@@ -12,7 +13,7 @@ from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard, Roster
 from fastapi_ws_stabilizer.hub.registry import Registry
 from fastapi_ws_stabilizer.hub.rooms import Rooms
-from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.payload import Frame
@@ -20,6 +21,9 @@ from fastapi_ws_stabilizer.wire.payload import Frame
 M = TypeVar("M", bound=Member)
 
 _NOT_QUEUED = (Offered.DROPPED, Offered.REFUSED)
+
+SMALL_ROOM: Final = 64
+"""Members that are never divided."""
 
 _MEANT_IT = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
 """Endings by which this side has said that it is over. Nobody is expected back after them."""
@@ -54,7 +58,7 @@ class Delivery(Generic[M]):
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
     ) -> None:
-        self._totals = reports.totals
+        self._turns = turns
         self._num_shards = config.num_shards
         self._fan_out = FanOut(turns, reports.totals)
         self.registry: Registry[M] = Registry(config.num_shards)
@@ -64,25 +68,33 @@ class Delivery(Generic[M]):
     # ── sending ──
 
     async def broadcast(
-        self, frame: Frame, rooms: str | Iterable[str] | None, excluded: frozenset[str]
+        self, frame: Frame, rooms: str | Iterable[str] | None = None, exclude: Any = None
     ) -> BroadcastResult:
         """Queue a frame for everybody, or for the members of some rooms, each once.
 
         Args:
             frame: What to send.
             rooms: Names of rooms, or the name of one; everybody when left out.
-            excluded: Connection ids that do not get it.
+            exclude: Who does not get it: a client id, a socket, or several of them.
 
         Raises:
+            TypeError: `exclude` is nothing of that kind.
             BroadcastFailedError: There were recipients, and it could be queued for none.
         """
-        self._totals.broadcasts += 1
-        groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
-        return await self._fan_out.send(frame, groups, excluded)
+        if rooms is not None and not isinstance(rooms, str):
+            rooms = tuple(rooms)
+        if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
+            exclude = tuple(exclude)  # it is read when the turn of this broadcast has come
+
+        def audience() -> tuple[Iterable[Sequence[Mailbox]], frozenset[str]]:
+            groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
+            return groups, self.connections_of(exclude)
+
+        return await self._fan_out.send(frame, audience)
 
     def _parts(self, members: Sequence[M]) -> Iterator[Sequence[Mailbox]]:
-        """The outboxes of some members, in as many parts as everybody is divided into."""
-        size = max(1, -(-len(members) // self._num_shards))
+        """The outboxes of some members, in as many parts as everybody is divided into, unless they are few."""
+        size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
         for start in range(0, len(members), size):
             yield [member.outbox for member in members[start : start + size]]
 
@@ -92,6 +104,8 @@ class Delivery(Generic[M]):
         offered = [connection.outbox.offer(frame) for connection in connections]
         if Offered.PRESSED in offered:
             await let_writers_work([one.outbox for one in connections if one.outbox.under_pressure()])
+        elif self._turns.overdue():  # the caller sends in a loop to one after the other
+            await asyncio.sleep(0)
         return any(how not in _NOT_QUEUED for how in offered)
 
     def connections_of(self, whom: Any) -> frozenset[str]:
@@ -121,7 +135,7 @@ class Delivery(Generic[M]):
             raise TypeError(f"presence metadata is a mapping of names to values, not a {type(metadata).__name__}")
         self.rooms.join(member, room)
         self.presence.enter(room, member.client_id, member.connection_id, metadata)
-        return Roster(self.presence, room)
+        return self.presence.roster(room)
 
     def leave(self, member: M, room: str) -> bool:
         """Take a connection out of a room; `False` if it is not in."""
@@ -129,6 +143,28 @@ class Delivery(Generic[M]):
             return False
         self.presence.leave(room, member.client_id, member.connection_id, at_once=True)
         return True
+
+    async def empty_room(self, room: str) -> int:
+        """Let everybody leave a room, those who are expected back included; return how many connections were in it."""
+        hold = HoldTimer()
+        members = self.rooms.members(room)
+        for member in members:
+            self.leave(member, room)
+            if hold.held_long():
+                await hold.let_go()
+        self.presence.give_up_waiting(room)
+        return len(members)
+
+    async def end_room(self, room: str, code: int, reason: str) -> int:
+        """End the connections of everybody in a room; return how many."""
+        hold = HoldTimer()
+        ended = 0
+        for member in self.rooms.members(room):
+            if member.end(DisconnectReason.APPLICATION, code=code, text=reason):
+                ended += 1
+            if hold.held_long():
+                await hold.let_go()
+        return ended
 
     def remove(self, member: M) -> None:
         """Take a connection that is over out of everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,7 +28,7 @@ class BroadcastResult:
         failed: Connections that it could not be queued for: they were over, or ended because they were too slow.
         errors: Client id and reason of each failure.
         dropped: Messages that the policy for slow clients threw away to make room, or this one where it found none.
-        slow: Connections that lag: more than half of their outbox is used, or it overflowed.
+        slow: Connections that lag: more than half of their outbox is used and they take nothing, or it overflowed.
     """
 
     total: int = 0
@@ -52,7 +52,7 @@ class FanOut:
         self._one_after_the_other = asyncio.Lock()
 
     async def send(
-        self, frame: Frame, groups: Iterable[Sequence[Mailbox]], excluded: Collection[str] = ()
+        self, frame: Frame, audience: Callable[[], tuple[Iterable[Sequence[Mailbox]], Collection[str]]]
     ) -> BroadcastResult:
         """Queue one frame in all outboxes of all groups.
 
@@ -63,8 +63,8 @@ class FanOut:
 
         Args:
             frame: What to send.
-            groups: Whom to send it to, in parts of a size that may be handled at one go.
-            excluded: Connection ids that do not get it.
+            audience: Says, when its turn has come, whom to send it to, in parts of a size that may be handled at one
+                go, and the connection ids that do not get it.
 
         Raises:
             BroadcastFailedError: There were outboxes and it could be queued in none.
@@ -72,6 +72,8 @@ class FanOut:
         result = BroadcastResult()
         pressed: list[Mailbox] = []
         async with self._one_after_the_other:
+            self._totals.broadcasts += 1
+            groups, excluded = audience()
             hold = HoldTimer()
             rest = iter(groups)
             for group in rest:
@@ -118,17 +120,21 @@ class FanOut:
             if offered is Offered.REFUSED:
                 result.succeeded -= 1
                 result.failed += 1
-                result.slow += how is not None and how.reason is DisconnectReason.SLOW_CONSUMER
+                if how is not None and how.reason is DisconnectReason.SLOW_CONSUMER:
+                    result.slow += 1
                 result.errors.append((member.client_id, how.reason.value if how else "not open"))
             else:
-                result.succeeded -= offered is Offered.DROPPED
+                if offered is Offered.DROPPED:
+                    result.succeeded -= 1
                 result.slow += 1
         result.dropped += self._totals.messages_dropped - dropped_before
 
 
 async def let_writers_work(pressed: Sequence[Mailbox]) -> None:
     """Give the event loop some turns, `MAX_TURNS` at most, while one of these outboxes is under pressure."""
-    for turn in range(MAX_TURNS if pressed else 0):
+    if not pressed:
+        return
+    for turn in range(MAX_TURNS):
         await asyncio.sleep(0 if turn < MAX_TURNS // 2 else 0.001)
         if not any(outbox.under_pressure() for outbox in pressed):
             break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,19 +45,28 @@ class Presence:
 class _Room:
     """The people of a room, and those of whom something may have to be said, in order."""
 
-    __slots__ = ("name", "people", "talking", "unsaid")
+    __slots__ = ("name", "people", "talking", "unlooked", "unsaid")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.people: dict[str, _Person] = {}
         self.unsaid: OrderedDict[str, _Person] = OrderedDict()  # a plain dict is slow to empty from its front
         self.talking = False
+        self.unlooked: list[weakref.ref[Roster]] = []  # rosters of the state that is now
+
+    def about_to_change(self) -> None:
+        """Let those who keep a roster of this moment have it."""
+        for reference in self.unlooked:
+            roster = reference()
+            if roster is not None:
+                roster.take()
+        self.unlooked.clear()
 
 
 class _Person:
     """One stay of a client in a room, from its arrival to its departure."""
 
-    __slots__ = ("announced", "client_id", "connections", "metadata", "room", "since", "until")
+    __slots__ = ("announced", "client_id", "connections", "expected_until", "metadata", "room", "since", "until")
 
     def __init__(self, room: _Room, client_id: str, metadata: Mapping[str, Any], since: float) -> None:
         self.room = room
@@ -65,6 +75,7 @@ class _Person:
         self.connections: set[str] = set()
         self.since = since
         self.until: float | None = None  # when it had gone
+        self.expected_until = 0.0  # until when one of its connections, which broke, may be back
         self.announced = False
 
     def look(self, now: float) -> Presence:
@@ -124,6 +135,7 @@ class PresenceBoard:
         here = self._rooms.get(room)
         if here is None:
             here = self._rooms[room] = _Room(room)
+        here.about_to_change()
         person = here.people.get(client_id)
         if person is None:
             person = here.people[client_id] = _Person(here, client_id, metadata or {}, monotonic())
@@ -134,6 +146,7 @@ class PresenceBoard:
                 self._say(person)
         else:
             person.connections.add(connection_id)
+            person.expected_until = 0.0
             self._graces.pop(person, None)
             if metadata is not None:
                 person.metadata = metadata
@@ -150,15 +163,38 @@ class PresenceBoard:
         person = self._find(room, client_id)
         if person is None or connection_id not in person.connections:
             return
+        person.room.about_to_change()
         person.connections.discard(connection_id)
+        now = monotonic()
+        if not at_once and self._grace > 0:
+            person.expected_until = now + self._grace
+        elif self._grace <= 0:
+            at_once = True
         if person.connections:
             return
-        now = monotonic()
-        if at_once or self._grace <= 0:
+        if at_once and person.expected_until <= now:
             self._depart(person, now)
         else:
             self._graces[person] = now + self._grace
             self._arm()
+
+    def give_up_waiting(self, room: str) -> None:
+        """Nobody who has left a room is expected back any more."""
+        here = self._rooms.get(room)
+        now = monotonic()
+        for person in list(here.people.values()) if here is not None else ():
+            if not person.connections:
+                self._graces.pop(person, None)
+                self._depart(person, now)
+
+    def roster(self, room: str) -> Roster:
+        """Who is in a room at this moment."""
+        roster = Roster(self, room)
+        here = self._rooms.get(room)
+        if here is not None:
+            here.unlooked = [reference for reference in here.unlooked if reference() is not None]
+            here.unlooked.append(weakref.ref(roster))
+        return roster
 
     def present(self, room: str) -> list[Presence]:
         """Everybody who is in a room, in order of arrival, those who are expected back included."""
@@ -173,6 +209,7 @@ class PresenceBoard:
         person = self._find(room, client_id)
         if person is None:
             return False
+        person.room.about_to_change()
         person.metadata = dict(metadata)
         return True
 
@@ -182,6 +219,7 @@ class PresenceBoard:
             self._timer.cancel()
             self._timer = None
         for room in self._rooms.values():
+            room.about_to_change()
             room.unsaid.clear()
         self._rooms.clear()
         self._graces.clear()
@@ -192,6 +230,7 @@ class PresenceBoard:
 
     def _depart(self, person: _Person, until: float) -> None:
         room = person.room
+        room.about_to_change()
         del room.people[person.client_id]
         person.until = until
         if person.announced:
@@ -264,32 +303,34 @@ class PresenceBoard:
 
 
 class Roster(Sequence[Presence]):
-    """Who is present in a room, in order of arrival: made when it is first looked at, and the same from then on.
+    """Who is present in a room, in order of arrival, in the moment in which it was made.
 
-    Everybody who joins gets one, and most do not look, so that a room of thousands costs its members nothing.
+    The list is made when it is looked at, or when the room is about to change and somebody still holds it. Everybody
+    who joins gets one, and most do not keep it, so that a room of thousands costs its members nothing.
     """
 
-    __slots__ = ("_board", "_people", "_room")
+    __slots__ = ("__weakref__", "_board", "_people", "_room")
 
     def __init__(self, board: PresenceBoard, room: str) -> None:
         self._board = board
         self._room = room
         self._people: list[Presence] | None = None
 
-    def _look(self) -> list[Presence]:
+    def take(self) -> list[Presence]:
+        """The list, made if it is not yet."""
         if self._people is None:
             self._people = self._board.present(self._room)
         return self._people
 
     def __len__(self) -> int:
-        return len(self._look())
+        return len(self.take())
 
     @overload
     def __getitem__(self, index: int) -> Presence: ...
     @overload
     def __getitem__(self, index: slice) -> list[Presence]: ...
     def __getitem__(self, index: int | slice) -> Presence | list[Presence]:
-        return self._look()[index]
+        return self.take()[index]
 
     def __repr__(self) -> str:
-        return f"<Roster {self._room!r} {self._look()!r}>"
+        return f"<Roster {self._room!r} {self.take()!r}>"

@@ -100,6 +100,10 @@ class Rooms(Generic[M]):
         """The connections in a room, in the order in which they joined it; none if there is no such room."""
         return list(self._members.get(name, {}).values())
 
+    def count(self, name: str) -> int:
+        """How many connections are in a room."""
+        return len(self._members.get(name, ()))
+
     def audience(self, names: str | Iterable[str]) -> Collection[M]:
         """The connections that are in any of these rooms, each once, as they are now.
 

@@ -1,9 +1,9 @@
-"""Work for many connections, cut into pieces, so that no turn of the event loop grows with their number.
+"""Work for many connections, cut into pieces, so that the turns of the event loop stay short.
 
 On one event loop sharding is about latency and not about locks: everything runs in one thread anyway, but what runs
 without a pause delays everybody else's messages, pongs and HTTP requests. Each connection belongs to a shard. Work is
 done shard by shard, and when the loop has been held for longer than `MAX_HOLD` the rest waits for the next turn. More
-shards mean finer cuts; with one shard there are none.
+shards mean finer cuts; with one shard there are none. A shard of very many is cut too, where the clock is looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from fastapi_ws_stabilizer.reports import Reports
 
 MAX_HOLD: Final = 0.005
 """Seconds after which the event loop gets a turn between two shards."""
+
+
+LOOK_EVERY: Final = 256
+"""Workers of a shard between two looks at the clock."""
 
 
 class Worker(Protocol):
@@ -35,10 +39,11 @@ class Turns:
         reports: Where a worker that fails is reported. The others go on.
     """
 
-    __slots__ = ("_ready", "_reports", "_scheduled", "_shards", "_since")
+    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since")
 
     def __init__(self, num_shards: int, reports: Reports) -> None:
         self._shards: tuple[list[Worker], ...] = tuple([] for _ in range(num_shards))
+        self._divided = num_shards > 1
         self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
         self._reports = reports
         self._scheduled = False
@@ -70,22 +75,48 @@ class Turns:
         asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
-        started = monotonic()
+        until = monotonic() + MAX_HOLD
         self._scheduled = False
         ready, self._ready = self._ready, []
-        for number, pending in enumerate(ready, 1):
-            workers = tuple(pending)
-            pending.clear()
+        done = 0
+        try:
+            for pending in ready:
+                if not self._work_off(pending, until):
+                    break
+                done += 1
+                if monotonic() > until:
+                    break
+        finally:  # who has waited longest goes first next time, also if somebody has raised what is not ours to catch
+            self._ready = ready[done:] + self._ready
+            if self._ready and not self._scheduled:
+                self._schedule()
+
+    def _work_off(self, pending: list[Worker], until: float) -> bool:
+        """Let those in one shard take their turns; `False` if some are left for the next turn of the event loop."""
+        workers = tuple(pending)
+        pending.clear()
+        done = 0
+        try:
             for worker in workers:
+                done += 1
                 try:
                     worker.take_turn()
                 except Exception as error:  # ours to mend, and nobody else's connection may suffer from it
                     self._reports.bug("internal_task_failed", error, task=type(worker).__name__)
-            if monotonic() - started > MAX_HOLD:
-                self._ready = ready[number:] + self._ready  # who has waited longest goes first next time
+                if not done % LOOK_EVERY and self._divided and monotonic() > until:
+                    break
+        finally:
+            if done < len(workers):
+                self._forget_booking(pending)
+                pending[:0] = workers[done:]
+        return done == len(workers)
+
+    def _forget_booking(self, pending: list[Worker]) -> None:
+        """Somebody has booked a shard again that is going to be looked at anyway."""
+        for number, ready in enumerate(self._ready):
+            if ready is pending:
+                del self._ready[number]
                 break
-        if self._ready and not self._scheduled:
-            self._schedule()
 
 
 class HoldTimer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -134,7 +135,12 @@ class Hooks:
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
         """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
         task = self._tasks.spawn(hook(*args), name="ws-hook")
-        if not await wait_for_all([task], self._limit):
+        try:
+            in_time = await wait_for_all([task], self._limit)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not in_time:
             task.cancel()
             raise TimeoutError(f"a hook took longer than disconnect_grace, {self._limit} seconds")
         if task.cancelled():
@@ -143,23 +149,17 @@ class Hooks:
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the disconnect hooks, all of them, even if one fails or hangs."""
-        await self._all("disconnect", socket, socket, reason)
+        await self._all("disconnect", _of(socket), socket, reason)
 
-    def slow(self, socket: StableSocket, how: SlowClient) -> None:
-        """Start the hooks for a client that has become slow. Nobody waits for them."""
-        if self._hooks["slow"]:
-            self._tasks.spawn(self._all("slow", socket, socket, how), name="ws-slow-hooks")
+    async def slow(self, socket: StableSocket, how: SlowClient) -> None:
+        """Run the hooks for a client that has become slow, all of them, even if one fails or hangs."""
+        await self._all("slow", _of(socket), socket, how)
 
     async def presence(self, event: str, room: Room, who: Presence) -> None:
         """Run the hooks for a client that has joined or left a room, all of them, even if one fails or hangs."""
-        await self._all(event, None, room, who)
+        await self._all(event, {"room": room.name}, room, who)
 
-    async def _all(self, event: str, socket: StableSocket | None, *args: Any) -> None:
-        facts: dict[str, Any] = (
-            {"room": args[0].name}
-            if socket is None
-            else {"client_id": socket.client_id, "connection_id": socket.connection_id}
-        )
+    async def _all(self, event: str, facts: dict[str, Any], *args: Any) -> None:
         for hook in self._hooks[event]:
             try:
                 await self._within_limit(hook, *args)
@@ -167,8 +167,8 @@ class Hooks:
                 self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
             except Exception as error:
                 self._reports.bug(_FAILED[event], error, **facts)
-                if socket is not None:
-                    await self.error(socket, error)
+                if "connection_id" in facts:
+                    await self.error(args[0], error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
         """Run the error hooks, all of them, even if one fails or hangs."""
@@ -176,6 +176,9 @@ class Hooks:
             try:
                 await self._within_limit(hook, socket, error)
             except Exception as second:
-                self._reports.bug(
-                    "error_hook_failed", second, client_id=socket.client_id, connection_id=socket.connection_id
-                )
+                self._reports.bug("error_hook_failed", second, **_of(socket))
+
+
+def _of(socket: StableSocket) -> dict[str, Any]:
+    """The facts by which a report names a connection."""
+    return {"client_id": socket.client_id, "connection_id": socket.connection_id}

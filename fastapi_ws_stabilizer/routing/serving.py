@@ -17,6 +17,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -68,6 +69,7 @@ class Serving:
         self.unfinished: set[Connection] = set()
         self.closing = False
         self._told_of_server = False
+        self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # of rooms and of slow clients
         self._parts = Parts(
             config,
             reports,
@@ -77,7 +79,7 @@ class Serving:
             left=self._left,
             finished=self.unfinished.discard,
             disconnected=hooks.disconnect,
-            slow=hooks.slow,
+            slow=self._slow,
             failed=hooks.error,
         )
 
@@ -231,7 +233,16 @@ class Serving:
         return self.delivery.rooms.of(connection)
 
     async def _presence(self, event: str, who: Presence) -> None:
-        await self._hooks.presence(event, Room(who.room, self.delivery), who)
+        async with self._hook_slots:
+            await self._hooks.presence(event, Room(who.room, lambda: self.delivery), who)
+
+    def _slow(self, socket: StableSocket, how: SlowClient) -> None:
+        if self._hooks.has("slow"):
+            self._tasks.spawn(self._tell_slow(socket, how), name="ws-slow-hooks")
+
+    async def _tell_slow(self, socket: StableSocket, how: SlowClient) -> None:
+        async with self._hook_slots:
+            await self._hooks.slow(socket, how)
 
     # ── ending ──
 

@@ -14,8 +14,9 @@ from websockets.exceptions import PayloadTooBig, ProtocolError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Frame, Opcode
 
+from fastapi_ws_stabilizer.wire.compression import TAIL
+
 _WINDOW: Final = 1 << 15
-_TAIL: Final = b"\x00\x00\xff\xff"  # RFC 7692 section 7.2.2: what the sender has left out at the end of a message
 
 MAX_FINAL_BLOCKS: Final = 16
 """Final blocks of one message. Each makes us begin anew, and a message can hold a great many that are empty."""
@@ -47,7 +48,7 @@ class WholeMessageDeflate(PerMessageDeflate):
             self.inflater = zlib.decompressobj(wbits=-self.remote_max_window_bits)
             self.final_blocks = 0
         try:
-            data = self._inflate(bytes(frame.data) + (_TAIL if frame.fin else b""), max_size)
+            data = self._inflate(bytes(frame.data) + (TAIL if frame.fin else b""), max_size)
         except zlib.error as error:
             raise ProtocolError("decompression failed") from error
         self.inflating = not frame.fin

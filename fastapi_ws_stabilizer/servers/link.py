@@ -58,6 +58,10 @@ class Link(Protocol):
     def transport(self) -> Any:
         """The asyncio transport; its `write` is all that senders use."""
 
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody is waiting in `receive` or `send` at this moment, and would wait for ever."""
+
     def refuse_compression(self) -> None:
         """Negotiate no compression. Has an effect before the connection is accepted."""
 

@@ -19,7 +19,6 @@ Parsing, the handshake and the closing handshake are uvicorn's and those of the 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 from collections.abc import Coroutine
@@ -30,7 +29,7 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
-from fastapi_ws_stabilizer.wire.framing import PING, frame_bytes
+from fastapi_ws_stabilizer.wire.framing import CLOSE, PING, frame_bytes
 
 try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -48,16 +47,22 @@ MAX_FRAGMENTS: Final = 1024
 MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
 
 PONG_START: Final = b"\x8a"  # the first byte of a whole pong frame
+CLOSE_START: Final = b"\x88"  # and of a close frame
 
 FAREWELL: Final = 2.0
 """Seconds in which a client that broke the protocol can read why, before its connection is cut."""
 
-_WRITABLE: Final = asyncio.Event()
-_WRITABLE.set()
+MAX_INFLATED_AT_ONCE: Final = 4096
+"""Compressed bytes that are parsed at one go, so that a full inbox stops them: they may be a thousand times as many."""
 
 _OURS: Final = (
     "queue",
     "conn",
+    "config",
+    "loop",
+    "transport",
+    "curr_msg_data_type",
+    "handshake_complete",
     "handshake_initiated",
     "writable",
     "close_sent",
@@ -65,12 +70,16 @@ _OURS: Final = (
     "close_timeout",
     "read_paused",
     "frames",
+    "ping_timer",
+    "pong_timer",
 )
 _OURS_OF_CONN: Final = (
     "available_extensions",
     "extensions",
     "max_message_size",
     "close_sent",
+    "close_rcvd",
+    "fail",
     "parser_exc",
     "handshake_exc",
     "writes",
@@ -82,6 +91,7 @@ _METHODS: Final = (
     "handle_pong",
     "run_asgi",
     "send_receive_event_to_app",
+    "start_keepalive",
     "stop_keepalive",
 )
 
@@ -105,12 +115,29 @@ class _ToSink:
         raise RuntimeError("this WebSocket is read by fastapi-ws-stabilizer: read from its StableSocket")
 
 
+class _AlwaysWritable:
+    """Stands where uvicorn has an event that its `send` waits for: what waits for the transport is in an outbox."""
+
+    async def wait(self) -> bool:
+        return True
+
+    def set(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+
+_ALWAYS_WRITABLE: Final = _AlwaysWritable()
+
+
 class StableWebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's sans-I/O WebSocket protocol, and a `Link`. Made by uvicorn, one for each WebSocket."""
 
     queue: Any
     request: Any
     response: Any
+    writable: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,7 +145,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.write_paused = False
         self.window_bits = 0
         self.max_message_bytes = 0
+        self.fragments = 0
         self.fragment_bytes = 0
+        self.own_pings = False
+        self.parting = False
+        self.reading_stopped = False
+        self.unparsed = b""
         self.known = not _unknown_internals(self)
         if self.known and self.config.ws_per_message_deflate:
             self.conn.available_extensions = [DEFLATE]
@@ -131,6 +163,11 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
 
     # ── the link ──
 
+    @property
+    def in_use(self) -> bool:
+        """As `Link`."""
+        return bool(getattr(self.queue, "_getters", ()) or getattr(self.writable, "_waiters", ()))
+
     def refuse_compression(self) -> None:
         """As `Link`."""
         self.conn.extensions = []
@@ -141,7 +178,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         """As `Link`."""
         self.sink = sink
         came_before, self.queue = self.queue, _ToSink(sink)
-        self.writable = _WRITABLE  # what waits for the transport is in the outbox
+        self.writable = _ALWAYS_WRITABLE
         self.request = self.response = None  # the handshake is over; nobody looks at them again
         limit = self.conn.max_message_size
         self.max_message_bytes = max_message_bytes if limit is None else min(limit, max_message_bytes)
@@ -151,9 +188,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         for extension in self.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
                 self.window_bits = extension.local_max_window_bits
+        self.own_pings = own_pings
         if own_pings:
             self.stop_keepalive()
-        self.resume_reading()
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
         while not came_before.empty():
             event = came_before.get_nowait()
             if event["type"] == "websocket.receive":
@@ -180,28 +220,57 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
     def pause_reading(self) -> None:
         """As `Link`."""
         if not self.read_paused and not self.transport.is_closing():
-            self.read_paused = True
+            self.read_paused = self.reading_stopped = True
             self.transport.pause_reading()
+            if not self.own_pings:
+                self.stop_keepalive()  # whose pongs would not be read
 
     def resume_reading(self) -> None:
         """As `Link`."""
         if self.read_paused:
             self.read_paused = False
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
+            if self.unparsed:
+                self.loop.call_soon(self._parse_rest)  # not here: we may be called from within the inbox
+            else:
+                self._read_on()
+
+    def _read_on(self) -> None:
+        self.reading_stopped = False
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            if not self.own_pings and self.ping_timer is None and self.pong_timer is None:
+                self.start_keepalive()
 
     # ── what the network tells ──
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come in."""
         if self.sink is not None:
+            if self.parting:
+                return
             self.sink.heard()
+            if self.unparsed or (len(data) > MAX_INFLATED_AT_ONCE and self.conn.extensions):
+                self.unparsed += data
+                self._parse_rest()
+                return
         super().data_received(data)
         if self.known and self.conn.handshake_exc is not None and not self.handshake_initiated:
             # What the HTTP parser has let through is no handshake: uvicorn would neither answer nor close.
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
+
+    def _parse_rest(self) -> None:
+        """Parse what came in, piece by piece, until the inbox is full. What was read and not parsed waits for room."""
+        rest = memoryview(self.unparsed)
+        done = 0
+        while done < len(rest) and not self.read_paused and not self.parting and self.sink is not None:
+            piece = bytes(rest[done : done + MAX_INFLATED_AT_ONCE])
+            done += len(piece)
+            super().data_received(piece)
+        self.unparsed = b"" if self.parting or self.sink is None else bytes(rest[done:])
+        if self.reading_stopped and not self.read_paused and not self.unparsed:
+            self._read_on()
 
     def pause_writing(self) -> None:
         """The transport holds enough."""
@@ -221,6 +290,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         """The server stops: it sends 1012 next."""
+        if self.known and self.transport.is_closing():
+            # It has a close frame or is broken, and perhaps a client that does not read. uvicorn would close it again,
+            # which raises, and everybody else would go without a goodbye.
+            self.stop_keepalive()
+            self.loop.call_later(FAREWELL, self.transport.abort)
+            return
         if self.sink is not None and not self.close_sent:
             self.sink.last_call()
         super().shutdown()
@@ -241,6 +316,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             return
         data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
         self.frames = []
+        self.fragments = 0
         if self.close_sent:
             return
         if len(data) > self.max_message_bytes:
@@ -259,31 +335,35 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Any) -> None:
         """A fragment has come in."""
-        if not event.data and not event.fin and self.frames:
+        if self.sink is None:
+            super().handle_cont(event)
             return
-        if self.sink is not None:
-            if len(self.frames) == 1:
-                self.fragment_bytes = len(self.frames[0])
-            self.fragment_bytes += len(event.data)
-            if self.fragment_bytes > self.max_message_bytes:
-                self._too_big()
-                return
+        if not self.fragments:
+            self.fragment_bytes = sum(map(len, self.frames))
+        self.fragments += 1
+        self.fragment_bytes += len(event.data)
+        if self.fragment_bytes > self.max_message_bytes:
+            self._too_big()
+            return
         if len(self.frames) >= MAX_FRAGMENTS:
-            self.frames = [b"".join(self.frames[:1]), b"".join(self.frames[1:])]
-        super().handle_cont(event)
+            self.frames = [b"".join(self.frames)]
+        if event.data or event.fin:
+            super().handle_cont(event)
 
     def _too_big(self) -> None:
         if not self.close_sent:
-            self.conn.fail(1009, f"message over {self.max_message_bytes} bytes")
+            self.conn.fail(1009)
             self.handle_parser_exception()
 
     def handle_ping(self) -> None:
         """A ping has come in, and its pong lies ready."""
-        if self.sink is not None and self.write_paused:
+        if self.sink is None:
+            super().handle_ping()
+        elif self.write_paused or self.close_sent:
             # A client that floods pings and reads no pongs gets none; RFC 6455 section 5.5.3 allows to leave some out.
             self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
         else:
-            super().handle_ping()
+            self._write_output()
 
     def handle_pong(self, event: Any) -> None:
         """A pong has come in."""
@@ -304,16 +384,25 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.close()
             return
         how: Any = self.conn.close_sent
+        if how.code == 1009:  # the parser names its own limit, which has room for a control frame
+            self._say_too_big()
         self.queue.put_nowait({"type": "websocket.disconnect", "code": how.code, "reason": how.reason})
         self._write_output()
-        self.close_sent = True
+        self.close_sent = self.parting = True
         self.frames = []
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
 
+    def _say_too_big(self) -> None:
+        text = f"message over {self.max_message_bytes} bytes"
+        frame = frame_bytes(CLOSE, (1009).to_bytes(2, "big") + text.encode())
+        self.conn.writes = [frame if output[:1] == CLOSE_START else output for output in self.conn.writes]
+
     def _write_output(self) -> None:
-        self.transport.write(b"".join(self.conn.data_to_send()))
+        output = b"".join(self.conn.data_to_send())
+        if output:
+            self.transport.write(output)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.hub.turns import HoldTimer
 from fastapi_ws_stabilizer.tasks import wait_for_all
 
 
@@ -34,7 +35,13 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
     """
     started = monotonic()
     everyone = list(connections)
-    ours = [connection for connection in everyone if connection.end(DisconnectReason.SERVER_SHUTDOWN)]
+    ours = []
+    hold = HoldTimer()
+    for connection in everyone:
+        if connection.end(DisconnectReason.SERVER_SHUTDOWN):
+            ours.append(connection)
+        if hold.held_long():
+            await hold.let_go()
     await wait_for_all([connection.finished for connection in everyone], timeout)
     late = [connection for connection in everyone if not connection.is_finished]
     for connection in late:

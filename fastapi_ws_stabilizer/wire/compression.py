@@ -5,15 +5,11 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
-MIN_WINDOW_BITS: Final = 9
-"""zlib cannot make raw deflate streams for a window of 8 bits."""
-
-MAX_WINDOW_BITS: Final = 15
-
-_TAIL: Final = b"\x00\x00\xff\xff"  # RFC 7692 section 7.2.1: a flushed block ends so, and the end is not sent
+TAIL: Final = b"\x00\x00\xff\xff"
+"""What a flushed block ends with. It is not sent: RFC 7692 section 7.2.1."""
 
 
 def deflate(payload: bytes, window_bits: int) -> bytes:
     """Compress one message on its own, for any receiver whose window has at least `window_bits`."""
     compressor = zlib.compressobj(wbits=-window_bits)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(_TAIL)
+    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(TAIL)

@@ -7,6 +7,7 @@ from typing import Final
 
 TEXT: Final = 0x1
 BINARY: Final = 0x2
+CLOSE: Final = 0x8
 PING: Final = 0x9
 
 _FIN: Final = 0x80
