@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import NO_STATUS, DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
 from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
@@ -181,4 +181,6 @@ def _is_final(how: Ending | None) -> bool:
     """Whether nobody is expected back after this ending: one side has said goodbye."""
     if how is None:
         return False
-    return how.reason in _MEANT_IT or (how.reason is DisconnectReason.CLIENT_CLOSE and how.code == 1000)
+    if how.reason is DisconnectReason.CLIENT_CLOSE:
+        return how.code in (1000, NO_STATUS)  # a page that is left or reloaded says 1001
+    return how.reason in _MEANT_IT

@@ -77,22 +77,20 @@ class Turns:
     def _run(self) -> None:
         until = monotonic() + MAX_HOLD
         self._scheduled = False
-        ready, self._ready = self._ready, []
-        done = 0
+        waiting, self._ready = self._ready, []
         try:
-            for pending in ready:
-                if not self._work_off(pending, until):
-                    break
-                done += 1
+            while waiting:
+                self._work_off(waiting, until)
                 if monotonic() > until:
                     break
         finally:  # who has waited longest goes first next time, also if somebody has raised what is not ours to catch
-            self._ready = ready[done:] + self._ready
+            self._ready = waiting + self._ready
             if self._ready and not self._scheduled:
                 self._schedule()
 
-    def _work_off(self, pending: list[Worker], until: float) -> bool:
-        """Let those in one shard take their turns; `False` if some are left for the next turn of the event loop."""
+    def _work_off(self, waiting: list[list[Worker]], until: float) -> None:
+        """Let those in the first shard that waits take their turns. If some are left, it stays the first one."""
+        pending = waiting.pop(0)
         workers = tuple(pending)
         pending.clear()
         done = 0
@@ -107,16 +105,9 @@ class Turns:
                     break
         finally:
             if done < len(workers):
-                self._forget_booking(pending)
+                self._ready = [shard for shard in self._ready if shard is not pending]  # where somebody has booked it
                 pending[:0] = workers[done:]
-        return done == len(workers)
-
-    def _forget_booking(self, pending: list[Worker]) -> None:
-        """Somebody has booked a shard again that is going to be looked at anyway."""
-        for number, ready in enumerate(self._ready):
-            if ready is pending:
-                del self._ready[number]
-                break
+                waiting.insert(0, pending)
 
 
 class HoldTimer:

@@ -302,7 +302,12 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport is gone."""
+        if self.sink is not None and (said := self.conn.close_rcvd) is not None:
+            # uvicorn tells of it while it can answer; this one came behind what a full inbox has held up.
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": said.code, "reason": said.reason})
         super().connection_lost(exc)
+        if self.known and self.sink is None:  # one for each who waits: a reader from before, and ours
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1005})
         if self.sink is not None:
             self.sink = self.queue.sink = None  # the two know each other, and nobody else needs to collect them
 

@@ -33,6 +33,7 @@ configure_logging(json_lines=bool(os.environ.get("TEST_JSON_LOG")))
 config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
 manager = WebSocketConnectionManager(config)
 events: list[str] = []
+released = asyncio.Event()
 
 
 @asynccontextmanager
@@ -85,6 +86,7 @@ async def probe() -> dict[str, Any]:
         "events": events,
         "endings": {reason.value: count for reason, count in manager.totals.endings.items()},
         "discarded": manager.totals.messages_discarded,
+        "unread_bytes": sum(socket.unread_bytes for socket in manager.get_sockets()),
         "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -115,6 +117,12 @@ async def broadcast(count: int, size: int, pause: float = 0.0) -> dict[str, Any]
 @app.post("/forget")
 async def forget() -> bool:
     events.clear()
+    return True
+
+
+@app.post("/release")
+async def release() -> bool:
+    released.set()
     return True
 
 
@@ -226,6 +234,27 @@ async def flood(ws: StableSocketDep) -> None:
             await ws.send_bytes(b"x" * 65536)
     except SocketClosed as closed:
         note(f"flood ended {ws.client_id} {closed.ending.reason.value}")
+
+
+@app.websocket("/flush/{client_id}")
+async def flush(ws: StableSocketDep, count: int, size: int, close: bool = True) -> None:
+    """Queue more than the network takes at once, then close, which sends it first; or read."""
+    for number in range(count):
+        await manager.send_to_client(ws.client_id, f"{number:08d}".ljust(size, "x"))
+    note(f"queued {ws.client_id}")
+    if close:
+        await ws.close(4001, "bye")
+        note(f"closed {ws.client_id}")
+    async for _ in ws:
+        pass
+
+
+@app.websocket("/read-later/{client_id}")
+async def read_later(ws: StableSocketDep) -> None:
+    """Read nothing until `/release`, then answer each message with its beginning."""
+    await released.wait()
+    async for message in ws:
+        await ws.send(message[:8])
 
 
 @app.websocket("/slow-finish/{client_id}")
@@ -472,3 +501,27 @@ async def by_hand_idle(websocket: WebSocket, client_id: str) -> None:
     await websocket.accept()
     await manager.connect(client_id, websocket)
     await asyncio.Queue[None]().get()
+
+
+@app.websocket("/hand-over/{client_id}")
+async def by_hand_over(websocket: WebSocket, client_id: str, doing: str) -> None:
+    """Hand over a WebSocket that a task still waits for, in `send` or in `receive`."""
+    await websocket.accept()
+
+    async def work() -> None:
+        try:
+            if doing == "send":
+                for _ in range(400):
+                    await websocket.send_bytes(b"x" * 65536)
+                note("worked")
+            else:
+                note(f"worked {await websocket.receive_text()}")
+        except Exception as error:
+            note(f"worked {type(error).__name__}")
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)  # it runs until it has to wait
+    socket = await manager.connect(client_id, websocket)
+    note("handed over")
+    await socket.wait_closed()
+    await asyncio.wait([working])

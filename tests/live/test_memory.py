@@ -14,7 +14,8 @@ from tests.live.server import LiveServer, until
 Serve = Callable[..., LiveServer]
 
 CONNECTIONS = 1000
-ROUNDS = 10
+ROUNDS = 12
+WARM_UP = 2  # in these the allocator finds its level; the number of objects is constant from the first on
 
 
 async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
@@ -31,7 +32,7 @@ async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
 
 @pytest.mark.timeout(180)
 async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Serve) -> None:
-    """From the second of ten rounds on, memory and the number of objects stay within 5 %, and no task is left."""
+    """From the third of twelve rounds on, memory and the number of objects stay within 5 %, and no task is left."""
     # With the system's allocator for all of Python's objects, what is freed can be given back and is not counted.
     server = serve(
         args=("--log-level", "warning"),
@@ -54,7 +55,7 @@ async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Se
         await until(lambda: len(server.probe()["tasks"]) <= tasks, 20)
         server.post("/forget")
         found.append(server.post("/collect"))
-    memory = [measured["rss"] for measured in found[1:]]
-    objects = [measured["objects"] for measured in found[1:]]
+    memory = [measured["rss"] for measured in found[WARM_UP:]]
+    objects = [measured["objects"] for measured in found[WARM_UP:]]
     assert max(memory) <= 1.05 * memory[0], memory
     assert max(objects) <= 1.05 * objects[0], objects

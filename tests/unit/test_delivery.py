@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
 from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowClient, SocketClosed
-from tests.unit.fake_websocket import FakeServer, eventually, settle
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.hub import turns as turns_module
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.unit.own_loop import run
 
 
 async def connected(manager: Any, client_id: str) -> tuple[FakeServer, Any]:
@@ -42,11 +50,11 @@ async def test_rooms_vanish_when_their_last_member_is_gone(manager_with: Any) ->
     assert manager.get_rooms() == ["one", "two", "three"]
     assert await ann.leave("one")
     assert not await ann.leave("one")
-    assert manager.room("two").close() == 1
+    assert await manager.room("two").close() == 1
     assert ann.rooms == ("three",)
     room = manager.room("three")
     assert (len(room), room.members, "bob" in room, ann in room, bool(room)) == (2, [ann, bob], True, True, True)
-    assert room.disconnect(4403, "bye") == 2
+    assert await room.disconnect(4403, "bye") == 2
     assert manager.get_rooms() == []
     assert not room
     await eventually(lambda: server.close_frames == [(4403, "bye")])
@@ -148,7 +156,7 @@ def test_the_options_for_uvicorn_go_with_the_managers(manager_with: Any) -> None
     """Protocol class, size, pings, compression, and a bound to the shutdown."""
     manager, _ = manager_with(compression="none", max_message_size=1000, heartbeat_interval=7, heartbeat_timeout=8)
     assert manager.uvicorn_options() == {
-        "ws": "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol",
+        "ws": StableWebSocketProtocol,
         "ws_max_size": 1000,
         "ws_ping_interval": 7,
         "ws_ping_timeout": 8,
@@ -169,18 +177,373 @@ async def test_bad_metadata_leaves_nobody_half_in(manager_with: Any) -> None:
         await manager.broadcast("x", exclude=7)
 
 
-async def test_a_roster_is_made_when_it_is_looked_at(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A join that nobody looks at costs no snapshot, however many are there; one that is looked at stays as it was."""
+async def test_a_roster_is_a_snapshot_that_costs_nothing_if_nobody_keeps_it(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A join whose roster is thrown away makes no list; one that is kept shows who was there when it was given."""
     manager, _ = manager_with()
     await manager.start()
     board = manager._serving.delivery.presence
     looks: list[str] = []
     present = board.present
     monkeypatch.setattr(type(board), "present", lambda self, room: looks.append(room) or present(room))
-    rosters = [await (await connected(manager, f"c{number}"))[1].join("lobby") for number in range(50)]
+    for number in range(50):
+        await (await connected(manager, f"c{number}"))[1].join("lobby")
     assert looks == []
-    assert [who.client_id for who in rosters[3][:2]] == ["c0", "c1"]
-    await (await connected(manager, "late"))[1].join("lobby")
-    assert len(rosters[3]) == 50
-    assert rosters[3][0].client_id in repr(rosters[3])
+    kept = await (await connected(manager, "ann"))[1].join("lobby")
+    _, late = await connected(manager, "late")
+    await late.join("lobby")
+    await late.leave("lobby")
+    assert len(kept) == 51
+    assert [who.client_id for who in kept[-2:]] == ["c49", "ann"]
+    assert kept[0].client_id in repr(kept)
     assert looks == ["lobby"]
+
+
+# ── rooms that outlive what they were asked of ──
+
+
+async def test_a_room_that_was_made_before_the_start_is_the_one_that_is_joined(manager_with: Any) -> None:
+    """A module may make its rooms long before the manager's first connection starts it."""
+    manager, _ = manager_with()
+    room = manager.room("lobby")
+    server, ann = await connected(manager, "ann")
+    await ann.join("lobby")
+    assert (room.members, room.clients, ann in room) == ([ann], ["ann"], True)
+    assert (await room.send("hi")).succeeded == 1
+    await server.until(lambda: server.data == ["hi"])
+    assert await room.disconnect() == 1
+
+
+def test_a_room_outlives_the_loop_on_which_it_was_made() -> None:
+    """A manager that goes on another event loop takes the rooms with it that it has been asked for before."""
+    manager = WebSocketConnectionManager()
+    rooms: list[Room] = []
+
+    async def once() -> list[int]:
+        server, ann = await connected(manager, "ann")
+        await ann.join("lobby")
+        rooms.append(manager.room("lobby"))
+        await rooms[0].send("hi")
+        await server.until(lambda: server.data == ["hi"])
+        there = [len(room) for room in rooms]
+        await rooms[0].disconnect()
+        await with_deadline(ann._connection.finished)
+        return there
+
+    assert [run(once()), run(once())] == [[1], [1, 1]]
+
+
+async def test_only_who_has_joined_is_in_a_room(manager_with: Any) -> None:
+    """A client is in with any of its connections, a socket only by itself, and anything else is not."""
+    manager, _ = manager_with(on_duplicate="allow")
+    (_, tab), (_, other), (_, bob) = [await connected(manager, name) for name in ("ann", "ann", "bob")]
+    await tab.join("lobby")
+    await bob.join("attic")
+    room = manager.room("lobby")
+    assert [who in room for who in (tab, "ann")] == [True, True]
+    assert [who in room for who in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
+
+
+# ── broadcasts that wait for one before ──
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
+    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+
+
+async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:
+    """Begin a long broadcast, and a `later` one that waits for it, and do something meanwhile."""
+    first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, meanwhile)]
+    await with_deadline(between)
+    assert not first.done()
+    await with_deadline(first)
+    return await with_deadline(second)
+
+
+@pytest.mark.usefixtures("held")
+async def test_a_member_that_has_closed_while_a_broadcast_waited_is_no_failure(manager_with: Any) -> None:
+    """Whom a broadcast is meant for is decided when its turn has come, so that nobody is named who is gone by then."""
+    manager, _ = manager_with()
+    for number in range(20):
+        await connected(manager, f"c{number}")
+    _, bob = await connected(manager, "bob")
+    await bob.join("lobby")
+    assert await overtaken(manager, manager.room("lobby").send("later"), bob.close()) == BroadcastResult()
+
+
+@pytest.mark.usefixtures("held")
+async def test_who_has_left_while_a_broadcast_waited_does_not_get_it(manager_with: Any) -> None:
+    """A message to a room reaches who is in it when its turn has come, those included who have just joined."""
+    manager, _ = manager_with()
+    (a, ann), (b, bob), (c, cleo) = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
+    await ann.join("lobby")
+    await bob.join("lobby")
+
+    async def move() -> None:
+        await bob.leave("lobby")
+        await cleo.join("lobby")
+
+    result = await overtaken(manager, manager.broadcast("later", room=iter(["lobby"])), move())
+    assert result.total == 2
+    await c.until(lambda: len(c.data) == 2)
+    await settle()
+    assert (a.data, b.data, c.data) == (["first", "later"], ["first"], ["first", "later"])
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("room", [None, "lobby"])
+async def test_a_tab_that_was_opened_while_a_broadcast_waited_is_excluded_too(
+    manager_with: Any, room: str | None
+) -> None:
+    """An excluded client is so with all the connections that it has when the turn of the broadcast has come."""
+    manager, _ = manager_with(on_duplicate="allow")
+    clients = [await connected(manager, name) for name in ("ann", *(f"c{number}" for number in range(20)))]
+    for _, socket in clients:
+        await socket.join("lobby")
+    tabs: list[FakeServer] = []
+
+    async def serve_tab() -> None:
+        server, tab = await connected(manager, "ann")
+        await tab.join("lobby")
+        tabs.append(server)
+        await tab.wait_closed()
+
+    serving: list[asyncio.Future[None]] = []
+
+    async def open_tab() -> None:
+        serving.append(asyncio.ensure_future(serve_tab()))
+        await eventually(lambda: tabs)
+
+    result = await overtaken(manager, manager.broadcast("later", room=room, exclude=iter(["ann"])), open_tab())
+    assert result.total == 20
+    for server, _ in clients[1:]:
+        await server.until(lambda server=server: server.data == ["first", "later"])
+    await settle()
+    assert clients[0][0].data == ["first"]
+    assert "later" not in tabs[0].data
+    tabs[0].feed_disconnect(1001)
+    await with_deadline(serving[0])
+
+
+@pytest.mark.usefixtures("held")
+async def test_a_broadcast_that_is_cancelled_while_it_waits_has_not_been(manager_with: Any) -> None:
+    """It reaches nobody and is not counted, and the one before and those behind it are whole."""
+    manager, _ = manager_with()
+    clients = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
+    first, second, third = [asyncio.ensure_future(manager.broadcast(text)) for text in ("first", "second", "third")]
+    await asyncio.sleep(0)
+    second.cancel()
+    await with_deadline(asyncio.wait({first, second, third}))
+    assert second.cancelled()
+    assert manager.totals.broadcasts == 2
+    for server, _ in clients:
+        await server.until(lambda server=server: len(server.data) == 2)
+        assert server.data == ["first", "third"]
+
+
+async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
+    """Each broadcast whose turn has come counts once, one to nobody too."""
+    manager, _ = manager_with()
+    await manager.broadcast("nobody")
+    await connected(manager, "ann")
+    await manager.broadcast("ann")
+    await manager.room("nowhere").send("x")
+    assert manager.totals.broadcasts == 3
+
+
+# ── many at once ──
+
+
+@pytest.mark.usefixtures("held")
+async def test_emptying_a_room_gives_the_loop_turns(manager_with: Any) -> None:
+    """Room.close lets others run when it has held the loop for long, and cancelling it lets those stay who are left."""
+    manager, _ = manager_with()
+    for number in range(4):
+        await (await connected(manager, f"c{number}"))[1].join("lobby")
+    room = manager.room("lobby")
+    closing = asyncio.ensure_future(room.close())
+    left = []
+    for _ in range(2):
+        await asyncio.sleep(0)
+        left.append(len(room))
+    assert left == [3, 2]
+    closing.cancel()
+    await settle()
+    assert len(room) == 2
+    assert await room.close() == 2
+    assert not room
+
+
+@pytest.mark.usefixtures("held")
+async def test_disconnecting_a_room_gives_the_loop_turns(manager_with: Any) -> None:
+    """Room.disconnect lets others run when it has held the loop for long, and ends everybody."""
+    manager, _ = manager_with()
+    clients = [await connected(manager, f"c{number}") for number in range(3)]
+    for _, socket in clients:
+        await socket.join("lobby")
+    ending = asyncio.ensure_future(manager.room("lobby").disconnect(4000))
+    ended = []
+    for _ in range(3):
+        await asyncio.sleep(0)
+        ended.append(sum(socket.closed for _, socket in clients))
+    assert ended == [1, 2, 3]
+    assert await with_deadline(ending) == 3
+
+
+# ── hooks ──
+
+
+class Crowd:
+    """A hook that notes for whom it runs and goes on when it may.
+
+    Attributes:
+        begun: The clients for whom it has begun.
+        most: The most calls that have run at the same time.
+        cancelled: The clients whose call was cancelled.
+    """
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.cancelled: list[str] = []
+        self.running = self.most = 0
+        self.may_end = asyncio.Event()
+
+    async def __call__(self, _: Any, who: Any) -> None:
+        self.begun.append(str(getattr(who, "client_id", who)))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(self.begun[-1])
+            raise
+        finally:
+            self.running -= 1
+
+
+async def too_slow(manager: Any, *client_ids: str) -> list[FakeServer]:
+    """Connect clients of one place in the outbox, and send them more than they take."""
+    servers = []
+    for client_id in client_ids:
+        server, _ = await connected(manager, client_id)
+        server.block()
+        await manager.send_to_client(client_id, "stuck")
+        await server.until(lambda server=server: len(server.offered) == 2)
+        for text in "ab":
+            await manager.send_to_client(client_id, text)
+        servers.append(server)
+    return servers
+
+
+@pytest.mark.parametrize("event", ["join", "leave", "slow"])
+async def test_hooks_of_rooms_and_slow_clients_run_a_few_at_a_time(manager_with: Any, event: str) -> None:
+    """No more than max_concurrent_cleanup of them run at once, in whatever rooms, and all are called in the end."""
+    manager, _ = manager_with(max_concurrent_cleanup=2, outbox_max_messages=1, outbox_overflow="drop_newest")
+    crowd = Crowd()
+    getattr(manager, f"on_{event}")(crowd)
+    names = [f"c{number}" for number in range(6)]
+    servers = await too_slow(manager, *names) if event == "slow" else []
+    if event != "slow":
+        sockets = [(await connected(manager, name))[1] for name in names]
+        for socket in sockets:
+            await socket.join(f"room of {socket.client_id}")
+    if event == "leave":
+        await eventually(lambda: len(manager._serving._tasks) == 0)  # until all have been said to have come
+        for socket in sockets:
+            await socket.leave(f"room of {socket.client_id}")
+    await eventually(lambda: len(crowd.begun) == 2)
+    await settle()
+    assert (len(crowd.begun), crowd.most) == (2, 2)
+    crowd.may_end.set()
+    await eventually(lambda: len(crowd.begun) >= 6 and not crowd.running)
+    assert crowd.most == 2
+    for server in servers:
+        server.release()
+
+
+@pytest.mark.parametrize("event", ["join", "slow"])
+async def test_a_hook_that_hangs_ends_with_the_manager(manager_with: Any, event: str) -> None:
+    """A shutdown cancels what hooks of rooms and of slow clients still do, and waits for no limit of theirs."""
+    manager, _ = manager_with(disconnect_grace=60, outbox_max_messages=1, outbox_overflow="drop_newest")
+    crowd = Crowd()
+    getattr(manager, f"on_{event}")(crowd)
+    if event == "slow":
+        await too_slow(manager, "ann")
+    else:
+        await (await connected(manager, "ann"))[1].join("lobby")
+    await eventually(lambda: crowd.begun)
+    await with_deadline(manager.graceful_shutdown(timeout=0.1))
+    await eventually(lambda: crowd.cancelled)
+    assert crowd.running == 0
+
+
+# ── presence ──
+
+
+async def lost(manager: Any, client_id: str) -> None:
+    """Connect a client, let it join the lobby, and let its connection break."""
+    server, socket = await connected(manager, client_id)
+    await socket.join("lobby")
+    server.feed_disconnect(1006)
+    await socket.wait_closed()
+
+
+async def test_who_is_expected_back_is_not_when_the_room_was_closed(manager_with: Any) -> None:
+    """Closing a room ends the presence of everybody, those included who have lost their connection, and says so."""
+    manager, _ = manager_with(presence_grace=60)
+    come: list[str] = []
+    gone: list[str] = []
+    manager.on_join(lambda _, who: come.append(who.client_id))
+    manager.on_leave(lambda _, who: gone.append(who.client_id))
+    _, ann = await connected(manager, "ann")
+    await ann.join("lobby")
+    await lost(manager, "bob")
+    room = manager.room("lobby")
+    await eventually(lambda: come == ["ann", "bob"])
+    assert (len(room), room.clients) == (1, ["ann", "bob"])
+    assert await room.close() == 1
+    assert room.clients == []
+    await eventually(lambda: sorted(gone) == ["ann", "bob"])
+    await lost(manager, "cleo")
+    await eventually(lambda: come[2:] == ["cleo"])
+    assert await room.close() == 0
+    await eventually(lambda: gone[2:] == ["cleo"])
+
+
+async def test_an_endpoint_that_has_returned_leaves_no_presence(manager_with: Any) -> None:
+    """Who has been served to the end is not expected back."""
+    manager, _ = manager_with(presence_grace=60)
+    async with manager.serve(FakeServer().websocket, "ann") as socket:
+        await socket.join("lobby")
+        assert manager.room("lobby").clients == ["ann"]
+    assert socket.reason is DisconnectReason.COMPLETED
+    assert manager.room("lobby").clients == []
+
+
+async def test_who_was_refused_leaves_no_presence(manager_with: Any) -> None:
+    """Who is disconnected for breaking a rule is not expected back."""
+    manager, _ = manager_with(presence_grace=60, inbox_max_messages=1, inbox_overflow="close")
+    server, socket = await connected(manager, "ann")
+    await socket.join("lobby")
+    server.feed_text("a", "b", "c")
+    assert (await with_deadline(socket.wait_closed())).reason is DisconnectReason.POLICY
+    assert manager.room("lobby").clients == []
+
+
+async def test_after_a_shutdown_nobody_is_expected_back(manager_with: Any) -> None:
+    """A manager that was shut down holds no presence and no timer for one, and says nothing more."""
+    manager, _ = manager_with(presence_grace=60)
+    told: list[str] = []
+    manager.on_leave(lambda _, who: told.append(who.client_id))
+    await lost(manager, "bob")
+    _, ann = await connected(manager, "ann")
+    await ann.join("lobby")
+    assert manager.room("lobby").clients == ["bob", "ann"]
+    await manager.graceful_shutdown(timeout=1)
+    await settle()
+    assert manager.room("lobby").clients == []
+    assert manager._serving.delivery.presence._timer is None
+    assert told == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
+from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
+from fastapi_ws_stabilizer.connection import outbox as outbox_module
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     BroadcastFailedError,
@@ -25,6 +27,7 @@ from fastapi_ws_stabilizer.errors import (
     SocketClosed,
     WrongLoopError,
 )
+from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
@@ -1076,3 +1079,115 @@ async def test_a_task_that_outlives_its_endpoint_means_whoever_is_connected(mana
     await with_deadline(workers[0])
     await later.server.until(lambda: later.server.close_frames)
     assert later.server.close_frames == [(1000, "")]
+
+
+# ── many at once ──
+
+
+async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
+    """The different values of a count, as turn after turn of the event loop goes by, until it has reached the most."""
+    seen: list[int] = []
+
+    async def look() -> None:
+        while not seen or seen[-1] < most:
+            if count() and count() not in seen:
+                seen.append(count())
+            await asyncio.sleep(0)
+
+    await with_deadline(look())
+    return seen
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
+    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+
+
+_BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize(("num_shards", "turns"), _BY_SHARD)
+async def test_what_is_queued_for_many_is_sent_shard_by_shard(
+    manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, turns: list[int]
+) -> None:
+    """One turn of the event loop sends to one of num_shards parts when it takes long, and with one part to all."""
+    monkeypatch.setattr(turns_module, "LOOK_EVERY", 2)
+    manager, _ = manager_with(num_shards=num_shards)
+    clients = await clients_of(manager, *"abcdefgh")
+    for client in clients:
+        await client.socket.send("hi")
+    assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == turns
+    for client in clients:
+        await client.gone()
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize(("num_shards", "turns"), _BY_SHARD)
+async def test_connections_that_end_together_end_shard_by_shard(
+    manager_with: Any, clients_of: Any, num_shards: int, turns: list[int]
+) -> None:
+    """The ends of many are decided at once, and what is left to do for them begins one part after the other."""
+    manager, _ = manager_with(num_shards=num_shards)
+    told: list[str] = []
+
+    @manager.on_disconnect
+    async def disconnected(ws: StableSocket) -> None:
+        told.append(ws.client_id)
+
+    clients = await clients_of(manager, *"abcdefgh")
+    for client in clients:
+        await manager.disconnect(client.client_id)
+    assert all(client.socket.closed for client in clients)
+    assert await counts_by_turn(lambda: len(told), 8) == turns
+    for client in clients:
+        await with_deadline(client.task)
+
+
+async def test_disconnect_hooks_run_a_few_at_a_time(manager_with: Any, clients_of: Any) -> None:
+    """No more than max_concurrent_cleanup connections are told of at once, and all are in the end."""
+    manager, _ = manager_with(max_concurrent_cleanup=2)
+    told: list[str] = []
+    may_end = asyncio.Event()
+
+    @manager.on_disconnect
+    async def disconnected(ws: StableSocket) -> None:
+        told.append(ws.client_id)
+        await may_end.wait()
+
+    clients = await clients_of(manager, *"abcdef")
+    for client in clients:
+        client.server.feed_disconnect(1001)
+    await eventually(lambda: len(told) == 2)
+    await settle()
+    assert len(told) == 2
+    may_end.set()
+    for client in clients:
+        await with_deadline(client.task)
+    assert sorted(told) == list("abcdef")
+
+
+async def test_close_frames_wait_for_the_server_a_few_at_a_time(
+    manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than max_concurrent_cleanup are given to servers that take none, and all are sent in the end."""
+    for module in (outbox_module, asgi_outbox_module):
+        monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
+    manager, _ = manager_with(max_concurrent_cleanup=2)
+    clients = await clients_of(manager, *"abcdef")
+    for client in clients:
+        client.server.block()
+        await manager.disconnect(client.client_id)
+
+    def offered() -> int:
+        return sum(client.server.offered[-1]["type"] == "websocket.close" for client in clients)
+
+    await eventually(lambda: offered() == 2)
+    await settle()
+    assert offered() == 2
+    for client in clients:
+        client.server.release()
+    for client in clients:
+        await with_deadline(client.task)
+        assert client.server.close_frames == [(1000, "")]

@@ -34,6 +34,8 @@ class LinkServer(FakeServer):
     def transport(self) -> LinkServer:
         return self
 
+    in_use = False
+
     def write(self, data: bytes) -> None:
         if self.error is not None:
             raise self.error
@@ -113,7 +115,7 @@ async def test_a_transport_that_has_had_enough_gets_nothing_more(linked: Any) ->
     await settle()
     assert b.server.writes == []
     assert len(b.connection.outbox) == 2
-    assert b.connection.has_backlog()
+    assert b.connection.outbox.blocked
     b.server.drain()
     assert b.server.writes == [b"\x81\x01a\x81\x01b"]
 
@@ -176,6 +178,46 @@ async def test_a_write_that_fails_ends_the_connection(linked: Any, texts: tuple[
     assert b.task_failures == []
 
 
+@pytest.mark.parametrize("texts", [("a",), ("a", "b")])
+async def test_nothing_is_written_after_a_write_that_failed(linked: Any, texts: tuple[str, ...]) -> None:
+    """Neither what is offered later, nor the last call, nor a transport that takes more leads to a second write."""
+    b = await linked()
+    attempts: list[bytes] = []
+
+    def write(data: bytes) -> None:
+        attempts.append(data)
+        raise RuntimeError("the handle is closed")
+
+    b.connection.outbox._write = write
+    offer(b, *texts)
+    await settle()
+    offer(b, "later")
+    b.server.sink.last_call()
+    b.server.drain()
+    offer(b, "later", "still")
+    await settle()
+    assert len(attempts) == 1
+    b.server.sink.gone({"type": "websocket.disconnect", "code": 1006})
+    assert b.reports.totals.messages_discarded == len(texts) + 3
+
+
+async def test_a_client_that_goes_ends_a_flush(linked: Any) -> None:
+    """What was to be sent before the close frame is counted, close() returns, and a transport that drains gets none."""
+    b = await linked()
+    b.server.stall()
+    offer(b, "a", "b")
+    closing = asyncio.ensure_future(b.connection.face.close(4001, "bye"))
+    await settle()
+    assert not closing.done()
+    b.server.sink.gone({"type": "websocket.disconnect", "code": 1000, "reason": ""})
+    await asyncio.wait_for(closing, 5)
+    b.server.drain()
+    await settle()
+    assert b.server.writes == b.server.closed == []
+    assert b.reports.totals.messages_discarded == 2
+    assert b.connection.ending.code == 4001
+
+
 async def test_messages_reach_the_inbox_without_a_task(linked: Any) -> None:
     """What the link has read is there at once; text pings are answered before what is queued."""
     b = await linked()
@@ -219,6 +261,16 @@ async def test_inbox_overflow_close_ends_the_connection(linked: Any) -> None:
     b.server.sink.received("b")
     assert b.connection.ending.code == 1013
     assert b.reports.totals.messages_discarded >= 1
+
+
+async def test_messages_behind_an_ending_are_counted(linked: Any) -> None:
+    """What one read has brought together with the message that ended the connection is discarded, each of it."""
+    b = await linked(inbox_max_messages=2, inbox_overflow="close")
+    for number in range(10):
+        b.server.sink.received(str(number))
+    assert b.connection.ending.code == 1013
+    assert b.reports.totals.messages_received == 3
+    assert b.reports.totals.messages_discarded == 10
 
 
 async def test_heartbeats_are_ping_frames_and_only_their_pongs_are_measured(linked: Any) -> None:

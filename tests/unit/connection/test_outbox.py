@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
+from fastapi_ws_stabilizer.connection import outbox as outbox_module
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
@@ -94,10 +97,10 @@ class Post:
         send_timeout: float = 5.0,
         *,
         by_hand: bool = True,
-        max_sends: int = 100,
+        sends: Slots | None = None,
     ) -> None:
         self.by_hand = by_hand
-        self.sends = Slots(max_sends)
+        self.sends = Slots(100) if sends is None else sends
         self.server = FakeServer()
         self.owner = Owner()
         self.tasks = TaskSet(lambda _, error: None)
@@ -262,8 +265,8 @@ async def test_nobody_overtakes_a_waiting_sender(post: Any) -> None:
     await p.server.until(lambda: p.server.data == ["sending", "123456", "1234567", "1"])
 
 
-async def test_a_sender_that_was_woken_for_too_little_room_stays_first(post: Any) -> None:
-    """A message that still does not fit keeps its place in the line."""
+async def test_room_goes_to_who_waits_first_even_if_it_is_too_small(post: Any) -> None:
+    """A large message that waits gets in as soon as the bounds are not reached, and holds up those behind it."""
     p = post(max_messages=10, max_bytes=10)
     gate = asyncio.Semaphore(0)
     taken: list[Any] = []
@@ -278,11 +281,12 @@ async def test_a_sender_that_was_woken_for_too_little_room_stays_first(post: Any
         await settle()
     big, small = p.waiting("bbbbbbbb"), p.waiting("s")
     await settle()
-    for _ in range(2):
-        gate.release()
-        await settle()
     assert not big.done()
+    gate.release()
+    await settle()
+    assert big.done()
     assert not small.done()
+    assert p.outbox.held_bytes > 10
     for _ in range(10):
         gate.release()
         await settle()
@@ -480,6 +484,89 @@ async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
     await eventually(lambda: p.owner.taken == 1)
     await eventually(lambda: p.outbox._watch is None)
     assert p.owner.stuck == 0
+
+
+# ── slots ──
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a send wait for a minute before its slot is given to others."""
+    for module in (outbox_module, asgi_outbox_module):
+        monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_who_reads_needs_no_slot(post: Any) -> None:
+    """However many stuck clients there are for two slots, one whose sends do not wait gets all of its messages."""
+    slots = Slots(2)
+    stuck = [post(sends=slots) for _ in range(40)]
+    for one in stuck:
+        await one.stuck_with("stuck")
+    await eventually(lambda: slots.taken == 2)
+    assert len(slots) == 38
+    reading = post(sends=slots, max_messages=10)
+    reading.outbox.put(encode("alone"))
+    await reading.server.until(lambda: reading.server.data == ["alone"])
+    for text in ("several", "at", "once"):
+        reading.outbox.put(encode(text))
+    await reading.server.until(lambda: reading.server.data == ["alone", "several", "at", "once"])
+    assert not reading.outbox.stuck
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> None:
+    """A send that was begun and waits for a slot is neither begun again nor overtaken, and its client is stuck."""
+    slots = Slots(1)
+    first, second = post(sends=slots), post(sends=slots)
+    await first.stuck_with("first")
+    await second.stuck_with("begun", "behind")
+    assert second.outbox.stuck
+    second.server.release()
+    await settle()
+    assert second.server.data == []
+    first.server.release()
+    await second.server.until(lambda: second.server.data == ["begun", "behind"])
+    assert [message["text"] for message in second.server.offered] == ["begun", "behind"]
+    await eventually(lambda: slots.taken == len(slots) == 0)
+    assert not second.outbox.stuck
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_send_without_a_slot_ends_with_its_connection(post: Any) -> None:
+    """Discarding closes the send that was begun, counts its message, and leaves the slot to others."""
+    slots = Slots(1)
+    first, second, third = (post(sends=slots) for _ in range(3))
+    await first.stuck_with("first")
+    begun = second.server.send(encode("begun").message())
+    second.outbox._send = lambda _: begun
+    await second.stuck_with("begun", "behind")
+    await third.stuck_with("third")
+    third.server.release()
+    assert second.outbox.discard() == 2
+    assert second.outbox.done.done()
+    assert inspect.getcoroutinestate(begun) == inspect.CORO_CLOSED
+    first.server.release()
+    await third.server.until(lambda: third.server.data == ["third"])
+    assert second.server.data == []
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+async def test_a_stuck_send_gives_its_slot_up(post: Any, by_hand: bool) -> None:
+    """A send that waits for longer than a healthy client makes it holds up no other, and goes on all the same."""
+    slots = Slots(1)
+    stuck, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
+    await stuck.stuck_with("stuck")
+    other.server.block()
+    other.outbox.put(encode("other"))
+    await eventually(lambda: len(slots) == 1)
+    other.server.release()
+    await other.server.until(lambda: other.server.data == ["other"])
+    await eventually(lambda: slots.taken == 0)
+    stuck.server.release()
+    await stuck.server.until(lambda: stuck.server.data == ["stuck"])
+    await settle()
+    assert slots.taken == 0
 
 
 _STEPS = st.lists(st.sampled_from(["put", "big", "wait", "turn", "block", "release", "cancel"]), max_size=40)

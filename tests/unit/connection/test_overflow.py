@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.wire.payload import encode
-from tests.unit.fake_websocket import eventually, settle
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
 @pytest.fixture
@@ -93,6 +94,91 @@ async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any)
     assert b.reports.totals.messages_coalesced == 2
     offer(b, "p4", key="price")
     await b.server.until(lambda: b.server.data[-1] == "p4")
+
+
+async def test_a_newer_message_takes_the_place_of_one_that_a_sender_waits_with(stalled: Any) -> None:
+    """The sender returns as if its own were queued, in its place in the line, and the client gets the newer one."""
+    b = await stalled()
+    offer(b, *"abcd")
+    senders = [
+        asyncio.ensure_future(b.connection.send(encode(text, key)))
+        for text, key in (("first", None), ("p1", "price"), ("last", None))
+    ]
+    await settle()
+    assert not any(sender.done() for sender in senders)
+    assert offer(b, "p2", "p3", key="price") == [Offered.SLOW, Offered.SLOW]
+    assert b.connection.outbox.put(encode("p4", "price"))
+    b.server.release()
+    await with_deadline(asyncio.gather(*senders))
+    await b.server.until(lambda: b.server.data == ["stuck", *"abcd", "first", "p4", "last"])
+    assert b.reports.totals.messages_coalesced == 3
+
+
+async def test_waiting_senders_with_one_key_are_one_message(stalled: Any) -> None:
+    """All but the newest return at once, since theirs are worth nothing any more."""
+    b = await stalled()
+    offer(b, *"abcd")
+    senders = [asyncio.ensure_future(b.connection.send(encode(f"p{number}", "price"))) for number in range(5)]
+    await settle()
+    assert [sender.done() for sender in senders] == [True, True, True, True, False]
+    b.server.release()
+    await with_deadline(asyncio.gather(*senders))
+    await b.server.until(lambda: b.server.data == ["stuck", *"abcd", "p4"])
+    assert b.reports.totals.messages_coalesced == 4
+
+
+async def test_a_waiting_sender_is_not_starved_by_smaller_messages(bench: Any) -> None:
+    """What becomes free is its own as soon as the bounds are not reached, however often others fill the outbox up."""
+    b = bench(outbox_max_bytes=100, outbox_overflow="drop_newest")
+    await b.open()
+    taken: list[str] = []
+    gate = asyncio.Semaphore(0)
+
+    async def one_at_a_time(message: Any) -> None:
+        await gate.acquire()
+        taken.append(message["text"])
+
+    b.connection.outbox._send = one_at_a_time
+
+    def fill_up() -> None:
+        while offer(b, "0123456789") != [Offered.DROPPED]:
+            pass
+
+    offer(b, "first")
+    await settle()
+    fill_up()
+    sender = asyncio.ensure_future(b.connection.send(encode("x" * 60)))
+    await settle()
+    for _ in range(2):
+        fill_up()
+        gate.release()
+        await eventually(lambda: not gate._value)
+        fill_up()
+        await settle()
+    assert sender.done()
+    for _ in range(20):
+        gate.release()
+    await eventually(lambda: "x" * 60 in taken)
+
+
+async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothers_place(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broadcast tells how many lag, whether its message was added or has replaced one."""
+    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+    manager, _ = manager_with(outbox_max_messages=4)
+    server = FakeServer()
+    await manager.connect("ann", await server.accepted())
+    server.block()
+    await manager.broadcast("stuck")
+    await server.until(lambda: len(server.offered) == 2)
+    assert [(await manager.broadcast("p", coalesce_key="price")).slow for _ in range(3)] == [0, 0, 0]
+    await manager.broadcast("a")
+    assert (await manager.broadcast("b")).slow == 1
+    result = await manager.broadcast("p", coalesce_key="price")
+    assert (result.total, result.succeeded, result.slow) == (1, 1, 1)
+    assert manager.totals.messages_coalesced == 3
+    server.release()
 
 
 async def test_pongs_and_pings_go_before_messages(stalled: Any) -> None:

@@ -18,7 +18,7 @@ from tests.unit.hub.fake_member import FakeMember
 async def fan_out(frame: Frame, members: list[FakeMember]) -> BroadcastResult:
     """Send a frame to some members, in one go."""
     reports = Reports()
-    return await FanOut(Turns(1, reports), reports.totals).send(frame, [members])
+    return await FanOut(Turns(1, reports), reports.totals).send(frame, lambda: ([members], ()))
 
 
 async def test_everybody_gets_the_same_frame() -> None:
@@ -114,10 +114,10 @@ async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order(
     fan = FanOut(Turns(4, reports), reports.totals)
     members = [FakeMember(str(number)) for number in range(4)]
     first, second = encode("first"), encode("second")
-    long = asyncio.ensure_future(fan.send(first, parts(members)))
+    long = asyncio.ensure_future(fan.send(first, lambda: (parts(members), ())))
     await asyncio.sleep(0)
     assert 0 < sum(len(member.frames) for member in members) < 4
-    await fan.send(second, [members])
+    await fan.send(second, lambda: ([members], ()))
     await long
     assert all(member.frames == [first, second] for member in members)
 
@@ -128,13 +128,13 @@ async def test_a_long_broadcast_that_is_cancelled_is_queued_for_the_rest_at_once
     reports = Reports()
     fan = FanOut(Turns(4, reports), reports.totals)
     members = [FakeMember() for _ in range(4)]
-    long = asyncio.ensure_future(fan.send(encode("hi"), parts(members)))
+    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(members), ())))
     await asyncio.sleep(0)
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
     assert [len(member.frames) for member in members] == [1, 1, 1, 1]
-    assert (await fan.send(encode("next"), [members])).succeeded == 4
+    assert (await fan.send(encode("next"), lambda: ([members], ()))).succeeded == 4
 
 
 async def test_dropped_and_slow_ones_are_counted_beside_the_others() -> None:
@@ -150,6 +150,6 @@ async def test_who_is_excluded_is_not_counted() -> None:
     reports = Reports()
     members = [FakeMember() for _ in range(3)]
     fan = FanOut(Turns(1, reports), reports.totals)
-    result = await fan.send(encode("hi"), [members], {members[1].connection_id})
+    result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
     assert [len(member.frames) for member in members] == [1, 0, 1]

@@ -11,12 +11,15 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection import outbox as outbox_module
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
+from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.hub.heartbeat import LATE, MAX_TOGETHER, Heartbeat
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.conftest import Heard
-from tests.unit.fake_websocket import eventually
+from tests.unit.fake_websocket import eventually, settle
 from tests.unit.hub.fake_member import FakeMember
 
 
@@ -248,6 +251,38 @@ async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> Non
     assert member.ending is not None
 
 
+async def test_who_is_sent_something_in_every_turn_is_found_dead_too(beating: Any, bench: Any) -> None:
+    """A message that waits for no more than the end of the turn is no backlog, and forgives no missing answer."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    b = bench()
+    connection, _ = await b.open()
+    connection.pulse.seen(clock.now)
+    clock.heartbeat.add(connection)
+    for second in range(10, 16):
+        assert connection.enqueue(encode("news"))
+        clock.at(second)
+        await settle()
+    assert connection.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+
+
+async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
+    beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
+    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
+    b = bench()
+    connection, _ = await b.open()
+    connection.pulse.seen(clock.now)
+    clock.heartbeat.add(connection)
+    b.server.block()
+    connection.enqueue(encode("stuck"))
+    await b.server.until(lambda: len(b.server.offered) == 2)
+    for second in range(10, 100):
+        clock.at(second)
+    assert connection.ending is None
+
+
 async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
     """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
@@ -442,6 +477,20 @@ async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating:
     assert report.level == logging.WARNING
     assert report.facts == {"blocked_seconds": 3.0}
     assert clock.heartbeat._timer is not None
+
+
+async def test_a_beat_for_many_gives_the_loop_turns(beating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due when the loop was held for long comes in the next turn, and nobody is left out or pinged twice."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_HOLD)
+    clock = beating(heartbeat_interval=10)
+    members = [clock.add() for _ in range(9)]
+    clock.now = 1010.0 + MAX_TOGETHER
+    clock.heartbeat._timer.cancel()
+    clock.heartbeat._on_timer()
+    assert 0 < sum(len(member.frames) for member in members) < 9
+    await eventually(lambda: all(member.frames for member in members))
+    assert [len(member.frames) for member in members] == [1] * 9
 
 
 async def test_stopping_twice_is_fine(beating: Any) -> None:

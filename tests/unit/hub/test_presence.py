@@ -364,6 +364,22 @@ async def test_who_means_to_leave_gets_no_grace(watched: Any) -> None:
     assert w.board._timer is None
 
 
+@pytest.mark.parametrize("broken_first", [True, False])
+async def test_a_tab_that_is_reloaded_while_the_other_leaves_is_no_departure(watched: Any, broken_first: bool) -> None:
+    """Of two tabs one breaks and one says goodbye, in either order: the broken one is expected back."""
+    w = watched(grace=10)
+    broken, closed = FakeMember("ann"), FakeMember("ann")
+    w.enter(broken)
+    w.enter(closed)
+    await settle()
+    for tab in (broken, closed) if broken_first else (closed, broken):
+        w.leave(tab, at_once=tab is closed)
+    await settle()
+    w.enter(FakeMember("ann"))
+    await settle()
+    assert w.said == ["ann joined"]
+
+
 async def test_without_a_grace_leaving_is_at_once(watched: Any) -> None:
     """A grace of zero seconds needs no timer."""
     w = watched(grace=0)
@@ -918,6 +934,7 @@ class Stay:
     metadata: Any
     connections: set[str] = field(default_factory=set)
     due: float | None = None
+    expected: float = 0.0
 
 
 class Model:
@@ -931,6 +948,7 @@ class Model:
         stay = self.stays.setdefault((room, member.client_id), Stay(now, {}))
         stay.connections.add(member.connection_id)
         stay.due = None
+        stay.expected = 0.0
         stay.metadata = stay.metadata if metadata is None else metadata
 
     def leave(self, room: str, member: FakeMember, at_once: bool, now: float) -> None:
@@ -938,8 +956,10 @@ class Model:
         stay = self.stays.get((room, member.client_id))
         if stay is not None and member.connection_id in stay.connections:
             stay.connections.remove(member.connection_id)
+            if not at_once:
+                stay.expected = now + GRACE
             if not stay.connections:
-                stay.due = now if at_once else now + GRACE
+                stay.due = now if stay.expected <= now else now + GRACE
                 self.wait(now)
 
     def wait(self, now: float) -> None:

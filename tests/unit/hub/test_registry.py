@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,3 +92,12 @@ def test_both_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
     assert set(registry.client_ids()) == {member.client_id for member in there}
     for client_id in registry.client_ids():
         assert registry.of_client(client_id) == [member for member in there if member.client_id == client_id]
+
+
+@pytest.mark.parametrize("num_shards", [1, 4, 32])
+def test_connections_are_divided_into_equal_parts(num_shards: int) -> None:
+    """There are num_shards parts, and new connections go to them in turn."""
+    registry: Registry[FakeMember] = Registry(num_shards)
+    for _ in range(2 * num_shards):
+        registry.add(FakeMember(shard=registry.next_shard()))
+    assert [len(part) for part in registry.outboxes()] == [2] * num_shards

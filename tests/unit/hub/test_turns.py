@@ -6,18 +6,21 @@ import asyncio
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.hub.slots import Slots
-from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
+from fastapi_ws_stabilizer.hub.turns import LOOK_EVERY, HoldTimer, Turns
 from fastapi_ws_stabilizer.reports import Reports
 from tests.unit.fake_websocket import settle
+from tests.unit.own_loop import run
 
 
 class Worker:
     """Notes when it takes its turn."""
 
-    def __init__(self, name: str, log: list[str], clock: Any = None, error: Exception | None = None) -> None:
+    def __init__(self, name: str, log: list[str], clock: Any = None, error: BaseException | None = None) -> None:
         self.name, self.log, self.clock, self.error = name, log, clock, error
 
     def take_turn(self) -> None:
@@ -92,6 +95,112 @@ async def test_a_worker_that_fails_hurts_nobody_else(heard: Any) -> None:
     await settle()
     assert log == ["bad", "good"]
     assert ear.events == ["internal_task_failed"]
+
+
+@pytest.mark.parametrize(("num_shards", "first_turn"), [(2, LOOK_EVERY), (1, 2 * LOOK_EVERY + 1)])
+async def test_a_shard_of_very_many_is_cut_too(
+    monkeypatch: pytest.MonkeyPatch, num_shards: int, first_turn: int
+) -> None:
+    """The clock is looked at after each LOOK_EVERY workers of a shard, unless there is only one shard."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    log: list[str] = []
+    turns = Turns(num_shards, Reports())
+    names = [str(number) for number in range(2 * LOOK_EVERY + 1)]
+    for name in names:
+        soon(turns, 0, Worker(name, log, clock))
+    await asyncio.sleep(0)
+    assert len(log) == first_turn
+    await settle()
+    assert log == names
+
+
+async def test_a_shard_of_very_many_is_not_cut_before_the_time_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many workers a shard has, they share a turn of the event loop that is short."""
+    monkeypatch.setattr(turns_module, "monotonic", Clock())
+    log: list[str] = []
+    turns = Turns(2, Reports())
+    for number in range(2 * LOOK_EVERY + 1):
+        soon(turns, 0, Worker(str(number), log))
+    await asyncio.sleep(0)
+    assert len(log) == 2 * LOOK_EVERY + 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+async def test_a_worker_that_raises_what_is_not_ours_to_catch_silences_nobody(num_shards: int) -> None:
+    """A CancelledError goes to the event loop, and the others of its shard and of later ones have their turn."""
+    told: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    error = asyncio.CancelledError()
+    log: list[str] = []
+    turns = Turns(num_shards, Reports())
+    soon(turns, 0, Worker("before", log))
+    soon(turns, 0, Worker("bad", log, error=error))
+    soon(turns, 0, Worker("behind", log))
+    soon(turns, num_shards - 1, Worker("last", log))
+    await settle()
+    assert log == ["before", "bad", "behind", "last"]
+    assert told == [error]
+    soon(turns, 0, Worker("later", log))
+    await settle()
+    assert log[4:] == ["later"]
+
+
+class Again(Worker):
+    """One that has work for another turn, a number of times, and may raise in each."""
+
+    times = 0
+
+    def __init__(self, turns: Turns, shard: int, again: int, log: list[str], *args: Any) -> None:
+        super().__init__(str(shard), log, *args)
+        self.turns, self.shard, self.again = turns, shard, again
+
+    def take_turn(self) -> None:
+        """Take it, and ask for the next one before it is over."""
+        self.times += 1
+        if self.times <= self.again:
+            soon(self.turns, self.shard, self)
+        super().take_turn()
+
+
+_WORKERS = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 3),
+        st.sampled_from([None, None, None, ValueError("x"), asyncio.CancelledError()]),
+    ),
+    max_size=30,
+)
+
+
+@given(_WORKERS, st.sampled_from([1, 2, 4]), st.booleans())
+def test_nobody_takes_two_turns_or_none(workers: list[tuple[int, int, Any]], num_shards: int, long: bool) -> None:
+    """Whoever works long, fails, or has more work, takes as many turns as it has asked for, and no shard two places."""
+
+    async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
+        clock = Clock()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(turns_module, "monotonic", clock)
+            patch.setattr(turns_module, "LOOK_EVERY", 2)
+            turns = Turns(num_shards, Reports())
+            log: list[str] = []
+            everyone = [
+                Again(turns, shard % num_shards, again, log, clock if long else None, error)
+                for shard, again, error in workers
+            ]
+            for number, worker in enumerate(everyone):
+                soon(turns, worker.shard, worker)
+                if number % 7 == 6:
+                    await asyncio.sleep(0)
+            for _ in range(200):
+                await asyncio.sleep(0)
+                assert len({id(shard) for shard in turns._ready}) == len(turns._ready)
+            assert [worker.times for worker in everyone] == [1 + worker.again for worker in everyone]
+            assert len(log) == sum(worker.times for worker in everyone)
+            assert not turns.overdue()
+
+    run(play())
 
 
 async def test_work_that_waits_too_long_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:

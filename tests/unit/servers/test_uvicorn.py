@@ -13,14 +13,89 @@ from uvicorn.server import ServerState
 from fastapi_ws_stabilizer.servers import uvicorn as module
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION
+from tests.unit.fake_websocket import eventually
+
+
+class FakeTransport:
+    """Takes what is written, and knows nothing of a network."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = close = pause_reading
+
+
+class Reader:
+    """An application that accepts a WebSocket and reads it to its end."""
+
+    def __init__(self) -> None:
+        self.accepted = False
+        self.texts: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        self.accepted = True
+        while (event := await receive())["type"] == "websocket.receive":
+            self.texts.append(event["text"])
+
+
+REQUEST = (
+    b"GET / HTTP/1.1\r\nHost: testserver\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def text_frame(data: bytes, *, first: bool = True, last: bool = True) -> bytes:
+    """A frame of a short text, under a mask that changes nothing."""
+    return bytes([(0x80 if last else 0) | (1 if first else 0), 0x80 | len(data), 0, 0, 0, 0]) + data
+
+
+def become_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let uvicorn's protocol collect a message in one `bytearray`, as versions up to 0.48 at least have done."""
+    base = module.WebSocketsSansIOProtocol
+    init = base.__init__
+
+    def older_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.__dict__.pop("frames", None)
+
+    def handle_text(self: Any, event: Any) -> None:
+        self.bytes = bytearray(event.data)
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def handle_cont(self: Any, event: Any) -> None:
+        self.bytes.extend(event.data)
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def send_receive_event_to_app(self: Any) -> None:
+        self.queue.put_nowait({"type": "websocket.receive", "text": self.bytes.decode()})
+
+    monkeypatch.setattr(base, "__init__", older_init)
+    for method in (handle_text, handle_cont, send_receive_event_to_app):
+        monkeypatch.setattr(base, method.__name__, method)
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
     """Does nothing."""
 
 
-async def made(**options: Any) -> Any:
-    config = Config(application, log_level="critical", **options)
+async def made(app: Any = application, **options: Any) -> Any:
+    config = Config(app, log_level="critical", **options)
     config.load()
     protocol = module.StableWebSocketProtocol(config, ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.scope = {"type": "websocket", "extensions": {}}
@@ -58,6 +133,30 @@ async def test_unknown_internals_make_it_uvicorns_own_and_are_told_once(
     assert len(caplog.records) == 1
     assert EXTENSION not in (await scope_of(protocols[0]))["extensions"]
     assert DEFLATE not in protocols[0].conn.available_extensions
+
+
+@pytest.mark.parametrize("unknown", ["nothing", "one-bytearray", "_OURS", "_OURS_OF_CONN", "_METHODS"])
+async def test_without_a_link_messages_arrive_as_uvicorn_reads_them(
+    unknown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or in fragments, on a uvicorn that is known and on one that is not."""
+    if unknown == "one-bytearray":
+        become_older(monkeypatch)
+    elif unknown != "nothing":
+        monkeypatch.setattr(module, unknown, (*getattr(module, unknown), f"no_{unknown}"))
+    reader = Reader()
+    protocol = await made(reader)
+    assert protocol.known == (unknown == "nothing")
+    protocol.connection_made(FakeTransport())
+    protocol.data_received(REQUEST)
+    await eventually(lambda: reader.accepted)
+    protocol.data_received(text_frame(b"whole"))
+    protocol.data_received(text_frame(b"hel", last=False) + text_frame(b"l", first=False, last=False))
+    protocol.data_received(text_frame(b"o", first=False))
+    await eventually(lambda: len(reader.texts) == 2)
+    assert reader.texts == ["whole", "hello"]
+    protocol.connection_lost(None)
+    await eventually(lambda: not protocol.tasks)
 
 
 async def test_who_reads_past_the_socket_is_told_so() -> None:

@@ -6,7 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import eventually, settle, with_deadline
@@ -92,6 +95,19 @@ async def test_all_are_closed_at_the_same_time(bench: Any) -> None:
     assert not closing.done()
     stuck.server.release()
     assert (await with_deadline(closing)).closed_count == 2
+
+
+async def test_closing_many_gives_the_loop_turns(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others run between two ends when the loop was held for long, and everybody is closed in the end."""
+    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+    connections = [(await bench().open())[0] for _ in range(3)]
+    closing = asyncio.ensure_future(close_all(connections, 5.0))
+    ended = []
+    for _ in range(3):
+        await asyncio.sleep(0)
+        ended.append(sum(connection.ending is not None for connection in connections))
+    assert ended == [1, 2, 3]
+    assert (await with_deadline(closing)).closed_count == 3
 
 
 def test_a_report_begins_empty() -> None:

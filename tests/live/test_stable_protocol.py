@@ -1,0 +1,373 @@
+"""Under the protocol class, a client that goes, floods or breaks the rules at the worst moment costs only itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import pytest
+from websockets.asyncio.client import connect as friendly
+from websockets.exceptions import ConnectionClosed
+
+from tests.live.raw import RawClient
+from tests.live.server import LiveServer, until
+from tests.live.wire_client import (
+    BINARY,
+    BROWSER_OFFER,
+    CLOSE,
+    CONTINUATION,
+    KIND,
+    PING,
+    PONG,
+    RSV1,
+    TEXT,
+    PeakMemory,
+    close_frame,
+    connect,
+    deflate,
+    fragments,
+    frame,
+    quiet_server,
+)
+
+Serve = Callable[..., LiveServer]
+
+MEBIBYTE = 1 << 20
+LIMIT = 1000
+COUNT, SIZE = 800, 20_000
+"""Messages of a large outbox: several times what the buffers of both kernels hold."""
+
+STOPPED = (0, -15)
+"""Return codes of a uvicorn that has stopped in order: newer ones raise the signal again when all is done."""
+
+PATIENT = {"outbox_max_bytes": 2 * COUNT * SIZE, "send_timeout": 20, "disconnect_grace": 20}
+"""No timeout of these options ends anything within the time of a test."""
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[LiveServer]:
+    """One server with a small limit, for all tests of clients that break the rules."""
+    with quiet_server(max_message_size=LIMIT) as server:
+        yield server
+
+
+@pytest.fixture
+def strict(strict_server: LiveServer) -> Iterator[LiveServer]:
+    """That server, which must not log a crash during the test."""
+    before = len(strict_server.errors())
+    yield strict_server
+    strict_server.probe()  # once more round the event loop, so that what is to be logged is
+    assert strict_server.errors()[before:] == []
+
+
+class Flush(NamedTuple):
+    """A server in the middle of a `ws.close()`, and the client that does not read what is sent first."""
+
+    server: LiveServer
+    client: RawClient
+
+
+@pytest.fixture
+async def flushing(serve: Serve) -> AsyncIterator[Flush]:
+    """A flush that waits for its client."""
+    server = serve(KIND, config=PATIENT)
+    with RawClient(server.port, f"/flush/ann?count={COUNT}&size={SIZE}", receive_buffer=4096) as client:
+        client.handshake()
+        await server.until_event("queued ann")
+        yield Flush(server, client)
+
+
+def read_to_the_end(client: RawClient) -> tuple[int, int]:
+    """Read up to the close frame and the end of TCP, which must follow it; return the number of messages, and the code.
+
+    Args:
+        client: A client whose server closes.
+    """
+    messages = 0
+    while (found := client.frame())[0] != CLOSE:
+        assert found[0] in (TEXT, BINARY)
+        messages += 1
+    with suppress(ConnectionError):
+        assert not client.socket.recv(1), "something follows the close frame"
+    return messages, int.from_bytes(found[1][:2], "big")
+
+
+# ── a flush that is cut short ──
+
+
+async def test_a_close_during_a_flush_ends_it(flushing: Flush) -> None:
+    """No message follows the echoed close frame, ws.close() returns at once, and what was not sent is counted."""
+    server, client = flushing
+    client.socket.sendall(close_frame(1000))
+    await server.until_event("closed ann", 2)
+    messages, code = await asyncio.to_thread(read_to_the_end, client)
+    assert code == 1000
+    assert 0 < messages < COUNT
+    assert server.probe()["discarded"] == COUNT - messages
+    assert not server.errors()
+
+
+async def test_sigterm_during_a_flush_ends_it(flushing: Flush) -> None:
+    """No message follows the close frame with 1012, and the process ends."""
+    server, client = flushing
+    stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 4))
+    messages, code = await asyncio.to_thread(read_to_the_end, client)
+    assert code == 1012
+    assert 0 < messages < COUNT
+    await stopping
+    assert server.process.returncode in STOPPED
+    assert "LIFESPAN over" in server.log
+    assert not server.errors()
+
+
+async def test_a_reset_during_a_flush_ends_it(flushing: Flush) -> None:
+    """ws.close() returns at once, what was not sent is counted, and SIGTERM then ends the process at once."""
+    server, client = flushing
+    client.reset()
+    await server.until_event("closed ann", 2)
+    assert server.probe()["discarded"] > 0
+    await until(lambda: server.probe()["connections"] == 0)
+    assert await asyncio.to_thread(server.terminate, 2) < 2
+    assert not server.errors()
+
+
+async def test_a_reset_and_sigterm_during_a_flush_end_the_process(flushing: Flush) -> None:
+    """Nobody waits for send_timeout or disconnect_grace of a client that is gone."""
+    server, client = flushing
+    client.reset()
+    assert await asyncio.to_thread(server.terminate, 4) < 4
+    assert server.process.returncode in STOPPED
+    assert "LIFESPAN over" in server.log
+    assert not server.errors()
+
+
+async def test_sigterm_says_goodbye_to_all_though_one_has_closed_and_does_not_read(serve: Serve) -> None:
+    """A transport that waits for such a client keeps neither the 1012 from the others nor the lifespan from its end."""
+    server = serve(KIND, config=PATIENT)
+    path = f"/flush/ann?count={COUNT}&size={SIZE}&close=false"
+    with RawClient(server.port, path, receive_buffer=4096) as stalled:
+        stalled.handshake()
+        await server.until_event("queued ann")
+        async with friendly(server.url("/echo/bob")) as bob, friendly(server.url("/echo/cyd")) as cyd:
+            stalled.socket.sendall(close_frame(1000))
+            await server.until_event("disconnect ann client_close")
+            assert await asyncio.to_thread(server.terminate, 4) < 4
+            for client in (bob, cyd):
+                with pytest.raises(ConnectionClosed) as closed:
+                    await client.recv()
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 1012
+    assert server.process.returncode in STOPPED
+    assert "LIFESPAN over" in server.log
+    assert not server.errors()
+
+
+# ── what is against the rules ──
+
+
+@pytest.mark.parametrize("behind", [PING, PONG, TEXT])
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        pytest.param([frame(TEXT, b"\xff")], 1007, id="no-utf-8"),
+        pytest.param(fragments(BINARY, [b"x" * 600, b"x" * 600, b""])[:2], 1009, id="too-big"),
+        pytest.param([frame(3, b"x")], 1002, id="reserved-opcode"),
+    ],
+)
+def test_what_follows_an_error_in_its_segment_does_not_hide_it(
+    strict: LiveServer, wrong: list[bytes], code: int, behind: int
+) -> None:
+    """The close frame has the code of the error, nothing comes after it, and the server logs no crash."""
+    with connect(strict) as client:
+        client.write(*wrong, frame(behind, b"behind"))
+        found = client.next_frame()
+        if found.opcode == PONG:  # the parser is ahead of whoever looks into texts
+            found = client.next_frame()
+        assert (found.opcode, int.from_bytes(found.payload[:2], "big")) == (CLOSE, code)
+        client.eof()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        pytest.param(frame(CONTINUATION, b"x"), 1002, id="1002"),
+        pytest.param(frame(TEXT, b"\xff"), 1007, id="1007"),
+        pytest.param(frame(BINARY, b"x" * 5 * LIMIT)[:20], 1009, id="1009-from-the-header"),
+        pytest.param(frame(BINARY, b"x" * (LIMIT + 1)), 1009, id="1009"),
+    ],
+)
+def test_what_comes_after_an_error_is_thrown_away(strict: LiveServer, wrong: bytes, code: int) -> None:
+    """The server reads on for a moment: no TCP reset overtakes the close frame of a client that is still sending."""
+    with connect(strict) as client:
+        client.write(wrong)
+        found = client.next_frame()
+        assert (found.opcode, int.from_bytes(found.payload[:2], "big")) == (CLOSE, code)
+        for _ in range(20):  # more than both kernels hold: it would get stuck if nobody read it
+            client.write(b"y" * MEBIBYTE)
+        client.eof()
+
+
+async def test_who_goes_on_sending_after_an_error_is_cut(strict: LiveServer) -> None:
+    """The moment is short: two seconds after its close frame the server takes nothing more."""
+
+    def refused() -> bool:
+        try:
+            client.write(b"y")
+        except ConnectionError:
+            return True
+        return False
+
+    with connect(strict) as client:
+        client.write(frame(TEXT, b"\xff"))
+        started = time.monotonic()
+        assert client.ending()[0] == 1007
+        await until(refused, 5)
+        assert 1.5 < time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param([frame(TEXT, b"x" * (LIMIT + 1))], id="one-byte-over"),
+        pytest.param([frame(BINARY, b"x" * 5 * LIMIT)], id="far-over"),
+        pytest.param(fragments(BINARY, [b"x" * 600] * 2), id="fragments"),
+        pytest.param([frame(BINARY, deflate(bytes(LIMIT + 1)), rsv=RSV1)], id="compressed"),
+        pytest.param([frame(BINARY, deflate(bytes(MEBIBYTE)), rsv=RSV1)], id="compressed-far-over"),
+    ],
+)
+def test_an_oversized_message_is_told_the_limit(strict: LiveServer, message: list[bytes]) -> None:
+    """The close reason names max_message_size, whoever has noticed: the parser, the inflater or this library."""
+    with connect(strict, offer=BROWSER_OFFER) as client:
+        client.write(*message)
+        assert client.ending() == (1009, f"message over {LIMIT} bytes")
+
+
+def test_an_oversized_message_is_told_the_smaller_limit(serve: Serve) -> None:
+    """Where --ws-max-size is below max_message_size, the close reason names that."""
+    server = serve(KIND, config={"max_message_size": 2 * LIMIT}, args=("--ws-max-size", str(LIMIT)))
+    for size in (LIMIT + 1, 5 * LIMIT):
+        with connect(server) as client:
+            client.write(frame(BINARY, b"x" * size))
+            assert client.ending() == (1009, f"message over {LIMIT} bytes")
+
+
+# ── an inbox that nobody reads ──
+
+
+async def test_compressed_messages_do_not_overrun_a_full_inbox(serve: Serve) -> None:
+    """A segment that inflates a thousand times stays compressed while nobody reads, and arrives in order when it is."""
+    count = 60
+    server = serve(KIND, config={"inbox_max_bytes": MEBIBYTE})
+    peak = PeakMemory(server)
+    with connect(server, "/read-later", offer=BROWSER_OFFER) as client:
+        messages = [f"{number:08d}".encode().ljust(MEBIBYTE, b"x") for number in range(count)]
+        client.write(*(frame(TEXT, deflate(message), rsv=RSV1) for message in messages))
+        await until(lambda: "reading_paused" in server.log)
+        # What is parsed at one go is 4 KiB, and so at most 4 MiB; the message before it had not filled the inbox.
+        assert MEBIBYTE <= server.probe()["unread_bytes"] <= 6 * MEBIBYTE
+        assert peak.growth() < 24 * MEBIBYTE
+        server.post("/release")
+        assert [client.message().payload for _ in messages] == [message[:8] for message in messages]
+        client.write(close_frame(1000))
+        assert client.ending()[0] == 1000
+    assert not server.errors()
+
+
+async def test_a_paused_client_is_not_held_to_pongs_that_nobody_reads(serve: Serve) -> None:
+    """With heartbeat_type off and a full inbox, uvicorn's own keepalive waits as long as reading does."""
+    server = serve(
+        KIND,
+        config={"heartbeat_type": "off", "inbox_max_messages": 5},
+        args=("--ws-ping-interval", "0.1", "--ws-ping-timeout", "0.5"),
+    )
+    with RawClient(server.port, "/read-later/ann") as ann, RawClient(server.port, "/idle/bob") as bob:
+        ann.handshake()
+        bob.handshake()
+        for number in range(20):
+            ann.send(TEXT, b"%d" % number)
+        await until(lambda: "reading_paused" in server.log)
+        for _ in range(10):  # twice as long as uvicorn waits for a pong
+            answer_ping(bob)
+        server.post("/release")
+        received: list[bytes] = []
+        while len(received) < 20:
+            opcode, payload = ann.frame()
+            if opcode == PING:
+                ann.send(PONG, payload)
+            else:
+                assert opcode == TEXT, payload
+                received.append(payload)
+        assert received == [b"%d" % number for number in range(20)]
+        for _ in range(2):  # and it goes on when reading does
+            answer_ping(ann)
+    assert not server.errors()
+
+
+def answer_ping(client: RawClient) -> None:
+    """Wait for a ping, and answer it."""
+    opcode, payload = client.frame()
+    assert opcode == PING, payload
+    client.send(PONG, payload)
+
+
+# ── a WebSocket that is handed over late ──
+
+
+async def test_a_task_that_waits_in_send_is_not_forgotten_when_the_socket_is_handed_over(serve: Serve) -> None:
+    """Everything arrives that a task had begun to send before manager.connect(), and the end is noticed."""
+    server = serve(KIND)
+    with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
+        client.handshake()
+        await server.until_event("handed over")
+        assert not server.events("worked")
+
+        def read() -> int:
+            return sum(len(client.frame()[1]) for _ in range(400))
+
+        assert await asyncio.to_thread(read) == 400 * 65536
+        await server.until_event("worked")
+        client.reset()
+        await server.until_event("disconnect ann")
+    assert not server.errors()
+
+
+async def test_a_task_that_waits_in_send_is_woken_when_the_client_goes(serve: Serve) -> None:
+    """It gets what uvicorn raises there, and the connection ends."""
+    server = serve(KIND)
+    with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
+        client.handshake()
+        await server.until_event("handed over")
+        client.reset()
+        await server.until_event("worked")
+        await server.until_event("disconnect ann")
+    await until(lambda: server.probe()["connections"] == 0)
+    assert not server.errors()
+
+
+async def test_a_task_that_waits_in_receive_gets_the_next_message(serve: Serve) -> None:
+    """A reader from before manager.connect() is served, and the end is noticed."""
+    server = serve(KIND)
+    with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
+        client.handshake()
+        await server.until_event("handed over")
+        client.send(TEXT, b"hello")
+        await server.until_event("worked hello")
+        client.reset()
+        await server.until_event("disconnect ann")
+    assert not server.errors()
+
+
+async def test_a_task_that_waits_in_receive_is_woken_when_the_client_closes(serve: Serve) -> None:
+    """It and the connection both learn of it."""
+    server = serve(KIND)
+    with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
+        client.handshake()
+        await server.until_event("handed over")
+        client.socket.sendall(close_frame(1000))
+        await server.until_event("worked WebSocketDisconnect")
+        await server.until_event("disconnect ann")
+    await until(lambda: server.probe()["connections"] == 0)
+    assert not server.errors()

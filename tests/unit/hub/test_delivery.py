@@ -1,0 +1,114 @@
+"""Tests of who gets what, on connections without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.hub import turns as turns_module
+from fastapi_ws_stabilizer.hub.delivery import SMALL_ROOM, Delivery
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.payload import encode
+from tests.unit.hub.fake_member import FakeMember
+
+
+class Hub:
+    """A delivery with its turns, and connections in the room `lobby`."""
+
+    def __init__(self, members: int, **options: Any) -> None:
+        self.config = WebSocketConfig(**options)
+        reports = Reports()
+        self.turns = Turns(self.config.num_shards, reports)
+        self.delivery: Delivery[FakeMember] = Delivery(
+            self.config,
+            reports,
+            self.turns,
+            TaskSet(lambda _, error: None),
+            joined=self._hear,
+            left=self._hear,
+            wanted=lambda: False,
+        )
+        self.members = [self.add(f"client-{number}") for number in range(members)]
+
+    async def _hear(self, _: Any) -> None:
+        """Nobody wants to be told."""
+
+    def add(self, client_id: str) -> FakeMember:
+        """Connect a client, and let it into the lobby."""
+        member = FakeMember(client_id, shard=self.delivery.registry.next_shard())
+        self.delivery.registry.add(member)
+        self.delivery.join(member, "lobby", None)
+        return member
+
+    async def reached_by_turn(self, **whom: Any) -> list[int]:
+        """Broadcast, and return how many have been reached at the end of each turn that has reached somebody."""
+        task = asyncio.ensure_future(self.delivery.broadcast(encode("hi"), **whom))
+        reached: list[int] = []
+        while not task.done():
+            await asyncio.sleep(0)
+            count = sum(len(member.frames) for member in self.members)
+            if count not in reached:
+                reached.append(count)
+        await task
+        return reached
+
+
+@pytest.fixture
+def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event loop have been held for long wherever that is asked."""
+    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+
+
+@pytest.mark.usefixtures("no_hold")
+@pytest.mark.parametrize(
+    ("members", "num_shards", "reached"),
+    [
+        (SMALL_ROOM, 16, [SMALL_ROOM]),
+        (SMALL_ROOM + 1, 16, [SMALL_ROOM, SMALL_ROOM + 1]),
+        (400, 4, [100, 200, 300, 400]),
+        (400, 3, [134, 268, 400]),
+        (400, 1, [400]),
+    ],
+)
+async def test_a_room_is_divided_if_it_is_large(members: int, num_shards: int, reached: list[int]) -> None:
+    """A small room is reached at one go, and a large one in num_shards parts."""
+    hub = Hub(members, num_shards=num_shards)
+    assert await hub.reached_by_turn(rooms="lobby") == reached
+
+
+@pytest.mark.usefixtures("no_hold")
+@pytest.mark.parametrize(("num_shards", "reached"), [(1, [8]), (4, [2, 4, 6, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8])])
+async def test_everybody_is_divided_into_num_shards_parts(num_shards: int, reached: list[int]) -> None:
+    """A broadcast to everybody goes shard by shard, however few they are."""
+    assert await Hub(8, num_shards=num_shards).reached_by_turn() == reached
+
+
+@pytest.mark.parametrize("how", ["to one", "to all"])
+async def test_sending_in_a_loop_lets_overdue_work_be_done(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A send gives the loop a turn when writers have waited for longer than MAX_HOLD, and else it does not."""
+    now = [100.0]
+    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    hub = Hub(1, num_shards=1)
+    log: list[str] = []
+
+    class Writer:
+        def take_turn(self) -> None:
+            log.append("written")
+
+    async def send() -> None:
+        if how == "to all":
+            await hub.delivery.broadcast(encode("hi"))
+        else:
+            assert await hub.delivery.to_client("client-0", encode("hi"))
+
+    hub.turns.soon(hub.turns.pending(0), Writer())
+    await send()
+    assert log == []
+    now[0] += 1.0
+    await send()
+    assert log == ["written"]
