@@ -35,13 +35,19 @@ from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
     ConnectionTimeoutError,
     DuplicateClientError,
+    InvalidTokenError,
     ManagerNotFoundError,
     MessageEncodeError,
     MessageFormatError,
     NotOpenError,
+    PlainClientError,
+    RequestError,
+    RequestTimeoutError,
     RoomLimitError,
+    SessionEndedError,
     ShutdownError,
     SocketClosed,
+    TokenExpiredError,
     WebSocketStabilizerError,
     WrongLoopError,
 )
@@ -50,6 +56,7 @@ from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Report, Totals
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.stats import stats_router
 
@@ -68,6 +75,7 @@ __all__ = [
     "Ending",
     "HeartbeatType",
     "InboxOverflow",
+    "InvalidTokenError",
     "JsonFormatter",
     "ManagerNotFoundError",
     "MemoryEvictionPolicy",
@@ -75,10 +83,15 @@ __all__ = [
     "MessageFormatError",
     "NotOpenError",
     "OutboxOverflow",
+    "PlainClientError",
     "Presence",
     "Report",
+    "RequestError",
+    "RequestTimeoutError",
+    "ResumeOutcome",
     "Room",
     "RoomLimitError",
+    "SessionEndedError",
     "ShutdownError",
     "ShutdownReport",
     "SlowClient",
@@ -86,6 +99,7 @@ __all__ = [
     "StableSocket",
     "StableSocketDep",
     "StructuredLogger",
+    "TokenExpiredError",
     "Totals",
     "WebSocketConfig",
     "WebSocketConnectionManager",

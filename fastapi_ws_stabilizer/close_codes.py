@@ -11,6 +11,12 @@ from typing import Final
 
 MAX_REASON_BYTES: Final = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two of them are the code
 
+SESSION_OVER: Final = 4410
+"""What a client of `stabilizer.v1.json` gets where a plain one gets 1000."""
+
+SUPERSEDED: Final = 4409
+"""Its place is taken: a client that gets it gives its session up."""
+
 NO_STATUS: Final = 1005
 ABNORMAL: Final = 1006
 UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
@@ -142,6 +148,25 @@ _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
 
 SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
 """Codes that come from the server in front of us rather than from a client, where there is no telling."""
+
+
+def ends_session(how: Ending) -> bool:
+    """Whether nobody is expected back after this ending: one side has said that it is over for good."""
+    if how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE:
+        return how.code == 1000
+    return how.code in (1000, SUPERSEDED, SESSION_OVER) or is_final(how.code)
+
+
+_BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
+"""Codes among 44xx after which a client comes back all the same."""
+
+
+def is_final(code: int) -> bool:
+    """Whether a close code tells a client of `stabilizer.v1.json` not to come back.
+
+    1008 is not: it may be about credentials, which can be renewed.
+    """
+    return code in (1002, 1003, 1007, 1009, 1010, 3003) or (4400 <= code < 4500 and code not in _BACK_AFTER)
 
 
 def check_close_code(code: int) -> int:

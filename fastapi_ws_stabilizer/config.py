@@ -10,7 +10,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from typing_extensions import Self
 
 
@@ -98,11 +98,11 @@ _Seconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, allow_inf
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 _Lower = BeforeValidator(_lower)
 
+MIN_SECRET_BYTES: Final = 16
+
 NOT_YET_HONOURED: Final = frozenset(
     {
         "max_connections",
-        "reconnect_token_ttl",
-        "enable_reconnect",
         "enable_metrics",
         "max_memory_per_connection",
         "max_total_memory",
@@ -195,7 +195,29 @@ class WebSocketConfig(BaseModel):
 
     # reconnect
     reconnect_token_ttl: timedelta = Field(default=timedelta(hours=1), gt=timedelta(0), description="Life of a token.")
-    enable_reconnect: bool = Field(default=True, description="Whether tokens are issued.")
+    enable_reconnect: bool = Field(
+        default=True, description="Whether sessions outlive their connections, and tokens are issued."
+    )
+    reconnect_secret: tuple[SecretStr, ...] | None = Field(
+        default=None, description="What tokens are signed with: one secret, or several, the first of which signs."
+    )
+
+    # sessions
+    session_ttl: _Seconds = Field(
+        default=120.0, description="Seconds that a session waits for its client after a disconnect."
+    )
+    max_sessions_away: _Count = Field(default=10_000, description="Most sessions that wait for their clients.")
+    hello_timeout: _Seconds = Field(
+        default=10.0,
+        description="Seconds that a client of `stabilizer.v1.json` has for its first frame, and `on_auth` for it.",
+    )
+    replay_max_messages: _Count = Field(default=512, description="Most unacknowledged messages kept for one session.")
+    replay_max_bytes: _Count = Field(default=256 * 1024, description="Most bytes of them.")
+    replay_max_age: _Seconds = Field(default=120.0, description="Seconds that one of them is kept.")
+    room_history: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = Field(
+        default=0, description="Messages that each room remembers for newcomers."
+    )
+    room_history_max_age: _Seconds = Field(default=300.0, description="Seconds that a room remembers one of them.")
 
     # compression
     compression: Annotated[CompressionMode, _Lower] = Field(
@@ -243,6 +265,22 @@ class WebSocketConfig(BaseModel):
                 hint = f"; did you mean {similar[0]!r}?" if similar else ""
                 raise ValueError(f"WebSocketConfig has no option {name!r}{hint}")
         return values
+
+    @field_validator("reconnect_secret", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, bytes, SecretStr)) else value
+
+    @field_validator("reconnect_secret", mode="after")
+    @classmethod
+    def _long_enough(cls, value: tuple[SecretStr, ...] | None) -> tuple[SecretStr, ...] | None:
+        for secret in value or ():
+            if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+                raise ValueError(
+                    f"a reconnect_secret has at least {MIN_SECRET_BYTES} bytes, and is random: "
+                    'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+                )
+        return value or None
 
     @model_validator(mode="after")
     def _payload_fits_type(self) -> Self:
@@ -305,6 +343,8 @@ def _from_text(option: str, text: str) -> Any:
     text = text.strip()
     if option == "compression":
         return text
+    if option == "reconnect_secret":
+        return [part.strip() for part in text.split(",") if part.strip()]
     if text.lower() in ("", "none", "null"):
         return None
     if option == "reconnect_token_ttl":

@@ -3,13 +3,19 @@
 ```
 WebSocketStabilizerError
 ├── SocketClosed                (also a WebSocketDisconnect)  the connection is over
-│   └── ConnectionTimeoutError                                ... because the client did not answer
+│   ├── ConnectionTimeoutError                                ... because the client did not answer
+│   └── SessionEndedError                                     the session is over, and with it what was waited for
 ├── NotOpenError                (also a RuntimeError)         used before it was accepted
 ├── ConnectionNotFoundError     (also a LookupError)          no such client
 ├── DuplicateClientError                                      on_duplicate="reject" refused this connection
 ├── ConcurrentReceiveError      (also a RuntimeError)         two readers on one socket
 ├── MessageEncodeError          (also a ValueError)           a payload that cannot be sent
 ├── MessageFormatError          (also a ValueError)           a received message of the wrong kind
+├── RequestError                                              a request was answered with an error
+├── RequestTimeoutError         (also a TimeoutError)         a request was not answered in time
+├── PlainClientError            (also a RuntimeError)         something was asked of a client that cannot do it
+├── InvalidTokenError           (also a ValueError and a WebSocketException)  a reconnect token is not good
+├── TokenExpiredError           (also a ValueError and a WebSocketException)  a reconnect token was good once
 ├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
 ├── BroadcastFailedError                                      a broadcast reached nobody
 ├── ShutdownError               (also a RuntimeError)         the manager is shutting down
@@ -22,9 +28,9 @@ Each knows the close code that an endpoint which lets it escape is closed with.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from fastapi import WebSocketDisconnect
+from fastapi import WebSocketDisconnect, WebSocketException
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 
@@ -67,6 +73,13 @@ class ConnectionTimeoutError(SocketClosed):
 
     It is no `TimeoutError`: a loop that waits with a timeout and goes on after one would never end.
     """
+
+
+class SessionEndedError(SocketClosed):
+    """The session of a client is over: it has said goodbye, or has not come back in time."""
+
+    def __str__(self) -> str:
+        return f"the session is over ({self.ending.reason.value}), and with it what was waited for"
 
 
 def socket_closed(ending: Ending) -> SocketClosed:
@@ -140,6 +153,97 @@ class MessageFormatError(WebSocketStabilizerError, ValueError):
 
     close_code = 1003
     close_text = "unexpected kind of message"
+
+
+class RequestError(WebSocketStabilizerError):
+    """A request is answered with an error: raise it in a handler to answer so, catch it where `request()` is awaited.
+
+    Attributes:
+        code: What is wrong, as a fixed word.
+        message: What is wrong, for people.
+    """
+
+    close_code = 1008
+
+    def __init__(self, code: str, message: str = "") -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" if self.message else self.code
+
+
+class RequestTimeoutError(WebSocketStabilizerError, TimeoutError):
+    """A request was not answered in time. The other side may have handled it all the same.
+
+    Attributes:
+        timeout: The seconds that it was waited for.
+    """
+
+    close_code = 4408
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"the request was not answered within {self.timeout} seconds"
+
+
+class PlainClientError(WebSocketStabilizerError, RuntimeError):
+    """Something was asked of a plain client that only a client of `stabilizer.v1.json` can do."""
+
+    def __str__(self) -> str:
+        return (
+            "this client is a plain WebSocket: acknowledgements and requests need one that speaks stabilizer.v1.json, "
+            "such as fastapi_ws_stabilizer.client; look at ws.session first"
+        )
+
+
+_TOKEN_PROBLEMS: Final = {
+    "malformed": "it is no token of this library, or was cut",
+    "signature": "it was altered, or signed with a secret that is not in reconnect_secret",
+    "other_client": "it was issued for another client",
+    "used": "it was used before, and is good once",
+    "disabled": "enable_reconnect is False",
+}
+
+
+class InvalidTokenError(WebSocketStabilizerError, WebSocketException, ValueError):
+    """A reconnect token is not good. The token itself is nowhere in this error.
+
+    An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
+
+    Attributes:
+        problem: `malformed`, `signature`, `other_client`, `used` or `disabled`.
+    """
+
+    close_code = 4401
+    close_text = "invalid reconnect token"
+
+    def __init__(self, problem: str = "malformed") -> None:
+        WebSocketException.__init__(self, self.close_code, self.close_text)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the reconnect token is not good: {_TOKEN_PROBLEMS.get(self.problem, self.problem)}"
+
+
+class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError):
+    """A reconnect token was good once. A client that gets it back should ask for a new one.
+
+    An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
+    """
+
+    close_code = 4401
+    close_text = "reconnect token expired"
+
+    def __init__(self) -> None:
+        WebSocketException.__init__(self, self.close_code, self.close_text)
+
+    def __str__(self) -> str:
+        return "the reconnect token has expired: reconnect_token_ttl has passed since it was issued"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):

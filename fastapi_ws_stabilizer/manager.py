@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, ShutdownError, WrongLoopError
+from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, InvalidTokenError, ShutdownError, WrongLoopError
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.limits.memory import deep_size
 from fastapi_ws_stabilizer.logs import get_logger, write_report
@@ -29,6 +29,8 @@ from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
 from fastapi_ws_stabilizer.servers.options import uvicorn_options
+from fastapi_ws_stabilizer.servers.workers import several_workers
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.payload import encode
 
@@ -65,10 +67,15 @@ class WebSocketConnectionManager(EventDecorators):
         self.config = config or WebSocketConfig()
         self.reports = Reports()
         self.reports.subscribe(write_report)
-        super().__init__(Hooks(self.reports, self.config.disconnect_grace), MessageHandlers())
+        super().__init__(
+            Hooks(self.reports, self.config.disconnect_grace, self.config.hello_timeout), MessageHandlers()
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shut = False
         self._started_at = 0.0
+        secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
+        self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
+        self._told_of_workers = False
         self._serving = self._make_serving()
 
     def __repr__(self) -> str:
@@ -84,7 +91,8 @@ class WebSocketConnectionManager(EventDecorators):
         Raises:
             WrongLoopError: There are open connections on another event loop.
         """
-        self._shut = self._serving.closing = False
+        self._shut = False
+        self._serving.reopen()
         self._ensure_running()
 
     def _ensure_running(self) -> Serving:
@@ -111,7 +119,7 @@ class WebSocketConnectionManager(EventDecorators):
 
     def _make_serving(self) -> Serving:
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
-        return Serving(self.config, self.reports, self._hooks, dispatcher)
+        return Serving(self.config, self.reports, self._hooks, dispatcher, self._tokens)
 
     async def graceful_shutdown(self, timeout: float = float(SHUTDOWN_TIMEOUT)) -> ShutdownReport:
         """Close all connections with 1012 and wait for their end; take no new ones.
@@ -123,9 +131,10 @@ class WebSocketConnectionManager(EventDecorators):
         Args:
             timeout: Seconds that all of it may take.
         """
-        self._shut = self._serving.closing = True
+        self._shut = True
+        self._serving.close()
         report = await close_all(self._serving.unfinished, timeout)
-        await self._serving.stop()
+        await self._serving.stop(max(1.0, timeout - report.duration_seconds))
         self.reports.tell("shutdown", logging.INFO, **vars(report))
         return report
 
@@ -259,10 +268,12 @@ class WebSocketConnectionManager(EventDecorators):
         """
         check_close_code(code)
         connections = self._serving.meant(client_id)
-        if not connections:
+        away = [] if self._serving.own_connection(client_id) else self._serving.sessions.away_of(client_id)
+        if not connections and not away:
             raise ConnectionNotFoundError(client_id)
-        for connection in connections:
-            connection.end(DisconnectReason.APPLICATION, code=code, text=reason)
+        ending: list[Any] = [*connections, *away]
+        for one in ending:
+            one.end(DisconnectReason.APPLICATION, code=code, text=reason)
 
     async def handle_pong(self, client_id: str) -> None:
         """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""
@@ -273,18 +284,21 @@ class WebSocketConnectionManager(EventDecorators):
 
     # ── sending ──
 
-    async def send_to_client(self, client_id: str, message: Any, *, coalesce_key: Any = None) -> bool:
+    async def send_to_client(
+        self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
+    ) -> bool:
         """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
 
         Args:
             client_id: Who gets it.
             message: `str`, bytes, or anything that can be JSON.
             coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept if the client is away.
 
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key))
+        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key, volatile=volatile))
 
     async def broadcast(
         self,
@@ -294,6 +308,7 @@ class WebSocketConnectionManager(EventDecorators):
         room: str | Iterable[str] | None = None,
         exclude: Any = None,
         coalesce_key: Any = None,
+        volatile: bool = False,
     ) -> BroadcastResult:
         """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
 
@@ -303,12 +318,13 @@ class WebSocketConnectionManager(EventDecorators):
             room: The name of a room, or of several; who is in more than one gets it once.
             exclude: Who else does not get it: a client id, a socket, or several of them.
             coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
 
         Raises:
             MessageEncodeError: The message cannot be encoded; nobody got anything.
             BroadcastFailedError: There were recipients, and it could be queued for none.
         """
-        frame = encode(message, coalesce_key)
+        frame = encode(message, coalesce_key, volatile=volatile)
         if exclude_client is not None:
             exclude = exclude_client if exclude is None else (exclude_client, exclude)
         return await self._serving.delivery.broadcast(frame, room, exclude)
@@ -345,6 +361,11 @@ class WebSocketConnectionManager(EventDecorators):
         connection = self._serving.registry.get(connection_id)
         return None if connection is None else connection.face
 
+    def get_session_counts(self) -> dict[str, int]:
+        """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
+        sessions = self._serving.sessions
+        return {"sessions": len(sessions), "away": sessions.away}
+
     @property
     def totals(self) -> Totals:
         """What has been counted since the manager was made."""
@@ -361,13 +382,13 @@ class WebSocketConnectionManager(EventDecorators):
         return monotonic() - self._started_at if self._loop is not None else 0.0
 
     def get_memory_usage(self) -> dict[str, int | float]:
-        """What is held for connections: queued and unread messages and user data, in bytes.
+        """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
 
         Returns:
             `total_memory`, `connection_count` and `per_connection_average`.
         """
         sockets = self.get_sockets()
-        total = sum(
+        total = self._serving.sessions.held_bytes + sum(
             socket.queued_bytes + socket.unread_bytes + deep_size(socket._user_data) + deep_size(socket._metadata)
             for socket in sockets  # not the properties, which would make what is measured
         )
@@ -376,6 +397,45 @@ class WebSocketConnectionManager(EventDecorators):
             "connection_count": len(sockets),
             "per_connection_average": total / len(sockets) if sockets else 0.0,
         }
+
+    # ── coming back ──
+
+    def generate_reconnect_token(self, client_id: str) -> str:
+        """Make a token by which a plain client gets its rooms and user data back after a disconnect.
+
+        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as `?token=` of its
+        next connection, or in any way that leads to `validate_reconnect_token`. Without `reconnect_secret` it is good
+        in this process only. A client of `stabilizer.v1.json` needs none: it has its own, in each welcome.
+
+        Raises:
+            ValueError: `client_id` is empty.
+            InvalidTokenError: `enable_reconnect` is False.
+        """
+        if not client_id or not isinstance(client_id, str):
+            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        if not self.config.enable_reconnect:
+            raise InvalidTokenError("disabled")
+        if self.config.reconnect_secret is None and not self._told_of_workers and several_workers():
+            self._told_of_workers = True
+            self.reports.tell("reconnect_secret_missing", logging.WARNING)
+        self._serving.resumption.luggage.expect(client_id)
+        return self._tokens.issue(client_id)
+
+    async def validate_reconnect_token(self, token: str) -> str:
+        """Use a token up, and return the client id that it was issued for.
+
+        The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
+        returns with the client id that you connect, if that one comes from somewhere else.
+
+        Raises:
+            InvalidTokenError: It is no token, was altered, was signed with another secret, or was used before.
+            TokenExpiredError: Its time is over.
+        """
+        if not self.config.enable_reconnect:
+            raise InvalidTokenError("disabled")
+        claim = self._tokens.use(token)
+        self._serving.resumption.prove(claim.client_id)
+        return claim.client_id
 
     # ── user data by client id ──
 

@@ -45,7 +45,8 @@ class Totals:
     messages_received: int = 0
     messages_sent: int = 0
     messages_discarded: int = 0
-    """Messages that were received and never read, or queued and never sent, because their connection ended."""
+    """Messages that were received and never read, queued and never sent, or, in a session, never acknowledged, because
+    their connection or session ended."""
     messages_dropped: int = 0
     """Messages that `outbox_overflow` threw away because a client was slow."""
     messages_coalesced: int = 0
@@ -55,6 +56,12 @@ class Totals:
     bad_messages: int = 0
     broadcasts: int = 0
     pings_sent: int = 0
+    sessions_resumed: int = 0
+    """Sessions whose client came back and got everything that it had missed."""
+    session_gaps: int = 0
+    """Sessions whose client came back too late for what it had missed, and was told so."""
+    sessions_lost: int = 0
+    """Clients that came back for a session which is not here any more."""
     endings: Counter[DisconnectReason] = field(default_factory=Counter)
 
 

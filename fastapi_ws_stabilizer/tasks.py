@@ -82,6 +82,11 @@ class TaskSet:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(task, error)
 
+    @property
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Those that run."""
+        return list(self._tasks)
+
     def cancel(self) -> list[asyncio.Task[Any]]:
         """Cancel all tasks but the current one and return them, so that the caller can wait for their end."""
         current = asyncio.current_task()
@@ -100,6 +105,18 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
     if pending:
         _, pending = await asyncio.wait(pending, timeout=timeout)
     return not pending
+
+
+async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float | None = None) -> bool:
+    """Wait until one of the futures is done, at most `timeout` seconds; tell whether one is.
+
+    Neither the timeout nor a cancellation of the caller touches the futures.
+    """
+    everyone = set(futures)
+    if any(future.done() for future in everyone):
+        return True
+    done, _ = await asyncio.wait(everyone, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
 
 
 class Latch:

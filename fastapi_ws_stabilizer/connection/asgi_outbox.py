@@ -13,6 +13,7 @@ from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import Suspended, TaskSet, begin
+from fastapi_ws_stabilizer.wire.envelope import deflate_frame
 from fastapi_ws_stabilizer.wire.payload import close_message
 
 Send = Callable[[MutableMapping[str, Any]], Any]
@@ -101,7 +102,7 @@ class AsgiOutbox(Outbox):
         self.held_bytes = 0
         self._in_flight = 1
         try:
-            coroutine = self._send(frame.message())
+            coroutine = self._send((deflate_frame(frame) if self._deflates else frame).message())
             waits_for = coroutine.send(None)  # as `begin` does
         except StopIteration:
             pass
@@ -168,7 +169,7 @@ class AsgiOutbox(Outbox):
             frame = self._pop()
             if self._waiters:
                 self._serve_waiters()
-            message = frame.message()
+            message = (deflate_frame(frame) if self._deflates else frame).message()
         else:
             assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
             message = close_message(*self._close)

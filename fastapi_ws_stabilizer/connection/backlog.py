@@ -23,13 +23,17 @@ class OutboxLimits:
     __slots__ = ("calm_bytes", "calm_messages", "max_bytes", "max_messages", "overflow", "send_timeout", "totals")
 
     def __init__(self, config: WebSocketConfig, totals: Totals) -> None:
-        self.max_messages = config.outbox_max_messages
-        self.max_bytes = config.outbox_max_bytes
-        self.calm_messages = config.outbox_max_messages // 2
-        self.calm_bytes = config.outbox_max_bytes // 2
+        self.bound(config.outbox_max_messages, config.outbox_max_bytes)
         self.overflow = config.outbox_overflow
         self.send_timeout = config.send_timeout
         self.totals = totals
+
+    def bound(self, max_messages: int, max_bytes: int) -> None:
+        """Lower the bounds to these, where they are higher."""
+        self.max_messages = min(max_messages, getattr(self, "max_messages", max_messages))
+        self.max_bytes = min(max_bytes, getattr(self, "max_bytes", max_bytes))
+        self.calm_messages = self.max_messages // 2
+        self.calm_bytes = self.max_bytes // 2
 
 
 class Backlog:

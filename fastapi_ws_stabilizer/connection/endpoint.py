@@ -153,7 +153,9 @@ def ending_for(error: BaseException | None) -> Ending:
     if error is None or isinstance(error, WebSocketDisconnect):
         return ending(DisconnectReason.COMPLETED)
     if isinstance(error, HTTPException):
-        return ending(DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error.detail))
+        return ending(
+            DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error) + _hint(error)
+        )
     if isinstance(error, WebSocketException):
         return ending(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
     if isinstance(error, WebSocketRequestValidationError):
@@ -172,8 +174,15 @@ def _sendable(code: int) -> int:
         return 1008
 
 
-def _text(detail: object) -> str:
+def _text(error: HTTPException) -> str:
+    detail: object = error.detail
     return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode("utf-8")
+
+
+def _hint(error: HTTPException) -> str:
+    """When to come back, as clients of this library read it: the `Retry-After` of an answer that cannot have one."""
+    wait = str((error.headers or {}).get("Retry-After", ""))
+    return f"; retry={int(wait) * 1000}" if wait.isascii() and wait.isdigit() and len(wait) < 5 else ""
 
 
 def _validation_text(error: WebSocketRequestValidationError) -> str:

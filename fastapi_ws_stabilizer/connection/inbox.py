@@ -10,13 +10,18 @@ from collections.abc import Callable
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
+from fastapi_ws_stabilizer.tasks import Latch
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 
 class InboxClosed(Exception):
     """Everything has been read and nothing more will come."""
 
 
-_Items = deque[tuple[str | bytes, int]]
+Item = str | bytes | Message
+"""What waits in an inbox: a message of a plain client as it came, or one of `stabilizer.v1.json` with what it says."""
+
+_Items = deque[tuple[Item, int]]
 """Messages with their sizes: a str grows when it is encoded."""
 
 _NOTHING: Final[_Items] = deque(maxlen=0)
@@ -28,22 +33,26 @@ class Inbox:
 
     The bound is in messages and in bytes of memory that they hold. It is a mark, not a wall: the message that reaches
     it is taken, and the pump then waits for room before it reads the next one.
+
+    It belongs to a session where there is one, and is handed from one connection to the next.
     """
 
     __slots__ = (
         "_alone",
         "_closed",
+        "_in_hand",
         "_items",
         "_max_bytes",
         "_max_messages",
         "_reader",
         "_relief",
+        "_settled",
         "held_bytes",
         "taken",
     )
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:
-        self._alone: tuple[str | bytes, int] | None = None  # the only message that waits; then the queue is empty
+        self._alone: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
         self._items = _NOTHING
         self._max_messages = max_messages
         self._max_bytes = max_bytes
@@ -52,6 +61,8 @@ class Inbox:
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
         self._relief: Callable[[], None] | None = None
+        self._in_hand = False  # whether its reader may still be busy with the message that it has taken last
+        self._settled: Latch | None = None
 
     def __len__(self) -> int:
         return 1 if self._alone is not None else len(self._items)
@@ -61,9 +72,15 @@ class Inbox:
         """Whether the mark is reached."""
         return len(self) >= self._max_messages or self.held_bytes >= self._max_bytes
 
-    def put(self, message: str | bytes) -> None:
-        """Add a message and wake the reader."""
-        size = sys.getsizeof(message)
+    def put(self, message: Item, size: int | None = None) -> None:
+        """Add a message and wake the reader.
+
+        Args:
+            message: The message.
+            size: Bytes of memory that it holds, where that is more than can be seen.
+        """
+        if size is None:
+            size = sys.getsizeof(message)
         if self._items:
             self._items.append((message, size))
         elif self._alone is None:
@@ -84,11 +101,12 @@ class Inbox:
         """
         if self.full and not self._closed:
             room = asyncio.get_running_loop().create_future()
-            self._relief = functools.partial(_wake, room)
+            relief = self._relief = functools.partial(_wake, room)
             try:
                 await asyncio.wait({room}, timeout=timeout)
             finally:
-                self._relief = None
+                if self._relief is relief:  # else the inbox was handed over, and another one wants to be told
+                    self._relief = None
         return self._closed or not self.full
 
     def call_when_room(self, relief: Callable[[], None]) -> None:
@@ -100,7 +118,7 @@ class Inbox:
         if relief is not None:
             relief()
 
-    async def get(self) -> str | bytes:
+    async def get(self) -> Item:
         """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
 
         Raises:
@@ -109,14 +127,21 @@ class Inbox:
         """
         if self._reader is not None:
             raise ConcurrentReceiveError
+        self._in_hand = False
         while self._alone is None and not self._items:
             if self._closed:
+                if self._settled is not None:
+                    self._settled.set()
                 raise InboxClosed
-            self._reader = asyncio.get_running_loop().create_future()
+            reader = self._reader = asyncio.get_running_loop().create_future()
             try:
-                await self._reader
+                await reader
             finally:
-                self._reader = None
+                ours = self._reader is reader
+                if ours:
+                    self._reader = None
+            if not ours:  # the inbox was handed over while we were woken, and another one reads it
+                raise InboxClosed
         if self._alone is not None:
             message, size = self._alone
             self._alone = None
@@ -124,11 +149,41 @@ class Inbox:
             message, size = self._items.popleft()
         self.held_bytes -= size
         self.taken += 1
+        self._in_hand = True
         if not self._items:
             self._items = _NOTHING
         if self._relief is not None and not self.full:
             self._relieve()
         return message
+
+    def hand_over(self) -> Inbox:
+        """Turn its reader away and open it again for another one.
+
+        Returns:
+            An inbox for the reader that was turned away: empty, closed, and it tells when that reader has done with the
+            message that it had in hand.
+        """
+        rest = Inbox(self._max_messages, self._max_bytes)
+        rest._closed = True
+        rest._settled = Latch()
+        if not self._in_hand:
+            rest._settled.set()
+        self._in_hand = self._closed = False
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_exception(InboxClosed())
+        self._relieve()
+        return rest
+
+    @property
+    def settled(self) -> asyncio.Future[None] | None:
+        """Of an inbox that was left behind: a future that is done when its reader has nothing in hand any more."""
+        return None if self._settled is None else self._settled.future
+
+    def unread(self) -> list[Item]:
+        """The messages that wait, oldest first."""
+        waiting = list(self._items) if self._alone is None else [self._alone]
+        return [item for item, _ in waiting]
 
     def close(self, *, discard: bool) -> int:
         """Take nothing more, wake who waits, and tell how many unread messages were thrown away.

@@ -17,32 +17,36 @@ import asyncio
 import contextvars
 import logging
 import secrets
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.activity import Activity
+from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
-from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
+from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.link_reader import LinkReader
+from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
-from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
-from fastapi_ws_stabilizer.errors import NotOpenError, socket_closed
+from fastapi_ws_stabilizer.errors import (
+    NotOpenError,
+)
 from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all
-from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all, wait_for_first
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
 
-class Connection(SendingHalf):
+class Connection(Messages):
     """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
 
     It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
@@ -53,22 +57,32 @@ class Connection(SendingHalf):
         "_abort_timer",
         "_context",
         "_finished",
+        "_hooks_done",
         "_pump",
         "_tied",
         "activity",
         "bad_messages",
+        "before",
+        "begun",
         "control_frames",
         "endpoint",
         "hooks_wanted",
-        "inbox",
-        "opened",
         "opened_at",
+        "restored",
         "told_of_pause",
+        "told_of_session_end",
         "websocket",
     )
 
     def __init__(
-        self, websocket: WebSocket, client_id: str, parts: Parts, *, control_frames: bool, endpoint: Endpoint
+        self,
+        websocket: WebSocket,
+        client_id: str,
+        parts: Parts,
+        *,
+        control_frames: bool,
+        endpoint: Endpoint,
+        numbered: bool = False,
     ) -> None:
         config = parts.config
         self.connection_id = secrets.token_hex(8)
@@ -84,9 +98,15 @@ class Connection(SendingHalf):
         self.server_side = ServerSide(websocket._receive, websocket._send)
         self.shard = parts.next_shard()
         self._link = self.server_side.link(websocket.scope)
-        self.outbox = self._make_outbox(parts)
+        self.conversation = None
+        self.outbox = self._make_outbox(parts, numbered=numbered)
         self._over = Latch()
         self._finished = Latch()
+        self._hooks_done = Latch()
+        self.restored = ResumeOutcome.NONE
+        self.before: tuple[Connection, ...] = ()  # those that are still busy for what is ours now
+        self.begun = False  # whether the connect or resume hooks have begun
+        self.told_of_session_end = False
         self.ending: Ending | None = None
         self.reading_paused = False
         self.told_of_pause = False
@@ -118,6 +138,8 @@ class Connection(SendingHalf):
         self._context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
         self.outbox.open()
+        if self.conversation is not None:
+            self._take_over(self.conversation)
         self.reports.totals.connections_opened += 1
         self.tell("connection_opened", logging.INFO)
         if isinstance(self.outbox, LinkOutbox) and self._link is not None:
@@ -131,75 +153,51 @@ class Connection(SendingHalf):
             name = f"ws-pump-{self.connection_id}"
             self._pump = start(pump(self, receive), name=name, context=self._context)
 
+    def _take_over(self, conversation: Conversation) -> None:
+        """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
+
+        Nothing of this waits, so no message comes between, and none is sent or read twice.
+        """
+        session = conversation.session
+        last: Connection | None = session.predecessor
+        if last is not None:
+            rest = session.inbox.hand_over()
+            self.inbox, last.inbox = session.inbox, rest
+        if last is not None:
+            self.follow(last)
+        session.inbox, session.predecessor = self.inbox, self
+        if conversation.max_inflated:
+            self.outbox.deflate_frames()
+        before = session.attach(self, conversation.greeting.cursor, conversation.welcome())
+        conversation.tell_outcome()
+        if before is not None:
+            before.end(DisconnectReason.REPLACED, text="another connection has taken the session over")
+
+    def follow(self, last: Connection) -> None:
+        """Nothing is done here until everything is done there, and where that one waits for in its turn."""
+        self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
+
+    async def wait_for_those_before(self) -> None:
+        """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
+        if self.before:
+            await asyncio.gather(*(one.handed_over() for one in self.before))
+            self.before = ()
+
+    async def handed_over(self) -> None:
+        """Wait until nothing more is done here for a session that another connection has taken over.
+
+        That is: the message that was in hand is handled, and the disconnect hooks have run. Bounded, as they are.
+        """
+        grace = self.config.disconnect_grace
+        settled = self.inbox.settled
+        if settled is not None:
+            await wait_for_first([settled, self.endpoint.returned], grace)
+        await wait_for_all([self._hooks_done.future], 2 * grace + LINGER)
+
     async def bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
         self.reports.bug(event, error, client_id=self.client_id, connection_id=self.connection_id)
         await self._parts.failed(self.face, error)
-
-    # ── messages ──
-
-    async def receive(self) -> str | bytes:
-        """Wait for the next message.
-
-        Raises:
-            SocketClosed: The connection is over and everything has been read.
-            ConcurrentReceiveError: Another task is receiving.
-        """
-        self.check_opened()
-        try:
-            return await self.inbox.get()
-        except InboxClosed:
-            raise self._closed_error() from None
-
-    async def send(self, frame: Frame) -> None:
-        """Queue a frame; wait while the outbox is full.
-
-        Raises:
-            SocketClosed: The connection is over.
-        """
-        if not await self.outbox.put_wait(frame):
-            raise self._closed_error()
-
-    def check_opened(self) -> None:
-        """Raise unless the connection is open or has been.
-
-        Raises:
-            NotOpenError: It is not accepted yet.
-        """
-        if not self.opened:
-            raise NotOpenError
-
-    def check_open(self) -> None:
-        """Raise unless the connection is open.
-
-        Raises:
-            SocketClosed: It is over.
-            NotOpenError: It is not accepted yet.
-        """
-        if not self.opened or self.ending is not None:
-            raise self._closed_error()
-
-    def _closed_error(self) -> Exception:
-        return NotOpenError() if self.ending is None else socket_closed(self.ending)
-
-    async def _asgi_receive(self) -> dict[str, Any]:
-        """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
-        try:
-            message = await self.inbox.get()
-        except InboxClosed:
-            how = self.ending or ending(DisconnectReason.NETWORK_LOST)
-            return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
-        return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
-
-    async def _asgi_send(self, message: Any) -> None:
-        """Stand in for the server's `send`, for code that writes to the `WebSocket` itself."""
-        if message["type"] == CLOSE:
-            self.end(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
-            return
-        if message["type"] != "websocket.send":
-            raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")
-        data = message.get("bytes")
-        await self.send(encode(message.get("text") or "" if data is None else data))
 
     def belongs_to(self, parts: Parts) -> bool:
         """Whether this connection was opened with these parts, and not by another manager."""
@@ -231,10 +229,14 @@ class Connection(SendingHalf):
     def _begin_end(self, how: Ending) -> bool:
         if self.ending is not None:
             return False
+        if self.conversation is not None and how.code == 1000 and not how.by_peer:
+            how = replace(how, code=SESSION_OVER)  # 1000 also comes from proxies, and is no reason to stay away
         self.ending = how
         self._parts.left(self)
         self.reports.totals.endings[how.reason] += 1
-        self._discarded(self.inbox.close(discard=not how.rule.deliver))
+        if self.conversation is not None:
+            self.conversation.close()
+        self._close_inbox(discard=not how.rule.deliver)
         if how.by_peer:
             self._discarded(self.outbox.discard())
         else:
@@ -249,6 +251,21 @@ class Connection(SendingHalf):
         turns.soon(turns.pending(self.shard), self)
         return True
 
+    def close_unread(self) -> None:
+        """Throw away what nobody will read any more."""
+        self._close_inbox(discard=True)
+
+    def _close_inbox(self, *, discard: bool) -> None:
+        """Take no more messages. What is unread waits for the next connection of the session, if there may be one."""
+        if self.conversation is not None:
+            discard = discard and self.conversation.session.over is not None
+            for item in self.inbox.unread() if discard else ():
+                self.conversation.unread(item)
+        discarded = self.inbox.close(discard=discard)
+        self.reports.totals.messages_discarded += discarded
+        if discarded:
+            self.tell("messages_discarded", logging.DEBUG, count=discarded)
+
     def take_turn(self) -> None:
         """Begin with the rest of the end. Called soon after it was decided, with those of others, shard by shard."""
         if self.ending is not None and not self._finished.is_set:
@@ -259,6 +276,11 @@ class Connection(SendingHalf):
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when everything is done for this connection."""
         return self._finished.future
+
+    @property
+    def hooks_done(self) -> bool:
+        """Whether its disconnect hooks have run, if there was something to tell them."""
+        return self._hooks_done.is_set
 
     @property
     def is_finished(self) -> bool:
@@ -278,8 +300,11 @@ class Connection(SendingHalf):
             if not await wait_for_all([self.activity.idle()], grace):
                 self._cancel_endpoint()
                 await wait_for_all([self.activity.idle()], min(grace, LINGER))
+            await self.wait_for_those_before()
             async with self._parts.cleanups:
                 await self.run_disconnect_hooks()
+                self._hooks_done.set()
+                await self._parts.session_over(self)
             if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
                 self._cancel_endpoint()
             tied = self._tied.cancel() if self._tied is not None else []
@@ -307,14 +332,16 @@ class Connection(SendingHalf):
         if self._finished.is_set:
             return
         self._finished.set()
+        self._hooks_done.set()
         self._parts.finished(self)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
         self._stop_reading()
+        self.before = ()
         self._pump = self._context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
-            self._discarded(self.inbox.close(discard=True))
+            self.close_unread()
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
         self.server_side.abort_unless_flushed(self.config.send_timeout if patient else None)
         self.tell(

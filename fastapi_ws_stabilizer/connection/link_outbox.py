@@ -10,6 +10,7 @@ from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.wire.envelope import deflate_frame
 
 MAX_WRITE_BYTES: Final = 256 * 1024
 """Bytes that are joined to one write. After each the transport is asked whether it has had enough, so this and its
@@ -46,7 +47,16 @@ class LinkOutbox(Outbox):
     def take_turn(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
         frame = self._alone
-        if frame is None or self._shut or self._broken or self._paused or self._slow or self._urgent or self._waiters:
+        if (
+            frame is None
+            or self._shut
+            or self._broken
+            or self._deflates
+            or self._paused
+            or self._slow
+            or self._urgent
+            or self._waiters
+        ):
             super().take_turn()
             return
         self._due = False
@@ -67,6 +77,8 @@ class LinkOutbox(Outbox):
                 return
             frames = self._take(MAX_WRITE_BYTES)
             try:
+                if self._deflates:
+                    frames = [deflate_frame(frame) for frame in frames]
                 if self._window_bits:
                     parts = [frame.compressed(self._window_bits, self._min_bytes) for frame in frames]
                 else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.pump import Pumped, end_by_event, is_for_inbox, nobody_reads, refuse_more
+from fastapi_ws_stabilizer.connection.pump import Pumped, end_by_event, for_inbox, nobody_reads, refuse_more
 from fastapi_ws_stabilizer.servers.link import Link
 
 
@@ -39,14 +40,15 @@ class LinkReader:
         if connection.ending is not None:
             connection.reports.totals.messages_discarded += 1
             return
-        if not is_for_inbox(connection, message):
+        item = for_inbox(connection, message)
+        if item is None:
             return
         inbox = connection.inbox
         full = inbox.full
-        if full and refuse_more(connection):
+        if full and refuse_more(connection) and item is message:
             connection.reports.totals.messages_discarded += 1
             return
-        inbox.put(message)
+        inbox.put(item, None if item is message else sys.getsizeof(message))
         if full and not connection.reading_paused:
             self._pause()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -35,13 +35,15 @@ class Waiter:
 
     Attributes:
         frame: What it wants to send.
+        queued: Called with it in the moment in which it is queued; `None` if nobody wants to know.
         done: `True` when that is queued, or a newer message has taken its place; `False` if it never will be.
     """
 
-    __slots__ = ("done", "frame")
+    __slots__ = ("done", "frame", "queued")
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, queued: Callable[[Frame], object] | None) -> None:
         self.frame = frame
+        self.queued = queued
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def settle(self, queued: bool) -> None:
@@ -63,6 +65,7 @@ class Outbox(Backlog, abc.ABC):
         "_blocked_since",
         "_broken",
         "_close",
+        "_deflates",
         "_done",
         "_due",
         "_pending",
@@ -87,6 +90,7 @@ class Outbox(Backlog, abc.ABC):
         self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
         self._shut = True
         self._broken = False
+        self._deflates = False
         self._slow: SlowClient | None = None
         self._waiters: deque[Waiter] | None = None
         self._close: tuple[int, str] | None = None
@@ -101,6 +105,10 @@ class Outbox(Backlog, abc.ABC):
     def open(self) -> None:
         """Take messages from now on."""
         self._shut = False
+
+    def deflate_frames(self) -> None:
+        """Send compressed frames of the v1 protocol from now on, where that is worth it."""
+        self._deflates = True
 
     # ── putting in ──
 
@@ -177,13 +185,16 @@ class Outbox(Backlog, abc.ABC):
             return False
         if frame.key is not None and self._takes_a_place(frame):
             return True
-        if not self._fits(frame.size):
-            if not self.blocked:
-                self._carry()
-            if self._shut or not self._fits(frame.size):
-                return False
+        if not self.make_room(frame.size):
+            return False
         self._put_in(frame)
         return True
+
+    def make_room(self, size: int) -> bool:
+        """Whether a frame of `size` bytes can be queued, after what can be sent was sent. Others may get in by that."""
+        if not self._shut and not self._fits(size) and not self.blocked:
+            self._carry()
+        return not self._shut and self._fits(size)
 
     def put_urgent(self, frame: Frame) -> bool:
         """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
@@ -195,18 +206,29 @@ class Outbox(Backlog, abc.ABC):
         self._book_turn()
         return True
 
-    async def put_wait(self, frame: Frame) -> bool:
+    def put_all(self, frames: Iterable[Frame]) -> None:
+        """Queue what a connection begins with, whatever room there is."""
+        for frame in frames:
+            self._put_in(frame)
+
+    async def put_wait(self, frame: Frame, queued: Callable[[Frame], object] | None = None) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
 
         Room that becomes free goes to who waits first, even if it is a little too small, so that messages for which
         nobody waits cannot take it away again and again. The wait is bounded by the sends before it: one that makes no
         progress ends the connection. Cancelling leaves the frame out, unless it has just been queued.
+
+        Args:
+            frame: What to send.
+            queued: Called with it in the moment in which it is queued.
         """
         if not self._waiters and self.put(frame):
+            if queued is not None:
+                queued(frame)
             return True
         if self._shut:
             return False
-        waiter = Waiter(frame)
+        waiter = Waiter(frame, queued)
         self._stand_in_line(waiter)
         try:
             return await waiter.done
@@ -305,6 +327,8 @@ class Outbox(Backlog, abc.ABC):
                 continue
             if waiter.frame.key is None or not self._takes_a_place(waiter.frame):
                 self._put_in(waiter.frame)
+            if waiter.queued is not None:
+                waiter.queued(waiter.frame)
             waiter.settle(True)
 
     def _book_turn(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.slots import Slots
@@ -28,11 +28,13 @@ class Parts:
         left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
         finished: Called, without waiting, when everything is done for a connection.
         disconnected: Runs the disconnect hooks.
+        session_over: Runs the hooks for the end of a connection's session, if it has ended with it.
         slow: Called, without waiting, when a client has become slow.
         failed: Told of a bug in user code, after it has been reported.
 
     Attributes:
-        outbox_limits: What all outboxes share.
+        outbox_limits: What all outboxes of plain clients share.
+        numbered_limits: What those of `stabilizer.v1.json` clients share: nothing that is numbered is ever dropped.
         sends: How many sends may wait for the server at the same time.
         closes: The same for close frames.
         cleanups: The same for disconnect hooks.
@@ -47,9 +49,11 @@ class Parts:
         "finished",
         "left",
         "next_shard",
+        "numbered_limits",
         "outbox_limits",
         "reports",
         "sends",
+        "session_over",
         "slow",
         "tasks",
         "turns",
@@ -66,6 +70,7 @@ class Parts:
         left: Callable[[Any], None],
         finished: Callable[[Any], None],
         disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
+        session_over: Callable[[Any], Awaitable[None]],
         slow: Callable[[Any, SlowClient], None],
         failed: Callable[[Any, BaseException], Awaitable[None]],
     ) -> None:
@@ -77,9 +82,14 @@ class Parts:
         self.left = left
         self.finished = finished
         self.disconnected = disconnected
+        self.session_over = session_over
         self.slow = slow
         self.failed = failed
         self.outbox_limits = OutboxLimits(config, reports.totals)
+        self.numbered_limits = OutboxLimits(config, reports.totals)
+        self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
+        # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
+        self.numbered_limits.bound(config.replay_max_messages, config.replay_max_bytes)
         self.sends = Slots(config.max_concurrent_broadcast)
         self.closes = Slots(config.max_concurrent_cleanup)
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

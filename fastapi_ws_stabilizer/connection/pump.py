@@ -7,13 +7,15 @@ its client has left. Everything else goes to the inbox.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending_by_peer
 from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
-from fastapi_ws_stabilizer.connection.inbox import Inbox
+from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.inbox import Inbox, Item
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
@@ -35,6 +37,7 @@ class Pumped(Protocol):
     inbox: Inbox
     server_side: ServerSide
     control_frames: bool
+    conversation: Conversation | None
     reading_paused: bool
     told_of_pause: bool
     ending: Ending | None
@@ -79,27 +82,32 @@ async def pump(connection: Pumped, receive: Receive) -> None:
 
 
 def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
-    """Deal with what was received; `False` if it is a message for which the inbox has no room."""
+    """Deal with what was received; `False` if the inbox has no room for it, or for more."""
     if event["type"] != "websocket.receive":
         end_by_event(connection, event)
         return True
     connection.pulse.seen(monotonic())
     text: str | None = event.get("text")
     message: str | bytes = (event.get("bytes") or b"") if text is None else text
-    if not is_for_inbox(connection, message):
+    item = for_inbox(connection, message)
+    if item is None:
         return True
     inbox = connection.inbox
-    if inbox.held_bytes and inbox.full and not connection.server_side.closing:
-        return False
-    inbox.put(message)
-    return True
+    full = bool(inbox.held_bytes) and inbox.full and not connection.server_side.closing
+    if item is not message:  # it is numbered and accepted, so it cannot wait outside
+        inbox.put(item, sys.getsizeof(message))
+    elif not full:
+        inbox.put(message)
+    return not full
 
 
-def is_for_inbox(connection: Pumped, message: str | bytes) -> bool:
-    """Whether a message is one for user code; else it has been dealt with.
+def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
+    """What user code gets of a message; `None` if it is none for it, and has been dealt with.
 
     Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
     """
+    if connection.conversation is not None:
+        return None if _is_too_big(connection, message) else connection.conversation.take(message)
     if (
         isinstance(message, str)
         and len(message) <= MAX_CONTROL_CHARS
@@ -110,7 +118,15 @@ def is_for_inbox(connection: Pumped, message: str | bytes) -> bool:
             connection.answer(control.answer)
         else:
             connection.pulse.ponged(monotonic())
-        return False
+        return None
+    if _is_too_big(connection, message):
+        return None
+    connection.reports.totals.messages_received += 1
+    return message
+
+
+def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
+    """Whether a message is larger than it may be: then the connection ends."""
     max_size = connection.config.max_message_size
     if len(message) > max_size or (
         4 * len(message) > max_size
@@ -119,9 +135,8 @@ def is_for_inbox(connection: Pumped, message: str | bytes) -> bool:
         and len(message.encode("utf-8", "surrogatepass")) > max_size
     ):
         connection.end(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
-        return False
-    connection.reports.totals.messages_received += 1
-    return True
+        return True
+    return False
 
 
 def end_by_event(connection: Pumped, event: Mapping[str, Any]) -> None:
@@ -149,6 +164,8 @@ def nobody_reads(connection: Pumped) -> None:
 async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
     """Wait for room, and take a message; or end the connection."""
     await _overflow(connection)
+    if connection.conversation is not None:  # it is taken already
+        return
     if connection.ending is not None:
         connection.reports.totals.messages_discarded += 1
         return

@@ -46,14 +46,14 @@ class Room:
         """Whether a socket, or a connection of a client id, is in the room now."""
         delivery = self._delivery
         if isinstance(whom, StableSocket):
-            return self.name in delivery.rooms.of(whom._connection)
+            return self.name in delivery.rooms.of(whom._connection.member)
         connections = delivery.registry.of_client(whom) if isinstance(whom, str) else ()
-        return any(self.name in delivery.rooms.of(connection) for connection in connections)
+        return any(self.name in delivery.rooms.of(connection.member) for connection in connections)
 
     @property
     def members(self) -> list[StableSocket]:
-        """The connections in the room, in the order in which they joined."""
-        return [member.face for member in self._delivery.rooms.members(self.name)]
+        """The connections in the room, in the order in which they joined. Who is away is in it, and is not here."""
+        return [member.face for member in self._delivery.rooms.members(self.name) if member.here]
 
     @property
     def clients(self) -> list[str]:
@@ -72,9 +72,11 @@ class Room:
         """Replace the presence metadata of a client; `False` if it is not here."""
         return self._delivery.presence.update(self.name, client_id, metadata)
 
-    async def send(self, message: Any, *, exclude: Any = None, coalesce_key: Any = None) -> BroadcastResult:
+    async def send(
+        self, message: Any, *, exclude: Any = None, coalesce_key: Any = None, volatile: bool = False
+    ) -> BroadcastResult:
         """Queue a message for everybody in the room. As `manager.broadcast(message, room=name)`."""
-        return await self._delivery.broadcast(encode(message, coalesce_key), self.name, exclude)
+        return await self._delivery.broadcast(encode(message, coalesce_key, volatile=volatile), self.name, exclude)
 
     async def close(self) -> int:
         """Let everybody leave the room; connections stay open. Return how many connections were in it.

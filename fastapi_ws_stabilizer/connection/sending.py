@@ -9,6 +9,7 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
@@ -37,6 +38,7 @@ class SendingHalf(abc.ABC):
         "client_id",
         "config",
         "connection_id",
+        "conversation",
         "dropped_messages",
         "ending",
         "face",
@@ -53,6 +55,8 @@ class SendingHalf(abc.ABC):
     _parts: Parts
     client_id: str
     config: WebSocketConfig
+    conversation: Conversation | None
+    """What a client of `stabilizer.v1.json` and we say to each other; `None` with a plain client."""
     connection_id: str
     dropped_messages: int
     ending: Ending | None
@@ -77,11 +81,12 @@ class SendingHalf(abc.ABC):
         """Report something about this connection."""
         self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
 
-    def _make_outbox(self, parts: Parts) -> AsgiOutbox | LinkOutbox:
+    def _make_outbox(self, parts: Parts, *, numbered: bool) -> AsgiOutbox | LinkOutbox:
+        limits = parts.numbered_limits if numbered else parts.outbox_limits
         if self._link is not None:
             return LinkOutbox(
                 self,
-                parts.outbox_limits,
+                limits,
                 parts.turns,
                 self.shard,
                 link=self._link,
@@ -89,7 +94,7 @@ class SendingHalf(abc.ABC):
             )
         return AsgiOutbox(
             self,
-            parts.outbox_limits,
+            limits,
             parts.turns,
             self.shard,
             send=self.server_side.send,
@@ -111,17 +116,31 @@ class SendingHalf(abc.ABC):
         self.outbox.put_urgent(frame)
 
     @property
+    def member(self) -> Any:
+        """As what it is in rooms and gets messages: itself, or its session."""
+        return self if self.conversation is None else self.conversation.session
+
+    @property
+    def here(self) -> bool:
+        """Whether there is a connection: this is one."""
+        return True
+
+    @property
     def is_linked(self) -> bool:
         """Whether we are at the server's transport, and not behind ASGI."""
         return self._link is not None
 
     @property
     def pings_by_protocol(self) -> bool:
-        """Whether heartbeats are ping frames."""
+        """Whether heartbeats are pings that every such client answers by itself: ping frames, or those of v1."""
+        if self.conversation is not None:
+            return True
         return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
 
     def ping(self, frame: Frame | None, now: float) -> bool:
         """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
+        if self.conversation is not None:
+            return self.conversation.ping(now)
         if frame is None and self._link is not None:
             if self._link.write_paused:
                 return False
@@ -163,7 +182,8 @@ class SendingHalf(abc.ABC):
         self.tell("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
         self._parts.slow(self.face, how)
         if how is SlowClient.DISCONNECTED:
-            self.reports.totals.messages_discarded += 1  # the one that found no room
+            if self.conversation is None:
+                self.reports.totals.messages_discarded += 1  # the one that found no room
             self.end(DisconnectReason.SLOW_CONSUMER)
 
     def caught_up(self) -> None:
@@ -205,6 +225,6 @@ class SendingHalf(abc.ABC):
         self.server_side.abort()
 
     def _discarded(self, count: int) -> None:
-        if count:
+        if count and self.conversation is None:  # what is numbered is in the log of its session
             self.reports.totals.messages_discarded += count
             self.tell("messages_discarded", logging.DEBUG, count=count)

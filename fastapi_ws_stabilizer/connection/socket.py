@@ -6,17 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
-from fastapi import WebSocket
 from pydantic_core import from_json
-from starlette.datastructures import URL, Address, Headers, QueryParams, State
 
-from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 T = TypeVar("T")
 
@@ -36,8 +35,11 @@ class Services(Protocol):
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that a connection is in."""
 
+    def history(self, connection: Connection, room: str, count: int) -> None:
+        """Send the last messages of a room to a connection."""
 
-class StableSocket:
+
+class StableSocket(SocketFacts):
     """An accepted, registered WebSocket that looks after itself.
 
     It is read by one task at a time and written by any. Sending only queues: it waits while the client's outbox is
@@ -55,7 +57,7 @@ class StableSocket:
         identity: What the dependency of `manager.socket_for(...)` returned.
     """
 
-    __slots__ = ("_connection", "_metadata", "_services", "_user_data", "identity")
+    __slots__ = ("_services", "identity")
 
     def __init__(
         self,
@@ -65,153 +67,13 @@ class StableSocket:
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
     ) -> None:
-        self._connection = connection
+        super().__init__(connection, metadata)
         self._services = services
-        self._metadata: dict[str, Any] | None = dict(metadata) if metadata else None
-        self._user_data: dict[str, Any] | None = None
         self.identity = identity
 
     def __repr__(self) -> str:
         how = "open" if self.ending is None else self.ending.reason.value
         return f"<StableSocket client_id={self.client_id!r} connection_id={self.connection_id} {how}>"
-
-    # ── who and where ──
-
-    @property
-    def client_id(self) -> str:
-        """Who is connected. Several connections can share one."""
-        return self._connection.client_id
-
-    @property
-    def connection_id(self) -> str:
-        """This connection, and no other ever."""
-        return self._connection.connection_id
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What `manager.connect(..., metadata=...)` was given."""
-        if self._metadata is None:
-            self._metadata = {}
-        return self._metadata
-
-    @property
-    def user_data(self) -> dict[str, Any]:
-        """Yours: anything that belongs to this connection."""
-        if self._user_data is None:
-            self._user_data = {}
-        return self._user_data
-
-    @user_data.setter
-    def user_data(self, data: dict[str, Any]) -> None:
-        """Put another dict in its place."""
-        self._user_data = data
-
-    @property
-    def websocket(self) -> WebSocket:
-        """Starlette's `WebSocket` of this connection. Reading and writing it goes through this socket's queues."""
-        return self._connection.websocket
-
-    @property
-    def scope(self) -> Any:
-        """The ASGI scope."""
-        return self.websocket.scope
-
-    @property
-    def app(self) -> Any:
-        """The application that serves this connection."""
-        return self.websocket.app
-
-    @property
-    def url(self) -> URL:
-        """The URL of the handshake."""
-        return self.websocket.url
-
-    @property
-    def headers(self) -> Headers:
-        """The headers of the handshake."""
-        return self.websocket.headers
-
-    @property
-    def query_params(self) -> QueryParams:
-        """The query parameters of the handshake."""
-        return self.websocket.query_params
-
-    @property
-    def path_params(self) -> dict[str, Any]:
-        """The path parameters of the handshake."""
-        return self.websocket.path_params
-
-    @property
-    def cookies(self) -> dict[str, str]:
-        """The cookies of the handshake."""
-        return self.websocket.cookies
-
-    @property
-    def client(self) -> Address | None:
-        """The address of the other end, which may be a proxy."""
-        return self.websocket.client
-
-    @property
-    def state(self) -> State:
-        """State that middleware and dependencies have attached to this connection."""
-        return self.websocket.state
-
-    # ── how it is doing ──
-
-    @property
-    def ending(self) -> Ending | None:
-        """How the connection ended; `None` while it is open."""
-        return self._connection.ending
-
-    @property
-    def closed(self) -> bool:
-        """Whether the connection is over or ending."""
-        return self._connection.ending is not None
-
-    @property
-    def reason(self) -> DisconnectReason | None:
-        """Why the connection ended; `None` while it is open."""
-        return None if self.ending is None else self.ending.reason
-
-    @property
-    def rtt(self) -> float | None:
-        """Seconds of the last measured round trip; `None` before the first answered ping."""
-        return self._connection.pulse.rtt
-
-    @property
-    def connected_seconds(self) -> float:
-        """Seconds since the connection was opened."""
-        return monotonic() - self._connection.opened_at
-
-    @property
-    def silent_seconds(self) -> float:
-        """Seconds since the last frame came from the client."""
-        return monotonic() - self._connection.pulse.last_seen
-
-    @property
-    def queued_messages(self) -> int:
-        """Messages that wait to be sent."""
-        return len(self._connection.outbox)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes that wait to be sent."""
-        return self._connection.outbox.held_bytes
-
-    @property
-    def dropped_messages(self) -> int:
-        """Messages that were thrown away because the client is slow."""
-        return self._connection.dropped_messages
-
-    @property
-    def unread_messages(self) -> int:
-        """Messages that have been received and wait to be read."""
-        return len(self._connection.inbox)
-
-    @property
-    def unread_bytes(self) -> int:
-        """Bytes of memory that the unread messages hold."""
-        return self._connection.inbox.held_bytes
 
     async def wait_closed(self) -> Ending:
         """Wait until the connection is over or ending, and return how. Cancelling is safe."""
@@ -262,7 +124,11 @@ class StableSocket:
             SocketClosed: The connection is over.
             ConcurrentReceiveError: Another task is receiving.
         """
-        message = await self._connection.receive()
+        message = await self._connection.receive_item()
+        if isinstance(message, Message):
+            if not isinstance(message.data, bytes):
+                return message.data
+            message = message.data
         try:
             return from_json(message, allow_inf_nan=False)
         except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
@@ -276,12 +142,11 @@ class StableSocket:
         """The next message, for `async for`. Cancelling is safe."""
         if not self._connection.opened:
             self._connection.check_opened()
-        try:
-            return (
-                await self._connection.inbox.get()
-            )  # not by receive(), which an idle connection would hold a frame of
+        try:  # not by receive(), which an idle connection would hold a frame of
+            item = await self._connection.inbox.get()
         except InboxClosed:
             raise StopAsyncIteration from None
+        return item.raw if isinstance(item, Message) else item
 
     async def iter_text(self) -> AsyncIterator[str]:
         """Iterate over the messages, which must all be text, until the connection is over."""
@@ -323,7 +188,7 @@ class StableSocket:
 
     # ── rooms ──
 
-    async def join(self, room: str, metadata: Mapping[str, Any] | None = None) -> Roster:
+    async def join(self, room: str, metadata: Mapping[str, Any] | None = None, *, history: int = 0) -> Roster:
         """Join a room, and return who is there by now, oneself included. Joining again renews the metadata.
 
         The `Presence`s are collected when they are first looked at: `list(await ws.join("lobby"))`.
@@ -334,6 +199,8 @@ class StableSocket:
         Args:
             room: Its name. It is made by the first who joins.
             metadata: What the others see of this client in the room: a name, a colour, a status.
+            history: How many of the room's last messages are sent to this connection first, as far as the room
+                remembers them (`room_history`).
 
         Raises:
             TypeError: The metadata is no mapping.
@@ -343,7 +210,10 @@ class StableSocket:
             NotOpenError: The connection is not accepted yet.
         """
         self._connection.check_open()
-        return self._services.join(self._connection, room, metadata)
+        roster = self._services.join(self._connection, room, metadata)
+        if history > 0:
+            self._services.history(self._connection, room, history)
+        return roster
 
     async def leave(self, room: str) -> bool:
         """Leave a room; `False` if it is not in. Presence ends at once, without a grace."""
@@ -356,7 +226,7 @@ class StableSocket:
 
     # ── sending ──
 
-    async def send(self, message: Any, *, coalesce_key: Any = None) -> None:
+    async def send(self, message: Any, *, coalesce_key: Any = None, volatile: bool = False, ack: bool = False) -> None:
         """Send anything: `str` as text, bytes as binary, all else as JSON. Waits while the outbox is full.
 
         Messages of one task arrive in the order of their calls. Cancelling while it waits leaves the message out.
@@ -364,15 +234,41 @@ class StableSocket:
         Args:
             message: What to send.
             coalesce_key: If a message with an equal key still waits to be sent, this one takes its place: for what is
-                worth nothing when there is a newer one, such as a price or the place of a cursor.
+                worth nothing when there is a newer one, such as a price or the place of a cursor. Only plain clients
+                and volatile messages are coalesced.
+            volatile: Whether it is worth nothing later: it is not kept for a client that is away.
+            ack: Whether to wait until the client has acknowledged it, also if it reconnects in between.
 
         Raises:
             MessageEncodeError: The message cannot be encoded; the connection stays usable.
             SocketClosed: The connection is over.
+            SessionEndedError: With `ack`: the session ended before the client had acknowledged it.
+            RequestError: With `ack`: the client came back too late, and will not get it.
+            PlainClientError: With `ack`: the client does not speak `stabilizer.v1.json`.
         """
-        frame = encode(message, coalesce_key)
-        if not self._connection.outbox.put_if_calm(frame):
+        frame = encode(message, coalesce_key, volatile=volatile)
+        if ack:
+            await self._connection.send_acknowledged(frame)
+        elif not self._connection.put_if_calm(frame):
             await self._connection.send(frame)
+
+    async def request(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
+        """Ask the client something, and return its answer. Survives a reconnect in between. Cancelling is safe.
+
+        Args:
+            event: What it is asked.
+            data: What comes with it.
+            timeout: Seconds to wait for the answer.
+
+        Raises:
+            RequestError: The client answered with an error, or too many requests to it are open.
+            RequestTimeoutError: It did not answer in time.
+            SessionEndedError: The session ended before it answered.
+            SocketClosed: The connection is over.
+            PlainClientError: The client does not speak `stabilizer.v1.json`.
+            MessageEncodeError: The data cannot be JSON.
+        """
+        return await self._connection.request(event, data, timeout)
 
     async def send_text(self, data: str) -> None:
         """Send a text message. As `send`."""

@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 from fastapi_ws_stabilizer.close_codes import NO_STATUS, DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
+from fastapi_ws_stabilizer.hub.history import History
 from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard, Roster
 from fastapi_ws_stabilizer.hub.registry import Registry
@@ -16,11 +17,12 @@ from fastapi_ws_stabilizer.hub.rooms import Rooms
 from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.envelope import again
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 M = TypeVar("M", bound=Member)
 
-_NOT_QUEUED = (Offered.DROPPED, Offered.REFUSED)
+_NOT_QUEUED = (Offered.DROPPED, Offered.MISSED, Offered.REFUSED)
 
 SMALL_ROOM: Final = 64
 """Members that are never divided."""
@@ -40,6 +42,7 @@ class Delivery(Generic[M]):
         joined: Told of a client that has come to a room.
         left: Told of a client that has gone from one.
         wanted: Whether anybody wants to be told.
+        away_of: The sessions of a client that is away.
 
     Attributes:
         registry: The open connections.
@@ -57,10 +60,13 @@ class Delivery(Generic[M]):
         joined: Callable[[Presence], Awaitable[None]],
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
+        away_of: Callable[[str], Sequence[Any]] = lambda _: (),
     ) -> None:
         self._turns = turns
         self._num_shards = config.num_shards
         self._fan_out = FanOut(turns, reports.totals)
+        self._away_of = away_of
+        self._history = History(config.room_history, config.room_history_max_age)
         self.registry: Registry[M] = Registry(config.num_shards)
         self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
         self.presence = PresenceBoard(grace=config.presence_grace, joined=joined, left=left, wanted=wanted, tasks=tasks)
@@ -85,8 +91,12 @@ class Delivery(Generic[M]):
             rooms = tuple(rooms)
         if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
             exclude = tuple(exclude)  # it is read when the turn of this broadcast has come
+        if rooms is not None:
+            frame.room = rooms if isinstance(rooms, str) else rooms[0] if len(rooms) == 1 else None
 
         def audience() -> tuple[Iterable[Sequence[Mailbox]], frozenset[str]]:
+            for room in () if rooms is None else (rooms,) if isinstance(rooms, str) else rooms:
+                self._history.add(room, frame)
             groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
             return groups, self.connections_of(exclude)
 
@@ -99,22 +109,24 @@ class Delivery(Generic[M]):
             yield [member.outbox for member in members[start : start + size]]
 
     async def to_client(self, client_id: str, frame: Frame) -> bool:
-        """Queue a frame for all connections of a client; tell whether it was queued for one."""
-        connections = self.registry.of_client(client_id)
-        offered = [connection.outbox.offer(frame) for connection in connections]
+        """Queue a frame for all connections and sessions of a client; tell whether it was queued for one."""
+        mailboxes: list[Mailbox] = [one.member.outbox for one in self.registry.of_client(client_id)]
+        mailboxes += [session.outbox for session in self._away_of(client_id)]
+        offered = [mailbox.offer(frame) for mailbox in mailboxes]
         if Offered.PRESSED in offered:
-            await let_writers_work([one.outbox for one in connections if one.outbox.under_pressure()])
+            await let_writers_work([mailbox for mailbox in mailboxes if mailbox.under_pressure()])
         elif self._turns.overdue():  # the caller sends in a loop to one after the other
             await asyncio.sleep(0)
         return any(how not in _NOT_QUEUED for how in offered)
 
     def connections_of(self, whom: Any) -> frozenset[str]:
-        """The connection ids that are meant by a client id, a socket, or several of them."""
+        """The ids of the members that are meant by a client id, a socket, or several of them."""
         if whom is None:
             return frozenset()
         if isinstance(whom, str):
-            return frozenset(connection.connection_id for connection in self.registry.of_client(whom))
-        connection_id = getattr(whom, "connection_id", None)
+            here = (connection.member.connection_id for connection in self.registry.of_client(whom))
+            return frozenset((*here, *(session.connection_id for session in self._away_of(whom))))
+        connection_id = getattr(whom, "member_id", None)
         if isinstance(connection_id, str):
             return frozenset((connection_id,))
         if isinstance(whom, (bytes, bytearray)) or not isinstance(whom, Iterable):
@@ -136,6 +148,11 @@ class Delivery(Generic[M]):
         self.rooms.join(member, room)
         self.presence.enter(room, member.client_id, member.connection_id, metadata)
         return self.presence.roster(room)
+
+    def recall(self, member: M, room: str, count: int) -> None:
+        """Send a member the last messages of a room."""
+        for frame in self._history.last(room, count):
+            member.outbox.offer(again(frame))
 
     def leave(self, member: M, room: str) -> bool:
         """Take a connection out of a room; `False` if it is not in."""
@@ -166,9 +183,42 @@ class Delivery(Generic[M]):
                 await hold.let_go()
         return ended
 
+    def begin_session(self, session: M) -> None:
+        """Let a session get what everybody gets, from now on, with a connection or without."""
+        self.registry.add_mailbox(session.outbox, session.shard)
+
+    def end_session(self, session: M) -> None:
+        """Take a session that is over out of everything."""
+        self.registry.remove_mailbox(session.outbox, session.shard)
+        self._leave_rooms(session)
+
+    def described(self, member: M) -> dict[str, Mapping[str, Any]]:
+        """The rooms of a member, and how its client is described in each."""
+        return {room: self.presence.metadata(room, member.client_id) for room in self.rooms.of(member)}
+
+    def away(self, session: M) -> dict[str, Mapping[str, Any]]:
+        """The client of a session is away: it stays in its rooms, and is present there for the grace only.
+
+        Returns:
+            How it is described in each.
+        """
+        described = self.described(session)
+        for room in described:
+            self.presence.leave(room, session.client_id, session.connection_id, at_once=False)
+        return described
+
+    def back(self, session: M, described: Mapping[str, Mapping[str, Any]]) -> None:
+        """The client of a session is back. Where it is still expected, it is described as it was meanwhile."""
+        for room in self.rooms.of(session):
+            gone = not self.presence.knows(room, session.client_id)
+            self.presence.enter(room, session.client_id, session.connection_id, described.get(room) if gone else None)
+
     def remove(self, member: M) -> None:
-        """Take a connection that is over out of everything."""
-        self.registry.remove(member)
+        """Take a connection that is over out of everything that it was in by itself."""
+        self.registry.remove(member, mailbox=member.member is member)
+        self._leave_rooms(member)
+
+    def _leave_rooms(self, member: M) -> None:
         for room in self.rooms.leave_all(member):
             self.presence.leave(room, member.client_id, member.connection_id, at_once=_is_final(member.ending))
 

@@ -20,14 +20,16 @@ MAX_TURNS: Final = 8
 
 @dataclass
 class BroadcastResult:
-    """What became of a broadcast: `total` is `succeeded`, `failed`, and what `drop_newest` left out.
+    """What became of a broadcast: `total` is `succeeded`, `failed`, `missed`, and what `drop_newest` left out.
 
     Attributes:
         total: Connections that it was meant for; excluded ones are not counted.
-        succeeded: Connections that it was queued for. Whether they receive it, only they can tell.
+        succeeded: Connections that it was queued for, and sessions of clients that are away and get it when they come
+            back. Whether they receive it, only they can tell.
         failed: Connections that it could not be queued for: they were over, or ended because they were too slow.
         errors: Client id and reason of each failure.
         dropped: Messages that the policy for slow clients threw away to make room, or this one where it found none.
+        missed: Clients that are away, and to whom a volatile message is worth nothing later.
         slow: Connections that lag: more than half of their outbox is used and they take nothing, or it overflowed.
     """
 
@@ -37,6 +39,7 @@ class BroadcastResult:
     errors: list[tuple[str, str]] = field(default_factory=list)
     dropped: int = 0
     slow: int = 0
+    missed: int = 0
 
 
 class FanOut:
@@ -123,6 +126,9 @@ class FanOut:
                 if how is not None and how.reason is DisconnectReason.SLOW_CONSUMER:
                     result.slow += 1
                 result.errors.append((member.client_id, how.reason.value if how else "not open"))
+            elif offered is Offered.MISSED:
+                result.succeeded -= 1
+                result.missed += 1
             else:
                 if offered is Offered.DROPPED:
                     result.succeeded -= 1

@@ -21,6 +21,8 @@ class Offered(Enum):
     """It will be sent; more than half of the outbox is used, or older messages had to go, and its client lags."""
     DROPPED = "dropped"
     """It was left out, as `outbox_overflow="drop_newest"` says."""
+    MISSED = "missed"
+    """It was left out: its client is away, and it is worth nothing later."""
     REFUSED = "refused"
     """The connection is over, or has just ended because its outbox was full."""
 
@@ -52,6 +54,14 @@ class Member(Protocol):
     client_id: str
     shard: int
     pulse: Pulse
+
+    @property
+    def member(self) -> Any:
+        """As what it is in rooms and gets messages: itself, or the session that it belongs to."""
+
+    @property
+    def here(self) -> bool:
+        """Whether there is a connection: a session may be without."""
 
     @property
     def outbox(self) -> Mailbox:

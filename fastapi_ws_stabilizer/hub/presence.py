@@ -204,6 +204,15 @@ class PresenceBoard:
         now = monotonic()
         return [person.look(now) for person in here.people.values()]
 
+    def knows(self, room: str, client_id: str) -> bool:
+        """Whether a client is in a room, or expected back there."""
+        return self._find(room, client_id) is not None
+
+    def metadata(self, room: str, client_id: str) -> Mapping[str, Any]:
+        """How a client is described in a room."""
+        person = self._find(room, client_id)
+        return {} if person is None else person.metadata
+
     def update(self, room: str, client_id: str, metadata: Mapping[str, Any]) -> bool:
         """Describe a client anew; `False` if it is not present. Nothing is announced."""
         person = self._find(room, client_id)

@@ -34,12 +34,29 @@ class Registry(Generic[M]):
         """The shard for a new connection: in turn, so that all have the same size."""
         return next(self._numbers) % len(self._shards)
 
-    def add(self, member: M) -> None:
-        """Add a connection."""
+    def add_mailbox(self, mailbox: Mailbox, shard: int) -> None:
+        """Add a mailbox to those that everybody means: a connection's, or that of a session."""
+        mailbox.place = len(self._shards[shard])
+        self._shards[shard].append(mailbox)
+
+    def remove_mailbox(self, mailbox: Mailbox, number: int) -> None:
+        """Remove a mailbox that is there."""
+        shard = self._shards[number]
+        last = shard.pop()
+        if last is not mailbox:
+            shard[mailbox.place] = last
+            last.place = mailbox.place
+
+    def add(self, member: M, *, mailbox: bool = True) -> None:
+        """Add a connection.
+
+        Args:
+            member: The connection.
+            mailbox: Whether its outbox is one of those that everybody means; not where it has a session for that.
+        """
         self._by_id[member.connection_id] = member
-        shard = self._shards[member.shard]
-        member.outbox.place = len(shard)
-        shard.append(member.outbox)
+        if mailbox:
+            self.add_mailbox(member.outbox, member.shard)
         known = self._by_client.get(member.client_id)
         if known is None:
             self._by_client[member.client_id] = member
@@ -48,15 +65,12 @@ class Registry(Generic[M]):
         else:
             self._by_client[member.client_id] = {known.connection_id: known, member.connection_id: member}
 
-    def remove(self, member: M) -> None:
-        """Remove a connection; nothing happens if it is not there."""
+    def remove(self, member: M, *, mailbox: bool = True) -> None:
+        """Remove a connection, as it was added; nothing happens if it is not there."""
         if self._by_id.pop(member.connection_id, None) is None:
             return
-        shard, outbox = self._shards[member.shard], member.outbox
-        last = shard.pop()
-        if last is not outbox:
-            shard[outbox.place] = last
-            last.place = outbox.place
+        if mailbox:
+            self.remove_mailbox(member.outbox, member.shard)
         known = self._by_client[member.client_id]
         if isinstance(known, dict) and len(known) > 1:
             del known[member.connection_id]

@@ -58,6 +58,43 @@ class EventDecorators:
         return self._decorate("disconnect", hook)
 
     @overload
+    def on_resume(self, hook: F, /) -> F: ...
+    @overload
+    def on_resume(self, /) -> Callable[[F], F]: ...
+    def on_resume(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a client is back in its session: `hook(ws, outcome)`, with a `ResumeOutcome`.
+
+        Called in the place of the connect hooks, after the disconnect hooks of the connection before. `ws.user_data`
+        and `ws.rooms` are those of the session. Raising refuses, as in a connect hook.
+        """
+        return self._decorate("resume", hook)
+
+    @overload
+    def on_session_end(self, hook: F, /) -> F: ...
+    @overload
+    def on_session_end(self, /) -> Callable[[F], F]: ...
+    def on_session_end(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function when a session is over: `hook(ws, reason)`, with the reason of its last disconnect.
+
+        That is when one side has said goodbye, or when the client has not come back within `session_ttl`. A plain
+        client without a reconnect token has a session as long as its connection.
+        """
+        return self._decorate("session_end", hook)
+
+    @overload
+    def on_auth(self, hook: F, /) -> F: ...
+    @overload
+    def on_auth(self, /) -> Callable[[F], F]: ...
+    def on_auth(self, hook: Callable[..., Any] | None = None, /) -> Any:
+        """Call a function with the credential of a `stabilizer.v1.json` client: `hook(ws, credential)`.
+
+        Called for its first frame, before it has a session, with `None` if it sent none, and whenever it sends a new
+        one. Raise an `HTTPException(401)` to refuse: the client is closed with 4401, and gets new credentials. Return
+        for how many seconds the credential is good, and the client is asked for a new one in time.
+        """
+        return self._decorate("auth", hook)
+
+    @overload
     def on_error(self, hook: F, /) -> F: ...
     @overload
     def on_error(self, /) -> Callable[[F], F]: ...

@@ -8,13 +8,15 @@ from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import BroadcastFailedError, SocketClosed
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, RequestError, SocketClosed
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.messages import BadMessage, MessageHandlers, Received, error_reply
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 
 class Dispatcher:
@@ -39,20 +41,24 @@ class Dispatcher:
             connection.tell("no_message_handlers", logging.WARNING)
         with connection.activity.busy():
             if concurrency == 1:
-                async for raw in connection.face:
-                    await self._handle(connection, raw)
+                while True:
+                    try:
+                        item = await connection.receive_item()
+                    except SocketClosed:
+                        return
+                    await self._handle(connection, item)
             else:
                 await self._run_concurrently(connection, concurrency)
 
     async def _run_concurrently(self, connection: Connection, concurrency: int) -> None:
         tasks = TaskSet(lambda _, __: None)  # failures are raised to the endpoint
         running: set[asyncio.Task[None]] = set()
-        reading: asyncio.Task[str | bytes] | None = None
+        reading: asyncio.Task[Item] | None = None
         over = False
         try:
             while running or not over:
                 if reading is None and not over and len(running) < concurrency:
-                    reading = tasks.spawn(connection.receive(), name=f"ws-read-{connection.connection_id}")
+                    reading = tasks.spawn(connection.receive_item(), name=f"ws-read-{connection.connection_id}")
                 waiting: set[asyncio.Task[Any]] = {*running} if reading is None else {*running, reading}
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 handled = {task for task in running if task in done}
@@ -83,30 +89,51 @@ class Dispatcher:
         if errors:
             raise errors[0]
 
-    async def _handle(self, connection: Connection, raw: str | bytes) -> None:
-        received = Received(raw)
+    async def _handle(self, connection: Connection, item: Item) -> None:
+        received = Received(item)
         socket: StableSocket = connection.face
+        message = item if isinstance(item, Message) else None
         try:
             prepared = [(handler, handler.prepare(received)) for handler in self._handlers.find(received)]
         except BadMessage as problem:
-            self._refuse(connection, problem)
+            self._refuse(connection, problem, message)
             return
-        for handler, message in prepared:
+        answer: Any = None
+        for handler, content in prepared:
             try:
-                await handler(socket, message)
+                answered = await handler(socket, content)
+                answer = answered if answer is None else answer
             except SocketClosed:
                 # It wanted to answer a client that has left. What else that client sent is still handled.
                 if connection.ending is None:
                     raise
+                if message is not None:  # it may be back, and waits for an answer
+                    self._answer_error(connection, message, "interrupted", "the connection broke while it was handled")
+                    return
             except BroadcastFailedError as error:
                 # It spoke to others, and they were too slow. That is no fault of this client.
                 connection.tell("broadcast_failed", logging.WARNING, recipients=error.total)
+            except RequestError as refusal:
+                self._answer_error(connection, message, refusal.code, refusal.message)
+                return
+            except BaseException:
+                if message is not None and connection.conversation is not None:
+                    connection.conversation.failed(message)
+                raise
+        if message is not None and connection.conversation is not None:
+            connection.conversation.handled(message, answer)
 
-    def _refuse(self, connection: Connection, problem: BadMessage) -> None:
+    def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
+        if connection.conversation is not None:
+            connection.conversation.refused(message, code, text)
+        else:
+            connection.enqueue(encode(error_reply(BadMessage(code, text))))
+
+    def _refuse(self, connection: Connection, problem: BadMessage, message: Message | None) -> None:
         self._reports.totals.bad_messages += 1
         connection.bad_messages += 1
         connection.tell("bad_message", logging.INFO, code=problem.code)
         if self._max_bad is not None and connection.bad_messages > self._max_bad:
             connection.end(DisconnectReason.POLICY, text="too many bad messages")
         else:
-            connection.enqueue(encode(error_reply(problem)))
+            self._answer_error(connection, message, problem.code, problem.message)

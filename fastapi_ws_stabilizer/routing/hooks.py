@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,12 +19,16 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HOOK_SHAPES: Final = {
     "handshake": ("the socket",),
     "connect": ("the socket",),
     "disconnect": ("the socket", "the reason"),
+    "resume": ("the socket", "a ResumeOutcome"),
+    "session_end": ("the socket", "the reason"),
+    "auth": ("the socket", "the credential"),
     "error": ("the socket", "the error"),
     "slow": ("the socket", "a SlowClient"),
     "join": ("the room", "a Presence"),
@@ -33,6 +38,7 @@ HOOK_SHAPES: Final = {
 
 _FAILED: Final = {
     "disconnect": "disconnect_hook_failed",
+    "session_end": "session_end_hook_failed",
     "slow": "slow_hook_failed",
     "join": "join_hook_failed",
     "leave": "leave_hook_failed",
@@ -84,14 +90,14 @@ class Hook:
         self._arguments = arguments
         self._async = is_async(function)
 
-    async def __call__(self, *args: Any) -> None:
-        """Call the function and wait for its end."""
+    async def __call__(self, *args: Any) -> Any:
+        """Call the function, wait for its end, and return what it returned."""
         if self._async:
-            await self.function(*args[: self._arguments])
-        else:
-            result = await run_in_threadpool(self.function, *args[: self._arguments])
-            if inspect.isawaitable(result):  # `lambda ws: ws.send("hi")` makes its coroutine in the thread pool
-                await result
+            return await self.function(*args[: self._arguments])
+        result = await run_in_threadpool(self.function, *args[: self._arguments])
+        if inspect.isawaitable(result):  # `lambda ws: ws.send("hi")` makes its coroutine in the thread pool
+            return await result
+        return result
 
 
 class Hooks:
@@ -100,11 +106,13 @@ class Hooks:
     Args:
         reports: Where failures are told.
         limit: Seconds that a disconnect or error hook may take.
+        auth_limit: Seconds that a hook may take that looks at a credential.
     """
 
-    def __init__(self, reports: Reports, limit: float = 10.0) -> None:
+    def __init__(self, reports: Reports, limit: float = 10.0, auth_limit: float = 10.0) -> None:
         self._reports = reports
         self._limit = limit
+        self._auth_limit = auth_limit
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
         self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_SHAPES}
 
@@ -132,20 +140,52 @@ class Hooks:
         for hook in self._hooks["connect"]:
             await hook(socket)
 
+    async def resume(self, socket: StableSocket, outcome: ResumeOutcome) -> None:
+        """Run the hooks for a client that is back in its session; what one raises ends the connection."""
+        for hook in self._hooks["resume"]:
+            await hook(socket, outcome)
+
+    async def auth(self, socket: StableSocket, credential: str | None) -> float | None:
+        """Run the hooks that look at a credential; what one raises refuses it.
+
+        Returns:
+            For how many seconds it is good, the shortest of what they say; `None` if none says so.
+        """
+        told = []
+        for hook in self._hooks["auth"]:
+            good_for = await self._bounded(hook, self._auth_limit, "hello_timeout", socket, credential)
+            if good_for is None or good_for is True or good_for == math.inf:
+                continue
+            if isinstance(good_for, bool) or not isinstance(good_for, (int, float)) or not good_for >= 0:
+                name = getattr(hook.function, "__qualname__", repr(hook.function))
+                raise TypeError(
+                    f"{name} returned {good_for!r}: an on_auth function returns for how many seconds the credential is "
+                    "good, or None, and refuses it by raising HTTPException(401)"
+                )
+            told.append(float(good_for))
+        return min(told, default=None)
+
+    async def session_end(self, socket: StableSocket, reason: DisconnectReason) -> None:
+        """Run the hooks for a session that is over, all of them, even if one fails or hangs."""
+        await self._all("session_end", _of(socket), socket, reason)
+
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
+        await self._bounded(hook, self._limit, "disconnect_grace", *args)
+
+    async def _bounded(self, hook: Hook, limit: float, option: str, *args: Any) -> Any:
         """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
         task = self._tasks.spawn(hook(*args), name="ws-hook")
         try:
-            in_time = await wait_for_all([task], self._limit)
+            in_time = await wait_for_all([task], limit)
         except asyncio.CancelledError:
             task.cancel()
             raise
         if not in_time:
             task.cancel()
-            raise TimeoutError(f"a hook took longer than disconnect_grace, {self._limit} seconds")
+            raise TimeoutError(f"a hook took longer than {option}, {limit} seconds")
         if task.cancelled():
             raise RuntimeError("a hook was cancelled by something that it waited for")
-        task.result()
+        return task.result()
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the disconnect hooks, all of them, even if one fails or hangs."""

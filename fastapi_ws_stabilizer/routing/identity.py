@@ -9,12 +9,17 @@ from uuid import UUID, uuid4
 from fastapi import WebSocket
 
 
-def client_id_of(websocket: WebSocket) -> str:
-    """The path parameter `client_id`, else the query parameter, else a fresh id."""
+def client_id_of(websocket: WebSocket) -> str | None:
+    """The path parameter `client_id`, else the query parameter; `None` if there is neither."""
     given = websocket.path_params.get("client_id")
     if given is None:
         given = websocket.query_params.get("client_id")
-    return str(given) if given not in (None, "") else uuid4().hex
+    return str(given) if given not in (None, "") else None
+
+
+def fresh_client_id() -> str:
+    """An id for a client that has not said who it is."""
+    return uuid4().hex
 
 
 def client_id_from(identity: Any, key: Callable[[Any], object] | None) -> str:

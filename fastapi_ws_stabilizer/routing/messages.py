@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
+from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.routing.hooks import Hook, check_parameters, positional_parameters
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 MAX_PROBLEMS: Final = 5
 """How many wrong fields an error reply names."""
@@ -33,13 +35,31 @@ class BadMessage(Exception):
 
 
 class Received:
-    """One received message, parsed at most once however many handlers look at it."""
+    """One received message, parsed at most once however many handlers look at it.
 
-    __slots__ = ("_value", "raw")
+    Attributes:
+        event: What kind of message its client says it is, where clients can say so.
+        raw: The message as a plain client would have sent it.
+    """
 
-    def __init__(self, raw: str | bytes) -> None:
-        self.raw = raw
-        self._value: Any = _UNPARSED
+    __slots__ = ("_value", "event", "raw")
+
+    def __init__(self, item: Item) -> None:
+        if isinstance(item, Message):
+            self.event = item.event
+            self.raw = item.raw
+            self._value: Any = _UNPARSED if isinstance(item.data, bytes) else item.data
+        else:
+            self.event = None
+            self.raw = item
+            self._value = _UNPARSED
+
+    @property
+    def as_json(self) -> str | bytes:
+        """The message as JSON: of a client that says what it sends, a text is a JSON string."""
+        if isinstance(self._value, str):
+            return to_json(self._value)
+        return self.raw
 
     def json(self) -> Any:
         """The JSON value of the message.
@@ -97,7 +117,7 @@ class MessageHandler:
         raw = received.raw
         if self._adapter is not None:
             try:
-                return self._adapter.validate_json(raw)
+                return self._adapter.validate_json(received.as_json)
             except ValidationError as error:
                 received.json()  # says better than pydantic when it is not JSON at all
                 raise BadMessage("invalid_message", _problems(error)) from None
@@ -109,9 +129,9 @@ class MessageHandler:
             raise BadMessage("binary_expected", "a binary message is expected here, not a text one")
         return raw
 
-    async def __call__(self, socket: StableSocket, message: Any) -> None:
-        """Call the function with what `prepare` gave."""
-        await self._hook(socket, message)
+    async def __call__(self, socket: StableSocket, message: Any) -> Any:
+        """Call the function with what `prepare` gave, and return what it returned."""
+        return await self._hook(socket, message)
 
 
 class MessageHandlers:
@@ -145,7 +165,7 @@ class MessageHandlers:
         if not self._typed:
             return self._others
         try:
-            message_type = _type_of(received.json())
+            message_type = _type_of(received.json()) if received.event is None else received.event
         except BadMessage:
             if self._others:
                 return self._others

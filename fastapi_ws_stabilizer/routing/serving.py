@@ -6,15 +6,16 @@ import asyncio
 import contextvars
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
 from fastapi import HTTPException, WebSocket, WebSocketException
 from starlette.websockets import WebSocketState
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
@@ -28,9 +29,16 @@ from fastapi_ws_stabilizer.hub.presence import Presence, Roster
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
+from fastapi_ws_stabilizer.routing.greeting import Reception
 from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.identity import fresh_client_id
+from fastapi_ws_stabilizer.routing.resumption import Resumption
 from fastapi_ws_stabilizer.servers.link import offers_link
+from fastapi_ws_stabilizer.sessions.idempotency import Seen
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, offers_v1
 
 _Own = tuple[str, Connection, Any]
 _own: contextvars.ContextVar[_Own | None] = contextvars.ContextVar("own_connections", default=None)
@@ -48,7 +56,14 @@ class Serving:
         closing: Whether no more connections are taken.
     """
 
-    def __init__(self, config: WebSocketConfig, reports: Reports, hooks: Hooks, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        hooks: Hooks,
+        dispatcher: Dispatcher,
+        tokens: ReconnectTokens,
+    ) -> None:
         self._config = config
         self._reports = reports
         self._hooks = hooks
@@ -63,8 +78,13 @@ class Serving:
             joined=functools.partial(self._presence, "join"),
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
+            away_of=lambda client_id: self.sessions.away_of(client_id),
         )
         self.registry = self.delivery.registry
+        self.resumption = Resumption(config, reports, hooks, self.delivery, tokens)
+        self.sessions = self.resumption.sessions
+        self._reception = Reception(config, reports, self.sessions, self._tasks)
+        self._seen = Seen()
         self.heartbeat = Heartbeat(config, reports)
         self.unfinished: set[Connection] = set()
         self.closing = False
@@ -79,6 +99,7 @@ class Serving:
             left=self._left,
             finished=self.unfinished.discard,
             disconnected=hooks.disconnect,
+            session_over=self.resumption.session_over,
             slow=self._slow,
             failed=hooks.error,
         )
@@ -86,17 +107,30 @@ class Serving:
     # ── opening ──
 
     async def open_by_dependency(
-        self, websocket: WebSocket, client_id: str, *, identity: Any, control_frames: bool
+        self, websocket: WebSocket, client_id: str | None, *, identity: Any, control_frames: bool
     ) -> Connection:
         """Run the handshake hooks, accept, register, run the connect hooks.
+
+        Args:
+            websocket: What the server handed us.
+            client_id: Whose it is; `None` if the client has not said so.
+            identity: What the identity dependency returned.
+            control_frames: Whether text pings and pongs are answered and kept from the endpoint.
 
         Raises:
             WebSocketException: The connection is over already; Starlette's handler for it has nothing left to do.
             HTTPException: A handshake hook refused, or failed (500).
             ShutdownError: The manager was shut down meanwhile.
         """
+        numbered = offers_v1(websocket.scope.get("subprotocols") or ())
+        claimed = None if numbered else self.resumption.claim(websocket, client_id)
         connection = Connection(
-            websocket, client_id, self._parts, control_frames=control_frames, endpoint=Endpoint(cancellable=True)
+            websocket,
+            client_id or claimed or fresh_client_id(),
+            self._parts,
+            control_frames=control_frames,
+            endpoint=Endpoint(cancellable=True),
+            numbered=numbered,
         )
         connection.face = StableSocket(connection, self, identity=identity)
         try:
@@ -109,12 +143,78 @@ class Serving:
         if self.closing:
             raise ShutdownError
         connection.before_accept()
-        await websocket.accept()
+        await websocket.accept(SUBPROTOCOL if numbered else None)
+        if numbered:
+            await self._begin_conversation(connection, is_known=client_id is not None)
+        proven = claimed is not None and self.resumption.redeem(websocket, claimed)
+        if claimed is not None and not proven and client_id is None:
+            connection.client_id = fresh_client_id()  # its token was used up meanwhile
         try:
-            await self._enter(connection)
+            await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
             raise WebSocketException(connection.ending.code if connection.ending else error.close_code) from error
         return connection
+
+    async def _begin_conversation(self, connection: Connection, *, is_known: bool) -> None:
+        """Take the hello of a client, and give the connection to its session.
+
+        Args:
+            connection: The connection.
+            is_known: Whether the endpoint has said who the client is. Else it is who its session says.
+
+        Raises:
+            WebSocketException: It was refused, and is closed.
+        """
+        good_for: list[float | None] = []
+
+        async def authenticate(credential: str | None) -> Ending | None:
+            try:
+                good_for.append(await self._hooks.auth(connection.face, credential))
+            except Exception as error:
+                if is_bug(error):
+                    await connection.bug("auth_hook_failed", error)
+                return ending_for(error)
+            return None
+
+        def whose(session: Session | None) -> str:
+            if session is not None and not is_known:
+                connection.client_id = session.client_id
+            return connection.client_id
+
+        greeting = await self._reception.greet(connection.websocket, whose, authenticate, self._lets_in)
+        if connection.face._user_data:  # a handshake hook has set it
+            greeting.session.user_data = {**(greeting.session.user_data or {}), **connection.face._user_data}
+        connection.conversation = Conversation(
+            connection, greeting, self._seen, functools.partial(self._renew, connection)
+        )
+        connection.conversation.credential_good_for(good_for[0])
+        self.sessions.returned(greeting.session)
+
+    def _lets_in(self, client_id: str, session: Session | None) -> bool:
+        """Whether a client that proves to have a session, or wants a new one, may come beside those that it has."""
+        return self._config.on_duplicate is not DuplicatePolicy.REJECT or not self._others(client_id, session)
+
+    def _others(self, client_id: str, session: Session | None) -> list[Connection]:
+        """The connections of a client but those of one session: taking one's own session over is no duplicate."""
+        everyone = self.registry.of_client(client_id)
+        return [one for one in everyone if session is None or one.member is not session]
+
+    def _renew(self, connection: Connection, credential: str | None) -> None:
+        """A client has sent a new credential."""
+        self._tasks.spawn(self._look_at(connection, credential), name=f"ws-auth-{connection.connection_id}")
+
+    async def _look_at(self, connection: Connection, credential: str | None) -> None:
+        if connection.conversation is None:
+            return
+        try:
+            good_for = await self._hooks.auth(connection.face, credential)
+        except Exception as error:
+            if is_bug(error):
+                await connection.bug("auth_hook_failed", error)
+            how = ending_for(error)
+            connection.end(how.reason, code=how.code, text=how.text)
+        else:
+            connection.conversation.credential_taken(good_for)
 
     async def open_by_hand(
         self, websocket: WebSocket, client_id: str, metadata: Mapping[str, Any] | None
@@ -155,7 +255,7 @@ class Serving:
             stack.push_async_exit(leave)
         elif task is not None:
             task.add_done_callback(lambda done: self._task_ended(connection, done))
-        await self._enter(connection)
+        await self._enter(connection, proven=self.resumption.take_proof(client_id))
         return connection
 
     @staticmethod
@@ -165,7 +265,7 @@ class Serving:
             how = ending_for(asyncio.CancelledError() if task.cancelled() else task.exception())
             connection.end(how.reason, code=how.code, text=how.text)
 
-    async def _enter(self, connection: Connection) -> None:
+    async def _enter(self, connection: Connection, *, proven: bool) -> None:
         # Child tasks and hooks inherit it, so that they too mean this connection by its client id.
         _own.set((connection.client_id, connection, _own.get()))
         self.unfinished.add(connection)
@@ -174,8 +274,10 @@ class Serving:
         if connection.ending is not None:  # it was over before we came: a link tells so at once
             await self.leave(connection, None)
             raise self._closed(connection)
-        older = self.registry.of_client(connection.client_id)
-        if older and self._config.on_duplicate is DuplicatePolicy.REJECT:
+        session = None if connection.conversation is None else connection.conversation.session
+        older = self._others(connection.client_id, session)
+        policy = self._config.on_duplicate
+        if older and policy is DuplicatePolicy.REJECT and not proven:  # else the older one is half-open
             error = DuplicateClientError(connection.client_id)
             await self.leave(connection, error)
             raise error
@@ -183,15 +285,20 @@ class Serving:
             connection.end(DisconnectReason.SERVER_SHUTDOWN)
             await self.leave(connection, None)
             raise self._closed(connection)
-        self.registry.add(connection)
+        self.registry.add(connection, mailbox=session is None)
         self.heartbeat.add(connection)
-        if self._config.on_duplicate is DuplicatePolicy.REPLACE:
-            for connection_before in older:
-                connection_before.end(DisconnectReason.REPLACED)
-        connection.hooks_wanted = True
+        if session is not None:
+            left, session.left = session.left, {}
+            self.delivery.back(session, left)  # type: ignore[arg-type]
+        elif proven:
+            self.resumption.restore(connection, older[-1] if older else None)
+        if policy is not DuplicatePolicy.ALLOW:
+            self._replace(older, connection.client_id, session)
         try:
-            with connection.activity.busy():
-                await self._hooks.connect(connection.face)
+            await connection.wait_for_those_before()
+            if connection.ending is None:
+                with connection.activity.busy():
+                    await self._begin_hooks(connection, session)
         except BaseException as error:
             failure = await self.leave(connection, error)
             if failure is error:
@@ -200,6 +307,30 @@ class Serving:
         if connection.ending is not None:  # a hook closed it, or the client has left
             await self.leave(connection, None)
             raise self._closed(connection)
+
+    def _replace(self, older: Sequence[Connection], client_id: str, session: Session | None) -> None:
+        """A client is to be here once: end what else there is of it."""
+        for connection in older:
+            # A client with a session must not come back for it, or two devices would throw each other out for ever.
+            code = SESSION_OVER if connection.conversation is not None else None
+            connection.end(DisconnectReason.REPLACED, code=code)
+        for away in self.sessions.away_of(client_id):
+            if away is not session:
+                self.sessions.supersede(away)
+
+    async def _begin_hooks(self, connection: Connection, session: Session | None) -> None:
+        connection.hooks_wanted = connection.begun = True
+        outcome = connection.face.resumed
+        back = outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP)
+        if session is not None:
+            back = back and session.admitted  # the connection before may have been lost in its connect hooks
+            session.known = True
+        if back:
+            await self._hooks.resume(connection.face, outcome)
+        else:
+            await self._hooks.connect(connection.face)
+        if session is not None:
+            session.admitted = True
 
     def _say_what_is_left_to_the_server(self, connection: Connection) -> None:
         """Say, once, what this library does not do because the server, or a middleware, stands between."""
@@ -222,15 +353,19 @@ class Serving:
 
     def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> Roster:
         """Let a connection into a room."""
-        return self.delivery.join(connection, room, metadata)
+        return self.delivery.join(connection.member, room, metadata)
 
     def leave_room(self, connection: Connection, room: str) -> bool:
         """Take a connection out of a room."""
-        return self.delivery.leave(connection, room)
+        return self.delivery.leave(connection.member, room)
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that a connection is in."""
-        return self.delivery.rooms.of(connection)
+        return self.delivery.rooms.of(connection.member)
+
+    def history(self, connection: Connection, room: str, count: int) -> None:
+        """Send the last messages of a room to a connection."""
+        self.delivery.recall(connection.member, room, count)
 
     async def _presence(self, event: str, who: Presence) -> None:
         async with self._hook_slots:
@@ -287,8 +422,8 @@ class Serving:
         return True
 
     def _left(self, connection: Connection) -> None:
-        self.delivery.remove(connection)
         self.heartbeat.remove(connection)
+        self.resumption.left(connection)
 
     def own_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
@@ -307,18 +442,34 @@ class Serving:
         own = self.own_connection(client_id)
         return self.registry.of_client(client_id) if own is None else [own]
 
-    async def stop(self) -> None:
-        """Let go of the heartbeat and of tasks that are left over."""
+    def reopen(self) -> None:
+        """Take connections again."""
+        self.closing = False
+        self._reception.reopen()
+
+    def close(self) -> None:
+        """Take no more connections, and refuse those that are being opened."""
+        self.closing = True
+        self._reception.close()
+
+    async def stop(self, patience: float) -> None:
+        """Let go of the heartbeat, of the sessions, and of tasks that are left over.
+
+        Args:
+            patience: Seconds that the hooks for the end of sessions may take in all.
+        """
         self.heartbeat.stop()
-        self.delivery.stop()
+        await wait_for_all(self._reception.guests, 1.0)
         left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
         if left_out:  # their time is over, but nobody's disconnect goes untold
             hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]
             await wait_for_all(hooks, 1.0)
-        if left_over := self._tasks.cancel():
-            await wait_for_all(left_over, 1.0)
         for connection in list(self.unfinished):
             connection.give_up()
+        await self.resumption.stop(patience)
+        self.delivery.stop()
+        if left_over := self._tasks.cancel():
+            await wait_for_all(left_over, 1.0)
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         self._reports.bug("internal_task_failed", error, task=task.get_name())

@@ -33,6 +33,11 @@ class Overview(BaseModel):
     messages_coalesced: int = Field(description="Messages in whose place a newer one was sent.")
     slow_clients: dict[str, int] = Field(description="How often clients have become slow, by how slow.")
     rooms: int = Field(description="Rooms that somebody is in.")
+    sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with a connection or without.")
+    sessions_away: int = Field(description="Sessions that wait for their clients to come back.")
+    sessions_resumed: int = Field(description="How often a client came back and got what it had.")
+    session_gaps: int = Field(description="How often a client came back too late for what it had missed.")
+    sessions_lost: int = Field(description="How often a client came back for a session that is not here any more.")
     bad_messages: int = Field(description="Messages that no handler could take.")
     broadcasts: int = Field(description="Broadcasts.")
     pings_sent: int = Field(description="Heartbeats.")
@@ -44,6 +49,7 @@ class ConnectionStats(BaseModel):
 
     connection_id: str
     client_id: str
+    session_id: str | None = Field(description="Its session; null for a plain client.")
     address: str | None = Field(description="Address of the other end, which may be a proxy.")
     connected_seconds: float
     silent_seconds: float = Field(description="Seconds since the last frame from the client.")
@@ -100,6 +106,11 @@ async def overview(manager: Manager) -> Overview:
         messages_coalesced=totals.messages_coalesced,
         slow_clients=dict(totals.slow_clients),
         rooms=len(manager.get_rooms()),
+        sessions=manager.get_session_counts()["sessions"],
+        sessions_away=manager.get_session_counts()["away"],
+        sessions_resumed=totals.sessions_resumed,
+        session_gaps=totals.session_gaps,
+        sessions_lost=totals.sessions_lost,
         bad_messages=totals.bad_messages,
         broadcasts=totals.broadcasts,
         pings_sent=totals.pings_sent,
@@ -141,6 +152,7 @@ def _connection_stats(socket: StableSocket) -> ConnectionStats:
     return ConnectionStats(
         connection_id=socket.connection_id,
         client_id=socket.client_id,
+        session_id=socket.session_id,
         address=None if socket.client is None else f"{socket.client.host}:{socket.client.port}",
         connected_seconds=socket.connected_seconds,
         silent_seconds=socket.silent_seconds,

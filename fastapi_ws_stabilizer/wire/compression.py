@@ -9,6 +9,35 @@ TAIL: Final = b"\x00\x00\xff\xff"
 """What a flushed block ends with. It is not sent: RFC 7692 section 7.2.1."""
 
 
+class TooMuchError(ValueError):
+    """There is more in it than may be."""
+
+
+def inflate(packed: bytes, limit: int) -> bytes:
+    """Inflate one message that was compressed on its own, and no further than a limit.
+
+    Raises:
+        TooMuchError: It holds more than `limit` bytes.
+        ValueError: It is not compressed as it says.
+    """
+    inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    try:
+        data = inflater.decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"no raw deflate: {error}") from None
+    if len(data) > limit:
+        raise TooMuchError(f"more than {limit} bytes")
+    if not inflater.eof or inflater.unused_data:
+        raise ValueError("the compressed data ends too early, or goes on behind its end")
+    return data
+
+
+def deflate_whole(payload: bytes) -> bytes:
+    """Compress one message as a stream of its own, with its end."""
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(payload) + compressor.flush()
+
+
 def deflate(payload: bytes, window_bits: int) -> bytes:
     """Compress one message on its own, for any receiver whose window has at least `window_bits`."""
     compressor = zlib.compressobj(wbits=-window_bits)

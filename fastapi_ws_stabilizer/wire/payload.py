@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -23,9 +23,32 @@ class Frame:
         binary: Whether it travels in a binary frame.
         size: Bytes of its payload.
         key: What a newer message must have in common with this one to take its place in an outbox.
+        is_json: Whether its text is a JSON value, and not a text of the application's.
+        volatile: Whether it is worth nothing later: it is not kept for a client that is away.
+        room: The one room that it is sent to; `None` if it is sent to more, or to no room.
+        enveloped: The same message as clients of `stabilizer.v1.json` get it, once it was made.
+        is_envelope: Whether it is such a frame itself.
+        deflated: The same frame as a compressed one of the v1 protocol; `None` until it was made, and `False` where
+            that is not worth it.
+        at: When it was made, on the monotonic clock; only of frames that are kept.
     """
 
-    __slots__ = ("_compressed", "_framed", "_payload", "_text", "binary", "key", "size")
+    __slots__ = (
+        "_compressed",
+        "_framed",
+        "_payload",
+        "_text",
+        "at",
+        "binary",
+        "deflated",
+        "enveloped",
+        "is_envelope",
+        "is_json",
+        "key",
+        "room",
+        "size",
+        "volatile",
+    )
 
     def __init__(self, payload: str | bytes, *, binary: bool = False, size: int | None = None, key: Any = None) -> None:
         self._text: str | None = None
@@ -37,6 +60,13 @@ class Frame:
         self.binary = binary
         self.size = len(payload) if size is None else size
         self.key = key
+        self.is_json = False
+        self.volatile = False
+        self.room: str | None = None
+        self.enveloped: Frame | None = None
+        self.is_envelope = False
+        self.deflated: Frame | Literal[False] | None = None
+        self.at = 0.0
         self._framed: bytes | None = None
         self._compressed: dict[int, bytes] | None = None
 
@@ -96,7 +126,7 @@ class Frame:
         return known
 
 
-def encode(message: Any, key: Any = None) -> Frame:
+def encode(message: Any, key: Any = None, *, volatile: bool = False) -> Frame:
     """Encode anything that can be sent.
 
     `str` becomes a text frame as it is, bytes a binary frame, and everything else JSON in a text frame: pydantic
@@ -106,6 +136,7 @@ def encode(message: Any, key: Any = None) -> Frame:
     Args:
         message: What to encode.
         key: Its `coalesce_key`, if a newer message may take its place.
+        volatile: Whether it is worth nothing later.
 
     Raises:
         MessageEncodeError: The message cannot be encoded.
@@ -120,6 +151,8 @@ def encode(message: Any, key: Any = None) -> Frame:
     if key is not None:
         hash(key)  # now, at the caller, and not in the middle of a broadcast
         frame.key = key
+    if volatile:
+        frame.volatile = True
     return frame
 
 
@@ -131,10 +164,13 @@ def encode_json(message: Any) -> Frame:
     """
     try:
         if isinstance(message, BaseModel):
-            return _text(message.model_dump_json())
-        return Frame(to_json(message, inf_nan_mode="null"))
+            frame = _text(message.model_dump_json())
+        else:
+            frame = Frame(to_json(message, inf_nan_mode="null"))
     except ValueError as error:  # pydantic's errors are ValueErrors, and so is a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
+    frame.is_json = True
+    return frame
 
 
 def _text(text: str) -> Frame:

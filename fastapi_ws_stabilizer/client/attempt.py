@@ -1,0 +1,449 @@
+"""One dial and the connection that comes of it: from the URL to the moment in which it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from pydantic_core import to_json
+
+from fastapi_ws_stabilizer.client.errors import ClosedError, TooLargeError
+from fastapi_ws_stabilizer.client.incoming import Incoming
+from fastapi_ws_stabilizer.client.listeners import logger
+from fastapi_ws_stabilizer.client.outgoing import SendBuffer
+from fastapi_ws_stabilizer.client.timers import Timers
+from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.wire.v1 import (
+    ACK_EVERY,
+    DEFLATE_CAP,
+    MAX_INFLATED,
+    SUBPROTOCOL,
+    VERSION,
+    BadFrameError,
+    deflated,
+    envelope,
+    message_of,
+    number,
+    optional_number,
+    optional_text,
+    parse,
+)
+
+ACK_WITHIN: Final = 1.0
+"""Seconds after which a message is acknowledged at the latest."""
+
+UNACCEPTED_FOR: Final = 10.0
+"""Seconds after which the link is doubted if the server has not accepted a message."""
+
+CLOSE_WITHIN: Final = 5.0
+"""Seconds that a close frame may take on a connection that nobody waits for any more."""
+
+READER_MAY_KNOW: Final = 0.5
+"""Seconds between a failed write and taking the connection for lost."""
+
+_OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
+"""Close codes that a client sends."""
+
+MAX_CONTROL: Final = 64
+"""Control frames that wait to be sent at most."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Messages of the server that this client will not get.
+
+    Attributes:
+        session_lost: Whether the session is a new one, in which nothing of the old one is known.
+        why: The server's word for it: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...
+        first: Number of the first message that was missed.
+        last: Number of the last one; `None` if the session is a new one.
+    """
+
+    session_lost: bool
+    why: str | None
+    first: int
+    last: int | None
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    """How a connection, or the attempt to make one, has ended.
+
+    Attributes:
+        code: Its close code; 1006 if there was none.
+        reason: Its close reason.
+        was_open: Whether the server had welcomed us.
+        at_once: Whether it was left in order to dial again at once.
+    """
+
+    code: int
+    reason: str
+    was_open: bool = False
+    at_once: bool = False
+
+
+class Owner(Protocol):
+    """The client that an attempt is made for."""
+
+    buffer: SendBuffer
+    incoming: Incoming
+    deflate: bool
+    instance: str
+    session: str | None
+    token: str | None
+    last: int
+    dials: int
+    probe_timeout: float
+
+    @property
+    def refused_credential(self) -> bool:
+        """Whether the server has refused the last credential."""
+
+    async def credential(self, *, force: bool) -> str | None:
+        """The credential for the first frame."""
+
+    async def address(self) -> str:
+        """Where to connect."""
+
+    def opened(self, outcome: str) -> None:
+        """The connection is open."""
+
+    def stable(self) -> None:
+        """It has been so for long enough."""
+
+    def told(self, name: str, *args: Any) -> None:
+        """Something that listeners want to know."""
+
+    def answered(self, request_id: str, data: Any, error: Any) -> None:
+        """An answer has come."""
+
+    def lost_session(self, accepted: int) -> None:
+        """It is a new session."""
+
+
+class Attempt:
+    """One connection. It is never reopened, and what it still receives after it was lost concerns nobody.
+
+    Args:
+        client: Whose it is.
+        tasks: Where its tasks are made.
+        connect_timeout: Seconds from the URL to the welcome.
+        stable_after: Seconds after which it counts as stable.
+
+    Attributes:
+        rtt: Seconds of the last measured round trip.
+    """
+
+    def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
+        self._client = client
+        self._tasks = tasks
+        self._connect_timeout = connect_timeout
+        self._stable_after = stable_after
+        self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[ConnectionLost] = self._loop.create_future()
+        self._transport: Transport | None = None
+        self._open = False
+        self._control: list[str | bytes] = []
+        self._wanted: asyncio.Future[None] | None = None
+        self._timers = Timers()
+        self._heard_at = monotonic()
+        self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
+        self._silence = 0.0
+        self._deflates = False  # whether the server takes compressed frames
+        self._unacknowledged = 0
+        self._pinged_at = 0.0
+        self._leave_at: float | None = None
+        self.rtt: float | None = None
+
+    async def run(self, dial: Dial) -> ConnectionLost:
+        """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
+        self._timers.start("connect", self._connect_timeout, lambda: self.lose(4408, "connect timeout"))
+        tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
+        try:
+            await wait_for_all([self._lost], None)
+            return self._lost.result()
+        finally:
+            self._timers.stop_all()
+            self.lose(1006, "cancelled")
+            for task in tasks:
+                task.cancel()
+            if self._transport is not None:
+                how = self._lost.result()
+                code = how.code if how.code in _OURS else 4000
+                closing = self._tasks.spawn(self._close(self._transport, code, how.reason), name="ws-client-close")
+                if code == 1000:  # a goodbye is waited for; everything else dials again meanwhile
+                    await wait_for_all([closing], CLOSE_WITHIN + 1.0)
+
+    def lose(self, code: int, reason: str, *, at_once: bool = False) -> None:
+        """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
+        if not self._lost.done():
+            self._lost.set_result(ConnectionLost(code, reason, self._open, at_once))
+            self._open = False
+
+    async def _close(self, transport: Transport, code: int, reason: str) -> None:
+        closing = self._tasks.spawn(transport.close(code, reason[:40]), name="ws-client-close-frame")
+        await wait_for_all([closing], CLOSE_WITHIN)
+        closing.cancel()
+
+    # ── reading ──
+
+    async def _read(self, dial: Dial) -> None:
+        try:
+            transport = await self._connected(dial)
+            self._tasks.spawn(self._write(transport), name="ws-client-writer")
+            while not self._lost.done():
+                frame = await transport.receive()
+                if self._lost.done():
+                    return
+                self._heard()
+                self._receive(frame)
+                self._pausing = True
+                await self._client.incoming.room()
+                self._pausing = False
+        except TransportLostError as lost:
+            self.lose(lost.code, lost.reason)
+        except BadFrameError as bad:
+            self.lose(4400, str(bad))
+        except ClosedError as final:
+            self.lose(final.code, final.reason)
+        except Exception as error:  # of the user's functions for the URL or the credential
+            self._client.told("error", error)
+            self.lose(1006, repr(error))
+
+    async def _connected(self, dial: Dial) -> Transport:
+        client = self._client
+        credential = await client.credential(force=client.refused_credential)
+        transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
+        if transport.subprotocol != SUBPROTOCOL:
+            raise ClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
+        client.dials += 1
+        hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
+        if client.deflate and not transport.compresses:
+            hello["caps"] = [DEFLATE_CAP]
+        if credential is not None:
+            hello["auth"] = credential
+        if client.token is not None:
+            hello["resume"] = {"token": client.token, "seq": client.last}
+        await transport.send(to_json(hello).decode())
+        return transport
+
+    def _heard(self) -> None:
+        self._heard_at = monotonic()
+        self._timers.stop("probe")
+
+    def _receive(self, raw: str | bytes) -> None:
+        frame = parse(raw, MAX_INFLATED if self._client.deflate else 0)
+        kind = frame["type"]
+        if not self._open:
+            if kind == "welcome":
+                self._welcomed(frame)
+            return
+        if kind in ("msg", "reply"):
+            self._message(kind, frame)
+        elif kind == "ack":
+            self._client.buffer.accepted(number(frame, "seq"))
+        elif kind == "ping":
+            self._pinged(frame)
+        elif kind == "pong":
+            if self._pinged_at:
+                self.rtt, self._pinged_at = monotonic() - self._pinged_at, 0.0
+            if (accepted := optional_number(frame, "ack")) is not None:
+                self._client.buffer.accepted(accepted)
+        elif kind == "drain":
+            self._drain(frame)
+        elif kind == "auth":
+            if not frame.get("ok"):
+                self._tasks.spawn(self._refresh(), name="ws-client-auth")
+        elif kind == "error":
+            self._client.told("error", _server_error(frame))
+
+    def _message(self, kind: str, frame: dict[str, Any]) -> None:
+        client = self._client
+        if frame.get("volatile") is not True:
+            client.last += 1  # before it is handled: a handler that fails does not get it again
+            self._owe_ack()
+        if kind == "reply":
+            client.answered(optional_text(frame, "re") or "", frame.get("data"), frame.get("error"))
+        else:
+            client.incoming.put(message_of(frame))
+
+    def _pinged(self, frame: dict[str, Any]) -> None:
+        sent = optional_number(frame, "seq")
+        if sent is not None and sent != self._client.last:
+            self.lose(4412, "a message is missing")
+            return
+        self._forget_debt()
+        fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
+        if "ts" in frame:
+            fields["ts"] = frame["ts"]
+        self.put(to_json(fields).decode())
+
+    async def _refresh(self) -> None:
+        try:
+            token = await self._client.credential(force=True)
+        except Exception as error:
+            self._client.told("error", error)
+            return
+        if token is not None and self._open:
+            self.put(to_json({"type": "auth", "token": token}).decode())
+
+    def _drain(self, frame: dict[str, Any]) -> None:
+        after, within = number(frame, "after") / 1000, (optional_number(frame, "within") or 0) / 1000
+        self._client.told("drain", after, within)
+        due = monotonic() + after
+        if self._leave_at is None or due < self._leave_at:
+            self._leave_at = due
+            self._timers.start("drain", after, lambda: self.lose(4000, "drain", at_once=True))
+
+    # ── the welcome ──
+
+    def _welcomed(self, frame: dict[str, Any]) -> None:
+        client = self._client
+        outcome = frame.get("resume")
+        token, session = optional_text(frame, "token", 512), optional_text(frame, "session")
+        seq, accepted = number(frame, "seq"), number(frame, "ack")
+        if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
+            raise BadFrameError("welcome: token, session or resume is missing")
+        before = client.last
+        if outcome == "full" and seq != before:
+            self.lose(4412, "the server resumes elsewhere")
+            return
+        if outcome == "none" and client.session is not None:  # we have given the old one up
+            outcome, frame = "lost", {**frame, "why": "given_up"}
+        client.session, client.token, client.last = session, token, seq
+        caps = frame.get("caps")
+        self._deflates = client.deflate and isinstance(caps, list) and DEFLATE_CAP in caps
+        client.buffer.max_frame = optional_number(frame, "max", least=1) or client.buffer.max_frame
+        ping, timeout = number(frame, "ping") / 1000, number(frame, "timeout") / 1000
+        self._silence = ping + timeout if ping else 0.0
+        if outcome in ("none", "lost"):
+            client.lost_session(accepted)
+        else:
+            client.buffer.resumed(accepted)
+        self._open = True
+        self._timers.stop("connect")
+        self._timers.start("stable", self._stable_after, client.stable)
+        self._send_ack()
+        if outcome in ("gap", "lost"):
+            lost = outcome == "lost"
+            why = optional_text(frame, "why")
+            client.told("gap", Gap(lost, why, before + 1, None if lost else seq))
+        client.opened(outcome)
+        self._watch()
+        self.wake()
+
+    # ── acknowledging ──
+
+    def _owe_ack(self) -> None:
+        self._unacknowledged += 1
+        if self._unacknowledged >= ACK_EVERY:
+            self._send_ack()
+        elif "ack" not in self._timers:
+            self._timers.start("ack", ACK_WITHIN, self._send_ack)
+
+    def _send_ack(self) -> None:
+        self._forget_debt()
+        self.put(to_json({"type": "ack", "seq": self._client.last}).decode())
+
+    def _forget_debt(self) -> None:
+        self._unacknowledged = 0
+        self._timers.stop("ack")
+
+    # ── writing ──
+
+    def put(self, frame: str | bytes) -> None:
+        """Send a frame that nobody keeps, before the messages. Of too many that wait the oldest is left out."""
+        self._control.append(frame)
+        if len(self._control) > MAX_CONTROL:
+            del self._control[0]
+        self.wake()
+
+    def send_volatile(self, data: Any, event: str | None) -> bool:
+        """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
+        if not self._open or len(self._control) >= MAX_CONTROL:
+            return False
+        frame = envelope("msg", data, event=event)
+        size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
+        if size > most:
+            raise TooLargeError(size, most)
+        self.put(frame)
+        return True
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def _write(self, transport: Transport) -> None:
+        try:
+            while not self._lost.done():
+                frame = self._next_frame()
+                if frame is None:
+                    self._wanted = self._loop.create_future()
+                    await wait_for_first([self._wanted, self._lost])
+                    continue
+                await transport.send(frame)
+        except TransportLostError as lost:
+            # The reader may know better why, and has what came in before.
+            code, reason = lost.code, lost.reason
+            self._timers.start("write", READER_MAY_KNOW, lambda: self.lose(code, reason))
+        except Exception as error:
+            # Without a writer the connection is dead, though it looks open: nobody else would find out.
+            logger.exception("the writing failed")
+            self.lose(1006, repr(error))
+
+    def _next_frame(self) -> str | bytes | None:
+        if self._control:
+            return self._control.pop(0)
+        if not self._open:
+            return None
+        message = self._client.buffer.next()
+        if message is None:
+            return None
+        self._doubt_if_not_accepted()
+        frame = message.frame()
+        if self._deflates and isinstance(frame, str):
+            return deflated(frame) or frame
+        return frame
+
+    # ── doubt ──
+
+    def _watch(self) -> None:
+        """Look whether the server has been silent for too long."""
+        if not self._silence:
+            return
+        if self._pausing:
+            self._heard_at = monotonic()
+        silent = monotonic() - self._heard_at
+        if silent >= self._silence:
+            self.lose(4408, "heartbeat timeout")
+        else:
+            self._timers.start("watch", max(0.05, self._silence - silent), self._watch)
+
+    def probe(self) -> None:
+        """Ask the server for a sign of life."""
+        if self._open and "probe" not in self._timers:
+            self._pinged_at = monotonic()
+            self.put('{"type":"ping"}')
+            lose = self.lose
+            self._timers.start("probe", self._client.probe_timeout, lambda: lose(4408, "no answer", at_once=True))
+
+    def _doubt_if_not_accepted(self) -> None:
+        oldest = self._client.buffer.oldest_sent
+        if oldest is None or "accept" in self._timers:
+            return
+
+        def look() -> None:
+            if self._client.buffer.oldest_sent is oldest:
+                self.probe()
+            self._doubt_if_not_accepted()
+
+        self._timers.start("accept", UNACCEPTED_FOR, look)
+
+
+def _server_error(frame: dict[str, Any]) -> Exception:
+    return RequestError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024])

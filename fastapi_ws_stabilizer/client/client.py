@@ -1,0 +1,460 @@
+"""`Client`: one session with a server, over as many connections as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Literal
+
+from fastapi_ws_stabilizer.client.attempt import Attempt, ConnectionLost
+from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
+from fastapi_ws_stabilizer.client.errors import ClientError, ClosedError, TooLargeError
+from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
+from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
+from fastapi_ws_stabilizer.client.open_requests import OpenRequests
+from fastapi_ws_stabilizer.client.outgoing import Outgoing, SendBuffer
+from fastapi_ws_stabilizer.client.transport import Dial, dialler
+from fastapi_ws_stabilizer.errors import RequestTimeoutError
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.v1 import Message
+
+Provider = Callable[[], "str | Awaitable[str]"]
+State = Literal["idle", "connecting", "open", "waiting", "closed"]
+
+STABLE_AFTER: Final = 5.0
+"""Seconds of an open connection after which earlier failures are forgotten."""
+
+MAX_RESYNCS: Final = 2
+"""How often in a row a session is taken up again whose numbers did not fit. After that it is given up."""
+
+
+class Client(Listeners):
+    """A session with a server of this library, for as long as it takes: connections come and go under it.
+
+    ```python
+    async with connect("wss://example.com/ws/ann") as client:
+        await client.send({"text": "hello"}, event="chat")
+        async for message in client:
+            print(message.event, message.data)
+    ```
+
+    Everything that is sent with `send` arrives once and in order, or its future fails. What the server sends arrives
+    once and in order, or `on_gap` is told. It belongs to the event loop in which it was made.
+
+    Args:
+        url: Where to connect: a URL, or a function that returns one, called for each dial.
+        auth: Gives the credential that goes into the first frame: a function, called for each dial with
+            `force=True` if the server has refused the last one.
+        connect_timeout: Seconds for one dial, from the URL to the server's welcome.
+        max_buffered: Most messages that wait to be sent or accepted.
+        max_buffered_bytes: Most bytes of them.
+        overflow: What happens when more are sent: `"reject"` fails the new one, `"drop_oldest"` the oldest unsent one.
+        replay_on_lost: Whether messages of a lost session are sent again in the new one, with idempotency keys.
+        deflate: Whether frames are compressed where the server offers no permessage-deflate, as granian does not.
+        min_delay: Seconds before each new dial, at least.
+        base_delay: Seconds of the first random delay at most; it doubles with each failure.
+        max_delay: Seconds of a random delay at most.
+        stable_after: Seconds of an open connection after which earlier failures are forgotten.
+        probe_timeout: Seconds for an answer when the link is doubted.
+        dial: Opens connections; by default the `websockets` library.
+        options: For `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ...
+    """
+
+    def __init__(
+        self,
+        url: str | Provider,
+        *,
+        auth: Callable[..., Any] | None = None,
+        connect_timeout: float = 10.0,
+        max_buffered: int = 1000,
+        max_buffered_bytes: int = 1024 * 1024,
+        overflow: Literal["reject", "drop_oldest"] = "reject",
+        replay_on_lost: bool = False,
+        deflate: bool = False,
+        min_delay: float = 0.2,
+        base_delay: float = 1.0,
+        max_delay: float = 30.0,
+        stable_after: float = STABLE_AFTER,
+        probe_timeout: float = 5.0,
+        dial: Dial | None = None,
+        **options: Any,
+    ) -> None:
+        if overflow not in ("reject", "drop_oldest"):
+            raise ValueError(f"overflow is 'reject' or 'drop_oldest', not {overflow!r}")
+        self._url = url
+        self._auth = auth
+        self._connect_timeout = connect_timeout
+        self._replay = replay_on_lost
+        self.deflate = deflate
+        self._stable_after = stable_after
+        self.probe_timeout = probe_timeout
+        self._dial = dial or dialler(**options)
+        self._backoff = Backoff(base_delay, max_delay, min_delay)
+        self._tasks = TaskSet(self._task_failed)
+        super().__init__(self._tasks)
+        self.buffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
+        self._requests = OpenRequests()
+        self.incoming = Incoming(self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer)))
+        self._ids = itertools.count(1)
+        self._keys = f"{secrets.token_hex(6)}-"
+        self._state: State = "idle"
+        self._attempt: Attempt | None = None
+        self._runner: asyncio.Task[None] | None = None
+        self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ending: ClosedError | None = None
+        self._auth_failures = 0
+        self._resyncs = 0
+        # What the session is: it outlives each attempt.
+        self.instance = secrets.token_hex(8)
+        self.session: str | None = None
+        self.token: str | None = None
+        self.last = 0
+        self.dials = 0
+
+    def __repr__(self) -> str:
+        return f"<Client {self._state} session={self.session}>"
+
+    # ── life ──
+
+    @property
+    def state(self) -> State:
+        """`idle`, `connecting`, `open`, `waiting` (for the next dial) or `closed` (for good)."""
+        return self._state
+
+    @property
+    def rtt(self) -> float | None:
+        """Seconds of the last measured round trip; `None` before the first."""
+        return None if self._attempt is None else self._attempt.rtt
+
+    def start(self) -> Client:
+        """Begin to connect, without waiting for it.
+
+        Raises:
+            ClosedError: It was closed. Make another one.
+        """
+        if self._ending is not None:
+            raise self._ending
+        if self._runner is None:
+            self._runner = self._tasks.spawn(self._run(), name="ws-client")
+        return self
+
+    async def __aenter__(self) -> Client:
+        """Connect; returns when the first connection is open. If that fails or is cancelled the client is closed.
+
+        Raises:
+            ClosedError: The server's answer was final, or the URL or an option is wrong.
+        """
+        try:
+            self.start()
+            await self.wait_open()
+        except BaseException:  # nobody calls `__aexit__` then
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def wait_open(self) -> None:
+        """Wait until a connection is open. Cancelling is safe.
+
+        Raises:
+            ClosedError: There will be none.
+        """
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look(*_: object) -> None:
+            if self._state in ("open", "closed") and not opened.done():
+                opened.set_result(None)
+
+        self._listen("state", look)
+        try:
+            look()
+            await opened
+        finally:
+            self._stop_listening("state", look)
+        if self._ending is not None:
+            raise self._ending
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Say goodbye: the session ends, and everything that is not accepted yet fails. Calling it again is quiet."""
+        self._finish(ClosedError(code, reason))
+        runner = self._runner
+        try:
+            if runner is not None and runner is not asyncio.current_task():
+                await wait_for_all([runner], 10.0)
+        finally:  # also if the goodbye is not waited for
+            left = self._tasks.cancel()
+        await wait_for_all(left, 1.0)
+
+    def reconnect(self) -> None:
+        """Leave the connection, or the wait for one, and dial now. The session goes on."""
+        self._backoff.reset()
+        if self._attempt is not None:
+            self._attempt.lose(4000, "reconnect", at_once=True)
+        self._dial_now()
+
+    def check(self) -> None:
+        """Something says that the link may be dead: ask the server, and dial again if it does not answer soon.
+
+        While waiting for the next dial, this dials now.
+        """
+        if self._attempt is not None:
+            self._attempt.probe()
+        self._dial_now()
+
+    def _dial_now(self) -> None:
+        if not self._hurry.done():
+            self._hurry.set_result(None)
+
+    # ── sending ──
+
+    def send(self, data: Any, *, event: str | None = None, key: str | None = None) -> asyncio.Future[None]:
+        """Queue a message. Await what is returned to know that the server has accepted it; nobody has to.
+
+        Args:
+            data: Anything that can be JSON, or bytes.
+            event: What kind of message it is.
+            key: Idempotency key: a message whose key the server has handled already is not handled again.
+
+        Returns:
+            A future, which fails with a `ClientError` if the message is not known to be accepted.
+
+        Raises:
+            ClosedError: The client is closed.
+            BufferFullError: Too much is waiting.
+            TooLargeError: The server takes no message of this size.
+            ValueError: The data cannot be JSON.
+        """
+        return self._queue("msg", data, event=event, key=key or self._key()).done
+
+    def volatile(self, data: Any, *, event: str | None = None) -> bool:
+        """Send a message now or never: `False` if there is no connection. It is neither kept nor acknowledged.
+
+        Raises:
+            TooLargeError: The server takes no message of this size.
+            ValueError: The data cannot be JSON.
+        """
+        attempt = self._attempt
+        return attempt is not None and attempt.send_volatile(data, event)
+
+    async def request(self, event: str, data: Any = None, *, timeout: float = 10.0, key: str | None = None) -> Any:
+        """Send a message to a handler of the server, and return what it returns. Survives a reconnect in between.
+
+        Cancelling withdraws it if it was not sent yet.
+
+        Raises:
+            RequestError: The server answered with an error.
+            RequestTimeoutError: It did not answer in time.
+            ClosedError: The client is closed.
+            SessionLostError: The session was lost, and it is not known whether the request was handled.
+            BufferFullError: Too much is waiting.
+        """
+        request_id = f"c{next(self._ids)}"
+        message = self._queue("msg", data, event=event, id=request_id, key=key or self._key())
+        future = self._requests.open(request_id, message)
+        try:
+            if await wait_for_all([future], timeout):
+                return future.result()
+        finally:
+            self._requests.forget(request_id)
+            self.buffer.withdraw(message)
+        raise RequestTimeoutError(timeout)
+
+    def _queue(self, type_: str, data: Any, **fields: Any) -> Outgoing:
+        if self._ending is not None:
+            raise self._ending
+        message = Outgoing(type_, data, fields)
+        self.buffer.add(message)
+        if self._attempt is not None:
+            self._attempt.wake()
+        return message
+
+    def _key(self) -> str | None:
+        return f"{self._keys}{next(self._ids)}" if self._replay else None
+
+    def _reply(self, request_id: str, data: Any, error: dict[str, str] | None) -> None:
+        try:
+            message = self._queue("reply", data if error is None else None, re=request_id, error=error)
+        except Exception as problem:  # the data is the user's, and encoding it may raise anything
+            self._cannot_reply(request_id, problem)
+            return
+
+        def look(done: asyncio.Future[None]) -> None:
+            # A server may take less than the one of the connection in which the answer was queued.
+            problem = None if done.cancelled() else done.exception()
+            if isinstance(problem, TooLargeError):
+                self._cannot_reply(request_id, problem)
+
+        message.done.add_done_callback(look)
+
+    def _cannot_reply(self, request_id: str, problem: BaseException) -> None:
+        """Answer with an error in place of what cannot be sent: who has asked shall not wait in vain."""
+        self.told("error", problem)
+        why = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
+        error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {why}"}
+        try:
+            self._queue("reply", None, re=request_id, error=error)
+        except Exception as also:
+            logger.warning("the request %r of the server is not answered: %s", request_id, also)
+
+    # ── receiving ──
+
+    def on(self, event: str = ANY) -> Callable[[F], F]:
+        """Call a function with the data of each message of an event: `@client.on("chat")`.
+
+        Handlers are called one after the other, in the order of the messages. What one returns answers the server, if
+        the message was a request. One that waits for a `request` of its own holds up those behind it, and when 1,024
+        messages wait, nothing more is read, answers included: start a task for that. Without a name it takes every
+        event that has no handler of its own.
+        """
+
+        def register(handler: F) -> F:
+            self.incoming.on(event, handler)
+            return handler
+
+        return register
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        """Iterate over the messages that no handler takes, until the client is closed for good.
+
+        A loop that is slow holds up what comes behind the 1,024 messages that wait for it. Ten seconds after a loop
+        was left, handlers and answers are held up by it no longer: then the oldest messages that wait are thrown away,
+        until somebody iterates again.
+        """
+        return self.incoming.loop()
+
+    async def __anext__(self) -> Message:
+        message = await self.incoming.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+    # ── what an attempt tells ──
+
+    def _set_state(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            self.told("state", state)
+
+    def answered(self, request_id: str, data: Any, error: Any) -> None:
+        """An answer has come."""
+        self._requests.answered(request_id, data, error)
+
+    def opened(self, outcome: str) -> None:
+        """A connection is open."""
+        self._set_state("open")
+        self.told("open", outcome)
+
+    def stable(self) -> None:
+        """A connection has been open for long enough to forget what was before."""
+        self._backoff.reset()
+        self._auth_failures = self._resyncs = 0
+
+    def lost_session(self, accepted: int) -> None:
+        """The server has begun a new session in place of the one that was asked for."""
+        self.buffer.begun_anew(accepted, replay=self._replay)
+        self.incoming.begun_anew()
+        self._requests.session_lost()
+
+    async def credential(self, *, force: bool) -> str | None:
+        """What the user's `auth` gives."""
+        if self._auth is None:
+            return None
+        value = self._auth(force=force) if _takes_force(self._auth) else self._auth()
+        value = await value if inspect.isawaitable(value) else value
+        return None if value is None else str(value)
+
+    async def address(self) -> str:
+        """Where to connect."""
+        value = self._url if isinstance(self._url, str) else self._url()
+        return await value if inspect.isawaitable(value) else value
+
+    @property
+    def refused_credential(self) -> bool:
+        """Whether the server has refused the last credential."""
+        return self._auth_failures > 0
+
+    # ── dialling ──
+
+    async def _run(self) -> None:
+        try:
+            while self._ending is None:
+                self._set_state("connecting")
+                lost = await self._one_connection()
+                if self._ending is not None:
+                    break
+                self.told("close", lost.code, lost.reason)
+                delay = self._delay(lost)
+                if self._ending is not None:
+                    break
+                self._set_state("waiting")
+                self._hurry = asyncio.get_running_loop().create_future()
+                if delay > 0:
+                    await wait_for_all([self._hurry], delay)
+        finally:
+            self._finish(self._ending or ClosedError(1006, "cancelled"))
+
+    async def _one_connection(self) -> ConnectionLost:
+        attempt = self._attempt = Attempt(self, self._tasks, self._connect_timeout, self._stable_after)
+        try:
+            return await attempt.run(self._dial)
+        finally:
+            self._attempt = None
+
+    def _delay(self, lost: ConnectionLost) -> float:
+        """Seconds until the next dial; ends the client if there is to be none."""
+        code = lost.code
+        what = verdict(code)
+        if code in (4409, 4410):
+            self.token = None
+        if code == 4412:
+            self._resyncs += 1
+            if self._resyncs > MAX_RESYNCS:
+                self.token = None
+                what = Verdict.AGAIN
+        if what is Verdict.REFRESH:
+            self._auth_failures += 1
+            if self._auth is None or self._auth_failures > 1:
+                what = Verdict.FINAL
+        if what is Verdict.FINAL:
+            self._finish(ClosedError(code, lost.reason))
+            return 0.0
+        delay = self._backoff.delay(code, lost.reason)
+        if what is Verdict.REFRESH or (what is Verdict.NOW and lost.was_open):
+            return 0.0
+        return 0.0 if lost.at_once else delay
+
+    def _finish(self, how: ClosedError) -> None:
+        if self._ending is not None:
+            return
+        self._ending = how
+        if self._attempt is not None:
+            self._attempt.lose(how.code if how.code in (1000, 4000) else 1000, how.reason)
+        self._dial_now()
+        self.token = None
+        self.buffer.give_up(how)
+        self._requests.give_up(how)
+        self.incoming.close()
+        self._set_state("closed")
+
+    def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
+        if task is self._runner:
+            self._finish(ClosedError(1006, f"a bug in the client: {error!r}"))
+
+
+def connect(url: str | Provider, **options: Any) -> Client:
+    """Make a client, for `async with`. The arguments are those of `Client`."""
+    return Client(url, **options)
+
+
+def _takes_force(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(one.name == "force" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)

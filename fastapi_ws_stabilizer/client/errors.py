@@ -1,0 +1,70 @@
+"""What can go wrong in a client.
+
+```
+ClientError
+├── ClosedError          the client is closed for good: by its user, or because the server's answer was final
+├── SessionLostError     the session is gone, and whether the message was handled before is not known
+├── BufferFullError      too much waits to be sent
+└── TooLargeError        a message is larger than the server takes
+```
+"""
+
+from __future__ import annotations
+
+from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
+
+
+class ClientError(WebSocketStabilizerError):
+    """Base of the errors of a client."""
+
+
+class ClosedError(ClientError):
+    """The client is closed for good.
+
+    Attributes:
+        code: The close code that was final; 1000 if its user has closed it.
+        reason: What came with it.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the client is closed for good: code {self.code}{f' ({self.reason})' if self.reason else ''}"
+
+
+class SessionLostError(ClientError):
+    """The server knows the session no more. The message was sent and not acknowledged: it may have been handled.
+
+    With `replay_on_lost=True` such messages are sent again, with an idempotency key that keeps a server which has
+    handled them from doing so twice.
+    """
+
+    def __str__(self) -> str:
+        return "the session is lost, and it is not known whether this was handled"
+
+
+class BufferFullError(ClientError):
+    """As much as may wait is waiting to be sent or acknowledged, or this message had to go for a newer one."""
+
+    def __str__(self) -> str:
+        return "too much waits to be sent: send less, wait for what send() returns, or allow a larger buffer"
+
+
+class TooLargeError(ClientError):
+    """A message is larger than the server takes.
+
+    Attributes:
+        size: Its size in bytes.
+        limit: What the server takes.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the message has {self.size} bytes, and the server takes {self.limit}"

@@ -1,0 +1,117 @@
+"""Connections of the `websockets` library."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidURI
+
+from fastapi_ws_stabilizer.client.errors import ClosedError
+from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError
+
+MAX_RECEIVED_BYTES: Final = 16 * 1024 * 1024
+"""Largest message that is taken from a server."""
+
+UNDIALLABLE: Final = 4400
+"""Stands for a URL or options with which no dial can succeed, however often it is tried."""
+
+
+class WebSocketsTransport:
+    """A connection of the `websockets` library."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @property
+    def subprotocol(self) -> str | None:
+        """What the server has chosen."""
+        chosen: str | None = self._connection.subprotocol
+        return chosen
+
+    @property
+    def compresses(self) -> bool:
+        """As `Transport`."""
+        return bool(self._connection.protocol.extensions)
+
+    async def send(self, message: str | bytes) -> None:
+        """As `Transport`."""
+        try:
+            await self._connection.send(message)
+        except Exception as error:
+            raise self._lost(error) from error
+
+    async def receive(self) -> str | bytes:
+        """As `Transport`."""
+        try:
+            message: str | bytes = await self._connection.recv()
+        except Exception as error:
+            raise self._lost(error) from error
+        return message
+
+    async def close(self, code: int, reason: str) -> None:
+        """As `Transport`."""
+        try:
+            await self._connection.close(code, reason)
+        except asyncio.CancelledError:
+            self._connection.transport.abort()
+            raise
+
+    @staticmethod
+    def _lost(error: Exception) -> TransportLostError:
+        received = getattr(error, "rcvd", None)
+        if received is not None:
+            return TransportLostError(received.code, received.reason)
+        sent = getattr(error, "sent", None)
+        if sent is not None and sent.code in (1002, 1007, 1009):  # the library itself refused what came in
+            return TransportLostError(sent.code, sent.reason)
+        return TransportLostError(1006, str(error))
+
+
+def dialler(options: dict[str, Any]) -> Dial:
+    """Dial with `options`, which are those of the library's `connect`.
+
+    A dial raises `ClosedError` where the URL or the options themselves are wrong: dialling again would not help.
+    """
+
+    async def dial(url: str, subprotocols: Sequence[str]) -> Transport:
+        try:
+            connection = await connect(
+                url,
+                **{
+                    "subprotocols": list(subprotocols),
+                    "ping_interval": None,  # the protocol has its own
+                    "open_timeout": None,
+                    "close_timeout": 5,
+                    "max_size": MAX_RECEIVED_BYTES,
+                    **options,
+                },
+            )
+        except OSError as error:  # before ValueError: a certificate that is not valid, today, is both
+            raise _refused(error) from error
+        except (InvalidURI, TypeError, ValueError) as error:
+            raise ClosedError(UNDIALLABLE, f"it cannot be dialled: {error}") from error
+        except Exception as error:
+            raise _refused(error) from error
+        return WebSocketsTransport(connection)
+
+    return dial
+
+
+_FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
+_PASSING_STATUS: Final = {429: 4429, 503: 4503}
+
+
+def _refused(error: Exception) -> TransportLostError:
+    """What a failed dial means, in close codes: here, unlike in a browser, the HTTP status can be seen."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status in _FINAL_STATUS:
+        return TransportLostError(_FINAL_STATUS[status], f"HTTP {status}")
+    if status in _PASSING_STATUS:
+        wait = response.headers.get("Retry-After", "") if response is not None else ""
+        hint = f"; retry={int(wait) * 1000}" if wait.isdigit() and len(wait) < 5 else ""
+        return TransportLostError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
+    return TransportLostError(1006, f"HTTP {status}" if status else str(error))

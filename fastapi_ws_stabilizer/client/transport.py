@@ -1,0 +1,73 @@
+"""The one WebSocket that a client has at a time, and how one is dialled."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+
+class TransportLostError(Exception):
+    """The WebSocket is over.
+
+    Attributes:
+        code: Its close code; 1006 if there was none.
+        reason: Its close reason.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+
+class Transport(Protocol):
+    """A WebSocket that is open."""
+
+    @property
+    def subprotocol(self) -> str | None:
+        """What the server has chosen."""
+
+    @property
+    def compresses(self) -> bool:
+        """Whether permessage-deflate was agreed on, so that nothing else need compress."""
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message; wait while the network takes none.
+
+        Raises:
+            TransportLostError: It is over.
+        """
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message. Cancelling is safe.
+
+        Raises:
+            TransportLostError: It is over.
+        """
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close it. Cancelling cuts it."""
+
+
+Dial = Callable[[str, Sequence[str]], Awaitable[Transport]]
+"""Opens a WebSocket to a URL, offering subprotocols. Can be cancelled.
+
+Raises `TransportLostError` if that fails, or `ClosedError` with a final code if it can never succeed.
+"""
+
+
+def dialler(**options: Any) -> Dial:
+    """Dial with the `websockets` library; `options` are those of its `connect`: `ssl`, `additional_headers`, ...
+
+    Raises:
+        ImportError: It is not installed. The error says how to.
+    """
+    try:
+        module = importlib.import_module("fastapi_ws_stabilizer.client.over_websockets")
+    except ImportError as missing:
+        raise ImportError(
+            'the client needs the websockets library: pip install "fastapi-ws-stabilizer[client]"'
+        ) from missing
+    dial: Dial = module.dialler(options)
+    return dial

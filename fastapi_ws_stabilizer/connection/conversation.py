@@ -1,0 +1,339 @@
+"""What one connection of a `stabilizer.v1.json` client says, and what it is owed: numbers, acknowledgements, pings.
+
+It stands between the pump and the inbox. Application messages come out of it once and in order; everything else is
+dealt with here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions.idempotency import Seen
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.store import Greeting
+from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.v1 import (
+    ACK_EVERY,
+    DEFLATE_CAP,
+    VERSION,
+    BadFrameError,
+    Message,
+    control,
+    message_of,
+    number,
+    optional_number,
+    optional_text,
+    parse,
+)
+
+ACK_WITHIN: Final = 0.05
+"""Seconds after which a message is acknowledged at the latest. The protocol allows one; a client that waits for each
+message before it sends the next would be slow by as much."""
+
+
+LEAD: Final = 0.2
+"""The part of a credential's life that is left when the client is asked for a new one."""
+
+MAX_LEAD: Final = 30.0
+"""Seconds before its end at which it is asked at the earliest."""
+
+ACK_START: Final = '{"type":"ack","seq":'
+ACK_CHARS: Final = len(ACK_START)
+MAX_DIGITS: Final = 16
+
+PING_BYTES: Final = 64
+"""More than a ping takes."""
+
+
+class Speaker(Protocol):
+    """The connection of a conversation."""
+
+    config: WebSocketConfig
+    reports: Reports
+    pulse: Pulse
+    ending: Ending | None
+    face: Any
+
+    @property
+    def outbox(self) -> Any:
+        """What waits to be sent."""
+
+    def answer(self, frame: Frame) -> None:
+        """Send a control frame, before what is queued."""
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """End the connection from our side."""
+
+    def tell(self, event: str, level: int, **facts: Any) -> None:
+        """Report something about this connection."""
+
+
+class Conversation:
+    """The v1 side of one connection.
+
+    Args:
+        connection: The connection.
+        greeting: What its client's hello has led to.
+        seen: The idempotency keys that were handled.
+        renewed: Called with a credential that the client sends later.
+
+    Attributes:
+        session: The session that it belongs to, until another connection takes it over.
+        greeting: What the hello has led to.
+        max_inflated: Bytes that a compressed frame of the client may hold; 0 if compressed frames were not agreed on.
+    """
+
+    __slots__ = (
+        "_ack_timer",
+        "_auth_timer",
+        "_connection",
+        "_renewed",
+        "_renewing",
+        "_seen",
+        "_unacknowledged",
+        "greeting",
+        "max_inflated",
+        "session",
+    )
+
+    def __init__(
+        self, connection: Speaker, greeting: Greeting, seen: Seen, renewed: Callable[[str | None], None]
+    ) -> None:
+        self.session: Session = greeting.session
+        self.greeting = greeting
+        self._connection = connection
+        self._seen = seen
+        self._renewed = renewed
+        compresses = greeting.deflates and connection.config.compression is CompressionMode.DEFLATE
+        self.max_inflated = connection.config.max_message_size if compresses else 0
+        self._unacknowledged = 0
+        self._renewing = False
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._auth_timer: asyncio.TimerHandle | None = None
+
+    def welcome(self) -> Frame:
+        """The frame that answers the hello, with a new token."""
+        config, session, greeting = self._connection.config, self.session, self.greeting
+        beats = config.heartbeat_type is not HeartbeatType.OFF
+        return control(
+            "welcome",
+            v=VERSION,
+            session=session.connection_id,
+            token=session.new_token(),
+            resume=greeting.outcome.value,
+            why=greeting.why,
+            seq=greeting.cursor,
+            ack=session.accepted,
+            ping=_milliseconds(config.heartbeat_interval) if beats else 0,
+            timeout=_milliseconds(config.heartbeat_timeout) if beats else 0,
+            ttl=_milliseconds(config.session_ttl) if config.enable_reconnect else 0,
+            max=config.max_message_size,
+            caps=[DEFLATE_CAP] if self.max_inflated else [],
+        )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no other connection has taken the session over. What one that has lost it still says is ignored."""
+        return self.session.connection is self._connection
+
+    def close(self) -> None:
+        """The connection is over."""
+        self._settle_ack()
+        self.credential_good_for(None)
+
+    # ── what comes in ──
+
+    def take(self, raw: str | bytes) -> Message | None:
+        """Deal with a frame; return the message in it if it is one for user code."""
+        session = self.session
+        if not self.is_current:
+            return None
+        if raw[:ACK_CHARS] == ACK_START and raw[-1] == "}":  # by far the most frequent one; as our clients write it
+            digits = raw[ACK_CHARS:-1]
+            plain = digits.isascii() and digits.isdigit() and digits[0] != "0" and len(digits) < MAX_DIGITS
+            if plain and session.acknowledged(int(digits)):
+                session.confirm()
+                return None
+        try:
+            frame = parse(raw, self.max_inflated)
+            session.confirm()
+            kind = frame["type"]
+            if kind == "msg":
+                return self._message(message_of(frame))
+            self._other(kind, frame)
+        except BadFrameError as problem:
+            too_big = problem.code == 1009
+            reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
+            self._connection.end(reason, code=problem.code, text=str(problem))
+        return None
+
+    def _message(self, message: Message) -> Message | None:
+        if message.seq is not None and not self._is_next(message.seq):
+            return None
+        if message.key is not None:
+            known = self._seen.look(self.session.client_id, message.key)
+            if known is not None:
+                known.answer(self.session, message)
+                return None
+            self._seen.begin(self.session.client_id, message.key)
+        self._connection.reports.totals.messages_received += 1
+        return message
+
+    def _is_next(self, seq: int) -> bool:
+        """Whether a message is the next one. It counts as accepted from here on, whatever its handler does."""
+        session = self.session
+        if seq == session.accepted + 1:
+            session.accepted = seq
+            self._owe_ack()
+            return True
+        if seq <= session.accepted:  # sent again, because our word did not reach the client
+            self._owe_ack()
+        else:
+            self._connection.end(DisconnectReason.POLICY, code=4412, text="a message is missing")
+        return False
+
+    def _other(self, kind: str, frame: dict[str, Any]) -> None:
+        session, connection = self.session, self._connection
+        if kind == "ack":
+            self._acknowledged(number(frame, "seq"))
+        elif kind == "ping":
+            self._settle_ack()
+            connection.answer(control("pong", ts=frame.get("ts"), ack=session.accepted))
+        elif kind == "pong":
+            connection.pulse.ponged(monotonic())
+            if (seq := optional_number(frame, "ack")) is not None:
+                self._acknowledged(seq)
+        elif kind == "reply":
+            if self._is_next(number(frame, "seq", least=1)):
+                session.requests.answered(optional_text(frame, "re") or "", frame.get("data"), frame.get("error"))
+        elif kind == "auth":
+            token = optional_text(frame, "token", most=8192)
+            if not self._renewing:  # one at a time: each is a call of the application
+                self._renewing = True
+                self._renewed(token)
+        elif kind == "hello":
+            raise BadFrameError("a second hello")
+
+    def _acknowledged(self, seq: int) -> None:
+        if not self.session.acknowledged(seq):
+            raise BadFrameError("more is acknowledged than was sent")
+
+    # ── what goes out ──
+
+    def ping(self, now: float) -> bool:
+        """Send a heartbeat in its turn among the messages, so that its number proves the client's count."""
+        if not self._send_ping():
+            return False
+        self._connection.pulse.pinged(now)
+        return True
+
+    def _send_ping(self) -> bool:
+        session, outbox = self.session, self._connection.outbox
+        if not self.is_current or not outbox.make_room(PING_BYTES):
+            return False
+        queued: bool = outbox.put(control("ping", seq=session.head))
+        return queued
+
+    def ask_for_ack(self) -> None:
+        """Ask the client for its number: a pong carries it, and comes at once."""
+        self._send_ping()
+
+    def failed(self, message: Message) -> None:
+        """A handler has failed with a message. It is not handled again in this session, but its key is not used up."""
+        if message.key is not None:
+            self._seen.failed(self.session.client_id, message.key)
+
+    def unread(self, item: object) -> None:
+        """A message was accepted, and nobody will ever read it: if it comes again, it is a new one."""
+        if isinstance(item, Message):
+            self.failed(item)
+
+    def refused(self, message: Message | None, code: str, text: str) -> None:
+        """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""
+        if message is not None:
+            self.failed(message)
+        if message is not None and message.id is not None:
+            self.session.reply(message.id, error={"code": code, "message": text})
+            return
+        seq = None if message is None else message.seq
+        self._connection.answer(control("error", code=code, message=text, seq=seq))
+
+    def handled(self, message: Message, answer: Any) -> None:
+        """A message was handled: answer it if it is a request, and remember the answer under its key.
+
+        Raises:
+            MessageEncodeError: The answer cannot be JSON.
+        """
+        if message.id is not None:
+            self.session.reply(message.id, answer)
+        if message.key is not None:
+            self._seen.handled(self.session, message.key, answer if message.id is not None else None)
+
+    def _owe_ack(self) -> None:
+        self._unacknowledged += 1
+        if self._unacknowledged >= ACK_EVERY:
+            self._send_ack()
+        elif self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(ACK_WITHIN, self._send_ack)
+
+    def _send_ack(self) -> None:
+        self._settle_ack()
+        if self._connection.ending is None and self.is_current:
+            self._connection.answer(control("ack", seq=self.session.accepted))
+
+    def _settle_ack(self) -> None:
+        self._unacknowledged = 0
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+
+    # ── credentials ──
+
+    def credential_good_for(self, seconds: float | None) -> None:
+        """The client's credential is good for so long; for ever when left out. It is asked for a new one in time."""
+        if self._auth_timer is not None:
+            self._auth_timer.cancel()
+            self._auth_timer = None
+        if seconds is not None:
+            lead = min(MAX_LEAD, seconds * LEAD)
+            self._auth_timer = asyncio.get_running_loop().call_later(seconds - lead, self._ask_for_credential, lead)
+
+    def credential_taken(self, good_for: float | None) -> None:
+        """A new credential was looked at, and is good."""
+        self._renewing = False
+        if self._connection.ending is not None:
+            return
+        self._connection.answer(
+            control("auth", ok=True, **({} if good_for is None else {"in": _milliseconds(good_for)}))
+        )
+        self.credential_good_for(good_for)
+
+    def _ask_for_credential(self, within: float) -> None:
+        self._connection.answer(control("auth", **{"in": _milliseconds(within)}))
+        self._auth_timer = asyncio.get_running_loop().call_later(within, self._expired)
+
+    def _expired(self) -> None:
+        self._auth_timer = None
+        self._connection.end(DisconnectReason.POLICY, code=4401, text="the credential has expired")
+
+    def tell_outcome(self) -> None:
+        """Report what the hello has led to."""
+        self._connection.tell(
+            "session_attached",
+            logging.INFO,
+            session_id=self.session.connection_id,
+            outcome=self.greeting.outcome.value,
+            why=self.greeting.why,
+        )
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

@@ -1,0 +1,190 @@
+"""What a socket knows of itself: whose it is, where it comes from, how it is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import WebSocket
+from starlette.datastructures import URL, Address, Headers, QueryParams, State
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+
+
+class SocketFacts:
+    """The part of a `StableSocket` that only looks."""
+
+    __slots__ = ("_connection", "_metadata", "_user_data")
+
+    def __init__(self, connection: Connection, metadata: Mapping[str, Any] | None) -> None:
+        self._connection = connection
+        self._metadata: dict[str, Any] | None = dict(metadata) if metadata else None
+        self._user_data: dict[str, Any] | None = None
+
+    # ── who and where ──
+
+    @property
+    def client_id(self) -> str:
+        """Who is connected. Several connections can share one."""
+        return self._connection.client_id
+
+    @property
+    def connection_id(self) -> str:
+        """This connection, and no other ever."""
+        return self._connection.connection_id
+
+    @property
+    def member_id(self) -> str:
+        """By what rooms know it: its connection, or its session if it has one."""
+        member_id: str = self._connection.member.connection_id
+        return member_id
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `manager.connect(..., metadata=...)` was given."""
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
+
+    @property
+    def user_data(self) -> dict[str, Any]:
+        """Yours: anything that belongs to this client's session; to this connection, if it has none."""
+        conversation = self._connection.conversation
+        if conversation is not None:
+            if conversation.session.user_data is None:
+                conversation.session.user_data = {}
+            return conversation.session.user_data
+        if self._user_data is None:
+            self._user_data = {}
+        return self._user_data
+
+    @user_data.setter
+    def user_data(self, data: dict[str, Any]) -> None:
+        """Put another dict in its place."""
+        conversation = self._connection.conversation
+        if conversation is not None:
+            conversation.session.user_data = data
+        else:
+            self._user_data = data
+
+    @property
+    def session_id(self) -> str | None:
+        """The session of a `stabilizer.v1.json` client, the same over all its connections; `None` of a plain client."""
+        conversation = self._connection.conversation
+        return None if conversation is None else conversation.session.connection_id
+
+    @property
+    def resumed(self) -> ResumeOutcome:
+        """What the client has got back that asked for its session: `none` if it asked for nothing."""
+        conversation = self._connection.conversation
+        return self._connection.restored if conversation is None else conversation.greeting.outcome
+
+    @property
+    def websocket(self) -> WebSocket:
+        """Starlette's `WebSocket` of this connection. Reading and writing it goes through this socket's queues."""
+        return self._connection.websocket
+
+    @property
+    def scope(self) -> Any:
+        """The ASGI scope."""
+        return self.websocket.scope
+
+    @property
+    def app(self) -> Any:
+        """The application that serves this connection."""
+        return self.websocket.app
+
+    @property
+    def url(self) -> URL:
+        """The URL of the handshake."""
+        return self.websocket.url
+
+    @property
+    def headers(self) -> Headers:
+        """The headers of the handshake."""
+        return self.websocket.headers
+
+    @property
+    def query_params(self) -> QueryParams:
+        """The query parameters of the handshake."""
+        return self.websocket.query_params
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        """The path parameters of the handshake."""
+        return self.websocket.path_params
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies of the handshake."""
+        return self.websocket.cookies
+
+    @property
+    def client(self) -> Address | None:
+        """The address of the other end, which may be a proxy."""
+        return self.websocket.client
+
+    @property
+    def state(self) -> State:
+        """State that middleware and dependencies have attached to this connection."""
+        return self.websocket.state
+
+    # ── how it is doing ──
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the connection ended; `None` while it is open."""
+        return self._connection.ending
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over or ending."""
+        return self._connection.ending is not None
+
+    @property
+    def reason(self) -> DisconnectReason | None:
+        """Why the connection ended; `None` while it is open."""
+        return None if self.ending is None else self.ending.reason
+
+    @property
+    def rtt(self) -> float | None:
+        """Seconds of the last measured round trip; `None` before the first answered ping."""
+        return self._connection.pulse.rtt
+
+    @property
+    def connected_seconds(self) -> float:
+        """Seconds since the connection was opened."""
+        return monotonic() - self._connection.opened_at
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the last frame came from the client."""
+        return monotonic() - self._connection.pulse.last_seen
+
+    @property
+    def queued_messages(self) -> int:
+        """Messages that wait to be sent."""
+        return len(self._connection.outbox)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._connection.outbox.held_bytes
+
+    @property
+    def dropped_messages(self) -> int:
+        """Messages that were thrown away because the client is slow."""
+        return self._connection.dropped_messages
+
+    @property
+    def unread_messages(self) -> int:
+        """Messages that have been received and wait to be read."""
+        return len(self._connection.inbox)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of memory that the unread messages hold."""
+        return self._connection.inbox.held_bytes

@@ -1,0 +1,168 @@
+"""The messages of a connection, as user code reads and sends them, by its socket or by Starlette's `WebSocket`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, Item
+from fastapi_ws_stabilizer.connection.sending import SendingHalf
+from fastapi_ws_stabilizer.errors import (
+    MessageEncodeError,
+    NotOpenError,
+    PlainClientError,
+    RequestTimeoutError,
+    socket_closed,
+)
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.tasks import wait_for_all
+from fastapi_ws_stabilizer.wire.envelope import sequenced
+from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
+from fastapi_ws_stabilizer.wire.v1 import Message
+
+
+class Messages(SendingHalf):
+    """What goes in and out of a connection, with a session and without."""
+
+    __slots__ = ("inbox", "opened")
+
+    inbox: Inbox
+    opened: bool
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message.
+
+        Raises:
+            SocketClosed: The connection is over and everything has been read.
+            ConcurrentReceiveError: Another task is receiving.
+        """
+        item = await self.receive_item()
+        return item.raw if isinstance(item, Message) else item
+
+    async def receive_item(self) -> Item:
+        """Wait for the next message, with what a client of `stabilizer.v1.json` says of it.
+
+        Raises:
+            SocketClosed: The connection is over and everything has been read.
+            ConcurrentReceiveError: Another task is receiving.
+        """
+        self.check_opened()
+        try:
+            return await self.inbox.get()
+        except InboxClosed:
+            raise self._closed_error() from None
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame; wait while the outbox is full.
+
+        Raises:
+            SocketClosed: The connection is over.
+        """
+        if self.conversation is None:
+            queued = await self.outbox.put_wait(frame)
+        else:
+            queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
+        if not queued:
+            raise self._closed_error()
+
+    def put_if_calm(self, frame: Frame) -> bool:
+        """Queue a frame if there is nothing to think about; `False` says nothing but that there is. Hot path."""
+        if self.conversation is None:
+            return self.outbox.put_if_calm(frame)
+        return self.ending is None and self.conversation.session.put_if_calm(self, frame)
+
+    async def send_acknowledged(self, frame: Frame) -> None:
+        """Queue a frame, and wait until the client has acknowledged it, in this connection or a later one.
+
+        Raises:
+            SocketClosed: The connection is over, and the frame was not queued.
+            SessionEndedError: The session is over.
+            PlainClientError: The client acknowledges nothing.
+            ValueError: The frame is volatile.
+        """
+        if frame.volatile:
+            raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
+        if self.conversation is None:
+            self.check_open()
+            raise PlainClientError
+        seq = await self._numbered(self.conversation.session, frame)
+        self.conversation.ask_for_ack()
+        await self.conversation.session.requests.until_acknowledged(seq)
+
+    async def request(self, event: str, data: Any, timeout: float) -> Any:
+        """Send a request to the client and wait for its answer, in this connection or a later one.
+
+        Raises:
+            RequestTimeoutError: There is none in time.
+            RequestError: It is an error.
+            SocketClosed: The connection is over, and the request was not queued.
+            SessionEndedError: The session is over.
+            PlainClientError: The client answers no requests.
+            MessageEncodeError: The data cannot be JSON.
+        """
+        self.check_open()
+        if self.conversation is None:
+            raise PlainClientError
+        session = self.conversation.session
+        request_id, answer = session.requests.begin()
+        try:
+            try:
+                frame = sequenced("msg", data, event=event, id=request_id)
+            except ValueError as error:
+                raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error}") from error
+            await self._numbered(session, frame)
+            if not await wait_for_all([answer], timeout):
+                raise RequestTimeoutError(timeout)
+            return answer.result()
+        finally:
+            session.requests.forget(request_id)
+
+    async def _numbered(self, session: Session, frame: Frame) -> int:
+        """Queue a frame and return its number."""
+        numbers: list[int] = []
+        queued = self.ending is None and await session.put_wait(self, frame, numbers.append)
+        if not queued:
+            raise self._closed_error()
+        return numbers[0] if numbers else session.head
+
+    def check_opened(self) -> None:
+        """Raise unless the connection is open or has been.
+
+        Raises:
+            NotOpenError: It is not accepted yet.
+        """
+        if not self.opened:
+            raise NotOpenError
+
+    def check_open(self) -> None:
+        """Raise unless the connection is open.
+
+        Raises:
+            SocketClosed: It is over.
+            NotOpenError: It is not accepted yet.
+        """
+        if not self.opened or self.ending is not None:
+            raise self._closed_error()
+
+    def _closed_error(self) -> Exception:
+        return NotOpenError() if self.ending is None else socket_closed(self.ending)
+
+    async def _asgi_receive(self) -> dict[str, Any]:
+        """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
+        try:
+            item = await self.inbox.get()
+        except InboxClosed:
+            how = self.ending or ending(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
+        message = item.raw if isinstance(item, Message) else item
+        return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
+
+    async def _asgi_send(self, message: Any) -> None:
+        """Stand in for the server's `send`, for code that writes to the `WebSocket` itself."""
+        if message["type"] == CLOSE:
+            self.end(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
+            return
+        if message["type"] != "websocket.send":
+            raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")
+        data = message.get("bytes")
+        await self.send(encode(message.get("text") or "" if data is None else data))

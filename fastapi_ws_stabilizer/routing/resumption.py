@@ -1,0 +1,240 @@
+"""What outlives a connection, put away when it ends and given back when its client returns.
+
+A client of `stabilizer.v1.json` has a session, which gets messages while it is away. A plain client has a reconnect
+token, if the application gave it one, and gets its rooms and its user data back for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Sequence
+
+from fastapi import WebSocket
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_session
+from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import InvalidTokenError, RoomLimitError, TokenExpiredError
+from fastapi_ws_stabilizer.hub.delivery import Delivery
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.store import Sessions
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+
+_proven: contextvars.ContextVar[str | None] = contextvars.ContextVar("proven_client", default=None)
+"""The client id for which the current task has validated a token."""
+
+
+class Resumption:
+    """Sessions and luggage of one manager on one event loop.
+
+    Attributes:
+        sessions: The sessions.
+        luggage: What plain clients have left behind.
+    """
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        hooks: Hooks,
+        delivery: Delivery[Connection],
+        tokens: ReconnectTokens,
+    ) -> None:
+        self._reports = reports
+        self._hooks = hooks
+        self._delivery = delivery
+        self._tokens = tokens
+        self._enabled = config.enable_reconnect
+        self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
+        self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
+        self._slots = asyncio.Semaphore(config.max_concurrent_cleanup)
+        self._timer: asyncio.TimerHandle | None = None
+        self.sessions = Sessions(
+            config,
+            reports,
+            next_shard=delivery.registry.next_shard,
+            began=delivery.begin_session,  # type: ignore[arg-type]  # a session is a member as a connection is
+            ended=self._session_ended,
+        )
+        self.luggage = LeftLuggage(config.session_ttl if config.enable_reconnect else 0.0, config.max_sessions_away)
+
+    # ── going ──
+
+    def left(self, connection: Connection) -> None:
+        """A connection has begun to end: put away what may be wanted back, and take it out of everything."""
+        how = connection.ending
+        if connection.conversation is not None:
+            self._delivery.remove(connection)
+            session = connection.conversation.session
+            if how is None or not session.detach(connection):
+                return  # another connection has taken it over
+            if ends_session(how) or not session.admitted:  # else it would get in by coming back
+                self.sessions.end(session, how)
+            else:
+                session.left = self._delivery.away(session)  # type: ignore[arg-type]
+                self.sessions.left(session)
+            return
+        expected = how is not None and connection.begun and self.luggage.is_expected(connection.client_id)
+        if expected and how is not None and not ends_session(how):
+            rooms = self._delivery.described(connection)
+            connection.told_of_session_end = True  # it goes on for a while
+            face = connection.face
+            self._forget(self.luggage.leave(connection.client_id, rooms, face.user_data, face))
+            self._arm()
+        self._delivery.remove(connection)
+
+    async def session_over(self, connection: Connection) -> None:
+        """The disconnect hooks of a connection have run: tell the hooks for the end of its session, if that is over."""
+        how = connection.ending
+        if connection.conversation is not None:
+            session = connection.conversation.session
+            how = session.over
+            if how is None or session.predecessor is not connection or not self._is_news(session):
+                return
+        elif not connection.begun or connection.told_of_session_end:
+            return
+        connection.told_of_session_end = True
+        if how is not None:
+            await self._hooks.session_end(connection.face, how.reason)
+
+    @staticmethod
+    def _is_news(session: Session) -> bool:
+        """Whether the end of a session is still to be told. After this it is told."""
+        if not session.known or session.told:
+            return False
+        session.told = True
+        return True
+
+    def _session_ended(self, session: Session, how: Ending) -> None:
+        """A session is over: with its connection, or because its client has not come back."""
+        self._delivery.end_session(session)  # type: ignore[arg-type]
+        last: Connection | None = session.predecessor
+        if last is not None and last.is_finished:  # else the end of that connection does it
+            last.close_unread()
+        if last is not None and last.hooks_done and self._is_news(session):
+            self._tell_soon(last.face, how.reason)
+
+    # ── coming back ──
+
+    def claim(self, websocket: WebSocket, client_id: str | None) -> str | None:
+        """Read the reconnect token of a handshake, `?token=`: whose it is, if it is good; `None` if it has none.
+
+        A token that is not good gets its client nothing, and costs it nothing either: it comes in as a new one. A
+        credential of the application's own under that name is left alone.
+        """
+        token = websocket.query_params.get("token")
+        if not self._enabled or token is None or not looks_like_token(token):
+            return None
+        try:
+            claimed = self._tokens.read(token).client_id
+            if client_id is not None and claimed != client_id:
+                raise InvalidTokenError("other_client")
+        except (InvalidTokenError, TokenExpiredError) as problem:
+            self._lost(client_id, problem)
+            return None
+        return claimed
+
+    def redeem(self, websocket: WebSocket, client_id: str) -> bool:
+        """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
+        try:
+            self._tokens.use(websocket.query_params["token"], client_id)
+        except (InvalidTokenError, TokenExpiredError) as problem:
+            self._lost(client_id, problem)
+            return False
+        return True
+
+    def _lost(self, client_id: str | None, problem: InvalidTokenError | TokenExpiredError) -> None:
+        self._reports.totals.sessions_lost += 1
+        why = getattr(problem, "problem", "expired")
+        self._reports.tell("session_lost", logging.INFO, client_id=client_id or "", why=why)
+
+    def restore(self, connection: Connection, last: Connection | None) -> None:
+        """Give a plain client that has proven who it was what it had.
+
+        Args:
+            connection: Its new connection.
+            last: One of its that is still open: it is half-open, and goes; or another tab's, and stays.
+        """
+        client_id = connection.client_id
+        self._forget(self.luggage.collect())
+        left = self.luggage.take(client_id)
+        if left is not None:
+            connection.follow(left.face._connection)
+        elif last is not None and self._both_stay:
+            left = LeftBehind(self._delivery.described(last), dict(last.face.user_data), 0.0, last.face)
+        elif last is not None:
+            last.told_of_session_end = True  # it goes on
+            connection.follow(last)
+            left = LeftBehind(self._delivery.described(last), last.face.user_data, 0.0, last.face)
+        if left is None:
+            connection.restored = ResumeOutcome.LOST
+            self._reports.totals.sessions_lost += 1
+            connection.tell("session_lost", logging.INFO, why="unknown")
+            return
+        connection.restored = ResumeOutcome.GAP
+        self._reports.totals.sessions_resumed += 1
+        left.user_data.update(connection.face._user_data or {})  # the same dict: hooks of the old one may still fill it
+        connection.face.user_data = left.user_data
+        for room, described in left.rooms.items():
+            try:
+                self._delivery.join(connection, room, described or None)
+            except RoomLimitError:  # the limit was lowered meanwhile
+                break
+
+    @staticmethod
+    def prove(client_id: str) -> None:
+        """The current task has validated a token of a client: what it connects under that id is that client."""
+        _proven.set(client_id)
+
+    @staticmethod
+    def take_proof(client_id: str) -> bool:
+        """Whether the current task has validated a token of a client. It proves one connection."""
+        if _proven.get() != client_id:
+            return False
+        _proven.set(None)
+        return True
+
+    # ── time ──
+
+    def _forget(self, gone: Sequence[LeftBehind]) -> None:
+        for left in gone:
+            self._tell_soon(left.face, left.face.reason)
+
+    def _tell_soon(self, face: StableSocket, reason: DisconnectReason | None) -> None:
+        """Tell the hooks for the end of a session, a few at a time."""
+        self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}")
+
+    async def _tell(self, face: StableSocket, reason: DisconnectReason | None) -> None:
+        async with self._slots:
+            await self._hooks.session_end(face, reason or DisconnectReason.SERVER_SHUTDOWN)
+
+    def _arm(self) -> None:
+        due = self.luggage.next_due()
+        if due is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()) + 0.01, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._forget(self.luggage.collect())
+        self._arm()
+
+    async def stop(self, patience: float) -> None:
+        """Everything is over. Wait for the hooks that hear of it, as long as that.
+
+        What is left of them is cancelled.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.sessions.stop()
+        self._forget(self.luggage.clear())
+        await wait_for_all(self._ends.tasks, patience)
+        self._ends.cancel()

@@ -1,0 +1,1 @@
+"""What outlives a connection: tokens, sessions, the log that is replayed."""

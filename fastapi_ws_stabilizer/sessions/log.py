@@ -1,0 +1,121 @@
+"""What a session has been sent and its client has not acknowledged yet, so that it can be sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, cast
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+NOTHING: Final = cast("list[Frame]", ())
+"""What every empty log holds. A tuple, so that nobody can put anything into it: who adds the first makes a list."""
+
+
+class LogLimits:
+    """How much a log keeps. Shared by all sessions.
+
+    Args:
+        max_messages: Most messages.
+        max_bytes: Most bytes of messages. They are shared by all sessions that hold them, and counted in each.
+        max_age: Seconds that a message is kept.
+    """
+
+    __slots__ = ("max_age", "max_bytes", "max_messages")
+
+    def __init__(self, max_messages: int, max_bytes: int, max_age: float) -> None:
+        self.max_messages = max_messages
+        self.max_bytes = max_bytes
+        self.max_age = max_age
+
+
+class ReplayLog:
+    """The numbered messages of one session, the oldest of which go when there are too many.
+
+    Numbers are counted, not stored: the last message is number `head`, the one before it `head - 1`, and so on.
+
+    Attributes:
+        head: Number of the last message that was ever recorded; 0 before the first.
+        held_bytes: Bytes of the messages that it holds.
+    """
+
+    __slots__ = ("_entries", "_limits", "head", "held_bytes")
+
+    def __init__(self, limits: LogLimits) -> None:
+        self._limits = limits
+        self._entries = NOTHING
+        self.head = 0
+        self.held_bytes = 0
+
+    @property
+    def kept(self) -> Sequence[Frame]:
+        """The messages that are still here, oldest first."""
+        return self._entries
+
+    @property
+    def low(self) -> int:
+        """Number of the oldest message that is still here; `head + 1` if there is none."""
+        return self.head - len(self._entries) + 1
+
+    def record(self, frame: Frame) -> int:
+        """Keep a message, and return its number. Hot path: called for each session of each broadcast."""
+        self.head += 1
+        self.held_bytes += frame.size
+        entries, limits = self._entries, self._limits
+        if entries:
+            entries.append(frame)
+            if len(entries) > limits.max_messages or self.held_bytes > limits.max_bytes:
+                self._trim()
+        else:
+            self._entries = [frame]
+        return self.head
+
+    def forget_up_to(self, seq: int) -> None:
+        """Forget all messages up to a number."""
+        self._drop(seq - self.low + 1)
+
+    def forget_old(self) -> None:
+        """Forget messages that are older than they may be."""
+        oldest = monotonic() - self._limits.max_age
+        old = 0
+        for frame in self._entries:
+            if frame.at >= oldest:
+                break
+            old += 1
+        self._drop(old)
+
+    def since(self, seq: int) -> Sequence[Frame]:
+        """The messages after a number, oldest first. They must all be here: `seq + 1` is not below `low`."""
+        return self._entries[seq + 1 - self.low :]
+
+    def forget_all(self) -> None:
+        """Forget all messages; numbers go on."""
+        self._entries = NOTHING
+        self.held_bytes = 0
+
+    def rewind(self, lost: int) -> None:
+        """Go back in time by some messages, as a store does that lost its newest entries."""
+        for _ in range(min(lost, len(self._entries))):
+            self.held_bytes -= self._entries.pop().size
+        self.head = max(0, self.head - lost)
+        self._drop(0)
+
+    def _trim(self) -> None:
+        """Forget as many of the oldest as are too much. The newest is kept, whatever its size."""
+        entries, limits = self._entries, self._limits
+        surplus = max(0, len(entries) - limits.max_messages)
+        held = self.held_bytes - sum(frame.size for frame in entries[:surplus])
+        while held > limits.max_bytes and surplus < len(entries) - 1:
+            held -= entries[surplus].size
+            surplus += 1
+        self._drop(surplus)
+
+    def _drop(self, count: int) -> None:
+        """Forget the first ones."""
+        entries = self._entries
+        if count >= len(entries):
+            self._entries = NOTHING
+            self.held_bytes = 0
+        elif count > 0:
+            self.held_bytes -= sum(frame.size for frame in entries[:count])
+            del entries[:count]

@@ -1,0 +1,368 @@
+"""A session: what a client is to the application, over all the connections that it makes.
+
+To the hub it is a member like a plain connection: it stands in a shard and in rooms, and takes what is offered. What it
+takes is numbered and kept in its log until the client has acknowledged it, and goes to the outbox of the connection
+that the client has at the moment, if it has one. So replay and live traffic are one path: a connection begins with the
+part of the log that its client has not seen, and everything later is queued behind it in the order of the numbers.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.sessions.log import LogLimits, ReplayLog
+from fastapi_ws_stabilizer.sessions.requests import Requests
+from fastapi_ws_stabilizer.wire.envelope import envelop, sequenced
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+
+class ResumeOutcome(str, Enum):
+    """What a client has got back that asked for its session."""
+
+    NONE = "none"
+    """It asked for none: a new session."""
+    FULL = "full"
+    """Its session, and every message that it has missed."""
+    GAP = "gap"
+    """Its session with rooms and user data; messages that it has missed are gone, and it was told so."""
+    LOST = "lost"
+    """A new session: the old one is unknown here, over, or another client's."""
+
+
+class Outlet(Protocol):
+    """The outbox of a connection, as its session uses it."""
+
+    def put_if_calm(self, frame: Frame) -> bool:
+        """Queue a frame if there is nothing to think about."""
+
+    def offer(self, frame: Frame) -> Offered:
+        """Queue a frame without waiting."""
+
+    def put(self, frame: Frame) -> bool:
+        """Queue a frame if there is room."""
+
+    def make_room(self, size: int) -> bool:
+        """Whether a frame of `size` bytes can be queued, after what can be sent was sent."""
+
+    def put_all(self, frames: Any) -> None:
+        """Queue frames, whatever room there is."""
+
+    async def put_wait(self, frame: Frame, queued: Any = None) -> bool:
+        """Queue a frame as soon as there is room."""
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of it is used, and its client seems to read."""
+
+
+class Attachment(Protocol):
+    """The connection of a session."""
+
+    face: Any
+
+    @property
+    def outbox(self) -> Outlet:
+        """What waits to be sent."""
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; `None` while it is open."""
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """Begin its end."""
+
+
+class Session(ReplayLog):
+    """One session, and its log: it is the log itself, because a broadcast touches each session once.
+
+    Attributes:
+        connection_id: Its id, by which the hub knows it: no connection has the same.
+        client_id: Whose it is.
+        shard: Its shard in the hub.
+        place: Where it stands in its shard.
+        connection: The connection that it has now; `None` while its client is away.
+        face: What user code knows it by: the socket of its last connection.
+        accepted: Number of the last message of its client that was taken.
+        dials: The highest dial counter that its client has presented.
+        instance: What tells its client instance from others, if that says so.
+        user_data: The application's, the same over all its connections.
+        inbox: What its client has sent and nobody has read.
+        left: Rooms and presence metadata, while its client is away.
+        requests: What the application waits for.
+        known: Whether the application has heard of it: its connect hooks have begun.
+        admitted: Whether it was let in: its connect hooks have gone through.
+        told: Whether its end was told.
+        over: How it ended; `None` while it lives.
+    """
+
+    __slots__ = (
+        "_confirmed",
+        "_end_away",
+        "_issued",
+        "_outlet",
+        "_totals",
+        "accepted",
+        "admitted",
+        "client_id",
+        "connection",
+        "connection_id",
+        "dials",
+        "epoch",
+        "face",
+        "inbox",
+        "instance",
+        "known",
+        "left",
+        "over",
+        "place",
+        "predecessor",
+        "requests",
+        "shard",
+        "told",
+        "until",
+        "user_data",
+    )
+
+    def __init__(
+        self,
+        client_id: str,
+        shard: int,
+        limits: LogLimits,
+        totals: Totals,
+        end_away: Callable[[Session, Ending], None],
+    ) -> None:
+        super().__init__(limits)
+        self.connection_id = secrets.token_hex(8)
+        self.client_id = client_id
+        self.shard = shard
+        self.place = 0
+        self.connection: Attachment | None = None
+        self._outlet: Outlet | None = None  # the outbox of that connection
+        self.predecessor: Any = None
+        self.face: Any = None
+        self.accepted = 0
+        self.dials = -1
+        self.instance = ""
+        self.epoch = 0
+        self.user_data: dict[str, Any] | None = None
+        self.inbox: Any = None
+        self.left: dict[str, Any] = {}
+        self.requests = Requests()
+        self.until: float | None = None
+        self.known = self.admitted = self.told = False
+        self.over: Ending | None = None
+        self._totals = totals
+        self._end_away = end_away
+        self._confirmed: tuple[str, int] | None = None  # secret, and the epoch in which it was issued
+        self._issued: tuple[str, int] | None = None
+
+    def __repr__(self) -> str:
+        how = "over" if self.over else "away" if self.connection is None else "attached"
+        return f"<Session {self.connection_id} of {self.client_id!r} {how}>"
+
+    # ── as a member of the hub ──
+
+    @property
+    def owner(self) -> Session:
+        """Itself: it is its own mailbox."""
+        return self
+
+    @property
+    def outbox(self) -> Session:
+        """Itself."""
+        return self
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; `None` while it lives, with a connection or without."""
+        return self.over
+
+    def offer(self, frame: Frame) -> Offered:
+        """Number and keep a message, and queue it if there is a connection. Hot path, as that of an outbox.
+
+        First the queue, then the log: making room may let in who has waited, and both must agree on the order.
+        """
+        frame = frame.enveloped or envelop(frame)
+        outlet = self._outlet
+        if outlet is None or frame.volatile or not outlet.put_if_calm(frame):
+            return self._offer_with_care(frame)
+        self.record(frame)
+        return Offered.QUEUED
+
+    def _offer_with_care(self, frame: Frame) -> Offered:
+        if self.over is not None:
+            return Offered.REFUSED
+        if frame.volatile:
+            return self._offer_volatile(frame)
+        connection, outlet = self.connection, self._outlet
+        offered = Offered.QUEUED if outlet is None else outlet.offer(frame)
+        self.record(frame)
+        if offered is not Offered.REFUSED or connection is None:
+            return offered
+        # It is in the log, and the client gets it when it comes back.
+        how = connection.ending
+        slow = how is not None and how.reason is DisconnectReason.SLOW_CONSUMER
+        return Offered.SLOW if slow else Offered.QUEUED
+
+    def _offer_volatile(self, frame: Frame) -> Offered:
+        if self._outlet is None:
+            return Offered.MISSED
+        if self._outlet.put(frame):
+            return Offered.QUEUED
+        self._totals.messages_dropped += 1
+        return Offered.DROPPED
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of its outbox is used, and its client seems to read."""
+        return self._outlet is not None and self._outlet.under_pressure()
+
+    @property
+    def member(self) -> Session:
+        """Itself."""
+        return self
+
+    @property
+    def here(self) -> bool:
+        """Whether it has a connection."""
+        return self.connection is not None
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """Begin the end of its connection; without one it is over at once. `False` if it was."""
+        if self.connection is not None:
+            return self.connection.end(reason, code=code, text=text)
+        if self.over is not None:
+            return False
+        self._end_away(self, ending(reason, code=code, text=text))
+        return True
+
+    # ── what its own connection sends ──
+
+    async def put_wait(
+        self, connection: Attachment, frame: Frame, numbered: Callable[[int], object] | None = None
+    ) -> bool:
+        """Number, keep and queue a message as soon as there is room; `False` if the connection ended before.
+
+        Cancelling while it waits leaves the message out.
+
+        Args:
+            connection: Its connection.
+            frame: The message.
+            numbered: Called with its number in the moment in which it is queued.
+        """
+        frame = frame.enveloped or envelop(frame)
+        if frame.volatile:
+            return await connection.outbox.put_wait(frame)
+
+        def record(queued: Frame) -> None:
+            seq = self.record(queued)
+            if numbered is not None:
+                numbered(seq)
+
+        return await connection.outbox.put_wait(frame, record)
+
+    def put_if_calm(self, connection: Attachment, frame: Frame) -> bool:
+        """Number, keep and queue a message if there is nothing to think about; `False` says nothing but that there is.
+
+        Hot path.
+        """
+        frame = frame.enveloped or envelop(frame)
+        if frame.volatile or connection is not self.connection or not connection.outbox.put_if_calm(frame):
+            return False
+        self.record(frame)
+        return True
+
+    def reply(self, to: str, data: Any = None, *, error: dict[str, str] | None = None) -> None:
+        """Answer a request of the client, in its turn among the messages, so that it survives a reconnect.
+
+        Raises:
+            MessageEncodeError: The answer cannot be JSON.
+        """
+        try:
+            frame = sequenced("reply", data, re=to) if error is None else sequenced("reply", None, re=to, error=error)
+        except ValueError as error_:
+            raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error_}") from error_
+        self.offer(frame)
+
+    # ── tokens ──
+
+    def new_token(self) -> str:
+        """Make the token of the next welcome. The one presented last stays good until this one is confirmed."""
+        self._issued = (secrets.token_urlsafe(24), self.epoch)
+        return f"{self.connection_id}.{self._issued[0]}"
+
+    def knows(self, secret: str) -> bool:
+        """Whether a token is good, without presenting it."""
+        good = False
+        for known in (self._issued, self._confirmed):
+            good |= known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace"))
+        return good
+
+    def present(self, secret: str) -> int | None:
+        """Take a token that a client presents: return the epoch in which it was issued; `None` if it is not good.
+
+        Presenting confirms it: the welcome that would bring the next one may be lost.
+        """
+        for known in (self._issued, self._confirmed):
+            if known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace")):
+                self._confirmed = known
+                return known[1]
+        return None
+
+    def confirm(self) -> None:
+        """The client has got the token of the last welcome: it has sent a frame since."""
+        self._confirmed = self._issued
+
+    # ── its client comes and goes ──
+
+    def attach(self, connection: Attachment, seq: int, welcome: Frame) -> Attachment | None:
+        """Give it a new connection, which begins with `welcome` and the messages after number `seq`.
+
+        Returns:
+            The connection that it had, which is to be closed now. What that one still receives is not its any more.
+        """
+        before, self.connection = self.connection, connection
+        self.until = None
+        self.face = connection.face
+        self._outlet = connection.outbox
+        self._outlet.put_all([welcome, *self.since(seq)])
+        return before
+
+    def detach(self, connection: Attachment) -> bool:
+        """Its connection is over; `False` if it has another one already."""
+        if self.connection is not connection:
+            return False
+        self.connection = self._outlet = None
+        return True
+
+    def acknowledged(self, seq: int) -> bool:
+        """The client has got everything up to a number; `False` if that many were never sent."""
+        if seq > self.head:
+            return False
+        self.forget_up_to(seq)
+        self.requests.acknowledged(seq)
+        return True
+
+    def rewound(self, lost: int) -> None:
+        """Its store has gone back in time: numbers will be given out a second time, so tokens of before prove nothing.
+
+        Args:
+            lost: How many of the last messages it no longer knows.
+        """
+        self.epoch += 1
+        self.rewind(lost)
+
+    def finish(self, how: Ending) -> int:
+        """It is over. Return how many messages its client has not acknowledged."""
+        self.over = how
+        self._outlet = None
+        left = len(self.kept)
+        self.forget_all()
+        self.requests.give_up(how)
+        return left

@@ -1,0 +1,284 @@
+"""The sessions of one manager: found by token, resumed by rule, ended when their client does not come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.limits.memory import deep_size
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.wire.v1 import Hello
+
+AT_ONCE: Final = 256
+"""Sessions that are ended before the event loop gets a turn."""
+
+
+MAX_AWAY_OF_ONE: Final = 16
+"""Sessions of one client that wait for it at most: a device that begins anew each time would leave one each time."""
+
+
+class StaleDialError(Exception):
+    """A dial that its client has given up arrives late: a newer one has the session."""
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What a client gets for its hello.
+
+    Attributes:
+        session: Its session.
+        outcome: What became of the one that it wanted back.
+        why: Why it did not get all of that.
+        cursor: Number of the last message before those that this connection is sent.
+        deflates: Whether its client takes and sends compressed frames.
+    """
+
+    session: Session
+    outcome: ResumeOutcome
+    why: str | None
+    cursor: int
+    deflates: bool = False
+
+
+class Sessions:
+    """All sessions, those with a connection and those whose client is away.
+
+    Args:
+        config: How long and how many are kept.
+        reports: Where what happens to them is told.
+        next_shard: Gives a new session its shard in the hub.
+        began: Told of a new session, without waiting.
+        ended: Told of one that is over, without waiting.
+    """
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        *,
+        next_shard: Callable[[], int],
+        began: Callable[[Session], None],
+        ended: Callable[[Session, Ending], None],
+    ) -> None:
+        self._ttl = config.session_ttl if config.enable_reconnect else 0.0
+        self._max_away = config.max_sessions_away
+        self._limits = LogLimits(config.replay_max_messages, config.replay_max_bytes, config.replay_max_age)
+        self._reports = reports
+        self._next_shard = next_shard
+        self._began = began
+        self._ended = ended
+        self._by_id: dict[str, Session] = {}
+        self._of_instance: dict[tuple[str, str], Session] = {}  # client id, and what tells its instances apart
+        self._away: OrderedDict[str, Session] = OrderedDict()  # all may stay away equally long: the first goes first
+        self._away_of: dict[str, dict[str, Session]] = {}  # client id → sessions
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """How many sessions there are."""
+        return len(self._by_id)
+
+    @property
+    def away(self) -> int:
+        """How many sessions wait for their client."""
+        return len(self._away)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held for them: unacknowledged messages, user data, and what those away have sent. Not for hot paths."""
+        unread: int = sum(one.inbox.held_bytes for one in self._away.values() if one.inbox is not None)
+        return unread + sum(session.held_bytes + deep_size(session.user_data) for session in self._by_id.values())
+
+    def get(self, session_id: str) -> Session | None:
+        """The session with that id."""
+        return self._by_id.get(session_id)
+
+    def away_of(self, client_id: str) -> list[Session]:
+        """The sessions of a client that is away, the one that left first comes first."""
+        return list(self._away_of.get(client_id, {}).values())
+
+    # ── the rules of resuming ──
+
+    def find(self, token: str) -> Session | None:
+        """The session that a token names. Whether the token is good, `greet` looks at."""
+        return self._by_id.get(token.partition(".")[0])
+
+    def proven(self, hello: Hello) -> Session | None:
+        """The session that a client proves to have, without touching it; `None` if it proves nothing."""
+        session = None if hello.token is None else self.find(hello.token)
+        if session is None or hello.token is None or not session.knows(hello.token.partition(".")[2]):
+            return None
+        return session
+
+    def greet(self, hello: Hello, client_id: str) -> Greeting:
+        """Give a client its session, the one that it wants back or a new one. Nothing is sent yet.
+
+        Nothing of this waits, so two hellos cannot come between each other.
+
+        Args:
+            hello: What it has said.
+            client_id: Who it is, authenticated again.
+
+        Raises:
+            StaleDialError: The same client has dialled again since.
+        """
+        if hello.token is None:
+            return self._fresh(client_id, hello, ResumeOutcome.NONE, None)
+        session = self.find(hello.token)
+        if session is not None and session.client_id != client_id:  # before anything of it is touched
+            denied = session.knows(hello.token.partition(".")[2])
+            return self._fresh(client_id, hello, ResumeOutcome.LOST, "denied" if denied else "unknown")
+        if session is not None and hello.dial <= session.dials:
+            # Before the token is looked at: the newer dial may have used it up, and a new session in place of this one
+            # would end the one that its client has.
+            raise StaleDialError
+        epoch = None if session is None else session.present(hello.token.partition(".")[2])
+        if session is None or epoch is None:
+            return self._fresh(client_id, hello, ResumeOutcome.LOST, "unknown")
+        if session.until is not None and session.until <= monotonic():
+            self.end(session, _expired(session))
+            return self._fresh(client_id, hello, ResumeOutcome.LOST, "expired")
+        session.dials = hello.dial
+        session.forget_old()
+        why = why_not_all(session, epoch, hello.seq)
+        if why is None:
+            self._reports.totals.sessions_resumed += 1
+            session.acknowledged(hello.seq)
+            return Greeting(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates)
+        missed = max(0, session.head - hello.seq)
+        session.forget_all()  # never a part of what was missed
+        session.requests.missed(0 if why == "epoch" else min(hello.seq, session.head))
+        self._reports.totals.session_gaps += 1
+        self._tell(session, "session_gap", logging.WARNING, why=why, missed_messages=missed)
+        return Greeting(session, ResumeOutcome.GAP, why, session.head, hello.deflates)
+
+    def _fresh(self, client_id: str, hello: Hello, outcome: ResumeOutcome, why: str | None) -> Greeting:
+        before = self._of_instance.get((client_id, hello.instance or ""))
+        if before is not None and hello.dial <= before.dials:
+            raise StaleDialError
+        if before is not None:  # that very client has begun anew, and wants it no more
+            self.supersede(before)
+        session = Session(client_id, self._next_shard(), self._limits, self._reports.totals, self.end)
+        session.dials = hello.dial
+        self._by_id[session.connection_id] = session
+        if hello.instance:
+            session.instance = hello.instance
+            self._of_instance[client_id, hello.instance] = session
+        self._began(session)
+        if outcome is ResumeOutcome.LOST:
+            self._reports.totals.sessions_lost += 1
+            self._tell(session, "session_lost", logging.INFO, why=why)
+        return Greeting(session, outcome, why, 0, hello.deflates)
+
+    # ── coming and going ──
+
+    def supersede(self, session: Session) -> None:
+        """Another session takes the place of this one."""
+        if session.connection is not None:
+            session.connection.end(DisconnectReason.REPLACED, code=SESSION_OVER)
+        self.end(session, ending(DisconnectReason.REPLACED))
+
+    def returned(self, session: Session) -> None:
+        """Its client has a connection again."""
+        if self._away.pop(session.connection_id, None) is not None:
+            self._forget_away_of(session)
+
+    def left(self, session: Session) -> None:
+        """Its client is away, and may come back for a while."""
+        if session.over is not None:
+            return
+        if self._ttl <= 0:
+            self.end(session, _expired(session))
+            return
+        session.until = monotonic() + self._ttl
+        self._away[session.connection_id] = session
+        of_client = self._away_of.setdefault(session.client_id, {})
+        of_client[session.connection_id] = session
+        if len(of_client) > MAX_AWAY_OF_ONE:
+            self._evict(next(iter(of_client.values())), max_away_of_one_client=MAX_AWAY_OF_ONE)
+        while len(self._away) > self._max_away:
+            self._evict(next(iter(self._away.values())), max_sessions_away=self._max_away)
+        self._arm()
+
+    def end(self, session: Session, how: Ending) -> None:
+        """A session is over. Nothing happens if it was."""
+        self.returned(session)
+        if self._by_id.pop(session.connection_id, None) is None:
+            return
+        if self._of_instance.get((session.client_id, session.instance)) is session:
+            del self._of_instance[session.client_id, session.instance]
+        unacknowledged = session.finish(how)
+        self._reports.totals.messages_discarded += unacknowledged
+        self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
+        self._ended(session, how)
+
+    def _evict(self, session: Session, **limit: int) -> None:
+        self._tell(session, "session_evicted", logging.WARNING, **limit)
+        self.end(session, _expired(session))
+
+    def stop(self) -> list[Session]:
+        """End all that are left, as a shutdown does, and return them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        left = list(self._by_id.values())
+        for session in left:
+            self.end(session, ending(DisconnectReason.SERVER_SHUTDOWN))
+        return left
+
+    def _forget_away_of(self, session: Session) -> None:
+        of_client = self._away_of[session.client_id]
+        del of_client[session.connection_id]
+        if not of_client:
+            del self._away_of[session.client_id]
+
+    def _tell(self, session: Session, event: str, level: int, **facts: Any) -> None:
+        self._reports.tell(event, level, client_id=session.client_id, session_id=session.connection_id, **facts)
+
+    # ── time ──
+
+    def _arm(self) -> None:
+        if self._timer is None and self._away:
+            until = next(iter(self._away.values())).until or 0.0
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, until - monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = monotonic()
+        for _ in range(AT_ONCE):
+            session = next(iter(self._away.values()), None)
+            if session is None or (session.until or 0.0) > now:
+                break
+            self.end(session, _expired(session))
+        self._arm()
+
+
+def why_not_all(session: Session, epoch: int, seq: int) -> str | None:
+    """Why a client cannot have everything after a number; `None` if it can.
+
+    Args:
+        session: Its session.
+        epoch: The epoch of its token.
+        seq: Number of the last message that it has processed.
+    """
+    if epoch != session.epoch:
+        return "epoch"  # its numbers may mean other messages
+    if seq > session.head:
+        return "ahead"
+    if seq + 1 < session.low:
+        return "overflow"
+    return None
+
+
+def _expired(session: Session) -> Ending:
+    """How a session ends whose client has not come back: as its last connection did."""
+    how: Ending | None = getattr(session.face, "ending", None)
+    return how or ending(DisconnectReason.SERVER_SHUTDOWN)

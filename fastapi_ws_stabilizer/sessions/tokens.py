@@ -1,0 +1,171 @@
+"""Reconnect tokens: a signed word by which a client proves, later and to any worker, which client it was.
+
+A token holds nothing secret and nothing but what it says: whose it is, when it was issued, until when it is good, and a
+number of its own. What makes it worth something is the signature over all of that.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fastapi_ws_stabilizer.clock import wall
+from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+
+PREFIX: Final = "wsr1."
+"""What every token of this version begins with, so that a token of somebody else's is not taken for a bad one."""
+
+MAX_TOKEN_CHARS: Final = 8192
+"""Longer ones are refused before anything is decoded."""
+
+MAX_CLIENT_ID_BYTES: Final = 4096
+
+MAX_USED: Final = 100_000
+"""Used tokens that are remembered at most."""
+
+_CONTEXT: Final = b"fastapi-ws-stabilizer reconnect token 1\x00"
+"""Goes into each signature, so that what the same secret signs elsewhere is no token."""
+
+_HEAD: Final = struct.Struct(">QQ12sI")  # issued and good until, in milliseconds; number; bytes of the client id
+_SIGNATURE_BYTES: Final = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a token says, after its signature was found good.
+
+    Attributes:
+        client_id: Whose it is.
+        issued: When it was made, in milliseconds of wall time.
+        until: Until when it is good.
+        number: What tells it from all others.
+    """
+
+    client_id: str
+    issued: int
+    until: int
+    number: bytes
+
+
+class ReconnectTokens:
+    """Issues tokens, and takes each of them once.
+
+    Args:
+        secrets_: Keys: the first one signs, all of them verify. A random one when there is none.
+        ttl: Seconds that a token is good for.
+    """
+
+    def __init__(self, secrets_: Sequence[bytes], ttl: float) -> None:
+        self._keys = tuple(secrets_) or (secrets.token_bytes(32),)
+        self._ttl_ms = int(ttl * 1000)
+        self._used: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # number → issued, until
+        self._floor = -1
+
+    def __len__(self) -> int:
+        """How many used tokens are remembered."""
+        return len(self._used)
+
+    def issue(self, client_id: str) -> str:
+        """Make a token for a client.
+
+        Raises:
+            ValueError: Its id is too long.
+        """
+        name = client_id.encode("utf-8", "surrogatepass")
+        if len(name) > MAX_CLIENT_ID_BYTES:
+            raise ValueError(f"a client id of {len(name)} bytes is too long for a token: at most {MAX_CLIENT_ID_BYTES}")
+        issued = _now()
+        body = _HEAD.pack(issued, issued + self._ttl_ms, secrets.token_bytes(12), len(name)) + name
+        return PREFIX + _text(body + _sign(self._keys[0], body))
+
+    def read(self, token: str) -> Claim:
+        """Verify a token and return what it says, without using it up.
+
+        Raises:
+            InvalidTokenError: It is no token, was altered or cut, or was signed with a secret that is not ours.
+            TokenExpiredError: Its time is over.
+        """
+        if not isinstance(token, str) or not token.startswith(PREFIX) or len(token) > MAX_TOKEN_CHARS:
+            raise InvalidTokenError("malformed")
+        try:
+            text = token[len(PREFIX) :].encode("ascii")
+            raw = base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        except (UnicodeEncodeError, binascii.Error):
+            raise InvalidTokenError("malformed") from None
+        body, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
+        if len(body) < _HEAD.size or _text(raw) != token[len(PREFIX) :]:  # two spellings of one token would be two
+            raise InvalidTokenError("malformed")
+        good = False
+        for key in self._keys:  # all of them, always: how long it takes tells nothing
+            good |= hmac.compare_digest(_sign(key, body), signature)
+        if not good:
+            raise InvalidTokenError("signature")
+        issued, until, number, length = _HEAD.unpack_from(body)
+        name = body[_HEAD.size :]
+        if len(name) != length:
+            raise InvalidTokenError("malformed")
+        if until <= _now():
+            raise TokenExpiredError
+        return Claim(name.decode("utf-8", "surrogatepass"), issued, until, number)
+
+    def use(self, token: str, client_id: str | None = None) -> Claim:
+        """Verify a token and use it up.
+
+        Args:
+            token: What the client sent.
+            client_id: Whose it must be; anybody's when left out.
+
+        Raises:
+            InvalidTokenError: As `read`; or it is another client's, or was used before.
+            TokenExpiredError: Its time is over, or so many have been used since that we do not remember whether it was.
+        """
+        claim = self.read(token)
+        if client_id is not None and claim.client_id != client_id:
+            raise InvalidTokenError("other_client")
+        if claim.number in self._used:
+            raise InvalidTokenError("used")
+        if claim.issued <= self._floor:
+            raise TokenExpiredError
+        self._remember(claim)
+        return claim
+
+    def _remember(self, claim: Claim) -> None:
+        """Note that a token was used, for as long as it would be good.
+
+        When too many are remembered the first is forgotten, and with it all that were issued before it are refused from
+        then on: a token is never good twice.
+        """
+        self._used[claim.number] = (claim.issued, claim.until)
+        now = _now()
+        while self._used:
+            number, (issued, until) = next(iter(self._used.items()))
+            if until > now:
+                if len(self._used) <= MAX_USED:
+                    break
+                self._floor = max(self._floor, issued)
+            del self._used[number]
+
+
+def looks_like_token(text: str | None) -> bool:
+    """Whether a text is meant to be one of our tokens, and not a credential of the application's own."""
+    return text is not None and text.startswith(PREFIX)
+
+
+def _sign(key: bytes, body: bytes) -> bytes:
+    return hmac.new(key, _CONTEXT + body, hashlib.sha256).digest()
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
+def _now() -> int:
+    return int(wall() * 1000)

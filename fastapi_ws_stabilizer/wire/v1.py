@@ -1,0 +1,346 @@
+"""The frames of `stabilizer.v1.json`: how they are read, and how the small ones are written. No I/O.
+
+A text frame is one JSON object whose member `type` says what it is. A binary frame of kind 1 is such an object without
+its `data`, and the data behind it as bytes. Fields and types that are not known are ignored, so that newer peers can
+say more; what is malformed is an error, so that nobody guesses.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterable
+from typing import Any, Final
+
+from pydantic_core import from_json, to_json
+
+from fastapi_ws_stabilizer.wire.compression import TooMuchError, deflate_whole, inflate
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+SUBPROTOCOL: Final = "stabilizer.v1.json"
+"""What a client offers, and a server answers, to speak it."""
+
+AUTH_PREFIX: Final = "stabilizer.auth."
+"""What a subprotocol begins with that carries a credential; it is never answered."""
+
+VERSION: Final = 1
+MAX_SEQ: Final = 2**53 - 1
+MAX_NAME_CHARS: Final = 256
+"""Longest id, event, room or idempotency key."""
+
+MAX_HELLO_BYTES: Final = 8 * 1024
+MAX_TOKEN_CHARS: Final = 512
+
+ACK_EVERY: Final = 32
+"""Sequenced frames after which the receiver acknowledges at the latest."""
+
+KIND_MESSAGE: Final = 1
+KIND_DEFLATED: Final = 2
+DEFLATE_CAP: Final = "deflate-raw"
+"""What both sides have to list before one may send binary frames of kind 2."""
+
+MAX_INFLATED: Final = 16 * 1024 * 1024
+"""Bytes that a client takes in one compressed frame."""
+
+DEFLATE_FROM: Final = 512
+"""Bytes of a text frame from which it is worth compressing."""
+
+_BINARY_HEAD: Final = struct.Struct(">BH")
+_DEFLATED_HEAD: Final = _BINARY_HEAD.pack(KIND_DEFLATED, 0)
+_DEFLATED: Final = _DEFLATED_HEAD[:1]
+MAX_META_BYTES: Final = 0xFFFF
+
+
+class BadFrameError(Exception):
+    """A frame that breaks the protocol.
+
+    Attributes:
+        code: The close code that its connection gets.
+    """
+
+    def __init__(self, what: str, code: int = 4400) -> None:
+        super().__init__(what)
+        self.code = code
+
+
+class Message:
+    """An application message, as it came.
+
+    Attributes:
+        data: What it carries: a JSON value, or bytes.
+        event: What kind of message it is, if its sender has said so.
+        id: What a reply refers to, if one is wanted.
+        key: Its idempotency key: a message with a key that was handled before is not handled again.
+        seq: Its number; `None` if it is volatile.
+        room: The room that it was sent to, for information.
+    """
+
+    __slots__ = ("data", "event", "id", "key", "room", "seq")
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        event: str | None = None,
+        id: str | None = None,  # noqa: A002 (the field's name on the wire)
+        key: str | None = None,
+        seq: int | None = None,
+        room: str | None = None,
+    ) -> None:
+        self.data = data
+        self.event = event
+        self.id = id
+        self.key = key
+        self.seq = seq
+        self.room = room
+
+    def __repr__(self) -> str:
+        return f"<Message event={self.event!r} id={self.id!r} seq={self.seq}>"
+
+    @property
+    def raw(self) -> str | bytes:
+        """The message as a plain client would have sent it: a string and bytes as they are, all else as JSON."""
+        data = self.data
+        if isinstance(data, (str, bytes)):
+            return data
+        return to_json(data).decode("utf-8")
+
+
+def parse(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any]:
+    """Read one frame. What a binary one carries is its `data`.
+
+    Args:
+        raw: What has come in.
+        max_inflated: Bytes that a compressed frame may hold; 0 if that was not agreed on.
+
+    Raises:
+        BadFrameError: It is none.
+    """
+    if isinstance(raw, bytes):
+        if max_inflated and raw[:1] == _DEFLATED:
+            raw = _inflated(raw, max_inflated)
+        else:
+            return _parse_binary(raw)
+    frame = _object(raw)
+    if not isinstance(frame.get("type"), str):
+        raise BadFrameError("a frame needs a type")
+    return frame
+
+
+def _inflated(raw: bytes, limit: int) -> str:
+    if raw[: len(_DEFLATED_HEAD)] != _DEFLATED_HEAD:
+        raise BadFrameError("a binary frame of kind 2 has no meta")
+    try:
+        return inflate(raw[len(_DEFLATED_HEAD) :], limit).decode("utf-8")
+    except TooMuchError as error:
+        raise BadFrameError(f"a compressed frame holds {error}", code=1009) from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise BadFrameError(f"a compressed frame cannot be read: {error}") from None
+
+
+def deflated(text: str) -> bytes | None:
+    """A text frame as a binary one of kind 2; `None` where that is not worth it."""
+    payload = text.encode("utf-8")
+    if len(payload) < DEFLATE_FROM:
+        return None
+    packed = _DEFLATED_HEAD + deflate_whole(payload)
+    return packed if len(packed) < len(payload) else None
+
+
+def _parse_binary(raw: bytes) -> dict[str, Any]:
+    if len(raw) < _BINARY_HEAD.size:
+        raise BadFrameError("a binary frame has a head of 3 bytes")
+    kind, length = _BINARY_HEAD.unpack_from(raw)
+    start = _BINARY_HEAD.size + length
+    if kind != KIND_MESSAGE:
+        raise BadFrameError(f"binary frames of kind {kind} were not agreed on")
+    if len(raw) < start:
+        raise BadFrameError("a binary frame is shorter than its head says")
+    frame = _object(raw[_BINARY_HEAD.size : start])
+    if frame.get("type") not in ("msg", "reply"):
+        raise BadFrameError("only messages and replies are binary")
+    frame["data"] = raw[start:]
+    return frame
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    try:
+        value: Any = from_json(text, allow_inf_nan=False)
+    except (ValueError, TypeError):  # TypeError: half of a surrogate pair
+        raise BadFrameError("a frame is a JSON object") from None
+    if not isinstance(value, dict):
+        raise BadFrameError("a frame is a JSON object")
+    return value
+
+
+# ── fields ──
+
+
+def number(frame: dict[str, Any], name: str, *, least: int = 0) -> int:
+    """A number that must be there.
+
+    Raises:
+        BadFrameError: It is not, or is none.
+    """
+    value = frame.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_SEQ:
+        raise BadFrameError(f"{frame.get('type')}: {name} is a whole number from {least} to 2^53-1")
+    return value
+
+
+def optional_number(frame: dict[str, Any], name: str, *, least: int = 0) -> int | None:
+    """A number that may be left out.
+
+    Raises:
+        BadFrameError: It is there and is none.
+    """
+    return None if frame.get(name) is None else number(frame, name, least=least)
+
+
+def optional_text(frame: dict[str, Any], name: str, most: int = MAX_NAME_CHARS) -> str | None:
+    """A text that may be left out.
+
+    Raises:
+        BadFrameError: It is there and is none, or is too long.
+    """
+    value = frame.get(name)
+    if value is not None and not (isinstance(value, str) and len(value) <= most):
+        raise BadFrameError(f"{frame.get('type')}: {name} is a text of at most {most} characters")
+    return value
+
+
+def message_of(frame: dict[str, Any]) -> Message:
+    """The message in a `msg` frame.
+
+    Raises:
+        BadFrameError: A field is malformed.
+    """
+    return Message(
+        frame.get("data"),
+        event=optional_text(frame, "event"),
+        id=optional_text(frame, "id"),
+        key=optional_text(frame, "key"),
+        seq=optional_number(frame, "seq", least=1),
+        room=optional_text(frame, "room"),
+    )
+
+
+# ── writing ──
+
+
+def control(type_: str, **fields: Any) -> Frame:
+    """A frame that is not sequenced. Fields that are `None` are left out."""
+    return Frame(to_json({"type": type_, **{name: value for name, value in fields.items() if value is not None}}))
+
+
+def envelope(type_: str, data: Any, **fields: Any) -> str | bytes:
+    """A message or a reply as it travels: text, or a binary frame of kind 1 where its data is bytes.
+
+    Raises:
+        ValueError: The data cannot be JSON, or there are too many fields for a binary frame.
+    """
+    head = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return binary_envelope(head, bytes(data))
+    return to_json({**head, "data": data}, inf_nan_mode="null").decode("utf-8")
+
+
+def binary_envelope(head: dict[str, Any], payload: bytes) -> bytes:
+    """A binary frame of kind 1.
+
+    Raises:
+        ValueError: There are too many fields.
+    """
+    meta = to_json(head)
+    if len(meta) > MAX_META_BYTES:
+        raise ValueError(f"the fields of a binary message take {len(meta)} bytes, more than {MAX_META_BYTES}")
+    return _BINARY_HEAD.pack(KIND_MESSAGE, len(meta)) + meta + payload
+
+
+# ── negotiation ──
+
+
+def offers_v1(subprotocols: Iterable[str]) -> bool:
+    """Whether a client offers to speak it."""
+    return SUBPROTOCOL in subprotocols
+
+
+def offered_credential(subprotocols: Iterable[str]) -> str | None:
+    """The credential that a client has put among its subprotocols; `None` if there is none that can be read."""
+    for offered in subprotocols:
+        if offered.startswith(AUTH_PREFIX):
+            text = offered[len(AUTH_PREFIX) :]
+            try:
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("utf-8")
+            except ValueError:  # binascii.Error and UnicodeError are such
+                return None
+    return None
+
+
+# ── the first frame ──
+
+
+class Hello:
+    """The first frame of a client.
+
+    Attributes:
+        dial: How often this client instance has dialled, this time included.
+        token: The token of the session that it wants back, if it wants one.
+        seq: Number of the last message of that session that it has processed.
+        auth: Its credential, if it sends one.
+        instance: What tells this client instance from others, if it says so.
+        deflates: Whether it takes and sends compressed frames.
+    """
+
+    __slots__ = ("auth", "deflates", "dial", "instance", "seq", "token")
+
+    def __init__(
+        self,
+        dial: int,
+        token: str | None,
+        seq: int,
+        auth: str | None,
+        instance: str | None = None,
+        *,
+        deflates: bool = False,
+    ) -> None:
+        self.instance = instance
+        self.deflates = deflates
+        self.dial = dial
+        self.token = token
+        self.seq = seq
+        self.auth = auth
+
+    def __repr__(self) -> str:  # neither the token nor the credential
+        return f"<Hello dial={self.dial} seq={self.seq} resumes={self.token is not None}>"
+
+
+def hello_of(raw: str | bytes) -> Hello:
+    """Read the first frame of a client.
+
+    Raises:
+        BadFrameError: It is no hello, is too long, or is of a version that is not spoken here.
+    """
+    if isinstance(raw, bytes) or len(raw) > MAX_HELLO_BYTES or len(raw.encode("utf-8", "replace")) > MAX_HELLO_BYTES:
+        raise BadFrameError(f"the first frame is a hello of at most {MAX_HELLO_BYTES} bytes")
+    frame = parse(raw)
+    if frame["type"] != "hello":
+        raise BadFrameError("the first frame is a hello")
+    if number(frame, "v") != VERSION:
+        raise BadFrameError(f"version {VERSION} is spoken here", code=4406)
+    resume = frame.get("resume")
+    if resume is None:
+        token, seq = None, 0
+    else:
+        if not isinstance(resume, dict):
+            raise BadFrameError("hello: resume is an object")
+        resume = {**resume, "type": "hello.resume"}  # what an error names
+        token = optional_text(resume, "token", MAX_TOKEN_CHARS)
+        if token is None:
+            raise BadFrameError("hello: resume needs a token")
+        seq = number(resume, "seq")
+    auth, instance = optional_text(frame, "auth", MAX_HELLO_BYTES), optional_text(frame, "client")
+    caps = frame.get("caps")
+    if caps is not None and not isinstance(caps, list):
+        raise BadFrameError("hello: caps is a list")
+    return Hello(number(frame, "n"), token, seq, auth, instance, deflates=DEFLATE_CAP in (caps or ()))
