@@ -24,6 +24,8 @@ from examples.quickstart import manager as quickstart_manager
 from examples.rooms import app as rooms
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
+from fastapi_ws_stabilizer import RequestError
+from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.docs.pages import ROOT
 from tests.live.server import SERVERS, LiveServer
 
@@ -149,6 +151,30 @@ def test_the_stats_are_for_who_has_the_key(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("STATS_KEY", "secret")
         assert client.get("/ws-stats/", headers={"x-stats-key": "guess"}).status_code == 403
         assert client.get("/ws-stats/", headers={"x-stats-key": "secret"}).json()["connections"] == 1
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_a_dashboard_misses_nothing(kind: str) -> None:
+    """Orders are answered or refused, questions are answered, and what was announced meanwhile is there afterwards."""
+    with LiveServer(kind, app="examples.resumable:app") as server:
+        async with connect_client(server.url("/ws/ann"), base_delay=0.05, min_delay=0.01) as ann:
+
+            @ann.on("confirm")
+            async def confirm(question: str) -> bool:
+                return question == "Really?"
+
+            assert await ann.request("order", {"article": "pears", "count": 3}) == {"total": 12}
+            with pytest.raises(RequestError, match="no_such_article: plums"):
+                await ann.request("order", {"article": "plums", "count": 1})
+            assert (await anext(ann)).data == {"type": "ordered", "article": "pears"}
+            assert await asyncio.to_thread(server.post, "/confirm/ann?question=Really%3F")
+            ann.reconnect()
+            assert await asyncio.to_thread(server.post, "/announce?text=hello") == 1
+            assert (await asyncio.wait_for(anext(ann), 5)).data == {"type": "announcement", "text": "hello"}
+        async with connect_client(server.url("/ws/bob")) as bob:  # a newcomer hears what was said before
+            said = [(await asyncio.wait_for(anext(bob), 5)).data["type"] for _ in range(2)]
+            assert said == ["ordered", "announcement"]
 
 
 @pytest.mark.live

@@ -56,6 +56,7 @@ class Bench:
     slow: list[SlowClient] = field(default_factory=list)
     disconnected: list[DisconnectReason] = field(default_factory=list)
     rooms: list[str] = field(default_factory=list)
+    sessions_over: list[Connection] = field(default_factory=list)
     failed: list[BaseException] = field(default_factory=list)
     task_failures: list[BaseException] = field(default_factory=list)
     on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]] | None = None
@@ -78,6 +79,7 @@ class Bench:
             left=self.left.append,
             finished=self.finished.append,
             disconnected=self._disconnected,
+            session_over=self._session_over,
             slow=lambda _, how: self.slow.append(how),
             failed=self._failed,
         )
@@ -93,6 +95,9 @@ class Bench:
         self.disconnected.append(reason)
         if self.on_disconnect is not None:
             await self.on_disconnect(socket, reason)
+
+    async def _session_over(self, connection: Connection) -> None:
+        self.sessions_over.append(connection)
 
     async def _failed(self, _: Any, error: BaseException) -> None:
         self.failed.append(error)
@@ -112,6 +117,10 @@ class Bench:
             return False
         self.rooms.remove(room)
         return True
+
+    def history(self, connection: Connection, room: str, count: int) -> None:
+        """Note whose history was wanted."""
+        self.rooms.append(f"history of {room}")
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that were joined."""

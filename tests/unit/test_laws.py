@@ -181,7 +181,7 @@ async def test_law_6_a_broadcast_is_encoded_once(manager_with: Any, monkeypatch:
         await manager.connect(f"client-{number}", await server.accepted())
     encoded: list[Any] = []
     real = manager_module.encode
-    monkeypatch.setattr(manager_module, "encode", lambda message, key=None: encoded.append(message) or real(message))
+    monkeypatch.setattr(manager_module, "encode", lambda message, *_, **__: encoded.append(message) or real(message))
     await manager.broadcast({"n": 1})
     for server in servers:
         await server.until(lambda server=server: server.data)
@@ -315,6 +315,7 @@ def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
         ("servers/uvicorn.py", "uvicorn"),
         ("servers/uvicorn.py", "websockets"),
         ("servers/deflate.py", "websockets"),
+        ("client/over_websockets.py", "websockets"),
     }
 
 
@@ -325,7 +326,12 @@ def test_law_12_what_needs_an_extra_is_imported_by_nobody() -> None:
         for module, tree in TREES.items()
         for source, names in imports(tree)
         for imported in (source, *(f"{source}.{name}" for name in names))
-        if imported in ("fastapi_ws_stabilizer.servers.uvicorn", "fastapi_ws_stabilizer.servers.deflate")
+        if imported
+        in (
+            "fastapi_ws_stabilizer.servers.uvicorn",
+            "fastapi_ws_stabilizer.servers.deflate",
+            "fastapi_ws_stabilizer.client.over_websockets",
+        )
     }
     assert importers == {"servers/uvicorn.py"}  # which imports the other
 

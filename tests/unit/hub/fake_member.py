@@ -52,6 +52,11 @@ class FakeMember:
         """It is its own outbox."""
         return self
 
+    @property
+    def member(self) -> FakeMember:
+        """It has no session."""
+        return self
+
     def offer(self, frame: Frame) -> Offered:
         """Queue a frame, or end as a connection whose outbox is full."""
         if not self.takes:

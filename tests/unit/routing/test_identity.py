@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of
+from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of, fresh_client_id
 from tests.unit.fake_websocket import FakeServer
 
 
@@ -28,10 +28,14 @@ def test_the_client_id_comes_from_the_path_or_the_query(path_params: Any, query:
 
 
 @pytest.mark.parametrize(("path_params", "query"), [({}, ""), ({}, "client_id="), ({"client_id": ""}, "")])
-def test_without_an_id_each_connection_gets_a_fresh_one(path_params: Any, query: str) -> None:
+def test_a_client_may_name_itself_nowhere(path_params: Any, query: str) -> None:
+    """Without an id in the path or the query there is none."""
+    assert client_id_of(FakeServer(query=query, path_params=path_params).websocket) is None
+
+
+def test_fresh_client_ids_are_all_different() -> None:
     """A client that names itself nowhere is a client of its own."""
-    websocket = FakeServer(query=query, path_params=path_params).websocket
-    first, second = client_id_of(websocket), client_id_of(websocket)
+    first, second = fresh_client_id(), fresh_client_id()
     assert first != second
     assert len(first) == 32
 

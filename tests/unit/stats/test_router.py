@@ -82,6 +82,7 @@ def test_one_connection(client: TestClient) -> None:
             "connection_id",
             "client_id",
             "address",
+            "session_id",
             "connected_seconds",
             "silent_seconds",
             "rtt_seconds",

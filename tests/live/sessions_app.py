@@ -1,0 +1,127 @@
+"""The app of the session tests: everything that is said, both ways, is written down on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+from fastapi import FastAPI, WebSocket
+
+from fastapi_ws_stabilizer import (
+    DisconnectReason,
+    ResumeOutcome,
+    StableSocket,
+    StableSocketDep,
+    TokenExpiredError,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+)
+
+manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+app = FastAPI(lifespan=manager.lifespan)
+
+heard: dict[str, list[Any]] = {}
+events: list[str] = []
+background: set[asyncio.Future[None]] = set()
+
+
+@manager.on_connect
+async def connected(ws: StableSocket) -> None:
+    events.append(f"connect {ws.client_id} {ws.resumed.value}")
+    if room := ws.query_params.get("room"):
+        await ws.join(room, {"name": ws.client_id})
+
+
+@manager.on_resume
+async def resumed(ws: StableSocket, outcome: ResumeOutcome) -> None:
+    events.append(f"resume {ws.client_id} {outcome.value} rooms={','.join(ws.rooms)} data={ws.user_data.get('note')}")
+
+
+@manager.on_disconnect
+async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
+    events.append(f"disconnect {ws.client_id} {reason.value}")
+
+
+@manager.on_session_end
+async def session_over(ws: StableSocket, reason: DisconnectReason) -> None:
+    events.append(f"session_end {ws.client_id} {reason.value}")
+
+
+@manager.on_message("say")
+async def say(ws: StableSocket, message: int | str) -> None:
+    heard.setdefault(ws.client_id, []).append(message)
+
+
+@manager.on_message("note")
+async def note(ws: StableSocket, message: str) -> str:
+    ws.user_data["note"] = message
+    return message
+
+
+@manager.on_message("add")
+async def add(ws: StableSocket, message: list[int]) -> int:
+    return sum(message)
+
+
+@manager.on_message("ask_back")
+async def ask_back(ws: StableSocket, message: str) -> None:
+    async def ask() -> None:
+        heard.setdefault("answers", []).append(await ws.request("question", message, timeout=10))
+
+    background.add(asyncio.ensure_future(ask()))  # not tied to the connection
+
+
+@app.get("/heard/{client_id}")
+async def what_was_heard(client_id: str) -> list[Any]:
+    return heard.get(client_id, [])
+
+
+@app.get("/events")
+async def what_happened() -> list[str]:
+    return events
+
+
+@app.get("/count")
+async def count() -> dict[str, int]:
+    sessions = manager._serving.sessions
+    return {"connections": manager.get_connection_count(), "sessions": len(sessions), "away": sessions.away}
+
+
+@app.post("/push/{client_id}")
+async def push(client_id: str, message: dict[str, Any]) -> bool:
+    return await manager.send_to_client(client_id, message)
+
+
+@app.post("/push-many/{client_id}/{count}")
+async def push_many(client_id: str, count: int) -> bool:
+    return all([await manager.send_to_client(client_id, {"number": number}) for number in range(count)])
+
+
+@app.post("/reconnect-token/{client_id}")
+async def get_reconnect_token(client_id: str) -> dict[str, str]:
+    return {"token": manager.generate_reconnect_token(client_id)}
+
+
+@app.websocket("/ws/{client_id}")
+async def endpoint(ws: StableSocketDep) -> None:
+    await ws.run()
+
+
+@app.websocket("/seed/{client_id}")
+async def seed_pattern_3(websocket: WebSocket, client_id: str, token: str | None = None) -> None:
+    await websocket.accept()
+    if token:
+        try:
+            restored_id = await manager.validate_reconnect_token(token)
+            events.append(f"restored {restored_id}")
+        except TokenExpiredError:
+            await websocket.close(code=1008, reason="Token expired")
+            return
+    ws = await manager.connect(client_id, websocket)
+    events.append(f"seed {client_id} {ws.resumed.value} rooms={','.join(ws.rooms)} data={ws.user_data.get('note')}")
+    await ws.join("lobby")
+    ws.user_data["note"] = "mine"
+    while True:
+        await websocket.receive_text()

@@ -1,0 +1,322 @@
+"""Sessions on real servers: what is cut, stalled and swallowed in between costs nobody anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect as plain_connect
+
+from fastapi_ws_stabilizer.client import Client, Gap, connect
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.live.cutting_proxy import CuttingProxy
+from tests.live.server import SERVERS, UVICORN, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+APP = "tests.live.sessions_app:app"
+QUICK_DIALS: dict[str, Any] = {"base_delay": 0.05, "max_delay": 0.3, "min_delay": 0.01, "connect_timeout": 2.0}
+
+CUTS = 1000
+CUT_EACH = 0.04
+
+
+async def collect(client: Client, found: list[Any]) -> None:
+    """Note the data of everything that comes."""
+    async for message in client:
+        found.append(message.data)
+
+
+async def storm_of_cuts(proxy: CuttingProxy, cuts: int, dice: random.Random) -> None:
+    """Break connections at random, in every way that a network has."""
+    done = 0
+    while done < cuts:
+        await asyncio.sleep(dice.random() * 2 * CUT_EACH)
+        if not proxy.streams:
+            continue
+        stream = proxy.streams[-1]
+        roll = dice.random()
+        if roll < 0.55:
+            stream.cut()
+        elif roll < 0.7:
+            stream.cut_near()
+        elif roll < 0.85:
+            stream.cut_far()
+        elif roll < 0.97:
+            await stream.stall(dice.random() * 0.05)
+            continue
+        else:
+            stream.swallow()
+        done += 1
+
+
+async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
+    """Twenty messages a second flow both ways while connections break; afterwards both sides hold the same lists."""
+    dice = random.Random(seed)
+    said: list[int] = []
+    pushed: list[int] = []
+    got: list[Any] = []
+    gaps: list[Gap] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", probe_timeout=0.3, stable_after=0.2, **QUICK_DIALS)
+        client.on_gap(gaps.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            storm = asyncio.ensure_future(storm_of_cuts(proxy, cuts, dice))
+            number = 0
+            while not storm.done():
+                number += 1
+                client.send(number, event="say")
+                said.append(number)
+                await asyncio.to_thread(server.post, "/push/ann", {"number": number})
+                pushed.append(number)
+                if number % 40 == 0:
+                    client.check()
+                await asyncio.sleep(0.05)
+            await storm
+            last = client.send(number + 1, event="say")
+            said.append(number + 1)
+            await asyncio.wait_for(last, 20)
+            await until(lambda: len(got) >= len(pushed), 20, f"{len(got)} of {len(pushed)} came, gaps {gaps}")
+            reader.cancel()
+    assert gaps == []
+    assert [message["number"] for message in got] == pushed
+    assert server.get("/heard/ann") == said
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_sixty_random_cuts_lose_and_double_nothing(serve: Serve, kind: str) -> None:
+    """After 60 cuts, stalls and black holes both sides hold identical lists."""
+    await cut_again_and_again(serve(kind, app=APP), 60, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_a_thousand_random_cuts_lose_and_double_nothing(serve: Serve, kind: str) -> None:
+    """After 1,000 cuts, with 20 messages a second in each direction, both sides hold identical lists."""
+    await cut_again_and_again(serve(kind, app=APP), CUTS, seed=2)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_ten_messages_sent_meanwhile_arrive_after_the_reconnect(serve: Serve, kind: str) -> None:
+    """A client whose TCP dies gets exactly the ten messages that were sent while it was away, in order."""
+    server = serve(kind, app=APP)
+    got: list[Any] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            assert await client.request("note", "remember") == "remember"
+            proxy.refusing = True
+            proxy.streams[-1].cut()
+            await until(lambda: server.get("/count")["away"] == 1, 5)
+            assert await asyncio.to_thread(server.post, "/push-many/ann/10")
+            proxy.refusing = False
+            await until(lambda: len(got) >= 10)
+            assert await client.request("add", [1, 2]) == 3
+            assert [message["number"] for message in got] == list(range(10))
+            assert outcomes == ["none", "full"]
+            reader.cancel()
+    expected = [
+        "connect ann none",
+        "disconnect ann network_lost",
+        "resume ann full rooms=lobby data=remember",
+        "disconnect ann client_close",
+    ]
+    if kind != "hypercorn":  # which keeps the code to itself that says whether this was a goodbye
+        expected.append("session_end ann client_close")
+    await until(lambda: server.get("/events") == expected, 5, server.get("/events"))
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("why", ["overflow", "unknown"])
+async def test_who_comes_back_too_late_is_told_so(serve: Serve, why: str) -> None:
+    """More messages than the log holds are a gap; a session whose time is over is lost. Neither is silent."""
+    config = {"replay_max_messages": 5} if why == "overflow" else {"session_ttl": 0.2}
+    server = serve(app=APP, config=config)
+    gaps: list[Gap] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
+        client.on_gap(gaps.append)
+        async with client:
+            proxy.refusing = True
+            proxy.streams[-1].cut()
+            await until(lambda: server.get("/count")["connections"] == 0, 5)
+            if why == "overflow":
+                await asyncio.to_thread(server.post, "/push-many/ann/10")
+            else:
+                await until(lambda: server.get("/count")["sessions"] == 0)
+            proxy.refusing = False
+            await until(lambda: gaps)
+            assert [(gap.session_lost, gap.why) for gap in gaps] == [(why == "unknown", why)]
+            assert await client.request("add", [1, 2]) == 3
+
+
+@pytest.mark.parametrize("client_id", ["ann@example.com", "a.b.c", "😀", "x" * 200])
+async def test_any_client_id_can_come_back(serve: Serve, client_id: str) -> None:
+    """A session resumes whatever its client is called."""
+    server = serve(app=APP)
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/{client_id}", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            proxy.streams[-1].cut()
+            await until(lambda: outcomes == ["none", "full"])
+            assert await client.request("add", [1]) == 1
+    assert f"connect {client_id} none" in server.get("/events")
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_a_half_open_connection_is_taken_over_at_once(serve: Serve, kind: str) -> None:
+    """The server has not noticed that the old connection is dead; the new one gets the session within a moment."""
+    server = serve(kind, app=APP)
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            before = proxy.streams[-1]
+            before.cut_near()
+            began = asyncio.get_running_loop().time()
+            await until(lambda: outcomes == ["none", "full"])
+            assert await client.request("add", [1]) == 1
+            assert asyncio.get_running_loop().time() - began < 2
+            assert server.get("/events")[1:] == ["disconnect ann replaced", "resume ann full rooms= data=None"]
+            assert server.get("/count") == {"connections": 1, "sessions": 1, "away": 0}
+
+
+async def test_requests_and_acknowledgements_survive_a_reconnect(serve: Serve) -> None:
+    """A question of the server is answered in the next connection; a message of the client is accepted there."""
+    server = serve(app=APP)
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
+        asked = asyncio.Event()
+
+        @client.on("question")
+        async def answer(question: str) -> str:
+            if not asked.is_set():
+                asked.set()
+                proxy.streams[-1].cut()
+                await asyncio.sleep(0)
+            return f"{question}!"
+
+        async with client:
+            await client.send("why", event="ask_back")
+            await asyncio.wait_for(asked.wait(), 5)
+            accepted = client.send("while away", event="say")
+            await asyncio.wait_for(accepted, 5)
+            await until(lambda: server.get("/heard/answers") == ["why!"])
+    assert server.get("/heard/ann") == ["while away"]
+
+
+# ── before the session ──
+
+
+async def first_frames(server: LiveServer, *frames: Any) -> tuple[int, str]:
+    """Send frames on a new connection, and return how it was closed."""
+    async with plain_connect(server.url("/ws/ann"), subprotocols=[SUBPROTOCOL]) as ws:  # type: ignore[list-item]
+        assert ws.subprotocol == SUBPROTOCOL
+        for frame in frames:
+            await ws.send(frame if isinstance(frame, (str, bytes)) else json.dumps(frame))
+        await asyncio.wait_for(ws.wait_closed(), 5)
+        return ws.close_code or 0, ws.close_reason or ""
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "no json",
+        b"binary",
+        {"type": "msg", "data": 1},
+        {"type": "hello", "v": 2, "n": 1},
+        {"type": "hello", "v": 1},
+        {"type": "hello", "v": 1, "n": 1, "auth": "x" * 8200},
+        {"type": "hello", "v": 1, "n": 1, "resume": {"token": "x" * 600, "seq": 0}},
+    ],
+    ids=["no json", "binary", "no hello", "version", "no n", "too long", "token too long"],
+)
+async def test_a_first_frame_that_is_no_hello_is_closed_4400(serve: Serve, kind: str, frame: Any) -> None:
+    """What is malformed gets 4400, another version 4406, and nothing is kept of it."""
+    server = serve(kind, app=APP)
+    code, reason = await first_frames(server, frame)
+    assert code == (4406 if isinstance(frame, dict) and frame.get("v") == 2 else 4400), reason
+    assert server.get("/count") == {"connections": 0, "sessions": 0, "away": 0}
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_who_says_nothing_is_closed_4408(serve: Serve, kind: str) -> None:
+    """A client has `hello_timeout` for its first frame."""
+    server = serve(kind, app=APP, config={"hello_timeout": 0.2})
+    assert (await first_frames(server))[0] == 4408
+
+
+# ── plain clients ──
+
+
+async def test_the_seeds_pattern_3_gives_rooms_and_user_data_back(serve: Serve) -> None:
+    """A plain client with a token gets its rooms and user data back; without one it is new; a used one is refused."""
+    server = serve(app=APP)
+    token = server.post("/reconnect-token/ann@example.com")["token"]
+    first = await plain_connect(server.url("/seed/ann@example.com"))
+    await until(lambda: "seed ann@example.com none rooms= data=None" in server.get("/events"))
+    first.transport.abort()
+    await until(lambda: server.get("/count")["connections"] == 0)
+    async with plain_connect(server.url(f"/seed/ann@example.com?token={token}")):
+        await until(lambda: "seed ann@example.com gap rooms=lobby data=mine" in server.get("/events"))
+    async with plain_connect(server.url(f"/seed/ann@example.com?token={token}")) as ws:
+        await asyncio.wait_for(ws.wait_closed(), 5)
+        assert (ws.close_code, ws.close_reason) == (4401, "invalid reconnect token")
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_a_token_in_the_query_gives_rooms_and_user_data_back(serve: Serve, kind: str) -> None:
+    """`?token=` works with the dependency alone, also while the old connection is not noticed to be dead."""
+    server = serve(kind, app=APP)
+    token = server.post("/reconnect-token/ann")["token"]
+    async with CuttingProxy(server.port) as proxy:
+        async with plain_connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby") as first:
+            await first.send('{"type":"note","text":"x"}')
+            await until(lambda: "connect ann none" in server.get("/events"))
+            proxy.streams[-1].cut_near()
+        async with plain_connect(server.url(f"/ws/ann?token={token}")) as ws:
+            await until(lambda: any(event.startswith("resume ann gap rooms=lobby") for event in server.get("/events")))
+            assert await asyncio.wait_for(ws.ping(), 5)
+        token = server.post("/reconnect-token/ann")["token"]
+        for bad in (token[:-2], f"{token}A", "wsr1.garbage"):
+            async with plain_connect(server.url(f"/ws/bob?token={bad}")):
+                await until(lambda: "connect bob none" in server.get("/events"))
+    assert token not in server.log.replace("token=" + token, "")
+    assert server.errors() == []
+
+
+# ── compression ──
+
+
+@pytest.mark.parametrize("kind", ["granian", "uvicorn-sansio", "uvicorn-stable"])
+async def test_a_client_compresses_where_the_server_does_not(serve: Serve, kind: str) -> None:
+    """With `deflate=True` large frames are compressed both ways on a server without permessage-deflate."""
+    args = ("--ws-per-message-deflate", "false") if kind.startswith("uvicorn") else ()
+    server = serve(kind, app=APP, args=args)
+    text = "x" * 100_000
+    client = connect(server.url("/ws/ann"), deflate=True, **QUICK_DIALS)
+    received: list[str | bytes] = []
+    async with client:
+        assert client._attempt is not None
+        receive = client._attempt._receive
+        client._attempt._receive = lambda raw: received.append(raw) or receive(raw)  # type: ignore[method-assign, func-returns-value]
+        assert await client.request("note", text) == text
+    answers = [raw for raw in received if isinstance(raw, bytes)]
+    assert [raw[0] for raw in answers] == [2]
+    assert len(answers[0]) < 1000

@@ -1,0 +1,147 @@
+"""Client and server keep their promises in every storm, and would not without any one of their protections."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.client.outgoing import SendBuffer
+from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.sessions import store
+from fastapi_ws_stabilizer.sessions.session import Session
+from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
+from tests.simulation.virtual_time import run_virtually
+
+SEEDS = range(1, 31)
+MANY_SEEDS = range(1, 501)
+MUTATION_SEEDS = range(1, 101)
+NO_RESTARTS, LOSES, REWINDS, SMALL_LOG, _ = SCENARIOS
+
+
+def storm(seed: int, scenario: Scenario) -> Outcome:
+    """One run."""
+    return run_virtually(Storm(seed * 7919, scenario).run())
+
+
+def first_violation(scenario: Scenario) -> str | None:
+    """What the first run that goes wrong complains of; `None` if none does."""
+    for seed in MUTATION_SEEDS:
+        outcome = storm(seed, scenario)
+        if outcome.violations:
+            return outcome.violations[0]
+    return None
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_everything_arrives_once_and_in_order_or_a_gap_is_declared(scenario: Scenario) -> None:
+    """Whatever breaks: once and in order or a declared gap, every promise settles, connected at the end."""
+    counts: Counter[str] = Counter()
+    for seed in SEEDS:
+        outcome = storm(seed, scenario)
+        assert outcome.violations == [], f"seed {seed}"
+        counts.update(outcome.counts)
+    assert counts["delivered"] > 100 * len(SEEDS)
+    assert counts["closed 1006"] > len(SEEDS)
+    assert counts["gaps"] > 0 or scenario is NO_RESTARTS
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_the_same_for_five_hundred_seeds(scenario: Scenario) -> None:
+    """The same promises, in 500 storms of each kind."""
+    assert [seed for seed in MANY_SEEDS if storm(seed, scenario).violations] == []
+
+
+def test_without_epochs_a_store_that_went_back_in_time_is_noticed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the epoch away breaks a promise."""
+    monkeypatch.setattr(Session, "rewound", lambda self, lost: self.rewind(lost))
+    assert first_violation(REWINDS) is not None
+
+
+def test_without_the_fence_an_old_connection_ends_what_a_new_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the fence away breaks a promise."""
+
+    def detach(self: Session, connection: Any) -> bool:
+        self.connection = None
+        return True
+
+    monkeypatch.setattr(Session, "detach", detach)
+    assert first_violation(NO_RESTARTS) is not None
+
+
+def test_without_the_second_token_a_lost_welcome_costs_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the window of two tokens away breaks a promise."""
+    present = Session.present
+
+    def newest_only(self: Session, secret: str) -> int | None:
+        self._confirmed = None
+        return present(self, secret)
+
+    monkeypatch.setattr(Session, "present", newest_only)
+    assert first_violation(NO_RESTARTS) is not None
+
+
+def test_without_the_low_water_mark_a_part_is_replayed_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the check of the oldest number away breaks a promise."""
+    why = store.why_not_all
+
+    def forgiving(session: Session, epoch: int, seq: int) -> str | None:
+        found = why(session, epoch, seq)
+        return None if found == "overflow" else found
+
+    monkeypatch.setattr(store, "why_not_all", forgiving)
+    monkeypatch.setattr(
+        "fastapi_ws_stabilizer.sessions.log.ReplayLog.since",
+        lambda self, seq: self.kept[max(0, seq + 1 - self.low) :],
+    )
+    assert first_violation(SMALL_LOG) is not None
+
+
+def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not look at what the welcome says is accepted already."""
+
+    def resumed(self: SendBuffer, accepted: int) -> None:
+        self._next = max(self._next, accepted + 1)
+        self._again = deque(self._sent)
+
+    monkeypatch.setattr(SendBuffer, "resumed", resumed)
+
+
+def test_a_client_that_sends_too_much_again_is_deduplicated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that the server has accepted are handled once, however often they come."""
+    resend_everything(monkeypatch)
+    assert [seed for seed in SEEDS if storm(seed, NO_RESTARTS).violations] == []
+
+
+def test_without_deduplication_messages_are_handled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the look at the client's numbers away breaks a promise.
+
+    The fence and the welcome's `ack` keep our own client from ever sending anything twice to a session that goes on, so
+    this is shown with a client that does not read it.
+    """
+    resend_everything(monkeypatch)
+
+    def always(self: Conversation, seq: int) -> bool:
+        self.session.accepted = max(self.session.accepted, seq)
+        self._owe_ack()
+        return True
+
+    monkeypatch.setattr(Conversation, "_is_next", always)
+    assert first_violation(NO_RESTARTS) is not None
+
+
+def test_connections_are_taken_over_before_they_are_noticed_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storm has half-open connections, and the next one takes the session from them."""
+    attach = Session.attach
+    taken_over: list[bool] = []
+
+    def note(self: Session, connection: Any, seq: int, welcome: Any) -> Any:
+        taken_over.append(self.connection is not None)
+        return attach(self, connection, seq, welcome)
+
+    monkeypatch.setattr(Session, "attach", note)
+    assert storm(1, NO_RESTARTS).violations == []
+    assert any(taken_over)

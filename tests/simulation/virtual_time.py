@@ -1,0 +1,67 @@
+"""An event loop whose clock jumps to the next timer as soon as nothing is left to do."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from unittest import mock
+
+T = TypeVar("T")
+
+
+MAX_TURNS = 10_000
+"""Turns of the loop without any time between them."""
+
+
+class _NoWaiting(selectors.SelectSelector):
+    """Never waits: whoever asked to wait moves the clock instead."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._turns = 0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise AssertionError("nothing is left to do, and nobody will ever be woken")
+        self._loop.now += timeout
+        self._turns = 0 if timeout else self._turns + 1
+        if self._turns > MAX_TURNS:
+            raise AssertionError("the loop turns and turns, and no time passes")
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time passes only while everybody waits for it.
+
+    Attributes:
+        now: Seconds since it was made.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_NoWaiting(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a loop of its own, with the library's clock set to that of the loop."""
+    loop = VirtualLoop()
+    clocks = [
+        mock.patch.object(module, "monotonic", loop.time)
+        for name, module in list(sys.modules.items())
+        if name.startswith("fastapi_ws_stabilizer") and hasattr(module, "monotonic")
+    ]
+    for clock in clocks:
+        clock.start()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        for clock in clocks:
+            clock.stop()
+        loop.close()

@@ -1,0 +1,119 @@
+"""Tests of when a client dials again, and when it does not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.client import backoff as backoff_module
+from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
+
+AGAIN = [1000, 1001, 1005, 1006, 1011, 1012, 1013, 1014, 1015, 4408, 4409, 4429, 4500, 4503, 4507]
+AGAIN_OF_APPLICATIONS = [3001, 3002, 3004, 3999, 4001, 4100, 4350, 4399, 4501, 4600, 4999]
+FINAL = [1002, 1003, 1007, 1009, 1010, 3003, 4400, 4403, 4404, 4406, 4410]
+FINAL_OF_APPLICATIONS = [4402, 4405, 4407, 4411, 4413, 4418, 4428, 4430, 4499]
+SLOW = [1012, 1013, 1014, 4429, 4503]
+
+
+@pytest.mark.parametrize("code", AGAIN + AGAIN_OF_APPLICATIONS)
+def test_a_code_without_a_verdict_is_dialled_again_after(code: int) -> None:
+    """What says nothing about the client itself is no reason to stay away."""
+    assert verdict(code) is Verdict.AGAIN
+
+
+@pytest.mark.parametrize("code", FINAL + FINAL_OF_APPLICATIONS)
+def test_a_final_code_is_obeyed(code: int) -> None:
+    """A client that is told that it is wrong does not come back."""
+    assert verdict(code) is Verdict.FINAL
+
+
+@pytest.mark.parametrize("code", [1008, 3000, 4401])
+def test_a_code_about_credentials_wants_new_ones(code: int) -> None:
+    """Credentials can be renewed, once."""
+    assert verdict(code) is Verdict.REFRESH
+
+
+@pytest.mark.parametrize("code", [4000, 4412])
+def test_a_client_that_leaves_to_come_back_dials_at_once(code: int) -> None:
+    """Detaching and resynchronising are no failures of the server."""
+    assert verdict(code) is Verdict.NOW
+
+
+@given(st.integers(1000, 4999))
+def test_every_code_has_a_verdict(code: int) -> None:
+    """There is no code that a client does not know what to do with."""
+    assert verdict(code) in Verdict
+
+
+def delays(monkeypatch: pytest.MonkeyPatch, dice: float, codes: list[int], **options: float) -> list[float]:
+    """The delays after some failures, with dice that always show the same."""
+    monkeypatch.setattr(backoff_module.random, "uniform", lambda low, high: low + dice * (high - low))
+    backoff = Backoff(**options)
+    return [round(backoff.delay(code, ""), 6) for code in codes]
+
+
+def test_the_window_doubles_and_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delays are 200 ms and a part of a window that doubles with each failure, up to 30 s."""
+    assert delays(monkeypatch, 1.0, [1006] * 8) == [1.2, 2.2, 4.2, 8.2, 16.2, 30.2, 30.2, 30.2]
+
+
+def test_the_jitter_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any part of the window is possible, nothing of it too, but the 200 ms always are."""
+    assert delays(monkeypatch, 0.0, [1006] * 5) == [0.2] * 5
+    assert delays(monkeypatch, 0.5, [1006] * 3) == [0.7, 1.2, 2.2]
+
+
+@pytest.mark.parametrize("code", SLOW)
+def test_the_window_is_wider_where_all_were_told_the_same(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Where a server is on its way down the first window is five times as wide."""
+    assert delays(monkeypatch, 1.0, [code, code, code, code]) == [5.2, 10.2, 20.2, 30.2]
+
+
+def test_the_numbers_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least delay, the first window and the largest one can be chosen."""
+    assert delays(monkeypatch, 1.0, [1006] * 4, base=0.5, most=3.0, least=0.0) == [0.5, 1.0, 2.0, 3.0]
+
+
+@given(st.sampled_from(AGAIN), st.integers(0, 10_000))
+def test_a_delay_is_always_within_its_bounds(code: int, attempt: int) -> None:
+    """However often it has failed: never below 200 ms, never above 30.2 s."""
+    backoff = Backoff(attempt=attempt)
+    assert 0.2 <= backoff.delay(code, "") <= 30.2
+    assert backoff.attempt == attempt + 1
+
+
+def test_a_stable_connection_forgets_the_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reset the window begins anew."""
+    monkeypatch.setattr(backoff_module.random, "uniform", lambda low, high: high)
+    backoff = Backoff(attempt=7)
+    backoff.reset()
+    assert backoff.delay(1006, "") == 1.2
+
+
+@pytest.mark.parametrize(
+    ("reason", "delay"),
+    [
+        ("retry=3471", 3.471),
+        ("draining; retry=3471", 3.471),
+        ("retry=0", 0.0),
+        ("try later (retry=250)", 0.25),
+        ("retry=9999999", 300.0),
+    ],
+)
+def test_a_hint_is_obeyed(reason: str, delay: float) -> None:
+    """A hint in the reason is when to come back, within reason."""
+    assert Backoff().delay(4503, reason) == delay
+
+
+@pytest.mark.parametrize("reason", ["", "retry", "retry=", "retry=-5", "retry=soon", "noretry=100", "retry=99999999"])
+def test_what_is_no_hint_is_ignored(reason: str) -> None:
+    """Nothing but digits after `retry=` is a hint."""
+    assert Backoff().delay(1006, reason) >= 0.2
+
+
+def test_a_hint_is_believed_three_times() -> None:
+    """A server that says `retry=0` for ever is not dialled without end."""
+    backoff = Backoff()
+    assert [backoff.delay(4503, "retry=0") for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert backoff.delay(4503, "retry=0") >= 0.2

@@ -1,0 +1,1244 @@
+"""Tests of the client against a server and a network that do what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.client import (
+    BufferFullError,
+    Client,
+    ClosedError,
+    Gap,
+    RequestError,
+    RequestTimeoutError,
+    SessionLostError,
+    TooLargeError,
+    TransportLostError,
+    connect,
+)
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.unit.client.fake_link import Scene, soon, virtually
+
+FINAL_CODES = [1002, 1003, 1007, 1009, 1010, 3003, 4400, 4403, 4404, 4406, 4410, 4418]
+PASSING_CODES = [1000, 1001, 1005, 1006, 1011, 1012, 1015, 3500, 4001, 4408, 4500, 4503, 4507, 4999]
+
+
+def now() -> float:
+    """Virtual time."""
+    return asyncio.get_running_loop().time()
+
+
+# ── the first exchange ──
+
+
+@virtually
+async def test_a_client_says_hello_and_is_open_when_it_is_welcomed() -> None:
+    """The first frame says which dial this is and of which instance, and the welcome is acknowledged at once."""
+    async with Scene() as scene:
+        hello = scene.link.hello
+        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance}
+        assert scene.offers == [("ws://server/ws", [SUBPROTOCOL])]
+        assert scene.client.state == "connecting"
+        await scene.opened(seq=5)
+        assert scene.link.sent[1] == {"type": "ack", "seq": 5}
+        assert scene.client.session == "s"
+        assert scene.of("open") == ["none"]
+        assert scene.of("gap") == []
+
+
+@virtually
+async def test_a_client_is_entered_when_it_is_open() -> None:
+    """`async with` returns with an open connection, and says goodbye at its end."""
+    scene = Scene()
+    entering = asyncio.ensure_future(scene.client.__aenter__())
+    await soon()
+    assert not entering.done()
+    await scene.opened()
+    await soon()
+    assert entering.result() is scene.client
+    await scene.client.__aexit__(None, None, None)
+    assert scene.link.closed == (1000, "")
+    assert scene.client.state == "closed"
+
+
+@pytest.mark.parametrize("moment", ["dialling", "greeted", "waiting", "closing"])
+def test_a_client_that_is_not_entered_leaves_nothing_behind(moment: str) -> None:
+    """Who is cancelled while it waits for the first connection has no client, and no task of one."""
+
+    @virtually
+    async def play() -> None:
+        scene = Scene(min_delay=100)
+        scene.black_hole = moment == "dialling"
+        entering = asyncio.ensure_future(scene.client.__aenter__())
+        await soon()
+        if moment == "waiting":
+            await scene.link.closes(1006)
+        if moment == "closing":
+            scene.link.may_close.clear()
+            entering.cancel()
+            await soon()
+            assert not entering.done(), "it says goodbye"
+        entering.cancel()
+        await soon()
+        assert entering.cancelled()
+        assert scene.client.state == "closed"
+        assert len(scene.client._tasks) == 0
+        await asyncio.sleep(200)
+        assert len(scene.dials) == 1
+
+    play()
+
+
+@virtually
+async def test_a_client_whose_first_answer_is_final_leaves_nothing_behind() -> None:
+    """Also without a cancellation an `async with` that is not entered leaves no task."""
+    scene = Scene()
+    scene.subprotocol = None
+    scene.client.on_close(lambda *_: asyncio.sleep(3600))
+    with pytest.raises(ClosedError):
+        await scene.client.__aenter__()
+    assert len(scene.client._tasks) == 0
+
+
+@virtually
+async def test_what_can_never_be_dialled_ends_the_client() -> None:
+    """A dial that says that no other can succeed is the last one."""
+    scene = Scene()
+    scene.failures = [ClosedError(4400, "it cannot be dialled: not://a.url")]
+    with pytest.raises(ClosedError, match=r"not://a\.url"):
+        await scene.client.__aenter__()
+    assert (len(scene.dials), scene.client.state) == (1, "closed")
+
+
+@virtually
+async def test_a_server_that_speaks_something_else_is_left() -> None:
+    """Without the subprotocol there is no common version, and nothing is said."""
+    scene = Scene()
+    scene.subprotocol = None
+    with pytest.raises(ClosedError, match="does not speak") as caught:
+        await scene.client.__aenter__()
+    assert caught.value.code == 4406
+    assert scene.link.sent == []
+    assert len(scene.dials) == 1
+
+
+@virtually
+async def test_nothing_is_said_before_the_welcome() -> None:
+    """Messages wait for the welcome, and frames before it are not looked at."""
+    async with Scene() as scene:
+        scene.client.send("early")
+        await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 9})
+        assert [frame["type"] for frame in scene.link.sent] == ["hello"]
+        await scene.opened()
+        assert [frame["type"] for frame in scene.link.sent] == ["hello", "ack", "msg"]
+        assert scene.client.last == 0
+
+
+@virtually
+async def test_one_deadline_covers_the_whole_dial() -> None:
+    """A dial that hangs, and a server that does not welcome, are given up after `connect_timeout`."""
+    scene = Scene(connect_timeout=10.0)
+    scene.black_hole = True
+    async with scene:
+        await asyncio.sleep(9.9)
+        assert scene.of("close") == []
+        await asyncio.sleep(0.2)
+        assert scene.of("close") == [(4408, "connect timeout")]
+        scene.black_hole = False
+        await scene.redialled(1)
+        await asyncio.sleep(10)
+        assert scene.of("close")[1:] == [(4408, "connect timeout")]
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"token": None},
+        {"token": "x" * 513},
+        {"token": 7},
+        {"session": None},
+        {"resume": "partial"},
+        {"seq": -1},
+        {"ack": None},
+        {"ping": "25"},
+    ],
+    ids=str,
+)
+def test_a_malformed_welcome_is_final(frame: dict[str, Any]) -> None:
+    """A server that does not keep to the protocol is left for good, with 4400."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.link.welcome(**{"resume": "none", **frame})
+            assert scene.client.state == "closed"
+            assert scene.link.closed is not None
+            assert scene.link.closed[0] == 4400
+            with pytest.raises(ClosedError):
+                await scene.client.wait_open()
+
+    play()
+
+
+@virtually
+async def test_a_url_may_be_a_function() -> None:
+    """The URL is asked for anew for each dial, and what fails there is one failed dial."""
+    urls = iter(["ws://one", None, "ws://three"])
+
+    async def url() -> str:
+        one = next(urls)
+        if one is None:
+            raise OSError("no DNS")
+        return one
+
+    async with Scene(url=url) as scene:
+        await scene.opened()
+        await scene.link.closes(1006)
+        await scene.redialled()
+        assert [url for url, _ in scene.offers] == ["ws://one", "ws://three"]
+        assert [str(error) for error in scene.of("error")] == ["no DNS"]
+
+
+# ── close codes ──
+
+
+@pytest.mark.parametrize("code", FINAL_CODES)
+def test_a_final_code_closes_the_client(code: int) -> None:
+    """After a code that is about the client it does not dial again, and everybody who waits is told."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.opened()
+            sent = scene.client.send("x")
+            asked = asyncio.ensure_future(scene.client.request("q"))
+            await soon()
+            await scene.link.closes(code, "so there")
+            await asyncio.sleep(60)
+            assert (len(scene.dials), scene.client.state) == (1, "closed")
+            for future in (sent, asked):
+                with pytest.raises(ClosedError) as caught:
+                    await future
+                assert (caught.value.code, caught.value.reason) == (code, "so there")
+            with pytest.raises(ClosedError):
+                scene.client.send("y")
+            assert [message async for message in scene.client] == []
+
+    play()
+
+
+@pytest.mark.parametrize("code", PASSING_CODES)
+def test_after_any_other_code_the_session_is_resumed(code: int) -> None:
+    """After a code that says nothing about the client it dials again, with its token and its number."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.opened()
+            await scene.link.say({"type": "msg", "data": 1}, {"type": "msg", "data": 2})
+            await scene.link.closes(code)
+            assert scene.client.state == "waiting"
+            link = await scene.redialled()
+            assert scene.dials[1] - scene.dials[0] >= 0.2
+            assert link.hello["resume"] == {"token": "s.token", "seq": 2}
+            assert link.hello["n"] == 2
+            assert scene.of("close") == [(code, "")]
+
+    play()
+
+
+@virtually
+async def test_a_superseded_client_becomes_a_new_one() -> None:
+    """After 4409 the token is worth nothing: the client begins a new session, and does not fight for the old one."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.closes(4409)
+        link = await scene.redialled()
+        assert "resume" not in link.hello
+        assert link.hello["n"] == 2
+
+
+@virtually
+async def test_a_missing_message_is_resumed_over_at_once() -> None:
+    """A ping whose number is not ours proves a loss: the client leaves with 4412, and dials without waiting."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 2})
+        assert scene.links[0].closed is not None
+        assert scene.links[0].closed[0] == 4412
+        assert len(scene.links) == 2
+        assert scene.link.hello["resume"]["seq"] == 1
+        assert scene.dials[1] - scene.dials[0] < 0.1
+
+
+@virtually
+async def test_the_third_resync_in_a_row_gives_the_session_up() -> None:
+    """Numbers that never fit end in a new session, and not in a loop; a stable connection forgets them."""
+    async with Scene(stable_after=5.0) as scene:
+        await scene.opened()
+        await scene.link.closes(4412)
+        await scene.link.welcome("full")
+        await asyncio.sleep(5.1)
+        for number in range(3):
+            assert "resume" in scene.link.hello, number
+            await scene.link.closes(4412)
+            link = await scene.redialled(number + 3)
+            if number < 2:
+                await link.welcome("full")
+        assert "resume" not in scene.link.hello
+
+
+@virtually
+async def test_a_server_that_resumes_elsewhere_is_not_believed() -> None:
+    """`full` has to begin at the number that was presented."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1})
+        await scene.link.closes(1006)
+        link = await scene.redialled()
+        await link.welcome("full", seq=7)
+        assert link.closed is not None
+        assert link.closed[0] == 4412
+        assert scene.client.last == 1
+
+
+@virtually
+async def test_a_hint_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draining server's `retry=` is obeyed."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.closes(4503, "draining; retry=3471")
+        at = now()
+        await scene.redialled()
+        assert 3.4 < scene.dials[1] - at < 3.5
+
+
+@virtually
+async def test_delays_grow_until_a_connection_was_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed dials wait longer and longer; five seconds of an open connection begin anew, and less does not."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    async with Scene() as scene:
+        scene.failures = [TransportLostError(1006, "refused")] * 2
+        await scene.opened()
+        await scene.link.closes(1006)
+        await scene.redialled(2)
+        await scene.link.welcome("full")
+        await scene.link.closes(1006)
+        await scene.redialled(3)
+        await scene.link.welcome("full")
+        await asyncio.sleep(5.1)
+        await scene.link.closes(1006)
+        await scene.redialled(4)
+        gaps = [round(later - sooner, 1) for sooner, later in zip(scene.dials, scene.dials[1:], strict=False)]
+        assert gaps[:4] == [1.2, 2.2, 4.2, 8.2]
+        assert gaps[4] == pytest.approx(5.1 + 1.2, abs=0.1)
+
+
+# ── credentials ──
+
+
+@virtually
+async def test_a_refused_credential_is_renewed_once() -> None:
+    """After 4401 the credential is asked for with `force`, and presented at once; a second refusal is final."""
+    forced: list[bool] = []
+
+    async def auth(*, force: bool) -> str:
+        forced.append(force)
+        return f"credential-{len(forced)}"
+
+    async with Scene(auth=auth) as scene:
+        assert scene.link.hello["auth"] == "credential-1"
+        await scene.link.closes(4401)
+        assert scene.link.hello["auth"] == "credential-2"
+        assert forced == [False, True]
+        await scene.link.closes(4401)
+        assert scene.client.state == "closed"
+        assert len(scene.dials) == 2
+
+
+@pytest.mark.parametrize("code", [4401, 3000, 1008])
+def test_without_a_provider_a_refused_credential_is_final(code: int) -> None:
+    """Who has no other credential does not ask twice."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.link.closes(code)
+            assert (scene.client.state, len(scene.dials)) == ("closed", 1)
+
+    play()
+
+
+@virtually
+async def test_a_stable_connection_forgets_a_refusal() -> None:
+    """A credential that was good for a while may be refused again later."""
+    async with Scene(auth=lambda: "x", stable_after=5.0) as scene:
+        for count in (2, 3):
+            await scene.link.closes(4401)
+            await (await scene.redialled(count)).welcome("none")
+            await asyncio.sleep(5.1)
+        assert scene.client.state == "open"
+
+
+@virtually
+async def test_a_credential_is_refreshed_without_a_new_connection() -> None:
+    """The server's `auth` is answered with a new credential; its `ok` with nothing."""
+
+    def auth(force: bool = False) -> str:
+        return "new" if force else "old"
+
+    async with Scene(auth=auth) as scene:
+        await scene.opened()
+        await scene.link.say({"type": "auth", "in": 5000})
+        assert scene.link.of("auth") == [{"type": "auth", "token": "new"}]
+        await scene.link.say({"type": "auth", "ok": True, "in": 60000})
+        assert len(scene.link.of("auth")) == 1
+
+
+@virtually
+async def test_a_provider_that_fails_during_a_refresh_ends_nothing() -> None:
+    """The error is told, and the connection stays until the server ends it."""
+
+    def auth(**options: Any) -> str:
+        if options.get("force"):
+            raise OSError("no network")
+        return "old"
+
+    async with Scene(auth=auth) as scene:
+        await scene.opened()
+        await scene.link.say({"type": "auth", "in": 5000})
+        assert [str(error) for error in scene.of("error")] == ["no network"]
+        assert scene.client.state == "open"
+
+
+# ── messages ──
+
+
+@virtually
+async def test_messages_are_numbered_and_done_when_they_are_accepted() -> None:
+    """The future of a message is done with the server's word, from an `ack` or from a `pong`."""
+    async with Scene() as scene:
+        await scene.opened()
+        first, second, third = (scene.client.send(n, event="e", key=f"k{n}") for n in range(3))
+        await soon()
+        assert scene.link.of("msg")[0] == {"type": "msg", "seq": 1, "event": "e", "key": "k0", "data": 0}
+        assert [frame["seq"] for frame in scene.link.of("msg")] == [1, 2, 3]
+        await scene.link.say({"type": "ack", "seq": 1})
+        assert (first.done(), second.done()) == (True, False)
+        await scene.link.say({"type": "pong", "ack": 2})
+        assert (second.done(), third.done()) == (True, False)
+
+
+@virtually
+async def test_what_is_not_accepted_is_sent_again() -> None:
+    """A resumed session gets what it has not accepted with the same numbers, then what was queued meanwhile."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = [scene.client.send(n) for n in range(3)]
+        await soon()
+        await scene.link.closes(1006)
+        sent.append(scene.client.send(3))
+        link = await scene.redialled()
+        await link.welcome("full", ack=1)
+        assert [(frame["seq"], frame["data"]) for frame in link.of("msg")] == [(2, 1), (3, 2), (4, 3)]
+        await link.say({"type": "ack", "seq": 4})
+        assert all(future.done() for future in sent)
+
+
+@virtually
+async def test_bytes_travel_as_bytes() -> None:
+    """A message of bytes is a binary frame, both ways."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send(b"\x00\xff")
+        await soon()
+        raw = scene.link.raw[-1]
+        assert isinstance(raw, bytes)
+        await scene.link.say(raw.replace(b',"seq":1', b"").replace(b"\x00\x16", b"\x00\x0e"))
+        message = await anext(scene.client)
+        assert message.data == b"\x00\xff"
+
+
+@virtually
+async def test_a_message_of_the_server_is_acknowledged_within_a_second() -> None:
+    """A few messages are acknowledged together, one second after the first; 32 at once."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1})
+        await asyncio.sleep(0.5)
+        await scene.link.say({"type": "msg", "data": 2})
+        assert len(scene.link.of("ack")) == 1
+        await asyncio.sleep(0.5)
+        assert scene.link.of("ack")[1:] == [{"type": "ack", "seq": 2}]
+        await scene.link.say(*[{"type": "msg", "data": n} for n in range(32)])
+        assert scene.link.of("ack")[2:] == [{"type": "ack", "seq": 34}]
+
+
+@virtually
+async def test_a_volatile_message_of_the_server_is_not_counted() -> None:
+    """Volatile messages arrive and are neither counted nor acknowledged."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "volatile": True, "data": 1}, {"type": "ping", "seq": 0})
+        assert (await anext(scene.client)).data == 1
+        assert scene.client.last == 0
+        assert scene.link.of("pong") == [{"type": "pong", "ack": 0}]
+
+
+@virtually
+async def test_a_ping_is_answered_at_once_with_the_count() -> None:
+    """A pong carries the number of what was processed, and the time of the ping."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1}, {"type": "ping", "ts": 42, "seq": 1})
+        assert scene.link.of("pong") == [{"type": "pong", "ack": 1, "ts": 42}]
+        await asyncio.sleep(2)
+        assert len(scene.link.of("ack")) == 1, "the pong was the acknowledgement"
+
+
+@virtually
+async def test_a_volatile_message_goes_now_or_never() -> None:
+    """Without a connection it is not sent, and with one it has no number and is not kept."""
+    async with Scene() as scene:
+        assert not scene.client.volatile(1)
+        await scene.opened()
+        assert scene.client.volatile([3, 4], event="cursor")
+        await soon()
+        assert scene.link.of("msg") == [{"type": "msg", "event": "cursor", "data": [3, 4]}]
+        scene.link.may_send.clear()
+        taken = [scene.client.volatile(number) for number in range(100)]
+        assert not taken[-1], "a connection that takes nothing is as good as none"
+        assert len(scene.client.buffer) == 0
+        scene.link.may_send.set()
+        await scene.link.closes(1006)
+        assert not scene.client.volatile(1)
+
+
+@virtually
+async def test_a_message_that_the_server_would_not_take_is_refused() -> None:
+    """`max` of the welcome is looked at before anything is sent."""
+    async with Scene() as scene:
+        await scene.opened(max=1000)
+        with pytest.raises(TooLargeError):
+            scene.client.send("x" * 1000)
+        scene.client.send("x" * 900)
+
+
+@virtually
+async def test_a_full_buffer_refuses_or_drops() -> None:
+    """While there is no connection as much waits as may: then the new one fails, or the oldest one."""
+    async with Scene(max_buffered=2) as scene:
+        scene.client.send(1)
+        scene.client.send(2)
+        with pytest.raises(BufferFullError):
+            scene.client.send(3)
+    async with Scene(max_buffered=2, overflow="drop_oldest") as scene:
+        sent = [scene.client.send(number) for number in range(3)]
+        assert isinstance(sent[0].exception(), BufferFullError)
+        await scene.opened()
+        assert [frame["data"] for frame in scene.link.of("msg")] == [1, 2]
+
+
+@virtually
+async def test_an_overflow_that_nobody_knows_is_an_error() -> None:
+    """A policy is one of two."""
+    with pytest.raises(ValueError, match="'drop_newest'"):
+        Client("ws://server", overflow="drop_newest")  # type: ignore[arg-type]
+
+
+@virtually
+async def test_messages_wait_for_who_iterates_and_outlive_connections() -> None:
+    """One iteration sees the messages of all connections, in order, and ends with the client."""
+    async with Scene() as scene:
+        got: list[Any] = []
+
+        async def read() -> None:
+            async for message in scene.client:
+                got.append(message.data)
+
+        reading = asyncio.ensure_future(read())
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1})
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("full", seq=1)
+        await scene.link.say({"type": "msg", "data": 2})
+        assert got == [1, 2]
+        await scene.client.close()
+        await soon()
+        assert reading.done()
+
+
+@virtually
+async def test_a_slow_reader_stops_the_reading_and_not_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing is read because the application is slow, silence is no sign of a dead link."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+    async with Scene() as scene:
+        await scene.opened(ping=1000, timeout=1000)
+        await scene.link.say({"type": "msg", "data": 0})
+        assert (await anext(scene.client)).data == 0
+        await scene.link.say(*[{"type": "msg", "data": n} for n in range(1, 6)])
+        await asyncio.sleep(60)
+        assert scene.client.state == "open"
+        assert [(await anext(scene.client)).data for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+@virtually
+async def test_a_loop_that_was_left_does_not_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a `break`, messages that nobody reads hold up handlers and answers for ten seconds and not for ever."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 0})
+        async for message in scene.client:
+            assert message.data == 0
+            break
+        asked = asyncio.ensure_future(scene.client.request("q", timeout=60))
+        await scene.link.say(
+            *[{"type": "msg", "data": n} for n in range(1, 6)], {"type": "reply", "re": "c1", "data": 7}
+        )
+        await asyncio.sleep(9)
+        assert not asked.done(), "somebody may iterate again"
+        await asyncio.sleep(3)
+        assert await asked == 7
+        assert [(await anext(scene.client)).data for _ in range(2)] == [4, 5]
+
+
+# ── requests ──
+
+
+@virtually
+async def test_a_request_returns_the_answer() -> None:
+    """The reply with its id settles a request, also if it is an error."""
+    async with Scene() as scene:
+        await scene.opened()
+        first = asyncio.ensure_future(scene.client.request("add", [1, 2]))
+        second = asyncio.ensure_future(scene.client.request("no"))
+        await soon()
+        asked = scene.link.of("msg")
+        assert asked[0] == {"type": "msg", "seq": 1, "event": "add", "id": "c1", "data": [1, 2]}
+        no = {"code": "no", "message": "never"}
+        await scene.link.say({"type": "reply", "re": asked[1]["id"], "error": no, "data": None})
+        await scene.link.say({"type": "reply", "re": "c1", "data": 3}, {"type": "reply", "re": "c1", "data": 4})
+        assert await first == 3
+        with pytest.raises(RequestError, match="no: never"):
+            await second
+        assert scene.client.last == 3
+
+
+@virtually
+async def test_a_request_survives_a_reconnect() -> None:
+    """A request that was accepted is answered in the next connection."""
+    async with Scene() as scene:
+        await scene.opened()
+        asked = asyncio.ensure_future(scene.client.request("add", timeout=60))
+        await soon()
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("full", ack=1)
+        await scene.link.say({"type": "reply", "re": "c1", "data": 3})
+        assert await asked == 3
+        assert scene.link.of("msg") == []
+
+
+@virtually
+async def test_a_request_that_was_never_sent_is_withdrawn_when_its_time_is_over() -> None:
+    """A timed-out or cancelled request that still waits is not sent any more."""
+    async with Scene() as scene:
+        with pytest.raises(RequestTimeoutError) as caught:
+            await scene.client.request("late", timeout=5.0)
+        assert caught.value.timeout == 5.0
+        given_up = asyncio.ensure_future(scene.client.request("given up"))
+        await soon()
+        given_up.cancel()
+        await soon()
+        assert given_up.cancelled()
+        assert len(scene.client.buffer) == 0
+        await scene.opened()
+        assert scene.link.of("msg") == []
+
+
+@virtually
+async def test_an_answer_that_comes_too_late_is_ignored() -> None:
+    """A request has its own time, whatever becomes of its message."""
+    async with Scene() as scene:
+        await scene.opened()
+        with pytest.raises(RequestTimeoutError):
+            await scene.client.request("slow", timeout=1.0)
+        await scene.link.say({"type": "reply", "re": "c1", "data": 3})
+        assert (scene.client.state, scene.client.last) == ("open", 1)
+
+
+@virtually
+async def test_a_handler_answers_the_server() -> None:
+    """What a handler returns is the reply to a request of the server, numbered like a message."""
+    async with Scene() as scene:
+
+        @scene.client.on("where")
+        async def where(data: Any) -> list[float]:
+            return [48.1, 11.6]
+
+        @scene.client.on("no")
+        def no(data: Any) -> None:
+            raise RequestError("no", "never")
+
+        await scene.opened()
+        await scene.link.say({"type": "msg", "event": "where", "id": "s1", "data": None})
+        await scene.link.say({"type": "msg", "event": "no", "id": "s2", "data": None})
+        assert scene.link.of("reply") == [
+            {"type": "reply", "seq": 1, "re": "s1", "data": [48.1, 11.6]},
+            {"type": "reply", "seq": 2, "re": "s2", "error": {"code": "no", "message": "never"}, "data": None},
+        ]
+
+
+@virtually
+async def test_an_answer_that_cannot_be_sent_is_told() -> None:
+    """A handler that returns what cannot be JSON hurts nobody else."""
+    async with Scene() as scene:
+        scene.client.on("*")(lambda data: object())
+        await scene.opened()
+        await scene.link.say({"type": "msg", "id": "s1", "data": None}, {"type": "msg", "data": 1})
+        assert len(scene.of("error")) == 1
+        assert scene.client.state == "open"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (object(), "it cannot be encoded"),
+        ("x" * 1000, "the message has 1036 bytes, and the server takes 500"),
+        (RequestError("no", "x" * 1000), "the message has 1073 bytes, and the server takes 500"),
+        (RequestError("no", "\ud800"), "it cannot be encoded"),
+    ],
+    ids=["not JSON", "too large", "error too large", "error not JSON"],
+)
+def test_in_place_of_an_answer_that_cannot_be_sent_goes_an_error(answer: Any, text: str) -> None:
+    """Who has asked is told why there is no answer, and the next message is handled."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            handled: list[Any] = []
+
+            @scene.client.on()
+            def handle(data: Any) -> Any:
+                handled.append(data)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            await scene.opened(max=500)
+            await scene.link.say({"type": "msg", "id": "s1", "data": 1}, {"type": "msg", "data": 2})
+            error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {text}"}
+            assert scene.link.of("reply") == [{"type": "reply", "seq": 1, "re": "s1", "error": error, "data": None}]
+            assert len(scene.of("error")) == 1
+            assert handled == [1, 2]
+
+    play()
+
+
+@virtually
+async def test_an_answer_that_became_too_large_is_an_error() -> None:
+    """The next server may take less than the one for which an answer was queued."""
+    async with Scene() as scene:
+        gate = asyncio.Event()
+
+        @scene.client.on()
+        async def handle(data: Any) -> str:
+            await gate.wait()
+            return "x" * 1000
+
+        await scene.opened()
+        await scene.link.say({"type": "msg", "id": "s1", "data": 1})
+        await scene.link.closes(1006)
+        gate.set()
+        await (await scene.redialled()).welcome("full", seq=1, max=500)
+        assert [reply["error"]["code"] for reply in scene.link.of("reply")] == ["unsendable"]
+
+
+@virtually
+async def test_an_answer_for_which_there_is_no_room_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Where not even an error can be queued this is logged, and nothing else suffers."""
+    async with Scene(max_buffered=1) as scene:
+        scene.client.on()(lambda data: data)
+        await scene.opened()
+        scene.client.send("x")
+        await scene.link.say({"type": "msg", "id": "s1", "data": 1})
+        assert [type(error) for error in scene.of("error")] == [BufferFullError]
+        assert [record.getMessage()[:36] for record in caplog.records] == ["the request 's1' of the server is no"]
+        assert scene.client.state == "open"
+
+
+# ── what is lost ──
+
+
+@virtually
+async def test_a_new_session_gets_no_answers_to_the_old_one() -> None:
+    """Requests of a lost session are not answered in the new one, at whatever point their answers were."""
+    async with Scene() as scene:
+        gate = asyncio.Event()
+        handled: list[Any] = []
+
+        @scene.client.on()
+        async def handle(data: Any) -> Any:
+            if data != "sent":
+                await gate.wait()
+            handled.append(data)
+            return data
+
+        await scene.opened()
+        asked = [{"type": "msg", "id": f"s{n}", "data": data} for n, data in enumerate(["sent", "handled", "waiting"])]
+        await scene.link.say(*asked)
+        assert [reply["data"] for reply in scene.link.of("reply")] == ["sent"]
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("lost", why="unknown", session="t", token="t.token")
+        gate.set()
+        await scene.link.say({"type": "msg", "id": "s1", "data": "new"})
+        assert handled == ["sent", "handled", "waiting", "new"]
+        assert scene.link.of("reply") == [{"type": "reply", "seq": 1, "re": "s1", "data": "new"}]
+
+
+@virtually
+async def test_a_gap_is_told() -> None:
+    """Messages that will not come are named by their numbers, and counting goes on behind them."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 1})
+        await scene.link.closes(1006)
+        sent = scene.client.send("kept")
+        await (await scene.redialled()).welcome("gap", why="overflow", seq=9)
+        assert scene.of("gap") == [Gap(session_lost=False, why="overflow", first=2, last=9)]
+        assert scene.of("open") == ["none", "gap"]
+        await scene.link.say({"type": "msg", "data": 10}, {"type": "ping", "seq": 10}, {"type": "ack", "seq": 1})
+        assert scene.client.state == "open"
+        assert sent.done()
+
+
+@virtually
+async def test_a_lost_session_is_told_and_fails_what_was_sent() -> None:
+    """Sent messages and accepted requests of a lost session fail; what was never sent goes to the new one."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = scene.client.send("sent")
+        accepted = asyncio.ensure_future(scene.client.request("accepted", timeout=600))
+        await soon()
+        await scene.link.say({"type": "ack", "seq": 2})
+        unsure = asyncio.ensure_future(scene.client.request("unsure", timeout=600))
+        open_end = scene.client.send("open end")
+        await soon()
+        await scene.link.closes(1006)
+        fresh = scene.client.send("fresh")
+        await (await scene.redialled()).welcome("lost", why="unknown", session="t", token="t.token")
+        assert await sent is None
+        for future in (accepted, unsure, open_end):
+            with pytest.raises(SessionLostError):
+                await future
+        assert scene.of("gap") == [Gap(session_lost=True, why="unknown", first=1, last=None)]
+        assert [(frame["seq"], frame["data"]) for frame in scene.link.of("msg")] == [(1, "fresh")]
+        assert (scene.client.session, fresh.done()) == ("t", False)
+
+
+@virtually
+async def test_a_lost_session_can_be_sent_again_with_keys() -> None:
+    """With `replay_on_lost` every message has a key, and goes to the new session with the same one."""
+    async with Scene(replay_on_lost=True) as scene:
+        await scene.opened()
+        sent = scene.client.send("a")
+        await soon()
+        before = scene.link.of("msg")
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("lost", why="unknown", ack=0)
+        assert scene.link.of("msg") == before
+        assert before[0]["key"]
+        await scene.link.say({"type": "ack", "seq": 1})
+        assert sent.done()
+
+
+# ── a link that is dead ──
+
+
+@virtually
+async def test_a_silent_server_is_given_up() -> None:
+    """After `ping + timeout` without any frame the link is dead, and the close frame is not waited for."""
+    async with Scene() as scene:
+        await scene.opened(ping=25_000, timeout=20_000)
+        scene.link.may_close.clear()
+        await asyncio.sleep(44)
+        await scene.link.say({"type": "later"})
+        await asyncio.sleep(44)
+        assert scene.client.state == "open"
+        await asyncio.sleep(1.1)
+        assert scene.of("close") == [(4408, "heartbeat timeout")]
+        await scene.redialled()
+
+
+@virtually
+async def test_a_server_without_a_heartbeat_is_believed() -> None:
+    """Where the server says that it sends no pings silence means nothing."""
+    async with Scene() as scene:
+        await scene.opened(ping=0, timeout=0)
+        await asyncio.sleep(3600)
+        assert scene.client.state == "open"
+
+
+@virtually
+async def test_a_doubted_link_is_probed() -> None:
+    """A probe that is answered proves the link and measures it; one that is not ends it at once."""
+    async with Scene(probe_timeout=5.0) as scene:
+        await scene.opened()
+        assert scene.client.rtt is None
+        scene.client.check()
+        await asyncio.sleep(0.25)
+        await scene.link.say({"type": "pong"})
+        assert scene.client.rtt == pytest.approx(0.25, abs=0.01)
+        await asyncio.sleep(10)
+        assert scene.client.state == "open"
+        scene.client.check()
+        await asyncio.sleep(5.1)
+        assert scene.of("close") == [(4408, "no answer")]
+        assert len(scene.links) == 2, "it dials without waiting"
+
+
+@virtually
+async def test_a_message_that_is_not_accepted_for_long_is_a_doubt() -> None:
+    """When the server has not accepted a message for ten seconds it is asked for a sign of life."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send("x")
+        await asyncio.sleep(9.9)
+        assert scene.link.of("ping") == []
+        await asyncio.sleep(0.2)
+        assert len(scene.link.of("ping")) == 1
+        await scene.link.say({"type": "pong", "ack": 1})
+        await asyncio.sleep(30)
+        assert len(scene.link.of("ping")) == 1
+
+
+@virtually
+async def test_a_connection_that_takes_nothing_any_more_is_left() -> None:
+    """When nothing can be sent the reader has a moment to learn why; then the connection is lost."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.link.broken = True
+        sent = scene.client.send("x")
+        await asyncio.sleep(0.4)
+        assert scene.of("close") == []
+        await asyncio.sleep(0.2)
+        assert scene.of("close") == [(1006, "broken pipe")]
+        await (await scene.redialled()).welcome("full")
+        await scene.link.say({"type": "ack", "seq": 1})
+        assert sent.done()
+
+
+@virtually
+async def test_the_reader_knows_better_why_nothing_can_be_sent() -> None:
+    """A close code that is read after a write has failed is the one that counts."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.link.broken = True
+        scene.client.send("x")
+        await asyncio.sleep(0.1)
+        await scene.link.closes(4410, "kicked")
+        assert (scene.client.state, scene.of("close")) == ("closed", [(4410, "kicked")])
+
+
+@virtually
+async def test_a_writer_that_fails_ends_its_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails in writing and is no closed connection is logged, and the session goes on in a new connection."""
+    async with Scene() as scene:
+        await scene.opened()
+
+        async def fail(message: str | bytes) -> None:
+            raise LookupError("a bug in a codec")
+
+        monkeypatch.setattr(scene.link, "send", fail)
+        sent = scene.client.send("x")
+        await soon()
+        assert scene.of("close") == [(1006, "LookupError('a bug in a codec')")]
+        assert [record.getMessage() for record in caplog.records] == ["the writing failed"]
+        await (await scene.redialled()).welcome("full")
+        assert scene.link.of("msg") == [{"type": "msg", "seq": 1, "data": "x"}]
+        await scene.link.say({"type": "ack", "seq": 1})
+        assert sent.done()
+
+
+@virtually
+async def test_a_check_while_waiting_dials_now() -> None:
+    """News of the network end the wait for the next dial."""
+    async with Scene(min_delay=100) as scene:
+        await scene.opened()
+        await scene.link.closes(1006)
+        await asyncio.sleep(1)
+        assert len(scene.dials) == 1
+        scene.client.check()
+        await soon()
+        assert len(scene.dials) == 2
+
+
+@virtually
+async def test_a_client_can_be_told_to_reconnect() -> None:
+    """`reconnect` leaves with 4000, and the session goes on in the next connection, at once."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.reconnect()
+        await soon()
+        assert scene.links[0].closed == (4000, "reconnect")
+        assert scene.link.hello["resume"] == {"token": "s.token", "seq": 0}
+
+
+@virtually
+async def test_what_an_old_connection_still_says_is_ignored() -> None:
+    """A connection that was left speaks for nobody."""
+    async with Scene() as scene:
+        await scene.opened()
+        old = scene.link
+        old.may_close.clear()
+        scene.client.reconnect()
+        await soon()
+        await scene.link.welcome("full")
+        await old.say({"type": "msg", "data": 1}, {"type": "ping", "seq": 99})
+        await old.closes(4410)
+        assert (scene.client.state, scene.client.last, len(scene.links)) == ("open", 0, 2)
+
+
+# ── drain ──
+
+
+@virtually
+async def test_a_drain_is_obeyed() -> None:
+    """The client leaves after `after` with 4000, and resumes at once."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "drain", "after": 3000, "within": 20_000})
+        assert scene.of("drain") == [(3.0, 20.0)]
+        await asyncio.sleep(2.9)
+        assert len(scene.links) == 1
+        await asyncio.sleep(0.2)
+        assert scene.links[0].closed == (4000, "drain")
+        assert scene.link.hello["resume"] == {"token": "s.token", "seq": 0}
+
+
+@virtually
+async def test_of_two_drains_the_earlier_one_counts() -> None:
+    """A later drain does not put off the first, and an earlier one is obeyed."""
+    async with Scene() as scene:
+        await scene.opened()
+        for after in (3000, 1000, 9000):
+            await scene.link.say({"type": "drain", "after": after, "within": 20_000})
+        await asyncio.sleep(0.9)
+        assert len(scene.links) == 1
+        await asyncio.sleep(0.2)
+        assert len(scene.links) == 2
+        await scene.link.welcome("full")
+        await asyncio.sleep(20)
+        assert len(scene.links) == 2
+
+
+# ── frames ──
+
+
+@virtually
+async def test_unknown_frames_are_ignored() -> None:
+    """Newer servers may say more."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "later", "x": 1}, {"type": "welcome", "v": 1})
+        assert scene.client.state == "open"
+
+
+@pytest.mark.parametrize(
+    "frame", ["{", "[]", {"type": "ack"}, {"type": "drain"}, {"type": "msg", "event": 7}, b"\x02\x00\x00", {"type": 7}]
+)
+def test_a_malformed_frame_is_final(frame: Any) -> None:
+    """A server that breaks the protocol is left for good, with 4400."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.opened()
+            await scene.link.say(frame)
+            assert scene.client.state == "closed"
+            assert scene.link.closed is not None
+            assert scene.link.closed[0] == 4400
+
+    play()
+
+
+@virtually
+async def test_an_error_of_the_server_is_told() -> None:
+    """An `error` frame ends nothing."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "error", "code": "unknown_type", "message": "no handler", "seq": 3})
+        assert [str(error) for error in scene.of("error")] == ["unknown_type: no handler"]
+        assert scene.client.state == "open"
+
+
+# ── listeners ──
+
+
+@virtually
+async def test_a_listener_that_fails_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """What a listener raises is logged, and the others and the connection go on."""
+    async with Scene() as scene:
+
+        def fail(*_: Any) -> None:
+            raise KeyError("broken listener")
+
+        for register in ("on_open", "on_gap", "on_close", "on_state", "on_drain", "on_error"):
+            assert getattr(scene.client, register)(fail) is fail
+        scene.client.on_open(lambda outcome: scene.told.append(("second", outcome)))
+        await scene.opened()
+        await scene.link.say({"type": "drain", "after": 60_000}, {"type": "error"})
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("gap", seq=3)
+        assert scene.client.state == "open"
+        assert scene.of("second") == ["none", "gap"]
+        assert len([record for record in caplog.records if "a listener for" in record.message]) >= 8
+
+
+@virtually
+async def test_a_listener_may_be_async() -> None:
+    """What a listener awaits holds nothing up; that it fails is logged."""
+    async with Scene() as scene:
+        heard: list[str] = []
+
+        @scene.client.on_state
+        async def note(state: str) -> None:
+            await asyncio.sleep(1)
+            heard.append(state)
+
+        await scene.opened()
+        assert heard == []
+        await asyncio.sleep(1.1)
+        assert heard == ["open"]
+
+
+# ── the end ──
+
+
+@virtually
+async def test_closing_settles_everything() -> None:
+    """At the end every future fails with `ClosedError`, whatever state its message was in."""
+    scene = Scene()
+    async with scene:
+        await scene.opened()
+        accepted = scene.client.send("accepted")
+        await soon()
+        await scene.link.say({"type": "ack", "seq": 1})
+        futures: list[Any] = [scene.client.send("sent"), asyncio.ensure_future(scene.client.request("asked"))]
+        await soon()
+        scene.link.may_send.clear()
+        futures += [scene.client.send("queued"), asyncio.ensure_future(scene.client.request("queued too"))]
+        futures.append(asyncio.ensure_future(anext(scene.client, "nothing")))
+        await soon()
+        await scene.client.close()
+        assert scene.link.closed == (1000, "")
+    await soon()
+    assert accepted.result() is None
+    assert futures.pop().result() == "nothing"
+    for future in futures:
+        assert isinstance(future.exception(), ClosedError)
+    with pytest.raises(ClosedError):
+        await scene.client.request("late")
+    with pytest.raises(ClosedError):
+        scene.client.start()
+    await scene.client.close()
+    assert len(scene.client._tasks) == 0
+
+
+@pytest.mark.parametrize("moment", ["idle", "dialling", "greeted", "waiting"])
+def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
+    """Closing ends a dial, a greeting and a wait as well, and leaves no task."""
+
+    @virtually
+    async def play() -> None:
+        scene = Scene(min_delay=100)
+        scene.black_hole = moment == "dialling"
+        if moment != "idle":
+            scene.client.start()
+            await soon()
+        if moment == "waiting":
+            await scene.link.closes(1006)
+            assert scene.client.state == "waiting"
+        waiting = scene.client.send("x")
+        at = now()
+        await scene.client.close()
+        assert now() - at < 1
+        assert scene.client.state == "closed"
+        assert isinstance(waiting.exception(), ClosedError)
+        await asyncio.sleep(200)
+        assert len(scene.dials) <= 1
+        assert len(scene.client._tasks) == 0
+
+    play()
+
+
+@virtually
+async def test_a_close_frame_that_goes_nowhere_holds_nobody_up_for_long() -> None:
+    """A network that takes nothing delays the end by seconds, and no more."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.link.may_close.clear()
+        at = now()
+        await scene.client.close()
+        assert now() - at <= 10
+        assert scene.client.state == "closed"
+        assert len(scene.client._tasks) == 0
+
+
+@virtually
+async def test_a_client_may_be_closed_from_its_own_handler() -> None:
+    """Closing in a handler does not wait for that handler."""
+    async with Scene() as scene:
+
+        @scene.client.on("bye")
+        async def bye(data: Any) -> None:
+            await scene.client.close()
+
+        await scene.opened()
+        await scene.link.say({"type": "msg", "event": "bye", "data": None})
+        await soon()
+        assert scene.client.state == "closed"
+        assert scene.link.closed == (1000, "")
+
+
+@virtually
+async def test_a_bug_in_the_client_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the client itself fails it is closed, everybody who waits is told, and the error is logged."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = scene.client.send("x")
+        monkeypatch.setattr(type(scene.client._backoff), "delay", lambda *_: 1 / 0)
+        await scene.link.closes(1006)
+        await soon()
+        assert scene.client.state == "closed"
+        assert isinstance(sent.exception(), ClosedError)
+        assert any("failed" in record.getMessage() for record in caplog.records)
+
+
+@virtually
+async def test_no_secret_is_in_what_a_client_shows() -> None:
+    """The repr of a client names its session, and neither its token nor its credential."""
+    async with Scene(auth=lambda: "credential") as scene:
+        await scene.opened()
+        assert repr(scene.client) == "<Client open session=s>"
+
+
+@virtually
+async def test_connect_makes_a_client() -> None:
+    """`connect` takes what `Client` takes."""
+    client = connect("ws://server", dial=Scene()._dial, max_buffered=1)
+    assert isinstance(client, Client)
+    client.send(1)
+    with pytest.raises(BufferFullError):
+        client.send(2)
+    await client.close()
+    assert json.dumps(client.state) == '"closed"'

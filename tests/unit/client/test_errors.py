@@ -1,0 +1,24 @@
+"""Tests of what can go wrong in a client."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_ws_stabilizer.client import BufferFullError, ClientError, ClosedError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ClosedError(4410, "kicked"), "the client is closed for good: code 4410 (kicked)"),
+        (ClosedError(1000), "the client is closed for good: code 1000"),
+        (SessionLostError(), "the session is lost, and it is not known whether this was handled"),
+        (BufferFullError(), "too much waits to be sent: "),
+        (TooLargeError(12, 10), "the message has 12 bytes, and the server takes 10"),
+    ],
+)
+def test_an_error_says_what_has_happened(error: ClientError, text: str) -> None:
+    """Each error is one of this library, and its text is a sentence."""
+    assert isinstance(error, WebSocketStabilizerError)
+    assert str(error).startswith(text)

@@ -1,0 +1,77 @@
+"""Tests of who wants to know what happens to a client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.client.listeners import EVENTS, Listeners
+from fastapi_ws_stabilizer.tasks import TaskSet
+from tests.unit.fake_websocket import settle
+
+
+def made() -> tuple[Listeners, list[BaseException]]:
+    """Listeners, and the failures of their tasks."""
+    failures: list[BaseException] = []
+    return Listeners(TaskSet(lambda _, error: failures.append(error))), failures
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_listener_hears_its_event_and_no_other(event: str) -> None:
+    """A listener is a decorator that gives its function back, and is told what happened."""
+    listeners, _ = made()
+    heard: list[Any] = []
+
+    def listener(*args: Any) -> None:
+        heard.append(args)
+
+    assert getattr(listeners, f"on_{event}")(listener) is listener
+    for other in EVENTS:
+        listeners.told(other, other, 1)
+    assert heard == [(event, 1)]
+
+
+def test_listeners_are_told_in_the_order_in_which_they_came(caplog: pytest.LogCaptureFixture) -> None:
+    """One that fails is logged, and those behind it are told."""
+    listeners, _ = made()
+    heard: list[str] = []
+    listeners.on_open(lambda _: heard.append("first"))
+    listeners.on_open(lambda _: 1 / 0)
+    listeners.on_open(lambda _: heard.append("third"))
+    listeners.told("open", "none")
+    assert heard == ["first", "third"]
+    assert [record.getMessage() for record in caplog.records] == ["a listener for 'open' failed"]
+
+
+def test_a_listener_may_stop_listening_while_it_is_told() -> None:
+    """Taking a listener away in a call keeps nobody from being told, and ends its hearing."""
+    listeners, _ = made()
+    heard: list[str] = []
+
+    def once(_: str) -> None:
+        heard.append("once")
+        listeners._stop_listening("open", once)
+
+    listeners.on_open(once)
+    listeners.on_open(lambda _: heard.append("always"))
+    listeners.told("open", "none")
+    listeners.told("open", "none")
+    assert heard == ["once", "always", "always"]
+
+
+async def test_an_async_listener_runs_in_a_task_of_its_own() -> None:
+    """Whoever tells does not wait, and a failure is that of the task."""
+    listeners, failures = made()
+    heard: list[str] = []
+
+    async def listener(outcome: str) -> None:
+        heard.append(outcome)
+        raise KeyError("broken")
+
+    listeners.on_open(listener)
+    listeners.told("open", "full")
+    assert heard == []
+    await settle()
+    assert heard == ["full"]
+    assert [type(failure) for failure in failures] == [KeyError]

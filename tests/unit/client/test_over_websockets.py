@@ -1,0 +1,186 @@
+"""Tests of the connections of the `websockets` library, against a real server of that library."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+
+from fastapi_ws_stabilizer.client import over_websockets
+from fastapi_ws_stabilizer.client.backoff import Verdict, verdict
+from fastapi_ws_stabilizer.client.errors import ClosedError
+from fastapi_ws_stabilizer.client.over_websockets import MAX_RECEIVED_BYTES, dialler
+from fastapi_ws_stabilizer.client.transport import TransportLostError
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.unit.fake_websocket import with_deadline
+
+
+@asynccontextmanager
+async def served(handler: Callable[[ServerConnection], Awaitable[None]], **options: Any) -> Any:
+    """A server on this machine, as its URL."""
+    async with serve(handler, "127.0.0.1", 0, **options) as server:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+
+
+async def echo(connection: ServerConnection) -> None:
+    """Send everything back."""
+    async for message in connection:
+        await connection.send(message)
+
+
+async def test_texts_and_bytes_go_both_ways() -> None:
+    """A transport sends and receives texts and bytes as they are, in the subprotocol that the server has chosen."""
+    async with served(echo, subprotocols=[SUBPROTOCOL]) as url:
+        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        assert transport.subprotocol == SUBPROTOCOL
+        for message in ("ü", b"\x00\xff", "", b""):
+            await transport.send(message)
+            assert await with_deadline(transport.receive()) == message
+        await transport.close(1000, "bye")
+        with pytest.raises(TransportLostError):
+            await transport.send("late")
+
+
+async def test_a_server_without_the_subprotocol_has_chosen_none() -> None:
+    """A server that speaks something else is connected to, and says so."""
+    async with served(echo) as url:
+        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        assert transport.subprotocol is None
+        await transport.close(1000, "")
+
+
+async def test_the_close_frame_of_the_server_is_told() -> None:
+    """The code and the reason are those that the server has sent, for the reader and for the writer."""
+
+    async def close(connection: ServerConnection) -> None:
+        await connection.close(4503, "draining; retry=250")
+
+    async with served(close) as url:
+        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        for _ in range(2):
+            with pytest.raises(TransportLostError) as caught:
+                await with_deadline(transport.receive())
+            assert (caught.value.code, caught.value.reason) == (4503, "draining; retry=250")
+        with pytest.raises(TransportLostError) as caught:
+            await transport.send("x")
+        assert caught.value.code == 4503
+
+
+async def test_a_connection_that_breaks_has_no_close_code() -> None:
+    """Without a close frame the code is 1006."""
+
+    async def cut(connection: ServerConnection) -> None:
+        connection.transport.abort()
+
+    async with served(cut) as url:
+        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportLostError) as caught:
+            await with_deadline(transport.receive())
+        assert caught.value.code == 1006
+
+
+async def test_a_message_that_is_too_large_is_told_with_its_code() -> None:
+    """What this side refuses to read ends with 1009, and not with a code that means nothing."""
+
+    async def much(connection: ServerConnection) -> None:
+        await connection.send("x" * 2000)
+        await connection.wait_closed()
+
+    async with served(much) as url:
+        transport = await with_deadline(dialler({"max_size": 1000})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportLostError) as caught:
+            await with_deadline(transport.receive())
+        assert caught.value.code == 1009
+    assert MAX_RECEIVED_BYTES > 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code", "reason"),
+    [
+        (401, {}, 4401, "HTTP 401"),
+        (403, {}, 4403, "HTTP 403"),
+        (404, {}, 4404, "HTTP 404"),
+        (429, {"Retry-After": "7"}, 4429, "HTTP 429; retry=7000"),
+        (503, {"Retry-After": "soon"}, 4503, "HTTP 503"),
+        (503, {}, 4503, "HTTP 503"),
+        (500, {}, 1006, "HTTP 500"),
+    ],
+)
+async def test_a_refused_handshake_is_a_close_code(
+    status: int, headers: dict[str, str], code: int, reason: str
+) -> None:
+    """The HTTP status of a refusal means what the close code for it does, and `Retry-After` is a hint."""
+
+    def refuse(connection: ServerConnection, _: object) -> Any:
+        response = connection.respond(http.HTTPStatus(status), "")
+        response.headers.update(headers)
+        return response
+
+    async with served(echo, process_request=refuse) as url:
+        with pytest.raises(TransportLostError) as caught:
+            await with_deadline(dialler({"proxy": None})(url, [SUBPROTOCOL]))
+    assert (caught.value.code, caught.value.reason) == (code, reason)
+
+
+async def test_a_server_that_is_not_there_is_a_lost_connection() -> None:
+    """A dial that finds nobody has failed as a broken connection does."""
+    async with served(echo) as url:
+        pass
+    with pytest.raises(TransportLostError) as caught:
+        await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+    assert caught.value.code == 1006
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("not a url", {}),
+        ("http://127.0.0.1/ws", {}),
+        ("ws://127.0.0.1:1/ws", {"no_such_option": 1}),
+        ("ws://127.0.0.1:1/ws", {"ssl": ssl.create_default_context()}),
+    ],
+    ids=["no URL", "scheme", "TypeError", "ValueError"],
+)
+async def test_what_can_never_be_dialled_is_final(url: str, options: dict[str, Any]) -> None:
+    """A wrong URL and a wrong option are said to be so, with a code after which no client dials again."""
+    with pytest.raises(ClosedError, match="it cannot be dialled: ") as caught:
+        await with_deadline(dialler(options)(url, [SUBPROTOCOL]))
+    assert verdict(caught.value.code) is Verdict.FINAL
+
+
+async def test_a_certificate_that_is_not_valid_today_is_a_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is a `ValueError` too, and a server can get another one."""
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise ssl.SSLCertVerificationError("certificate has expired")
+
+    monkeypatch.setattr(over_websockets, "connect", refuse)
+    with pytest.raises(TransportLostError) as caught:
+        await dialler({})("wss://127.0.0.1/ws", [SUBPROTOCOL])
+    assert caught.value.code == 1006
+
+
+async def test_a_close_that_takes_too_long_is_cut() -> None:
+    """Cancelling a close cuts the connection."""
+    held = asyncio.Event()
+
+    async def hold(connection: ServerConnection) -> None:
+        connection.transport.pause_reading()
+        await held.wait()
+
+    async with served(hold, close_timeout=0.01) as url:
+        transport = await with_deadline(dialler({"close_timeout": 60})(url, [SUBPROTOCOL]))
+        closing = asyncio.ensure_future(transport.close(4000, "drain"))
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing}, timeout=5)
+        assert closing.cancelled()
+        with pytest.raises(TransportLostError):
+            await with_deadline(transport.receive())
+        held.set()

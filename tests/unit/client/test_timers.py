@@ -1,0 +1,56 @@
+"""Tests of timers by name."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi_ws_stabilizer.client.timers import Timers
+from tests.unit.client.fake_link import virtually
+
+
+@virtually
+async def test_a_timer_calls_once_when_it_is_due() -> None:
+    """A timer runs until it has called, and can be started anew in its own call."""
+    timers, called = Timers(), []
+
+    def act() -> None:
+        called.append("once")
+        assert "x" not in timers
+        if len(called) == 1:
+            timers.start("x", 1, act)
+
+    timers.start("x", 1, act)
+    assert "x" in timers
+    await asyncio.sleep(0.9)
+    assert called == []
+    await asyncio.sleep(0.2)
+    assert (called, "x" in timers) == (["once"], True)
+    await asyncio.sleep(5)
+    assert (called, "x" in timers) == (["once", "once"], False)
+
+
+@virtually
+async def test_of_each_name_there_is_one_timer() -> None:
+    """Starting a timer again takes the place of the one before, and leaves those of other names alone."""
+    timers, called = Timers(), []
+    timers.start("x", 1, lambda: called.append("first"))
+    timers.start("y", 1, lambda: called.append("other"))
+    timers.start("x", 2, lambda: called.append("second"))
+    await asyncio.sleep(5)
+    assert called == ["other", "second"]
+
+
+@virtually
+async def test_a_stopped_timer_does_not_call() -> None:
+    """Stopping one or all of them, also again or before any was started, ends the calling."""
+    timers, called = Timers(), []
+    timers.stop("x")
+    for name in "xyz":
+        timers.start(name, 1, lambda: called.append("late"))
+    timers.stop("x")
+    timers.stop("x")
+    assert ("x" in timers, "y" in timers) == (False, True)
+    timers.stop_all()
+    await asyncio.sleep(5)
+    assert called == []
+    assert "y" not in timers

@@ -1,0 +1,165 @@
+"""Tests of what rooms remember for newcomers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.hub import history as history_module
+from fastapi_ws_stabilizer.hub.history import History
+from fastapi_ws_stabilizer.wire.payload import encode
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(history_module, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that is a number."""
+    return Clock(monkeypatch)
+
+
+def say(history: History, room: str, *texts: str) -> None:
+    """Say something in a room."""
+    for text in texts:
+        history.add(room, encode(text))
+
+
+def last(history: History, room: str, count: int = 100) -> list[str | None]:
+    """The last texts of a room."""
+    return [frame.text for frame in history.last(room, count)]
+
+
+def test_a_newcomer_gets_the_last_messages_of_its_room() -> None:
+    """The last messages come oldest first, at most as many as are asked for, and those of no other room."""
+    history = History(10, 60)
+    say(history, "lobby", "a", "b", "c")
+    say(history, "attic", "d")
+    assert last(history, "lobby", 2) == ["b", "c"]
+    assert last(history, "lobby") == ["a", "b", "c"]
+    assert last(history, "attic") == ["d"]
+    assert last(history, "cellar") == []
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_who_asks_for_nothing_gets_nothing(count: int) -> None:
+    """A count that is not positive is nothing, and not everything."""
+    history = History(10, 60)
+    say(history, "lobby", "a")
+    assert last(history, "lobby", count) == []
+
+
+def test_a_room_remembers_as_many_as_it_may() -> None:
+    """Of too many messages the oldest are forgotten."""
+    history = History(3, 60)
+    say(history, "lobby", *"abcde")
+    assert last(history, "lobby") == ["c", "d", "e"]
+
+
+def test_where_nothing_is_to_be_remembered_nothing_is() -> None:
+    """A limit of 0 costs nothing."""
+    history = History(0, 60)
+    say(history, "lobby", "a")
+    assert len(history) == 0
+    assert last(history, "lobby") == []
+
+
+def test_volatile_messages_are_not_remembered() -> None:
+    """What is worth nothing later is not kept for newcomers."""
+    history = History(10, 60)
+    history.add("lobby", encode("a", volatile=True))
+    assert len(history) == 0
+
+
+def test_a_room_remembers_as_many_bytes_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of too many bytes the oldest are forgotten, and one message of any size is kept."""
+    monkeypatch.setattr(history_module, "MAX_BYTES", 10)
+    history = History(100, 60)
+    say(history, "lobby", "aaaa", "bbbb", "cccc")
+    assert last(history, "lobby") == ["bbbb", "cccc"]
+    say(history, "lobby", "d" * 50)
+    assert last(history, "lobby") == ["d" * 50]
+    say(history, "lobby", "e")
+    assert last(history, "lobby") == ["e"]
+
+
+def test_old_messages_are_forgotten(clock: Clock) -> None:
+    """A message is remembered for its time, whoever asks."""
+    history = History(10, 60)
+    say(history, "lobby", "a")
+    clock.now += 40
+    say(history, "lobby", "b")
+    clock.now += 20
+    assert last(history, "lobby") == ["a", "b"]
+    clock.now += 0.1
+    assert last(history, "lobby") == ["b"]
+    clock.now += 60
+    assert last(history, "lobby") == []
+
+
+def test_a_room_in_which_nothing_is_said_any_more_is_forgotten(clock: Clock) -> None:
+    """Rooms that are silent for too long go when anything is said anywhere."""
+    history = History(10, 60)
+    say(history, "lobby", "a")
+    say(history, "attic", "b")
+    clock.now += 30
+    say(history, "lobby", "c")
+    clock.now += 31
+    say(history, "cellar", "d")
+    assert len(history) == 2
+    assert last(history, "attic") == []
+    assert last(history, "lobby") == ["c"]
+
+
+def test_a_room_whose_messages_were_all_too_old_is_forgotten(clock: Clock) -> None:
+    """A room that was emptied by a question is forgotten with the next message."""
+    history = History(10, 60)
+    say(history, "lobby", "a")
+    clock.now += 61
+    assert last(history, "lobby") == []
+    say(history, "attic", "b")
+    assert len(history) == 1
+
+
+def test_of_too_many_rooms_the_most_silent_goes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more rooms are remembered than may be: the one in which nothing was said for longest goes first."""
+    monkeypatch.setattr(history_module, "MAX_ROOMS", 2)
+    history = History(10, 60)
+    for room in ("lobby", "attic", "lobby", "cellar"):
+        clock.now += 1
+        say(history, room, room)
+    assert len(history) == 2
+    assert last(history, "attic") == []
+    assert last(history, "lobby") == ["lobby", "lobby"]
+
+
+def test_a_message_is_shared_and_not_copied() -> None:
+    """What a room remembers is the very message that was broadcast."""
+    history, frame = History(10, 60), encode("a")
+    history.add("lobby", frame)
+    history.add("attic", frame)
+    assert history.last("lobby", 1)[0] is history.last("attic", 1)[0] is frame
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40)), max_size=40), st.integers(1, 5), st.integers(1, 7)
+)
+def test_whatever_is_said_a_room_remembers_a_tail_of_it(
+    said: list[tuple[str, int]], max_messages: int, count: int
+) -> None:
+    """What a room remembers is the end of what was said in it, and its bytes are counted right."""
+    history, rooms = History(max_messages, 60), {room: [] for room in "abc"}
+    for number, (room, size) in enumerate(said):
+        text = f"{number}{'.' * size}"
+        rooms[room].append(text)
+        say(history, room, text)
+    for room, texts in rooms.items():
+        assert last(history, room, count) == texts[-min(count, max_messages) :]
+        if texts:
+            assert history._rooms[room].bytes == sum(map(len, texts[-max_messages:]))

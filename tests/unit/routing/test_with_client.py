@@ -1,0 +1,301 @@
+"""Tests of a manager and the Python client together, over a link in memory that breaks when a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import TracebackType
+from typing import Any
+
+import pytest
+from fastapi import HTTPException, WebSocketException
+from starlette.websockets import WebSocket
+
+from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, RequestError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from tests.simulation.network import Link, Network
+from tests.unit.client.fake_link import virtually
+from tests.unit.fake_websocket import with_deadline
+from tests.unit.routing.stage import Stage
+
+
+class Even(random.Random):
+    """Dice that make every way equally long: 30 ms."""
+
+    def random(self) -> float:
+        return 0.5
+
+
+class World(Stage):
+    """A stage, a network that never breaks by itself, and clients that dial over it.
+
+    Attributes:
+        clients: The clients.
+        received: The data of all messages that the first one got without a handler, in order.
+        gaps: The gaps that it was told of.
+        outcomes: What its welcomes said.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.network = Network(Even(), self._serve, faulty=False)
+        self.clients: list[Client] = []
+        self.received: list[Any] = []
+        self.gaps: list[Gap] = []
+        self.outcomes: list[str] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    async def _serve(self, websocket: WebSocket) -> None:
+        try:
+            async with self.manager.serve(websocket) as socket:
+                await self.endpoint(socket)
+        except (WebSocketException, HTTPException):
+            pass
+
+    def client(self, **options: Any) -> Client:
+        """Make a client; what the first one receives is noted."""
+        client = Client("ws://server/ws", dial=self.network.dial, **{"base_delay": 0.2, **options})
+        self.clients.append(client)
+        if len(self.clients) == 1:
+            client.on_gap(self.gaps.append)
+            client.on_open(self.outcomes.append)
+            self._reader = asyncio.ensure_future(self._read(client))
+        return client
+
+    async def _read(self, client: Client) -> None:
+        async for message in client:
+            self.received.append(message.data)
+
+    def cut(self) -> None:
+        """Break the newest connection; both sides see it."""
+        self.link.lose_client(1006)
+        self.link.tell_server(1006)
+
+    @property
+    def link(self) -> Link:
+        """The newest connection."""
+        return self.network.links[-1]
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for client in self.clients:
+            await client.close()
+        if self._reader is not None:
+            await with_deadline(self._reader)
+        await super().__aexit__(kind, error, trace)
+        if self.network.tasks:
+            await with_deadline(asyncio.wait(set(self.network.tasks)))
+
+
+@virtually
+async def test_what_was_missed_comes_and_what_was_not_accepted_is_sent_again() -> None:
+    """Both sides have the same lists after a broken connection, in order and without doubles."""
+    async with World() as world, world.client() as client:
+        for number in range(200):
+            client.send(number, event="note")
+            await world.manager.send_to_client("ann", number)
+            if number % 50 == 25:
+                world.cut()
+            await asyncio.sleep(0.05)
+        await client.send("last", event="note")
+        await asyncio.sleep(1)
+        assert world.notes == [*range(200), "last"]
+        assert world.received == list(range(200))
+        assert (world.outcomes[0], set(world.outcomes[1:]), world.gaps) == ("none", {"full"}, [])
+
+
+@virtually
+async def test_the_client_takes_its_half_open_connection_over() -> None:
+    """The server thinks that it is still there; the session goes on in the new connection."""
+    async with World() as world, world.client() as client:
+        world.link.up.dead = world.link.down.dead = True
+        sending = client.send("x", event="note")
+        client.reconnect()
+        await with_deadline(sending)
+        assert world.events == ["connect ann", "disconnect ann replaced", "resume ann full"]
+        assert world.notes == ["x"]
+
+
+@virtually
+async def test_a_request_of_the_client_is_answered_once() -> None:
+    """Its answer comes in the next connection if this one breaks while the handler works."""
+    async with World() as world, world.client() as client:
+
+        @world.manager.on_message("slow")
+        async def slow(ws: StableSocket, data: int) -> int:
+            world.notes.append(data)
+            await world.gate.wait()
+            return data + 1
+
+        asking = asyncio.ensure_future(client.request("slow", 1, timeout=60))
+        await asyncio.sleep(0.5)
+        world.cut()
+        await asyncio.sleep(2)
+        world.gate.set()
+        assert await with_deadline(asking) == 2
+        assert world.notes == [1]
+
+
+@virtually
+async def test_a_request_of_the_server_is_answered_after_a_reconnect() -> None:
+    """The client works on it while its connection breaks, and answers in the next one."""
+    async with World() as world, world.client() as client:
+
+        @client.on("confirm")
+        async def confirm(data: str) -> str:
+            world.cut()
+            await asyncio.sleep(1)
+            return f"{data}!"
+
+        asking = asyncio.ensure_future(world.socket().request("confirm", "sure", timeout=60))
+        await asyncio.sleep(5)
+        assert await with_deadline(asking) == "sure!"
+
+
+@virtually
+async def test_an_acknowledged_send_to_the_client_does_not_wait_for_long() -> None:
+    """The client is asked for its number, so that it takes one round trip and not a second."""
+    async with World() as world, world.client():
+        began = asyncio.get_running_loop().time()
+        await world.socket().send("x", ack=True)
+        assert asyncio.get_running_loop().time() - began < 0.1
+
+
+@virtually
+async def test_a_server_that_has_forgotten_is_a_gap() -> None:
+    """A lost session is told, messages in it that nobody has accepted fail, and the new one works."""
+    async with World() as world, world.client() as client:
+        world.link.up.dead = True
+        unknown = client.send("unknown", event="note")
+        await asyncio.sleep(0.5)
+        world.cut()
+        await asyncio.sleep(0)
+        await world.manager.disconnect("ann")
+        with pytest.raises(SessionLostError):
+            await with_deadline(unknown)
+        await client.send("new", event="note")
+        assert world.notes == ["new"]
+        assert [(gap.session_lost, gap.why) for gap in world.gaps] == [(True, "unknown")]
+
+
+@virtually
+async def test_a_client_that_had_to_give_its_session_up_is_told_of_a_gap() -> None:
+    """4409 means that the session is gone: the client begins a new one, and its messages may be missing."""
+    async with World() as world, world.client() as client:
+        await world.manager.send_to_client("ann", "first")
+        await asyncio.sleep(0.5)
+        session = client.session
+        world.socket()._connection.end(DisconnectReason.REPLACED)
+        await asyncio.sleep(5)
+        assert client.session != session
+        assert [(gap.session_lost, gap.why, gap.first, gap.last) for gap in world.gaps] == [(True, "given_up", 2, None)]
+        assert world.outcomes == ["none", "lost"]
+        await client.send("x", event="note")
+        assert world.notes == ["x"]
+
+
+@virtually
+async def test_what_the_server_does_not_take_fails_at_once() -> None:
+    """A message above the server's max_message_size raises, and does no harm to the connection."""
+    async with World(max_message_size=1000) as world, world.client() as client:
+        with pytest.raises(TooLargeError):
+            client.send("x" * 1000, event="note")
+        with pytest.raises(TooLargeError):
+            client.volatile("x" * 1000)
+        with pytest.raises(TooLargeError):
+            client.send(b"x" * 1000, event="note")
+        with pytest.raises(TooLargeError):
+            await client.request("echo", "é" * 500)
+        await client.send("x" * 900, event="note")
+        assert client.volatile("y", event="note")
+        await asyncio.sleep(0.5)
+        assert (world.notes, world.outcomes) == (["x" * 900, "y"], ["none"])
+
+
+@virtually
+async def test_what_was_queued_before_the_first_welcome_may_be_too_large() -> None:
+    """It fails when the server has said what it takes; what stands behind it is sent."""
+    async with World(max_message_size=1000) as world:
+        client = world.client()
+        before, large, after = (client.send(data, event="note") for data in ("a", "x" * 2000, "b"))
+        request = asyncio.ensure_future(client.request("echo", "x" * 2000))
+        client.start()
+        with pytest.raises(TooLargeError):
+            await with_deadline(large)
+        await with_deadline(asyncio.gather(before, after))
+        assert (world.notes, world.outcomes) == (["a", "b"], ["none"])
+        with pytest.raises(TooLargeError):
+            await with_deadline(request)
+
+
+@virtually
+async def test_largest_message_that_fits() -> None:
+    """Whatever the client lets through the server takes, and whatever it refuses would hardly have fitted."""
+    async with World(max_message_size=1000) as world, world.client() as client:
+        size = 1000
+        while True:
+            try:
+                await client.send("x" * size, event="note")
+                break
+            except TooLargeError:
+                size -= 1
+        assert world.outcomes == ["none"]
+        assert size > 900
+
+
+@virtually
+async def test_a_client_goes_when_the_session_is_ended() -> None:
+    """`ws.close()` is final for it: what it waits for fails, and it does not dial again."""
+    async with World() as world, world.client() as client:
+        asking = asyncio.ensure_future(client.request("wait", 1, timeout=60))
+        await asyncio.sleep(0.5)
+        await world.socket().close()
+        with pytest.raises(ClosedError) as caught:
+            await with_deadline(asking)
+        await asyncio.sleep(60)
+        assert (caught.value.code, client.state, client.dials) == (4410, "closed", 1)
+
+
+@virtually
+async def test_a_handler_that_refuses() -> None:
+    """A RequestError of a handler is one for the client."""
+    async with World() as world, world.client() as client:
+
+        @world.manager.on_message("no")
+        async def no(ws: StableSocket, data: Any) -> None:
+            raise RequestError("never", "no")
+
+        with pytest.raises(RequestError) as caught:
+            await client.request("no", 1)
+        assert (caught.value.code, caught.value.message) == ("never", "no")
+
+
+@virtually
+async def test_a_bug_does_not_loop() -> None:
+    """A message that makes its handler fail was accepted: the client comes back once, and does not send it again."""
+    async with World() as world, world.client() as client:
+        await client.send("x", event="bug")
+        await client.send("y", event="note")
+        await asyncio.sleep(60)
+        assert world.notes == ["y"]
+        assert world.events == ["connect ann", "disconnect ann error", "resume ann full"]
+
+
+@virtually
+async def test_credentials_are_renewed_without_a_reconnect() -> None:
+    """The client is asked in time, and its connection lives longer than any of its credentials."""
+    async with World() as world:
+        shown: list[str | None] = []
+
+        @world.manager.on_auth
+        async def look(ws: StableSocket, credential: str | None) -> float:
+            shown.append(credential)
+            return 10.0
+
+        given = iter(range(100))
+        async with world.client(auth=lambda: f"credential {next(given)}") as client:
+            await asyncio.sleep(35)
+            assert client.dials == 1
+            assert shown == [f"credential {number}" for number in range(5)]

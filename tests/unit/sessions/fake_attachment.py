@@ -1,0 +1,93 @@
+"""A connection as a session sees it, without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+
+class FakeAttachment:
+    """A connection whose outbox is a list, and takes frames as a test says.
+
+    Attributes:
+        frames: What was queued.
+        calm: Whether frames are taken on the fast path.
+        room: Whether they are taken otherwise.
+        verdict: What an offer on the slow path leads to.
+        meanwhile: Called before a frame is queued on the slow path, as a sender that has waited would be.
+    """
+
+    def __init__(self, *, calm: bool = True, room: bool = True) -> None:
+        self.frames: list[Frame] = []
+        self.calm = calm
+        self.room = room
+        self.verdict = Offered.QUEUED
+        self.pressed = False
+        self.meanwhile: Callable[[], None] | None = None
+        self.ending: Ending | None = None
+        self.face: Any = f"face of {id(self)}"
+
+    @property
+    def outbox(self) -> FakeAttachment:
+        """It is its own outbox."""
+        return self
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The texts that were queued."""
+        return [frame.text for frame in self.frames]
+
+    def put_if_calm(self, frame: Frame) -> bool:
+        """Queue a frame on the fast path."""
+        if self.calm:
+            self.frames.append(frame)
+        return self.calm
+
+    def offer(self, frame: Frame) -> Offered:
+        """Queue a frame on the slow path."""
+        if self.meanwhile is not None:
+            self.meanwhile()
+        if self.verdict is Offered.SLOW or not self.room:
+            self.end(DisconnectReason.SLOW_CONSUMER)
+            return Offered.REFUSED
+        if self.verdict is not Offered.REFUSED:
+            self.frames.append(frame)
+        return self.verdict
+
+    def put(self, frame: Frame) -> bool:
+        """Queue a frame if there is room."""
+        if self.room:
+            self.frames.append(frame)
+        return self.room
+
+    def make_room(self, size: int) -> bool:
+        """Whether there is room."""
+        return self.room
+
+    def put_all(self, frames: Iterable[Frame]) -> None:
+        """Queue frames, whatever room there is."""
+        self.frames.extend(frames)
+
+    async def put_wait(self, frame: Frame, queued: Callable[[Frame], object] | None = None) -> bool:
+        """Queue a frame if there is room; `False` if it is over."""
+        if not self.room:
+            return False
+        self.frames.append(frame)
+        if queued is not None:
+            queued(frame)
+        return True
+
+    def under_pressure(self) -> bool:
+        """Whether more than half of it is used."""
+        return self.pressed
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """Begin the end."""
+        if self.ending is not None:
+            return False
+        self.ending = ending(reason, code=code, text=text)
+        return True

@@ -1,0 +1,166 @@
+"""Tests of idempotency keys: what is sent again is handled once, and answered as often as it is asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.sessions import idempotency
+from fastapi_ws_stabilizer.sessions.idempotency import MAX_ANSWER_BYTES, Seen
+from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.wire.v1 import Message
+
+AGAIN = Message(None, id="c7", key="k")
+
+
+def session_of(client_id: str = "ann") -> Session:
+    """A session whose replies stay in its log."""
+    return Session(client_id, 0, LogLimits(100, 10**6, 60.0), Totals(), lambda *_: None)
+
+
+def replies(session: Session) -> list[dict[str, Any]]:
+    """What was replied."""
+    return [json.loads(frame.payload) for frame in session.since(0)]
+
+
+def test_a_new_key_is_known_to_nobody() -> None:
+    """A key is new until a message with it is going to be handled."""
+    seen = Seen()
+    assert seen.look("ann", "k") is None
+    seen.begin("ann", "k")
+    assert seen.look("ann", "k") is not None
+    assert len(seen) == 1
+
+
+def test_one_clients_keys_say_nothing_about_anothers() -> None:
+    """Keys belong to a client id, and cannot run into those of another."""
+    seen = Seen()
+    seen.begin("ann", "k")
+    assert seen.look("bob", "k") is None
+    assert seen.look("annk", "") is None
+
+
+def test_who_asks_again_gets_the_same_answer() -> None:
+    """A request that was handled is answered again from memory, in whatever session it comes again."""
+    seen, first, second = Seen(), session_of(), session_of()
+    seen.begin("ann", "k")
+    seen.handled(first, "k", {"sum": 3})
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(second, AGAIN)
+    known.answer(second, Message(None, id="c8", key="k"))
+    assert [(reply["re"], reply["data"]) for reply in replies(second)] == [("c7", {"sum": 3}), ("c8", {"sum": 3})]
+    assert replies(first) == []
+
+
+def test_who_asks_again_too_early_gets_the_answer_when_it_is_there() -> None:
+    """A request that is being handled is not handled again: its second asker waits for the same answer."""
+    seen, session = Seen(), session_of()
+    seen.begin("ann", "k")
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(session, AGAIN)
+    assert replies(session) == []
+    seen.handled(session_of(), "k", 5)
+    assert replies(session) == [{"type": "reply", "re": "c7", "data": 5}]
+
+
+def test_a_message_that_wants_no_answer_gets_none() -> None:
+    """A message without an id is only kept from being handled again."""
+    seen, session = Seen(), session_of()
+    seen.begin("ann", "k")
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(session, Message(None, key="k"))
+    seen.handled(session, "k", 5)
+    known.answer(session, Message(None, key="k"))
+    assert replies(session) == []
+
+
+@pytest.mark.parametrize("answer", ["x" * MAX_ANSWER_BYTES, object()], ids=["too large", "no JSON"])
+def test_an_answer_that_cannot_be_kept_is_said_to_be_gone(answer: object) -> None:
+    """Answers that are too large, or cannot be JSON, are not kept; who asks again is told so."""
+    seen, session = Seen(), session_of()
+    seen.begin("ann", "k")
+    seen.handled(session, "k", answer)
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(session, AGAIN)
+    assert replies(session)[0]["error"]["code"] == "handled_before"
+
+
+def test_the_largest_answer_that_is_kept_is_kept() -> None:
+    """The limit of an answer is that of its JSON, and is itself allowed."""
+    seen, session = Seen(), session_of()
+    seen.begin("ann", "k")
+    seen.handled(session, "k", "x" * (MAX_ANSWER_BYTES - 2))
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(session, AGAIN)
+    assert len(replies(session)[0]["data"]) == MAX_ANSWER_BYTES - 2
+
+
+def test_a_message_whose_handler_has_failed_may_come_again() -> None:
+    """A key that was not used up after all is new."""
+    seen = Seen()
+    seen.begin("ann", "k")
+    seen.failed("ann", "k")
+    seen.failed("ann", "k")
+    assert seen.look("ann", "k") is None
+    seen.handled(session_of(), "k", 1)
+    assert len(seen) == 0
+
+
+def test_who_waits_for_a_message_that_failed_is_told() -> None:
+    """A second request with a key whose first message fails is answered with an error, not left to wait."""
+    seen, session = Seen(), session_of()
+    seen.begin("ann", "k")
+    known = seen.look("ann", "k")
+    assert known is not None
+    known.answer(session, AGAIN)
+    seen.failed("ann", "k")
+    assert [reply["error"]["code"] for reply in replies(session)] == ["not_handled"]
+
+
+def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by a number of keys of all clients, and those that use theirs keep them."""
+    monkeypatch.setattr(idempotency, "MAX_KEYS", 3)
+    seen = Seen()
+    for client_id, key in (("ann", "1"), ("bob", "1"), ("ann", "2"), ("carl", "1")):
+        seen.begin(client_id, key)
+    assert [seen.look(*known) is not None for known in (("ann", "1"), ("bob", "1"), ("carl", "1"))] == [
+        True,
+        False,
+        True,
+    ]
+    assert len(seen) == 3
+
+
+def test_of_too_many_keys_of_a_client_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client pushes out its own keys, and nobody else's."""
+    monkeypatch.setattr(idempotency, "MAX_KEYS_OF_ONE", 3)
+    seen = Seen()
+    seen.begin("bob", "1")
+    for number in range(5):
+        seen.begin("ann", str(number))
+    assert seen.look("bob", "1") is not None
+    assert [seen.look("ann", str(number)) is not None for number in range(5)] == [False, False, True, True, True]
+
+
+def test_an_old_key_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded in time: a new key takes those with it that are too old."""
+    now = [1000.0]
+    monkeypatch.setattr(idempotency, "monotonic", lambda: now[0])
+    seen = Seen()
+    seen.begin("ann", "old")
+    now[0] += idempotency.MAX_AGE
+    seen.begin("ann", "new")
+    assert seen.look("ann", "old") is not None
+    now[0] += 0.001
+    seen.begin("ann", "newer")
+    assert seen.look("ann", "old") is None
+    assert len(seen) == 2

@@ -1,0 +1,128 @@
+"""Tests of what plain clients have left behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_ws_stabilizer.sessions import left as left_module
+from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
+
+ROOMS = {"lobby": {"name": "Ann"}}
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(left_module, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that is a number."""
+    return Clock(monkeypatch)
+
+
+def faces(gone: list[LeftBehind]) -> list[object]:
+    """Whose it was."""
+    return [left.face for left in gone]
+
+
+def test_only_who_has_a_token_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client is expected back if it was given a token, and of too many the first one is not any more."""
+    monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
+    luggage = LeftLuggage(60, 10)
+    assert not luggage.is_expected("ann")
+    for client_id in ("ann", "bob", "ann", "cid"):
+        luggage.expect(client_id)
+    assert [luggage.is_expected(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+
+
+def test_nobody_is_expected_where_nothing_is_kept() -> None:
+    """Without a time to keep it nothing is left."""
+    luggage = LeftLuggage(0, 10)
+    luggage.expect("ann")
+    assert not luggage.is_expected("ann")
+
+
+def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
+    """Rooms, how the client is described in them, and user data come back once."""
+    luggage = LeftLuggage(60, 10)
+    luggage.expect("ann")
+    assert luggage.leave("ann", ROOMS, {"cart": [1]}, "face") == []
+    assert len(luggage) == 1
+    left = luggage.take("ann")
+    assert left is not None
+    assert (left.rooms, left.user_data, left.face) == (ROOMS, {"cart": [1]}, "face")
+    assert luggage.take("ann") is None
+    assert luggage.is_expected("ann")  # it holds the next token soon, and may have it already
+
+
+def test_a_client_that_never_came_gets_nothing() -> None:
+    """Nothing is kept for who has left nothing."""
+    assert LeftLuggage(60, 10).take("ann") is None
+
+
+def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
+    """A client that comes back too late gets nothing."""
+    luggage = LeftLuggage(60, 10)
+    luggage.leave("ann", ROOMS, None, "ann")
+    clock.now += 30
+    luggage.leave("bob", ROOMS, None, "bob")
+    assert luggage.next_due() == 1060.0
+    clock.now += 29.9
+    assert luggage.collect() == []
+    clock.now += 0.1
+    assert faces(luggage.collect()) == ["ann"]
+    assert luggage.next_due() == 1090.0
+    assert luggage.take("ann") is None
+
+
+def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
+    """What is too old is given to nobody, even if nobody has collected it yet."""
+    luggage = LeftLuggage(60, 10)
+    luggage.leave("ann", ROOMS, None, "ann")
+    clock.now += 60
+    assert luggage.take("ann") is None
+
+
+def test_leaving_collects_what_is_too_old(clock: Clock) -> None:
+    """Whoever leaves something takes away what is too old."""
+    luggage = LeftLuggage(60, 10)
+    luggage.leave("ann", ROOMS, None, "ann")
+    clock.now += 60
+    assert faces(luggage.leave("bob", ROOMS, None, "bob")) == ["ann"]
+
+
+def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> None:
+    """What a client left before goes for what it leaves now, and its time begins anew."""
+    luggage = LeftLuggage(60, 10)
+    luggage.leave("ann", ROOMS, None, "first")
+    luggage.leave("bob", ROOMS, None, "bob")
+    clock.now += 10
+    assert faces(luggage.leave("ann", {}, {"n": 2}, "second")) == ["first"]
+    clock.now += 50
+    assert faces(luggage.collect()) == ["bob"]
+    left = luggage.take("ann")
+    assert left is not None
+    assert left.face == "second"
+
+
+def test_of_too_many_the_first_goes(clock: Clock) -> None:
+    """No more is kept than may be."""
+    luggage = LeftLuggage(60, 2)
+    gone = [faces(luggage.leave(who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
+    assert gone == [[], [], ["ann"]]
+    assert len(luggage) == 2
+
+
+def test_all_of_it_is_taken_out_at_the_end(clock: Clock) -> None:
+    """At the end everything is handed out, so that its end can be told."""
+    luggage = LeftLuggage(60, 10)
+    for who in ("ann", "bob"):
+        luggage.leave(who, ROOMS, None, who)
+    assert faces(luggage.clear()) == ["ann", "bob"]
+    assert len(luggage) == 0
+    assert luggage.next_due() is None
+    assert luggage.collect() == []

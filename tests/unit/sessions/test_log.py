@@ -1,0 +1,183 @@
+"""Tests of the replay log: which messages it holds, under which numbers, and when they go."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.sessions import log as log_module
+from fastapi_ws_stabilizer.sessions.log import NOTHING, LogLimits, ReplayLog
+from fastapi_ws_stabilizer.wire.payload import Frame
+
+WIDE = LogLimits(1000, 10**6, 60.0)
+
+
+def frame(text: str = "x", at: float = 0.0) -> Frame:
+    """A message that was made at some moment."""
+    made = Frame(text)
+    made.at = at
+    return made
+
+
+def log_of(*texts: str, limits: LogLimits = WIDE) -> ReplayLog:
+    """A log with some messages."""
+    log = ReplayLog(limits)
+    for text in texts:
+        log.record(frame(text))
+    return log
+
+
+def texts(log: ReplayLog, seq: int) -> list[str | None]:
+    """The messages after a number."""
+    return [entry.text for entry in log.since(seq)]
+
+
+def test_messages_are_numbered_from_one() -> None:
+    """The first message of a log is number 1, and each next one is one more."""
+    log = ReplayLog(WIDE)
+    assert (log.head, log.low, len(log.kept)) == (0, 1, 0)
+    assert [log.record(frame()) for _ in range(3)] == [1, 2, 3]
+    assert (log.head, log.low, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
+
+
+def test_what_comes_after_a_number_is_given_in_order() -> None:
+    """`since` gives every message after a number, the oldest first."""
+    log = log_of("a", "b", "c")
+    assert texts(log, 0) == ["a", "b", "c"]
+    assert texts(log, 2) == ["c"]
+    assert texts(log, 3) == []
+
+
+def test_what_is_acknowledged_is_forgotten() -> None:
+    """An acknowledgement forgets everything up to its number, and numbers go on."""
+    log = log_of("a", "b", "c")
+    log.forget_up_to(2)
+    assert (log.low, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
+    log.forget_up_to(1)
+    assert texts(log, 2) == ["c"]
+    assert [kept.text for kept in log.kept] == ["c"]
+    assert log.record(frame("d")) == 4
+
+
+def test_a_log_that_is_empty_again_owns_no_queue() -> None:
+    """An idle session costs no queue, also after it was busy."""
+    log = log_of("a", "b")
+    log.forget_up_to(2)
+    assert log._entries is NOTHING
+    assert (log.low, log.head, log.held_bytes) == (3, 2, 0)
+    assert log.record(frame()) == 3
+    assert tuple(NOTHING) == ()
+
+
+def test_of_too_many_messages_the_oldest_go() -> None:
+    """A log holds as many messages as it may, the newest ones."""
+    log = log_of(*"abcdef", limits=LogLimits(3, 10**6, 60.0))
+    assert (log.low, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
+
+
+def test_of_too_many_bytes_the_oldest_go() -> None:
+    """A log holds as many bytes as it may."""
+    log = log_of("aaaa", "bbbb", "cccc", limits=LogLimits(1000, 9, 60.0))
+    assert (log.low, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
+
+
+def test_one_message_of_any_size_is_kept() -> None:
+    """A message above the limit of bytes is kept until the next one comes: else it could never be resumed over."""
+    log = log_of("a", "b" * 100, limits=LogLimits(1000, 9, 60.0))
+    assert (log.low, log.held_bytes) == (2, 100)
+    log.record(frame("c"))
+    assert (log.low, log.held_bytes, texts(log, 2)) == (3, 1, ["c"])
+
+
+def test_old_messages_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message is kept for its time."""
+    log = ReplayLog(LogLimits(1000, 10**6, 10.0))
+    for at in (101.0, 102.0, 112.0):
+        log.record(frame(str(at), at))
+    monkeypatch.setattr(log_module, "monotonic", lambda: 112.0)
+    log.forget_old()
+    assert (log.low, texts(log, 1)) == (2, ["102.0", "112.0"])
+    monkeypatch.setattr(log_module, "monotonic", lambda: 1000.0)
+    log.forget_old()
+    assert (log.low, log.head, log.held_bytes) == (4, 3, 0)
+    assert log._entries is NOTHING
+
+
+def test_a_cleared_log_goes_on_with_its_numbers() -> None:
+    """Clearing forgets the messages and not the count."""
+    log = log_of("a", "b")
+    log.forget_all()
+    assert (len(log.kept), log.low, log.head, log.held_bytes) == (0, 3, 2, 0)
+    assert log.record(frame()) == 3
+
+
+def test_a_rewound_log_gives_its_last_numbers_out_again() -> None:
+    """A store that lost its newest entries counts on from where it is."""
+    log = log_of("a", "b", "c")
+    log.rewind(2)
+    assert (log.head, log.low, log.held_bytes, texts(log, 0)) == (1, 1, 1, ["a"])
+    assert log.record(frame("B")) == 2
+
+
+def test_a_log_is_rewound_below_what_it_holds() -> None:
+    """A rewind below the oldest message leaves nothing, and below the first begins anew."""
+    log = log_of("a", "b", "c")
+    log.forget_up_to(2)
+    log.rewind(2)
+    assert (len(log.kept), log.head, log.held_bytes) == (0, 1, 0)
+    log.rewind(5)
+    assert (log.head, log.low) == (0, 1)
+
+
+def test_entries_are_shared_between_logs() -> None:
+    """Two sessions that got the same message hold the same object."""
+    one, shared = ReplayLog(WIDE), frame("hello")
+    other = ReplayLog(WIDE)
+    one.record(shared)
+    other.record(shared)
+    assert one.since(0)[0] is other.since(0)[0] is shared
+
+
+def test_the_messages_after_a_number_are_those_of_that_moment() -> None:
+    """What is recorded while a replay is read is no part of it, and breaks it in no way."""
+    log = log_of("a", "b")
+    replay = log.since(0)
+    log.record(frame("c"))
+    log.forget_up_to(3)
+    assert [entry.text for entry in replay] == ["a", "b"]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("record"), st.integers(1, 30)),
+        st.tuples(st.just("forget"), st.integers(0, 60)),
+        st.tuples(st.just("clear"), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS, st.integers(1, 8), st.integers(1, 100))
+def test_whatever_happens_a_log_is_a_tail_of_what_was_recorded(
+    steps: list[tuple[str, int]], max_messages: int, max_bytes: int
+) -> None:
+    """A log holds the newest messages without a hole, within its limits, and its bytes are counted right."""
+    log, recorded = ReplayLog(LogLimits(max_messages, max_bytes, 60.0)), []
+    numbers = itertools.count(1)
+    for what, value in steps:
+        if what == "record":
+            recorded.append(frame(f"{next(numbers):04}".ljust(value, ".")))
+            assert log.record(recorded[-1]) == len(recorded)
+        elif what == "forget":
+            log.forget_up_to(min(value, log.head))
+            assert log.low > min(value, log.head)
+        else:
+            log.forget_all()
+        held = list(log.since(log.low - 1))
+        assert held == recorded[log.low - 1 :]
+        assert log.held_bytes == sum(entry.size for entry in held)
+        assert len(log.kept) <= max_messages
+        assert log.held_bytes <= max_bytes or len(log.kept) == 1

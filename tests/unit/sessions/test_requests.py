@@ -1,0 +1,183 @@
+"""Tests of what an application waits for from one client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.errors import RequestError, SessionEndedError
+from fastapi_ws_stabilizer.sessions import requests as requests_module
+from fastapi_ws_stabilizer.sessions.requests import Requests
+from tests.unit.fake_websocket import settle, with_deadline
+
+OVER = ending(DisconnectReason.COMPLETED)
+
+
+async def test_an_answer_reaches_who_asked() -> None:
+    """Each request has an id of its own, and its answer goes to its own future."""
+    requests = Requests()
+    (first_id, first), (second_id, second) = requests.begin(), requests.begin()
+    assert first_id != second_id
+    requests.answered(second_id, {"b": 2}, None)
+    requests.answered(first_id, None, None)
+    assert (await first, await second) == (None, {"b": 2})
+
+
+async def test_an_answer_may_be_an_error() -> None:
+    """An error of the client is raised where its answer is awaited."""
+    requests = Requests()
+    request_id, future = requests.begin()
+    requests.answered(request_id, None, {"code": "busy", "message": "later"})
+    with pytest.raises(RequestError, match="busy: later") as caught:
+        await future
+    assert (caught.value.code, caught.value.message) == ("busy", "later")
+
+
+@pytest.mark.parametrize("error", ["no", 7, [], {}, {"code": 7}, {"code": "x" * 10_000, "message": ["y" * 10_000]}])
+async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
+    """Whatever a client says in place of an error is one, and a short one."""
+    requests = Requests()
+    request_id, future = requests.begin()
+    requests.answered(request_id, None, error)
+    with pytest.raises(RequestError) as caught:
+        await future
+    assert len(caught.value.code) <= 64
+    assert len(caught.value.message) <= 1024
+
+
+async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+    """Answers that come twice, too late or to nothing hurt nobody."""
+    requests = Requests()
+    requests.answered("s1", 1, None)
+    request_id, future = requests.begin()
+    requests.answered(request_id, 1, None)
+    requests.answered(request_id, 2, None)
+    assert await future == 1
+    late_id, late = requests.begin()
+    requests.forget(late_id)
+    requests.answered(late_id, 1, None)
+    assert not late.done()
+    cancelled_id, cancelled = requests.begin()
+    cancelled.cancel()
+    requests.answered(cancelled_id, 1, None)
+
+
+async def test_forgetting_what_was_never_asked_is_quiet() -> None:
+    """Forgetting is safe at any time."""
+    Requests().forget("s1")
+
+
+async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that answers nothing cannot be asked without end; a forgotten request makes room."""
+    monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
+    requests = Requests()
+    first, _ = requests.begin()
+    requests.begin()
+    with pytest.raises(RequestError, match="2 requests") as caught:
+        requests.begin()
+    assert caught.value.code == "too_many"
+    requests.forget(first)
+    requests.begin()
+
+
+async def test_an_acknowledgement_wakes_all_it_covers() -> None:
+    """Who waits for a number is woken by the first acknowledgement at or above it."""
+    requests = Requests()
+    waiting = {seq: asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)}
+    await settle()
+    requests.acknowledged(2)
+    await settle()
+    assert [seq for seq, task in waiting.items() if task.done()] == [1, 2]
+    requests.acknowledged(5)
+    await with_deadline(waiting[3])
+
+
+async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
+    """An acknowledgement that came before is as good, and an older one takes nothing back."""
+    requests = Requests()
+    requests.acknowledged(4)
+    requests.acknowledged(2)
+    await with_deadline(requests.until_acknowledged(4))
+    requests.give_up(OVER)
+    await with_deadline(requests.until_acknowledged(4))
+
+
+async def test_what_was_missed_is_not_acknowledged() -> None:
+    """Who waits for a message that its client will not get is told so; what the client did get is acknowledged."""
+    requests = Requests()
+    waiting = [asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)]
+    await settle()
+    requests.missed(1)
+    await settle()
+    assert waiting[0].exception() is None
+    for task in waiting[1:]:
+        error = task.exception()
+        assert isinstance(error, RequestError)
+        assert error.code == "missed"
+    later = asyncio.ensure_future(requests.until_acknowledged(4))
+    await settle()
+    requests.acknowledged(4)
+    await with_deadline(later)
+
+
+async def test_missing_nothing_is_quiet() -> None:
+    """A gap that nobody waits over fails nobody."""
+    Requests().missed(3)
+
+
+async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
+    """A sender that waits no longer is forgotten, and the others are not touched."""
+    requests = Requests()
+    given_up = asyncio.ensure_future(requests.until_acknowledged(1))
+    patient = asyncio.ensure_future(requests.until_acknowledged(2))
+    await settle()
+    given_up.cancel()
+    await settle()
+    assert given_up.cancelled()
+    assert list(requests._acks or ()) == [2]
+    requests.acknowledged(2)
+    await with_deadline(patient)
+    assert not requests._acks
+
+
+async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that acknowledges nothing cannot be waited for without end."""
+    monkeypatch.setattr(requests_module, "MAX_OPEN", 1)
+    requests = Requests()
+    first = asyncio.ensure_future(requests.until_acknowledged(1))
+    await settle()
+    with pytest.raises(RequestError, match="1 senders"):
+        await requests.until_acknowledged(2)
+    requests.acknowledged(1)
+    await with_deadline(first)
+
+
+async def test_the_end_of_the_session_fails_everything() -> None:
+    """At the end whoever waits is told so, and who comes later is told at once."""
+    requests = Requests()
+    _, answer = requests.begin()
+    _, nobody_waits_for_this_one = requests.begin()
+    sender = asyncio.ensure_future(requests.until_acknowledged(1))
+    await settle()
+    requests.give_up(OVER)
+    with pytest.raises(SessionEndedError):
+        await answer
+    with pytest.raises(SessionEndedError):
+        await with_deadline(sender)
+    with pytest.raises(SessionEndedError):
+        requests.begin()
+    with pytest.raises(SessionEndedError):
+        await requests.until_acknowledged(1)
+    requests.acknowledged(7)
+    requests.answered("s1", 1, None)
+    assert isinstance(nobody_waits_for_this_one.exception(), SessionEndedError)
+
+
+async def test_an_end_with_nothing_open_is_quiet() -> None:
+    """A session for which nothing was ever asked ends without ado."""
+    requests = Requests()
+    requests.give_up(OVER)
+    requests.give_up(OVER)

@@ -1,0 +1,343 @@
+"""Tests of one session: what it keeps, what it queues, which tokens are good, and who it belongs to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.errors import MessageEncodeError, SessionEndedError
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from tests.unit.sessions.fake_attachment import FakeAttachment
+
+
+class Owned:
+    """A session, and what it has told its owner."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[Session, Ending]] = []
+        self.totals = Totals()
+        limits = LogLimits(10, 10**6, 60.0)
+        self.session = Session("ann", 0, limits, self.totals, lambda *told: self.ended.append(told))
+
+    def secret(self) -> str:
+        """A new token, without the session's id."""
+        return self.session.new_token().partition(".")[2]
+
+
+def said(session: Session, seq: int = 0) -> list[object]:
+    """The data of what is in the log after a number."""
+    return [json.loads(frame.payload)["data"] for frame in session.since(seq)]
+
+
+WELCOME = Frame("welcome")
+
+
+def test_what_is_offered_is_kept_and_queued() -> None:
+    """A message for a client that is connected is numbered, kept and queued, as the one frame for all v1 clients."""
+    owned, connection = Owned(), FakeAttachment()
+    session = owned.session
+    session.attach(connection, 0, WELCOME)
+    frame = encode({"n": 1})
+    assert session.offer(frame) is Offered.QUEUED
+    assert connection.texts == ["welcome", '{"type":"msg","data":{"n":1}}']
+    assert session.since(0)[0] is connection.frames[1] is frame.enveloped
+
+
+def test_what_is_offered_while_the_client_is_away_is_kept() -> None:
+    """A message for a client that is away is numbered and kept."""
+    session = Owned().session
+    assert session.offer(encode("hello")) is Offered.QUEUED
+    assert session.head == 1
+    assert said(session) == ["hello"]
+    assert not session.here
+
+
+def test_a_new_connection_begins_with_the_welcome_and_what_was_missed() -> None:
+    """Replay and live traffic are one path: the welcome, what comes after the number, then what is offered later."""
+    session, connection = Owned().session, FakeAttachment()
+    for number in range(3):
+        session.offer(encode(number))
+    assert session.attach(connection, 1, WELCOME) is None
+    session.offer(encode(3))
+    assert connection.texts[0] == "welcome"
+    assert [json.loads(text or "")["data"] for text in connection.texts[1:]] == [1, 2, 3]
+    assert session.face == connection.face
+
+
+def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
+    """A volatile message goes to who is there, and is missed by who is away."""
+    owned, connection = Owned(), FakeAttachment()
+    session = owned.session
+    assert session.offer(encode(1, volatile=True)) is Offered.MISSED
+    session.attach(connection, 0, WELCOME)
+    assert session.offer(encode(1, volatile=True)) is Offered.QUEUED
+    assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
+    connection.room = False
+    assert session.offer(encode(1, volatile=True)) is Offered.DROPPED
+    assert owned.totals.messages_dropped == 1
+    assert (session.head, len(session.kept)) == (0, 0)
+
+
+def test_a_sequenced_message_is_kept_even_if_the_outbox_refuses_it() -> None:
+    """A client that is too slow loses its connection, and no message: the log has it."""
+    session, connection = Owned().session, FakeAttachment(calm=False, room=False)
+    session.attach(connection, 0, WELCOME)
+    assert session.offer(encode(1)) is Offered.SLOW
+    assert connection.ending is not None
+    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert said(session) == [1]
+
+
+def test_what_an_ending_connection_refuses_is_kept() -> None:
+    """A message that comes while the connection ends for another reason waits for the next one."""
+    session, connection = Owned().session, FakeAttachment(calm=False)
+    session.attach(connection, 0, WELCOME)
+    connection.verdict = Offered.REFUSED
+    connection.end(DisconnectReason.APPLICATION)
+    assert session.offer(encode(1)) is Offered.QUEUED
+    assert said(session) == [1]
+
+
+def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
+    """Queue and log agree on the order, also if making room lets in a sender that has waited."""
+    session, connection = Owned().session, FakeAttachment(calm=False)
+    session.attach(connection, 0, WELCOME)
+
+    def let_in() -> None:
+        frame = encode("waited").enveloped or encode("waited")
+        connection.frames.append(frame)
+        session.record(frame)
+
+    connection.meanwhile = let_in
+    connection.verdict = Offered.PRESSED
+    assert session.offer(encode("new")) is Offered.PRESSED
+    assert [frame.text for frame in session.since(0)] == connection.texts[1:]
+
+
+async def test_a_send_that_waits_is_numbered_when_it_is_queued() -> None:
+    """A message of the endpoint gets its number in the moment in which it is queued."""
+    session, connection, numbers = Owned().session, FakeAttachment(), []
+    session.attach(connection, 0, WELCOME)
+    assert await session.put_wait(connection, encode("a"), numbers.append)
+    assert session.put_if_calm(connection, encode("b"))
+    assert await session.put_wait(connection, encode("v", volatile=True), numbers.append)
+    assert (numbers, session.head) == ([1], 2)
+    connection.room = False
+    assert not await session.put_wait(connection, encode("c"), numbers.append)
+    assert (numbers, session.head) == ([1], 2)
+
+
+def test_only_the_connection_that_has_the_session_sends_on_the_fast_path() -> None:
+    """A connection that has lost its session does not write into the log of the next one."""
+    session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
+    session.attach(old, 0, WELCOME)
+    assert session.attach(new, 0, WELCOME) is old
+    assert not session.put_if_calm(old, encode("late"))
+    assert session.head == 0
+    assert not session.put_if_calm(new, encode("v", volatile=True))
+
+
+def test_the_end_of_an_old_connection_detaches_nothing() -> None:
+    """The fence: only the connection that has the session can leave it."""
+    session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
+    session.attach(old, 0, WELCOME)
+    session.attach(new, 0, WELCOME)
+    assert not session.detach(old)
+    assert session.here
+    assert session.detach(new)
+    assert not session.here
+
+
+def test_pressure_is_that_of_the_connection() -> None:
+    """A session is under pressure if its connection is; one without a connection never is."""
+    session, connection = Owned().session, FakeAttachment()
+    assert not session.under_pressure()
+    session.attach(connection, 0, WELCOME)
+    connection.pressed = True
+    assert session.under_pressure()
+    assert session.owner is session.outbox is session.member is session
+
+
+# ── tokens ──
+
+
+def test_the_newest_token_is_good() -> None:
+    """The token of the last welcome is good, and says in which epoch it was issued."""
+    owned = Owned()
+    token = owned.session.new_token()
+    assert token.startswith(f"{owned.session.connection_id}.")
+    assert owned.session.knows(token.partition(".")[2])
+    assert owned.session.present(token.partition(".")[2]) == 0
+
+
+@pytest.mark.parametrize("secret", ["", "x", "🦊", "\ud800"])
+def test_what_was_never_issued_is_not_good(secret: str) -> None:
+    """No other secret is good, not even before any was issued."""
+    owned = Owned()
+    assert owned.session.present(secret) is None
+    owned.secret()
+    assert owned.session.present(secret) is None
+    assert not owned.session.knows(secret)
+
+
+def test_two_tokens_are_good_until_the_newer_one_is_confirmed() -> None:
+    """The welcome that brings a new token may be lost: what was presented last stays good beside it."""
+    owned = Owned()
+    session = owned.session
+    first = owned.secret()
+    assert session.present(first) == 0
+    second = owned.secret()
+    assert session.knows(first)
+    assert session.knows(second)
+    session.confirm()  # a frame after the hello: the welcome has arrived
+    assert not session.knows(first)
+    assert session.present(first) is None
+    assert session.knows(second)
+
+
+def test_a_welcome_lost_again_and_again_costs_nothing() -> None:
+    """A client that never gets a welcome can come back with the same token for ever."""
+    owned = Owned()
+    kept = owned.secret()
+    for _ in range(5):
+        assert owned.session.present(kept) == 0
+        owned.secret()
+    assert owned.session.present(kept) == 0
+
+
+def test_presenting_the_newest_token_kills_the_older_one() -> None:
+    """Presenting a token confirms it: its client has got the welcome that it was in."""
+    owned = Owned()
+    first = owned.secret()
+    owned.session.present(first)
+    second = owned.secret()
+    assert owned.session.present(second) == 0
+    assert owned.session.present(first) is None
+
+
+def test_a_token_that_was_issued_and_never_confirmed_is_replaced_by_the_next() -> None:
+    """The window has two tokens: the one presented last, and the newest one."""
+    owned = Owned()
+    kept = owned.secret()
+    owned.session.present(kept)
+    lost, newest = owned.secret(), owned.secret()
+    assert not owned.session.knows(lost)
+    assert owned.session.knows(newest)
+    assert owned.session.knows(kept)
+
+
+def test_looking_at_a_token_presents_nothing() -> None:
+    """Whether a token is good can be asked without an effect."""
+    owned = Owned()
+    first = owned.secret()
+    owned.session.present(first)
+    second = owned.secret()
+    assert owned.session.knows(second)
+    assert owned.session.knows(first)
+
+
+def test_a_token_remembers_the_epoch_in_which_it_was_issued() -> None:
+    """A token of before a rewind says so."""
+    owned = Owned()
+    for number in range(5):
+        owned.session.offer(encode(number))
+    secret = owned.secret()
+    owned.session.rewound(2)
+    assert owned.session.epoch == 1
+    assert owned.session.head == 3
+    assert owned.session.present(secret) == 0
+    assert owned.session.present(owned.secret()) == 1
+
+
+def test_no_secret_is_in_a_repr() -> None:
+    """A session shows its id, whose it is and how it does, and no token."""
+    owned = Owned()
+    secret = owned.secret()
+    assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' away>"
+    owned.session.attach(FakeAttachment(), 0, WELCOME)
+    assert "attached" in repr(owned.session)
+    owned.session.finish(ending(DisconnectReason.COMPLETED))
+    assert "over" in repr(owned.session)
+    assert secret not in repr(owned.session)
+
+
+# ── acknowledging and replying ──
+
+
+def test_an_acknowledgement_forgets_what_was_sent() -> None:
+    """What the client has acknowledged is not kept; what was never sent cannot be acknowledged."""
+    session = Owned().session
+    for number in range(3):
+        session.offer(encode(number))
+    assert session.acknowledged(2)
+    assert said(session, 2) == [2]
+    assert not session.acknowledged(4)
+    assert session.acknowledged(3)
+
+
+async def test_a_reply_is_a_numbered_message() -> None:
+    """A reply takes its turn among the messages, and survives a reconnect as they do."""
+    session, connection = Owned().session, FakeAttachment()
+    session.attach(connection, 0, WELCOME)
+    session.reply("c1", {"sum": 3})
+    session.reply("c2", error={"code": "no", "message": "never"})
+    session.reply("c3", b"\x00\x01")
+    assert connection.texts[1] == '{"type":"reply","re":"c1","data":{"sum":3}}'
+    assert json.loads(connection.texts[2] or "") == {
+        "type": "reply",
+        "re": "c2",
+        "error": {"code": "no", "message": "never"},
+        "data": None,
+    }
+    assert connection.frames[3].payload.endswith(b"\x00\x01")
+    assert session.head == 3
+
+
+async def test_a_reply_that_cannot_be_json_is_an_error_of_its_sender() -> None:
+    """An answer that cannot be encoded is told to who gives it, and numbers nothing."""
+    session = Owned().session
+    with pytest.raises(MessageEncodeError, match="object cannot be sent as JSON"):
+        session.reply("c1", object())
+    assert session.head == 0
+
+
+# ── the end ──
+
+
+def test_ending_a_session_ends_its_connection() -> None:
+    """What ends an attached session ends its connection, which decides what becomes of the session."""
+    owned, connection = Owned(), FakeAttachment()
+    owned.session.attach(connection, 0, WELCOME)
+    assert owned.session.end(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert connection.ending == ending(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert owned.ended == []
+
+
+def test_a_session_without_a_connection_ends_at_once() -> None:
+    """A client that is away is ended without being asked, once."""
+    owned = Owned()
+    assert owned.session.end(DisconnectReason.APPLICATION, code=4410)
+    assert [how.code for _, how in owned.ended] == [4410]
+    owned.session.finish(owned.ended[0][1])
+    assert not owned.session.end(DisconnectReason.APPLICATION)
+    assert owned.session.ending is owned.ended[0][1]
+
+
+async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> None:
+    """At the end the log is empty, nothing more is taken, and whatever was waited for fails."""
+    session = Owned().session
+    session.offer(encode(1))
+    session.offer(encode(2))
+    _, answer = session.requests.begin()
+    assert session.finish(ending(DisconnectReason.COMPLETED)) == 2
+    assert session.offer(encode(3)) is Offered.REFUSED
+    assert session.offer(encode(3, volatile=True)) is Offered.REFUSED
+    assert (len(session.kept), session.held_bytes, session.head) == (0, 0, 2)
+    with pytest.raises(SessionEndedError):
+        await answer

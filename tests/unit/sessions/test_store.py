@@ -1,0 +1,492 @@
+"""Tests of the rules of resuming, in their order, and of the time that a session waits for its client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions import store as store_module
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.v1 import Hello
+from tests.simulation.virtual_time import run_virtually
+from tests.unit.conftest import Heard
+from tests.unit.fake_websocket import settle
+from tests.unit.sessions.fake_attachment import FakeAttachment
+
+NONE, FULL, GAP, LOST = ResumeOutcome.NONE, ResumeOutcome.FULL, ResumeOutcome.GAP, ResumeOutcome.LOST
+
+
+class Shop:
+    """Sessions, what was told of them, and clients that greet them.
+
+    Attributes:
+        began: Sessions that have begun.
+        ended: Sessions that are over.
+        endings: How they ended.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.reports, self.heard = Reports(), Heard()
+        self.reports.subscribe(self.heard)
+        self.began: list[Session] = []
+        self.ended: list[Session] = []
+        self.endings: list[Ending] = []
+        numbers = itertools.count()
+        self.sessions = Sessions(
+            WebSocketConfig(**options),
+            self.reports,
+            next_shard=lambda: next(numbers),
+            began=self.began.append,
+            ended=self._end,
+        )
+
+    def _end(self, session: Session, how: Ending) -> None:
+        self.ended.append(session)
+        self.endings.append(how)
+
+    def greet(
+        self, dial: int = 1, token: str | None = None, seq: int = 0, *, who: str = "ann", instance: str | None = None
+    ) -> Greeting:
+        """A hello."""
+        return self.sessions.greet(Hello(dial, token, seq, None, instance), who)
+
+    def connect(
+        self, dial: int = 1, token: str | None = None, seq: int = 0, **options: Any
+    ) -> tuple[Greeting, str, FakeAttachment]:
+        """A hello, its welcome and the connection; the token is that of the welcome."""
+        greeting = self.greet(dial, token, seq, **options)
+        connection = FakeAttachment()
+        self.sessions.returned(greeting.session)
+        new = greeting.session.new_token()
+        greeting.session.attach(connection, greeting.cursor, Frame("welcome"))
+        return greeting, new, connection
+
+    def lose(self, session: Session) -> None:
+        """The connection of a session breaks."""
+        connection = session.connection
+        assert isinstance(connection, FakeAttachment)
+        connection.end(DisconnectReason.NETWORK_LOST, code=1011)
+        assert session.detach(connection)
+        self.sessions.left(session)
+
+    def outcome(self, *args: Any, **options: Any) -> tuple[ResumeOutcome, str | None, int]:
+        """What a hello leads to."""
+        greeting = self.greet(*args, **options)
+        return greeting.outcome, greeting.why, greeting.cursor
+
+
+def say(session: Session, count: int) -> None:
+    """Send some messages to a session."""
+    for number in range(count):
+        session.offer(encode(number))
+
+
+async def test_a_client_without_a_token_gets_a_new_session() -> None:
+    """`none`: who asks for nothing begins anew, in a shard, known by its id."""
+    shop = Shop()
+    greeting = shop.greet()
+    session = greeting.session
+    assert (greeting.outcome, greeting.why, greeting.cursor) == (NONE, None, 0)
+    assert shop.began == [session]
+    assert shop.sessions.get(session.connection_id) is session
+    assert (session.client_id, session.shard, session.dials) == ("ann", 0, 1)
+    assert shop.greet(2).session is not session
+    assert len(shop.sessions) == 2
+
+
+async def test_a_client_that_has_missed_nothing_resumes_fully() -> None:
+    """`full`: there may be nothing to replay."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    say(before.session, 3)
+    shop.lose(before.session)
+    greeting = shop.greet(2, token, 3)
+    assert greeting == Greeting(before.session, FULL, None, 3)
+    assert len(before.session.kept) == 0
+    assert shop.reports.totals.sessions_resumed == 1
+
+
+async def test_a_client_gets_exactly_what_it_has_missed() -> None:
+    """`full`: the messages after the number that was presented follow the welcome, those of the absence included."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    say(before.session, 2)
+    shop.lose(before.session)
+    before.session.offer(encode("meanwhile"))
+    _, _, connection = shop.connect(2, token, 1)
+    assert connection.texts == ["welcome", '{"type":"msg","data":1}', '{"type":"msg","data":"meanwhile"}']
+    assert shop.sessions.away == 0
+
+
+async def test_the_number_presented_is_an_acknowledgement() -> None:
+    """What a client has processed is not kept for it, and who waited for that goes on."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    say(before.session, 3)
+    shop.lose(before.session)
+    shop.greet(2, token, 2)
+    await before.session.requests.until_acknowledged(2)
+    assert before.session.low == 3
+
+
+async def test_an_unknown_token_is_a_lost_session() -> None:
+    """`lost/unknown`: a session that was never here, and a secret that is not its."""
+    shop = Shop()
+    session, token, _ = shop.connect()
+    for number, bogus in enumerate(("", ".", "nobody.x", f"{session.session.connection_id}.x", token + "x"), 2):
+        assert shop.outcome(number, bogus, 5) == (LOST, "unknown", 0)
+    assert shop.heard.of("session_lost")[0].facts["why"] == "unknown"
+    assert shop.reports.totals.sessions_lost == 5
+    assert shop.greet(99, token).session is session.session
+
+
+async def test_a_session_whose_time_is_over_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lost/expired`: a client that comes when its time is over finds it ended, even if no timer has done it."""
+    shop = Shop(session_ttl=10)
+    now = [1000.0]
+    monkeypatch.setattr(store_module, "monotonic", lambda: now[0])
+    before, token, _ = shop.connect()
+    shop.lose(before.session)
+    now[0] += 10
+    greeting = shop.greet(2, token)
+    assert (greeting.outcome, greeting.why) == (LOST, "expired")
+    assert greeting.session is not before.session
+    assert shop.ended == [before.session]
+    shop.sessions.stop()
+
+
+async def test_another_clients_token_gets_it_a_session_of_its_own() -> None:
+    """`lost/denied`: a good token in the hands of another principal leads to a new session of that one."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    greeting = shop.greet(7, token, who="eve")
+    assert (greeting.outcome, greeting.why, greeting.session.client_id) == (LOST, "denied", "eve")
+    assert before.session.dials == 1
+    assert shop.greet(2, token).session is before.session
+
+
+async def test_a_late_dial_with_a_token_is_stale() -> None:
+    """A dial not above the highest that the session has seen is one that its client has given up."""
+    shop = Shop()
+    before, token, connection = shop.connect(3)
+    for dial in (1, 2, 3):
+        with pytest.raises(StaleDialError):
+            shop.greet(dial, token)
+    assert before.session.connection is connection
+    assert shop.greet(4, token).outcome is FULL
+
+
+async def test_a_late_dial_is_stale_though_its_token_is_used_up() -> None:
+    """The newer dial may have used the token up: what comes late still ends, and gets no session in its place."""
+    shop = Shop()
+    before, first, _ = shop.connect(1)
+    _, second, _ = shop.connect(3, first)
+    before.session.present(second.partition(".")[2])
+    with pytest.raises(StaleDialError):
+        shop.greet(2, first)
+    assert len(shop.sessions) == 1
+
+
+async def test_a_late_dial_without_a_token_is_stale() -> None:
+    """A first dial that arrives after the second one gets nothing, if its client says which instance it is."""
+    shop = Shop()
+    greeting = shop.greet(2, instance="tab-1")
+    with pytest.raises(StaleDialError):
+        shop.greet(1, instance="tab-1")
+    assert shop.greet(1, instance="tab-2").outcome is NONE
+    assert shop.greet(1, instance="tab-1", who="bob").outcome is NONE
+    assert shop.greet(3, instance="tab-1").session is not greeting.session
+
+
+async def test_an_instance_is_forgotten_with_its_session() -> None:
+    """A session that is over makes no later dial stale."""
+    shop = Shop()
+    first = shop.greet(2, instance="tab-1").session
+    second = shop.greet(3, instance="tab-1").session
+    shop.sessions.end(first, ending(DisconnectReason.COMPLETED))
+    with pytest.raises(StaleDialError):
+        shop.greet(1, instance="tab-1")
+    shop.sessions.end(second, ending(DisconnectReason.COMPLETED))
+    assert shop.greet(1, instance="tab-1").outcome is NONE
+    assert len(shop.sessions._of_instance) == 1
+
+
+async def test_a_welcome_that_is_lost_costs_nothing() -> None:
+    """The token presented last is good beside the newest one, until that is confirmed."""
+    shop = Shop()
+    before, first, _ = shop.connect(1)
+    assert shop.connect(2, first)[0].outcome is FULL
+    assert shop.connect(3, first)[0].outcome is FULL
+    _, newest, _ = shop.connect(4, first)
+    before.session.confirm()
+    assert shop.outcome(5, first)[:2] == (LOST, "unknown")
+    assert shop.greet(6, newest).session is before.session
+
+
+async def test_presenting_a_token_confirms_it() -> None:
+    """When the newest token is presented the one before it is worth nothing."""
+    shop = Shop()
+    _, first, _ = shop.connect(1)
+    _, second, _ = shop.connect(2, first)
+    shop.connect(3, second)
+    assert shop.outcome(4, first)[:2] == (LOST, "unknown")
+
+
+async def test_a_token_of_an_earlier_epoch_is_a_gap() -> None:
+    """`gap/epoch`: numbers of before a rewind may mean other messages, so nothing is replayed for them."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    say(before.session, 5)
+    shop.lose(before.session)
+    before.session.rewound(2)
+    say(before.session, 4)
+    assert shop.outcome(2, token, 5) == (GAP, "epoch", 7)
+    assert shop.greet(3, before.session.new_token(), 7).outcome is FULL
+
+
+async def test_a_number_ahead_is_a_gap() -> None:
+    """`gap/ahead`: a client that has seen more than there is has seen it elsewhere."""
+    shop = Shop()
+    before, token, _ = shop.connect()
+    say(before.session, 2)
+    assert shop.outcome(2, token, 3) == (GAP, "ahead", 2)
+
+
+async def test_an_overflowed_log_is_a_gap_and_nothing_of_it_is_replayed() -> None:
+    """`gap/overflow`: a client that has missed more than is kept gets none of it, and is told so."""
+    shop = Shop(replay_max_messages=3)
+    before, token, _ = shop.connect()
+    say(before.session, 5)
+    _, newer, connection = shop.connect(2, token, 1)
+    assert connection.texts == ["welcome"]
+    assert (before.session.head, len(before.session.kept)) == (5, 0)
+    told = shop.heard.of("session_gap")[0].facts
+    assert (told["why"], told["missed_messages"]) == ("overflow", 4)
+    assert shop.reports.totals.session_gaps == 1
+    assert shop.greet(3, newer, 5).outcome is FULL
+
+
+async def test_who_waits_for_a_message_in_the_gap_is_told() -> None:
+    """Nobody is told that a message was acknowledged which its client has not got."""
+    shop = Shop(replay_max_messages=1)
+    before, token, _ = shop.connect()
+    say(before.session, 3)
+    got, missed = (asyncio.ensure_future(before.session.requests.until_acknowledged(seq)) for seq in (1, 2))
+    await settle()
+    assert shop.outcome(2, token, 1) == (GAP, "overflow", 3)
+    before.session.acknowledged(3)
+    await settle()
+    assert got.exception() is None
+    assert isinstance(missed.exception(), RequestError)
+
+
+async def test_the_oldest_message_that_is_kept_is_enough() -> None:
+    """A client that has missed exactly what is kept gets all of it."""
+    shop = Shop(replay_max_messages=3)
+    before, token, _ = shop.connect()
+    say(before.session, 5)
+    greeting = shop.greet(2, token, 2)
+    assert (greeting.outcome, len(before.session.since(2))) == (FULL, 3)
+
+
+async def test_messages_that_have_become_too_old_are_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept too long is not replayed either."""
+    shop = Shop(replay_max_age=10)
+    before, token, _ = shop.connect()
+    say(before.session, 2)
+    later = store_module.monotonic() + 11
+    monkeypatch.setattr("fastapi_ws_stabilizer.sessions.log.monotonic", lambda: later)
+    assert shop.outcome(2, token, 1) == (GAP, "overflow", 2)
+
+
+async def test_the_epoch_is_looked_at_before_the_numbers() -> None:
+    """Of several reasons for a gap the first in the protocol's order is told."""
+    shop = Shop(replay_max_messages=1)
+    before, token, _ = shop.connect()
+    say(before.session, 5)
+    session = before.session
+    assert store_module.why_not_all(session, 1, 99) == "epoch"
+    assert store_module.why_not_all(session, 0, 99) == "ahead"
+    assert store_module.why_not_all(session, 0, 3) == "overflow"
+    assert store_module.why_not_all(session, 0, 4) is None
+    assert store_module.why_not_all(session, 0, 5) is None
+    assert token
+
+
+async def test_a_takeover_swaps_the_owner() -> None:
+    """A half-open connection loses the session to the next one at once, and its end takes nothing away."""
+    shop = Shop()
+    before, token, old = shop.connect()
+    greeting = shop.greet(2, token)
+    new = FakeAttachment()
+    assert greeting.session.attach(new, greeting.cursor, Frame("welcome")) is old
+    assert not before.session.detach(old)
+    assert before.session.connection is new
+
+
+# ── time ──
+
+
+def in_time(body: Callable[[], Any]) -> None:
+    """Run a test on a clock that jumps."""
+    run_virtually(body())
+
+
+def test_a_session_ends_when_its_client_does_not_come_back() -> None:
+    """At the end of its time a session is over, is told so, and ends as its last connection did."""
+
+    async def body() -> None:
+        shop = Shop(session_ttl=10)
+        greeting, token, connection = shop.connect()
+        say(greeting.session, 2)
+        shop.lose(greeting.session)
+        greeting.session.face = connection
+        assert shop.sessions.away_of("ann") == [greeting.session]
+        await asyncio.sleep(9.9)
+        assert shop.ended == []
+        await asyncio.sleep(0.2)
+        assert shop.ended == [greeting.session]
+        assert shop.endings == [greeting.session.over] == [connection.ending]
+        assert shop.reports.totals.messages_discarded == 2
+        assert shop.sessions.away_of("ann") == []
+        assert (len(shop.sessions), shop.sessions.away) == (0, 0)
+        assert shop.heard.of("session_ended")[0].facts["unacknowledged"] == 2
+        assert shop.outcome(2, token)[:2] == (LOST, "unknown")
+
+    in_time(body)
+
+
+def test_a_client_that_comes_back_in_time_keeps_its_session() -> None:
+    """Returning stops the clock, and leaving again starts it anew."""
+
+    async def body() -> None:
+        shop = Shop(session_ttl=10)
+        greeting, token, _ = shop.connect()
+        shop.lose(greeting.session)
+        await asyncio.sleep(9)
+        shop.connect(2, token)
+        await asyncio.sleep(60)
+        assert shop.ended == []
+        shop.lose(greeting.session)
+        await asyncio.sleep(9)
+        assert shop.ended == []
+        await asyncio.sleep(2)
+        assert shop.ended == [greeting.session]
+
+    in_time(body)
+
+
+def test_each_session_has_its_own_time() -> None:
+    """One timer serves them all, each at its moment."""
+
+    async def body() -> None:
+        shop = Shop(session_ttl=10)
+        sessions = []
+        for number in range(3):
+            greeting, _, _ = shop.connect(who=f"client-{number}")
+            shop.lose(greeting.session)
+            sessions.append(greeting.session)
+            await asyncio.sleep(3)
+        for number in range(3):
+            assert shop.ended == sessions[:number]
+            await asyncio.sleep(1.5 if number == 0 else 3)
+        assert shop.ended == sessions
+        assert shop.sessions._timer is None
+
+    in_time(body)
+
+
+def test_many_sessions_that_end_together_give_the_loop_a_turn() -> None:
+    """No more than `AT_ONCE` sessions end in one turn, and all of them in the end."""
+
+    async def body() -> None:
+        shop = Shop(session_ttl=10)
+        for number in range(2 * store_module.AT_ONCE + 1):
+            shop.lose(shop.connect(who=str(number))[0].session)
+        await asyncio.sleep(10.001)
+        assert 0 < len(shop.ended) <= 2 * store_module.AT_ONCE + 1
+        await settle()
+        assert len(shop.ended) == 2 * store_module.AT_ONCE + 1
+
+    in_time(body)
+
+
+async def test_of_too_many_that_are_away_the_first_goes() -> None:
+    """No more sessions wait than may: the one whose client has left first is over, with a warning."""
+    shop = Shop(max_sessions_away=2)
+    sessions = [shop.connect(who=who)[0].session for who in ("ann", "bob", "cid")]
+    for session in sessions:
+        shop.lose(session)
+    assert shop.ended == [sessions[0]]
+    assert shop.sessions.away == 2
+    assert [report.facts["client_id"] for report in shop.heard.of("session_evicted")] == ["ann"]
+    shop.sessions.stop()
+
+
+async def test_where_nothing_is_kept_a_session_ends_with_its_connection() -> None:
+    """With `enable_reconnect=False` nobody is waited for."""
+    shop = Shop(enable_reconnect=False)
+    session = shop.connect()[0].session
+    shop.lose(session)
+    assert shop.ended == [session]
+    assert session.over is not None
+    assert shop.sessions.away == 0
+
+
+async def test_a_session_ends_once() -> None:
+    """Ending a session again changes nothing, and one that is over does not go away."""
+    shop = Shop()
+    session = shop.connect()[0].session
+    shop.sessions.end(session, ending(DisconnectReason.APPLICATION))
+    shop.sessions.end(session, ending(DisconnectReason.COMPLETED))
+    shop.sessions.left(session)
+    assert shop.ended == [session]
+    assert shop.sessions.away == 0
+
+
+async def test_a_session_that_is_away_can_be_ended() -> None:
+    """Ending a session whose client is away is its end, and its client is told `lost` when it comes."""
+    shop = Shop()
+    greeting, token, _ = shop.connect()
+    shop.lose(greeting.session)
+    assert greeting.session.end(DisconnectReason.APPLICATION, code=4410)
+    assert shop.ended == [greeting.session]
+    assert greeting.session.over is not None
+    assert greeting.session.over.code == 4410
+    assert shop.outcome(2, token)[:2] == (LOST, "unknown")
+    shop.sessions.stop()
+
+
+async def test_at_the_end_all_sessions_are_over() -> None:
+    """A shutdown ends every session, with a connection or without, and leaves no timer."""
+    shop = Shop()
+    here, away = shop.connect(who="ann")[0].session, shop.connect(who="bob")[0].session
+    shop.lose(away)
+    assert shop.sessions.stop() == [here, away]
+    assert shop.ended == [here, away]
+    assert (len(shop.sessions), shop.sessions.away, shop.sessions._timer) == (0, 0, None)
+    assert shop.sessions.stop() == []
+
+
+async def test_no_token_is_in_what_is_told() -> None:
+    """Reports about sessions hold no secret."""
+    shop = Shop(replay_max_messages=1)
+    greeting, token, _ = shop.connect()
+    say(greeting.session, 5)
+    shop.greet(2, token, 1)
+    shop.greet(3, "x." + token, 1)
+    shop.sessions.stop()
+    secret = token.partition(".")[2]
+    assert shop.heard.events == ["session_gap", "session_lost", "session_ended", "session_ended"]
+    assert all(secret not in repr(report) for report in shop.heard.reports)
+    assert secret not in repr(greeting)

@@ -1,0 +1,368 @@
+"""Tests of reconnect tokens: good once, for one client, for a while, and for who has the secret."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.sessions import tokens as tokens_module
+from fastapi_ws_stabilizer.sessions.tokens import MAX_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
+
+OLD, NEW = b"the key of last year", b"the key of this year"
+IDS = ["ann@example.com", "a.b.c", "🦊", "x" * 200, "a\x00b\x1f\n", " ", "ü", "a-_=.b", "wsr1.", "\ud800"]
+
+
+class WallClock:
+    """Wall time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_800_000_000.0
+        monkeypatch.setattr(tokens_module, "wall", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
+    """A fake wall clock."""
+    return WallClock(monkeypatch)
+
+
+def raw_of(token: str) -> bytes:
+    """The bytes in a token."""
+    text = token[len(PREFIX) :]
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def token_of(raw: bytes) -> str:
+    """A token of these bytes."""
+    return PREFIX + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = None) -> str:
+    """What is wrong with a token."""
+    with pytest.raises(InvalidTokenError) as caught:
+        tokens.use(token, client_id)
+    assert caught.value.__cause__ is None
+    assert PREFIX not in f"{caught.value} {caught.value!r} {caught.value.args}"
+    return caught.value.problem
+
+
+@pytest.mark.parametrize("client_id", IDS)
+def test_a_token_says_whose_it_is(client_id: str) -> None:
+    """What is issued for a client id is good for it, whatever characters are in it."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert tokens.use(tokens.issue(client_id), client_id).client_id == client_id
+
+
+@given(st.text(max_size=1000))
+def test_any_client_id_makes_the_round_trip(client_id: str) -> None:
+    """Whatever text a client id is, its token says exactly that."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert tokens.read(tokens.issue(client_id)).client_id == client_id
+
+
+def test_reading_a_token_does_not_use_it_up() -> None:
+    """A token that was only read is good afterwards."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    assert tokens.read(token) == tokens.read(token) == tokens.use(token)
+
+
+def test_a_token_is_good_once() -> None:
+    """The second use is told that there was a first."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    tokens.use(token)
+    assert problem_with(tokens, token) == "used"
+    assert len(tokens) == 1
+
+
+def test_tokens_issued_in_the_same_moment_differ(clock: WallClock) -> None:
+    """Two tokens of one client and one moment are two tokens, each good once."""
+    tokens = ReconnectTokens([NEW], 60)
+    first, second = tokens.issue("ann"), tokens.issue("ann")
+    assert tokens.use(first).number != tokens.use(second).number
+
+
+def test_a_token_of_another_client_is_refused_and_not_used_up() -> None:
+    """Who presents somebody else's token gets nothing, and takes nothing from its owner."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    assert problem_with(tokens, token, "bob") == "other_client"
+    assert tokens.use(token, "ann").client_id == "ann"
+
+
+@pytest.mark.parametrize("pair", [("ann", "ann "), ("a", "ab"), ("é", "e\u0301"), ("1", "\u0661")])
+def test_client_ids_that_look_alike_are_different(pair: tuple[str, str]) -> None:
+    """A token is bound to the id as it is, character by character."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert problem_with(tokens, tokens.issue(pair[0]), pair[1]) == "other_client"
+
+
+def test_a_token_cut_anywhere_is_refused() -> None:
+    """No beginning of a token is a token."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann@example.com")
+    problems = {problem_with(tokens, token[:length]) for length in range(len(token))}
+    assert problems == {"malformed", "signature"}
+    assert len(tokens) == 0
+
+
+def test_a_token_with_any_byte_altered_is_refused() -> None:
+    """Every byte of a token counts, those of the signature too."""
+    tokens = ReconnectTokens([NEW], 60)
+    raw = raw_of(tokens.issue("ann@example.com"))
+    for place in range(len(raw)):
+        for bit in (0x01, 0x80):
+            altered = raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :]
+            assert problem_with(tokens, token_of(altered)) == "signature"
+
+
+def test_a_token_with_any_character_altered_is_refused() -> None:
+    """Every character of a token counts, those of its prefix too."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    for place in range(len(token)):
+        other = "B" if token[place] == "A" else "A"
+        altered = token[:place] + other + token[place + 1 :]
+        assert problem_with(tokens, altered) in ("malformed", "signature")
+
+
+def test_a_forged_token_is_refused() -> None:
+    """Who does not know the secret cannot sign."""
+    tokens, forger = ReconnectTokens([NEW], 60), ReconnectTokens([b"a guess, and a bad one"], 60)
+    assert problem_with(tokens, forger.issue("ann"), "ann") == "signature"
+
+
+def test_the_same_secret_in_another_use_signs_no_token() -> None:
+    """A plain HMAC of a token's body with the right key is no signature: the purpose is part of it."""
+    tokens = ReconnectTokens([NEW], 60)
+    body = raw_of(tokens.issue("ann"))[:-32]
+    assert problem_with(tokens, token_of(body + hmac.digest(NEW, body, hashlib.sha256))) == "signature"
+
+
+def test_another_secret_is_another_issuer() -> None:
+    """Tokens of two managers without a common secret are not good for each other."""
+    mine, yours = ReconnectTokens([], 60), ReconnectTokens([], 60)
+    assert problem_with(yours, mine.issue("ann")) == "signature"
+    assert mine.use(mine.issue("ann")).client_id == "ann"
+
+
+def test_a_common_secret_is_good_in_every_process() -> None:
+    """A token is good wherever its secret is known."""
+    assert ReconnectTokens([NEW], 60).use(ReconnectTokens([NEW], 60).issue("ann")).client_id == "ann"
+
+
+def test_a_token_from_before_a_rotation_is_good_while_its_key_is_kept() -> None:
+    """The first key signs, and all of them verify."""
+    before, after = ReconnectTokens([OLD], 60), ReconnectTokens([NEW, OLD], 60)
+    assert after.use(before.issue("ann")).client_id == "ann"
+    assert ReconnectTokens([NEW], 60).use(after.issue("ann")).client_id == "ann"
+
+
+def test_a_token_from_before_a_rotation_is_refused_when_its_key_is_dropped() -> None:
+    """A key that is kept no longer signs nothing any more."""
+    assert problem_with(ReconnectTokens([NEW], 60), ReconnectTokens([OLD], 60).issue("ann")) == "signature"
+
+
+def test_a_token_expires(clock: WallClock) -> None:
+    """A token is good for its time and not a millisecond longer."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    clock.now += 59.999
+    assert tokens.read(token).client_id == "ann"
+    clock.now += 0.001
+    with pytest.raises(TokenExpiredError) as caught:
+        tokens.use(token, "ann")
+    assert token not in str(caught.value)
+    assert len(tokens) == 0
+
+
+def test_an_expired_token_of_a_forger_is_no_more_than_a_forgery(clock: WallClock) -> None:
+    """Nothing of a token is believed before its signature: a bad one is not told that it has expired."""
+    token = ReconnectTokens([OLD], 60).issue("ann")
+    clock.now += 1000
+    assert problem_with(ReconnectTokens([NEW], 60), token) == "signature"
+
+
+def test_a_used_token_that_has_expired_is_told_that_it_has_expired(clock: WallClock) -> None:
+    """Used tokens are remembered only as long as they would be good."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    tokens.use(token)
+    clock.now += 60
+    with pytest.raises(TokenExpiredError):
+        tokens.use(token)
+    tokens.use(tokens.issue("bob"))
+    assert len(tokens) == 1
+
+
+def test_a_second_spelling_of_a_token_is_refused() -> None:
+    """A token has one spelling: padding, another alphabet, spaces and loose bits are not good."""
+    tokens = ReconnectTokens([NEW], 60)
+    while not {"-", "_"} <= set(token := tokens.issue("ann")):
+        pass
+    text = token[len(PREFIX) :]
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    assert len(text) % 4, "the last character of this token has bits that mean nothing"
+    loose = text[:-1] + alphabet[alphabet.index(text[-1]) ^ 1]
+    spellings = [
+        text + "=" * (-len(text) % 4),
+        text + "=",
+        text.replace("-", "+").replace("_", "/"),
+        text.replace("-", "+"),
+        text.replace("_", "/"),
+        text[:8] + "\n" + text[8:],
+        text + " ",
+        " " + text,
+        loose,
+        text.replace("-", "\u2010"),
+    ]
+    for spelling in spellings:
+        assert problem_with(tokens, PREFIX + spelling) == "malformed"
+    assert problem_with(tokens, "WSR1." + text) == "malformed"
+    assert tokens.use(token).client_id == "ann"
+
+
+def test_a_length_that_is_not_that_of_the_id_is_refused() -> None:
+    """Even what is signed is refused if it does not say how long its client id is."""
+    tokens = ReconnectTokens([NEW], 60)
+    body = raw_of(tokens.issue("ann"))[:-32] + b"a"
+    assert problem_with(tokens, token_of(body + tokens_module._sign(NEW, body))) == "malformed"
+
+
+@pytest.mark.parametrize(
+    "junk", ["", "x", PREFIX, PREFIX + "!", PREFIX + "é", PREFIX + "A" * 9000, "a.b.c", "wsr2.AAAA"]
+)
+def test_what_is_no_token_at_all_is_malformed(junk: str) -> None:
+    """Junk is told from tokens that were altered."""
+    assert problem_with(ReconnectTokens([NEW], 60), junk) == "malformed"
+
+
+@pytest.mark.parametrize("junk", [None, 7, b"wsr1.AAAA", ["wsr1."]])
+def test_what_is_not_even_text_is_malformed(junk: object) -> None:
+    """What JSON brought in place of a text is an error of a token, and not of a type."""
+    with pytest.raises(InvalidTokenError) as caught:
+        ReconnectTokens([NEW], 60).use(junk)  # type: ignore[arg-type]
+    assert caught.value.problem == "malformed"
+
+
+@given(st.one_of(st.text(), st.text().map(PREFIX.__add__), st.binary(max_size=200).map(token_of)))
+def test_no_text_is_a_token_by_chance(text: str) -> None:
+    """Whatever comes in is refused with the error for it, and nothing of it is kept."""
+    tokens = ReconnectTokens([NEW], 60)
+    with pytest.raises(InvalidTokenError):
+        tokens.use(text)
+    assert len(tokens) == 0
+
+
+def test_bogus_tokens_grow_nothing() -> None:
+    """Twenty thousand bogus tokens leave nothing behind: only good tokens are remembered."""
+    tokens = ReconnectTokens([NEW], 60)
+    raw = raw_of(tokens.issue("ann"))
+    for number in range(20_000):
+        bogus = number.to_bytes(8, "big") + raw[8:] if number % 2 else number.to_bytes(4, "big") * 20
+        with pytest.raises(InvalidTokenError):
+            tokens.use(token_of(bogus))
+    assert len(tokens) == 0
+    assert len(tokens._used) == 0
+    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_floor"}
+
+
+def test_a_token_above_the_length_limit_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long is refused before any work is done for it."""
+    monkeypatch.setattr(tokens_module.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    assert problem_with(ReconnectTokens([NEW], 60), PREFIX + "A" * MAX_TOKEN_CHARS) == "malformed"
+
+
+def test_a_used_token_that_was_forgotten_is_never_good_again(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When too many were used the oldest are forgotten, and whatever was issued before them is refused from then on."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 3)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(10):
+        issued.append(tokens.issue("ann"))
+        clock.now += 0.001
+    unused = issued.pop(5)
+    for token in issued:
+        tokens.use(token)
+        assert len(tokens) <= 3
+    for token in issued:
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.use(token)
+    with pytest.raises(TokenExpiredError):
+        tokens.use(unused)
+    assert tokens.use(tokens.issue("ann")).client_id == "ann"
+
+
+def test_tokens_used_in_another_order_than_issued_are_never_good_twice(
+    clock: WallClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The floor rises to the newest token that was forgotten, whenever it was used."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(8):
+        issued.append(tokens.issue("ann"))
+        clock.now += 0.001
+    used = []
+    for token in (issued[7], issued[0], issued[6], issued[1], issued[5], issued[2]):
+        try:
+            tokens.use(token)
+        except TokenExpiredError:
+            continue
+        used.append(token)
+    assert issued[7] in used
+    for _ in range(2):
+        clock.now += 0.001
+        tokens.use(tokens.issue("ann"))
+    for token in used:
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.use(token)
+
+
+def test_what_is_used_and_over_makes_room_without_a_floor(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that have expired are forgotten at no cost to those that have not."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    for _ in range(2):
+        tokens.use(tokens.issue("ann"))
+    clock.now += 30
+    waiting = tokens.issue("bob")
+    clock.now += 30
+    tokens.use(tokens.issue("cid"))
+    assert len(tokens) == 1
+    assert tokens.use(waiting).client_id == "bob"
+
+
+async def test_neither_tokens_nor_secrets_are_in_any_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a token nor a secret appears in a log, a repr or the text of an error or a config."""
+    secret = "a secret of at least sixteen bytes"
+    config = WebSocketConfig(reconnect_secret=secret)
+    with caplog.at_level(logging.DEBUG):
+        manager = WebSocketConnectionManager(config)
+        token = manager.generate_reconnect_token("ann")
+        assert await manager.validate_reconnect_token(token) == "ann"
+        with pytest.raises(InvalidTokenError) as caught:
+            await manager.validate_reconnect_token(token)
+    claim = ReconnectTokens([secret.encode()], 60).read(token)
+    told = [caplog.text, repr(manager), str(manager), repr(config), str(config), repr(manager._tokens)]
+    told += [str(caught.value), repr(caught.value), repr(claim), str(caught.value.args)]
+    for text in told:
+        assert token not in text
+        assert secret not in text
+
+
+def test_a_token_is_told_from_a_credential() -> None:
+    """Only what begins as a token is taken for one."""
+    assert looks_like_token(ReconnectTokens([NEW], 60).issue("ann"))
+    assert not looks_like_token("eyJhbGciOi.J9.x")
+    assert not looks_like_token(None)

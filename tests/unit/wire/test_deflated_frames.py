@@ -1,0 +1,81 @@
+"""Tests of compressed frames: binary ones of kind 2."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.wire.envelope import deflate_frame, envelop
+from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.v1 import DEFLATE_FROM, BadFrameError, deflated, parse
+
+LIMIT = 10_000
+
+
+@given(st.text(alphabet="ab\u00e9\U0001f600", min_size=0, max_size=2000))
+def test_a_compressed_frame_is_read_as_the_text_that_it_was(text: str) -> None:
+    """What is worth compressing comes back as it was, and the rest is left as it is."""
+    frame = json.dumps({"type": "msg", "data": text}, ensure_ascii=False)
+    packed = deflated(frame)
+    if packed is None:
+        assert len(frame.encode()) < DEFLATE_FROM or len(set(text)) > 1
+    else:
+        assert len(packed) < len(frame.encode())
+        assert parse(packed, LIMIT) == {"type": "msg", "data": text}
+
+
+def test_a_compressed_frame_is_refused_where_it_was_not_agreed_on() -> None:
+    """Kind 2 is malformed unless both sides have listed the capability."""
+    packed = deflated(json.dumps({"type": "msg", "data": "x" * 1000}))
+    assert packed is not None
+    with pytest.raises(BadFrameError, match="not agreed on") as refused:
+        parse(packed)
+    assert refused.value.code == 4400
+
+
+def test_a_bomb_is_not_inflated() -> None:
+    """A frame that holds more than the limit is too big, and no more than that is inflated."""
+    bomb = b"\x02\x00\x00" + raw_deflate(b"x" * 10_000_000)
+    with pytest.raises(BadFrameError, match="more than") as refused:
+        parse(bomb, LIMIT)
+    assert refused.value.code == 1009
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [b"\x02", b"\x02\x00", b"\x02\x00\x00", b"\x02\x00\x01{}", b"\x02\x00\x00garbage", b"\x02\x00\x00" + b"\xff" * 9],
+)
+def test_garbage_is_malformed(packed: bytes) -> None:
+    """What is no raw deflate of a text frame is 4400."""
+    with pytest.raises(BadFrameError) as refused:
+        parse(packed, LIMIT)
+    assert refused.value.code == 4400
+
+
+@pytest.mark.parametrize("cut", [-1, -2, -5])
+def test_a_frame_that_ends_too_early_is_malformed(cut: int) -> None:
+    """A stream without its end is no whole frame; nor is one with something behind its end."""
+    packed = b"\x02\x00\x00" + raw_deflate(json.dumps({"type": "msg", "data": "x" * 1000}).encode())
+    with pytest.raises(BadFrameError):
+        parse(packed[:cut], LIMIT)
+    with pytest.raises(BadFrameError):
+        parse(packed + b"\x00", LIMIT)
+
+
+def test_a_broadcast_is_compressed_once() -> None:
+    """All clients that take compressed frames get the same one, and bytes are left as they are."""
+    frame = envelop(encode("x" * 1000))
+    assert deflate_frame(frame) is deflate_frame(frame)
+    assert deflate_frame(frame).size < 100
+    small, binary = envelop(encode("x")), envelop(encode(b"x" * 1000))
+    assert deflate_frame(small) is small
+    assert deflate_frame(binary) is binary
+
+
+def raw_deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(data) + compressor.flush()

@@ -1,0 +1,139 @@
+"""Tests of messages as clients of `stabilizer.v1.json` get them: enveloped once, the same bytes for each."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from fastapi_ws_stabilizer.wire import envelope as envelope_module
+from fastapi_ws_stabilizer.wire.envelope import again, envelop, sequenced
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.v1 import Message, message_of, parse
+
+
+class Chat(BaseModel):
+    """A message of an application."""
+
+    text: str
+
+
+def read(frame: Frame) -> Message:
+    """The message in a frame, as a client reads it off the wire."""
+    return message_of(parse(frame.payload if frame.binary else frame.payload.decode()))
+
+
+@pytest.mark.parametrize(
+    ("message", "data"),
+    [
+        ("hello", "hello"),
+        ('{"a":1}', '{"a":1}'),
+        ("", ""),
+        ("ü🦊\u2028", "ü🦊\u2028"),
+        ({"type": "chat", "n": [1, None]}, {"type": "chat", "n": [1, None]}),
+        ([], []),
+        (None, None),
+        (7, 7),
+        (Chat(text="ü"), {"text": "ü"}),
+        (float("nan"), None),
+        (b"\x00\xff", b"\x00\xff"),
+        (b"", b""),
+    ],
+    ids=repr,
+)
+def test_what_is_sent_is_what_arrives(message: Any, data: Any) -> None:
+    """Texts arrive as texts, bytes as bytes, and all else as the JSON value that a plain client would get."""
+    assert read(envelop(encode(message))).data == data
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_any_text_arrives_as_it_is(text: str) -> None:
+    """A text is a JSON string in its envelope, whatever is in it, JSON included."""
+    assert read(envelop(encode(text))).data == text
+
+
+@given(st.binary())
+def test_any_bytes_arrive_as_they_are(data: bytes) -> None:
+    """Bytes stand behind the envelope."""
+    frame = envelop(encode(data))
+    assert frame.binary
+    assert read(frame).data == data
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=256), st.booleans(), st.booleans())
+def test_room_and_volatility_are_said(room: str, volatile: bool, binary: bool) -> None:
+    """An envelope says which room a message was sent to, and whether it is volatile, and for a counted one nothing."""
+    frame = encode(b"x" if binary else "x", volatile=volatile)
+    frame.room = room
+    sent = parse(envelop(frame).payload if binary else envelop(frame).payload.decode())
+    assert sent["room"] == room
+    assert sent.get("volatile") is (True if volatile else None)
+    assert "seq" not in sent
+
+
+def test_the_least_envelope_holds_nothing_but_the_data() -> None:
+    """A broadcast costs a few bytes more than to a plain client."""
+    assert envelop(encode({"a": 1})).text == '{"type":"msg","data":{"a":1}}'
+    assert envelop(encode("x")).text == '{"type":"msg","data":"x"}'
+
+
+def test_an_envelope_is_made_once() -> None:
+    """All clients get the same object, and an envelope is its own."""
+    frame = encode("x")
+    enveloped = envelop(frame)
+    assert envelop(frame) is enveloped
+    assert envelop(enveloped) is enveloped
+    assert enveloped.size == len(enveloped.payload)
+
+
+def test_an_envelope_knows_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The age of what is kept is counted from its envelope."""
+    monkeypatch.setattr(envelope_module, "monotonic", lambda: 123.0)
+    assert envelop(encode("x")).at == 123.0
+    assert sequenced("reply", 1, re="c1").at == 123.0
+
+
+def test_only_a_volatile_message_can_be_replaced_by_a_newer_one() -> None:
+    """What is numbered keeps no coalescing key: leaving it out would break the count."""
+    assert envelop(encode("x", "price", volatile=True)).key == "price"
+    assert envelop(encode("x", "price")).key is None
+
+
+def test_a_message_can_be_sent_again_to_one_more_client() -> None:
+    """A message from a room's history is a new message with the same content and a new envelope."""
+    for message in ("ü", {"a": 1}, b"\x00"):
+        frame = encode(message, "key")
+        frame.room = "lobby"
+        copy = again(frame)
+        assert copy is not frame
+        assert (copy.payload, copy.size, copy.binary, copy.is_json, copy.room) == (
+            frame.payload,
+            frame.size,
+            frame.binary,
+            frame.is_json,
+            "lobby",
+        )
+        assert copy.key is None
+        assert envelop(copy) is not envelop(frame)
+        assert envelop(copy).payload == envelop(frame).payload
+
+
+def test_a_reply_is_its_own_envelope() -> None:
+    """What is made for one client alone is enveloped from the start, text or binary."""
+    reply = sequenced("reply", {"ok": True}, re="c1", error=None)
+    assert json.loads(reply.payload) == {"type": "reply", "re": "c1", "data": {"ok": True}}
+    assert envelop(reply) is reply
+    request = sequenced("msg", b"\x01", event="photo", id="s1")
+    assert request.binary
+    assert (read(request).data, read(request).event, read(request).id) == (b"\x01", "photo", "s1")
+    assert not request.volatile
+
+
+def test_what_cannot_be_json_is_no_reply() -> None:
+    """Data that cannot be encoded raises `ValueError`."""
+    with pytest.raises(ValueError, match="serialize"):
+        sequenced("reply", object(), re="c1")

@@ -1,0 +1,381 @@
+"""Tests of the frames of `stabilizer.v1.json`: what is read, what is refused, and how they are written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.wire import v1
+from fastapi_ws_stabilizer.wire.v1 import (
+    MAX_HELLO_BYTES,
+    MAX_META_BYTES,
+    MAX_NAME_CHARS,
+    MAX_SEQ,
+    MAX_TOKEN_CHARS,
+    SUBPROTOCOL,
+    BadFrameError,
+    Message,
+    binary_envelope,
+    control,
+    envelope,
+    hello_of,
+    message_of,
+    number,
+    offered_credential,
+    offers_v1,
+    optional_number,
+    optional_text,
+    parse,
+)
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=MAX_NAME_CHARS)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | NAMES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def binary(meta: bytes, payload: bytes = b"", *, kind: int = 1, length: int | None = None) -> bytes:
+    """A binary frame with any head."""
+    return struct.pack(">BH", kind, len(meta) if length is None else length) + meta + payload
+
+
+# ── reading ──
+
+
+@given(st.one_of(st.text(), st.binary(), st.binary().map(lambda raw: b"\x01\x00\x02{}" + raw), JSON.map(json.dumps)))
+def test_whatever_comes_in_is_a_frame_or_a_bad_one(raw: str | bytes) -> None:
+    """Reading raises nothing but `BadFrameError`, and what it returns has a type."""
+    try:
+        frame = parse(raw)
+    except BadFrameError:
+        return
+    assert isinstance(frame["type"], str)
+
+
+@given(st.dictionaries(st.sampled_from(["type", "seq", "event", "id", "key", "room", "data", "re", "x"]), JSON))
+def test_whatever_an_object_holds_it_is_a_message_or_a_bad_frame(frame: dict[str, Any]) -> None:
+    """Fields of any kind in any place lead to a message or to `BadFrameError`."""
+    try:
+        message = message_of(parse(json.dumps(frame)))
+    except BadFrameError:
+        return
+    assert message.seq is None or 1 <= message.seq <= MAX_SEQ
+    for name in (message.event, message.id, message.key, message.room):
+        assert name is None or len(name) <= MAX_NAME_CHARS
+
+
+@given(st.one_of(st.text(), st.binary(), JSON.map(json.dumps), st.dictionaries(NAMES, JSON).map(json.dumps)))
+def test_whatever_comes_first_is_a_hello_or_a_bad_frame(raw: str | bytes) -> None:
+    """Reading a hello raises nothing but `BadFrameError`."""
+    with pytest.raises(BadFrameError):
+        hello_of(raw)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "ping",
+        "null",
+        "7",
+        '"hello"',
+        "[]",
+        '[{"type":"msg"}]',
+        "{}",
+        '{"type":null}',
+        '{"type":7}',
+        '{"type":["msg"]}',
+        '{"type":"msg"',
+        '{"type":"msg"}}',
+        '{"type":"msg","data":NaN}',
+        '{"type":"msg","data":-Infinity}',
+        "{'type':'msg'}",
+        '{"type":"msg","data":"\ud800"}',
+        '{"type":"msg","data":' + "[" * 5000 + "]" * 5000 + "}",
+    ],
+)
+def test_what_is_no_object_with_a_type_is_malformed(text: str) -> None:
+    """A text frame is one JSON object whose `type` is a text."""
+    with pytest.raises(BadFrameError):
+        parse(text)
+
+
+def test_a_malformed_frame_has_a_close_code() -> None:
+    """What breaks the protocol is closed with 4400, and a version that is not spoken with 4406."""
+    assert BadFrameError("no frame").code == 4400
+    with pytest.raises(BadFrameError) as other_version:
+        hello_of('{"type":"hello","v":2,"n":1}')
+    assert other_version.value.code == 4406
+
+
+def test_unknown_types_and_fields_are_read() -> None:
+    """Newer peers may say more: what is not known is no error."""
+    assert parse('{"type":"later","x":[1]}') == {"type": "later", "x": [1]}
+    message = message_of(parse('{"type":"msg","data":1,"priority":9,"seq":3}'))
+    assert (message.data, message.seq) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x01",
+        b"\x01\x00",
+        binary(b""),
+        binary(b"{}"),
+        binary(b'{"type":"msg"}', kind=0),
+        binary(b'{"type":"msg"}', kind=2),
+        binary(b'{"type":"msg"}', kind=255),
+        binary(b'{"type":"msg"}', length=15),
+        binary(b'{"type":"msg"}', length=13),
+        binary(b'{"type":"ack","seq":1}'),
+        binary(b'{"type":"hello","v":1,"n":1}'),
+        binary(b'{"type":7}'),
+        binary(b"[]"),
+        binary(b'{"type":"msg","event":"\xff"}'),
+    ],
+)
+def test_a_binary_frame_that_breaks_its_form_is_malformed(raw: bytes) -> None:
+    """A binary frame has a head, as much meta as it says, and a message or a reply in it."""
+    with pytest.raises(BadFrameError):
+        parse(raw)
+
+
+def test_what_a_binary_frame_carries_is_its_data() -> None:
+    """The bytes behind the meta are the data, none of them included, and win over a `data` in the meta."""
+    assert parse(binary(b'{"type":"msg","seq":4}', b"\x00\xff")) == {"type": "msg", "seq": 4, "data": b"\x00\xff"}
+    assert parse(binary(b'{"type":"reply","re":"c1","data":1}'))["data"] == b""
+
+
+@pytest.mark.parametrize("value", [0, 1, MAX_SEQ])
+def test_a_number_within_its_limits_is_read(value: int) -> None:
+    """Numbers go to 2^53 - 1, which JavaScript counts exactly."""
+    assert number({"type": "ack", "seq": value}, "seq") == value
+    assert optional_number({"type": "ack", "seq": value}, "seq") == value
+
+
+@pytest.mark.parametrize("value", [-1, MAX_SEQ + 1, 10**400, 1.0, 1.5, True, False, "1", None, [1], {}])
+def test_what_is_no_number_is_malformed(value: Any) -> None:
+    """Numbers are whole, not negative, and no booleans; one that must be there is no null."""
+    with pytest.raises(BadFrameError, match="seq is a whole number from 0"):
+        number({"type": "ack", "seq": value}, "seq")
+
+
+def test_a_number_has_a_least_value() -> None:
+    """A message's number begins with 1."""
+    with pytest.raises(BadFrameError, match="from 1"):
+        message_of({"type": "msg", "seq": 0})
+
+
+def test_what_may_be_left_out_may_be_null() -> None:
+    """A field that is null is as good as left out."""
+    frame = {"type": "msg", "seq": None, "event": None, "id": None, "key": None, "room": None, "data": None}
+    message = message_of(frame)
+    assert (message.seq, message.event, message.id, message.key, message.room, message.data) == (None,) * 6
+    assert optional_number({}, "seq") is None
+
+
+@pytest.mark.parametrize("name", ["event", "id", "key", "room"])
+def test_names_are_texts_of_a_limited_length(name: str) -> None:
+    """Names are texts, as long as they may be and no longer."""
+    assert getattr(message_of({"type": "msg", name: "x" * MAX_NAME_CHARS}), name) == "x" * MAX_NAME_CHARS
+    for value in ("x" * (MAX_NAME_CHARS + 1), 7, [], {}, True):
+        with pytest.raises(BadFrameError, match=f"{name} is a text of at most {MAX_NAME_CHARS}"):
+            message_of({"type": "msg", name: value})
+
+
+def test_a_text_may_have_a_limit_of_its_own() -> None:
+    """Tokens are longer than names."""
+    assert optional_text({"token": "x" * 512}, "token", 512) == "x" * 512
+    with pytest.raises(BadFrameError):
+        optional_text({"token": "x" * 513}, "token", 512)
+
+
+@pytest.mark.parametrize(
+    ("data", "raw"),
+    [("hello", "hello"), (b"\x00", b"\x00"), ({"a": [1]}, '{"a":[1]}'), (None, "null"), (1.5, "1.5"), ("", "")],
+)
+def test_a_message_is_shown_as_a_plain_client_would_have_sent_it(data: Any, raw: str | bytes) -> None:
+    """One handler serves both kinds of clients: texts and bytes as they are, all else as JSON."""
+    assert Message(data).raw == raw
+
+
+def test_the_repr_of_a_message_has_none_of_its_data() -> None:
+    """What users say does not end in logs."""
+    assert repr(Message({"password": "x"}, event="login", id="c1", seq=3)) == "<Message event='login' id='c1' seq=3>"
+
+
+# ── writing ──
+
+
+@given(JSON, st.none() | NAMES, st.none() | NAMES, st.none() | NAMES, st.none() | st.integers(1, MAX_SEQ))
+def test_a_message_of_json_makes_the_round_trip(
+    data: Any, event: str | None, id_: str | None, key: str | None, seq: int | None
+) -> None:
+    """What is written with any fields is read with the same ones."""
+    raw = envelope("msg", data, event=event, id=id_, key=key, seq=seq)
+    assert isinstance(raw, str)
+    message = message_of(parse(raw))
+    assert (message.data, message.event, message.id, message.key, message.seq) == (data, event, id_, key, seq)
+    assert json.loads(raw).get("type") == "msg"
+    assert raw.startswith('{"type":"msg"')
+
+
+@given(st.binary(), st.none() | NAMES, st.none() | st.integers(1, MAX_SEQ))
+def test_a_message_of_bytes_makes_the_round_trip(data: bytes, event: str | None, seq: int | None) -> None:
+    """Bytes travel behind their fields, and nothing in them is looked at."""
+    for wrapped in (data, bytearray(data), memoryview(data)):
+        raw = envelope("msg", wrapped, event=event, seq=seq)
+        assert isinstance(raw, bytes)
+        message = message_of(parse(raw))
+        assert (message.data, message.event, message.seq) == (data, event, seq)
+
+
+def test_numbers_that_json_does_not_have_become_null() -> None:
+    """NaN and infinities are null, as in JavaScript."""
+    assert envelope("msg", [float("nan"), float("inf")]) == '{"type":"msg","data":[null,null]}'
+
+
+def test_what_cannot_be_json_is_an_error_of_its_sender() -> None:
+    """Data that cannot be encoded raises `ValueError`."""
+    with pytest.raises(ValueError, match="serialize"):
+        envelope("msg", object())
+
+
+def test_the_fields_of_a_binary_message_have_a_limit() -> None:
+    """The meta of a binary frame is as long as its two bytes of length can say."""
+    room = "x" * (MAX_META_BYTES - len('{"type":"msg","room":""}'))
+    assert parse(binary_envelope({"type": "msg", "room": room}, b"y"))["data"] == b"y"
+    with pytest.raises(ValueError, match="more than 65535"):
+        binary_envelope({"type": "msg", "room": room + "x"}, b"y")
+
+
+def test_a_control_frame_leaves_out_what_is_none() -> None:
+    """Fields that are `None` are not written; zero and false are."""
+    assert control("welcome", why=None, seq=0, ok=False).text == '{"type":"welcome","seq":0,"ok":false}'
+
+
+# ── negotiation ──
+
+
+def test_a_client_that_offers_the_protocol_speaks_it() -> None:
+    """The subprotocol is matched exactly, wherever it stands in the offer."""
+    assert offers_v1(["chat", SUBPROTOCOL])
+    assert not offers_v1([])
+    assert not offers_v1(["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "])
+
+
+@pytest.mark.parametrize("token", ["secret", "ü🦊", "a" * 100, "??>>", ""])
+def test_a_credential_may_travel_among_the_subprotocols(token: str) -> None:
+    """A credential is base64url, with or without padding."""
+    text = base64.urlsafe_b64encode(token.encode()).decode()
+    assert offered_credential([SUBPROTOCOL, "stabilizer.auth." + text]) == token
+    assert offered_credential(["stabilizer.auth." + text.rstrip("=")]) == token
+
+
+@pytest.mark.parametrize("offer", [[], [SUBPROTOCOL], ["stabilizer.auth._w"], ["stabilizer.auth.A"]])
+def test_a_credential_that_cannot_be_read_is_none(offer: list[str]) -> None:
+    """What is no credential is as good as left out, and raises nothing."""
+    assert offered_credential(offer) is None
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_whatever_is_offered_as_a_credential_raises_nothing(text: str) -> None:
+    """A credential among the subprotocols is read or not, and never an error of the server."""
+    assert isinstance(offered_credential(["stabilizer.auth." + text]), (str, type(None)))
+
+
+# ── the first frame ──
+
+
+def hello(**fields: Any) -> str:
+    """A hello with some fields changed; `None` leaves one out."""
+    frame = {"type": "hello", "v": 1, "n": 1, **fields}
+    return json.dumps({name: value for name, value in frame.items() if value is not None})
+
+
+def test_a_hello_says_what_its_client_wants() -> None:
+    """All fields of a hello are read."""
+    read = hello_of(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}, client="tab-1", caps=["x"]))
+    assert (read.dial, read.auth, read.token, read.seq, read.instance) == (7, "credential", "a.b", 42, "tab-1")
+
+
+def test_the_least_hello_has_a_version_and_a_number() -> None:
+    """Everything else may be left out."""
+    read = hello_of(hello(n=0))
+    assert (read.dial, read.auth, read.token, read.seq, read.instance) == (0, None, None, 0, None)
+
+
+def test_neither_token_nor_credential_is_in_the_repr_of_a_hello() -> None:
+    """A hello in a log tells no secret."""
+    read = hello_of(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}))
+    assert repr(read) == "<Hello dial=7 seq=42 resumes=True>"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "msg"},
+        {"v": None},
+        {"v": 2},
+        {"v": "1"},
+        {"n": None},
+        {"n": -1},
+        {"n": 1.5},
+        {"n": "1"},
+        {"n": MAX_SEQ + 1},
+        {"resume": "a.b"},
+        {"resume": []},
+        {"resume": {}},
+        {"resume": {"token": "a.b"}},
+        {"resume": {"token": "a.b", "seq": -1}},
+        {"resume": {"token": "a.b", "seq": None}},
+        {"resume": {"token": None, "seq": 1}},
+        {"resume": {"token": 7, "seq": 1}},
+        {"resume": {"token": "x" * (MAX_TOKEN_CHARS + 1), "seq": 1}},
+        {"auth": 7},
+        {"auth": {"token": "x"}},
+        {"client": 7},
+        {"client": "x" * (MAX_NAME_CHARS + 1)},
+    ],
+    ids=str,
+)
+def test_a_hello_with_a_bad_field_is_malformed(fields: dict[str, Any]) -> None:
+    """A hello that cannot be understood is no hello."""
+    frame = {"type": "hello", "v": 1, "n": 1, **fields}
+    with pytest.raises(BadFrameError):
+        hello_of(json.dumps({name: value for name, value in frame.items() if value is not None or name == "resume"}))
+
+
+def test_a_hello_is_text() -> None:
+    """A binary first frame is no hello, whatever is in it."""
+    with pytest.raises(BadFrameError):
+        hello_of(hello().encode())
+
+
+def test_a_hello_has_a_limit_in_bytes() -> None:
+    """The limit of a hello is in bytes, and is itself allowed."""
+    room = MAX_HELLO_BYTES - len(hello(auth=""))
+    assert len(hello_of(hello(auth="x" * room)).auth or "") == room
+    with pytest.raises(BadFrameError, match="8192 bytes"):
+        hello_of(hello(auth="x" * (room + 1)))
+    frame = json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "é" * (room // 2 + 1)}, ensure_ascii=False)
+    assert len(frame) < MAX_HELLO_BYTES < len(frame.encode())
+    with pytest.raises(BadFrameError, match="8192 bytes"):
+        hello_of(frame)
+
+
+def test_a_hello_that_is_too_long_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unauthenticated peer costs no parsing beyond the limit."""
+    monkeypatch.setattr(v1, "from_json", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(BadFrameError):
+        hello_of("{" + " " * MAX_HELLO_BYTES)

@@ -1,0 +1,312 @@
+"""Tests of the golden vectors: what clients in other languages are held to is what this server does."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import HTTPException, WebSocketException
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.wire.v1 import (
+    SUBPROTOCOL,
+    BadFrameError,
+    control,
+    envelope,
+    hello_of,
+    message_of,
+    number,
+    optional_number,
+    optional_text,
+    parse,
+)
+from tests.simulation.virtual_time import run_virtually
+from tests.unit.fake_websocket import FakeServer, with_deadline
+
+VECTORS = Path(__file__).parents[2] / "vectors"
+FRAMES = json.loads((VECTORS / "frames.json").read_text(encoding="utf-8"))
+CONVERSATIONS = json.loads((VECTORS / "conversations.json").read_text(encoding="utf-8"))
+NUMBERS = ("seq", "ack", "ping", "timeout")
+
+
+def by_name(vectors: list[dict[str, Any]]) -> Any:
+    """One test for each vector."""
+    return pytest.mark.parametrize("vector", vectors, ids=[vector["name"] for vector in vectors])
+
+
+def bytes_in(value: Any) -> Any:
+    """The bytes that a vector writes as base64; everything else as it is."""
+    return base64.b64decode(value["$base64"]) if isinstance(value, dict) and "$base64" in value else value
+
+
+def wire_of(vector: dict[str, Any]) -> str | bytes:
+    """A frame as it travels."""
+    return base64.b64decode(vector["wire"]) if vector.get("binary") else vector["wire"]
+
+
+def read(direction: str, raw: str | bytes) -> dict[str, Any]:
+    """Read a frame with all of its fields, as its receiver does."""
+    frame = parse(raw)
+    kind, of_client = frame["type"], direction == "client"
+    if kind == "hello":
+        hello_of(raw)
+    elif kind == "msg":
+        message_of(frame)
+    elif kind == "reply":
+        optional_text(frame, "re")
+        if of_client:
+            number(frame, "seq", least=1)
+    elif kind == "welcome":
+        for name in NUMBERS:
+            number(frame, name)
+        if optional_text(frame, "token", 512) is None or frame["resume"] not in ("none", "full", "gap", "lost"):
+            raise BadFrameError("no welcome")
+    elif kind == "ack":
+        number(frame, "seq")
+    elif kind in ("ping", "pong"):
+        optional_number(frame, "ack" if kind == "pong" else "seq")
+    elif kind == "drain":
+        number(frame, "after")
+    elif kind == "auth" and of_client:
+        optional_text(frame, "token", 8192)
+    return frame
+
+
+@by_name([vector for vector in FRAMES if vector["valid"]])
+def test_a_valid_frame_is_read(vector: dict[str, Any]) -> None:
+    """What the vectors call a frame is read as what they say it is."""
+    frame = vector["frame"]
+    assert read(vector["direction"], wire_of(vector)) == {name: bytes_in(value) for name, value in frame.items()}
+
+
+@by_name([vector for vector in FRAMES if not vector["valid"]])
+def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
+    """What the vectors call malformed is, and leads to the close code that they name."""
+    with pytest.raises(BadFrameError) as caught:
+        read(vector["direction"], wire_of(vector))
+    assert caught.value.code == vector["close_code"]
+
+
+@by_name([vector for vector in FRAMES if vector["valid"] and vector["frame"]["type"] in ("msg", "reply")])
+def test_what_is_written_reads_as_the_vector(vector: dict[str, Any]) -> None:
+    """Messages and replies that this library writes say what those of the vectors do."""
+    fields = {name: bytes_in(value) for name, value in vector["frame"].items() if value is not None}
+    written = envelope(fields.pop("type"), fields.pop("data", None), **fields)
+    expected = {"data": None, **{name: bytes_in(v) for name, v in vector["frame"].items() if v is not None}}
+    assert parse(written) == expected
+    assert isinstance(written, bytes) is bool(vector.get("binary"))
+
+
+def test_names_are_unique() -> None:
+    """A vector is known by its name."""
+    for vectors in (FRAMES, CONVERSATIONS):
+        names = [vector["name"] for vector in vectors]
+        assert len(set(names)) == len(names)
+
+
+# ── conversations ──
+
+
+class Line:
+    """One connection of a conversation, and how much of what the server has said on it was looked at."""
+
+    def __init__(self, serve: Callable[[Any], Any]) -> None:
+        self.server = FakeServer(path_params={"client_id": "ann"}, subprotocols=[SUBPROTOCOL])
+        self.task = asyncio.ensure_future(serve(self.server.websocket))
+        self.seen = 0
+        self.closed = False
+
+    async def frame(self, wanted: str) -> dict[str, Any]:
+        """The next frame of the server; acknowledgements that were not asked for are passed over."""
+        while True:
+            await self.server.until(lambda: len(self.server.data) > self.seen)
+            frame = parse(self.server.data[self.seen])
+            self.seen += 1
+            if frame["type"] == wanted or frame["type"] != "ack":
+                return frame
+
+    @property
+    def unseen(self) -> list[dict[str, Any]]:
+        """What the server has said and nobody has asked for."""
+        frames = [parse(raw) for raw in self.server.data[self.seen :]]
+        return [frame for frame in frames if frame["type"] != "ack"]
+
+
+class Play:
+    """Plays the client, the network, the clock and the application of a conversation against the real server."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        basis = {"heartbeat_interval": 25, "heartbeat_timeout": 20, "session_ttl": 120, "max_message_size": 65536}
+        self.manager = WebSocketConnectionManager(WebSocketConfig(**{**basis, **options}))
+        self.lines: list[Line] = []
+        self.names: dict[str, Any] = {}
+        self.socket: StableSocket | None = None
+        self.request: asyncio.Task[Any] | None = None
+        self.sending: asyncio.Task[None] | None = None
+        self._handle()
+
+    def _handle(self) -> None:
+        manager = self.manager
+
+        @manager.on_message("echo")
+        async def echo(ws: StableSocket, data: Any) -> Any:
+            return data
+
+        @manager.on_message("bytes")
+        async def back(ws: StableSocket, data: bytes) -> bytes:
+            return data
+
+        @manager.on_message("no")
+        async def no(ws: StableSocket) -> None:
+            raise RequestError("no", "never")
+
+        @manager.on_message("note")
+        async def note(ws: StableSocket) -> None:
+            pass
+
+        @manager.on_auth
+        async def auth(ws: StableSocket, credential: str | None) -> float | None:
+            if credential not in (None, "good", "short"):
+                raise HTTPException(401)
+            return 60.0 if credential == "short" else None
+
+    async def _serve(self, websocket: Any) -> None:
+        try:
+            async with self.manager.serve(websocket) as socket:
+                self.socket = socket
+                await socket.run()
+        except WebSocketException:
+            pass
+
+    async def run(self, steps: list[dict[str, Any]]) -> None:
+        """Play all steps; at the end nothing may be left that the vectors do not know of."""
+        try:
+            for place, step in enumerate(steps):
+                try:
+                    await getattr(self, step["from"])(step)
+                except AssertionError as error:
+                    raise AssertionError(f"step {place}: {step}") from error
+            await asyncio.sleep(0.5)
+            for line in self.lines:
+                assert line.unseen == []
+                assert line.closed or line.server.close_frames == []
+        finally:
+            await self.manager.graceful_shutdown(1.0)
+            await with_deadline(asyncio.gather(*(line.task for line in self.lines)))
+
+    def _line(self, step: dict[str, Any]) -> Line:
+        return self.lines[step.get("connection", len(self.lines)) - 1]
+
+    async def client(self, step: dict[str, Any]) -> None:
+        """The client does something."""
+        if "open" in step:
+            self.lines.append(Line(self._serve))
+            server = self.lines[-1].server
+            await server.until(lambda: server.taken)
+            assert server.taken[0]["subprotocol"] == SUBPROTOCOL
+            return
+        line = self._line(step)
+        if "close" in step:
+            line.closed = True
+            line.server.feed_disconnect(step["close"])
+        elif "wire" in step:
+            line.server.feed_text(step["wire"])
+        else:
+            frame = self._filled(step["frame"])
+            if isinstance(data := bytes_in(frame.get("data")), bytes):
+                fields = {name: value for name, value in frame.items() if name not in ("type", "data")}
+                line.server.feed_bytes(envelope(frame["type"], data, **fields))
+            else:
+                line.server.feed_text(json.dumps(frame, separators=(",", ":")))
+        await asyncio.sleep(0.001)  # of virtual time: everything that this leads to at once has happened then
+
+    async def server(self, step: dict[str, Any]) -> None:
+        """The server has to do something."""
+        line = self._line(step)
+        if "close" in step:
+            await line.server.until(lambda: line.server.close_frames)
+            assert line.server.close_frames[0][0] == step["close"]
+            line.closed = True
+            line.server.feed_disconnect(step["close"])
+            return
+        wanted = step["frame"]
+        self._match(wanted, await line.frame(wanted["type"]))
+
+    async def network(self, step: dict[str, Any]) -> None:
+        """The connection breaks."""
+        line = self._line(step)
+        line.closed = True
+        line.server.feed_disconnect(1006)
+        await asyncio.sleep(0.001)
+
+    async def clock(self, step: dict[str, Any]) -> None:
+        """Time passes."""
+        await asyncio.sleep(step["pass"] / 1000)
+
+    async def application(self, step: dict[str, Any]) -> None:
+        """The server's application does something, or has to see something."""
+        assert self.socket is not None
+        if step.get("ack"):
+            self.sending = asyncio.ensure_future(self.socket.send(step["send"], ack=True))
+            await asyncio.sleep(0.001)
+        elif "acknowledged" in step:
+            assert self.sending is not None
+            await with_deadline(self.sending)
+        elif "send" in step:
+            data = bytes_in(step["send"])
+            assert await self.manager.send_to_client("ann", data, volatile=step.get("volatile", False))
+        elif "request" in step:
+            asked = step["request"]
+            self.request = asyncio.ensure_future(self.socket.request(asked["event"], asked["data"], timeout=60))
+            await asyncio.sleep(0.001)
+        elif "drain" in step:
+            self.socket._connection.answer(control("drain", **step["drain"]))
+        elif "close" in step:
+            await self.socket.close(step["close"])
+        elif "answered" in step:
+            assert self.request is not None
+            assert await with_deadline(self.request) == step["answered"]
+        else:
+            assert self.request is not None
+            with pytest.raises(RequestError) as caught:
+                await with_deadline(self.request)
+            assert {"code": caught.value.code, "message": caught.value.message} == step["refused"]
+
+    # ── placeholders ──
+
+    def _filled(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._filled(inner) for name, inner in value.items()}
+        return self.names[value] if isinstance(value, str) and value.startswith("$") else value
+
+    def _match(self, wanted: dict[str, Any], frame: dict[str, Any]) -> None:
+        assert frame.keys() == wanted.keys(), frame
+        for name, value in wanted.items():
+            if isinstance(value, dict) and "$base64" not in value:
+                self._match(value, frame[name])
+            elif isinstance(value, str) and value.startswith("$"):
+                if value != "$any":
+                    assert self.names.setdefault(value, frame[name]) == frame[name]
+            else:
+                assert frame[name] == bytes_in(value), frame
+        chosen = [value for name, value in self.names.items() if name.startswith("$token")]
+        assert len(set(chosen)) == len(chosen), "every welcome has a token of its own"
+
+
+@by_name(CONVERSATIONS)
+def test_the_server_plays_its_part_of_a_conversation(vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server says, and when it closes, is what the vectors say."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.hub.heartbeat.random.uniform", lambda _, most: most)
+
+    async def play() -> None:
+        await Play(vector.get("server", {})).run(vector["steps"])
+
+    run_virtually(play())
