@@ -15,7 +15,7 @@ from benchmarks.contenders import ALL
 from benchmarks.figures import Table
 from benchmarks.processes import ROOT
 from benchmarks.report import bar_lines, document, machine, table_lines, versions
-from benchmarks.scenarios.broadcasts import burst, compressed, fanout
+from benchmarks.scenarios.broadcasts import burst, compressed, fanout, sessions
 from benchmarks.scenarios.connections import connect, heartbeat, memory
 from benchmarks.scenarios.echo import echo
 from benchmarks.scenarios.isolation import slow, stall
@@ -27,6 +27,7 @@ QUICK_RUNS = 2
 
 SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "fanout": fanout,
+    "sessions": sessions,
     "burst": burst,
     "compressed": compressed,
     "echo": echo,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.contenders import BARE, PLAIN, PROTOCOL, RAW, REFERENCE, WEBSOCKETS, Contender
+from benchmarks.contenders import BARE, PLAIN, PLAIN_V1, PROTOCOL, PROTOCOL_V1, RAW, REFERENCE, WEBSOCKETS, Contender
 from benchmarks.figures import Table
 from benchmarks.scenarios.isolation import SLOW_CLIENTS, SLOW_LIMIT_BYTES, sharded
 
@@ -108,6 +108,8 @@ BARS: Final = (
     Bar("echo, protocol class / bare endpoint", _ratio("echo", PROTOCOL, BARE), 1.0, at_least=True),
     Bar("idle connection above bare endpoint, plain uvicorn", _above("memory", PLAIN.key, BARE.key), 6.0, "KiB"),
     Bar("idle connection above bare endpoint, protocol class", _above("memory", PROTOCOL.key, BARE.key), 0.0, "KiB"),
+    Bar("broadcast to v1 / to plain clients, plain uvicorn", _ratio("sessions", PLAIN_V1, PLAIN), 1.15),
+    Bar("broadcast to v1 / to plain clients, protocol class", _ratio("sessions", PROTOCOL_V1, PROTOCOL), 1.15),
     *_each(PLAIN, "plain uvicorn"),
     *_each(PROTOCOL, "protocol class"),
 )

@@ -18,11 +18,13 @@ class Client:
         sock: The connected socket.
         hello: A text with which a client has to answer the first frame, before it is served.
         slow: Whether it is one of those that will stop reading.
+        first: Whether it sends its `hello` before the server has sent anything.
     """
 
-    __slots__ = ("bytes", "fd", "frames", "hello", "opened", "reader", "recv_into", "response", "slow", "sock")
+    __slots__ = ("bytes", "fd", "first", "frames", "hello", "opened", "reader", "recv_into", "response", "slow", "sock")
 
-    def __init__(self, sock: socket.socket, hello: str | None, slow: bool) -> None:
+    def __init__(self, sock: socket.socket, hello: str | None, slow: bool, first: bool = False) -> None:
+        self.first = first
         self.sock = sock
         self.recv_into = sock.recv_into
         self.fd = sock.fileno()
@@ -37,7 +39,8 @@ class Client:
     def open_with(self, data: memoryview) -> bool:
         """Read on in the handshake; `True` when it is over.
 
-        With a `hello` it is over when the server has sent a frame, was sent that text, and has sent another frame.
+        With a `hello` it is over when the server has sent a frame, was sent that text, and has sent another frame; or
+        when it was sent that text first, and has sent a frame.
 
         Raises:
             LoadError: The server refused.
@@ -55,6 +58,9 @@ class Client:
             self.response = head + end
             frames = len(self.reader.feed(memoryview(rest)))
             self.opened = self.hello is None
+            if self.first and self.hello is not None:
+                self.sock.send(client_frame(TEXT, self.hello.encode()))
+                self.hello = None
         if frames and not self.opened:
             if self.hello is None:
                 self.opened = True

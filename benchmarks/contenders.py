@@ -20,6 +20,7 @@ class Contender:
         peer: Whether it runs in the environment of the peers.
         path: Where its WebSocket is; `{n}` is another number for each client.
         hello: What a client has to send before it is served.
+        subprotocol: What a client offers. One that does sends its `hello` first.
         ws: uvicorn's `--ws`.
         options: Its config, where it has one.
         variant: Distinguishes rows of the same contender with other options.
@@ -31,6 +32,7 @@ class Contender:
     peer: bool = False
     path: str = "/ws/{n}"
     hello: str | None = None
+    subprotocol: str | None = None
     ws: str = SANSIO
     options: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
@@ -48,6 +50,9 @@ class Contender:
 
 PLAIN = Contender("ours-plain", "this library, plain uvicorn", "ours")
 PROTOCOL = Contender("ours-protocol", "this library, protocol class", "ours", ws=PROTOCOL_CLASS)
+_V1 = {"subprotocol": "stabilizer.v1.json", "hello": '{"type":"hello","v":1,"n":1}'}
+PLAIN_V1 = replace(PLAIN, name="ours-plain-v1", title=f"{PLAIN.title}, v1 clients", **_V1)
+PROTOCOL_V1 = replace(PROTOCOL, name="ours-protocol-v1", title=f"{PROTOCOL.title}, v1 clients", **_V1)
 BARE = Contender("bare", "bare FastAPI endpoint", "bare")
 REFERENCE = Contender("reference", "fastapi-websocket-stabilizer (the reference)", "reference", peer=True)
 SOCKETIO = Contender(
@@ -64,6 +69,8 @@ RAW = Contender("raw", "raw transport (the limit)", "raw", peer=True)
 ALL = (
     PLAIN,
     PROTOCOL,
+    PLAIN_V1,
+    PROTOCOL_V1,
     BARE,
     REFERENCE,
     SOCKETIO,

@@ -19,11 +19,12 @@ Frame = tuple[int, memoryview]
 """First byte of a frame, and its payload."""
 
 
-def handshake(port: int, path: str, *, deflate: bool) -> bytes:
+def handshake(port: int, path: str, *, deflate: bool, subprotocol: str | None = None) -> bytes:
     """The request that opens a WebSocket; with `deflate`, the offer is the one that browsers make."""
+    protocol = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
     return (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Key: {_KEY}\r\nSec-WebSocket-Version: 13\r\n{_OFFER if deflate else ''}\r\n"
+        f"Sec-WebSocket-Key: {_KEY}\r\nSec-WebSocket-Version: 13\r\n{_OFFER if deflate else ''}{protocol}\r\n"
     ).encode()
 
 

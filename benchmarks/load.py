@@ -61,12 +61,14 @@ class Load:
         *,
         deflate: bool = False,
         hello: str | None = None,
+        subprotocol: str | None = None,
         slow: int = 0,
         timeout: float = 60.0,
     ) -> dict[str, Any]:
         """Open `count` connections, some at a time; the first `slow` of them with small buffers."""
         begun = time.monotonic()
-        self._open_and(count, port, path, _nothing, deflate=deflate, hello=hello, slow=slow, timeout=timeout)
+        how: dict[str, Any] = {"deflate": deflate, "hello": hello, "subprotocol": subprotocol, "slow": slow}
+        self._open_and(count, port, path, _nothing, **how, timeout=timeout)
         agreed = sum(b"permessage-deflate" in client.response for client in self._clients.values())
         return {"connected": len(self._clients), "seconds": time.monotonic() - begun, "deflate": agreed}
 
@@ -188,6 +190,13 @@ class Load:
             pass
         return {"in_time": in_time, "replies": replies, "seconds": took, "lost": self._lost}
 
+    def do_say(self, text: str) -> dict[str, Any]:
+        """Each client sends a text."""
+        frame = client_frame(TEXT, text.encode())
+        for client in self._clients.values():
+            client.sock.send(frame)
+        return {}
+
     def do_mark(self) -> dict[str, Any]:
         """Count from zero."""
         for client in self._clients.values():
@@ -230,6 +239,7 @@ class Load:
         timeout: float,
         deflate: bool = False,
         hello: str | None = None,
+        subprotocol: str | None = None,
         slow: int = 0,
         window: int = 50,
         close: bool = False,
@@ -250,7 +260,8 @@ class Load:
             while begun < count and begun - done < window:
                 address = path.format(n=self._next_id)
                 self._next_id += 1
-                self._dial(port, handshake(port, address, deflate=deflate), hello, slow=begun < slow)
+                request = handshake(port, address, deflate=deflate, subprotocol=subprotocol)
+                self._dial(port, request, hello, slow=begun < slow, first=subprotocol is not None)
                 begun += 1
             lost = self._lost
             if not self._pump(progress, deadline - time.monotonic()):
@@ -262,7 +273,7 @@ class Load:
         if close:
             self._lost = 0
 
-    def _dial(self, port: int, request: bytes, hello: str | None, *, slow: bool) -> None:
+    def _dial(self, port: int, request: bytes, hello: str | None, *, slow: bool, first: bool) -> None:
         sock = socket.socket()
         if slow:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
@@ -270,7 +281,7 @@ class Load:
         sock.connect(("127.0.0.1", port))
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = Client(sock, hello, slow)
+        client = Client(sock, hello, slow, first)
         self._clients[client.fd] = client
         self._epoll.register(client.fd, select.EPOLLIN)
         sock.send(request)

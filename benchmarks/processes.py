@@ -145,7 +145,8 @@ class Stand:
             ContenderError: Not all of them got in.
         """
         where = self.contender
-        return self.load.call("connect", count=count, port=self.port, path=where.path, hello=where.hello, **options)
+        how = {"path": where.path, "hello": where.hello, "subprotocol": where.subprotocol}
+        return self.load.call("connect", count=count, port=self.port, **how, **options)
 
     def cpu(self) -> float:
         """CPU seconds that the server has used since it was started."""

@@ -13,7 +13,9 @@ from benchmarks.contenders import (
     LITESTAR,
     PICOWS,
     PLAIN,
+    PLAIN_V1,
     PROTOCOL,
+    PROTOCOL_V1,
     RAW,
     REFERENCE,
     SOCKETIO,
@@ -24,6 +26,8 @@ from benchmarks.messages import quotes
 from benchmarks.processes import ContenderError, Stand
 
 FANOUT_BYTES = 100
+ACK_EVERY = 32
+ACKNOWLEDGING = "acknowledgements included"
 BURST_MESSAGES = 50
 BURSTS = 2
 PREPARED = 50
@@ -40,11 +44,15 @@ class Course:
         command_cost: CPU seconds of a command that does nothing.
         wire_bytes: What one message has on the wire; 0 where frames are counted instead.
         count: How many broadcasts a run has.
+        acknowledged: Whether clients acknowledge what they get, after each `ACK_EVERY`.
+        sent: How many broadcasts they have got.
     """
 
     command_cost: float
     wire_bytes: int
     count: int
+    acknowledged: bool = False
+    sent: int = 0
 
 
 def reach_all(stand: Stand, attempts: int = 5) -> int:
@@ -77,6 +85,9 @@ def lockstep(stand: Stand, course: Course, count: int, clients: int) -> float:
         stand.server.begin("broadcast", number=number)
         stand.server.finish()
         answer = stand.loaded()
+        course.sent += 1
+        if course.acknowledged and course.sent % ACK_EVERY == 0:
+            stand.load.call("say", text=f'{{"type":"ack","seq":{course.sent}}}')
     used = stand.cpu() - before - (count + 1) * course.command_cost
     if answer["lost"]:
         raise ContenderError(f"lost {answer['lost']} clients")
@@ -136,6 +147,41 @@ def fanout(bench: Bench) -> list[Table]:
         prepare,
         measure,
     )
+    return [table]
+
+
+def sessions(bench: Bench) -> list[Table]:
+    """The same to clients that have sessions, beside those that have none."""
+    clients = bench.scale.fanout_clients
+    table = Table(
+        "sessions",
+        f"Fan-out to clients with sessions: {FANOUT_BYTES} bytes to {clients:,} clients",
+        "µs",
+        "Server CPU per delivered message, as above. Clients of stabilizer.v1.json get each message numbered, logged "
+        f"and in an envelope. They acknowledge after each {ACK_EVERY}: what that costs is in rows of its own.",
+        PLAIN.key,
+    )
+    courses: dict[str, Course] = {}
+
+    def prepare(stand: Stand) -> None:
+        stand.connect(clients)
+        stand.server.call("prepare", kind="text", count=PREPARED, size=FANOUT_BYTES)
+        acknowledged = stand.contender.variant == ACKNOWLEDGING
+        course = Course(stand.command_cost(), reach_all(stand), 0, acknowledged, sent=1)
+        course.count = broadcasts_for(stand, course, clients, bench.scale.fanout_seconds)
+        courses[stand.contender.key] = course
+        stand.take_load_share()
+        table.row(stand.contender).note("wire", f"{course.wire_bytes} bytes on the wire")
+
+    def measure(stand: Stand) -> None:
+        course = courses[stand.contender.key]
+        stand.server.call("collect")
+        used = lockstep(stand, course, course.count, clients)
+        table.add(stand.contender, 1e6 * used / course.count / clients, stand.take_load_share())
+
+    with_acks = (PLAIN_V1.using(ACKNOWLEDGING), PROTOCOL_V1.using(ACKNOWLEDGING))
+    contenders = (PLAIN, PLAIN_V1, with_acks[0], PROTOCOL, PROTOCOL_V1, with_acks[1])
+    bench.alternate(contenders, [table], prepare, measure)
     return [table]
 
 
