@@ -293,6 +293,8 @@ class Client(Listeners):
 
     def _cannot_reply(self, request_id: str, problem: BaseException) -> None:
         """Answer with an error in place of what cannot be sent: who has asked shall not wait in vain."""
+        if self._ending is not None:
+            return
         self.told("error", problem)
         why = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
         error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {why}"}

@@ -46,7 +46,7 @@ class Backlog:
         held_bytes: Bytes of the frames that wait.
     """
 
-    __slots__ = ("_alone", "_cut", "_head", "_keyed", "_limits", "_queue", "held_bytes")
+    __slots__ = ("_alone", "_cut", "_extra", "_head", "_keyed", "_limits", "_queue", "held_bytes")
 
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
@@ -55,6 +55,7 @@ class Backlog:
         self._head = 0  # where the first frame that waits stands
         self._cut = 0  # how many places have been cut off since the queue was empty
         self._keyed: dict[Any, int] | None = None  # coalesce_key → place, counted from before the cut
+        self._extra: tuple[int, int] | None = None  # messages and bytes beyond the bounds, until the queue is empty
         self.held_bytes = 0
 
     def __len__(self) -> int:
@@ -68,12 +69,23 @@ class Backlog:
     @property
     def _at_bounds(self) -> bool:
         """Whether one of the bounds is reached."""
-        return len(self) >= self._limits.max_messages or self.held_bytes >= self._limits.max_bytes
+        messages, size = self._bounds
+        return len(self) >= messages or self.held_bytes >= size
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        limits, extra = self._limits, self._extra
+        if extra is None:
+            return limits.max_messages, limits.max_bytes
+        return limits.max_messages + extra[0], limits.max_bytes + extra[1]
 
     def _fits(self, size: int) -> bool:
         """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
         waiting = len(self)
-        return not waiting or (waiting < self._limits.max_messages and self.held_bytes + size <= self._limits.max_bytes)
+        if not waiting:
+            return True
+        messages, held = self._bounds
+        return waiting < messages and self.held_bytes + size <= held
 
     def _is_calm(self, size: int) -> bool:
         """Whether no more than half is used with a message of `size` bytes."""
@@ -152,7 +164,7 @@ class Backlog:
         self._alone = None
         self._queue = NOTHING
         self._head = self._cut = self.held_bytes = 0
-        self._keyed = None
+        self._keyed = self._extra = None
 
 
 _DEAD: Final = Frame("")

@@ -277,6 +277,14 @@ class Conversation:
         if message.key is not None:
             self._seen.handled(self.session, message.key, answer if message.id is not None else None)
 
+    def interrupted(self, message: Message) -> None:
+        """The connection broke in a handler, which may have done its work. The client may be back, and is told so."""
+        if message.id is not None:
+            error = {"code": "interrupted", "message": "the connection broke while this was handled"}
+            self.session.reply(message.id, error=error)
+        if message.key is not None:
+            self._seen.interrupted(self.session.client_id, message.key)
+
     def _owe_ack(self) -> None:
         self._unacknowledged += 1
         if self._unacknowledged >= ACK_EVERY:

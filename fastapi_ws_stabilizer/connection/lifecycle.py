@@ -67,6 +67,7 @@ class Connection(Messages):
         "control_frames",
         "endpoint",
         "hooks_wanted",
+        "inherits",
         "opened_at",
         "restored",
         "told_of_pause",
@@ -106,6 +107,7 @@ class Connection(Messages):
         self.restored = ResumeOutcome.NONE
         self.before: tuple[Connection, ...] = ()  # those that are still busy for what is ours now
         self.begun = False  # whether the connect or resume hooks have begun
+        self.inherits = False  # whether it has got what a plain connection before it has left
         self.told_of_session_end = False
         self.ending: Ending | None = None
         self.reading_paused = False
@@ -276,6 +278,10 @@ class Connection(Messages):
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when everything is done for this connection."""
         return self._finished.future
+
+    async def wait_for_hooks(self) -> None:
+        """Wait until the disconnect hooks have run, as long as they may take. Cancelling is safe."""
+        await wait_for_all([self._hooks_done.future], 3 * self.config.disconnect_grace + LINGER)
 
     @property
     def hooks_done(self) -> bool:

@@ -207,9 +207,10 @@ class Outbox(Backlog, abc.ABC):
         return True
 
     def put_all(self, frames: Iterable[Frame]) -> None:
-        """Queue what a connection begins with, whatever room there is."""
+        """Queue what a connection begins with, whatever room there is. It takes none from what comes after it."""
         for frame in frames:
             self._put_in(frame)
+        self._extra = (Backlog.__len__(self), self.held_bytes)
 
     async def put_wait(self, frame: Frame, queued: Callable[[Frame], object] | None = None) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.

@@ -89,7 +89,7 @@ class Parts:
         self.numbered_limits = OutboxLimits(config, reports.totals)
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
-        self.numbered_limits.bound(config.replay_max_messages, config.replay_max_bytes)
+        self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
         self.sends = Slots(config.max_concurrent_broadcast)
         self.closes = Slots(config.max_concurrent_cleanup)
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

@@ -99,6 +99,7 @@ class Dispatcher:
             self._refuse(connection, problem, message)
             return
         answer: Any = None
+        interrupted = False
         for handler, content in prepared:
             try:
                 answered = await handler(socket, content)
@@ -107,9 +108,7 @@ class Dispatcher:
                 # It wanted to answer a client that has left. What else that client sent is still handled.
                 if connection.ending is None:
                     raise
-                if message is not None:  # it may be back, and waits for an answer
-                    self._answer_error(connection, message, "interrupted", "the connection broke while it was handled")
-                    return
+                interrupted = True
             except BroadcastFailedError as error:
                 # It spoke to others, and they were too slow. That is no fault of this client.
                 connection.tell("broadcast_failed", logging.WARNING, recipients=error.total)
@@ -121,7 +120,10 @@ class Dispatcher:
                     connection.conversation.failed(message)
                 raise
         if message is not None and connection.conversation is not None:
-            connection.conversation.handled(message, answer)
+            if interrupted and answer is None:
+                connection.conversation.interrupted(message)
+            else:
+                connection.conversation.handled(message, answer)
 
     def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
         if connection.conversation is not None:

@@ -26,14 +26,13 @@ class Reception:
         config: How long a client has.
         reports: Where refusals are told.
         sessions: Where its session is found or made.
-        tasks: Where the waiting is done.
     """
 
-    def __init__(self, config: WebSocketConfig, reports: Reports, sessions: Sessions, tasks: TaskSet) -> None:
+    def __init__(self, config: WebSocketConfig, reports: Reports, sessions: Sessions) -> None:
         self._timeout = config.hello_timeout
         self._reports = reports
         self._sessions = sessions
-        self._tasks = tasks
+        self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
         self._closed = Latch()
         self._guests: set[asyncio.Future[None]] = set()
 
@@ -97,7 +96,8 @@ class Reception:
             raise await self._refuse(websocket, refused.code, refused.text)
         if self._closed.is_set:
             raise await self._refuse_at_shutdown(websocket)
-        if not lets_in(who, self._sessions.proven(hello)):  # before anything of its session is touched
+        its_own = self._sessions.proven(hello) or self._sessions.begun_anew(hello, who)
+        if not lets_in(who, its_own):  # before anything of its session is touched
             raise await self._refuse(websocket, SUPERSEDED, f"client {who!r} is connected already")
         try:
             return self._sessions.greet(hello, who)
@@ -115,8 +115,9 @@ class Reception:
             raise await self._refuse_at_shutdown(websocket)
         if not waiting.done():
             raise await self._refuse(websocket, 4408, "no hello came")
-        message: Any = waiting.result()
-        if message["type"] != "websocket.receive":
+        gone = waiting.cancelled() or waiting.exception() is not None
+        message: Any = None if gone else waiting.result()
+        if message is None or message["type"] != "websocket.receive":
             _leave_alone(websocket)
             raise WebSocketException(1000)
         text = message.get("text")

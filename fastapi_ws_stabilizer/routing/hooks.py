@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from starlette.concurrency import run_in_threadpool
@@ -78,6 +79,9 @@ def check_parameters(function: Callable[..., Any], event: str, most: int, shape:
     if sum(1 for parameter in parameters if parameter.default is inspect.Parameter.empty) > most:
         raise TypeError(wanted)
     return min(most, len(parameters))
+
+
+_NOTHING: Final = object()
 
 
 class Hook:
@@ -153,7 +157,7 @@ class Hooks:
         """
         told = []
         for hook in self._hooks["auth"]:
-            good_for = await self._bounded(hook, self._auth_limit, "hello_timeout", socket, credential)
+            good_for = await self._in_this_context(hook, socket, credential)
             if good_for is None or good_for is True or good_for == math.inf:
                 continue
             if isinstance(good_for, bool) or not isinstance(good_for, (int, float)) or not good_for >= 0:
@@ -165,6 +169,18 @@ class Hooks:
             told.append(float(good_for))
         return min(told, default=None)
 
+    async def _in_this_context(self, hook: Hook, *args: Any) -> Any:
+        """Run a hook in a task, so that its time is bounded, and keep the context variables that it has set."""
+
+        async def run(*args: Any) -> tuple[Any, contextvars.Context]:
+            return await hook(*args), contextvars.copy_context()
+
+        result, context = await self._bounded(run, self._auth_limit, "hello_timeout", *args)
+        for variable, value in context.items():
+            if variable.get(_NOTHING) is not value:
+                variable.set(value)
+        return result
+
     async def session_end(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the hooks for a session that is over, all of them, even if one fails or hangs."""
         await self._all("session_end", _of(socket), socket, reason)
@@ -172,7 +188,9 @@ class Hooks:
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
         await self._bounded(hook, self._limit, "disconnect_grace", *args)
 
-    async def _bounded(self, hook: Hook, limit: float, option: str, *args: Any) -> Any:
+    async def _bounded(
+        self, hook: Callable[..., Coroutine[Any, Any, Any]], limit: float, option: str, *args: Any
+    ) -> Any:
         """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
         task = self._tasks.spawn(hook(*args), name="ws-hook")
         try:

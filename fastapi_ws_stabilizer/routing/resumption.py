@@ -57,6 +57,8 @@ class Resumption:
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
         self._slots = asyncio.Semaphore(config.max_concurrent_cleanup)
         self._timer: asyncio.TimerHandle | None = None
+        # What is told later must not carry the context variables of the connection that happened to end before.
+        self._context = contextvars.copy_context()
         self.sessions = Sessions(
             config,
             reports,
@@ -79,10 +81,15 @@ class Resumption:
             if ends_session(how) or not session.admitted:  # else it would get in by coming back
                 self.sessions.end(session, how)
             else:
-                session.left = self._delivery.away(session)  # type: ignore[arg-type]
+                described = self._delivery.away(session)  # type: ignore[arg-type]
+                session.left = session.left or described  # it may be over before it was back in its rooms
                 self.sessions.left(session)
             return
-        expected = how is not None and connection.begun and self.luggage.is_expected(connection.client_id)
+        expected = (
+            how is not None
+            and (connection.begun or connection.inherits)
+            and self.luggage.is_expected(connection.client_id)
+        )
         if expected and how is not None and not ends_session(how):
             rooms = self._delivery.described(connection)
             connection.told_of_session_end = True  # it goes on for a while
@@ -99,7 +106,7 @@ class Resumption:
             how = session.over
             if how is None or session.predecessor is not connection or not self._is_news(session):
                 return
-        elif not connection.begun or connection.told_of_session_end:
+        elif not (connection.begun or connection.inherits) or connection.told_of_session_end:
             return
         connection.told_of_session_end = True
         if how is not None:
@@ -134,13 +141,10 @@ class Resumption:
         if not self._enabled or token is None or not looks_like_token(token):
             return None
         try:
-            claimed = self._tokens.read(token).client_id
-            if client_id is not None and claimed != client_id:
-                raise InvalidTokenError("other_client")
+            return self._tokens.check(token, client_id).client_id
         except (InvalidTokenError, TokenExpiredError) as problem:
             self._lost(client_id, problem)
             return None
-        return claimed
 
     def redeem(self, websocket: WebSocket, client_id: str) -> bool:
         """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
@@ -167,11 +171,12 @@ class Resumption:
         self._forget(self.luggage.collect())
         left = self.luggage.take(client_id)
         if left is not None:
+            connection.inherits = True
             connection.follow(left.face._connection)
         elif last is not None and self._both_stay:
             left = LeftBehind(self._delivery.described(last), dict(last.face.user_data), 0.0, last.face)
         elif last is not None:
-            last.told_of_session_end = True  # it goes on
+            connection.inherits = last.told_of_session_end = True  # it goes on
             connection.follow(last)
             left = LeftBehind(self._delivery.described(last), last.face.user_data, 0.0, last.face)
         if left is None:
@@ -210,16 +215,20 @@ class Resumption:
 
     def _tell_soon(self, face: StableSocket, reason: DisconnectReason | None) -> None:
         """Tell the hooks for the end of a session, a few at a time."""
-        self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}")
+        context = self._context.copy()
+        self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}", context=context)
 
     async def _tell(self, face: StableSocket, reason: DisconnectReason | None) -> None:
+        await face._connection.wait_for_hooks()
         async with self._slots:
             await self._hooks.session_end(face, reason or DisconnectReason.SERVER_SHUTDOWN)
 
     def _arm(self) -> None:
         due = self.luggage.next_due()
         if due is not None and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()) + 0.01, self._on_timer)
+            self._timer = asyncio.get_running_loop().call_later(
+                max(0.0, due - monotonic()) + 0.01, self._on_timer, context=self._context
+            )
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -237,4 +246,5 @@ class Resumption:
         self.sessions.stop()
         self._forget(self.luggage.clear())
         await wait_for_all(self._ends.tasks, patience)
-        self._ends.cancel()
+        if untold := self._ends.cancel():
+            self._reports.tell("session_ends_cut", logging.WARNING, count=len(untold))

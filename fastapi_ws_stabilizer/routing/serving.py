@@ -83,7 +83,7 @@ class Serving:
         self.registry = self.delivery.registry
         self.resumption = Resumption(config, reports, hooks, self.delivery, tokens)
         self.sessions = self.resumption.sessions
-        self._reception = Reception(config, reports, self.sessions, self._tasks)
+        self._reception = Reception(config, reports, self.sessions)
         self._seen = Seen()
         self.heartbeat = Heartbeat(config, reports)
         self.unfinished: set[Connection] = set()
@@ -147,8 +147,8 @@ class Serving:
         if numbered:
             await self._begin_conversation(connection, is_known=client_id is not None)
         proven = claimed is not None and self.resumption.redeem(websocket, claimed)
-        if claimed is not None and not proven and client_id is None:
-            connection.client_id = fresh_client_id()  # its token was used up meanwhile
+        if claimed is not None and not proven and client_id is None:  # and the handshake hooks took it for that client
+            raise WebSocketException(4401, "the token was used meanwhile")
         try:
             await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
@@ -183,7 +183,10 @@ class Serving:
 
         greeting = await self._reception.greet(connection.websocket, whose, authenticate, self._lets_in)
         if connection.face._user_data:  # a handshake hook has set it
-            greeting.session.user_data = {**(greeting.session.user_data or {}), **connection.face._user_data}
+            if greeting.session.user_data is None:
+                greeting.session.user_data = connection.face._user_data
+            else:  # the same dict: a handler of the connection before may still fill it
+                greeting.session.user_data.update(connection.face._user_data)
         connection.conversation = Conversation(
             connection, greeting, self._seen, functools.partial(self._renew, connection)
         )
@@ -291,7 +294,8 @@ class Serving:
             left, session.left = session.left, {}
             self.delivery.back(session, left)  # type: ignore[arg-type]
         elif proven:
-            self.resumption.restore(connection, older[-1] if older else None)
+            plain = [one for one in older if one.conversation is None]  # what a session has is its own
+            self.resumption.restore(connection, plain[-1] if plain else None)
         if policy is not DuplicatePolicy.ALLOW:
             self._replace(older, connection.client_id, session)
         try:
@@ -464,6 +468,8 @@ class Serving:
         if left_out:  # their time is over, but nobody's disconnect goes untold
             hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]
             await wait_for_all(hooks, 1.0)
+        ends = [self.resumption.session_over(connection) for connection in self.unfinished]
+        await wait_for_all([self._tasks.spawn(end, name="ws-last-ends") for end in ends], patience)
         for connection in list(self.unfinished):
             connection.give_up()
         await self.resumption.stop(patience)

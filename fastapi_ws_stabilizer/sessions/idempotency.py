@@ -52,8 +52,7 @@ class Handled:
         if self._waiting is None:
             self._waiting = []
         if len(self._waiting) >= MAX_WAITING:
-            error = {"code": "in_progress", "message": "a message with this key is being handled"}
-            session.reply(message.id, error=error)
+            session.reply(message.id, error=_IN_PROGRESS)
             return
         self._waiting.append((session, message.id))
 
@@ -67,6 +66,18 @@ class Handled:
         self._answer = answer if small else _FORGOTTEN
         for session, request_id in self._those_who_wait():
             self._reply(session, request_id)
+
+    def interrupted(self) -> None:
+        """The message was handled, or a part of it, and there is no answer."""
+        self._done = True
+        self._answer = _FORGOTTEN
+        for session, request_id in self._those_who_wait():
+            self._reply(session, request_id)
+
+    def forgotten(self) -> None:
+        """Nothing is known of it any more, though its message may still be in hand."""
+        for session, request_id in self._those_who_wait():
+            session.reply(request_id, error=_IN_PROGRESS)
 
     def failed(self) -> None:
         """The message was not handled after all."""
@@ -88,6 +99,7 @@ class Handled:
 
 
 _FORGOTTEN: Final = object()
+_IN_PROGRESS: Final = {"code": "in_progress", "message": "a message with this key is being handled"}
 
 
 class Seen:
@@ -117,7 +129,10 @@ class Seen:
         keys[key] = Handled()
         self._count += 1
         if len(keys) > MAX_KEYS_OF_ONE:
-            self._forget(client_id, next(iter(keys)))
+            first = next(iter(keys))
+            known = keys[first]
+            self._forget(client_id, first)
+            known.forgotten()
         self._forget_old()
 
     def handled(self, session: Session, key: str, answer: Any) -> None:
@@ -125,6 +140,12 @@ class Seen:
         known = self._keys_of(session.client_id).get(key)
         if known is not None:
             known.done(answer)
+
+    def interrupted(self, client_id: str, key: str) -> None:
+        """Its message was handled, or a part of it, and there is no answer."""
+        known = self._keys_of(client_id).get(key)
+        if known is not None:
+            known.interrupted()
 
     def failed(self, client_id: str, key: str) -> None:
         """Its message was not handled after all: the next one is."""

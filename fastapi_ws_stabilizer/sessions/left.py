@@ -81,8 +81,11 @@ class LeftLuggage:
 
     def take(self, client_id: str) -> LeftBehind | None:
         """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
-        left = self._kept.pop(client_id, None)
-        return left if left is not None and left.until > monotonic() else None
+        left = self._kept.get(client_id)
+        if left is None or left.until <= monotonic():  # `collect` takes it out, and its end is told
+            return None
+        del self._kept[client_id]
+        return left
 
     def next_due(self) -> float | None:
         """When the first of it is kept no longer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class Sessions:
         self._away: OrderedDict[str, Session] = OrderedDict()  # all may stay away equally long: the first goes first
         self._away_of: dict[str, dict[str, Session]] = {}  # client id → sessions
         self._timer: asyncio.TimerHandle | None = None
+        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
 
     def __len__(self) -> int:
         """How many sessions there are."""
@@ -106,6 +108,11 @@ class Sessions:
         return list(self._away_of.get(client_id, {}).values())
 
     # ── the rules of resuming ──
+
+    def begun_anew(self, hello: Hello, client_id: str) -> Session | None:
+        """The session that the very same client has given up with this hello: its welcome may not have come."""
+        before = self._of_instance.get((client_id, hello.instance or ""))
+        return before if before is not None and hello.dial > before.dials else None
 
     def find(self, token: str) -> Session | None:
         """The session that a token names. Whether the token is good, `greet` looks at."""
@@ -248,7 +255,9 @@ class Sessions:
     def _arm(self) -> None:
         if self._timer is None and self._away:
             until = next(iter(self._away.values())).until or 0.0
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, until - monotonic()), self._on_timer)
+            self._timer = asyncio.get_running_loop().call_later(
+                max(0.0, until - monotonic()), self._on_timer, context=self._context
+            )
 
     def _on_timer(self) -> None:
         self._timer = None

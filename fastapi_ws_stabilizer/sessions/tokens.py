@@ -116,8 +116,8 @@ class ReconnectTokens:
             raise TokenExpiredError
         return Claim(name.decode("utf-8", "surrogatepass"), issued, until, number)
 
-    def use(self, token: str, client_id: str | None = None) -> Claim:
-        """Verify a token and use it up.
+    def check(self, token: str, client_id: str | None = None) -> Claim:
+        """Verify a token that is going to be used, without using it up.
 
         Args:
             token: What the client sent.
@@ -134,6 +134,11 @@ class ReconnectTokens:
             raise InvalidTokenError("used")
         if claim.issued <= self._floor:
             raise TokenExpiredError
+        return claim
+
+    def use(self, token: str, client_id: str | None = None) -> Claim:
+        """Verify a token and use it up. Raises as `check`."""
+        claim = self.check(token, client_id)
         self._remember(claim)
         return claim
 
