@@ -29,6 +29,7 @@ from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
+from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
     BroadcastFailedError,
     ConcurrentReceiveError,
@@ -48,6 +49,8 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     SocketClosed,
     TokenExpiredError,
+    UnknownPlatformError,
+    UnsuitablePlatformError,
     WebSocketStabilizerError,
     WrongLoopError,
 )
@@ -73,6 +76,7 @@ __all__ = [
     "DuplicateClientError",
     "DuplicatePolicy",
     "Ending",
+    "Finding",
     "HeartbeatType",
     "InboxOverflow",
     "InvalidTokenError",
@@ -101,6 +105,8 @@ __all__ = [
     "StructuredLogger",
     "TokenExpiredError",
     "Totals",
+    "UnknownPlatformError",
+    "UnsuitablePlatformError",
     "WebSocketConfig",
     "WebSocketConnectionManager",
     "WebSocketStabilizerError",

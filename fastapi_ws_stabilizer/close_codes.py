@@ -39,6 +39,10 @@ class DisconnectReason(str, Enum):
     """The server stops or restarts."""
     REPLACED = "replaced"
     """The same client id connected again."""
+    LIFETIME = "lifetime"
+    """It has lasted for `max_lifetime`. The client is to come back."""
+    IDLE = "idle"
+    """It has carried no message for `idle_timeout`. The client may come back."""
     APPLICATION = "application"
     """The application closed the connection."""
     POLICY = "policy"
@@ -76,6 +80,8 @@ ENDING_RULES: Final[dict[DisconnectReason, EndingRule]] = {
     _R.SLOW_CONSUMER: EndingRule(4507, "slow consumer", flush=False, deliver=True),
     _R.SERVER_SHUTDOWN: EndingRule(1012, "server shutdown", flush=True, deliver=True),
     _R.REPLACED: EndingRule(4409, "replaced by a newer connection", flush=True, deliver=True),
+    _R.LIFETIME: EndingRule(1001, "lifetime is over", flush=True, deliver=True),
+    _R.IDLE: EndingRule(1001, "idle", flush=True, deliver=True),
     _R.APPLICATION: EndingRule(1000, "", flush=True, deliver=False),
     _R.POLICY: EndingRule(1008, "policy violation", flush=True, deliver=False),
     _R.MESSAGE_TOO_BIG: EndingRule(1009, "message too big", flush=True, deliver=True),

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from typing_extensions import Self
 
+from fastapi_ws_stabilizer.platforms.path import options_for, path_of
+from fastapi_ws_stabilizer.platforms.platform import Platform
+
 
 class HeartbeatType(str, Enum):
     """What a heartbeat sends to a plain client."""
@@ -69,6 +72,20 @@ class OutboxOverflow(str, Enum):
     """The messages that have waited longest are thrown away."""
     DROP_NEWEST = "drop_newest"
     """The message is left out."""
+
+
+def check_secret(option: str, secret: SecretStr) -> SecretStr:
+    """Return a secret that nobody guesses.
+
+    Raises:
+        ValueError: It is too short.
+    """
+    if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+        raise ValueError(
+            f"a {option} has at least {MIN_SECRET_BYTES} bytes, and is random: "
+            'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    return secret
 
 
 def _lower(value: object) -> object:
@@ -219,6 +236,24 @@ class WebSocketConfig(BaseModel):
     )
     room_history_max_age: _Seconds = Field(default=300.0, description="Seconds that a room remembers one of them.")
 
+    # going away
+    max_lifetime: _Seconds | None = Field(
+        default=None,
+        description="Seconds after which a connection is closed at the latest, up to a tenth earlier; it comes back.",
+    )
+    idle_timeout: _Seconds | None = Field(
+        default=None,
+        description="Seconds without a message, either way, after which a connection is closed, a quarter later "
+        "at the latest. Pings do not count.",
+    )
+    drain_window: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = Field(
+        default=10.0, description="Seconds that the closes of a drain are spread over at most."
+    )
+    drain_secret: SecretStr | None = Field(
+        default=None, description="What has to be presented to `POST .../drain` of the stats router."
+    )
+    handle_signals: bool = Field(default=True, description="Whether SIGTERM and SIGINT start a drain.")
+
     # compression
     compression: Annotated[CompressionMode, _Lower] = Field(
         default=CompressionMode.DEFLATE,
@@ -275,12 +310,13 @@ class WebSocketConfig(BaseModel):
     @classmethod
     def _long_enough(cls, value: tuple[SecretStr, ...] | None) -> tuple[SecretStr, ...] | None:
         for secret in value or ():
-            if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
-                raise ValueError(
-                    f"a reconnect_secret has at least {MIN_SECRET_BYTES} bytes, and is random: "
-                    'python -c "import secrets; print(secrets.token_urlsafe(32))"'
-                )
+            check_secret("reconnect_secret", secret)
         return value or None
+
+    @field_validator("drain_secret", mode="after")
+    @classmethod
+    def _not_guessed(cls, value: SecretStr | None) -> SecretStr | None:
+        return None if value is None else check_secret("drain_secret", value)
 
     @model_validator(mode="after")
     def _payload_fits_type(self) -> Self:
@@ -333,6 +369,27 @@ class WebSocketConfig(BaseModel):
                     extra={"event": "unknown_environment_option", "variable": name},
                 )
         return cls(**values)
+
+    @classmethod
+    def for_platform(cls, *hops: str | Platform, **options: Any) -> Self:
+        """The options that fit a path such as `for_platform("aws-alb", "nginx", "kubernetes")`, with changes of yours.
+
+        The smallest idle timeout of the path decides `heartbeat_interval`, the smallest lifetime `max_lifetime`, the
+        smallest grace `drain_window`; an option for which no hop has a value keeps its default. The platforms' values
+        are those that hold unless somebody has changed them: `docs/deploy/platforms.md` lists them.
+
+        Args:
+            hops: Names of platforms, the client's side first, or what `hop` makes of one that was changed.
+            options: Options that are set whatever the platforms say.
+
+        Raises:
+            UnknownPlatformError: Nothing is known of a hop. It is a `ValueError`, and lists the names.
+            UnsuitablePlatformError: A hop cannot hold sockets; it says why. It is a `ValueError`.
+            ValueError: There is no hop.
+            pydantic.ValidationError: An option is not allowed.
+        """
+        interval, window = (cls.model_fields[name].default for name in ("heartbeat_interval", "drain_window"))
+        return cls(**{**options_for(path_of(*hops), interval, window), **options})
 
     def changed_options(self) -> set[str]:
         """Names of the options that differ from their default."""

@@ -37,6 +37,14 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
     raise ManagerNotFoundError
 
 
+def manager_of(app: Any) -> WebSocketConnectionManager | None:
+    """The manager of an app that nothing runs; `None` if the app does not show one."""
+    installed = getattr(getattr(app, "state", None), STATE_KEY, None)
+    if isinstance(installed, WebSocketConnectionManager):
+        return installed
+    return _manager_in(getattr(getattr(app, "router", None), "lifespan_context", None))
+
+
 def _manager_in(lifespan: Any) -> WebSocketConnectionManager | None:
     """The manager whose `lifespan` this is, alone or merged with those of included routers."""
     waiting = [lifespan]

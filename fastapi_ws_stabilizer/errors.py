@@ -19,6 +19,8 @@ WebSocketStabilizerError
 ├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
 ├── BroadcastFailedError                                      a broadcast reached nobody
 ├── ShutdownError               (also a RuntimeError)         the manager is shutting down
+├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
+├── UnsuitablePlatformError     (also a ValueError)           a platform that cannot hold sockets
 ├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
 └── WrongLoopError              (also a RuntimeError)         the manager runs on another event loop
 ```
@@ -297,6 +299,43 @@ class ShutdownError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return "the manager is shut down: call start() before it can take connections again"
+
+
+class UnknownPlatformError(WebSocketStabilizerError, ValueError):
+    """Nothing is known of a platform of that name.
+
+    Attributes:
+        name: The name that was given.
+        known: The names that there are.
+        similar: The one that may have been meant.
+    """
+
+    def __init__(self, name: str, known: tuple[str, ...], similar: str | None = None) -> None:
+        super().__init__(name, known, similar)
+        self.name = name
+        self.known = known
+        self.similar = similar
+
+    def __str__(self) -> str:
+        hint = f"; did you mean {self.similar!r}?" if self.similar else "."
+        return f"nothing is known of a platform {self.name!r}{hint} Known are {', '.join(self.known)}"
+
+
+class UnsuitablePlatformError(WebSocketStabilizerError, ValueError):
+    """A platform cannot hold sockets, so no option helps.
+
+    Attributes:
+        name: The platform's name.
+        refusal: Why.
+    """
+
+    def __init__(self, name: str, refusal: str) -> None:
+        super().__init__(name, refusal)
+        self.name = name
+        self.refusal = refusal
+
+    def __str__(self) -> str:
+        return f"no WebSocket can be held on {self.name}: {self.refusal}. Run the app where a process holds its sockets"
 
 
 class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):

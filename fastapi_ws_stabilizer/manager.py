@@ -15,6 +15,9 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.doctor.checks import examine
+from fastapi_ws_stabilizer.doctor.findings import Finding
+from fastapi_ws_stabilizer.doctor.survey import survey, tell_at_start
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, InvalidTokenError, ShutdownError, WrongLoopError
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.limits.memory import deep_size
@@ -29,9 +32,12 @@ from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
 from fastapi_ws_stabilizer.servers.options import uvicorn_options
-from fastapi_ws_stabilizer.servers.workers import several_workers
+from fastapi_ws_stabilizer.servers.workers import exits_at_once, several_workers
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
+from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
+from fastapi_ws_stabilizer.shutdown.drain import Drain
+from fastapi_ws_stabilizer.shutdown.signals import Signals
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import encode
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
@@ -76,6 +82,11 @@ class WebSocketConnectionManager(EventDecorators):
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
         self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
         self._told_of_workers = False
+        self._told_findings: set[str] = set()
+        self._app: Any = None
+        self._tasks = TaskSet(lambda _, __: None)  # whoever waits for it reads its failure
+        self._drained: asyncio.Task[ShutdownReport] | None = None
+        self._signals = Signals(self.reports, self.drain)
         self._serving = self._make_serving()
 
     def __repr__(self) -> str:
@@ -92,8 +103,11 @@ class WebSocketConnectionManager(EventDecorators):
             WrongLoopError: There are open connections on another event loop.
         """
         self._shut = False
+        self._drained = None
         self._serving.reopen()
         self._ensure_running()
+        if self.config.handle_signals:
+            self._signals.listen()
 
     def _ensure_running(self) -> Serving:
         loop = asyncio.get_running_loop()
@@ -115,6 +129,7 @@ class WebSocketConnectionManager(EventDecorators):
             self.reports.tell("option_not_honoured_yet", logging.WARNING, option=option)
         if problem := missing_websocket_library():
             self.reports.tell("websocket_library_missing", logging.ERROR, problem=problem)
+        tell_at_start(self.reports, self.config, refuses=self._hooks.has("handshake"), told=self._told_findings)
         return self._serving
 
     def _make_serving(self) -> Serving:
@@ -131,12 +146,32 @@ class WebSocketConnectionManager(EventDecorators):
         Args:
             timeout: Seconds that all of it may take.
         """
-        self._shut = True
-        self._serving.close()
-        report = await close_all(self._serving.unfinished, timeout)
-        await self._serving.stop(max(1.0, timeout - report.duration_seconds))
+        until = monotonic() + timeout
+        report = await self.drain(timeout)
+        self._signals.stop()
+        await self._serving.stop(max(1.0, until - monotonic()))
         self.reports.tell("shutdown", logging.INFO, **vars(report))
         return report
+
+    async def drain(self, timeout: float = float(SHUTDOWN_TIMEOUT)) -> ShutdownReport:
+        """Take no new connections, let those that are open come back elsewhere, spread over a while, and wait for them.
+
+        New ones get HTTP 503 with `Retry-After`. Clients of `stabilizer.v1.json` are told a moment at which to leave;
+        plain ones are closed with 1012 and a reason that says when to come back (`retry=` in milliseconds). SIGTERM
+        and SIGINT do this by themselves, before the server hears of them (`handle_signals`). Calling it again waits for
+        the same drain, and returns what that did. `start()` ends it.
+
+        Args:
+            timeout: Seconds that all of it may take. What is not done by then is cut.
+        """
+        self._shut = True
+        self._serving.close()
+        if self._drained is None:
+            window = 0.0 if exits_at_once() else self.config.drain_window  # all at once reaches more than none
+            drain = Drain(self.reports, window, self._serving.sessions.__len__)
+            self._drained = self._tasks.spawn(drain.run(self._serving.unfinished, timeout), name="ws-drain")
+        await wait_for_all([self._drained], None)
+        return self._drained.result()
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
@@ -182,7 +217,62 @@ class WebSocketConnectionManager(EventDecorators):
         """
         return uvicorn_options(self.config, SHUTDOWN_TIMEOUT)
 
+    def check(
+        self,
+        app: Any = None,
+        *,
+        server: str | None = None,
+        server_options: Mapping[str, Any] | None = None,
+        platform: str | Iterable[str] = (),
+        idle_timeout: float | None = None,
+        max_lifetime: float | None = None,
+        grace: float | None = None,
+        pre_stop: float = 0.0,
+        http2: bool = False,
+        caching: bool = False,
+    ) -> list[Finding]:
+        """Make the doctor's checks: what of these options, the app, its server and its platforms do not go together.
+
+        `python -m fastapi_ws_stabilizer doctor` does the same from outside.
+
+        Args:
+            app: The app whose routes are looked at; the one that this manager belongs to when left out.
+            server: What serves it, such as `uvicorn`. Left out, it is the one that this process runs under, of whose
+                options nothing is known unless `server_options` says it.
+            server_options: Its options that are set, such as `manager.uvicorn_options()`. Others have their defaults.
+            platform: The platforms on the way, as in `WebSocketConfig.for_platform`, with their defaults.
+            idle_timeout: Seconds of the shortest idle timeout on the way, where it is not that default.
+            max_lifetime: Seconds of the shortest lifetime, likewise.
+            grace: Seconds between SIGTERM and SIGKILL, likewise.
+            pre_stop: Seconds that a `preStop` hook takes.
+            http2: Whether HTTP/2 is spoken all the way to the server.
+            caching: Whether the platform caches the WebSocket route.
+
+        Returns:
+            The findings in the order of their codes; empty if all is well.
+
+        Raises:
+            ValueError: A server, an option of it or a platform is not known.
+        """
+        return examine(
+            survey(
+                self.config,
+                self._app if app is None else app,
+                refuses=self._hooks.has("handshake"),
+                server=server,
+                server_options=server_options,
+                platform=platform,
+                idle_timeout=idle_timeout,
+                max_lifetime=max_lifetime,
+                grace=grace,
+                pre_stop=pre_stop,
+                http2=http2,
+                caching=caching,
+            )
+        )
+
     def _attach(self, app: Any) -> None:
+        self._app = app
         setattr(app.state, STATE_KEY, self)
         UnmatchedSockets.watch(app, self.reports)
 

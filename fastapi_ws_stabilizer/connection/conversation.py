@@ -61,6 +61,7 @@ class Speaker(Protocol):
     pulse: Pulse
     ending: Ending | None
     face: Any
+    used: bool
 
     @property
     def outbox(self) -> Any:
@@ -185,6 +186,7 @@ class Conversation:
                 return None
             self._seen.begin(self.session.client_id, message.key)
         self._connection.reports.totals.messages_received += 1
+        self._connection.used = True
         return message
 
     def _is_next(self, seq: int) -> bool:

@@ -115,6 +115,8 @@ class Connection(Messages):
         self.hooks_wanted = False
         self.bad_messages = 0
         self.dropped_messages = 0
+        self.used = False
+        self._numbers = 0
         self._parts = parts
         self.activity = Activity()
         self._tied: TaskSet | None = None

@@ -78,12 +78,14 @@ class Outbox(Backlog, abc.ABC):
         "_watch",
         "owner",
         "place",
+        "used",
     )
 
     def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int) -> None:
         super().__init__(limits)
         self.owner = owner
         self.place = 0
+        self.used = False  # whether a message was put in since that was asked
         self._turns = turns
         self._pending = turns.pending(shard)
         self._urgent: list[Frame] | None = None
@@ -138,6 +140,7 @@ class Outbox(Backlog, abc.ABC):
         else:  # the second of a burst
             return False
         self.held_bytes = held
+        self.used = True
         if not self._due:
             self._due = True
             pending = self._pending
@@ -265,6 +268,7 @@ class Outbox(Backlog, abc.ABC):
 
     def _put_in(self, frame: Frame) -> None:
         self._append(frame)
+        self.used = True
         self._book_turn()
 
     # ── how full it is ──

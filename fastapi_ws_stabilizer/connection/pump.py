@@ -40,6 +40,7 @@ class Pumped(Protocol):
     conversation: Conversation | None
     reading_paused: bool
     told_of_pause: bool
+    used: bool
     ending: Ending | None
 
     def answer(self, frame: Frame) -> None:
@@ -122,6 +123,7 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
     if _is_too_big(connection, message):
         return None
     connection.reports.totals.messages_received += 1
+    connection.used = True
     return message
 
 

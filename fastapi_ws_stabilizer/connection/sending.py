@@ -20,6 +20,7 @@ from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.servers.link import Link
 from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.v1 import control
 
 _A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
 """Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
@@ -33,6 +34,7 @@ class SendingHalf(abc.ABC):
 
     __slots__ = (
         "_link",
+        "_numbers",
         "_over",
         "_parts",
         "client_id",
@@ -48,9 +50,11 @@ class SendingHalf(abc.ABC):
         "reports",
         "server_side",
         "shard",
+        "used",
     )
 
     _link: Link | None
+    _numbers: int
     _over: Latch
     _parts: Parts
     client_id: str
@@ -68,6 +72,8 @@ class SendingHalf(abc.ABC):
     reports: Reports
     server_side: ServerSide
     shard: int
+    used: bool
+    """Whether a message has come in, or one without a number gone out, since that was asked."""
 
     @abc.abstractmethod
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
@@ -114,6 +120,32 @@ class SendingHalf(abc.ABC):
     def answer(self, frame: Frame) -> None:
         """Send a control frame, before what is queued."""
         self.outbox.put_urgent(frame)
+
+    def ask_to_leave(self, after: float, within: float, why: str) -> bool:
+        """Ask the client to leave by itself, and to come back; `False` if it knows no such request.
+
+        Args:
+            after: Seconds until it is to leave.
+            within: Seconds until it is closed if it has not left.
+            why: Why, for its log.
+        """
+        if self.conversation is None:
+            return False
+        milliseconds = {"after": round(after * 1000), "within": round(within * 1000)}
+        self.answer(control("drain", **milliseconds, why=why))
+        return True
+
+    def was_used(self) -> bool:
+        """Whether a message went in or out since this was asked last."""
+        outbox, conversation = self.outbox, self.conversation
+        used = self.used
+        if conversation is None:
+            used = used or outbox.used
+        else:  # its outbox takes pings too
+            count = conversation.session.head + conversation.session.accepted
+            used, self._numbers = used or count != self._numbers, count
+        self.used = outbox.used = False
+        return used
 
     @property
     def member(self) -> Any:

@@ -89,5 +89,11 @@ class Member(Protocol):
     def has_backlog(self) -> bool:
         """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
 
+    def was_used(self) -> bool:
+        """Whether it has carried a message, either way, since this was asked last."""
+
+    def ask_to_leave(self, after: float, within: float, why: str) -> bool:
+        """Ask its client to leave by itself after some seconds, and come back; `False` if it cannot be asked."""
+
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """Begin its end; `False` if it has begun already."""

@@ -25,6 +25,7 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import DuplicateClientError, ShutdownError, SocketClosed, socket_closed
 from fastapi_ws_stabilizer.hub.delivery import Delivery
 from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
+from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
 from fastapi_ws_stabilizer.hub.presence import Presence, Roster
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.reports import Reports
@@ -86,6 +87,7 @@ class Serving:
         self._reception = Reception(config, reports, self.sessions)
         self._seen = Seen()
         self.heartbeat = Heartbeat(config, reports)
+        self.lifetimes = Lifetimes(config)
         self.unfinished: set[Connection] = set()
         self.closing = False
         self._told_of_server = False
@@ -290,6 +292,7 @@ class Serving:
             raise self._closed(connection)
         self.registry.add(connection, mailbox=session is None)
         self.heartbeat.add(connection)
+        self.lifetimes.add(connection)
         if session is not None:
             left, session.left = session.left, {}
             self.delivery.back(session, left)  # type: ignore[arg-type]
@@ -427,6 +430,7 @@ class Serving:
 
     def _left(self, connection: Connection) -> None:
         self.heartbeat.remove(connection)
+        self.lifetimes.remove(connection)
         self.resumption.left(connection)
 
     def own_connection(self, client_id: str) -> Connection | None:
@@ -463,6 +467,7 @@ class Serving:
             patience: Seconds that the hooks for the end of sessions may take in all.
         """
         self.heartbeat.stop()
+        self.lifetimes.stop()
         await wait_for_all(self._reception.guests, 1.0)
         left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
         if left_out:  # their time is over, but nobody's disconnect goes untold

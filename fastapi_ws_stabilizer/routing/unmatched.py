@@ -46,11 +46,16 @@ class UnmatchedSockets:
         await self._default(scope, receive, send)
 
 
-def websocket_paths(routes: Iterable[Any], prefix: str = "") -> Iterator[str]:
+def websocket_paths(routes: Iterable[Any]) -> Iterator[str]:
     """The paths of all WebSocket routes, those of mounted apps and included routers too."""
+    return (path for path, _ in websocket_routes(routes))
+
+
+def websocket_routes(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, WebSocketRoute]]:
+    """All WebSocket routes, those of mounted apps and included routers too, each with its whole path."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
-            yield prefix + route.path
+            yield prefix + route.path, route
             continue
         # A mount has `path` and `routes`; newer FastAPI keeps an included router whole, with its prefix beside it.
         included = getattr(route, "original_router", None)
@@ -58,4 +63,4 @@ def websocket_paths(routes: Iterable[Any], prefix: str = "") -> Iterator[str]:
         path = (
             getattr(getattr(route, "include_context", None), "prefix", "") if included else getattr(route, "path", "")
         )
-        yield from websocket_paths(inner, prefix + str(path))
+        yield from websocket_routes(inner, prefix + str(path))

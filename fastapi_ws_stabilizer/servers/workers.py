@@ -7,6 +7,11 @@ import os
 import sys
 
 
+def exits_at_once() -> bool:
+    """Whether the server ends its process a moment after a signal, whoever else has taken it: granian does."""
+    return "granian" in sys.modules
+
+
 def several_workers() -> bool:
     """Whether there are signs of other workers: uvicorn's and hypercorn's are child processes, gunicorn is loaded."""
     concurrency = os.environ.get("WEB_CONCURRENCY", "")

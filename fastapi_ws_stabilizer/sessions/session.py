@@ -66,6 +66,7 @@ class Attachment(Protocol):
     """The connection of a session."""
 
     face: Any
+    used: bool
 
     @property
     def outbox(self) -> Outlet:
@@ -212,8 +213,9 @@ class Session(ReplayLog):
         return Offered.SLOW if slow else Offered.QUEUED
 
     def _offer_volatile(self, frame: Frame) -> Offered:
-        if self._outlet is None:
+        if self._outlet is None or self.connection is None:
             return Offered.MISSED
+        self.connection.used = True
         if self._outlet.put(frame):
             return Offered.QUEUED
         self._totals.messages_dropped += 1
@@ -258,6 +260,7 @@ class Session(ReplayLog):
         """
         frame = frame.enveloped or envelop(frame)
         if frame.volatile:
+            connection.used = True
             return await connection.outbox.put_wait(frame)
 
         def record(queued: Frame) -> None:

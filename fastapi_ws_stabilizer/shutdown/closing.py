@@ -20,11 +20,16 @@ class ShutdownReport:
         closed_count: Connections that ended in time: close frame sent, hooks run, endpoint finished.
         failed_count: Connections that did not, and were cut.
         duration_seconds: How long it took.
+        forced_count: Connections whose transport was cut: their client took nothing, or the time was over.
+        resumable_count: Sessions that a client could come back to when it was done. They are in the memory of this
+            process, and end with it.
     """
 
     closed_count: int = 0
     failed_count: int = 0
     duration_seconds: float = 0.0
+    forced_count: int = 0
+    resumable_count: int = 0
 
 
 async def close_all(connections: Iterable[Connection], timeout: float) -> ShutdownReport:
@@ -48,4 +53,4 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
         connection.abort()
         connection.endpoint.cancel()
     closed = sum(1 for connection in ours if connection.is_finished)
-    return ShutdownReport(closed, len(late), monotonic() - started)
+    return ShutdownReport(closed, len(late), monotonic() - started, forced_count=len(late))

@@ -6,14 +6,16 @@ Whoever can read it sees client ids. Protect it by FastAPI's own means:
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 
 
 class Overview(BaseModel):
@@ -146,6 +148,33 @@ async def health(manager: Manager, response: Response) -> Health:
     if not manager.running:
         response.status_code = 503
     return Health(status="ok" if manager.running else "shut_down", connections=manager.get_connection_count())
+
+
+@stats_router.get("/health/live", summary="Liveness")
+async def live() -> dict[str, str]:
+    """Whether the process answers: always, if it does."""
+    return {"status": "ok"}
+
+
+@stats_router.get("/health/ready", summary="Readiness", responses={503: {"model": Health}})
+async def ready(manager: Manager, response: Response) -> Health:
+    """Whether connections are taken: 200, or 503 from the beginning of a drain on."""
+    return await health(manager, response)
+
+
+@stats_router.post("/drain", summary="Drain", responses={403: {"description": "No `drain_secret`, or another one."}})
+async def drain(
+    manager: Manager,
+    authorization: Annotated[str, Header(description="`Bearer` and the `drain_secret`.")] = "",
+    timeout: Annotated[float, Query(gt=0, le=3600, description="Seconds that it may take.")] = 30.0,
+) -> ShutdownReport:
+    """Take no new connections, and let those that are open come back elsewhere, a few at a time; for `preStop`."""
+    secret = manager.config.drain_secret
+    if secret is None:
+        raise HTTPException(403, "set drain_secret to allow this")
+    if not secrets.compare_digest(authorization.encode(), f"Bearer {secret.get_secret_value()}".encode()):
+        raise HTTPException(403)
+    return await manager.drain(timeout)
 
 
 def _connection_stats(socket: StableSocket) -> ConnectionStats:

@@ -1,0 +1,331 @@
+"""The checks D01 to D16: each looks at the surroundings and says what is wrong with them, or nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from fastapi_ws_stabilizer.close_codes import ENDING_RULES, UNSENDABLE
+from fastapi_ws_stabilizer.config import HeartbeatType
+from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Finding, Problem, Severity
+from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
+from fastapi_ws_stabilizer.doctor.way import Value
+from fastapi_ws_stabilizer.platforms.path import options_for
+
+PART_OF_IDLE: Final = 0.75
+"""The part of an idle timeout within which two beats should follow each other: a beat can be late."""
+
+HOTTEST: Final = 5.0
+"""The shortest `heartbeat_interval`, in seconds, that is advised. Where it is too long, the platform has to change."""
+
+MARGIN: Final = 5.0
+"""Seconds that are kept free before SIGKILL."""
+
+TOO_SHORT: Final[Mapping[str, Value]] = {
+    "google-alb-classic": "max_lifetime",
+    "azure-application-gateway": "idle_timeout",
+}
+"""Platforms by whose default no WebSocket can live, each with the limit that has to be raised."""
+
+
+def _advised(s: Surroundings, option: str) -> float | None:
+    """What `WebSocketConfig.for_platform` would set for these hops."""
+    return options_for(s.way.hops, 30.0, 10.0).get(option)
+
+
+# ── how long nothing passes ──
+
+
+def _server_interval(s: Surroundings) -> float | None:
+    """Seconds between two pings that the server sends of its own to our connections; `None` if it sends none."""
+    if s.server is None or (s.is_ours and s.config.heartbeat_type is HeartbeatType.PING):
+        return None  # StableWebSocketProtocol leaves the pings to the heartbeat
+    interval: float | None = s.option(s.server.ping_interval)
+    return interval or None
+
+
+def _beat(s: Surroundings) -> tuple[float, str]:
+    """Seconds between two beats that are meant to keep an idle connection, and what makes them.
+
+    With the heartbeat on, that is the heartbeat, though pings of the server may pass as well: they go with the server.
+    """
+    if s.config.heartbeat_type is not HeartbeatType.OFF:
+        return s.config.heartbeat_interval, f"heartbeat_interval is {s.config.heartbeat_interval:g} s"
+    interval = _server_interval(s)
+    if s.server is None or interval is None:
+        return math.inf, "heartbeat_type is off"
+    return interval, f"heartbeat_type is off, and {s.server.name} pings every {interval:g} s"
+
+
+def _quicker(s: Surroundings) -> str:
+    interval = _advised(s, "heartbeat_interval") or 0.0
+    if interval < HOTTEST:
+        return "raise the platform's idle timeout to 60 s or more: a heartbeat that fits it would be too hot"
+    return f"set heartbeat_interval={interval:g}, as WebSocketConfig.for_platform does, or raise that timeout"
+
+
+def beat_over_idle(s: Surroundings) -> Problem | None:
+    """D01."""
+    seconds, what = _beat(s)
+    idle = s.way.smallest("idle_timeout")
+    if idle is None or seconds < idle.seconds:
+        return None
+    return Problem(f"{what}: idle connections are cut by the idle timeout, {idle}, without a close frame", _quicker(s))
+
+
+def beat_near_idle(s: Surroundings) -> Problem | None:
+    """D02."""
+    seconds, what = _beat(s)
+    idle = s.way.smallest("idle_timeout")
+    if idle is None or not PART_OF_IDLE * idle.seconds < seconds < idle.seconds:
+        return None
+    return Problem(
+        f"{what}, more than {PART_OF_IDLE:.0%} of the idle timeout, {idle}: one late beat loses a connection",
+        _quicker(s),
+    )
+
+
+def lifetime_over_platform(s: Surroundings) -> Problem | None:
+    """D03."""
+    limit = s.way.smallest("max_lifetime")
+    ours = s.config.max_lifetime
+    if limit is None or (ours is not None and ours < limit.seconds):
+        return None
+    said = "max_lifetime is not set" if ours is None else f"max_lifetime is {ours:g} s"
+    return Problem(
+        f"connections are cut after {limit}, however busy they are, and {said}",
+        f"set max_lifetime={_advised(s, 'max_lifetime'):g}, as WebSocketConfig.for_platform does: clients are asked to "
+        "come back before they are cut",
+    )
+
+
+def platform_default_too_short(s: Surroundings) -> Problem | None:
+    """D04."""
+    for name, value in TOO_SHORT.items():
+        limit = s.way.smallest(value)
+        if limit is not None and limit.hop == name:
+            return Problem(
+                f"WebSockets end by the default timeout, {limit}, for which a heartbeat is no help, or not for sure",
+                "raise it to 3600 s or more, and tell the doctor so: --idle-timeout 3600, or --max-lifetime 3600",
+            )
+    return None
+
+
+def nobody_pings(s: Surroundings) -> Problem | None:
+    """D05."""
+    if s.config.heartbeat_type is not HeartbeatType.OFF or s.server is None or s.options is None:
+        return None
+    if _server_interval(s) is not None:
+        return None
+    return Problem(
+        f"heartbeat_type is off, and {s.server.name} sends no pings: dead clients are not found, idle ones are cut",
+        "leave heartbeat_type at 'ping'"
+        + (f", or set {s.server.ping_interval} of {s.server.name}" if s.server.ping_interval else ""),
+    )
+
+
+# ── routes and server ──
+
+
+def unread_routes(s: Surroundings) -> Problem | None:
+    """D06."""
+    if s.server is None or not s.server.is_uvicorn or not s.bypassing or s.option("ws") in (None, "websockets", "none"):
+        return None
+    if s.server.name == "uvicorn" and s.version and s.version < (0, 50):
+        return None
+    interval = s.option("ws_ping_interval")
+    if not interval:
+        return None
+    dead = interval + (s.option("ws_ping_timeout") or 0.0)
+    return Problem(
+        f"{', '.join(s.bypassing)}: not served by this library. uvicorn stops reading such a socket at one message "
+        f"that its endpoint has not taken, misses the pong, and closes it with 1011 after {dead:g} s",
+        "take ws: StableSocketDep in the endpoint; or see to it that it always reads, and leave this check out",
+    )
+
+
+def shutdown_unbounded(s: Surroundings) -> Problem | None:
+    """D07."""
+    if s.server is None or not s.server.is_uvicorn or s.options is None:
+        return None
+    if s.option("timeout_graceful_shutdown") is not None:
+        return None
+    advice = "start it with --timeout-graceful-shutdown 30, or with manager.uvicorn_options()"
+    if s.server.name == "uvicorn-worker":
+        advice = "gunicorn cannot set it: subclass UvicornWorker, with timeout_graceful_shutdown in its CONFIG_KWARGS"
+    return Problem(
+        "timeout_graceful_shutdown of uvicorn is not set: it waits for ever for an endpoint that goes on, the lifespan "
+        "never ends, and the platform kills the process",
+        advice,
+    )
+
+
+def grace_too_short(s: Surroundings) -> Problem | None:
+    """D08."""
+    grace = s.way.smallest("grace")
+    if grace is None:
+        return None
+    drain = s.config.drain_window if s.config.handle_signals else 0.0
+    server = (s.option(s.server.graceful_timeout) or 0.0) if s.server is not None else 0.0
+    needed = s.pre_stop + drain + server + MARGIN
+    if needed <= grace.seconds:
+        return None
+    return Problem(
+        f"the process is killed after the grace, {grace}, and going away may take {needed:g} s: preStop "
+        f"{s.pre_stop:g} + drain_window {drain:g} + the server's own timeout {server:g} + {MARGIN:g} to spare",
+        f"raise it to {math.ceil(needed)} s, where that can be done, and tell the doctor so (--grace); or shorten "
+        "drain_window and the server's timeout",
+    )
+
+
+def hypercorn_never_stops(s: Surroundings) -> Problem | None:
+    """D09."""
+    if s.server is None or s.server.name != "hypercorn":
+        return None
+    workers = s.option("workers")
+    drained = s.config.handle_signals and workers == 0
+    if s.python >= (3, 12) and not drained and not s.pre_stop:
+        return Problem(
+            f"on Python {s.python[0]}.{s.python[1]} hypercorn does not stop while a WebSocket is open, whatever its "
+            "graceful_timeout says, and nothing closes them at SIGTERM",
+            "drain in preStop with `python -m fastapi_ws_stabilizer drain`, or run it with --workers 0",
+        )
+    if s.config.handle_signals and workers and not s.pre_stop:
+        return Problem(
+            "the worker processes of hypercorn get no SIGTERM, so the drain never begins",
+            "drain in preStop with `python -m fastapi_ws_stabilizer drain`, or run it with --workers 0",
+        )
+    return None
+
+
+def drain_comes_too_late(s: Surroundings) -> Problem | None:
+    """D10."""
+    if s.server is None or s.server.name not in ("granian", "daphne"):
+        return None
+    if not s.config.handle_signals or s.pre_stop or s.config.drain_secret is not None:
+        return None
+    return Problem(
+        f"handle_signals is on, and {s.server.name} cuts its sockets at SIGTERM before a drain can do much",
+        "set drain_secret, and drain in preStop with `python -m fastapi_ws_stabilizer drain`",
+    )
+
+
+def concurrency_limited(s: Surroundings) -> Problem | None:
+    """D11."""
+    if s.server is None or not (limit := s.option("limit_concurrency")):
+        return None
+    return Problem(
+        f"limit_concurrency={limit} of uvicorn refuses no WebSocket but counts them: with {limit} of them open the "
+        "health check gets 503",
+        "leave it out",
+    )
+
+
+def workers_recycled(s: Surroundings) -> Problem | None:
+    """D12."""
+    if s.server is None:
+        return None
+    on = [f"{name}={s.option(name)}" for name in s.server.recyclers if s.option(name)]
+    if not on:
+        return None
+    return Problem(
+        f"{', '.join(on)} of {s.server.name} ends workers while all is well, with all their sockets at once",
+        "leave it out where WebSockets are served",
+    )
+
+
+def refusals_lose_their_status(s: Surroundings) -> Problem | None:
+    """D13."""
+    if s.server is None or s.server.sends_denials or not s.refuses:
+        return None
+    return Problem(
+        f"on_handshake hooks refuse connections, and {s.server.name} cannot send their status: clients see 403 or 500",
+        "refuse in on_connect, which closes with 4000 + the status; or use another server",
+    )
+
+
+def close_codes_not_sent(s: Surroundings) -> Problem | None:
+    """D14."""
+    if s.server is None or s.server.sends_every_code:
+        return None
+    codes = sorted({rule.code for rule in ENDING_RULES.values() if 1000 < rule.code < 3000} - UNSENDABLE)
+    return Problem(
+        f"{s.server.name} raises an error for each close code but 1000 and 3000 to 4999, and this library sends "
+        f"{', '.join(map(str, codes))}",
+        "use another server",
+    )
+
+
+# ── platforms ──
+
+
+def platform_hosts_no_sockets(s: Surroundings) -> Problem | None:
+    """D15."""
+    if not s.way.unable:
+        return None
+    return Problem("; ".join(f"{hop}: {why}" for hop, why in s.way.unable), "deploy to something that holds sockets")
+
+
+def platform_breaks_the_upgrade(s: Surroundings) -> Problem | None:
+    """D16."""
+    if s.http2 and s.way.has("google-cloud-run"):
+        return Problem(
+            "HTTP/2 end to end is on, over which Cloud Run passes no WebSocket",
+            "switch it off: `gcloud run services update SERVICE --no-use-http2`",
+        )
+    if s.caching and s.way.has("azure-front-door"):
+        return Problem("the Front Door route caches, and passes no WebSocket then", "switch caching off for this route")
+    return None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        code: Its stable name.
+        severity: How bad it is.
+        title: The rule, in a few words.
+        look: Finds the problem, if there is one.
+        at_start: Whether a manager makes it when it starts: what a running process knows is enough for it.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    look: Callable[[Surroundings], Problem | None]
+    at_start: bool = False
+
+
+CHECKS: Final = (
+    Check("D01", ERROR, "The heartbeat is slower than an idle timeout", beat_over_idle),
+    Check("D02", WARNING, "The heartbeat is close to an idle timeout", beat_near_idle),
+    Check("D03", ERROR, "A connection lasts longer than the platform lets it", lifetime_over_platform),
+    Check("D04", ERROR, "The platform's default timeout has to be raised", platform_default_too_short),
+    Check("D05", ERROR, "Nobody pings", nobody_pings),
+    Check("D06", ERROR, "A WebSocket route is not read while its endpoint is busy", unread_routes),
+    Check("D07", ERROR, "The server's shutdown has no bound", shutdown_unbounded),
+    Check("D08", ERROR, "Going away takes longer than the platform waits", grace_too_short),
+    Check("D09", ERROR, "hypercorn does not stop, or does not drain", hypercorn_never_stops, at_start=True),
+    Check("D10", WARNING, "The drain at SIGTERM comes too late", drain_comes_too_late, at_start=True),
+    Check("D11", WARNING, "WebSockets use up limit_concurrency", concurrency_limited),
+    Check("D12", WARNING, "Workers are recycled", workers_recycled),
+    Check("D13", WARNING, "Refusals lose their status", refusals_lose_their_status, at_start=True),
+    Check("D14", ERROR, "The server cannot send the close codes", close_codes_not_sent, at_start=True),
+    Check("D15", ERROR, "The platform cannot host WebSockets", platform_hosts_no_sockets),
+    Check("D16", ERROR, "The platform is set up so that no WebSocket passes", platform_breaks_the_upgrade),
+)
+"""All checks, in order."""
+
+
+def examine(surroundings: Surroundings, *, at_start: bool = False) -> list[Finding]:
+    """Make all checks, or those that a manager makes when it starts; return what they found, in order."""
+    findings = []
+    for check in CHECKS:
+        if at_start and not check.at_start:
+            continue
+        if (problem := check.look(surroundings)) is not None:
+            findings.append(Finding(check.code, check.severity, check.title, problem.what, problem.advice))
+    return findings

@@ -1,0 +1,171 @@
+"""What the doctor knows of ASGI servers: options, their defaults, and what each server can and cannot do.
+
+Options have the names of the server's command line, with underscores. The facts were read in the sources and probed
+with uvicorn 0.54, hypercorn 0.18, granian 2.8, daphne 4.2, gunicorn 27 and uvicorn-worker 0.4.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+OURS: Final = "StableWebSocketProtocol"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One ASGI server.
+
+    Attributes:
+        name: What it is called.
+        modules: Modules one of which is loaded where it runs.
+        options: The options that a check looks at, with the values that they have when nobody sets them.
+        ping_interval: The option that holds the seconds between two of its pings; `None` if it sends none.
+        ping_timeout: The option that holds the seconds that a pong may take; `None` if it looks at none.
+        graceful_timeout: The option that bounds its shutdown; `None` if it has none.
+        recyclers: The options that end a worker, and its sockets with it, while all is well.
+        lifetime: The option that holds the most seconds that a WebSocket may last.
+        sends_denials: Whether the status of a refusal before the accept reaches the client.
+        sends_every_code: Whether it sends close codes below 3000 other than 1000.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    options: Mapping[str, Any] = field(hash=False)
+    ping_interval: str | None = None
+    ping_timeout: str | None = None
+    graceful_timeout: str | None = None
+    recyclers: tuple[str, ...] = ()
+    lifetime: str | None = None
+    sends_denials: bool = True
+    sends_every_code: bool = True
+
+    @property
+    def is_uvicorn(self) -> bool:
+        """Whether uvicorn's protocols serve its sockets."""
+        return self.name in ("uvicorn", "uvicorn-worker")
+
+
+_UVICORN: Final = {
+    "ws": "auto",
+    "ws_ping_interval": 20.0,
+    "ws_ping_timeout": 20.0,
+    "timeout_graceful_shutdown": None,
+    "limit_concurrency": None,
+    "limit_max_requests": None,
+    "reload": False,
+}
+
+
+def _server(name: str, modules: tuple[str, ...], options: Mapping[str, Any], **facts: Any) -> Server:
+    return Server(name, modules, MappingProxyType(dict(options)), **facts)
+
+
+SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
+    {
+        server.name: server
+        for server in (
+            # In the order in which they are recognised: gunicorn loads uvicorn, and an app that another one runs may.
+            _server(
+                "granian",
+                ("granian",),
+                {"workers_lifetime": None, "workers_max_rss": None, "reload": False},
+                recyclers=("workers_lifetime", "workers_max_rss", "reload"),
+            ),
+            _server(
+                "hypercorn",
+                ("hypercorn",),
+                {
+                    "workers": 1,
+                    "websocket_ping_interval": None,
+                    "graceful_timeout": 3.0,
+                    "max_requests": None,
+                    "reload": False,
+                },
+                ping_interval="websocket_ping_interval",
+                graceful_timeout="graceful_timeout",
+                recyclers=("max_requests", "reload"),
+            ),
+            _server(
+                "daphne",
+                ("daphne",),
+                {"ping_interval": 20.0, "ping_timeout": 30.0, "websocket_timeout": 86400.0},
+                ping_interval="ping_interval",
+                ping_timeout="ping_timeout",
+                lifetime="websocket_timeout",
+                sends_denials=False,
+                sends_every_code=False,
+            ),
+            _server(
+                "uvicorn-worker",
+                ("uvicorn_worker", "uvicorn.workers"),
+                {**_UVICORN, "graceful_timeout": 30.0, "max_requests": 0},
+                ping_interval="ws_ping_interval",
+                ping_timeout="ws_ping_timeout",
+                graceful_timeout="graceful_timeout",
+                recyclers=("max_requests", "reload"),
+            ),
+            _server(
+                "gunicorn",
+                ("gunicorn.workers.gasgi",),
+                {"graceful_timeout": 30.0, "max_requests": 0, "reload": False},
+                graceful_timeout="graceful_timeout",
+                recyclers=("max_requests", "reload"),
+                sends_denials=False,
+            ),
+            _server(
+                "uvicorn",
+                ("uvicorn",),
+                _UVICORN,
+                ping_interval="ws_ping_interval",
+                ping_timeout="ws_ping_timeout",
+                graceful_timeout="timeout_graceful_shutdown",
+                recyclers=("limit_max_requests", "reload"),
+            ),
+        )
+    }
+)
+"""The servers that are known, by name."""
+
+WORDS: Final = frozenset({"ws", "reload"})
+"""Options whose values are no numbers."""
+
+
+def find_server(name: str) -> Server:
+    """The server of that name.
+
+    Raises:
+        ValueError: It is not known; the error says which are.
+    """
+    try:
+        return SERVERS[name]
+    except KeyError:
+        raise ValueError(f"no server {name!r}: the doctor knows {', '.join(sorted(SERVERS))}") from None
+
+
+def running_server() -> Server | None:
+    """The server that this process seems to run under; `None` if none is loaded."""
+    return next((server for server in SERVERS.values() if not sys.modules.keys().isdisjoint(server.modules)), None)
+
+
+def with_defaults(server: Server, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All options of a server that a check looks at. What no check looks at is left out.
+
+    Raises:
+        ValueError: A name looks like a misspelt option, or a value is no number where one is wanted.
+    """
+    options = dict(server.options)
+    for spelt, value in given.items():
+        name = spelt.lstrip("-").replace("-", "_")
+        if name not in options:
+            if similar := difflib.get_close_matches(name, options, n=1, cutoff=0.9):
+                raise ValueError(f"{server.name} has no option {name!r}; did you mean {similar[0]!r}?")
+            continue
+        if name not in WORDS and not (value is None or type(value) in (int, float)):
+            raise ValueError(f"{name} of {server.name} is a number or None, not {value!r}")
+        options[name] = getattr(value, "__name__", value)  # `ws` may be a class
+    return options

@@ -1,0 +1,124 @@
+"""`Surroundings`: everything that the checks look at, collected once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.servers import OURS, Server
+from fastapi_ws_stabilizer.doctor.way import Way
+from fastapi_ws_stabilizer.routing.unmatched import websocket_routes
+
+OWN_MODULES: Final = "fastapi_ws_stabilizer."
+
+BY_HAND: Final = frozenset({"connect", "serve"})
+"""Methods of a manager by which code takes a socket without a dependency of this library."""
+
+MAX_DEPENDENCIES: Final = 500
+"""How many dependencies of one route are looked through."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of where a manager runs.
+
+    Attributes:
+        config: The options of the manager.
+        server: The server; `None` if nobody has said and none is loaded.
+        options: The server's options; `None` if they are not known, as in a process that runs already.
+        version: The server's version, `()` if it is not installed here.
+        python: The version of Python.
+        way: What stands before the server.
+        pre_stop: Seconds that a hook takes which the platform runs before SIGTERM.
+        http2: Whether HTTP/2 is spoken all the way to the server.
+        caching: Whether the platform caches the route.
+        bypassing: Paths of WebSocket routes that this library does not serve.
+        refuses: Whether hooks refuse connections before the accept.
+    """
+
+    config: WebSocketConfig
+    server: Server | None = None
+    options: Mapping[str, Any] | None = None
+    version: tuple[int, ...] = ()
+    python: tuple[int, ...] = tuple(sys.version_info[:2])
+    way: Way = field(default_factory=Way)
+    pre_stop: float = 0.0
+    http2: bool = False
+    caching: bool = False
+    bypassing: tuple[str, ...] = ()
+    refuses: bool = False
+
+    def option(self, name: str | None) -> Any:
+        """An option of the server; `None` if it has no such option, or if its options are not known."""
+        return None if name is None or self.options is None else self.options.get(name)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether uvicorn is told to use `StableWebSocketProtocol`."""
+        return OURS in str(self.option("ws"))
+
+
+def version_of(server: Server) -> tuple[int, ...]:
+    """The installed version of a server as numbers, `()` if it is not installed."""
+    try:
+        text = importlib.metadata.version(server.name)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+# ── the routes of an app ──
+
+
+def bypassing_routes(app: Any) -> tuple[str, ...]:
+    """Paths of the WebSocket routes in which nothing of this library can be seen.
+
+    That is neither a dependency of it, nor a call of `connect` or `serve` in the endpoint or in a dependency. A class
+    is an endpoint that always reads, and is left out.
+    """
+    return tuple(
+        path
+        for path, route in websocket_routes(getattr(app, "routes", ()))
+        if not inspect.isclass(route.endpoint) and not any(_serves(call) for call in _calls(route))
+    )
+
+
+def _calls(route: Any) -> Iterator[Callable[..., Any]]:
+    """The endpoint of a route and all its dependencies."""
+    yield route.endpoint
+    waiting = [route.dependant] if hasattr(route, "dependant") else []
+    for _ in range(MAX_DEPENDENCIES):
+        if not waiting:
+            break
+        dependant = waiting.pop()
+        waiting.extend(dependant.dependencies)
+        if dependant.call is not None:
+            yield dependant.call
+
+
+def _serves(call: Callable[..., Any]) -> bool:
+    if str(getattr(call, "__module__", "")).startswith(OWN_MODULES):
+        return True
+    while isinstance(call, functools.partial):
+        call = call.func
+    function = inspect.unwrap(call)
+    code = getattr(function, "__code__", None) or getattr(
+        inspect.getattr_static(function, "__call__", None), "__code__", None
+    )
+    return code is not None and not BY_HAND.isdisjoint(_names(code))
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    """Attributes that a function's code uses, those of the functions in it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

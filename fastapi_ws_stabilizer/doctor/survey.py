@@ -1,0 +1,97 @@
+"""Collecting the surroundings: for a command or a call, with what is told; at a start, with what a process knows."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.checks import examine
+from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, with_defaults
+from fastapi_ws_stabilizer.doctor.surroundings import Surroundings, bypassing_routes, version_of
+from fastapi_ws_stabilizer.doctor.way import way_of
+from fastapi_ws_stabilizer.platforms.platform import Platform
+from fastapi_ws_stabilizer.reports import Reports
+
+
+def survey(
+    config: WebSocketConfig,
+    app: Any,
+    *,
+    refuses: bool,
+    server: str | None = None,
+    server_options: Mapping[str, Any] | None = None,
+    platform: str | Iterable[str] = (),
+    idle_timeout: float | None = None,
+    max_lifetime: float | None = None,
+    grace: float | None = None,
+    pre_stop: float = 0.0,
+    http2: bool = False,
+    caching: bool = False,
+) -> Surroundings:
+    """Collect what the checks look at. `WebSocketConnectionManager.check` says what the arguments mean.
+
+    Raises:
+        ValueError: A server, an option or a platform is not known, or a number is none.
+    """
+    one = running_server() if server is None else find_server(server)
+    options = None
+    if one is not None and (server is not None or server_options is not None):
+        options = with_defaults(one, server_options or {})
+    elif server_options is not None:
+        raise ValueError("name the server whose options these are")
+    way = way_of(
+        (platform,) if isinstance(platform, str) else platform,
+        idle_timeout=idle_timeout,
+        max_lifetime=max_lifetime,
+        grace=grace,
+    )
+    if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
+        way = way.past(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
+    return Surroundings(
+        config=config,
+        server=one,
+        options=options,
+        version=() if one is None else version_of(one),
+        way=way,
+        pre_stop=pre_stop,
+        http2=http2,
+        caching=caching,
+        bypassing=bypassing_routes(app),
+        refuses=refuses,
+    )
+
+
+def tell_at_start(reports: Reports, config: WebSocketConfig, *, refuses: bool, told: set[str]) -> None:
+    """Make the checks for which a starting process knows enough, and report what they find, each once.
+
+    It fails no start: an error of its own is reported and goes no further. All findings are warnings here, since the
+    process serves; what is wrong shows when it is told to stop, or when a client is refused.
+
+    Args:
+        reports: Where it is told.
+        config: The options of the manager that starts.
+        refuses: Whether hooks refuse connections before the accept.
+        told: The codes that have been told, to which it adds.
+    """
+    try:
+        server = running_server()
+        if server is None:
+            return
+        # Where hypercorn has been told to use no worker process, this is none.
+        options = {"workers": int(multiprocessing.parent_process() is not None)} if server.name == "hypercorn" else None
+        for finding in examine(Surroundings(config, server, options, refuses=refuses), at_start=True):
+            if finding.code not in told:
+                told.add(finding.code)
+                reports.tell(
+                    "doctor_finding",
+                    logging.WARNING,
+                    code=finding.code,
+                    severity=finding.severity,
+                    problem=finding.problem,
+                    advice=finding.advice,
+                )
+    except Exception as error:
+        reports.bug("doctor_failed", error)

@@ -1,0 +1,47 @@
+"""The findings as text: a table where `rich` is installed, plain lines where it is not."""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from collections.abc import Sequence
+from typing import Final, TextIO
+
+from fastapi_ws_stabilizer.doctor.findings import ERROR, Finding
+
+RICH: Final = "fastapi_ws_stabilizer.doctor.rich_table"
+
+WIDTH: Final = 100
+"""Columns of plain text."""
+
+
+def write_findings(findings: Sequence[Finding], out: TextIO) -> None:
+    """Write findings and a last line that counts them."""
+    if findings:
+        try:
+            module = importlib.import_module(RICH)  # rich is optional
+        except ImportError:
+            out.write(plain(findings))
+        else:
+            module.write_table(findings, out)
+    out.write(f"{summary(findings)}\n")
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many findings there are, in words."""
+    if not findings:
+        return "nothing found"
+    errors = sum(finding.severity == ERROR for finding in findings)
+    return f"errors: {errors}, warnings: {len(findings) - errors}"
+
+
+def plain(findings: Sequence[Finding]) -> str:
+    """Findings as plain text: one paragraph each."""
+    return "".join(_paragraph(finding) for finding in findings)
+
+
+def _paragraph(finding: Finding) -> str:
+    lines = [f"{finding.code} {finding.severity}: {finding.title}"]
+    for text in (finding.problem, f"-> {finding.advice}"):
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines) + "\n\n"

@@ -1,0 +1,5 @@
+"""What stands between a client and the server: facts about platforms, and what follows from them for the options."""
+
+from fastapi_ws_stabilizer.platforms.path import hop
+
+__all__ = ["hop"]

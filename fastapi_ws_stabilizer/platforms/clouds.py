@@ -1,0 +1,187 @@
+"""What Amazon, Microsoft and Google offer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi_ws_stabilizer.platforms.platform import Platform, quoted, read
+
+_AWS: Final = "https://docs.aws.amazon.com"
+_GOOGLE_ALB: Final = "https://docs.cloud.google.com/load-balancing/docs/https/request-distribution"
+_APP_ENGINE: Final = "https://cloud.google.com/appengine/docs/flexible/using-websockets-and-session-affinity"
+_FRONT_DOOR: Final = "https://docs.azure.cn/en-us/frontdoor/standard-premium/websocket"
+
+AMAZON: Final = (
+    Platform(
+        "aws-alb",
+        "AWS Application Load Balancer",
+        idle_timeout=60.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "`idle_timeout.timeout_seconds` is 60 s, and can be 1 to 4000 s.",
+                f"{_AWS}/elasticloadbalancing/latest/application/edit-load-balancer-attributes.html",
+            ),
+        ),
+    ),
+    Platform(
+        "aws-nlb",
+        "AWS Network Load Balancer",
+        idle_timeout=350.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "350 s; TCP listeners can have 60 to 6000 s, TLS listeners cannot be changed.",
+                f"{_AWS}/elasticloadbalancing/latest/network/update-idle-timeout.html",
+            ),
+        ),
+    ),
+    Platform(
+        "aws-cloudfront",
+        "Amazon CloudFront",
+        idle_timeout=600.0,
+        facts=(
+            quoted(
+                "idle_timeout",
+                "10 min without a byte from the server; it cannot be changed.",
+                f"{_AWS}/AmazonCloudFront/latest/DeveloperGuide/distribution-working-with.websockets.html",
+                "2026-11-25",
+            ),
+        ),
+    ),
+    Platform(
+        "aws-api-gateway",
+        "Amazon API Gateway, WebSocket APIs",
+        refusal="the gateway holds the socket itself and hands its messages to the app as single calls",
+        facts=(
+            read(
+                "refusal",
+                "The gateway holds the socket, with limits of its own: 10 min idle, 2 h in all, messages of 128 KB.",
+                f"{_AWS}/apigateway/latest/developerguide/apigateway-execution-service-websocket-limits-table.html",
+            ),
+        ),
+    ),
+)
+
+AZURE: Final = (
+    Platform(
+        "azure-app-service",
+        "Azure App Service",
+        facts=(
+            read(
+                "note",
+                "Sockets of an instance are counted in the cheap tiers: Free 5, Shared 35, Basic 350.",
+                "https://github.com/MicrosoftDocs/azure-docs/blob/main/includes/azure-websites-limits.md",
+            ),
+        ),
+    ),
+    Platform(
+        "azure-application-gateway",
+        "Azure Application Gateway",
+        idle_timeout=20.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "The backend's request timeout holds for WebSockets too. Whether it is counted from the last byte or "
+                "from the first is not clear: raise it.",
+                "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/application-gateway/application-gateway-websocket.md",
+            ),
+            quoted(
+                "idle_timeout",
+                "That timeout is 20 s, and can be 1 to 86400 s.",
+                "https://learn.microsoft.com/en-us/azure/application-gateway/configuration-http-settings",
+            ),
+        ),
+    ),
+    Platform(
+        "azure-front-door",
+        "Azure Front Door, Standard and Premium",
+        idle_timeout=300.0,
+        max_lifetime=4 * 3600.0,
+        facts=(
+            read("idle_timeout", "5 min without data from client or server.", _FRONT_DOOR),
+            read("max_lifetime", "4 h, whatever passes.", _FRONT_DOOR),
+        ),
+    ),
+    Platform(
+        "azure-load-balancer",
+        "Azure Load Balancer, also as an AKS Service",
+        idle_timeout=240.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "4 min, and can be 4 to 100 min.",
+                "https://learn.microsoft.com/en-us/azure/load-balancer/load-balancer-tcp-idle-timeout",
+            ),
+            read(
+                "note",
+                "Afterwards packets are dropped without a word, unless TCP Reset is on.",
+                "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/load-balancer/load-balancer-tcp-reset.md",
+            ),
+        ),
+    ),
+)
+
+GOOGLE: Final = (
+    Platform(
+        "google-alb",
+        "Google Cloud external Application Load Balancer, global",
+        idle_timeout=30.0,
+        max_lifetime=24 * 3600.0,
+        facts=(
+            quoted("idle_timeout", "The backend service's timeout, 30 s, can be raised.", _GOOGLE_ALB),
+            quoted("max_lifetime", "24 h, whatever passes.", _GOOGLE_ALB),
+        ),
+    ),
+    Platform(
+        "google-alb-classic",
+        "Google Cloud external Application Load Balancer, classic",
+        max_lifetime=30.0,
+        facts=(
+            read(
+                "max_lifetime",
+                "The backend service's timeout, 30 s, is no idle timeout: it ends busy sockets too. It can be raised "
+                "to 86400 s.",
+                "https://pkg.go.dev/k8s.io/ingress-gce/examples/websocket",
+            ),
+        ),
+    ),
+    Platform(
+        "google-alb-regional",
+        "Google Cloud Application Load Balancer, regional or internal",
+        idle_timeout=30.0,
+        facts=(
+            quoted(
+                "idle_timeout",
+                "The backend service's timeout, 30 s, can be raised; sockets in use are not cut.",
+                _GOOGLE_ALB,
+            ),
+        ),
+    ),
+    Platform(
+        "google-cloud-run",
+        "Google Cloud Run",
+        max_lifetime=300.0,
+        grace=10.0,
+        facts=(
+            read(
+                "max_lifetime",
+                "The request timeout ends WebSockets too: 5 min, and up to 60 min.",
+                "https://cloud.google.com/run/docs/triggering/websockets",
+            ),
+            quoted("grace", "SIGKILL 10 s after SIGTERM.", "https://cloud.google.com/run/docs/container-contract"),
+        ),
+    ),
+    Platform(
+        "google-app-engine-flex",
+        "Google App Engine, flexible environment",
+        max_lifetime=3600.0,
+        facts=(read("max_lifetime", "1 h, whatever passes.", _APP_ENGINE),),
+    ),
+    Platform(
+        "google-app-engine-standard",
+        "Google App Engine, standard environment",
+        refusal="WebSockets are for its flexible environment",
+        facts=(read("refusal", "The standard environment has no WebSockets.", _APP_ENGINE),),
+    ),
+)

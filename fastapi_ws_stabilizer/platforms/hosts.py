@@ -1,0 +1,100 @@
+"""Places that run a server for you, beside the three big clouds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi_ws_stabilizer.platforms.platform import Platform, quoted, read
+
+_RAILWAY: Final = "https://github.com/railwayapp/docs/blob/c2a634f/content/docs"
+
+HOSTS: Final = (
+    Platform(
+        "heroku",
+        "Heroku",
+        idle_timeout=55.0,
+        grace=30.0,
+        facts=(
+            quoted(
+                "idle_timeout",
+                "55 s, begun anew by each byte.",
+                "https://devcenter.heroku.com/articles/http-routing",
+            ),
+            quoted(
+                "grace",
+                "SIGKILL 30 s after SIGTERM.",
+                "https://devcenter.heroku.com/articles/limits",
+                "2026-11-25",
+            ),
+        ),
+    ),
+    Platform(
+        "fly",
+        "Fly.io",
+        grace=5.0,
+        facts=(
+            read(
+                "grace",
+                "`kill_timeout` is 5 s, and can be up to 300 s.",
+                "https://fly.io/docs/reference/configuration/",
+            ),
+        ),
+    ),
+    Platform(
+        "render",
+        "Render",
+        facts=(
+            quoted("note", "There is no fixed timeout; pings are advised.", "https://render.com/docs/websocket"),
+            read(
+                "note",
+                "SIGTERM comes 60 s after the new instance is live.",
+                "https://render.com/articles/how-render-handles-zero-downtime-deploys",
+            ),
+        ),
+    ),
+    Platform(
+        "railway",
+        "Railway",
+        grace=0.0,
+        facts=(
+            read(
+                "grace",
+                "SIGKILL right after SIGTERM, unless `RAILWAY_DEPLOYMENT_DRAINING_SECONDS` is raised.",
+                f"{_RAILWAY}/deployments/deployment-teardown.md",
+            ),
+            read(
+                "note",
+                "A WebSocket may stay open, even while it is idle.",
+                f"{_RAILWAY}/networking/public-networking/specs-and-limits.md",
+            ),
+            read(
+                "note",
+                "A serverless service sleeps after 10 min without outbound packets: heartbeats keep it awake.",
+                f"{_RAILWAY}/deployments/serverless.md",
+            ),
+        ),
+    ),
+    Platform(
+        "digitalocean",
+        "DigitalOcean App Platform",
+        facts=(
+            read(
+                "note",
+                "How long a WebSocket may be idle is not stated.",
+                "https://docs.digitalocean.com/products/app-platform/details/limits",
+            ),
+        ),
+    ),
+    Platform(
+        "kubernetes",
+        "Kubernetes pod",
+        grace=30.0,
+        facts=(
+            read(
+                "grace",
+                "`terminationGracePeriodSeconds` is 30 s, and `preStop` is a part of it.",
+                "https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/",
+            ),
+        ),
+    ),
+)

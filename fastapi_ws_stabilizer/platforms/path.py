@@ -1,0 +1,102 @@
+"""From the names of the hops between client and server to the options that fit all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Final
+
+from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatformError
+from fastapi_ws_stabilizer.platforms.known import PLATFORMS
+from fastapi_ws_stabilizer.platforms.platform import Platform
+
+_VALUES: Final = ("idle_timeout", "max_lifetime", "grace")
+
+PART_OF_IDLE: Final = 0.4
+"""The part of an idle timeout that may pass between two beats: then one may be lost, and the next is still in time."""
+
+PART_OF_GRACE: Final = 1 / 3
+"""The part of a grace that the closes of a drain may take. The rest is for hooks, for endpoints, and for the server."""
+
+PART_OF_LIFETIME: Final = 0.1
+"""The part of a lifetime by which a connection is closed before its platform would cut it, and ..."""
+
+MAX_EARLY: Final = 60.0
+"""... the most seconds of that. A platform counts from the first byte of the handshake, and the manager from the accept
+on; then the client is asked to leave, and what is queued for it goes out."""
+
+
+def hop(name: str, **values: float | None) -> Platform:
+    """A platform whose values somebody has changed: `hop("nginx", idle_timeout=300)`.
+
+    Args:
+        name: Its name.
+        values: Its `idle_timeout`, `max_lifetime` and `grace`, in seconds; `None` where there is no limit any more.
+
+    Raises:
+        UnknownPlatformError: There is no fact about it.
+        UnsuitablePlatformError: It cannot hold sockets.
+        ValueError: A value is none that a platform has, or is not above zero.
+    """
+    for value, seconds in values.items():
+        if value not in _VALUES:
+            raise ValueError(f"a platform has no {value}, only {', '.join(_VALUES)}")
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{value} is a number of seconds above zero, not {seconds!r}")
+    (platform,) = path_of(name)
+    return dataclasses.replace(platform, **values)  # type: ignore[arg-type]  # looked at above
+
+
+def path_of(*names: str | Platform) -> tuple[Platform, ...]:
+    """The hops of a path, in their order.
+
+    Args:
+        names: Names of platforms, in any case, with `-` or `_`, or what `hop` has made of one.
+
+    Raises:
+        UnknownPlatformError: There is no fact about one of them.
+        UnsuitablePlatformError: One of them cannot hold sockets.
+        ValueError: There is no name.
+    """
+    if not names:
+        raise ValueError(f"a path has at least one hop; known are {', '.join(sorted(PLATFORMS))}")
+    path: list[Platform] = []
+    for name in names:
+        if isinstance(name, Platform):
+            path.append(name)
+            continue
+        platform = PLATFORMS.get(name.lower().replace("_", "-"))
+        if platform is None:
+            similar = difflib.get_close_matches(name.lower().replace("_", "-"), PLATFORMS, n=1)
+            raise UnknownPlatformError(name, tuple(sorted(PLATFORMS)), similar[0] if similar else None)
+        if platform.refusal is not None:
+            raise UnsuitablePlatformError(platform.name, platform.refusal)
+        path.append(platform)
+    return tuple(path)
+
+
+def options_for(path: Iterable[Platform], heartbeat_interval: float, drain_window: float) -> dict[str, float]:
+    """The options that fit the smallest values of a path; those alone for which a hop has a value.
+
+    Args:
+        path: The hops; their order does not matter.
+        heartbeat_interval: The most seconds between two beats.
+        drain_window: The most seconds that the closes of a drain are spread over.
+    """
+    hops = tuple(path)
+    idle_timeout = _smallest(hop.idle_timeout for hop in hops)
+    max_lifetime = _smallest(hop.max_lifetime for hop in hops)
+    grace = _smallest(hop.grace for hop in hops)
+    options: dict[str, float] = {}
+    if idle_timeout is not None:
+        options["heartbeat_interval"] = min(heartbeat_interval, idle_timeout * PART_OF_IDLE)
+    if max_lifetime is not None:
+        options["max_lifetime"] = max_lifetime - min(MAX_EARLY, max_lifetime * PART_OF_LIFETIME)
+    if grace is not None:
+        options["drain_window"] = min(drain_window, round(grace * PART_OF_GRACE, 1))
+    return options
+
+
+def _smallest(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)

@@ -1,0 +1,132 @@
+"""Proxies that stand in front of a server, wherever it runs."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi_ws_stabilizer.platforms.platform import Platform, read
+
+PROXIES: Final = (
+    Platform(
+        "nginx",
+        "nginx",
+        idle_timeout=60.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "`proxy_read_timeout` is 60 s, counted from what the server last sent; ping frames count.",
+                "https://nginx.org/en/docs/http/websocket.html",
+            ),
+        ),
+    ),
+    Platform(
+        "ingress-nginx",
+        "Ingress NGINX Controller",
+        idle_timeout=60.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "`proxy-read-timeout` and `proxy-send-timeout` are 60 s; the project advises more than 3600 s.",
+                "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/miscellaneous.md",
+            ),
+            read(
+                "note",
+                "240 s after a reload of its configuration, its old workers drop what they still carry "
+                "(`worker-shutdown-timeout`).",
+                "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/nginx-configuration/configmap.md",
+            ),
+            read(
+                "note",
+                "Retired in March 2026: no more security fixes.",
+                "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/README.md",
+            ),
+        ),
+    ),
+    Platform(
+        "apache",
+        "Apache httpd, mod_proxy_http",
+        idle_timeout=60.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "60 s without a byte either way: `TimeOut`, unless `ProxyTimeout` or the worker's `timeout=` is set.",
+                "https://github.com/apache/httpd/blob/0cb6804/docs/manual/mod/core.xml",
+            ),
+        ),
+    ),
+    Platform(
+        "haproxy",
+        "HAProxy",
+        facts=(
+            read(
+                "note",
+                "No default of its own: without `timeout tunnel`, your `timeout client` and `timeout server` apply.",
+                "https://github.com/haproxy/haproxy/blob/50872da/doc/configuration.txt",
+            ),
+        ),
+    ),
+    Platform(
+        "traefik",
+        "Traefik",
+        facts=(
+            read(
+                "note",
+                "When it stops itself, it waits 10 s (`lifeCycle.graceTimeOut`) and then drops what it carries.",
+                "https://github.com/traefik/traefik/blob/fd5a576/docs/content/reference/install-configuration/entrypoints.md",
+            ),
+        ),
+    ),
+    Platform(
+        "caddy",
+        "Caddy",
+        facts=(
+            read(
+                "note",
+                "`stream_timeout`, a lifetime, is not set. A reload closes every WebSocket at once, with 1001; "
+                "`stream_close_delay` puts that off.",
+                "https://github.com/caddyserver/caddy/blob/0cf03d3/modules/caddyhttp/reverseproxy/streaming.go",
+            ),
+        ),
+    ),
+    Platform(
+        "envoy",
+        "Envoy",
+        idle_timeout=300.0,
+        facts=(
+            read(
+                "idle_timeout",
+                "`stream_idle_timeout` is 5 min without activity on either side.",
+                "https://github.com/envoyproxy/envoy/blob/main/docs/root/faq/configuration/timeouts.rst",
+            ),
+        ),
+    ),
+    Platform(
+        "istio",
+        "Istio sidecar",
+        grace=5.0,
+        facts=(
+            read(
+                "grace",
+                "5 s after SIGTERM the sidecar exits (`terminationDrainDuration`), with the sockets that it carries.",
+                "https://github.com/istio/istio/blob/86c9f01/pkg/config/mesh/mesh.go",
+            ),
+            read(
+                "note",
+                "It switches Envoy's idle timeout off; the EDGE connection profile of gateways has one of 5 min.",
+                "https://github.com/istio/istio/blob/86c9f01/pilot/pkg/networking/core/connection_settings.go",
+            ),
+        ),
+    ),
+    Platform(
+        "cloudflare",
+        "Cloudflare proxy",
+        facts=(
+            read(
+                "note",
+                "How long a WebSocket may be idle is not stated. Sockets end when Cloudflare restarts servers for new "
+                "code.",
+                "https://developers.cloudflare.com/network/websockets/",
+            ),
+        ),
+    ),
+)
