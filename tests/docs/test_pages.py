@@ -27,8 +27,11 @@ from fastapi_ws_stabilizer import (
     WebSocketConnectionManager,
     WebSocketStabilizerError,
 )
+from fastapi_ws_stabilizer.__main__ import main
 from fastapi_ws_stabilizer.close_codes import ENDING_RULES
 from fastapi_ws_stabilizer.config import NOT_YET_HONOURED
+from fastapi_ws_stabilizer.doctor.checks import CHECKS
+from fastapi_ws_stabilizer.doctor.servers import SERVERS
 from tests.docs.deadline import within
 from tests.docs.pages import PAGES, ROOT, Block, blocks, name_of, prose, table
 
@@ -186,6 +189,25 @@ def test_the_table_of_events_is_that_of_the_package() -> None:
     told = {row[0].strip("`") for row in table("docs/how-to/watch-what-goes-on.md", "| Event | Level | Means |")}
     assert reported <= told
     assert {event for event in told if f'"{event}"' not in source} == set()
+
+
+def test_the_table_of_checks_is_that_of_the_doctor() -> None:
+    """Every check stands in the table, in order, with its level and its rule."""
+    rows = table("docs/deploy/doctor.md", "| Check | Level | Finds |")
+    assert rows == [[check.code, check.severity, check.title] for check in CHECKS]
+    at_start = next(line for line in prose(ROOT / "docs/deploy/doctor.md").splitlines() if "by the server that" in line)
+    assert re.findall(r"D\d\d", at_start) == [check.code for check in CHECKS if check.at_start]
+
+
+def test_the_table_of_the_doctor_s_arguments_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every argument of the command stands in the table, and no other; so does every server."""
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    told = table("docs/deploy/doctor.md", "| Argument | Says |")
+    offered = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
+    assert {argument for row in told for argument in re.findall(r"--[a-z][a-z0-9-]+", row[0])} == offered
+    (servers,) = [row[1] for row in told if "--server" in row[0]]
+    assert set(re.findall(r"`([\w-]+)`", servers)) == set(SERVERS)
 
 
 def test_the_table_of_errors_is_that_of_the_package() -> None:

@@ -55,6 +55,7 @@ class LiveServer:
         python: The interpreter.
         cwd: Where it runs.
         auto: Whether uvicorn chooses its WebSocket implementation itself.
+        port: Where it listens; on a free one when left out.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class LiveServer:
         python: str = sys.executable,
         cwd: Path = ROOT,
         auto: bool = False,
+        port: int | None = None,
     ) -> None:
         self.kind = kind
         self._auto = auto
-        self.port = free_port()
+        self.port = port or free_port()
         self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=f"-{kind}.log", delete=False)  # noqa: SIM115 (closed in stop)
         command = [python, "-m", *self._command(app), *args]
         self.process = subprocess.Popen(
@@ -94,6 +96,9 @@ class LiveServer:
             return ["hypercorn", app, "--bind", f"127.0.0.1:{port}", "--error-logfile", "-", "--graceful-timeout", "2"]
         if self.kind == "granian":
             return ["granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", port, "--workers", "1", app]
+        if self.kind == "gunicorn":
+            worker = "uvicorn_worker.UvicornWorker"
+            return ["gunicorn", app, "-k", worker, "-b", f"127.0.0.1:{port}", "-w", "1"]
         if self._auto:
             return ["uvicorn", app, "--port", port]
         implementation = self.kind.removeprefix("uvicorn-")

@@ -28,6 +28,8 @@ ERRORS = [
     errors.TokenExpiredError(),
     errors.BroadcastFailedError(3),
     errors.ShutdownError(),
+    errors.UnknownPlatformError("ngnix", ("nginx", "railway"), "nginx"),
+    errors.UnsuitablePlatformError("aws-api-gateway", "it holds the socket itself"),
     errors.ManagerNotFoundError(),
     errors.WrongLoopError(),
 ]
@@ -72,6 +74,8 @@ def test_all_errors_are_tested_here() -> None:
         (errors.MessageEncodeError, ValueError),
         (errors.MessageFormatError, ValueError),
         (errors.ShutdownError, RuntimeError),
+        (errors.UnknownPlatformError, ValueError),
+        (errors.UnsuitablePlatformError, ValueError),
         (errors.ManagerNotFoundError, RuntimeError),
         (errors.WrongLoopError, RuntimeError),
     ],

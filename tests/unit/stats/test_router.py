@@ -10,10 +10,13 @@ import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 from starlette.testclient import TestClient
 
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.stats import stats_router
 from tests.unit.fake_websocket import FakeServer, eventually
+
+SECRET = "a-secret-that-nobody-guesses"
 
 
 def make(manager: WebSocketConnectionManager, **kwargs: Any) -> FastAPI:
@@ -119,6 +122,44 @@ async def test_health_says_whether_connections_are_taken(manager: WebSocketConne
         assert (stopped.status_code, stopped.json()) == (503, {"status": "shut_down", "connections": 0})
 
 
+async def test_readiness_ends_with_the_drain_and_liveness_does_not(manager: WebSocketConnectionManager) -> None:
+    """Who is draining takes no new connections, and is not to be killed for it."""
+    async for client in _http(make(manager)):
+        await manager.start()
+        assert (await client.get("/ws-stats/health/ready")).status_code == 200
+        await manager.drain(timeout=1)
+        assert (await client.get("/ws-stats/health/ready")).status_code == 503
+        assert (await client.get("/ws-stats/health/live")).status_code == 200
+        await manager.start()
+        assert (await client.get("/ws-stats/health/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("secret", "header", "status"),
+    [
+        (None, "Bearer ", 403),
+        (None, f"Bearer {SECRET}", 403),
+        (SECRET, "", 403),
+        (SECRET, SECRET, 403),
+        (SECRET, "Bearer wrong", 403),
+        (SECRET, f"Bearer {SECRET}", 200),
+    ],
+)
+async def test_only_who_has_the_secret_may_drain(secret: str | None, header: str, status: int) -> None:
+    """Without a `drain_secret` nobody may, and with one who presents it."""
+    manager = WebSocketConnectionManager(WebSocketConfig(drain_secret=secret))
+    async for client in _http(make(manager)):
+        await manager.start()
+        answer = await client.post("/ws-stats/drain", params={"timeout": 1}, headers={"authorization": header})
+        assert answer.status_code == status
+        assert manager.running == (status == 403)
+        if status == 200:
+            assert answer.json()["closed_count"] == 0
+        assert SECRET not in answer.text
+        assert SECRET not in repr(manager.config)
+    await manager.graceful_shutdown(timeout=1)
+
+
 async def test_a_manager_that_waits_for_its_first_socket_is_healthy(manager: WebSocketConnectionManager) -> None:
     """A manager that nobody started takes connections, so a readiness probe must not keep them away."""
     async for client in _http(make(manager)):
@@ -170,6 +211,9 @@ def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
         "/ws-stats/connections",
         "/ws-stats/connections/{connection_id}",
         "/ws-stats/health",
+        "/ws-stats/health/live",
+        "/ws-stats/health/ready",
+        "/ws-stats/drain",
     }
     schemas = document["components"]["schemas"]
     assert {"Overview", "ConnectionPage", "ConnectionStats", "Health"} <= set(schemas)

@@ -1,0 +1,47 @@
+"""Tests of the page of the platforms: its tables are those of the package."""
+
+from __future__ import annotations
+
+from fastapi_ws_stabilizer import WebSocketConfig
+from fastapi_ws_stabilizer.platforms.known import PLATFORMS
+from tests.docs.pages import table
+
+PAGE = "docs/deploy/platforms.md"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _sets(name: str) -> str:
+    if PLATFORMS[name].refusal is not None:
+        return "refused"
+    config = WebSocketConfig.for_platform(name)
+    options = [
+        option for option in ("heartbeat_interval", "max_lifetime", "drain_window") if option in config.model_fields_set
+    ]
+    return ", ".join(f"`{option}={getattr(config, option):g}`" for option in options) or "-"
+
+
+def test_the_table_of_platforms_is_that_of_the_package() -> None:
+    """Every platform stands in the table, in order, with its values and the options that follow from them."""
+    assert table(PAGE, "| Name | Platform | Idle timeout |") == [
+        [
+            f"`{platform.name}`",
+            platform.title,
+            _seconds(platform.idle_timeout),
+            _seconds(platform.max_lifetime),
+            _seconds(platform.grace),
+            _sets(platform.name),
+        ]
+        for platform in PLATFORMS.values()
+    ]
+
+
+def test_the_table_of_facts_is_that_of_the_package() -> None:
+    """Every fact stands in the table, in order, with its source, the day on which it was read, and how."""
+    assert table(PAGE, "| Name | Fact | Source |") == [
+        [f"`{platform.name}`", fact.says, f"<{fact.source}>", fact.checked + (", quoted" if fact.quoted else "")]
+        for platform in PLATFORMS.values()
+        for fact in platform.facts
+    ]

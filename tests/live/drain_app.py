@@ -1,0 +1,52 @@
+"""The app of the drain tests: says what ran before the lifespan ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from fastapi_ws_stabilizer import DisconnectReason, StableSocket, StableSocketDep, WebSocketConfig, stats_router
+from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
+
+manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+counts = {"hooks": 0, "clean-ups": 0}
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+    async with manager.lifespan(app) as state:
+        yield state
+    print("LIFESPAN over", json.dumps(counts), flush=True)
+
+
+app = FastAPI(lifespan=lifespan)
+app.include_router(stats_router, prefix="/ws-stats")
+
+
+@manager.on_disconnect
+async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+    counts["hooks"] += 1
+
+
+@manager.reports.subscribe
+def tell(report: Any) -> None:
+    if report.event in ("drain_started", "shutdown"):
+        print(report.event.upper(), json.dumps(dict(report.facts)), flush=True)
+
+
+@manager.on_message("say")
+async def say(ws: StableSocket, message: int) -> int:
+    return message
+
+
+@app.websocket("/ws/{client_id}")
+async def endpoint(ws: StableSocketDep) -> None:
+    try:
+        await ws.run()
+    finally:
+        counts["clean-ups"] += 1

@@ -1,0 +1,231 @@
+"""A deploy: everybody is told to come back, a few at a time, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import time
+import urllib.error
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus
+
+from fastapi_ws_stabilizer.client import Client
+from tests.live.raw import RawClient
+from tests.live.server import UVICORN, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+APP = "tests.live.drain_app:app"
+CLIENTS = 1000
+SECRET = "a-secret-that-nobody-guesses"
+WINDOW = 4.0
+CONFIG = {"drain_window": WINDOW, "disconnect_grace": 1.0}
+
+pytestmark = pytest.mark.timeout(90)
+
+
+async def crowd(server: LiveServer, count: int) -> list[ClientConnection]:
+    """Connect many clients."""
+    clients: list[ClientConnection] = []
+    for start in range(0, count, 100):
+        urls = [server.url(f"/ws/c{number}") for number in range(start, min(start + 100, count))]
+        clients += await asyncio.gather(*(connect(url, compression=None, ping_interval=None) for url in urls))
+    return clients
+
+
+async def closes(clients: list[ClientConnection], since: float) -> list[tuple[float, int | None, str]]:
+    """Wait for the end of all, and tell when and how each was closed."""
+
+    async def one(client: ClientConnection) -> tuple[float, int | None, str]:
+        await client.wait_closed()
+        return time.monotonic() - since, client.close_code, client.close_reason or ""
+
+    return await asyncio.gather(*(one(client) for client in clients))
+
+
+def fullest(times: list[float], width: float = 0.1) -> int:
+    """How many there are in the fullest stretch of that length."""
+    return max(Counter(int(at / width) for at in times).values())
+
+
+def facts(server: LiveServer, event: str) -> dict[str, Any]:
+    """What the server has told of an event."""
+    found: dict[str, Any] = json.loads(re.findall(rf"{event} (.*)", server.log)[-1])
+    return found
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind: str) -> None:
+    """Each gets the hint and its close frame, spread over the window; hooks and clean-ups end before the lifespan."""
+    server = serve(kind, app=APP, config=CONFIG)
+    clients = await crowd(server, CLIENTS)
+    since = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    found = await closes(clients, since)
+    await asyncio.to_thread(server.process.wait, 10)
+    took = time.monotonic() - since
+    assert {code for _, code, _ in found} == {1012}
+    assert all(re.fullmatch(r"server shutdown; retry=\d{4,5}", reason) for _, _, reason in found)
+    assert fullest([at for at, _, _ in found]) <= 2 * CLIENTS * 0.1 / WINDOW
+    assert facts(server, "SHUTDOWN")["closed_count"] == CLIENTS
+    assert facts(server, "LIFESPAN over") == {"hooks": CLIENTS, "clean-ups": CLIENTS}
+    assert WINDOW * 0.9 < took < WINDOW + 3
+    assert not server.errors()
+
+
+@pytest.mark.parametrize(
+    ("runner", "processes"), [("uvicorn --workers 2", 2), ("gunicorn", 1), ("uvicorn --loop uvloop", 1)]
+)
+async def test_the_same_however_uvicorn_is_run(serve: Serve, runner: str, processes: int) -> None:
+    """With two workers, under gunicorn, and on uvloop: the hint for all, spread over the window, and an end in time."""
+    if runner == "gunicorn":
+        server = serve("gunicorn", app=APP, config=CONFIG)
+    else:
+        server = serve(app=APP, config=CONFIG, args=tuple(runner.split()[1:]))
+    if processes > 1:
+        await until(lambda: server.log.count("Application startup complete") == processes, 20)
+    clients = await crowd(server, 400)
+    since = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    found = await closes(clients, since)
+    await asyncio.to_thread(server.process.wait, 15)
+    assert {(code, reason.split(";")[0]) for _, code, reason in found} == {(1012, "server shutdown")}
+    window = 400 / processes / 100  # of each process, which has its share of the clients
+    assert fullest([at for at, _, _ in found]) <= 2 * 400 * 0.1 / window
+    assert time.monotonic() - since < WINDOW + 4
+
+
+async def test_one_client_that_never_reads_holds_nobody_up(serve: Serve) -> None:
+    """It is cut, the others get their goodbye, and the process ends in time."""
+    server = serve(config={**CONFIG, "send_timeout": 30})
+    with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
+        stalled.handshake()
+        async with connect(server.url("/idle/ann")) as ann:
+            await until(lambda: server.probe()["connections"] == 2)
+            await asyncio.sleep(0.3)  # so that the flood has filled the buffers and is stuck
+            since = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(ann.wait_closed(), 5)
+            assert (ann.close_code, (ann.close_reason or "").split(";")[0]) == (1012, "server shutdown")
+            await asyncio.to_thread(server.process.wait, 10)
+            assert time.monotonic() - since < 4
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_a_handshake_during_the_drain_is_refused(serve: Serve, kind: str) -> None:
+    """It gets 503 and when to come back; a second SIGTERM ends the drain in under a second."""
+    server = serve(kind, app=APP, config={**CONFIG, "drain_window": 60})
+    clients = await crowd(server, 500)
+    server.process.send_signal(signal.SIGTERM)
+    await until(lambda: "DRAIN_STARTED" in server.log)
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(server.url("/ws/late"))
+    assert refused.value.response.status_code == 503
+    assert int(refused.value.response.headers["Retry-After"]) > 0
+    again = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(server.process.wait, 5)
+    assert time.monotonic() - again < 1
+    assert {client.close_code for client in clients if await closed(client)} == {1012}
+
+
+async def closed(client: ClientConnection) -> bool:
+    """Wait until a client is closed."""
+    await asyncio.wait_for(client.wait_closed(), 5)
+    return True
+
+
+async def test_with_handle_signals_off_the_server_acts_at_once(serve: Serve) -> None:
+    """uvicorn's own close reaches everybody, without a hint."""
+    server = serve(app=APP, config={**CONFIG, "handle_signals": False})
+    clients = await crowd(server, 100)
+    since = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    found = await closes(clients, since)
+    assert {(code, reason) for _, code, reason in found} == {(1012, "")}
+    assert max(at for at, _, _ in found) < 2
+
+
+async def drain_command(*arguments: str, secret: str | None = SECRET) -> tuple[int, str, str]:
+    """Run `python -m fastapi_ws_stabilizer drain`."""
+    env = {name: value for name, value in os.environ.items() if name != "WS_DRAIN_SECRET"}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fastapi_ws_stabilizer", "drain", *arguments),
+        env={**env, **({} if secret is None else {"WS_DRAIN_SECRET": secret})},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_a_command_drains_before_the_signal(serve: Serve) -> None:
+    """The command closes everybody and waits; readiness is off from then on, and SIGTERM finds nothing left to do."""
+    server = serve(app=APP, config={**CONFIG, "drain_secret": SECRET})
+    clients = await crowd(server, 100)
+    code, out, err = await drain_command(f"http://127.0.0.1:{server.port}/ws-stats", "--timeout", "10")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["closed_count"] == 100
+    assert [client.close_code for client in clients if await closed(client)] == [1012] * 100
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        server.get("/ws-stats/health/ready")
+    assert await asyncio.to_thread(server.terminate, 3) < 2
+    assert not server.errors()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "secret", "code", "message"),
+    [
+        (["{url}"], None, 2, "no secret: set WS_DRAIN_SECRET"),
+        (["{url}"], "wrong" * 5, 1, "refused: HTTP 403"),
+        (["http://127.0.0.1:9"], SECRET, 1, "no answer"),
+        (["ftp://127.0.0.1"], SECRET, 2, "not an http"),
+    ],
+)
+async def test_a_drain_that_is_refused_says_why(
+    serve: Serve, arguments: list[str], secret: str | None, code: int, message: str
+) -> None:
+    """The command fails with one line and no traceback."""
+    server = serve(app=APP, config={**CONFIG, "drain_secret": SECRET})
+    url = f"http://127.0.0.1:{server.port}/ws-stats"
+    found, _, err = await drain_command(*(argument.format(url=url) for argument in arguments), secret=secret)
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+
+
+async def test_our_clients_come_through_a_restart(serve: Serve) -> None:
+    """500 clients leave when they are asked to and are all back on the new server, and not all at once."""
+    first = serve(app=APP, config=CONFIG)
+    dials: list[float] = []
+    clients = [Client(first.url(f"/ws/c{number}"), max_delay=4.0) for number in range(500)]
+    for client in clients:
+        client.start()
+    await asyncio.gather(*(asyncio.wait_for(client.wait_open(), 20) for client in clients))
+    for client in clients:
+        client.on_state(lambda state: dials.append(time.monotonic()) if state == "connecting" else None)
+    first.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(first.process.wait, 15)
+    second = LiveServer(app=APP, config=CONFIG, port=first.port)
+    with second:
+        await asyncio.gather(*(asyncio.wait_for(until_open(client), 25) for client in clients))
+        answers = await asyncio.gather(*(client.request("say", number) for number, client in enumerate(clients)))
+        assert answers == list(range(500))
+        since = min(dials)
+        assert fullest([at - since for at in dials]) <= 0.1 * len(dials)
+        await asyncio.gather(*(client.close() for client in clients))
+
+
+async def until_open(client: Client) -> None:
+    """Wait until a client is connected, to whatever server."""
+    while client.state != "open":
+        await asyncio.sleep(0.05)

@@ -1,0 +1,52 @@
+"""What SIGTERM does on servers that do not wait for a drain. docs/deploy/going-away.md quotes this table."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.live.server import LiveServer
+from tests.live.test_drain import APP, CONFIG, closes, crowd
+
+Serve = Callable[..., LiveServer]
+
+CROWD = 100
+
+pytestmark = pytest.mark.timeout(90)
+
+
+async def stop(server: LiveServer) -> list[tuple[float, int | None, str]]:
+    """Send SIGTERM with a crowd connected, and tell when and how each client was closed."""
+    clients = await crowd(server, CROWD)
+    since = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    found = await asyncio.wait_for(closes(clients, since), 30)
+    await asyncio.to_thread(server.process.wait, 15)
+    return found
+
+
+async def test_hypercorn_without_worker_processes_is_drained(serve: Serve) -> None:
+    """With `--workers 0` the server runs in the process that gets the signal: all are told, spread over a while."""
+    found = await stop(serve("hypercorn", app=APP, config=CONFIG, args=("--workers", "0")))
+    assert {(code, reason.split(";")[0]) for _, code, reason in found} == {(1012, "server shutdown")}
+    assert max(at for at, _, _ in found) > 0.5
+
+
+async def test_hypercorn_with_worker_processes_closes_all_at_once(serve: Serve) -> None:
+    """Its workers get no signal of their own: nobody hears `retry=`, and all are closed in one instant."""
+    found = await stop(serve("hypercorn", app=APP, config=CONFIG))
+    times = [at for at, _, _ in found]
+    assert max(times) - min(times) < 1.0
+    assert not any("retry=" in reason for _, _, reason in found)
+
+
+async def test_granian_closes_all_at_once(serve: Serve) -> None:
+    """Its worker does not wait: all are closed in one instant, whether or not the word reaches them."""
+    found = await stop(serve("granian", app=APP, config=CONFIG))
+    times = [at for at, _, _ in found]
+    assert max(times) - min(times) < 1.0
+    assert {code for _, code, _ in found} <= {1000, 1001, 1006, 1012}

@@ -1,0 +1,239 @@
+"""Tests of the doctor's checks: each has surroundings that it finds fault with, and some that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.checks import CHECKS, examine
+from fastapi_ws_stabilizer.doctor.findings import Finding
+from fastapi_ws_stabilizer.doctor.servers import SERVERS, with_defaults
+from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
+from fastapi_ws_stabilizer.doctor.survey import survey
+from fastapi_ws_stabilizer.doctor.way import way_of
+from fastapi_ws_stabilizer.platforms.known import PLATFORMS
+
+OURS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
+SECRET = "drained-by-nobody-else"
+
+
+@dataclass
+class Place:
+    """Where a manager may run: its options, its server and that one's options, and what else there is."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    server: str | None = "uvicorn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    platform: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+    def found(self) -> dict[str, Finding]:
+        """What all checks find here, by their codes."""
+        server = None if self.server is None else SERVERS[self.server]
+        surroundings = Surroundings(
+            config=WebSocketConfig(**self.config),
+            server=server,
+            options=None if server is None else with_defaults(server, self.options),
+            way=way_of(self.platform, **self.limits),
+            **self.rest,
+        )
+        return {finding.code: finding for finding in examine(surroundings)}
+
+
+off = {"heartbeat_type": "off"}
+deaf = {"handle_signals": False}
+new, old = {"version": (0, 54, 0), "bypassing": ("/raw",)}, {"version": (0, 49, 1), "bypassing": ("/raw",)}
+
+CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
+    # code, where it is found, where it is not, what the finding names
+    ("D01", Place({"heartbeat_interval": 60}, platform=("nginx",)), Place(platform=("nginx",)), ("60 s", "nginx")),
+    (
+        "D01",
+        Place({"heartbeat_interval": 29}, platform=("cloudflare", "google-alb-regional"), limits={"idle_timeout": 20}),
+        Place({"heartbeat_interval": 29}, platform=("google-alb-regional",)),
+        ("29 s", "20 s, as told", "heartbeat_interval=8"),
+    ),
+    (
+        "D01",
+        Place(off, "granian", platform=("nginx",)),
+        Place(off, "uvicorn", platform=("nginx",)),
+        ("heartbeat_type is off",),
+    ),
+    (
+        "D01",
+        Place(off, options={"ws_ping_interval": 90}, platform=("heroku",)),
+        Place(off, options={"ws_ping_interval": 25}, platform=("heroku",)),
+        ("uvicorn pings every 90 s", "55 s of heroku"),
+    ),
+    (
+        "D01",
+        Place({"heartbeat_interval": 5}, None, limits={"idle_timeout": 5}),
+        Place({"heartbeat_interval": 2}, None, limits={"idle_timeout": 5}),
+        ("too hot",),
+    ),
+    (
+        "D02",
+        Place({"heartbeat_interval": 46}, platform=("nginx",)),
+        Place({"heartbeat_interval": 45}, platform=("nginx",)),
+        ("46 s", "75%", "60 s of nginx", "heartbeat_interval=24"),
+    ),
+    (
+        "D02",
+        Place({"heartbeat_interval": 59}, platform=("nginx",)),
+        Place({"heartbeat_interval": 60}, platform=("nginx",)),  # that is D01
+        (),
+    ),
+    (
+        "D03",
+        Place(platform=("google-cloud-run",)),
+        Place({"max_lifetime": 270}, platform=("google-cloud-run",)),
+        ("300 s of google-cloud-run", "not set", "max_lifetime=270"),
+    ),
+    (
+        "D03",
+        Place({"max_lifetime": 300}, platform=("google-cloud-run",)),
+        Place({"max_lifetime": 300}, platform=("google-cloud-run",), limits={"max_lifetime": 3600}),
+        ("max_lifetime is 300 s",),
+    ),
+    (
+        "D04",
+        Place(platform=("google-alb-classic",)),
+        Place(platform=("google-alb-classic",), limits={"max_lifetime": 3600}),
+        ("30 s of google-alb-classic",),
+    ),
+    (
+        "D04",
+        Place(platform=("azure-application-gateway",)),
+        Place(platform=("azure-application-gateway",), limits={"idle_timeout": 3600}),
+        ("20 s of azure-application-gateway",),
+    ),
+    ("D05", Place(off, options={"ws_ping_interval": None}), Place(off), ("ws_ping_interval",)),
+    ("D05", Place(off, "granian"), Place({}, "granian"), ("granian sends no pings",)),
+    ("D05", Place(off, "hypercorn"), Place(off, "hypercorn", {"websocket_ping_interval": 20}), ("hypercorn",)),
+    ("D06", Place(rest=new), Place(rest=old), ("/raw", "40 s")),
+    ("D06", Place(rest=new), Place(rest={**new, "bypassing": ()}), ()),
+    ("D06", Place(options={"ws": OURS}, rest=new), Place(options={"ws": "websockets"}, rest=new), ()),
+    ("D06", Place(server="uvicorn-worker", rest=new), Place(server="granian", rest=new), ()),
+    ("D06", Place(rest=new), Place(options={"ws_ping_interval": None}, rest=new), ()),
+    ("D07", Place(), Place(options={"timeout_graceful_shutdown": 30}), ("--timeout-graceful-shutdown",)),
+    ("D07", Place(server="uvicorn-worker"), Place(server="gunicorn"), ("CONFIG_KWARGS",)),
+    (
+        "D08",
+        Place(options={"timeout_graceful_shutdown": 30}, platform=("kubernetes",)),
+        Place(options={"timeout_graceful_shutdown": 15}, platform=("kubernetes",)),
+        ("45 s", "30 s of kubernetes"),
+    ),
+    (
+        "D08",
+        Place(platform=("kubernetes",), rest={"pre_stop": 20}),
+        Place(platform=("kubernetes",), rest={"pre_stop": 20}, limits={"grace": 35}),
+        ("35 s", "preStop 20"),
+    ),
+    ("D08", Place(platform=("railway",)), Place(platform=("railway",), limits={"grace": 15}), ("0 s of railway",)),
+    ("D08", Place(platform=("fly",)), Place(platform=("fly",), limits={"grace": 15}), ("5 s of fly",)),
+    ("D08", Place(platform=("istio",)), Place(deaf, platform=("istio",)), ("5 s of istio",)),
+    (
+        "D09",
+        Place(deaf, "hypercorn", rest={"python": (3, 12)}),
+        Place(deaf, "hypercorn", rest={"python": (3, 11)}),
+        ("Python 3.12", "does not stop"),
+    ),
+    (
+        "D09",
+        Place(server="hypercorn", rest={"python": (3, 11)}),
+        Place(server="hypercorn", options={"workers": 0}, rest={"python": (3, 12)}),
+        ("no SIGTERM",),
+    ),
+    ("D09", Place(server="hypercorn"), Place(server="hypercorn", rest={"pre_stop": 30}), ("preStop",)),
+    ("D10", Place(server="granian"), Place(deaf, "granian"), ("granian",)),
+    ("D10", Place(server="daphne"), Place(server="daphne", rest={"pre_stop": 30}), ("daphne",)),
+    ("D10", Place(server="granian"), Place({"drain_secret": SECRET}, "granian"), ("drain_secret",)),
+    ("D11", Place(options={"limit_concurrency": 100}), Place(), ("limit_concurrency=100", "503")),
+    ("D12", Place(options={"limit_max_requests": 1000}), Place(), ("limit_max_requests=1000",)),
+    ("D12", Place(options={"reload": True}), Place(options={"reload": False}), ("reload",)),
+    ("D12", Place(server="uvicorn-worker", options={"max_requests": 9}), Place(server="uvicorn-worker"), ()),
+    ("D12", Place(server="gunicorn", options={"max_requests": 9}), Place(server="gunicorn"), ("max_requests=9",)),
+    ("D12", Place(server="hypercorn", options={"max_requests": 9}), Place(server="hypercorn"), ()),
+    ("D12", Place(server="granian", options={"workers_lifetime": 3600}), Place(server="granian"), ()),
+    ("D12", Place(server="granian", options={"workers_max_rss": 512}), Place(server="daphne"), ()),
+    ("D13", Place(server="daphne", rest={"refuses": True}), Place(rest={"refuses": True}), ("403",)),
+    ("D13", Place(server="gunicorn", rest={"refuses": True}), Place(server="gunicorn"), ("on_handshake",)),
+    ("D14", Place(server="daphne"), Place(), ("1012",)),
+    ("D15", Place(platform=("aws-api-gateway",)), Place(platform=("aws-alb",)), ("aws-api-gateway",)),
+    ("D15", Place(platform=("google-app-engine-standard",)), Place(platform=("google-app-engine-flex",)), ()),
+    ("D16", Place(platform=("google-cloud-run",), rest={"http2": True}), Place(platform=("google-cloud-run",)), ()),
+    (
+        "D16",
+        Place(platform=("azure-front-door",), rest={"caching": True}),
+        Place(platform=("azure-front-door",), rest={"http2": True}),
+        ("caching",),
+    ),
+]
+
+IDS = [f"{code}-{sum(case[0] == code for case in CASES[:number])}" for number, (code, *_) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("code", "bad", "good", "named"), CASES, ids=IDS)
+def test_a_check_finds_what_is_wrong_and_nothing_else(
+    code: str, bad: Place, good: Place, named: tuple[str, ...]
+) -> None:
+    """Each check finds one place at fault, names the numbers, says what to do, and is content with the other."""
+    finding = bad.found()[code]
+    assert [word for word in named if word not in f"{finding.problem} {finding.advice}"] == []
+    assert finding.advice
+    assert code not in good.found()
+
+
+def test_every_check_is_tested() -> None:
+    """No check is without a case, and the codes are D01 to D16."""
+    assert [check.code for check in CHECKS] == [f"D{number:02}" for number in range(1, 17)]
+    assert {case[0] for case in CASES} == {check.code for check in CHECKS}
+
+
+def test_a_finding_has_what_its_check_says() -> None:
+    """Severity and title of a finding are its check's."""
+    found = Place().found()
+    (check,) = [check for check in CHECKS if check.code == "D07"]
+    assert list(found) == ["D07"]
+    assert (found["D07"].severity, found["D07"].title) == (check.severity, check.title)
+
+
+def test_the_findings_come_in_order() -> None:
+    """Whatever is found is told by code."""
+    codes = list(Place({"heartbeat_interval": 400}, "daphne", platform=("google-cloud-run", "nginx")).found())
+    assert codes == sorted(codes)
+    assert len(codes) > 3
+
+
+@pytest.mark.parametrize("name", sorted(name for name, platform in PLATFORMS.items() if platform.refusal is None))
+def test_what_a_platform_advises_the_doctor_accepts(name: str) -> None:
+    """The options of `for_platform` are quick enough and short enough for the checks of the same platform."""
+    place = Place(server=None, platform=(name,))
+    surroundings = Surroundings(WebSocketConfig.for_platform(name), way=way_of(place.platform))
+    assert not {finding.code for finding in examine(surroundings)} & {"D01", "D02", "D03"}
+
+
+def test_a_server_that_is_not_known_is_found_at_fault_for_nothing() -> None:
+    """Without a server and a platform there is nothing to find, whatever the options are."""
+    assert Place(off, None).found() == {}
+
+
+def test_the_pings_of_our_protocol_are_the_heartbeat() -> None:
+    """StableWebSocketProtocol sends no pings beside the heartbeat; with the heartbeat off uvicorn's are sent."""
+    found = Place({**off}, options={"ws": OURS, "ws_ping_interval": 90}, platform=("nginx",)).found()
+    assert "uvicorn pings every 90 s" in found["D01"].problem
+    assert "D05" in Place(off, options={"ws": OURS, "ws_ping_interval": None}).found()
+
+
+def test_the_lifetime_of_a_server_counts_as_a_platform_s() -> None:
+    """daphne cuts each WebSocket after a day, unless it is told otherwise."""
+    found = examine(survey(WebSocketConfig(), None, refuses=False, server="daphne"))
+    assert "86400 s of daphne" in next(finding.problem for finding in found if finding.code == "D03")
+    told = {"websocket_timeout": None}
+    found = examine(survey(WebSocketConfig(), None, refuses=False, server="daphne", server_options=told))
+    assert "D03" not in {finding.code for finding in found}

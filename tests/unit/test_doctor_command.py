@@ -1,0 +1,173 @@
+"""Tests of `python -m fastapi_ws_stabilizer doctor`, and of what it prints."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.__main__ import main
+from fastapi_ws_stabilizer.doctor.findings import Finding
+from fastapi_ws_stabilizer.doctor.table import RICH, WIDTH, summary, write_findings
+
+ROOT = Path(__file__).parents[2]
+APP = "examples.quickstart:app"
+BOUND = ("--option", "timeout_graceful_shutdown=15")
+
+FINDINGS = [
+    Finding("D01", "error", "A [rule]", "60 s [bold]" + " and so on" * 20, "do [this]"),
+    Finding("D12", "warning", "Another", "what", "do that"),
+]
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command; returns its exit code and what it wrote."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["doctor", *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `rich` be not installed."""
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "rich":
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, RICH, raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def test_a_deployment_that_is_well_passes(doctor: Any) -> None:
+    """The exit code is 0 if nothing is found."""
+    assert doctor(APP, "--server", "uvicorn", "--platform", "nginx", *BOUND) == (0, "nothing found\n", "")
+
+
+def test_errors_fail_it(doctor: Any) -> None:
+    """The exit code is 1 if there is an error, and all findings are printed."""
+    code, out, err = doctor(APP, "--platform", "google-cloud-run", "nginx", "--http2", "--option", "reload=true")
+    assert (code, err) == (1, "")
+    for word in ("D03", "D07", "D08", "D12", "D16", "errors: 4, warnings: 1"):
+        assert word in out
+
+
+def test_warnings_alone_do_not(doctor: Any) -> None:
+    """The exit code is 0 if there are warnings only."""
+    code, out, _ = doctor(APP, *BOUND, "--option", "limit-max-requests=1000")
+    assert (code, out.splitlines()[-1]) == (0, "errors: 0, warnings: 1")
+
+
+def test_findings_can_be_left_out(doctor: Any) -> None:
+    """A finding that is known and accepted does not fail it."""
+    assert doctor(APP, "--ignore", "d07") == (0, "nothing found\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--platform", "nginx", "--idle-timeout", "20"), "D01"),
+        (("--platform", "google-alb-classic", "--max-lifetime", "3600"), "D03"),
+        (("--platform", "kubernetes", "--grace", "20"), "D08"),
+        (("--platform", "kubernetes", "--pre-stop", "20"), "D08"),
+        (("--platform", "azure-front-door", "--caching", "--ignore", "D03"), "D16"),
+        (("--option", "ws_ping_interval=None", "--option", "limit_concurrency=5"), "D11"),
+    ],
+)
+def test_each_argument_is_heard(doctor: Any, arguments: tuple[str, ...], code: str) -> None:
+    """What is told on the command line reaches the checks."""
+    _, out, _ = doctor(APP, *BOUND, *arguments)
+    assert code in out
+    assert "errors: 1, warnings: 0" in out or "errors: 0, warnings: 1" in out
+
+
+def test_the_options_of_the_manager_can_be_the_server_s(doctor: Any) -> None:
+    """`--uvicorn-options` stands for `uvicorn.run(app, **manager.uvicorn_options())`."""
+    assert doctor(APP, "--uvicorn-options")[0] == 0
+
+
+def test_a_manager_that_the_app_does_not_show_is_found_in_its_module(
+    doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An app that uses `Depends(manager.socket)` alone has its manager beside it; two are one too many."""
+    monkeypatch.syspath_prepend(tmp_path)
+    begin = "from fastapi import FastAPI\nfrom fastapi_ws_stabilizer import WebSocketConnectionManager as M\n"
+    (tmp_path / "one_manager.py").write_text(f"{begin}app = FastAPI()\nmanager = M()\n")
+    (tmp_path / "two_managers.py").write_text(f"{begin}app = FastAPI()\na, b = M(), M()\n")
+    (tmp_path / "installed.py").write_text(f"{begin}app = FastAPI()\na, b = M(), M()\na.install(app)\n")
+    assert doctor("one_manager", *BOUND)[0] == 0
+    assert doctor("installed:app", *BOUND)[0] == 0
+    code, _, err = doctor("two_managers:app")
+    assert (code, "shows no manager" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no_such_module:app",), "cannot import 'no_such_module'"),
+        (("examples.quickstart:nothing",), "is no app"),
+        (("examples.quickstart:manager",), "is no app"),
+        ((APP, "--platform", "ngimx"), "did you mean 'nginx'"),
+        ((APP, "--option", "reload"), "--option is NAME=VALUE"),
+        ((APP, "--option", "ws_ping_interval=soon"), "is a number or None, not 'soon'"),
+        ((APP, "--option", "limit_concurency=5"), "did you mean 'limit_concurrency'"),
+        ((APP, "--grace", "-5"), "grace is a number of seconds"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said(doctor: Any, arguments: tuple[str, ...], message: str) -> None:
+    """The exit code is 2, with one line that says why."""
+    code, out, err = doctor(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_it_is_a_command() -> None:
+    """`python -m` finds an app of the working directory."""
+    command = [sys.executable, "-m", "fastapi_ws_stabilizer", "doctor", APP, *BOUND, "--platform", "railway"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "D08" in done.stdout
+
+
+# ── what it prints ──
+
+
+def test_a_table_is_printed_with_rich() -> None:
+    """With `rich` it is a table in which every word stands, brackets too."""
+    out = io.StringIO()
+    write_findings(FINDINGS, out)
+    text = out.getvalue()
+    for word in ("D01", "error", "A [rule]", "60 s [bold]", "do [this]", "D12", "warning", "errors: 1, warnings: 1"):
+        assert word in text
+    assert "│" in text
+
+
+@pytest.mark.usefixtures("without_rich")
+def test_plain_text_is_printed_without_rich() -> None:
+    """Without `rich` it is the same words as plain lines, none too long."""
+    out = io.StringIO()
+    write_findings(FINDINGS, out)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "D01 error: A [rule]"
+    assert "    -> do [this]" in lines
+    assert lines[-1] == "errors: 1, warnings: 1"
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_nothing_is_counted_as_nothing() -> None:
+    """Without findings there is one line."""
+    assert summary([]) == "nothing found"

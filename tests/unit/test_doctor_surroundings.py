@@ -1,0 +1,307 @@
+"""Tests of what the doctor looks at: routes, servers, the way to them, and what a manager tells when it starts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from starlette.endpoints import WebSocketEndpoint
+from starlette.routing import Mount, WebSocketRoute
+
+from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor import survey as survey_module
+from fastapi_ws_stabilizer.doctor.servers import SERVERS, find_server, running_server, with_defaults
+from fastapi_ws_stabilizer.doctor.surroundings import bypassing_routes, version_of
+from fastapi_ws_stabilizer.doctor.survey import survey
+from fastapi_ws_stabilizer.doctor.way import way_of
+
+MODULES = {module for server in SERVERS.values() for module in server.modules}
+
+
+@pytest.fixture
+def under(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the process look as if it ran under a server, or under none."""
+
+    def pretend(*modules: str) -> None:
+        for module in MODULES:
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        for module in modules:
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+
+    return pretend
+
+
+# ── routes ──
+
+manager = WebSocketConnectionManager()
+
+
+async def raw(websocket: WebSocket) -> None:
+    """Reads and writes by itself."""
+    await websocket.accept()
+    await websocket.send_text("hi")
+
+
+async def stable(ws: StableSocketDep) -> None:
+    """Takes a socket of the library."""
+
+
+async def by_hand(websocket: WebSocket) -> None:
+    """Registers what it has accepted."""
+    await websocket.accept()
+    await manager.connect("ann", websocket)
+
+
+async def served(websocket: WebSocket) -> None:
+    """Serves in a function of its own."""
+
+    async def inner() -> None:
+        async with manager.serve(websocket):
+            pass
+
+    await inner()
+
+
+class Taken:
+    """A dependency that is an object."""
+
+    async def __call__(self, websocket: WebSocket) -> Any:
+        return await manager.connect("ann", websocket)
+
+
+def user() -> str:
+    """Who it is."""
+    return "ann"
+
+
+async def named(ws: Any = Depends(manager.socket)) -> None:
+    """Names its manager."""
+
+
+async def identified(ws: Any = Depends(manager.socket_for(user))) -> None:
+    """Has its client id from a dependency."""
+
+
+async def through_object(ws: Any = Depends(Taken())) -> None:
+    """Has its socket from an object."""
+
+
+async def looked_up(websocket: WebSocket, who: str = Depends(user)) -> None:
+    """Has dependencies, none of them a socket's."""
+    await websocket.accept()
+
+
+class Reader(WebSocketEndpoint):
+    """A class of Starlette, which always reads."""
+
+
+@pytest.mark.parametrize("endpoint", [stable, by_hand, served, named, identified, through_object])
+def test_a_route_that_the_library_serves_is_seen(endpoint: Any) -> None:
+    """Dependencies of the library, and code that calls a manager, are recognised."""
+    app = FastAPI()
+    app.add_api_websocket_route("/ws", endpoint)
+    assert bypassing_routes(app) == ()
+
+
+def test_routes_that_nothing_serves_are_found_wherever_they_are() -> None:
+    """Plain endpoints are found in routers and mounted apps, those of Starlette too; a class always reads."""
+    app, router = FastAPI(), APIRouter()
+    app.add_api_websocket_route("/raw", raw)
+    app.add_api_websocket_route("/fine", stable)
+    router.add_api_websocket_route("/looked-up", looked_up)
+    app.include_router(router, prefix="/router")
+    app.router.routes.append(WebSocketRoute("/partial", functools.partial(raw)))
+    app.router.routes.append(WebSocketRoute("/class", Reader))
+    app.router.routes.append(Mount("/sub", routes=[WebSocketRoute("/plain", raw)]))
+    assert sorted(bypassing_routes(app)) == ["/partial", "/raw", "/router/looked-up", "/sub/plain"]
+
+
+def test_no_app_has_no_routes() -> None:
+    """What is no app is not looked into."""
+    assert bypassing_routes(None) == ()
+
+
+# ── servers ──
+
+
+@pytest.mark.parametrize(
+    ("modules", "name"),
+    [
+        ((), None),
+        (("uvicorn",), "uvicorn"),
+        (("uvicorn", "hypercorn"), "hypercorn"),
+        (("uvicorn", "granian"), "granian"),
+        (("daphne",), "daphne"),
+        (("uvicorn", "uvicorn_worker"), "uvicorn-worker"),
+        (("uvicorn", "uvicorn.workers"), "uvicorn-worker"),
+        (("gunicorn.workers.gasgi",), "gunicorn"),
+    ],
+)
+def test_the_running_server_is_the_one_that_is_loaded(under: Any, modules: tuple[str, ...], name: str | None) -> None:
+    """An app may import uvicorn for other reasons, so the others are looked for first."""
+    under(*modules)
+    server = running_server()
+    assert (server and server.name) == name
+
+
+def test_options_are_those_of_the_server() -> None:
+    """Names may be those of the command line; what no check looks at is left out; classes have their names."""
+    uvicorn = find_server("uvicorn")
+    options = with_defaults(
+        uvicorn, {"--timeout-graceful-shutdown": 5, "ws": WebSocket, "limit_max_requests_jitter": 1}
+    )
+    assert options == {**uvicorn.options, "timeout_graceful_shutdown": 5, "ws": "WebSocket"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"timeout_gracefull_shutdown": 5}, "did you mean 'timeout_graceful_shutdown'"),
+        ({"ws_ping_interval": "20s"}, "20s"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(given: dict[str, Any], message: str) -> None:
+    """A misspelt option, and a value that is no number, are errors that say so."""
+    with pytest.raises(ValueError, match=message):
+        with_defaults(find_server("uvicorn"), given)
+
+
+def test_an_unknown_server_is_refused() -> None:
+    """The error lists the servers that there are."""
+    with pytest.raises(ValueError, match="knows daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"):
+        find_server("apache")
+
+
+def test_the_version_is_that_of_the_installed_server() -> None:
+    """A server that is not installed has none."""
+    assert version_of(find_server("uvicorn")) > (0, 20)
+    assert version_of(SERVERS["daphne"]) == ()
+
+
+# ── the way ──
+
+
+def test_the_smallest_limit_of_the_way_binds() -> None:
+    """Each kind of limit is that of the hop where it is smallest; there may be none."""
+    way = way_of(["nginx", "heroku", "fly"])
+    assert str(way.smallest("idle_timeout")) == "55 s of heroku"
+    assert str(way.smallest("grace")) == "5 s of fly"
+    assert way.smallest("max_lifetime") is None
+
+
+def test_what_is_told_stands_for_the_defaults() -> None:
+    """A limit that is told takes the place of the platforms', and only limits of its kind."""
+    way = way_of(["nginx", "heroku"], idle_timeout=3600)
+    assert str(way.smallest("idle_timeout")) == "3600 s, as told"
+    assert str(way.smallest("grace")) == "30 s of heroku"
+
+
+def test_a_way_that_cannot_be_is_refused() -> None:
+    """An unknown platform and a negative time are errors."""
+    with pytest.raises(ValueError, match="did you mean 'nginx'"):
+        way_of(["ngimx"])
+    with pytest.raises(ValueError, match="grace is a number of seconds, not -1"):
+        way_of([], grace=-1)
+
+
+def test_options_need_a_server() -> None:
+    """Nobody knows whose options these are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survey_module, "running_server", lambda: None)
+        with pytest.raises(ValueError, match="name the server"):
+            survey(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
+
+
+# ── a manager ──
+
+
+def test_a_manager_checks_itself(under: Any) -> None:
+    """`check` looks at its own options, its app, what is told, and the server that is loaded."""
+    under()
+    own = WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=100))
+    app = FastAPI()
+    own.install(app)
+    app.add_api_websocket_route("/raw", raw)
+    assert own.check() == []
+    assert [finding.code for finding in own.check(platform="nginx")] == ["D01"]
+    assert [finding.code for finding in own.check(platform=["nginx"], idle_timeout=300)] == []
+    assert [finding.code for finding in own.check(server="uvicorn")] == ["D06", "D07"]
+    options = own.uvicorn_options()
+    assert [finding.code for finding in own.check(FastAPI(), server="uvicorn", server_options=options)] == []
+    own.on_handshake(lambda ws: None)
+    assert [finding.code for finding in own.check(server="gunicorn")] == ["D13"]
+    under("uvicorn")
+    assert own.check() == []
+    assert [finding.code for finding in own.check(server_options={"reload": True})] == ["D06", "D07", "D12"]
+
+
+async def test_a_start_tells_what_it_can_know(manager_with: Any, under: Any) -> None:
+    """A manager that starts under a server that does not go with it says so, each once, as a warning."""
+    under("granian")
+    own, heard = manager_with()
+    await own.start()
+    own._loop = None
+    await own.start()
+    (report,) = heard.of("doctor_finding")
+    assert report.level == logging.WARNING
+    assert (report.facts["code"], report.facts["severity"]) == ("D10", "warning")
+    assert "granian" in report.facts["problem"]
+    assert "preStop" in report.facts["advice"]
+
+
+@pytest.mark.parametrize(("in_worker", "codes"), [(True, ["D09"]), (False, [])])
+async def test_a_start_under_hypercorn_knows_whether_it_is_in_a_worker(
+    manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch, in_worker: bool, codes: list[str]
+) -> None:
+    """Worker processes of hypercorn get no signal; without any the drain begins."""
+    under("hypercorn")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if in_worker else None)
+    own, heard = manager_with()
+    await own.start()
+    assert [report.facts["code"] for report in heard.of("doctor_finding")] == codes
+
+
+@pytest.mark.parametrize("modules", [(), ("uvicorn",)])
+async def test_a_start_that_is_well_tells_nothing(manager_with: Any, under: Any, modules: tuple[str, ...]) -> None:
+    """Under uvicorn, and where nobody knows the server, a start is silent."""
+    under(*modules)
+    own, heard = manager_with()
+    await own.start()
+    assert heard.of("doctor_finding") == []
+
+
+async def test_a_doctor_that_fails_fails_no_start(
+    manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in a check is told, and the manager starts."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    under("uvicorn")
+    monkeypatch.setattr(survey_module, "examine", fail)
+    own, heard = manager_with()
+    await own.start()
+    assert own.running
+    (report,) = heard.of("doctor_failed")
+    assert isinstance(report.error, ZeroDivisionError)
+
+
+async def test_the_checks_of_a_start_are_quick(manager_with: Any, under: Any) -> None:
+    """They cost a start less than 10 ms, in the best of five."""
+    under("granian")
+    own, _ = manager_with()
+    spent = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        survey_module.tell_at_start(own.reports, own.config, refuses=True, told=set())
+        spent.append(time.perf_counter() - begun)
+    assert min(spent) < 0.01

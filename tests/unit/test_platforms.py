@@ -1,0 +1,279 @@
+"""Tests of the platforms, and of the options that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from datetime import date
+from urllib.parse import urlsplit
+
+import pytest
+from pydantic import ValidationError
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatformError
+from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
+from fastapi_ws_stabilizer.platforms import clouds, hop, hosts, proxies
+from fastapi_ws_stabilizer.platforms.known import PLATFORMS
+from fastapi_ws_stabilizer.platforms.path import options_for, path_of
+from fastapi_ws_stabilizer.platforms.platform import Fact, Platform
+
+FACTS = [
+    pytest.param(fact, id=f"{platform.name}-{number}")
+    for platform in PLATFORMS.values()
+    for number, fact in enumerate(platform.facts)
+]
+VALUES = ("idle_timeout", "max_lifetime", "grace", "refusal")
+USABLE = [name for name, platform in PLATFORMS.items() if platform.refusal is None]
+REFUSED = [name for name, platform in PLATFORMS.items() if platform.refusal is not None]
+DEFAULTS = WebSocketConfig()
+
+
+def a_hop(idle_timeout: float | None = None, max_lifetime: float | None = None, grace: float | None = None) -> Platform:
+    """A platform that is none of the known."""
+    return Platform("hop", "Hop", (), idle_timeout, max_lifetime, grace)
+
+
+def options(*path: Platform) -> dict[str, float]:
+    """The options of a path, with the limits that the config has."""
+    return options_for(path, DEFAULTS.heartbeat_interval, DEFAULTS.drain_window)
+
+
+# ── the facts ──
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_every_fact_has_a_source_and_a_day(fact: Fact) -> None:
+    """A fact names an https address, the day on which it was read, and says something in a sentence."""
+    source = urlsplit(fact.source)
+    assert source.scheme == "https"
+    assert "." in source.netloc
+    assert date.fromisoformat(fact.checked).isoformat() == fact.checked
+    assert fact.says.endswith(".")
+    assert "|" not in fact.says, "it stands in a table"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
+def test_every_value_has_a_ground_and_every_ground_a_value(platform: Platform) -> None:
+    """No value is without a fact about it, no fact is about a value that is not set, and no platform has neither."""
+    about = {fact.about for fact in platform.facts} - {"note"}
+    assert about == {value for value in VALUES if getattr(platform, value) is not None}
+    assert platform.facts
+
+
+@pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
+def test_names_are_written_in_one_way(platform: Platform) -> None:
+    """A name is made of small letters and hyphens, and the table has it under itself."""
+    assert PLATFORMS[platform.name] is platform
+    assert platform.name == platform.name.lower().replace("_", "-")
+    assert platform.title
+
+
+def test_no_platform_takes_the_name_of_another() -> None:
+    """Each definition is in the table: a second one of the same name would hide the first."""
+    defined = (*proxies.PROXIES, *clouds.AMAZON, *clouds.AZURE, *clouds.GOOGLE, *hosts.HOSTS)
+    assert list(PLATFORMS.values()) == list(defined)
+
+
+def test_facts_cannot_be_changed_by_accident() -> None:
+    """Platforms are frozen, and so is their table."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLATFORMS["nginx"].idle_timeout = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PLATFORMS["nginx"] = a_hop()  # type: ignore[index]
+
+
+# ── the rules ──
+
+
+@pytest.mark.parametrize(
+    ("idle_timeout", "interval"), [(20.0, 8.0), (30.0, 12.0), (55.0, 22.0), (60.0, 24.0), (75.0, 30.0), (350.0, 30.0)]
+)
+def test_two_beats_fit_into_the_idle_timeout(idle_timeout: float, interval: float) -> None:
+    """The interval is four tenths of the idle timeout, and never above the default."""
+    assert options(a_hop(idle_timeout=idle_timeout)) == {"heartbeat_interval": pytest.approx(interval)}
+
+
+@pytest.mark.parametrize(
+    ("cut", "lifetime"), [(30.0, 27.0), (300.0, 270.0), (3600.0, 3540.0), (14400.0, 14340.0), (86400.0, 86340.0)]
+)
+def test_a_connection_is_closed_before_its_platform_cuts_it(cut: float, lifetime: float) -> None:
+    """A tenth earlier, a minute at most; a client that is asked to leave has its time within that."""
+    assert options(a_hop(max_lifetime=cut)) == {"max_lifetime": pytest.approx(lifetime)}
+    assert cut - lifetime > LEAVES_BY_ITSELF
+
+
+@pytest.mark.parametrize(("grace", "window"), [(0.0, 0.0), (5.0, 1.7), (10.0, 3.3), (30.0, 10.0), (120.0, 10.0)])
+def test_a_drain_fits_into_the_grace(grace: float, window: float) -> None:
+    """The closes are spread over a third of the grace, and never over more than by default."""
+    assert options(a_hop(grace=grace)) == {"drain_window": pytest.approx(window)}
+
+
+def test_what_nobody_documents_is_not_set() -> None:
+    """A hop without values sets nothing, and takes nothing away from one that has them."""
+    assert options(a_hop()) == {}
+    assert options(a_hop(), a_hop(idle_timeout=60.0)) == options(a_hop(idle_timeout=60.0))
+
+
+def test_the_smallest_value_wins_each_by_itself() -> None:
+    """Idle timeout, lifetime and grace may each come from another hop."""
+    path = (a_hop(20.0, 600.0, 30.0), a_hop(60.0, 300.0, 10.0), a_hop(30.0, 900.0, 0.0))
+    smallest = options(a_hop(20.0, 300.0, 0.0))
+    assert {options(*order) == smallest for order in itertools.permutations(path)} == {True}
+
+
+# ── a config ──
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_every_platform_makes_a_config(name: str) -> None:
+    """Only the options for which a platform has a value are set, and they stay on the safe side of it."""
+    config = WebSocketConfig.for_platform(name)
+    platform = PLATFORMS[name]
+    expected = {
+        "heartbeat_interval": platform.idle_timeout is not None,
+        "max_lifetime": platform.max_lifetime is not None,
+        "drain_window": platform.grace is not None,
+    }
+    assert config.model_fields_set == {option for option, is_set in expected.items() if is_set}
+    assert config.heartbeat_interval <= DEFAULTS.heartbeat_interval
+    assert platform.idle_timeout is None or config.heartbeat_interval < platform.idle_timeout / 2
+    assert platform.max_lifetime is None or (config.max_lifetime or 0.0) < platform.max_lifetime
+    assert config.drain_window <= DEFAULTS.drain_window
+    assert platform.grace is None or config.drain_window <= platform.grace / 2
+
+
+def test_a_path_of_several_hops() -> None:
+    """Each option comes from the hop that asks most for it; all other options are the defaults."""
+    config = WebSocketConfig.for_platform("azure-front-door", "nginx", "istio", "kubernetes")
+    assert config.heartbeat_interval == pytest.approx(24.0)  # nginx
+    assert config.max_lifetime == pytest.approx(14340.0)  # Front Door
+    assert config.drain_window == pytest.approx(1.7)  # the sidecar
+    assert config.changed_options() == {"heartbeat_interval", "max_lifetime", "drain_window"}
+
+
+def test_the_order_of_hops_does_not_matter() -> None:
+    """A path and its reverse make the same config."""
+    path = ("google-alb", "ingress-nginx", "kubernetes", "istio")
+    configs = [WebSocketConfig.for_platform(*order) for order in itertools.permutations(path)]
+    assert all(config == configs[0] for config in configs)
+
+
+def test_a_platform_that_documents_nothing_changes_nothing() -> None:
+    """The config is the default one."""
+    assert WebSocketConfig.for_platform("cloudflare") == DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["AWS-ALB", "aws_alb", "Aws_Alb"])
+def test_a_name_is_read_whatever_its_case(name: str) -> None:
+    """Capital letters and underscores are no mistakes."""
+    assert path_of(name) == (PLATFORMS["aws-alb"],)
+
+
+def test_a_path_keeps_its_order() -> None:
+    """The client's side stays first, and a hop may come twice."""
+    assert [platform.name for platform in path_of("nginx", "istio", "nginx")] == ["nginx", "istio", "nginx"]
+
+
+def test_own_options_go_before_those_of_the_platforms() -> None:
+    """An override wins, also one that undoes a limit, and other options can be set beside."""
+    config = WebSocketConfig.for_platform(
+        "google-cloud-run", "nginx", heartbeat_interval=5, max_lifetime=None, on_duplicate="allow"
+    )
+    assert (config.heartbeat_interval, config.max_lifetime, config.on_duplicate) == (5.0, None, "allow")
+    assert config.drain_window == pytest.approx(3.3)
+
+
+def test_the_environment_goes_before_the_platforms() -> None:
+    """What `from_env` has read can be laid on top; what it has not read leaves the platforms' options alone."""
+    read = WebSocketConfig.from_env(
+        environ={"WS_HEARTBEAT_INTERVAL": "7", "WS_RECONNECT_SECRET": "0123456789abcdef", "WS_LOG_LEVEL": "debug"}
+    )
+    config = WebSocketConfig.for_platform("nginx", "istio", **read.model_dump(exclude_unset=True))
+    assert (config.heartbeat_interval, config.log_level) == (7.0, "DEBUG")
+    assert config.reconnect_secret == read.reconnect_secret
+    assert config.drain_window == pytest.approx(1.7)
+
+
+def test_an_override_is_checked_as_ever() -> None:
+    """A wrong value and a misspelt option are refused."""
+    with pytest.raises(ValidationError, match="heartbeat_interval"):
+        WebSocketConfig.for_platform("nginx", heartbeat_interval=0)
+    with pytest.raises(ValidationError, match="did you mean 'heartbeat_interval'"):
+        WebSocketConfig.for_platform("nginx", heartbeat_intervall=5)
+
+
+def test_a_subclass_makes_its_own_kind() -> None:
+    """A config with a shorter default interval never gets a longer one."""
+
+    class Quick(WebSocketConfig):
+        heartbeat_interval: float = 10.0
+
+    config = Quick.for_platform("nginx")
+    assert type(config) is Quick
+    assert config.heartbeat_interval == 10.0
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
+    """The error names it and says why, wherever on the path it stands."""
+    for path in ((name,), ("nginx", name), (name, "nginx")):
+        with pytest.raises(UnsuitablePlatformError) as refused:
+            WebSocketConfig.for_platform(*path)
+        assert refused.value.name == name
+        assert refused.value.refusal == PLATFORMS[name].refusal
+        assert name in str(refused.value)
+        assert refused.value.refusal in str(refused.value)
+
+
+def test_the_platforms_that_are_refused() -> None:
+    """They are those whose documentation says that no process of the user's holds the socket."""
+    assert REFUSED == ["aws-api-gateway", "google-app-engine-standard"]
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"), [("ngnix", "nginx"), ("aws-albs", "aws-alb"), ("CLOUD_RUN", "google-cloud-run"), ("zzz", None)]
+)
+def test_an_unknown_platform_is_an_error_that_lists_the_known(name: str, similar: str | None) -> None:
+    """All names are in it, and the one that may have been meant."""
+    with pytest.raises(UnknownPlatformError) as unknown:
+        WebSocketConfig.for_platform("nginx", name)
+    assert (unknown.value.name, unknown.value.similar) == (name, similar)
+    assert unknown.value.known == tuple(sorted(PLATFORMS))
+    assert all(known in str(unknown.value) for known in PLATFORMS)
+    assert (f"did you mean {similar!r}?" in str(unknown.value)) == (similar is not None)
+
+
+def test_a_path_without_hops_is_an_error() -> None:
+    """Nothing to look up is more likely a mistake than a wish for the defaults."""
+    with pytest.raises(ValueError, match="at least one hop"):
+        WebSocketConfig.for_platform(heartbeat_interval=5)
+
+
+# ── platforms that were changed ──
+
+
+def test_a_platform_that_was_changed_counts_as_it_is() -> None:
+    """Its own facts stay, and the smallest value still wins."""
+    config = WebSocketConfig.for_platform("aws-alb", hop("nginx", idle_timeout=20))
+    assert config.heartbeat_interval == 8
+    assert WebSocketConfig.for_platform(hop("nginx", idle_timeout=None)).heartbeat_interval == 30
+    assert WebSocketConfig.for_platform(hop("nginx", max_lifetime=600)).max_lifetime == 540
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("nginx", {"timeout": 3}, "a platform has no timeout, only idle_timeout, max_lifetime, grace"),
+        ("nginx", {"grace": 0}, "grace is a number of seconds above zero, not 0"),
+        ("ngins", {"grace": 1}, "ngins"),
+        ("aws-api-gateway", {"grace": 1}, "the gateway holds the socket itself"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_an_error(name: str, values: dict[str, float], problem: str) -> None:
+    """It says what is wrong."""
+    with pytest.raises(ValueError, match=problem):
+        hop(name, **values)
