@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib
 import json
 import os
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any, Final
@@ -20,6 +22,15 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 MARGIN: Final = 5.0
 """Seconds beyond the drain's own time that an answer is waited for."""
+
+LONGEST: Final = 3600.0
+"""The most seconds that the stats router lets a drain take."""
+
+MAX_ANSWER: Final = 65536
+"""Bytes of an answer that are read. A report has some two hundred."""
+
+EXCERPT: Final = 300
+"""Characters that are shown of an answer which is no report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,31 +60,81 @@ def _add_drain(drain: argparse.ArgumentParser) -> None:
 
 
 def _run_drain(asked: argparse.Namespace) -> int:
-    secret = os.environ.get(asked.secret_env, "")
+    secret = os.environ.get(asked.secret_env, "").strip()  # one that was read from a file ends with a newline
     if not secret:
-        print(f"no secret: set {asked.secret_env} to the server's drain_secret", file=sys.stderr)
-        return 2
+        return _fail(f"no secret: set {asked.secret_env} to the server's drain_secret", code=2)
+    if not secret.isprintable() or max(secret) > "\xff":
+        return _fail(f"{asked.secret_env} holds a character that no header can carry", code=2)
+    if not 0 < asked.timeout <= LONGEST:
+        return _fail(f"--timeout is a number of seconds above zero, {LONGEST:g} at most, not {asked.timeout:g}", code=2)
+    if not _can_be_asked(asked.url):
+        return _fail(f"not an http(s) URL of a stats router: {asked.url}", code=2)
     return _drain(asked.url, asked.timeout, secret)
 
 
+def _can_be_asked(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0  # reading a port that is none raises
+    except ValueError:
+        return False
+    # What comes after `?` or before `@` would make another address of it.
+    plain = url.isascii() and url.isprintable() and not any(character in url for character in " ?#@")
+    return is_whole and plain and parts.scheme in ("http", "https")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows none: the secret is for the server that was named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Let the redirect be an error, as any other refusal."""
+
+
 def _drain(url: str, timeout: float, secret: str) -> int:
-    if not url.startswith(("http://", "https://")):
-        print(f"not an http(s) URL: {url}", file=sys.stderr)
-        return 2
-    request = urllib.request.Request(  # noqa: S310 (looked at above)
+    request = urllib.request.Request(  # noqa: S310 (the URL was looked at)
         f"{url.rstrip('/')}/drain?timeout={timeout}", method="POST", headers={"Authorization": f"Bearer {secret}"}
     )
+    # A proxy of the environment is for the world outside, and need not see the secret.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
     try:
-        with urllib.request.urlopen(request, timeout=timeout + MARGIN) as response:  # noqa: S310
-            report = json.load(response)
+        with opener.open(request, timeout=timeout + MARGIN) as response:
+            answer = response.read(MAX_ANSWER)
     except urllib.error.HTTPError as refusal:
-        print(f"refused: HTTP {refusal.code} {refusal.read(1000).decode(errors='replace')}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"no answer: {error}", file=sys.stderr)
-        return 1
+        return _fail(_refused(refusal, secret), secret)
+    except (http.client.InvalidURL, UnicodeError):
+        return _fail(f"not an http(s) URL of a stats router: {url}", secret, code=2)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return _fail(f"no answer: {str(error) or type(error).__name__}", secret)
+    try:
+        report = json.loads(answer)
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or type(report.get("failed_count")) is not int:
+        return _fail(f"no report of a drain: {_excerpt(answer, secret)}")
     print(json.dumps(report))
     return 1 if report["failed_count"] else 0
+
+
+def _refused(refusal: urllib.error.HTTPError, secret: str) -> str:
+    with refusal:
+        if 300 <= refusal.code < 400:
+            return f"redirected: HTTP {refusal.code} to {refusal.headers.get('Location')}, which is not followed"
+        try:
+            said = _excerpt(refusal.read(MAX_ANSWER), secret)
+        except (OSError, http.client.HTTPException):
+            said = "and no more than that"
+    return f"refused: HTTP {refusal.code} {said}"
+
+
+def _fail(text: str, secret: str = "", *, code: int = 1) -> int:
+    """Say in one line what is wrong; return the exit code. A server may send back the secret that it got: not here."""
+    print(" ".join((text.replace(secret, "***") if secret else text).split()), file=sys.stderr)
+    return code
+
+
+def _excerpt(body: bytes, secret: str) -> str:
+    """The beginning of a text; cut after the secret was taken out, for else a part of it could stay."""
+    return body.decode(errors="replace").replace(secret, "***")[:EXCERPT]
 
 
 # ── doctor ──
@@ -125,8 +186,7 @@ def _run_doctor(asked: argparse.Namespace) -> int:
             caching=asked.caching,
         )
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _fail(str(error), code=2)
     ignored = {code.upper() for code in asked.ignore}
     findings = [finding for finding in findings if finding.code not in ignored]
     write_findings(findings, sys.stdout)
@@ -138,8 +198,10 @@ def _load(place: str) -> tuple[Any, WebSocketConnectionManager]:
     name, _, attribute = place.partition(":")
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {name!r}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an app may raise anything, and one that exits with 0 would pass
+        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
     app: Any = module
     for part in (attribute or "app").split("."):
         app = getattr(app, part, None)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from typing_extensions import Self
 
-from fastapi_ws_stabilizer.platforms.path import options_for, path_of
+from fastapi_ws_stabilizer.platforms.path import MOST, options_for, path_of
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
 
@@ -249,6 +249,9 @@ class WebSocketConfig(BaseModel):
     drain_window: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = Field(
         default=10.0, description="Seconds that the closes of a drain are spread over at most."
     )
+    drain_timeout: _Seconds = Field(
+        default=30.0, description="Seconds that all of a drain may take, and a shutdown; what is not over then is cut."
+    )
     drain_secret: SecretStr | None = Field(
         default=None, description="What has to be presented to `POST .../drain` of the stats router."
     )
@@ -375,8 +378,8 @@ class WebSocketConfig(BaseModel):
         """The options that fit a path such as `for_platform("aws-alb", "nginx", "kubernetes")`, with changes of yours.
 
         The smallest idle timeout of the path decides `heartbeat_interval`, the smallest lifetime `max_lifetime`, the
-        smallest grace `drain_window`; an option for which no hop has a value keeps its default. The platforms' values
-        are those that hold unless somebody has changed them: `docs/deploy/platforms.md` lists them.
+        smallest grace `drain_window` and `drain_timeout`; an option for which no hop has a value keeps its default. The
+        platforms' values are those that hold unless somebody has changed them: `docs/deploy/platforms.md` lists them.
 
         Args:
             hops: Names of platforms, the client's side first, or what `hop` makes of one that was changed.
@@ -388,8 +391,8 @@ class WebSocketConfig(BaseModel):
             ValueError: There is no hop.
             pydantic.ValidationError: An option is not allowed.
         """
-        interval, window = (cls.model_fields[name].default for name in ("heartbeat_interval", "drain_window"))
-        return cls(**{**options_for(path_of(*hops), interval, window), **options})
+        defaults = {name: cls.model_fields[name].default for name in MOST}
+        return cls(**{**options_for(path_of(*hops), defaults), **options})
 
     def changed_options(self) -> set[str]:
         """Names of the options that differ from their default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -42,9 +43,6 @@ from fastapi_ws_stabilizer.wire.payload import encode
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
-
-SHUTDOWN_TIMEOUT: Final = 30
-"""Seconds that the lifespan gives connections to end."""
 
 
 class WebSocketConnectionManager(EventDecorators):
@@ -85,8 +83,9 @@ class WebSocketConnectionManager(EventDecorators):
         self._told_findings: set[str] = set()
         self._app: Any = None
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for it reads its failure
+        self._drain: Drain | None = None
         self._drained: asyncio.Task[ShutdownReport] | None = None
-        self._signals = Signals(self.reports, self.drain)
+        self._signals = Signals(self.reports, self._drain_before_exit)
         self._serving = self._make_serving()
 
     def __repr__(self) -> str:
@@ -103,7 +102,9 @@ class WebSocketConnectionManager(EventDecorators):
             WrongLoopError: There are open connections on another event loop.
         """
         self._shut = False
-        self._drained = None
+        if self._drain is not None:
+            self._drain.abandon()
+        self._drain = self._drained = None
         self._serving.reopen()
         self._ensure_running()
         if self.config.handle_signals:
@@ -121,6 +122,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._loop = loop
         self._shut = False
         self._started_at = monotonic()
+        self._drain = self._drained = None
         self._serving = self._make_serving()
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
@@ -136,42 +138,54 @@ class WebSocketConnectionManager(EventDecorators):
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
         return Serving(self.config, self.reports, self._hooks, dispatcher, self._tokens)
 
-    async def graceful_shutdown(self, timeout: float = float(SHUTDOWN_TIMEOUT)) -> ShutdownReport:
-        """Close all connections with 1012 and wait for their end; take no new ones.
+    async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.
 
-        Each is sent what is queued for it and the close frame, its disconnect hooks run, its endpoint finishes. What
-        is not done after `timeout` seconds is cut. Under uvicorn the lifespan ends after uvicorn has closed all
-        sockets itself; this then waits for what is left to do for them. Cancelling leaves connections to themselves.
+        Each connection is sent what is queued for it and the close frame, its disconnect hooks run, its endpoint
+        finishes. Cancelling ends the waiting, and not the drain.
 
         Args:
-            timeout: Seconds that all of it may take.
+            timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
+        timeout = self.config.drain_timeout if timeout is None else timeout
         until = monotonic() + timeout
-        report = await self.drain(timeout)
-        self._signals.stop()
-        await self._serving.stop(max(1.0, until - monotonic()))
+        try:
+            report = await (self._drain_before_exit(timeout) if exits_at_once() else self.drain(timeout))
+        finally:
+            self._signals.stop()
+            await self._serving.stop(max(1.0, until - monotonic()))
         self.reports.tell("shutdown", logging.INFO, **vars(report))
         return report
 
-    async def drain(self, timeout: float = float(SHUTDOWN_TIMEOUT)) -> ShutdownReport:
+    async def drain(self, timeout: float | None = None) -> ShutdownReport:
         """Take no new connections, let those that are open come back elsewhere, spread over a while, and wait for them.
 
         New ones get HTTP 503 with `Retry-After`. Clients of `stabilizer.v1.json` are told a moment at which to leave;
         plain ones are closed with 1012 and a reason that says when to come back (`retry=` in milliseconds). SIGTERM
         and SIGINT do this by themselves, before the server hears of them (`handle_signals`). Calling it again waits for
-        the same drain, and returns what that did. `start()` ends it.
+        the same drain, makes it quicker if its time is shorter, and returns what that did. `start()` ends it.
 
         Args:
-            timeout: Seconds that all of it may take. What is not done by then is cut.
+            timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
+        return await self._drained_within(timeout, self.config.drain_window)
+
+    async def _drain_before_exit(self, timeout: float | None = None) -> ShutdownReport:
+        """Drain, at once where the server does not wait: then that reaches more clients than none."""
+        return await self._drained_within(timeout, 0.0 if exits_at_once() else self.config.drain_window)
+
+    async def _drained_within(self, timeout: float | None, window: float) -> ShutdownReport:
+        timeout = self.config.drain_timeout if timeout is None else timeout
         self._shut = True
         self._serving.close()
-        if self._drained is None:
-            window = 0.0 if exits_at_once() else self.config.drain_window  # all at once reaches more than none
-            drain = Drain(self.reports, window, self._serving.sessions.__len__)
-            self._drained = self._tasks.spawn(drain.run(self._serving.unfinished, timeout), name="ws-drain")
-        await wait_for_all([self._drained], None)
-        return self._drained.result()
+        running = self._drained
+        if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
+            self._drain = Drain(self.reports, window, timeout, self._serving.sessions.__len__)
+            running = self._drained = self._tasks.spawn(self._drain.run(self._serving.unfinished), name="ws-drain")
+        else:
+            self._drain.hasten(timeout)
+        await wait_for_all([running], None)
+        return running.result()
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
@@ -215,7 +229,7 @@ class WebSocketConnectionManager(EventDecorators):
         They choose `StableWebSocketProtocol`, and set the limit of messages, the pings of WebSockets that this manager
         does not serve, compression, and a bound to uvicorn's own shutdown.
         """
-        return uvicorn_options(self.config, SHUTDOWN_TIMEOUT)
+        return uvicorn_options(self.config, math.ceil(self.config.drain_timeout))
 
     def check(
         self,

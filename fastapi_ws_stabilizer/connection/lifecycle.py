@@ -277,6 +277,11 @@ class Connection(Messages):
             self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self._context)
 
     @property
+    def over(self) -> asyncio.Future[None]:
+        """A future that is done when its end has begun."""
+        return self._over.future
+
+    @property
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when everything is done for this connection."""
         return self._finished.future

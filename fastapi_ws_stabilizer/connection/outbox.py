@@ -256,6 +256,7 @@ class Outbox(Backlog, abc.ABC):
 
     def _takes_a_place(self, frame: Frame) -> bool:
         """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
+        self.used = True
         for waiter in self._waiters or ():
             if waiter.frame.key == frame.key:  # it is newer than all that are queued
                 waiter.frame = frame
@@ -277,6 +278,11 @@ class Outbox(Backlog, abc.ABC):
     def send_waits(self) -> bool:
         """Whether the network has taken nothing for longer than it does for a client that reads."""
         return self._blocked_since is not None and monotonic() - self._blocked_since > HEALTHY_SEND
+
+    @property
+    def blocked_seconds(self) -> float:
+        """For how long the network has taken nothing of what waits."""
+        return 0.0 if self._blocked_since is None else monotonic() - self._blocked_since
 
     @property
     def stuck(self) -> bool:

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import ENDING_RULES, UNSENDABLE
-from fastapi_ws_stabilizer.config import HeartbeatType
+from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Finding, Problem, Severity
+from fastapi_ws_stabilizer.doctor.going_away import (
+    drain_comes_too_late,
+    grace_too_short,
+    hypercorn_never_stops,
+    shutdown_unbounded,
+)
 from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
 from fastapi_ws_stabilizer.doctor.way import Value
-from fastapi_ws_stabilizer.platforms.path import options_for
+from fastapi_ws_stabilizer.platforms.path import MOST, options_for
 
 PART_OF_IDLE: Final = 0.75
 """The part of an idle timeout within which two beats should follow each other: a beat can be late."""
 
 HOTTEST: Final = 5.0
 """The shortest `heartbeat_interval`, in seconds, that is advised. Where it is too long, the platform has to change."""
-
-MARGIN: Final = 5.0
-"""Seconds that are kept free before SIGKILL."""
 
 TOO_SHORT: Final[Mapping[str, Value]] = {
     "google-alb-classic": "max_lifetime",
@@ -32,7 +35,8 @@ TOO_SHORT: Final[Mapping[str, Value]] = {
 
 def _advised(s: Surroundings, option: str) -> float | None:
     """What `WebSocketConfig.for_platform` would set for these hops."""
-    return options_for(s.way.hops, 30.0, 10.0).get(option)
+    most = {name: WebSocketConfig.model_fields[name].default for name in MOST}
+    return options_for(s.way.hops, most).get(option)
 
 
 # ── how long nothing passes ──
@@ -131,10 +135,11 @@ def nobody_pings(s: Surroundings) -> Problem | None:
 
 def unread_routes(s: Surroundings) -> Problem | None:
     """D06."""
-    if s.server is None or not s.server.is_uvicorn or not s.bypassing or s.option("ws") in (None, "websockets", "none"):
+    ws = s.option("ws")
+    if s.server is None or not s.server.is_uvicorn or not s.bypassing or ws in (None, "websockets", "none"):
         return None
-    if s.server.name == "uvicorn" and s.version and s.version < (0, 50):
-        return None
+    if ws == "auto" and s.server.name == "uvicorn" and s.version and s.version < (0, 50):
+        return None  # `auto` was `websockets`, which reads ahead
     interval = s.option("ws_ping_interval")
     if not interval:
         return None
@@ -143,72 +148,6 @@ def unread_routes(s: Surroundings) -> Problem | None:
         f"{', '.join(s.bypassing)}: not served by this library. uvicorn stops reading such a socket at one message "
         f"that its endpoint has not taken, misses the pong, and closes it with 1011 after {dead:g} s",
         "take ws: StableSocketDep in the endpoint; or see to it that it always reads, and leave this check out",
-    )
-
-
-def shutdown_unbounded(s: Surroundings) -> Problem | None:
-    """D07."""
-    if s.server is None or not s.server.is_uvicorn or s.options is None:
-        return None
-    if s.option("timeout_graceful_shutdown") is not None:
-        return None
-    advice = "start it with --timeout-graceful-shutdown 30, or with manager.uvicorn_options()"
-    if s.server.name == "uvicorn-worker":
-        advice = "gunicorn cannot set it: subclass UvicornWorker, with timeout_graceful_shutdown in its CONFIG_KWARGS"
-    return Problem(
-        "timeout_graceful_shutdown of uvicorn is not set: it waits for ever for an endpoint that goes on, the lifespan "
-        "never ends, and the platform kills the process",
-        advice,
-    )
-
-
-def grace_too_short(s: Surroundings) -> Problem | None:
-    """D08."""
-    grace = s.way.smallest("grace")
-    if grace is None:
-        return None
-    drain = s.config.drain_window if s.config.handle_signals else 0.0
-    server = (s.option(s.server.graceful_timeout) or 0.0) if s.server is not None else 0.0
-    needed = s.pre_stop + drain + server + MARGIN
-    if needed <= grace.seconds:
-        return None
-    return Problem(
-        f"the process is killed after the grace, {grace}, and going away may take {needed:g} s: preStop "
-        f"{s.pre_stop:g} + drain_window {drain:g} + the server's own timeout {server:g} + {MARGIN:g} to spare",
-        f"raise it to {math.ceil(needed)} s, where that can be done, and tell the doctor so (--grace); or shorten "
-        "drain_window and the server's timeout",
-    )
-
-
-def hypercorn_never_stops(s: Surroundings) -> Problem | None:
-    """D09."""
-    if s.server is None or s.server.name != "hypercorn":
-        return None
-    workers = s.option("workers")
-    drained = s.config.handle_signals and workers == 0
-    if s.python >= (3, 12) and not drained and not s.pre_stop:
-        return Problem(
-            f"on Python {s.python[0]}.{s.python[1]} hypercorn does not stop while a WebSocket is open, whatever its "
-            "graceful_timeout says, and nothing closes them at SIGTERM",
-            "drain in preStop with `python -m fastapi_ws_stabilizer drain`, or run it with --workers 0",
-        )
-    if s.config.handle_signals and workers and not s.pre_stop:
-        return Problem(
-            "the worker processes of hypercorn get no SIGTERM, so the drain never begins",
-            "drain in preStop with `python -m fastapi_ws_stabilizer drain`, or run it with --workers 0",
-        )
-    return None
-
-
-def drain_comes_too_late(s: Surroundings) -> Problem | None:
-    """D10."""
-    if s.server is None or s.server.name not in ("granian", "daphne"):
-        return None
-    if not s.config.handle_signals or s.pre_stop or s.config.drain_secret is not None:
-        return None
-    return Problem(
-        f"handle_signals is on, and {s.server.name} cuts its sockets at SIGTERM before a drain can do much",
-        "set drain_secret, and drain in preStop with `python -m fastapi_ws_stabilizer drain`",
     )
 
 
@@ -307,7 +246,7 @@ CHECKS: Final = (
     Check("D05", ERROR, "Nobody pings", nobody_pings),
     Check("D06", ERROR, "A WebSocket route is not read while its endpoint is busy", unread_routes),
     Check("D07", ERROR, "The server's shutdown has no bound", shutdown_unbounded),
-    Check("D08", ERROR, "Going away takes longer than the platform waits", grace_too_short),
+    Check("D08", ERROR, "Going away takes longer than anybody waits", grace_too_short),
     Check("D09", ERROR, "hypercorn does not stop, or does not drain", hypercorn_never_stops, at_start=True),
     Check("D10", WARNING, "The drain at SIGTERM comes too late", drain_comes_too_late, at_start=True),
     Check("D11", WARNING, "WebSockets use up limit_concurrency", concurrency_limited),

@@ -27,6 +27,7 @@ class Server:
         ping_interval: The option that holds the seconds between two of its pings; `None` if it sends none.
         ping_timeout: The option that holds the seconds that a pong may take; `None` if it looks at none.
         graceful_timeout: The option that bounds its shutdown; `None` if it has none.
+        bounds_drain: Whether that is counted from SIGTERM on: its master kills a worker that is draining still then.
         recyclers: The options that end a worker, and its sockets with it, while all is well.
         lifetime: The option that holds the most seconds that a WebSocket may last.
         sends_denials: Whether the status of a refusal before the accept reaches the client.
@@ -39,6 +40,7 @@ class Server:
     ping_interval: str | None = None
     ping_timeout: str | None = None
     graceful_timeout: str | None = None
+    bounds_drain: bool = False
     recyclers: tuple[str, ...] = ()
     lifetime: str | None = None
     sends_denials: bool = True
@@ -107,6 +109,7 @@ SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
                 ping_interval="ws_ping_interval",
                 ping_timeout="ws_ping_timeout",
                 graceful_timeout="graceful_timeout",
+                bounds_drain=True,
                 recyclers=("max_requests", "reload"),
             ),
             _server(
@@ -114,6 +117,7 @@ SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
                 ("gunicorn.workers.gasgi",),
                 {"graceful_timeout": 30.0, "max_requests": 0, "reload": False},
                 graceful_timeout="graceful_timeout",
+                bounds_drain=True,
                 recyclers=("max_requests", "reload"),
                 sends_denials=False,
             ),

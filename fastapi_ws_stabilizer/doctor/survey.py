@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ def survey(
         options = with_defaults(one, server_options or {})
     elif server_options is not None:
         raise ValueError("name the server whose options these are")
+    if not 0 <= pre_stop < math.inf:
+        raise ValueError(f"pre_stop is a number of seconds, not {pre_stop:g}")
     way = way_of(
         (platform,) if isinstance(platform, str) else platform,
         idle_timeout=idle_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -76,7 +77,7 @@ def way_of(
 
     Raises:
         UnknownPlatformError: There is no fact about one of them. It is a `ValueError`.
-        ValueError: A number of seconds is negative.
+        ValueError: A number of seconds is not above zero, or has no end.
     """
     hops: list[Platform] = []
     unable = []
@@ -87,8 +88,8 @@ def way_of(
             unable.append((error.name, error.refusal))
     told = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
     changed = {value: seconds for value, seconds in told.items() if seconds is not None}
-    if wrong := [value for value, seconds in changed.items() if seconds < 0]:
-        raise ValueError(f"{wrong[0]} is a number of seconds, not {changed[wrong[0]]:g}")
+    if wrong := [value for value, seconds in changed.items() if not 0 < seconds < math.inf]:  # nan is not, either
+        raise ValueError(f"{wrong[0]} is a number of seconds above zero, not {changed[wrong[0]]:g}")
     if changed:
         without: dict[str, None] = dict.fromkeys(changed)
         hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # names of floats alone

@@ -65,6 +65,7 @@ class Lifetimes:
     def __init__(self, config: WebSocketConfig) -> None:
         self._max_lifetime = config.max_lifetime
         self._idle_timeout = config.idle_timeout
+        self._lead = min(LEAVES_BY_ITSELF, (config.max_lifetime or 0.0) * JITTER)  # for who is asked to leave
         self._on = self._max_lifetime is not None or self._idle_timeout is not None
         self._terms: dict[str, Term] = {}
         self._heap: list[Term] = []
@@ -81,7 +82,8 @@ class Lifetimes:
         now = monotonic()
         ends = math.inf
         if self._max_lifetime is not None:
-            ends = now + self._max_lifetime * (1 - random.uniform(0.0, JITTER))  # noqa: S311 (spreads load)
+            early = random.uniform(0.0, JITTER) * self._max_lifetime  # noqa: S311 (spreads load)
+            ends = now + self._max_lifetime - early - self._lead
         term = self._terms[member.connection_id] = Term(member, now, ends)
         if self._idle_timeout is not None:
             term.due = min(ends, now + self._idle_timeout / LOOKS)
@@ -109,11 +111,11 @@ class Lifetimes:
     def _look(self, term: Term, member: Member, now: float) -> None:
         """Look at a connection, and say in `due` when to look again."""
         if now >= term.ends:
-            if term.asked or not member.ask_to_leave(0.0, LEAVES_BY_ITSELF, "lifetime"):
+            if term.asked or not member.ask_to_leave(0.0, self._lead, "lifetime"):
                 member.end(DisconnectReason.LIFETIME)
                 return
             term.asked = True
-            term.ends = now + LEAVES_BY_ITSELF
+            term.ends = now + self._lead
         term.due = term.ends
         if self._idle_timeout is None:
             return
@@ -140,11 +142,13 @@ class Lifetimes:
         self._timer = None
         now = monotonic()
         hold = HoldTimer()
-        while self._heap and self._heap[0].due <= now and not hold.held_long():
-            term = heapq.heappop(self._heap)
-            if term.member is None:
-                continue
-            self._look(term, term.member, now)
-            if term.member is not None:  # it is taken out when its end begins
-                heapq.heappush(self._heap, term)
-        self._arm()
+        try:
+            while self._heap and self._heap[0].due <= now and not hold.held_long():
+                term = heapq.heappop(self._heap)
+                if term.member is None:
+                    continue
+                self._look(term, term.member, now)
+                if term.member is not None:  # it is taken out when its end begins
+                    heapq.heappush(self._heap, term)
+        finally:
+            self._arm()  # whatever one of them raised, the others have their time too

@@ -50,6 +50,18 @@ AMAZON: Final = (
         ),
     ),
     Platform(
+        "aws-alb-lambda",
+        "AWS Application Load Balancer with a Lambda function",
+        refusal="the load balancer answers a WebSocket handshake for a function with HTTP 400",
+        facts=(
+            read(
+                "refusal",
+                "WebSockets are not supported: upgrade requests are rejected with HTTP 400.",
+                f"{_AWS}/elasticloadbalancing/latest/application/lambda-functions.html",
+            ),
+        ),
+    ),
+    Platform(
         "aws-api-gateway",
         "Amazon API Gateway, WebSocket APIs",
         refusal="the gateway holds the socket itself and hands its messages to the app as single calls",

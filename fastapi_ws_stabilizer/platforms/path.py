@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatformError
@@ -18,6 +18,12 @@ PART_OF_IDLE: Final = 0.4
 
 PART_OF_GRACE: Final = 1 / 3
 """The part of a grace that the closes of a drain may take. The rest is for hooks, for endpoints, and for the server."""
+
+PART_OF_GRACE_FOR_ALL: Final = 2 / 3
+"""The part of a grace that all of a drain may take. The rest is for the server, and for the lifespan of the app."""
+
+MOST: Final = ("heartbeat_interval", "drain_window", "drain_timeout")
+"""Options whose defaults are the most that a platform sets."""
 
 PART_OF_LIFETIME: Final = 0.1
 """The part of a lifetime by which a connection is closed before its platform would cut it, and ..."""
@@ -76,13 +82,12 @@ def path_of(*names: str | Platform) -> tuple[Platform, ...]:
     return tuple(path)
 
 
-def options_for(path: Iterable[Platform], heartbeat_interval: float, drain_window: float) -> dict[str, float]:
+def options_for(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
     """The options that fit the smallest values of a path; those alone for which a hop has a value.
 
     Args:
         path: The hops; their order does not matter.
-        heartbeat_interval: The most seconds between two beats.
-        drain_window: The most seconds that the closes of a drain are spread over.
+        most: The most that the options `MOST` are set to.
     """
     hops = tuple(path)
     idle_timeout = _smallest(hop.idle_timeout for hop in hops)
@@ -90,11 +95,12 @@ def options_for(path: Iterable[Platform], heartbeat_interval: float, drain_windo
     grace = _smallest(hop.grace for hop in hops)
     options: dict[str, float] = {}
     if idle_timeout is not None:
-        options["heartbeat_interval"] = min(heartbeat_interval, idle_timeout * PART_OF_IDLE)
+        options["heartbeat_interval"] = min(most["heartbeat_interval"], idle_timeout * PART_OF_IDLE)
     if max_lifetime is not None:
         options["max_lifetime"] = max_lifetime - min(MAX_EARLY, max_lifetime * PART_OF_LIFETIME)
     if grace is not None:
-        options["drain_window"] = min(drain_window, round(grace * PART_OF_GRACE, 1))
+        options["drain_window"] = min(most["drain_window"], round(grace * PART_OF_GRACE, 1))
+        options["drain_timeout"] = min(most["drain_timeout"], max(0.1, round(grace * PART_OF_GRACE_FOR_ALL, 1)))
     return options
 
 

@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
 from fastapi_ws_stabilizer.hub.turns import HoldTimer
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
-from fastapi_ws_stabilizer.tasks import wait_for_all
+from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0
 """Closes are spread no wider than this, so that nobody waits ten seconds for a handful of connections."""
@@ -31,6 +31,9 @@ PART_OF_TIMEOUT: Final = 0.6
 COME_BACK_AFTER: Final = 1.0
 """Seconds after its close at which a plain client may come back at the earliest; it is told a random moment later."""
 
+LOOK_INTERVAL: Final = 0.25
+"""Seconds between two looks for clients that take nothing."""
+
 
 class Drain:
     """One drain of one manager.
@@ -38,64 +41,111 @@ class Drain:
     Args:
         reports: Where it is told.
         window: Seconds that the closes are spread over at most.
+        timeout: Seconds that all of it may take. What is not done by then is cut.
         resumable: Counts the sessions that clients can come back to.
     """
 
-    def __init__(self, reports: Reports, window: float, resumable: Callable[[], int]) -> None:
+    def __init__(self, reports: Reports, window: float, timeout: float, resumable: Callable[[], int]) -> None:
         self._reports = reports
-        self._resumable = resumable
         self._window = window
+        self._resumable = resumable
+        self._started = monotonic()
+        self._until = self._started + timeout
+        self._sooner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._abandoned = False
 
-    async def run(self, connections: Iterable[Connection], timeout: float) -> ShutdownReport:
-        """Close all connections within a time, and wait for their ends: hooks, endpoints, dependencies.
+    def hasten(self, timeout: float) -> None:
+        """Be done in so many seconds from now, if that is sooner."""
+        until = monotonic() + timeout
+        if until < self._until:
+            self._until = until
+            self._wake()
 
-        Cancelling leaves connections to themselves.
+    def abandon(self) -> None:
+        """Leave alone who has not been closed yet."""
+        self._abandoned = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._sooner.done():
+            self._sooner.set_result(None)
+
+    @property
+    def _left(self) -> float:
+        return max(0.0, self._until - monotonic())
+
+    async def run(self, connections: Iterable[Connection]) -> ShutdownReport:
+        """Close all connections, and wait for their ends: hooks, endpoints, dependencies.
 
         Args:
             connections: Those that are open or ending.
-            timeout: Seconds that all of it may take. What is not done by then is cut.
         """
-        started = monotonic()
-        everyone = [connection for connection in connections if connection.ending is None]
-        window = min(self._window, timeout * PART_OF_TIMEOUT, len(everyone) / CLOSES_PER_SECOND)
-        self._reports.tell("drain_started", logging.INFO, connections=len(everyone), window_seconds=window)
-        random.shuffle(everyone)
-        moments = self._announce(everyone, window)
-        closed = await self._close_in_turn(moments, started)
-        await wait_for_all([connection.finished for connection in closed], LINGER)
-        forced = [connection for connection in closed if connection.outbox.stuck]
-        for connection in forced:  # its client takes nothing, not even the goodbye
-            connection.abort()
-        report = await close_all(connections, max(0.0, started + timeout - monotonic()))
+        everyone = list(connections)
+        open_ones = [connection for connection in everyone if connection.ending is None]
+        window = min(self._window, self._left * PART_OF_TIMEOUT, len(open_ones) / CLOSES_PER_SECOND)
+        self._reports.tell("drain_started", logging.INFO, connections=len(open_ones), window_seconds=window)
+        random.shuffle(open_ones)
+        closed = await self._close_in_turn(await self._announce(open_ones, window))
+        forced = await self._wait_for_goodbyes(closed)
+        report = ShutdownReport()
+        if not self._abandoned:
+            report = await close_all(everyone, self._left)
         report.closed_count += sum(connection.is_finished for connection in closed)
         report.forced_count += sum(connection.is_finished for connection in forced)  # the others are counted there
         report.resumable_count = self._resumable()
-        report.duration_seconds = monotonic() - started
+        report.duration_seconds = monotonic() - self._started
         return report
 
-    def _announce(self, everyone: list[Connection], window: float) -> list[tuple[float, Connection]]:
+    async def _announce(self, everyone: list[Connection], window: float) -> list[tuple[float, Connection]]:
         """Give each its moment, evenly, and tell those that can be told."""
         step = window / len(everyone) if everyone else 0.0
+        hold = HoldTimer()
         moments = []
         for number, connection in enumerate(everyone):
             after = step * (number + 0.5)
-            if connection.ask_to_leave(after, window, "restart"):
+            if connection.ask_to_leave(after, after + LEAVES_BY_ITSELF, "restart"):
                 after += LEAVES_BY_ITSELF
             moments.append((after, connection))
+            if hold.held_long():
+                await hold.let_go()
         moments.sort(key=lambda one: one[0])
         return moments
 
-    async def _close_in_turn(self, moments: list[tuple[float, Connection]], started: float) -> list[Connection]:
+    async def _close_in_turn(self, moments: list[tuple[float, Connection]]) -> list[Connection]:
         """Close each at its moment, unless it has left; return those that were closed or have left."""
         hold = HoldTimer()
         done = []
         for after, connection in moments:
-            wait = started + after - monotonic()
-            if wait > 0 and connection.ending is None:
-                await asyncio.sleep(wait)
-            elif hold.held_long():
-                await hold.let_go()
+            await self._wait_until(after, connection)
+            if self._abandoned:
+                break
             retry = COME_BACK_AFTER + random.uniform(0.0, max(1.0, self._window))  # noqa: S311 (spreads load)
             connection.end(DisconnectReason.SERVER_SHUTDOWN, text=f"server shutdown; retry={round(retry * 1000)}")
             done.append(connection)
+            if hold.held_long():
+                await hold.let_go()
         return done
+
+    async def _wait_until(self, after: float, connection: Connection) -> None:
+        """Wait for the moment of a connection, or for its end; but no longer than leaves time for what comes then."""
+        while connection.ending is None and not self._abandoned:
+            latest = self._started + (self._until - self._started) * PART_OF_TIMEOUT
+            wait = min(self._started + after, latest) - monotonic()
+            if wait <= 0:
+                return
+            if self._sooner.done():
+                self._sooner = asyncio.get_running_loop().create_future()
+            await wait_for_first([connection.over, self._sooner], wait)
+
+    async def _wait_for_goodbyes(self, closed: list[Connection]) -> list[Connection]:
+        """Wait until all is over; cut, on the way, whose client takes nothing, not even the goodbye. Return those."""
+        waiting, forced = closed, []
+        while waiting := [connection for connection in waiting if not connection.is_finished]:
+            if self._left <= 0 or self._abandoned:
+                break
+            await wait_for_all([connection.finished for connection in waiting], min(LOOK_INTERVAL, self._left))
+            for connection in waiting:
+                if connection.outbox.blocked_seconds >= LINGER and connection not in forced:
+                    forced.append(connection)
+                    connection.abort()
+        return forced

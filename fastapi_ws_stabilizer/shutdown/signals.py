@@ -10,10 +10,15 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any, Final
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HEARD: Final = (signal.SIGTERM, signal.SIGINT)
+
+SAME_STOP: Final = 0.5
+"""Seconds in which a second signal is the first one again: a process group gets it, and then the master of a server
+passes it on to its workers."""
 
 Handler = Any
 """What `signal.getsignal` gives: a function, a constant, or `None` for a handler that Python does not know."""
@@ -22,8 +27,10 @@ Handler = Any
 class Signals:
     """Stands before the handlers that a process has when it starts, and gives them back at the end.
 
-    A first signal starts the drain, and is handed on when that is over. A second one is handed on at once, and so is
-    the first if it is still waiting.
+    A first signal starts the drain, and is handed on when that is over. A second one is handed on at once, and then the
+    first is not: whoever is told twice to stop may do so without cleaning up.
+
+    Other managers of the process may stand behind this one. They drain at the same time.
 
     Args:
         reports: Where it is told that signals cannot be heard.
@@ -36,49 +43,80 @@ class Signals:
         self._before: dict[int, Handler] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-drain"))
-        self._waiting: int | None = None
+        self._first_at: float | None = None
+        self._told_twice = self._handed_on = False
+        self._told_deaf = False
 
     def listen(self) -> None:
         """Take the signals. Only where that can be done: in the main thread, and over handlers that can be called."""
-        if self._before or threading.current_thread() is not threading.main_thread():
-            return
         self._loop = asyncio.get_running_loop()
-        for number in HEARD:
-            before = signal.getsignal(number)
-            if callable(before):
-                self._before[number] = before
-                signal.signal(number, self._heard)
-        if signal.SIGTERM not in self._before:
+        self._first_at, self._told_twice, self._handed_on = None, False, False
+        if threading.current_thread() is threading.main_thread():
+            for number in HEARD:
+                before = signal.getsignal(number)
+                if number not in self._before and callable(before):  # else a library stands before us since last time
+                    self._before[number] = before
+                    signal.signal(number, self._heard)
+        if signal.SIGTERM not in self._before and not self._told_deaf:
+            self._told_deaf = True
             self._reports.tell("signals_not_heard", logging.INFO)
 
     def stop(self) -> None:
-        """Give the handlers back, where they are still ours."""
+        """Give the handlers back, where they are still ours. Where a library has put its own before them, hand on."""
+        self._loop = None
         if threading.current_thread() is not threading.main_thread():
             return
-        for number, before in self._before.items():
+        if self._first_at is None or self._handed_on:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for number, before in list(self._before.items()):
             if signal.getsignal(number) == self._heard:
                 signal.signal(number, before)
-        self._before.clear()
+                del self._before[number]
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
-        loop = self._loop
-        if self._waiting is None and loop is not None and loop.is_running():
-            self._waiting = number
-            loop.call_soon_threadsafe(self._start)
+        now = monotonic()
+        if self._loop is None and self._first_at is None:  # stopped: whoever is behind us may not be
+            before = self._before.get(number)
+            if callable(before):
+                before(number, frame)
             return
-        self._hand_on(number, frame)  # a second one means it
+        if self._first_at is not None:
+            if now - self._first_at < SAME_STOP:
+                return
+            self._told_twice = True
+        elif (loop := self._loop) is not None and loop.is_running():
+            self._first_at = now
+            loop.call_soon_threadsafe(self._start, loop, number)
+            return
+        self._hand_on(number)
 
-    def _start(self) -> None:
-        self._tasks.spawn(self._drain_first(), name="ws-drain")
+    def _start(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        self._tasks.spawn(self._drain_first(loop, number), name="ws-drain-first")
 
-    async def _drain_first(self) -> None:
-        try:
-            await self._drain()
-        finally:
-            if self._waiting is not None:
-                self._hand_on(self._waiting, None)
+    async def _drain_first(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        managers = [one for one in self._chain(number) if one._loop is loop]
+        drains = [self._tasks.spawn(one._drain_it(), name="ws-drain-on-signal") for one in managers]
+        await wait_for_all(drains, None)
+        if not self._told_twice:
+            # Not from here: a handler that raises KeyboardInterrupt means the loop, and not this task.
+            loop.call_soon(self._hand_on, number)
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        before = self._before.get(number)
+    async def _drain_it(self) -> None:
+        await self._drain()
+
+    def _chain(self, number: int) -> list[Signals]:
+        """This one, and those of other managers that stand behind it."""
+        chain = [self]
+        while isinstance(behind := getattr(chain[-1]._before.get(number), "__self__", None), Signals):
+            chain.append(behind)
+        return chain
+
+    def _hand_on(self, number: int) -> None:
+        before = self._chain(number)[-1]._before.get(number)
+        self._handed_on = True
+        if self._loop is None:
+            self._give_back()
         if callable(before):
-            before(number, frame)
+            before(number, None)

@@ -18,7 +18,9 @@ def _sets(name: str) -> str:
         return "refused"
     config = WebSocketConfig.for_platform(name)
     options = [
-        option for option in ("heartbeat_interval", "max_lifetime", "drain_window") if option in config.model_fields_set
+        option
+        for option in ("heartbeat_interval", "max_lifetime", "drain_window", "drain_timeout")
+        if option in config.model_fields_set
     ]
     return ", ".join(f"`{option}={getattr(config, option):g}`" for option in options) or "-"
 

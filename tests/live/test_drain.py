@@ -19,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from fastapi_ws_stabilizer.client import Client
+from fastapi_ws_stabilizer.shutdown.signals import SAME_STOP
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
 
@@ -104,6 +105,34 @@ async def test_the_same_however_uvicorn_is_run(serve: Serve, runner: str, proces
     assert time.monotonic() - since < WINDOW + 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "args", "number"),
+    [
+        ("uvicorn", ("--workers", "2"), signal.SIGTERM),
+        ("gunicorn", (), signal.SIGTERM),
+        ("uvicorn", ("--reload",), signal.SIGINT),
+    ],
+    ids=["--workers 2", "gunicorn", "--reload"],
+)
+async def test_a_signal_to_the_whole_group_is_one(
+    serve: Serve, kind: str, args: tuple[str, ...], number: signal.Signals
+) -> None:
+    """As Ctrl-C and systemd send it: the workers hear it twice, drain all the same, and end their lifespan."""
+    server = (
+        serve("gunicorn", app=APP, config=CONFIG) if kind == "gunicorn" else serve(app=APP, config=CONFIG, args=args)
+    )
+    await until(lambda: "pplication startup complete" in server.log, 20)
+    await asyncio.sleep(1)
+    clients = await crowd(server, 150)
+    since = time.monotonic()
+    os.killpg(server.process.pid, number)
+    found = await closes(clients, since)
+    await asyncio.to_thread(server.process.wait, 15)
+    assert {(code, reason.split("=")[0]) for _, code, reason in found} == {(1012, "server shutdown; retry")}
+    assert max(at for at, _, _ in found) > 0.5
+    assert "LIFESPAN over" in server.log
+
+
 async def test_one_client_that_never_reads_holds_nobody_up(serve: Serve) -> None:
     """It is cut, the others get their goodbye, and the process ends in time."""
     server = serve(config={**CONFIG, "send_timeout": 30})
@@ -131,6 +160,7 @@ async def test_a_handshake_during_the_drain_is_refused(serve: Serve, kind: str) 
         await connect(server.url("/ws/late"))
     assert refused.value.response.status_code == 503
     assert int(refused.value.response.headers["Retry-After"]) > 0
+    await asyncio.sleep(SAME_STOP)  # sooner it would be the same stop, told twice
     again = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     await asyncio.to_thread(server.process.wait, 5)

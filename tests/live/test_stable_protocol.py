@@ -71,9 +71,9 @@ class Flush(NamedTuple):
 
 
 @pytest.fixture
-async def flushing(serve: Serve) -> AsyncIterator[Flush]:
+async def flushing(serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[Flush]:
     """A flush that waits for its client."""
-    server = serve(KIND, config=PATIENT)
+    server = serve(KIND, config={**PATIENT, **getattr(request, "param", {})})
     with RawClient(server.port, f"/flush/ann?count={COUNT}&size={SIZE}", receive_buffer=4096) as client:
         client.handshake()
         await server.until_event("queued ann")
@@ -110,6 +110,17 @@ async def test_a_close_during_a_flush_ends_it(flushing: Flush) -> None:
     assert not server.errors()
 
 
+async def test_sigterm_during_a_flush_lets_it_end(flushing: Flush) -> None:
+    """The drain waits for what is being sent to a client that reads: all of it, and the code that was meant."""
+    server, client = flushing
+    stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 8))
+    assert await asyncio.to_thread(read_to_the_end, client) == (COUNT, 4001)
+    await stopping
+    assert "LIFESPAN over" in server.log
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("flushing", [{"handle_signals": False}], indirect=True, ids=["without a drain"])
 async def test_sigterm_during_a_flush_ends_it(flushing: Flush) -> None:
     """No message follows the close frame with 1012, and the process ends."""
     server, client = flushing

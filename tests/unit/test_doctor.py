@@ -47,6 +47,7 @@ class Place:
 
 off = {"heartbeat_type": "off"}
 deaf = {"handle_signals": False}
+soon, sooner = {"drain_timeout": 20}, {"drain_timeout": 10}
 new, old = {"version": (0, 54, 0), "bypassing": ("/raw",)}, {"version": (0, 49, 1), "bypassing": ("/raw",)}
 
 CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
@@ -118,24 +119,66 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
     ("D06", Place(rest=new), Place(rest=old), ("/raw", "40 s")),
     ("D06", Place(rest=new), Place(rest={**new, "bypassing": ()}), ()),
     ("D06", Place(options={"ws": OURS}, rest=new), Place(options={"ws": "websockets"}, rest=new), ()),
+    ("D06", Place(options={"ws": "websockets-sansio"}, rest=old), Place(options={"ws": "auto"}, rest=old), ("/raw",)),
+    ("D06", Place(options={"ws": "wsproto"}, rest=old), Place(options={"ws": "websockets"}, rest=old), ("/raw",)),
+    ("D06", Place(options={"ws": OURS}, rest=old), Place(options={"ws": "none"}, rest=old), ("/raw",)),
     ("D06", Place(server="uvicorn-worker", rest=new), Place(server="granian", rest=new), ()),
     ("D06", Place(rest=new), Place(options={"ws_ping_interval": None}, rest=new), ()),
     ("D07", Place(), Place(options={"timeout_graceful_shutdown": 30}), ("--timeout-graceful-shutdown",)),
     ("D07", Place(server="uvicorn-worker"), Place(server="gunicorn"), ("CONFIG_KWARGS",)),
     (
         "D08",
-        Place(options={"timeout_graceful_shutdown": 30}, platform=("kubernetes",)),
-        Place(options={"timeout_graceful_shutdown": 15}, platform=("kubernetes",)),
-        ("45 s", "30 s of kubernetes"),
+        Place(sooner, options={"timeout_graceful_shutdown": 30}, platform=("kubernetes",)),
+        Place(sooner, options={"timeout_graceful_shutdown": 15}, platform=("kubernetes",)),
+        ("45 s", "30 s of kubernetes", "drain_timeout 10", "timeout 30"),
+    ),
+    ("D08", Place(platform=("kubernetes",)), Place(platform=("kubernetes",), limits={"grace": 35}), ("35 s",)),
+    (
+        "D08",
+        Place(sooner, platform=("kubernetes",), rest={"pre_stop": 20}),
+        Place(sooner, platform=("kubernetes",), rest={"pre_stop": 20}, limits={"grace": 35}),
+        ("35 s", "preStop 20"),
+    ),
+    # a long drain_window takes no time of its own: drain_timeout bounds it
+    (
+        "D08",
+        Place({**soon, "drain_window": 15}, platform=("kubernetes",), limits={"grace": 24}),
+        Place({**soon, "drain_window": 15}, platform=("kubernetes",), limits={"grace": 25}),
+        ("25 s",),
+    ),
+    ("D08", Place(sooner, platform=("railway",)), Place(sooner, platform=("railway",), limits={"grace": 15}), ("0 s",)),
+    ("D08", Place(sooner, platform=("fly",)), Place(sooner, platform=("fly",), limits={"grace": 15}), ("5 s of fly",)),
+    # the master of gunicorn counts from SIGTERM on
+    (
+        "D08",
+        Place(soon, "gunicorn", {"graceful_timeout": 26}, ("kubernetes",)),
+        Place(soon, "gunicorn", {"graceful_timeout": 25}, ("kubernetes",)),
+        ("may take 31 s", "graceful_timeout 26, the drain included"),
     ),
     (
         "D08",
-        Place(platform=("kubernetes",), rest={"pre_stop": 20}),
-        Place(platform=("kubernetes",), rest={"pre_stop": 20}, limits={"grace": 35}),
-        ("35 s", "preStop 20"),
+        Place(soon, "uvicorn-worker", {"graceful_timeout": 25}, ("kubernetes",), rest={"pre_stop": 5}),
+        Place(soon, "uvicorn-worker", {"graceful_timeout": 20}, ("kubernetes",), rest={"pre_stop": 5}),
+        ("may take 35 s", "preStop 5 + graceful_timeout 25"),
     ),
-    ("D08", Place(platform=("railway",)), Place(platform=("railway",), limits={"grace": 15}), ("0 s of railway",)),
-    ("D08", Place(platform=("fly",)), Place(platform=("fly",), limits={"grace": 15}), ("5 s of fly",)),
+    (
+        "D08",
+        Place({"drain_timeout": 31}, "gunicorn"),
+        Place({"drain_timeout": 30}, "gunicorn"),
+        ("kills its workers 30 s after SIGTERM", "drain_timeout 31", "raise graceful_timeout to 31 s"),
+    ),
+    (
+        "D08",
+        Place(server="uvicorn-worker", options={"graceful_timeout": 10}),
+        Place(deaf, "uvicorn-worker", {"graceful_timeout": 10}),
+        ("kills its workers 10 s after SIGTERM",),
+    ),
+    (
+        "D08",
+        Place({"drain_timeout": 60}, "gunicorn", platform=("kubernetes",)),
+        Place({"drain_timeout": 60}, "uvicorn"),
+        ("kills its workers", "; and ", "30 s of kubernetes"),
+    ),
     ("D08", Place(platform=("istio",)), Place(deaf, platform=("istio",)), ("5 s of istio",)),
     (
         "D09",
@@ -150,6 +193,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         ("no SIGTERM",),
     ),
     ("D09", Place(server="hypercorn"), Place(server="hypercorn", rest={"pre_stop": 30}), ("preStop",)),
+    ("D09", Place(server="hypercorn"), Place({"drain_secret": SECRET}, "hypercorn"), ("set drain_secret",)),
     ("D10", Place(server="granian"), Place(deaf, "granian"), ("granian",)),
     ("D10", Place(server="daphne"), Place(server="daphne", rest={"pre_stop": 30}), ("daphne",)),
     ("D10", Place(server="granian"), Place({"drain_secret": SECRET}, "granian"), ("drain_secret",)),
@@ -216,6 +260,36 @@ def test_what_a_platform_advises_the_doctor_accepts(name: str) -> None:
     place = Place(server=None, platform=(name,))
     surroundings = Surroundings(WebSocketConfig.for_platform(name), way=way_of(place.platform))
     assert not {finding.code for finding in examine(surroundings)} & {"D01", "D02", "D03"}
+
+
+ENDS_IN_TIME = sorted(
+    name
+    for name, platform in PLATFORMS.items()
+    if platform.refusal is None and (platform.grace is None or platform.grace >= 15)
+)
+
+
+@pytest.mark.parametrize("name", ENDS_IN_TIME)
+def test_what_a_platform_advises_is_over_in_its_grace(name: str) -> None:
+    """The drain of `for_platform` leaves the five seconds, if the server takes no time of its own after it."""
+    config = WebSocketConfig.for_platform(name)
+    for server in (None, "uvicorn", "granian", "daphne"):
+        options = None if server is None else with_defaults(SERVERS[server], {})
+        surroundings = Surroundings(config, server and SERVERS[server], options, way=way_of([name]))
+        assert "D08" not in {finding.code for finding in examine(surroundings)}
+
+
+def test_the_drain_counts_where_nobody_knows_how_long_gunicorn_waits() -> None:
+    """Without the server's options there is no graceful_timeout, and the drain is what is left to look at."""
+    surroundings = Surroundings(WebSocketConfig(), SERVERS["gunicorn"], None, way=way_of(["kubernetes"]))
+    (finding,) = examine(surroundings)
+    assert (finding.code, "drain_timeout 30" in finding.problem) == ("D08", True)
+
+
+@pytest.mark.parametrize("config", [WebSocketConfig(), WebSocketConfig(handle_signals=False)])
+def test_hypercorn_is_left_alone_where_its_workers_are_not_known(config: WebSocketConfig) -> None:
+    """D09 guesses nothing: with `--workers 0` all is well, and nobody has said."""
+    assert examine(Surroundings(config, SERVERS["hypercorn"], None, python=(3, 12))) == []
 
 
 def test_a_server_that_is_not_known_is_found_at_fault_for_nothing() -> None:

@@ -124,7 +124,12 @@ def test_a_manager_that_the_app_does_not_show_is_found_in_its_module(
         ((APP, "--option", "reload"), "--option is NAME=VALUE"),
         ((APP, "--option", "ws_ping_interval=soon"), "is a number or None, not 'soon'"),
         ((APP, "--option", "limit_concurency=5"), "did you mean 'limit_concurrency'"),
-        ((APP, "--grace", "-5"), "grace is a number of seconds"),
+        ((APP, "--grace", "-5"), "grace is a number of seconds above zero, not -5"),
+        ((APP, "--idle-timeout", "nan"), "idle_timeout is a number of seconds above zero, not nan"),
+        ((APP, "--max-lifetime", "0"), "max_lifetime is a number of seconds above zero, not 0"),
+        ((APP, "--pre-stop", "nan"), "pre_stop is a number of seconds, not nan"),
+        ((".broken:app",), "cannot import '.broken': TypeError"),
+        ((":app",), "cannot import '': ValueError"),
     ],
 )
 def test_what_cannot_be_looked_at_is_said(doctor: Any, arguments: tuple[str, ...], message: str) -> None:
@@ -133,6 +138,37 @@ def test_what_cannot_be_looked_at_is_said(doctor: Any, arguments: tuple[str, ...
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        ("def", "SyntaxError"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_an_app_that_breaks_at_its_import_is_said(
+    doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    """Whatever it raises, the exit code is 2, with one line; an app that exits does not pass."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "breaks_at_import.py").write_text(f"{line}\n")
+    code, out, err = doctor("breaks_at_import:app")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert err.startswith("cannot import 'breaks_at_import': ")
+
+
+def test_an_interrupt_at_the_import_is_one(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C means the command."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        doctor("interrupted:app")
 
 
 def test_it_is_a_command() -> None:

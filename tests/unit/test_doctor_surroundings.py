@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import multiprocessing
 import sys
 import time
@@ -205,11 +206,26 @@ def test_what_is_told_stands_for_the_defaults() -> None:
 
 
 def test_a_way_that_cannot_be_is_refused() -> None:
-    """An unknown platform and a negative time are errors."""
+    """An unknown platform is an error."""
     with pytest.raises(ValueError, match="did you mean 'nginx'"):
         way_of(["ngimx"])
-    with pytest.raises(ValueError, match="grace is a number of seconds, not -1"):
-        way_of([], grace=-1)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, 0, -1, math.inf, -math.inf])
+@pytest.mark.parametrize("limit", ["idle_timeout", "max_lifetime", "grace"])
+def test_a_limit_that_is_no_time_is_refused(limit: str, seconds: float) -> None:
+    """By the way, and by a manager that checks itself."""
+    message = f"{limit} is a number of seconds above zero, not {seconds:g}"
+    for look in (functools.partial(way_of, []), WebSocketConnectionManager().check):
+        with pytest.raises(ValueError, match=message):
+            look(**{limit: seconds})
+
+
+@pytest.mark.parametrize("seconds", [math.nan, -1, math.inf])
+def test_a_pre_stop_that_is_no_time_is_refused(seconds: float) -> None:
+    """None at all is 0."""
+    with pytest.raises(ValueError, match="pre_stop is a number of seconds, not"):
+        WebSocketConnectionManager().check(pre_stop=seconds)
 
 
 def test_options_need_a_server() -> None:
@@ -267,6 +283,18 @@ async def test_a_start_under_hypercorn_knows_whether_it_is_in_a_worker(
     own, heard = manager_with()
     await own.start()
     assert [report.facts["code"] for report in heard.of("doctor_finding")] == codes
+
+
+async def test_a_start_takes_a_drain_secret_for_a_drain_in_pre_stop(
+    manager_with: Any, under: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process cannot see `preStop`; who has set a secret can drain there."""
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    for server in ("hypercorn", "granian"):
+        under(server)
+        own, heard = manager_with(drain_secret="drained-by-nobody-else")
+        await own.start()
+        assert heard.of("doctor_finding") == []
 
 
 @pytest.mark.parametrize("modules", [(), ("uvicorn",)])

@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatfor
 from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
 from fastapi_ws_stabilizer.platforms import clouds, hop, hosts, proxies
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.platforms.path import options_for, path_of
+from fastapi_ws_stabilizer.platforms.path import MOST, options_for, path_of
 from fastapi_ws_stabilizer.platforms.platform import Fact, Platform
 
 FACTS = [
@@ -36,7 +36,7 @@ def a_hop(idle_timeout: float | None = None, max_lifetime: float | None = None, 
 
 def options(*path: Platform) -> dict[str, float]:
     """The options of a path, with the limits that the config has."""
-    return options_for(path, DEFAULTS.heartbeat_interval, DEFAULTS.drain_window)
+    return options_for(path, {name: getattr(DEFAULTS, name) for name in MOST})
 
 
 # ── the facts ──
@@ -103,10 +103,14 @@ def test_a_connection_is_closed_before_its_platform_cuts_it(cut: float, lifetime
     assert cut - lifetime > LEAVES_BY_ITSELF
 
 
-@pytest.mark.parametrize(("grace", "window"), [(0.0, 0.0), (5.0, 1.7), (10.0, 3.3), (30.0, 10.0), (120.0, 10.0)])
-def test_a_drain_fits_into_the_grace(grace: float, window: float) -> None:
-    """The closes are spread over a third of the grace, and never over more than by default."""
-    assert options(a_hop(grace=grace)) == {"drain_window": pytest.approx(window)}
+@pytest.mark.parametrize(
+    ("grace", "window", "timeout"),
+    [(0.0, 0.0, 0.1), (5.0, 1.7, 3.3), (10.0, 3.3, 6.7), (30.0, 10.0, 20.0), (120.0, 10.0, 30.0)],
+)
+def test_a_drain_fits_into_the_grace(grace: float, window: float, timeout: float) -> None:
+    """The closes have a third of the grace and all of the drain two thirds, and never more than by default."""
+    fitting = options(a_hop(grace=grace))
+    assert fitting == {"drain_window": pytest.approx(window), "drain_timeout": pytest.approx(timeout)}
 
 
 def test_what_nobody_documents_is_not_set() -> None:
@@ -134,6 +138,7 @@ def test_every_platform_makes_a_config(name: str) -> None:
         "heartbeat_interval": platform.idle_timeout is not None,
         "max_lifetime": platform.max_lifetime is not None,
         "drain_window": platform.grace is not None,
+        "drain_timeout": platform.grace is not None,
     }
     assert config.model_fields_set == {option for option, is_set in expected.items() if is_set}
     assert config.heartbeat_interval <= DEFAULTS.heartbeat_interval
@@ -149,7 +154,7 @@ def test_a_path_of_several_hops() -> None:
     assert config.heartbeat_interval == pytest.approx(24.0)  # nginx
     assert config.max_lifetime == pytest.approx(14340.0)  # Front Door
     assert config.drain_window == pytest.approx(1.7)  # the sidecar
-    assert config.changed_options() == {"heartbeat_interval", "max_lifetime", "drain_window"}
+    assert config.changed_options() == {"heartbeat_interval", "max_lifetime", "drain_window", "drain_timeout"}
 
 
 def test_the_order_of_hops_does_not_matter() -> None:
@@ -231,7 +236,7 @@ def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
 
 def test_the_platforms_that_are_refused() -> None:
     """They are those whose documentation says that no process of the user's holds the socket."""
-    assert REFUSED == ["aws-api-gateway", "google-app-engine-standard"]
+    assert REFUSED == ["aws-alb-lambda", "aws-api-gateway", "google-app-engine-standard"]
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,115 @@ async def test_clients_with_a_session_are_asked_and_plain_ones_told_when_to_come
         ((code, reason),) = plain.server.close_frames
         assert code == 1012
         assert reason.startswith("server shutdown; retry=")
+
+
+@virtually
+async def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
+    """Only who takes nothing is cut: a reader of one message in a third of a second has its time."""
+    async with Stage(drain_window=0) as stage:
+        line = stage.plain("slow")
+        await soon()
+        (connection,) = stage.manager._serving.unfinished
+        send = connection.outbox._send
+
+        async def slowly(message: dict[str, object]) -> None:
+            await asyncio.sleep(0.3)
+            await send(message)
+
+        connection.outbox._send = slowly
+        for number in range(20):
+            await stage.manager.send_to_client("slow", {"n": number})
+        report = await stage.manager.drain(30)
+        assert len(line.server.data) == 20
+        assert line.close_code == 1012
+        assert (report.closed_count, report.forced_count) == (1, 0)
+
+
+@virtually
+async def test_a_shorter_time_makes_a_drain_quicker() -> None:
+    """A shutdown within two seconds does not wait for a drain that has five minutes."""
+    async with Stage(drain_window=10, disconnect_grace=400) as stage:
+
+        async def stays(ws: StableSocket) -> None:
+            await asyncio.sleep(1000)
+
+        stage.endpoint = stays
+        for number in range(100):
+            stage.plain(f"client {number}")
+        await soon()
+        loop = asyncio.get_running_loop()
+        patient = asyncio.ensure_future(stage.manager.drain(300))
+        await asyncio.sleep(0.1)
+        since = loop.time()
+        report = await stage.manager.drain(2)
+        assert loop.time() - since <= 2.1
+        assert await patient is report
+        assert report.forced_count == 100
+
+
+@virtually
+async def test_a_drain_keeps_a_short_time() -> None:
+    """Neither the clients that are asked to leave nor the goodbyes make it longer."""
+    async with Stage(drain_window=10, disconnect_grace=400) as stage:
+
+        async def stays(ws: StableSocket) -> None:
+            await asyncio.sleep(1000)
+
+        stage.endpoint = stays
+        for number in range(200):
+            stage.plain(f"client {number}")
+        await Peer(stage, "ann").dial()
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        await stage.manager.drain(0.5)
+        assert loop.time() - since <= 0.6
+
+
+@virtually
+async def test_a_start_ends_a_drain() -> None:
+    """Who has not been closed yet stays, and new ones are let in."""
+    async with Stage(drain_window=10) as stage:
+        for number in range(500):
+            stage.plain(f"client {number}")
+        await soon()
+        draining = asyncio.ensure_future(stage.manager.drain(30))
+        await asyncio.sleep(1)
+        await stage.manager.start()
+        new = stage.plain("new")
+        await asyncio.sleep(20)
+        assert (await draining).closed_count < 250
+        assert new.close_code is None
+        assert stage.manager.get_connection_count() > 250
+
+
+@virtually
+async def test_a_drain_that_was_cancelled_is_begun_again() -> None:
+    """A server that cancels all tasks leaves no manager that can never be shut down."""
+    async with Stage(drain_window=10) as stage:
+        for number in range(100):
+            stage.plain(f"client {number}")
+        await soon()
+        first = asyncio.ensure_future(stage.manager.drain(30))
+        await asyncio.sleep(0.1)
+        for task in stage.manager._tasks.tasks:
+            task.cancel()
+        await asyncio.wait([first])
+        report = await stage.manager.graceful_shutdown(5)
+        assert report.closed_count + report.failed_count > 0
+        assert stage.manager.get_connection_count() == 0
+
+
+@virtually
+async def test_who_leaves_by_itself_is_not_waited_for() -> None:
+    """One client with a session that goes at once makes a drain of no noticeable length."""
+    async with Stage(drain_window=10) as stage:
+        line = await Peer(stage, "ann").dial()
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        draining = asyncio.ensure_future(stage.manager.drain(30))
+        await soon()
+        asked = line.of("drain")[-1]
+        assert asked["within"] == asked["after"] + 1000
+        await line.leaves(4000)
+        await draining
+        assert loop.time() - since < 0.3

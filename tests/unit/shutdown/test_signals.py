@@ -1,0 +1,195 @@
+"""Tests of signals: who hears them, how often, and what is left when a manager has stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.shutdown import signals
+from fastapi_ws_stabilizer.shutdown.signals import Signals
+from tests.unit.conftest import Heard
+
+
+@pytest.fixture(autouse=True)
+def server() -> Iterator[list[int]]:
+    """A server that has taken SIGTERM before us, and what it was told."""
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    yield told
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Draining:
+    """A drain that ends when a test says so."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.over = asyncio.Event()
+        self.signals = Signals(Reports(), self)
+
+    async def __call__(self) -> None:
+        self.count += 1
+        await self.over.wait()
+
+
+async def tell() -> None:
+    """Send SIGTERM, and let what follows happen."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.02)
+
+
+def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that stands where a test puts it."""
+    now = [100.0]
+    monkeypatch.setattr(signals, "monotonic", lambda: now[0])
+
+    def put(seconds: float) -> None:
+        now[0] = 100.0 + seconds
+
+    return put
+
+
+async def test_the_first_signal_comes_after_the_drain(server: list[int]) -> None:
+    """The server hears of it when all is done, once."""
+    drain = Draining()
+    drain.signals.listen()
+    await tell()
+    assert (drain.count, server) == (1, [])
+    drain.over.set()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    drain.signals.stop()
+
+
+async def test_one_stop_that_is_told_twice_is_one(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group gets it, and then the master passes it on: that is no second wish."""
+    put = in_time(monkeypatch)
+    drain = Draining()
+    drain.signals.listen()
+    await tell()
+    put(0.3)
+    await tell()
+    assert (drain.count, server) == (1, [])
+    drain.over.set()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    drain.signals.stop()
+
+
+async def test_a_second_signal_goes_straight_through_and_the_first_does_not_follow(
+    server: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn would take the late first one for a wish to skip the end of the lifespan."""
+    put = in_time(monkeypatch)
+    drain = Draining()
+    drain.signals.listen()
+    await tell()
+    put(2.0)
+    await tell()
+    assert server == [signal.SIGTERM]
+    drain.over.set()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    drain.signals.stop()
+
+
+async def test_a_manager_that_has_stopped_swallows_nothing(server: list[int]) -> None:
+    """Also where a library has put its handler before ours, and still calls it."""
+    drain = Draining()
+    drain.signals.listen()
+    ours: Any = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
+    drain.signals.stop()
+    await tell()
+    await tell()
+    assert (drain.count, server) == (0, [signal.SIGTERM, signal.SIGTERM])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_two_managers_may_stop_in_any_order(server: list[int], first: int) -> None:
+    """The process can be stopped after the first of them has, and after both."""
+    drains = [Draining(), Draining()]
+    for drain in drains:
+        drain.signals.listen()
+        drain.over.set()
+    drains[first].signals.stop()
+    await tell()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    assert [drain.count for drain in drains] == ([0, 1] if first == 0 else [1, 0])
+    drains[1 - first].signals.stop()
+    await tell()
+    assert server == [signal.SIGTERM, signal.SIGTERM]
+
+
+async def test_two_managers_drain_at_the_same_time(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One signal is handed on when both are done, and a second one at once."""
+    put = in_time(monkeypatch)
+    drains = [Draining(), Draining()]
+    for drain in drains:
+        drain.signals.listen()
+    await tell()
+    assert [drain.count for drain in drains] == [1, 1]
+    drains[0].over.set()
+    await asyncio.sleep(0.02)
+    assert server == []
+    put(2.0)
+    await tell()
+    assert server == [signal.SIGTERM]
+    drains[1].over.set()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    for drain in reversed(drains):
+        drain.signals.stop()
+
+
+async def test_a_second_life_drains_again(server: list[int]) -> None:
+    """What is started again in the same process hears again, in that loop and in another one."""
+    drain = Draining()
+    drain.over.set()
+    for times in (1, 2):
+        drain.signals.listen()
+        await tell()
+        await asyncio.sleep(0.02)
+        assert (drain.count, len(server)) == (times, times)
+        drain.signals.stop()
+    assert not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals)
+
+
+async def test_handlers_are_given_back(server: list[int]) -> None:
+    """Those that were there before, even where it stops in the middle of a drain."""
+    before = signal.getsignal(signal.SIGTERM)
+    drain = Draining()
+    drain.signals.listen()
+    await tell()
+    drain.signals.stop()
+    drain.over.set()
+    await asyncio.sleep(0.02)
+    assert server == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_off_the_main_thread_it_is_said_once() -> None:
+    """Signals come to the main thread only."""
+    heard = Heard()
+    reports = Reports()
+    reports.subscribe(heard)
+    listening = Signals(reports, Draining)  # type: ignore[arg-type]  # never called
+
+    async def listen() -> None:
+        listening.listen()
+        listening.listen()
+
+    thread = threading.Thread(target=lambda: asyncio.run(listen()))
+    thread.start()
+    thread.join()
+    assert [report.event for report in heard.reports] == ["signals_not_heard"]

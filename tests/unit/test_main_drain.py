@@ -1,0 +1,209 @@
+"""Tests of `python -m fastapi_ws_stabilizer drain`: what it sends, to whom, and what it says of what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.__main__ import main
+
+SECRET = "drained-by-nobody-else"
+REPORT = {"closed_count": 3, "failed_count": 0, "duration_seconds": 0.1}
+
+Answered = Callable[[bytes], tuple[str, list[bytes]]]
+
+
+def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
+    """An HTTP response."""
+    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers)
+    return "\r\n".join((*lines, "", "")).encode() + body
+
+
+@pytest.fixture
+def answered() -> Iterator[Answered]:
+    """Starts a server that gives every request the same bytes; returns its address, and the requests that it gets."""
+    listeners = []
+
+    def start(response: bytes) -> tuple[str, list[bytes]]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        heard: list[bytes] = []
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = listener.accept()
+                except OSError:
+                    return
+                with client:
+                    heard.append(client.recv(65536))
+                    client.sendall(response)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/ws-stats", heard
+
+    yield start
+    for listener in listeners:
+        with contextlib.suppress(OSError):  # some systems wake the accept by the close alone
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.fixture
+def drain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command with a secret; returns its exit code and what it wrote."""
+
+    def run(*arguments: str, secret: str = SECRET) -> tuple[int, str, str]:
+        monkeypatch.setenv("WS_DRAIN_SECRET", secret)
+        code = main(["drain", *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_a_drain_prints_its_report(drain: Any, answered: Answered) -> None:
+    """The exit code is 0 if all connections ended in time, and 1 if some were cut."""
+    url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    code, out, err = drain(url, "--timeout", "7")
+    assert (code, json.loads(out), err) == (0, REPORT, "")
+    assert heard[0].startswith(b"POST /ws-stats/drain?timeout=7.0 HTTP/1.1\r\n")
+    assert f"authorization: bearer {SECRET}\r\n".encode() in heard[0].lower()
+    url, _ = answered(answer("200 OK", json.dumps({**REPORT, "failed_count": 1}).encode()))
+    assert drain(url)[0] == 1
+
+
+@pytest.mark.parametrize("secret", [f"{SECRET}\n", f" {SECRET}\r\n"])
+def test_the_end_of_line_of_a_secret_from_a_file_is_left_out(drain: Any, answered: Answered, secret: str) -> None:
+    """`kubectl create secret --from-file` keeps the newline of the file."""
+    url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    assert drain(url, secret=secret)[0] == 0
+    assert f"authorization: bearer {SECRET}\r\n".encode() in heard[0].lower()
+
+
+def test_a_secret_may_have_the_letters_that_a_header_has(drain: Any, answered: Answered) -> None:
+    """Those of Latin-1, as the server reads them."""
+    url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    assert drain(url, secret=f"{SECRET}-\u00fc")[0] == 0
+    assert f"{SECRET}-\u00fc\r\n".encode("latin-1") in heard[0]
+
+
+@pytest.mark.parametrize("secret", [f"{SECRET}\nX-More: 1", f"{SECRET}\u20ac", f"{SECRET}\x01"])
+def test_a_secret_that_is_no_header_is_not_printed(drain: Any, answered: Answered, secret: str) -> None:
+    """It says which variable is wrong, and sends nothing."""
+    url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    assert drain(url, secret=secret) == (2, "", "WS_DRAIN_SECRET holds a character that no header can carry\n")
+    assert heard == []
+
+
+def test_no_secret_is_an_error(drain: Any) -> None:
+    """White space is none."""
+    code, _, err = drain("http://127.0.0.1:9", secret=" \n")
+    assert (code, err) == (2, "no secret: set WS_DRAIN_SECRET to the server's drain_secret\n")
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_the_secret_goes_to_no_proxy(
+    drain: Any, answered: Answered, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A proxy of the environment is not asked."""
+    proxy, seen = answered(answer("502 Bad Gateway"))
+    monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    url, _ = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    assert drain(url)[0] == 0
+    assert seen == []
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+def test_the_secret_follows_no_redirect(drain: Any, answered: Answered, status: str) -> None:
+    """A redirect is an error that names where it leads."""
+    elsewhere, seen = answered(answer("200 OK", json.dumps(REPORT).encode()))
+    url, _ = answered(answer(status, b"", f"Location: {elsewhere}/drain"))
+    code, out, err = drain(url)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"redirected: HTTP {status[:3]} to {elsewhere}/drain")
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (b"", "no answer: "),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "no answer: SSH-2.0"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{", "no report of a drain: {"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "no answer: "),
+        (answer("302 Found", b"", "Location: http://[::1/"), "no answer: Invalid IPv6 URL"),
+        (answer("200 OK", b"<html>\n<p>hello"), "no report of a drain: <html> <p>hello"),
+        (answer("200 OK", b"\xff\xfe"), "no report of a drain: "),
+        (answer("200 OK", b"[" * 60000), "no report of a drain: [[["),
+        (answer("200 OK", b"[]"), "no report of a drain: []"),
+        (answer("200 OK", b"3"), "no report of a drain: 3"),
+        (answer("200 OK", b'{"status": "ok"}'), 'no report of a drain: {"status": "ok"}'),
+        (answer("200 OK", b'{"failed_count": false}'), "no report of a drain: "),
+        (answer("204 No Content"), "no report of a drain:"),
+        (answer("403 Forbidden", b'{"detail":\n"Forbidden"}'), 'refused: HTTP 403 {"detail": "Forbidden"}'),
+        (b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "refused: HTTP 403"),
+        (answer("500 Oh", f"you sent Bearer {SECRET}".encode()), "refused: HTTP 500 you sent Bearer ***"),
+        (answer("500 Oh", b"." * 295 + SECRET.encode()), "refused: HTTP 500 ." + "." * 294 + "***"),
+        (answer("200 OK", f"you sent Bearer {SECRET}".encode()), "no report of a drain: you sent Bearer ***"),
+        (answer("302 Found", b"", f"Location: /?was={SECRET}"), "redirected: HTTP 302 to /?was=***"),
+    ],
+)
+def test_an_answer_that_is_no_report_is_one_line(drain: Any, answered: Answered, response: bytes, message: str) -> None:
+    """Whatever is there instead of a server of ours: no traceback, no secret, and the exit code is 1."""
+    url, _ = answered(response)
+    code, out, err = drain(url)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(message)
+    assert SECRET not in err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000/ws-stats",
+        "ftp://127.0.0.1/ws-stats",
+        "file:///etc/hostname",
+        "http://",
+        "http:///ws-stats",
+        "http://127.0.0.1:http/ws-stats",
+        "http://127.0.0.1:99999/ws-stats",
+        "http://[::1/ws-stats",
+        "http://127.0.0.1/ws stats",
+        "http://127.0.0.1/ws-stats\r\nX-More: 1",
+        "http://127.0.0.1/ws-st\u00e4ts",
+        "http://127.0.0.1/ws-stats?a=b",
+        "http://127.0.0.1/ws-stats#a",
+        "http://ann:password@127.0.0.1/ws-stats",
+        "http://a..b/ws-stats",
+    ],
+)
+def test_a_url_that_cannot_be_asked_is_one_line(drain: Any, url: str) -> None:
+    """The exit code is 2."""
+    code, out, err = drain(url)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("not an http(s) URL of a stats router: ")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "3601"])
+def test_a_timeout_that_the_server_would_not_take_is_refused(drain: Any, seconds: str) -> None:
+    """The exit code is 2, and nothing is sent."""
+    code, out, err = drain("http://127.0.0.1:9", "--timeout", seconds)
+    assert (code, out) == (2, "")
+    assert err == f"--timeout is a number of seconds above zero, 3600 at most, not {seconds}\n"
+
+
+def test_nobody_there_is_one_line(drain: Any) -> None:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    code, out, err = drain(f"http://127.0.0.1:{port}")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("no answer: ")
