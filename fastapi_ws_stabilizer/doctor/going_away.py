@@ -11,6 +11,9 @@ from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
 MARGIN: Final = 5.0
 """Seconds that are kept free before SIGKILL."""
 
+ROOMY: Final = 30
+"""Seconds that are advised for a server's own timeout, where nothing limits it."""
+
 
 def shutdown_unbounded(s: Surroundings) -> Problem | None:
     """D07."""
@@ -18,7 +21,10 @@ def shutdown_unbounded(s: Surroundings) -> Problem | None:
         return None
     if s.option("timeout_graceful_shutdown") is not None:
         return None
-    advice = "start it with --timeout-graceful-shutdown 30, or with manager.uvicorn_options()"
+    fitting = _left_for_server(s)
+    advice = f"start it with --timeout-graceful-shutdown {fitting}"
+    if fitting == ROOMY:
+        advice += ", or with manager.uvicorn_options()"
     if s.server.name == "uvicorn-worker":
         advice = "gunicorn cannot set it: subclass UvicornWorker, with timeout_graceful_shutdown in its CONFIG_KWARGS"
     return Problem(
@@ -26,6 +32,14 @@ def shutdown_unbounded(s: Surroundings) -> Problem | None:
         "never ends, and the platform kills the process",
         advice,
     )
+
+
+def _left_for_server(s: Surroundings) -> int:
+    """Seconds for the server's own timeout that leave D08 content; `ROOMY` where there is enough."""
+    grace = s.way.smallest("grace")
+    if grace is None:
+        return ROOMY
+    return max(1, min(ROOMY, math.floor(grace.seconds - s.pre_stop - _drain(s) - MARGIN)))
 
 
 def grace_too_short(s: Surroundings) -> Problem | None:

@@ -125,6 +125,12 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
     ("D06", Place(server="uvicorn-worker", rest=new), Place(server="granian", rest=new), ()),
     ("D06", Place(rest=new), Place(options={"ws_ping_interval": None}, rest=new), ()),
     ("D07", Place(), Place(options={"timeout_graceful_shutdown": 30}), ("--timeout-graceful-shutdown",)),
+    (
+        "D07",
+        Place({"drain_timeout": 20}, platform=("kubernetes",)),
+        Place({"drain_timeout": 20}, options={"timeout_graceful_shutdown": 5}, platform=("kubernetes",)),
+        ("--timeout-graceful-shutdown 5",),  # what D08 is content with
+    ),
     ("D07", Place(server="uvicorn-worker"), Place(server="gunicorn"), ("CONFIG_KWARGS",)),
     (
         "D08",
