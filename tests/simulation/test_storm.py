@@ -143,5 +143,8 @@ def test_connections_are_taken_over_before_they_are_noticed_to_be_dead(monkeypat
         return attach(self, connection, seq, welcome)
 
     monkeypatch.setattr(Session, "attach", note)
-    assert storm(1, NO_RESTARTS).violations == []
-    assert any(taken_over)
+    for seed in range(10):  # backoff and heartbeats have dice of their own, so one storm may have none
+        assert storm(seed, NO_RESTARTS).violations == []
+        if any(taken_over):
+            return
+    pytest.fail("no connection was taken over in ten storms")
