@@ -14,11 +14,18 @@ from tests.live.server import LiveServer
 HERE = Path(__file__).parent
 
 
+OLDER = ("uvicorn-wsproto", "uvicorn-websockets")
+"""Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test below this folder runs a server."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
+            parameters = getattr(item, "callspec", None)
+            if parameters is not None and parameters.params.get("kind") in OLDER:
+                item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture

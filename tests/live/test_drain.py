@@ -31,12 +31,6 @@ SECRET = "a-secret-that-nobody-guesses"
 WINDOW = 4.0
 CONFIG = {"drain_window": WINDOW, "disconnect_grace": 1.0}
 
-KINDS = [
-    pytest.param(kind, marks=[pytest.mark.soak] if kind in ("uvicorn-wsproto", "uvicorn-websockets") else [])
-    for kind in UVICORN
-]
-"""The implementations that most people run are tested each time, the others with the long tests."""
-
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -70,7 +64,7 @@ def facts(server: LiveServer, event: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UVICORN)
 async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind: str) -> None:
     """Each gets the hint and its close frame, spread over the window; hooks and clean-ups end before the lifespan."""
     server = serve(kind, app=APP, config=CONFIG)
@@ -90,7 +84,12 @@ async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind:
 
 
 @pytest.mark.parametrize(
-    ("runner", "processes"), [("uvicorn --workers 2", 2), ("gunicorn", 1), ("uvicorn --loop uvloop", 1)]
+    ("runner", "processes"),
+    [
+        ("uvicorn --workers 2", 2),
+        ("gunicorn", 1),
+        pytest.param("uvicorn --loop uvloop", 1, marks=pytest.mark.soak),
+    ],
 )
 async def test_the_same_however_uvicorn_is_run(serve: Serve, runner: str, processes: int) -> None:
     """With two workers, under gunicorn, and on uvloop: the hint for all, spread over the window, and an end in time."""
@@ -154,7 +153,7 @@ async def test_one_client_that_never_reads_holds_nobody_up(serve: Serve) -> None
             assert time.monotonic() - since < 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UVICORN)
 async def test_a_handshake_during_the_drain_is_refused(serve: Serve, kind: str) -> None:
     """It gets 503 and when to come back; a second SIGTERM ends the drain in under a second."""
     server = serve(kind, app=APP, config={**CONFIG, "drain_window": 60})

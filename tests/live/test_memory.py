@@ -30,6 +30,7 @@ async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
     return writer
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Serve) -> None:
     """From the third of twelve rounds on, memory and the number of objects stay within 5 %, and no task is left."""

@@ -125,6 +125,7 @@ async def test_sigterm_during_a_flush_ends_it(flushing: Flush) -> None:
     """No message follows the close frame with 1012, and the process ends."""
     server, client = flushing
     stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 4))
+    await until(lambda: "Shutting down" in server.log)  # else the client may have read all of it before
     messages, code = await asyncio.to_thread(read_to_the_end, client)
     assert code == 1012
     assert 0 < messages < COUNT
