@@ -68,7 +68,7 @@ test-fast: $(VENV)/fast.stamp ## Run the tests that need no server process
 test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that are claimed
 	$(BIN)/python -m pytest -m "not live and not soak"
 
-soak: $(VENV)/test.stamp ## Run the long tests, and the others on older kinds of servers; bounded, a few minutes
+soak: $(VENV)/test.stamp ## Run the long tests, and the others on more kinds of servers; bounded, a quarter of an hour
 	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about eight minutes; ARGS=--quick for two

@@ -14,7 +14,7 @@ from tests.live.server import LiveServer
 HERE = Path(__file__).parent
 
 
-OLDER = ("uvicorn-wsproto", "uvicorn-websockets")
+OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
 """Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
 
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
             parameters = getattr(item, "callspec", None)
-            if parameters is not None and parameters.params.get("kind") in OLDER:
+            if parameters is not None and parameters.params.get("kind") in OTHERS:
                 item.add_marker(pytest.mark.soak)
 
 
