@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
@@ -18,7 +19,12 @@ ROOT: Final = "fastapi_ws_stabilizer"
 _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None)
 _STANDARD_ATTRIBUTES: Final = frozenset(vars(_PLAIN)) | {"message", "asctime", "taskName"}
 _JSON_FIELDS: Final = frozenset({"time", "level", "logger", "exception"})
-_LINE_ENDS: Final = {ord(c): f"\\u{ord(c):04x}" for c in "\x7f\x85\u2028\u2029"}  # JSON lets them stand in strings
+_UNSAFE: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What rewrites a line or the order of its characters, or cannot be written at all. JSON lets it stand in strings; in
+the traceback of a text log only line feeds are left, and each line is indented."""
+
+MAX_FACT_CHARS: Final = 500
+"""How much of a text the log repeats: clients choose some of them, and as long as they like."""
 
 
 class _Report(Protocol):
@@ -49,7 +55,7 @@ def write_report(report: _Report) -> None:
     logger = logging.getLogger(ROOT)
     if not logger.isEnabledFor(report.level):
         return
-    extra = {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): value for key, value in report.facts.items()}
+    extra = _attributes(report.facts)
     extra["event"] = report.event
     error = report.error
     logger.log(
@@ -58,6 +64,16 @@ def write_report(report: _Report) -> None:
         exc_info=None if error is None else (type(error), error, error.__traceback__),
         extra=extra,
     )
+
+
+def _attributes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): _cut(value) for key, value in facts.items()}
+
+
+def _cut(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) <= MAX_FACT_CHARS:
+        return value
+    return f"{value[:MAX_FACT_CHARS]}… ({len(value)} characters)"
 
 
 def sentence(event: str, facts: Mapping[str, Any]) -> str:
@@ -73,7 +89,7 @@ def one_line(text: str) -> str:
 
 
 def _quoted(value: Any) -> str:
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    text = f"{value:.3f}" if isinstance(value, float) else str(_cut(value))
     if text and text.isprintable() and not any(c in text for c in ' "='):
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
@@ -96,7 +112,19 @@ class JsonFormatter(logging.Formatter):
                 line[f"{key}_" if key in _JSON_FIELDS else key] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str).translate(_LINE_ENDS)
+        return _escaped(json.dumps(line, ensure_ascii=False, default=str))
+
+
+class TextFormatter(logging.Formatter):
+    """Formats each record as a line, and its traceback, whose end may be a client's words, as indented lines below."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's name)
+        """Return the traceback, in which no line can be taken for a record and nothing speaks to a terminal."""
+        return "\n".join(f"    {line}" for line in _escaped(super().formatException(ei)).split("\n"))
+
+
+def _escaped(text: str) -> str:
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def configure_logging(level: str = "INFO", *, json_lines: bool = False) -> None:
@@ -118,7 +146,7 @@ def configure_logging(level: str = "INFO", *, json_lines: bool = False) -> None:
     handler: logging.Handler = logging.StreamHandler()
     handler.set_name(ROOT)
     handler.setFormatter(
-        JsonFormatter() if json_lines else logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+        JsonFormatter() if json_lines else TextFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     )
     logger.addHandler(handler)
     logger.propagate = False  # the root logger's handlers would write every line a second time
@@ -137,8 +165,7 @@ class StructuredLogger:
     def log(self, level: int, event: str, **facts: Any) -> None:
         """Write one event: the facts stand in the message and are attributes of the record."""
         if self._logger.isEnabledFor(level):
-            extra = {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): value for key, value in facts.items()}
-            self._logger.log(level, sentence(event, facts), extra={**extra, "event": event})
+            self._logger.log(level, sentence(event, facts), extra={**_attributes(facts), "event": event})
 
     def log_connection(self, event: str, client_id: str, **kwargs: Any) -> None:
         """Write an event of a connection's life."""

@@ -140,7 +140,7 @@ class Delivery(Generic[M]):
 
         Raises:
             TypeError: The metadata is no mapping.
-            ValueError: The name is empty.
+            RoomNameError: No room can be called so.
             RoomLimitError: The connection is in as many rooms as it may be.
         """
         if metadata is not None and not isinstance(metadata, Mapping):

@@ -5,11 +5,20 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
+from fastapi_ws_stabilizer.metrics.histogram import Histogram
+
 _payload: Final = struct.Struct("!d").pack
+
+MAX_OPEN_PINGS: Final = 2048
+"""Pings to one client whose pongs are expected at most: twice as many as senders may wait for its acknowledgement."""
 
 
 class Pulse:
     """When a client was last heard, and what it owes us.
+
+    Args:
+        now: The time, on the monotonic clock.
+        round_trips: Where round trips are counted, if they are.
 
     Attributes:
         last_seen: Time of the last frame from the client, on the monotonic clock.
@@ -21,9 +30,20 @@ class Pulse:
         member: The connection that it beats for; `None` while it does not beat.
     """
 
-    __slots__ = ("_ping_sent", "answers", "awaiting_since", "due", "last_seen", "member", "next_ping", "rtt")
+    __slots__ = (
+        "_open_pings",
+        "_ping_sent",
+        "_round_trips",
+        "answers",
+        "awaiting_since",
+        "due",
+        "last_seen",
+        "member",
+        "next_ping",
+        "rtt",
+    )
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, round_trips: Histogram | None = None) -> None:
         self.last_seen = now
         self.awaiting_since: float | None = None
         self.answers = False
@@ -32,6 +52,8 @@ class Pulse:
         self.due = now
         self.member: Any = None
         self._ping_sent: float | None = None
+        self._open_pings = 0
+        self._round_trips = round_trips
 
     def __lt__(self, other: Pulse) -> bool:
         """Whether its beat comes first: pulses stand in the heartbeat's heap themselves."""
@@ -42,8 +64,13 @@ class Pulse:
         self.last_seen = now
         self.awaiting_since = None
 
+    def asked(self) -> None:
+        """A ping has been queued that measures nothing: its pong is all that is wanted."""
+        self._open_pings = min(self._open_pings + 1, MAX_OPEN_PINGS)
+
     def pinged(self, now: float) -> None:
         """A ping has been queued."""
+        self.asked()
         if self.awaiting_since is None:
             self.awaiting_since = now
         # Of several open pings the oldest counts, so that no round trip is flattered, once we know that pings are
@@ -53,22 +80,36 @@ class Pulse:
 
     def pinged_by_protocol(self, now: float) -> bytes:
         """A ping frame is being sent; return its payload, by which its pong is known."""
+        self.asked()
         if self.awaiting_since is None:
             self.awaiting_since = now
         self._ping_sent = now
         return _payload(now)
 
-    def ponged_by_protocol(self, payload: bytes, now: float) -> None:
-        """A pong frame has come in. One that answers no open ping says no more than that the client lives."""
-        if self._ping_sent is not None and payload == _payload(self._ping_sent):
-            self.ponged(now)
+    def ponged_by_protocol(self, payload: bytes, now: float) -> bool:
+        """A pong frame has come in. One that does not answer the last ping says no more than that the client lives.
 
-    def ponged(self, now: float) -> None:
-        """A pong has come in."""
+        Returns:
+            Whether a ping was open that it may answer.
+        """
+        if self._ping_sent is not None and payload == _payload(self._ping_sent):
+            return self.ponged(now)
+        return self._is_expected()
+
+    def ponged(self, now: float) -> bool:
+        """A pong has come in. Return whether a ping was open that it may answer."""
         self.answers = True
         if self._ping_sent is not None:
             self.rtt = now - self._ping_sent
             self._ping_sent = None
+            if self._round_trips is not None:
+                self._round_trips.observe(self.rtt)
+        return self._is_expected()
+
+    def _is_expected(self) -> bool:
+        expected = self._open_pings > 0
+        self._open_pings -= expected
+        return expected
 
     def forgive(self) -> None:
         """What the client owes is not its fault: start counting anew at the next ping."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Generic, Protocol, TypeVar
 
-from fastapi_ws_stabilizer.errors import RoomLimitError
+from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
+from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
 
 
 class Roomer(Protocol):
@@ -26,10 +27,12 @@ def check_room_name(name: object) -> None:
     """Raise unless a room can be called so.
 
     Raises:
-        ValueError: It is empty, or no string.
+        RoomNameError: It is empty, no string, too long, or has a control character.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a room's name is a string of at least one character, not {name!r}")
+        raise RoomNameError(name, "at least one character")
+    if not is_name(name):
+        raise RoomNameError(name, NAME_RULE)
 
 
 class Rooms(Generic[M]):
@@ -53,7 +56,7 @@ class Rooms(Generic[M]):
         """Let a connection into a room; `False` if it is in already.
 
         Raises:
-            ValueError: The name is empty, or no string.
+            RoomNameError: No room can be called so.
             RoomLimitError: The connection is in as many rooms as it may be.
         """
         check_room_name(name)

@@ -10,13 +10,16 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Final
 
-from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.exceptions import NegotiationError, PayloadTooBig, ProtocolError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Frame, Opcode
 
 from fastapi_ws_stabilizer.wire.compression import TAIL
 
 _WINDOW: Final = 1 << 15
+
+LEAST_WINDOW_BITS: Final = 9
+"""zlib inflates what was compressed with a window of 8 bits, and compresses with none of that size."""
 
 MAX_FINAL_BLOCKS: Final = 16
 """Final blocks of one message. Each makes us begin anew, and a message can hold a great many that are empty."""
@@ -82,6 +85,8 @@ class WholeMessageDeflate(PerMessageDeflate):
 class _Factory(ServerPerMessageDeflateFactory):
     def process_request_params(self, params: Any, accepted_extensions: Sequence[Any]) -> Any:
         answer, negotiated = super().process_request_params(params, accepted_extensions)
+        if negotiated.local_max_window_bits < LEAST_WINDOW_BITS:  # websockets before 17 agrees, and nothing can be sent
+            raise NegotiationError(f"zlib compresses with windows of {LEAST_WINDOW_BITS} bits at least")
         return answer, WholeMessageDeflate(
             negotiated.remote_no_context_takeover,
             negotiated.local_no_context_takeover,

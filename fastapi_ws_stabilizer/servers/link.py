@@ -21,11 +21,14 @@ def offers_link(scope: Mapping[str, Any]) -> bool:
 class Sink(Protocol):
     """The application's end of a link. Nothing here waits, and nothing raises."""
 
-    def heard(self) -> None:
-        """Bytes have come in: the client lives."""
+    def heard(self) -> bool:
+        """Bytes have come in: the client lives. `False` if nobody wants its messages any more."""
 
     def received(self, message: str | bytes) -> None:
         """A message has come in."""
+
+    def pinged(self) -> None:
+        """A ping frame has come in, and is answered."""
 
     def ponged(self, payload: bytes) -> None:
         """A pong frame has come in."""

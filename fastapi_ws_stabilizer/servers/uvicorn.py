@@ -25,8 +25,10 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import uvicorn
+from websockets.exceptions import InvalidState
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
 from fastapi_ws_stabilizer.wire.framing import CLOSE, PING, frame_bytes
@@ -52,8 +54,25 @@ CLOSE_START: Final = b"\x88"  # and of a close frame
 FAREWELL: Final = 2.0
 """Seconds in which a client that broke the protocol can read why, before its connection is cut."""
 
-MAX_INFLATED_AT_ONCE: Final = 4096
-"""Compressed bytes that are parsed at one go, so that a full inbox stops them: they may be a thousand times as many."""
+MAX_PARSED_AT_ONCE: Final = 2048
+"""Bytes that are parsed at one go, so that a full inbox stops them. Compressed ones may be a thousand times as many;
+others may be some hundred frames."""
+
+SLICE: Final = 0.002
+"""Seconds after which others have their turn before more of one read is parsed."""
+
+QUICK: Final = 0.0002
+"""Seconds in which a piece is parsed that holds few frames. The next one is twice as large then."""
+
+MAX_QUICK_PIECE: Final = 16 * 1024
+"""Bytes of the largest of them, in which there may be many small frames all the same."""
+
+MAX_AFTER_END: Final = 4 * 1024
+"""Bytes that are looked at for the client's close frame after we have ended its connection. What comes behind them is a
+flood, and is thrown away."""
+
+THROW_AWAY_EVERY: Final = 0.01
+"""Seconds between two reads of it."""
 
 _OURS: Final = (
     "queue",
@@ -151,9 +170,23 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self.parting = False
         self.reading_stopped = False
         self.unparsed = b""
+        self.early = b""
+        self.parse_later = False
+        self.after_end = 0
         self.known = not _unknown_internals(self)
         if self.known and self.config.ws_per_message_deflate:
             self.conn.available_extensions = [DEFLATE]
+
+    async def send(self, message: Any) -> None:
+        """As ASGI has it. Parses what came too early once the connection is accepted."""
+        await super().send(message)
+        if self.known and message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # else uvicorn says for each refusal that the application has failed
+        if self.early and self.handshake_complete:
+            early, self.early = self.early, b""
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+                self.data_received(early)
 
     def run_asgi(self) -> Coroutine[Any, Any, None]:
         """Run the application, and let it know what it is served by."""
@@ -215,6 +248,9 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self._write_output()
         self.close_sent = True
         self.resume_reading()  # for the client's answer
+        if self.parting:
+            self._farewell()
+            return
         self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
 
     def pause_reading(self) -> None:
@@ -230,7 +266,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.read_paused:
             self.read_paused = False
             if self.unparsed:
-                self.loop.call_soon(self._parse_rest)  # not here: we may be called from within the inbox
+                self._parse_soon()  # not here: we may be called from within the inbox
             else:
                 self._read_on()
 
@@ -245,30 +281,95 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come in."""
+        if self.known and self.handshake_initiated and not self.handshake_complete:
+            # Before its handshake is answered a client has nothing to say (RFC 6455 section 4.1), and no frame can
+            # answer it: the parser fails, and uvicorn with it. So this is read when there is an answer.
+            self.early += data
+            self.transport.pause_reading()
+            return
         if self.sink is not None:
             if self.parting:
+                self._throw_away()
                 return
-            self.sink.heard()
-            if self.unparsed or (len(data) > MAX_INFLATED_AT_ONCE and self.conn.extensions):
+            if self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
                 self.unparsed += data
-                self._parse_rest()
+                if not self.parse_later:
+                    self._parse_rest()
                 return
-        super().data_received(data)
+            if not self._looks_at(len(data)):
+                return
+        try:
+            super().data_received(data)
+        except UnicodeEncodeError:  # websockets before 17 cannot say what is wrong with a header that is not ASCII
+            if self.handshake_initiated or self.conn.handshake_exc is None:
+                raise
         if self.known and self.conn.handshake_exc is not None and not self.handshake_initiated:
             # What the HTTP parser has let through is no handshake: uvicorn would neither answer nor close.
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
 
+    def _looks_at(self, size: int) -> bool:
+        """Whether so many bytes more are parsed. After our end there may be a close frame in them, if they are few."""
+        if self.sink is not None and not self.sink.heard():
+            self.after_end += size
+            if self.after_end > MAX_AFTER_END:
+                self.parting = True
+                self.frames = []
+                if self.close_sent:
+                    self._farewell()
+        return not self.parting
+
+    def _throw_away(self) -> None:
+        """Read on, so that a client that was writing comes to our close frame, but not as fast as one can flood."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.loop.call_later(THROW_AWAY_EVERY, self._throw_more_away)
+
+    def _throw_more_away(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _farewell(self) -> None:
+        """Close our half, and let the client read why for a moment, while what it sends is thrown away."""
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+        self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
+
+    def _parse_soon(self) -> None:
+        if not self.parse_later:
+            self.parse_later = True
+            self.loop.call_soon(self._parse_rest)
+
     def _parse_rest(self) -> None:
-        """Parse what came in, piece by piece, until the inbox is full. What was read and not parsed waits for room."""
+        """Parse what came in, piece by piece, until the inbox is full, or others have waited for long enough.
+
+        What was read and not parsed waits, and no more is read meanwhile.
+        """
+        self.parse_later = False
         rest = memoryview(self.unparsed)
-        done = 0
+        done, size = 0, MAX_PARSED_AT_ONCE
+        began = now = monotonic()
         while done < len(rest) and not self.read_paused and not self.parting and self.sink is not None:
-            piece = bytes(rest[done : done + MAX_INFLATED_AT_ONCE])
+            before, now = now, monotonic()
+            if now - began >= SLICE:
+                break
+            if done and now - before < QUICK and not self.conn.extensions:  # a part of a large message, as it seems
+                size = min(2 * size, MAX_QUICK_PIECE)
+            else:
+                size = MAX_PARSED_AT_ONCE
+            piece = bytes(rest[done : done + size])
             done += len(piece)
-            super().data_received(piece)
+            if self._looks_at(len(piece)):
+                super().data_received(piece)
         self.unparsed = b"" if self.parting or self.sink is None else bytes(rest[done:])
+        if self.unparsed and not self.read_paused:
+            if not self.reading_stopped and not self.transport.is_closing():
+                self.reading_stopped = True
+                self.transport.pause_reading()
+            self._parse_soon()
         if self.reading_stopped and not self.read_paused and not self.unparsed:
             self._read_on()
 
@@ -317,7 +418,10 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         """A message is complete."""
         sink = self.sink
         if sink is None:
-            super().send_receive_event_to_app()
+            try:
+                super().send_receive_event_to_app()
+            except InvalidState:  # text that is not UTF-8, read at one go with the close frame behind it
+                self.frames = []
             return
         data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
         self.frames = []
@@ -364,7 +468,9 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         """A ping has come in, and its pong lies ready."""
         if self.sink is None:
             super().handle_ping()
-        elif self.write_paused or self.close_sent:
+            return
+        self.sink.pinged()
+        if self.write_paused or self.close_sent:
             # A client that floods pings and reads no pongs gets none; RFC 6455 section 5.5.3 allows to leave some out.
             self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
         else:
@@ -395,9 +501,7 @@ class StableWebSocketProtocol(WebSocketsSansIOProtocol):
         self._write_output()
         self.close_sent = self.parting = True
         self.frames = []
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
+        self._farewell()
 
     def _say_too_big(self) -> None:
         text = f"message over {self.max_message_bytes} bytes"

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic_core import from_json
-
+from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import Frame, encode_json
 
 MAX_CONTROL_CHARS: Final = 64
@@ -56,8 +55,8 @@ def parse_control(text: str) -> Ping | Pong | None:
     if text[0] == "p" or '"type"' not in text:
         return None
     try:
-        value: Any = from_json(text, allow_inf_nan=False)
-    except (ValueError, TypeError):  # TypeError: half of a surrogate pair
+        value: Any = read_json(text)
+    except BadJsonError:
         return None
     if not isinstance(value, dict) or not value.keys() <= _KEYS:
         return None

@@ -31,6 +31,7 @@ class Frame:
         deflated: The same frame as a compressed one of the v1 protocol; `None` until it was made, and `False` where
             that is not worth it.
         at: When it was made, on the monotonic clock; only of frames that are kept.
+        holders: How many outboxes and logs hold it for longer than a turn of the event loop.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Frame:
         "binary",
         "deflated",
         "enveloped",
+        "holders",
         "is_envelope",
         "is_json",
         "key",
@@ -67,6 +69,7 @@ class Frame:
         self.is_envelope = False
         self.deflated: Frame | Literal[False] | None = None
         self.at = 0.0
+        self.holders = 0
         self._framed: bytes | None = None
         self._compressed: dict[int, bytes] | None = None
 

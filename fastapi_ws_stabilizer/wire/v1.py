@@ -12,9 +12,11 @@ import struct
 from collections.abc import Iterable
 from typing import Any, Final
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.wire.compression import TooMuchError, deflate_whole, inflate
+from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
+from fastapi_ws_stabilizer.wire.names import MAX_NAME_CHARS, NAME_RULE, is_name
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 SUBPROTOCOL: Final = "stabilizer.v1.json"
@@ -25,11 +27,22 @@ AUTH_PREFIX: Final = "stabilizer.auth."
 
 VERSION: Final = 1
 MAX_SEQ: Final = 2**53 - 1
-MAX_NAME_CHARS: Final = 256
-"""Longest id, event, room or idempotency key."""
-
 MAX_HELLO_BYTES: Final = 8 * 1024
 MAX_TOKEN_CHARS: Final = 512
+
+MAX_CONTROL_BYTES: Final = 4 * 1024
+"""Bytes of a frame that carries neither data nor a credential. Most take less than a hundred."""
+
+LONG_TYPES: Final = frozenset({"msg", "reply", "auth"})
+"""What may be longer."""
+
+_OBJECT_BYTES: Final = 200
+_LIST_BYTES: Final = 72
+_VALUE_BYTES: Final = 48
+"""What an object and a list take in memory, and what a value adds to them, beside its characters."""
+
+MAX_STAMP_CHARS: Final = 64
+"""Longest text that a ping may ask to have back."""
 
 ACK_EVERY: Final = 32
 """Sequenced frames after which the receiver acknowledges at the latest."""
@@ -73,9 +86,10 @@ class Message:
         key: Its idempotency key: a message with a key that was handled before is not handled again.
         seq: Its number; `None` if it is volatile.
         room: The room that it was sent to, for information.
+        size: Bytes of memory that it holds, about, where that was asked for.
     """
 
-    __slots__ = ("data", "event", "id", "key", "room", "seq")
+    __slots__ = ("data", "event", "id", "key", "room", "seq", "size")
 
     def __init__(
         self,
@@ -93,6 +107,7 @@ class Message:
         self.key = key
         self.seq = seq
         self.room = room
+        self.size = 0
 
     def __repr__(self) -> str:
         return f"<Message event={self.event!r} id={self.id!r} seq={self.seq}>"
@@ -116,26 +131,32 @@ def parse(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any]:
     Raises:
         BadFrameError: It is none.
     """
+    if max_inflated:
+        raw = inflated(raw, max_inflated)
     if isinstance(raw, bytes):
-        if max_inflated and raw[:1] == _DEFLATED:
-            raw = _inflated(raw, max_inflated)
-        else:
-            return _parse_binary(raw)
+        return _parse_binary(raw)
     frame = _object(raw)
     if not isinstance(frame.get("type"), str):
         raise BadFrameError("a frame needs a type")
     return frame
 
 
-def _inflated(raw: bytes, limit: int) -> str:
+def inflated(raw: str | bytes, limit: int) -> str | bytes:
+    """What a compressed frame holds; any other frame as it is.
+
+    Raises:
+        BadFrameError: It holds more than `limit` bytes, or is broken.
+    """
+    if not isinstance(raw, bytes) or raw[:1] != _DEFLATED:
+        return raw
     if raw[: len(_DEFLATED_HEAD)] != _DEFLATED_HEAD:
         raise BadFrameError("a binary frame of kind 2 has no meta")
     try:
         return inflate(raw[len(_DEFLATED_HEAD) :], limit).decode("utf-8")
     except TooMuchError as error:
         raise BadFrameError(f"a compressed frame holds {error}", code=1009) from None
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise BadFrameError(f"a compressed frame cannot be read: {error}") from None
+    except ValueError:  # UnicodeDecodeError is one
+        raise BadFrameError("a compressed frame is raw deflate of UTF-8, once and whole") from None
 
 
 def deflated(text: str) -> bytes | None:
@@ -145,6 +166,11 @@ def deflated(text: str) -> bytes | None:
         return None
     packed = _DEFLATED_HEAD + deflate_whole(payload)
     return packed if len(packed) < len(payload) else None
+
+
+def is_longer(raw: str | bytes, most: int) -> bool:
+    """Whether a frame takes more bytes, as UTF-8 if it is a text."""
+    return len(raw) > most or (isinstance(raw, str) and len(raw.encode("utf-8", "replace")) > most)
 
 
 def _parse_binary(raw: bytes) -> dict[str, Any]:
@@ -165,9 +191,9 @@ def _parse_binary(raw: bytes) -> dict[str, Any]:
 
 def _object(text: str | bytes) -> dict[str, Any]:
     try:
-        value: Any = from_json(text, allow_inf_nan=False)
-    except (ValueError, TypeError):  # TypeError: half of a surrogate pair
-        raise BadFrameError("a frame is a JSON object") from None
+        value: Any = read_json(text)
+    except BadJsonError as problem:
+        raise BadFrameError(f"a frame cannot be read: {problem}") from None
     if not isinstance(value, dict):
         raise BadFrameError("a frame is a JSON object")
     return value
@@ -209,6 +235,37 @@ def optional_text(frame: dict[str, Any], name: str, most: int = MAX_NAME_CHARS) 
     return value
 
 
+def optional_name(frame: dict[str, Any], name: str) -> str | None:
+    """A name that may be left out: an id, an event, a room, a key.
+
+    Raises:
+        BadFrameError: It is there and is none.
+    """
+    value = frame.get(name)
+    if value is not None and not (isinstance(value, str) and is_name(value)):
+        raise BadFrameError(f"{frame.get('type')}: {name} is a text of {NAME_RULE}")
+    return value
+
+
+def stamp(frame: dict[str, Any]) -> int | float | str | None:
+    """What a ping asks to have back: a number or a short text, for whoever is stalled is still owed some pongs.
+
+    Raises:
+        BadFrameError: It is anything else.
+    """
+    value = frame.get("ts")
+    if value is None or value.__class__ is int or value.__class__ is float:
+        return value
+    if not (isinstance(value, str) and len(value) <= MAX_STAMP_CHARS):
+        raise BadFrameError(f"ping: ts is a number or a text of at most {MAX_STAMP_CHARS} characters")
+    return value
+
+
+def parsed_bytes(text: str) -> int:
+    """About how much memory the values take that a text is parsed to, beside that of the text."""
+    return text.count("{") * _OBJECT_BYTES + text.count("[") * _LIST_BYTES + text.count(",") * _VALUE_BYTES
+
+
 def message_of(frame: dict[str, Any]) -> Message:
     """The message in a `msg` frame.
 
@@ -217,11 +274,11 @@ def message_of(frame: dict[str, Any]) -> Message:
     """
     return Message(
         frame.get("data"),
-        event=optional_text(frame, "event"),
-        id=optional_text(frame, "id"),
-        key=optional_text(frame, "key"),
+        event=optional_name(frame, "event"),
+        id=optional_name(frame, "id"),
+        key=optional_name(frame, "key"),
         seq=optional_number(frame, "seq", least=1),
-        room=optional_text(frame, "room"),
+        room=optional_name(frame, "room"),
     )
 
 
@@ -229,8 +286,9 @@ def message_of(frame: dict[str, Any]) -> Message:
 
 
 def control(type_: str, **fields: Any) -> Frame:
-    """A frame that is not sequenced. Fields that are `None` are left out."""
-    return Frame(to_json({"type": type_, **{name: value for name, value in fields.items() if value is not None}}))
+    """A frame that is not sequenced. Fields that are `None` are left out, and infinity becomes `null`."""
+    frame = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
+    return Frame(to_json(frame, inf_nan_mode="null"))
 
 
 def envelope(type_: str, data: Any, **fields: Any) -> str | bytes:
@@ -321,7 +379,7 @@ def hello_of(raw: str | bytes) -> Hello:
     Raises:
         BadFrameError: It is no hello, is too long, or is of a version that is not spoken here.
     """
-    if isinstance(raw, bytes) or len(raw) > MAX_HELLO_BYTES or len(raw.encode("utf-8", "replace")) > MAX_HELLO_BYTES:
+    if isinstance(raw, bytes) or is_longer(raw, MAX_HELLO_BYTES):
         raise BadFrameError(f"the first frame is a hello of at most {MAX_HELLO_BYTES} bytes")
     frame = parse(raw)
     if frame["type"] != "hello":
@@ -339,7 +397,7 @@ def hello_of(raw: str | bytes) -> Hello:
         if token is None:
             raise BadFrameError("hello: resume needs a token")
         seq = number(resume, "seq")
-    auth, instance = optional_text(frame, "auth", MAX_HELLO_BYTES), optional_text(frame, "client")
+    auth, instance = optional_text(frame, "auth", MAX_HELLO_BYTES), optional_name(frame, "client")
     caps = frame.get("caps")
     if caps is not None and not isinstance(caps, list):
         raise BadFrameError("hello: caps is a list")

@@ -1,0 +1,21 @@
+"""What a client may be called, and what it may call rooms, events, messages and keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MAX_NAME_CHARS: Final = 256
+"""Longest client id, room, event, message id or idempotency key."""
+
+NAME_RULE: Final = f"at most {MAX_NAME_CHARS} characters, none of them a control character"
+"""The rule, for those who have broken it."""
+
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What ends or rewrites a line, and halves of surrogate pairs, which cannot be sent. Not all that is unprintable: a
+family emoji is held together by characters that nobody sees."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may be a name: it is no longer than `MAX_NAME_CHARS` and has no control character."""
+    return len(text) <= MAX_NAME_CHARS and (text.isprintable() or _CONTROL.search(text) is None)
