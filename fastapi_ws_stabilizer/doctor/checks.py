@@ -1,4 +1,4 @@
-"""The checks D01 to D16: each looks at the surroundings and says what is wrong with them, or nothing."""
+"""The checks D01 to D19: each looks at the surroundings and says what is wrong with them, or nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from fastapi_ws_stabilizer.doctor.going_away import (
 )
 from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
 from fastapi_ws_stabilizer.doctor.way import Value
+from fastapi_ws_stabilizer.limits.address import EVERYBODY
+from fastapi_ws_stabilizer.platforms.known import PLATFORMS
 from fastapi_ws_stabilizer.platforms.path import MOST, options_for
 
 PART_OF_IDLE: Final = 0.75
@@ -31,6 +33,10 @@ TOO_SHORT: Final[Mapping[str, Value]] = {
     "azure-application-gateway": "idle_timeout",
 }
 """Platforms by whose default no WebSocket can live, each with the limit that has to be raised."""
+
+
+NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
+"""Platforms that pass packets on and not requests: behind them a server may see the addresses of clients."""
 
 
 def _advised(s: Surroundings, option: str) -> float | None:
@@ -197,6 +203,59 @@ def close_codes_not_sent(s: Surroundings) -> Problem | None:
     )
 
 
+def sockets_beside_a_login(s: Surroundings) -> Problem | None:
+    """D17."""
+    if not s.logins or not s.unguarded or s.guarded:
+        return None
+    return Problem(
+        f"{', '.join(s.logins)}: HTTP middleware that looks like a login. It does not run for WebSockets, and "
+        f"{', '.join(s.unguarded)} asks nobody who it is",
+        "take the client id from a dependency, Depends(manager.socket_for(current_user)); where everybody may come, "
+        "say so with an on_handshake hook",
+    )
+
+
+def proxies_not_trusted(s: Surroundings) -> Problem | None:
+    """D18."""
+    limits = [
+        f"{option}={most:g}"
+        for option, most in (
+            ("max_connections_per_address", s.config.max_connections_per_address),
+            ("max_connect_rate_per_address", s.config.max_connect_rate_per_address),
+        )
+        if most is not None
+    ]
+    if not limits:
+        return None
+    if EVERYBODY in s.config.trusted_proxies:
+        return Problem(
+            f"trusted_proxies holds '*', so a client may write its address itself, and {', '.join(limits)} binds "
+            "nobody who does",
+            "name the addresses and networks of the proxies",
+        )
+    hops = [hop.name for hop in s.way.hops if hop.name in PLATFORMS and hop.name not in NO_PROXIES]
+    if s.config.trusted_proxies or not hops:
+        return None
+    return Problem(
+        f"{', '.join(hops)} stands before the server, and trusted_proxies is empty: all clients have its address, and "
+        f"share {', '.join(limits)}",
+        "set trusted_proxies to the addresses or networks of the proxies; where the server is told to put the client's "
+        "address in the place of its proxy's, as by uvicorn's --forwarded-allow-ips, leave this check out",
+    )
+
+
+def identities_before_their_door(s: Surroundings) -> Problem | None:
+    """D19."""
+    if not s.early:
+        return None
+    return Problem(
+        f"{', '.join(s.early)} asks who comes before manager.socket_for does: who is refused there is told by HTTP, "
+        "which a browser cannot read, is not counted, was not asked for its Origin, and has no first message",
+        "put the socket first among the endpoint's parameters, and take the identity out of the dependencies= of the "
+        "routes, routers and app that sockets belong to; ws.identity is what it returned",
+    )
+
+
 # ── platforms ──
 
 
@@ -255,6 +314,9 @@ CHECKS: Final = (
     Check("D14", ERROR, "The server cannot send the close codes", close_codes_not_sent, at_start=True),
     Check("D15", ERROR, "The platform cannot host WebSockets", platform_hosts_no_sockets),
     Check("D16", ERROR, "The platform is set up so that no WebSocket passes", platform_breaks_the_upgrade),
+    Check("D17", WARNING, "A login does not guard a WebSocket route", sockets_beside_a_login, at_start=True),
+    Check("D18", WARNING, "Limits by address do not see addresses", proxies_not_trusted),
+    Check("D19", WARNING, "Who comes is asked before the socket", identities_before_their_door, at_start=True),
 )
 """All checks, in order."""
 

@@ -42,6 +42,10 @@ class Surroundings:
         caching: Whether the platform caches the route.
         bypassing: Paths of WebSocket routes that this library does not serve.
         refuses: Whether hooks refuse connections before the accept.
+        guarded: Whether hooks look at who comes, before or after it.
+        logins: Names of HTTP middleware that looks like a login and does not run for WebSockets.
+        unguarded: Paths of WebSocket routes behind it that do not ask who comes.
+        early: Paths of WebSocket routes that ask it before the socket is there to hear a refusal.
     """
 
     config: WebSocketConfig
@@ -55,6 +59,10 @@ class Surroundings:
     caching: bool = False
     bypassing: tuple[str, ...] = ()
     refuses: bool = False
+    guarded: bool = False
+    logins: tuple[str, ...] = ()
+    unguarded: tuple[str, ...] = ()
+    early: tuple[str, ...] = ()
 
     def option(self, name: str | None) -> Any:
         """An option of the server; `None` if it has no such option, or if its options are not known."""
@@ -87,11 +95,11 @@ def bypassing_routes(app: Any) -> tuple[str, ...]:
     return tuple(
         path
         for path, route in websocket_routes(getattr(app, "routes", ()))
-        if not inspect.isclass(route.endpoint) and not any(_serves(call) for call in _calls(route))
+        if not inspect.isclass(route.endpoint) and not any(_serves(call) for call in calls_of(route))
     )
 
 
-def _calls(route: Any) -> Iterator[Callable[..., Any]]:
+def calls_of(route: Any) -> Iterator[Callable[..., Any]]:
     """The endpoint of a route and all its dependencies."""
     yield route.endpoint
     waiting = [route.dependant] if hasattr(route, "dependant") else []

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.checks import examine
+from fastapi_ws_stabilizer.doctor.doors import early_identities
+from fastapi_ws_stabilizer.doctor.logins import unguarded_routes
 from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, with_defaults
 from fastapi_ws_stabilizer.doctor.surroundings import Surroundings, bypassing_routes, version_of
 from fastapi_ws_stabilizer.doctor.way import way_of
@@ -22,6 +24,7 @@ def survey(
     app: Any,
     *,
     refuses: bool,
+    guarded: bool = False,
     server: str | None = None,
     server_options: Mapping[str, Any] | None = None,
     platform: str | Iterable[str] = (),
@@ -53,6 +56,7 @@ def survey(
     )
     if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
         way = way.past(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
+    logins, unguarded = unguarded_routes(app)
     return Surroundings(
         config=config,
         server=one,
@@ -64,28 +68,47 @@ def survey(
         caching=caching,
         bypassing=bypassing_routes(app),
         refuses=refuses,
+        guarded=guarded,
+        logins=logins,
+        unguarded=unguarded,
+        early=early_identities(app),
     )
 
 
-def tell_at_start(reports: Reports, config: WebSocketConfig, *, refuses: bool, told: set[str]) -> None:
+def tell_at_start(
+    reports: Reports, config: WebSocketConfig, app: Any = None, *, refuses: bool, guarded: bool = False, told: set[str]
+) -> None:
     """Make the checks for which a starting process knows enough, and report what they find, each once.
 
     It fails no start: an error of its own is reported and goes no further. All findings are warnings here, since the
-    process serves; what is wrong shows when it is told to stop, or when a client is refused.
+    process serves; what is wrong shows when it is told to stop, or when a client is refused, or never.
 
     Args:
         reports: Where it is told.
         config: The options of the manager that starts.
+        app: The app that it belongs to, if it is known.
         refuses: Whether hooks refuse connections before the accept.
+        guarded: Whether hooks look at who comes.
         told: The codes that have been told, to which it adds.
     """
     try:
         server = running_server()
-        if server is None:
-            return
-        # Where hypercorn has been told to use no worker process, this is none.
-        options = {"workers": int(multiprocessing.parent_process() is not None)} if server.name == "hypercorn" else None
-        for finding in examine(Surroundings(config, server, options, refuses=refuses), at_start=True):
+        options = None
+        if server is not None and server.name == "hypercorn":
+            # Where it has been told to use no worker process, this is none.
+            options = {"workers": int(multiprocessing.parent_process() is not None)}
+        logins, unguarded = unguarded_routes(app)
+        surroundings = Surroundings(
+            config,
+            server,
+            options,
+            refuses=refuses,
+            guarded=guarded,
+            logins=logins,
+            unguarded=unguarded,
+            early=early_identities(app),
+        )
+        for finding in examine(surroundings, at_start=True):
             if finding.code not in told:
                 told.add(finding.code)
                 reports.tell(
