@@ -43,6 +43,8 @@ class DisconnectReason(str, Enum):
     """It has lasted for `max_lifetime`. The client is to come back."""
     IDLE = "idle"
     """It has carried no message for `idle_timeout`. The client may come back."""
+    MEMORY = "memory"
+    """More was held for it than may be, or room was needed for others and it was its turn."""
     APPLICATION = "application"
     """The application closed the connection."""
     POLICY = "policy"
@@ -82,6 +84,7 @@ ENDING_RULES: Final[dict[DisconnectReason, EndingRule]] = {
     _R.REPLACED: EndingRule(4409, "replaced by a newer connection", flush=True, deliver=True),
     _R.LIFETIME: EndingRule(1001, "lifetime is over", flush=True, deliver=True),
     _R.IDLE: EndingRule(1001, "idle", flush=True, deliver=True),
+    _R.MEMORY: EndingRule(4503, "out of memory", flush=False, deliver=False),
     _R.APPLICATION: EndingRule(1000, "", flush=True, deliver=False),
     _R.POLICY: EndingRule(1008, "policy violation", flush=True, deliver=False),
     _R.MESSAGE_TOO_BIG: EndingRule(1009, "message too big", flush=True, deliver=True),
@@ -160,6 +163,8 @@ def ends_session(how: Ending) -> bool:
     """Whether nobody is expected back after this ending: one side has said that it is over for good."""
     if how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE:
         return how.code == 1000
+    if how.reason is DisconnectReason.MEMORY:
+        return True  # else what is held would be held on
     return how.code in (1000, SUPERSEDED, SESSION_OVER) or is_final(how.code)
 
 

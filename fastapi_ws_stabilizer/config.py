@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from enum import Enum
 from typing import Annotated, Any, Final, Literal
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from typing_extensions import Self
 
+from fastapi_ws_stabilizer.limits.address import TrustedProxies
+from fastapi_ws_stabilizer.limits.origin import OriginPolicy
 from fastapi_ws_stabilizer.platforms.path import MOST, options_for, path_of
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
@@ -52,6 +55,17 @@ class DuplicatePolicy(str, Enum):
     """The old connection stays, the new one is closed with 4409."""
     ALLOW = "allow"
     """Both stay; a direct send reaches all connections of the client."""
+
+
+class RejectPolicy(str, Enum):
+    """How a client is told that it may not come in."""
+
+    AUTO = "auto"
+    """A browser, which can read neither status nor body of a failed handshake, by a close code; others by HTTP."""
+    CLOSE = "close"
+    """By accepting, and closing with a code."""
+    HTTP = "http"
+    """By the status of the handshake."""
 
 
 class InboxOverflow(str, Enum):
@@ -112,23 +126,11 @@ def _no_bool(value: object) -> object:
 
 
 _Seconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, allow_inf_nan=False)]
+_PerSecond = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, le=1e12, allow_inf_nan=False)]
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 _Lower = BeforeValidator(_lower)
 
 MIN_SECRET_BYTES: Final = 16
-
-NOT_YET_HONOURED: Final = frozenset(
-    {
-        "max_connections",
-        "enable_metrics",
-        "max_memory_per_connection",
-        "max_total_memory",
-        "memory_eviction_policy",
-        "memory_check_interval",
-    }
-)
-"""Options that are accepted and validated, and whose part is not in this version. The manager warns at its start when
-one of them is set."""
 
 
 class WebSocketConfig(BaseModel):
@@ -162,6 +164,33 @@ class WebSocketConfig(BaseModel):
 
     # connections
     max_connections: _Count | None = Field(default=None, description="Most connections at one time.")
+    max_connections_per_client: _Count | None = Field(
+        default=None, description="Most connections of one client id at one time, with on_duplicate='allow'."
+    )
+    max_connections_per_address: _Count | None = Field(
+        default=None, description="Most connections from one address at one time; an IPv6 network of 64 bits is one."
+    )
+    max_connect_rate: _PerSecond | None = Field(
+        default=None, description="Most handshakes in a second; more are answered with 503."
+    )
+    max_connect_rate_per_address: _PerSecond | None = Field(
+        default=None, description="Most handshakes in a second from one address; more are answered with 429."
+    )
+    trusted_proxies: Sequence[str] = Field(
+        default=(),
+        description="Addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Host` are believed.",
+    )
+    reject: Annotated[RejectPolicy, _Lower] = Field(
+        default=RejectPolicy.AUTO, description="How a client is told that it may not come in."
+    )
+    allowed_origins: Sequence[str | re.Pattern[str]] | None = Field(
+        default=None,
+        description="Origins of pages that may connect, beside those of our own host: exact, with a wildcard host, "
+        "or as a regular expression.",
+    )
+    require_origin: bool = Field(
+        default=False, description="Whether handshakes without an `Origin`, which no browser sends, are refused."
+    )
     on_duplicate: Annotated[DuplicatePolicy, _Lower] = Field(
         default=DuplicatePolicy.REPLACE, description="What happens when a connected client id connects again."
     )
@@ -174,6 +203,17 @@ class WebSocketConfig(BaseModel):
     # messages in
     max_message_size: _Count = Field(
         default=1024 * 1024, description="Most bytes of one received message; more closes 1009."
+    )
+    max_message_rate: _PerSecond | None = Field(
+        default=None,
+        description="Most messages in a second from one client, over all its connections; more get an error reply, "
+        "and many more close 4429.",
+    )
+    max_message_burst: _Count | None = Field(
+        default=None, description="Messages that may come at once; as many as in a second when left out."
+    )
+    max_byte_rate: _PerSecond | None = Field(
+        default=None, description="Most bytes in a second from one client; as with `max_message_rate`."
     )
     max_bad_messages: _Count | None = Field(
         default=100,
@@ -218,6 +258,9 @@ class WebSocketConfig(BaseModel):
     reconnect_secret: tuple[SecretStr, ...] | None = Field(
         default=None, description="What tokens are signed with: one secret, or several, the first of which signs."
     )
+
+    # identity
+    ticket_ttl: _Seconds = Field(default=30.0, description="Seconds that a one-time ticket is good for.")
 
     # sessions
     session_ttl: _Seconds = Field(
@@ -270,7 +313,9 @@ class WebSocketConfig(BaseModel):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
         default="INFO", description="Level of the logger `fastapi_ws_stabilizer`."
     )
-    enable_metrics: bool = Field(default=False, description="Whether metrics are collected.")
+    enable_metrics: bool = Field(
+        default=False, description="Whether handlers and round trips are timed, and `GET .../metrics` answers."
+    )
 
     # scale
     num_shards: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=4096)] = Field(
@@ -309,6 +354,23 @@ class WebSocketConfig(BaseModel):
     def _one_or_several(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, bytes, SecretStr)) else value
 
+    @field_validator("trusted_proxies", "allowed_origins", mode="before")
+    @classmethod
+    def _one_is_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, re.Pattern)) else value
+
+    @field_validator("trusted_proxies", mode="after")
+    @classmethod
+    def _addresses(cls, value: Sequence[str]) -> Sequence[str]:
+        TrustedProxies(value)
+        return tuple(value)
+
+    @field_validator("allowed_origins", mode="after")
+    @classmethod
+    def _origins(cls, value: Sequence[str | re.Pattern[str]] | None) -> Sequence[str | re.Pattern[str]] | None:
+        OriginPolicy(value)
+        return None if value is None else tuple(value)
+
     @field_validator("reconnect_secret", mode="after")
     @classmethod
     def _long_enough(cls, value: tuple[SecretStr, ...] | None) -> tuple[SecretStr, ...] | None:
@@ -320,6 +382,12 @@ class WebSocketConfig(BaseModel):
     @classmethod
     def _not_guessed(cls, value: SecretStr | None) -> SecretStr | None:
         return None if value is None else check_secret("drain_secret", value)
+
+    @model_validator(mode="after")
+    def _burst_has_a_rate(self) -> Self:
+        if self.max_message_burst is not None and self.max_message_rate is None:
+            raise ValueError("max_message_burst is how many of max_message_rate may come at once: set that too")
+        return self
 
     @model_validator(mode="after")
     def _payload_fits_type(self) -> Self:
@@ -403,9 +471,14 @@ def _from_text(option: str, text: str) -> Any:
     text = text.strip()
     if option == "compression":
         return text
-    if option == "reconnect_secret":
+    nothing = text.lower() in ("", "none", "null")
+    if option == "trusted_proxies" and nothing:
+        return ()
+    if option == "allowed_origins" and text.startswith("^"):  # a regular expression, which may have commas in it
+        return [text]
+    if option in ("reconnect_secret", "trusted_proxies") or (option == "allowed_origins" and not nothing):
         return [part.strip() for part in text.split(",") if part.strip()]
-    if text.lower() in ("", "none", "null"):
+    if nothing:
         return None
     if option == "reconnect_token_ttl":
         try:

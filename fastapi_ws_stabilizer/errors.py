@@ -8,15 +8,20 @@ WebSocketStabilizerError
 ├── NotOpenError                (also a RuntimeError)         used before it was accepted
 ├── ConnectionNotFoundError     (also a LookupError)          no such client
 ├── DuplicateClientError                                      on_duplicate="reject" refused this connection
+├── ConnectionLimitExceededError (also a WebSocketException)  there is no room for another connection
+│   └── TooManyConnectionsError                               ... of this client, or from its address
+├── OriginNotAllowedError       (also a WebSocketException)   a page of somebody else's site has opened this connection
 ├── ConcurrentReceiveError      (also a RuntimeError)         two readers on one socket
 ├── MessageEncodeError          (also a ValueError)           a payload that cannot be sent
 ├── MessageFormatError          (also a ValueError)           a received message of the wrong kind
 ├── RequestError                                              a request was answered with an error
 ├── RequestTimeoutError         (also a TimeoutError)         a request was not answered in time
 ├── PlainClientError            (also a RuntimeError)         something was asked of a client that cannot do it
-├── InvalidTokenError           (also a ValueError and a WebSocketException)  a reconnect token is not good
-├── TokenExpiredError           (also a ValueError and a WebSocketException)  a reconnect token was good once
+├── InvalidTokenError           (also a ValueError and a WebSocketException)  a token or ticket is not good
+├── TokenExpiredError           (also a ValueError and a WebSocketException)  a token or ticket was good once
+├── MemoryLimitExceededError                                  more is to be kept for a connection than may be
 ├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
+├── RoomNameError               (also a ValueError)           no room can be called so
 ├── BroadcastFailedError                                      a broadcast reached nobody
 ├── ShutdownError               (also a RuntimeError)         the manager is shutting down
 ├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
@@ -30,7 +35,9 @@ Each knows the close code that an endpoint which lets it escape is closed with.
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Final, Literal
 
 from fastapi import WebSocketDisconnect, WebSocketException
 
@@ -136,6 +143,60 @@ class DuplicateClientError(WebSocketStabilizerError):
         )
 
 
+class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException):
+    """There is no room for another connection.
+
+    An endpoint that lets it escape closes with its code, also one that has not connected its socket yet.
+
+    Attributes:
+        limit: The option that says so, such as `max_connections`.
+        most: Its value.
+        retry_after: Seconds after which the client may try again.
+    """
+
+    close_code = 4503
+    close_text = "the server is full"
+
+    def __init__(self, limit: str, most: float, retry_after: float) -> None:
+        text = f"{self.close_text}; retry={math.ceil(retry_after * 1000)}"
+        WebSocketException.__init__(self, self.close_code, text)
+        self.limit = limit
+        self.most = most
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"no more connections are taken: {self.limit} is {self.most}"
+
+
+class TooManyConnectionsError(ConnectionLimitExceededError):
+    """There are too many connections of this client, or from its address, or it comes too often."""
+
+    close_code = 4429
+    close_text = "too many connections"
+
+
+class OriginNotAllowedError(WebSocketStabilizerError, WebSocketException):
+    """The page that has opened this connection belongs to somebody else's site.
+
+    An endpoint that lets it escape closes with 4403, also one that has not connected its socket yet.
+
+    Attributes:
+        problem: What is wrong with its `Origin`, as a fixed word: `foreign`, `null`, `missing`, `malformed`, `several`.
+        host: The hosts that are ours, with which it was compared.
+    """
+
+    close_code = 4403
+    close_text = "origin not allowed"
+
+    def __init__(self, problem: str, host: str = "") -> None:
+        WebSocketException.__init__(self, self.close_code, self.close_text)
+        self.problem = problem
+        self.host = host
+
+    def __str__(self) -> str:
+        return f"the Origin of the handshake is not allowed ({self.problem}); allowed_origins says which are"
+
+
 class ConcurrentReceiveError(WebSocketStabilizerError, RuntimeError):
     """Two tasks wait for the next message of one connection, so each would get only a part of the stream."""
 
@@ -203,49 +264,86 @@ class PlainClientError(WebSocketStabilizerError, RuntimeError):
         )
 
 
+TokenKind = Literal["reconnect token", "ticket"]
+"""What a client proves with a token who it is for: to get back what it has left, or to come in."""
+
 _TOKEN_PROBLEMS: Final = {
     "malformed": "it is no token of this library, or was cut",
     "signature": "it was altered, or signed with a secret that is not in reconnect_secret",
     "other_client": "it was issued for another client",
     "used": "it was used before, and is good once",
+    "revoked": "what this client had was revoked after it was issued; it may ask for a new one",
     "disabled": "enable_reconnect is False",
 }
 
 
 class InvalidTokenError(WebSocketStabilizerError, WebSocketException, ValueError):
-    """A reconnect token is not good. The token itself is nowhere in this error.
+    """A reconnect token or a ticket is not good. The token itself is nowhere in this error.
 
     An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
 
     Attributes:
-        problem: `malformed`, `signature`, `other_client`, `used` or `disabled`.
+        problem: `malformed`, `signature`, `other_client`, `used`, `revoked` or `disabled`.
+        kind: `reconnect token` or `ticket`.
     """
 
     close_code = 4401
     close_text = "invalid reconnect token"
 
-    def __init__(self, problem: str = "malformed") -> None:
-        WebSocketException.__init__(self, self.close_code, self.close_text)
+    def __init__(self, problem: str = "malformed", *, kind: TokenKind = "reconnect token") -> None:
+        WebSocketException.__init__(self, self.close_code, f"invalid {kind}")
         self.problem = problem
+        self.kind = kind
 
     def __str__(self) -> str:
-        return f"the reconnect token is not good: {_TOKEN_PROBLEMS.get(self.problem, self.problem)}"
+        return f"the {self.kind} is not good: {_TOKEN_PROBLEMS.get(self.problem, self.problem)}"
+
+
+_TTL_OPTIONS: Final[Mapping[str, str]] = {"reconnect token": "reconnect_token_ttl", "ticket": "ticket_ttl"}
 
 
 class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError):
-    """A reconnect token was good once. A client that gets it back should ask for a new one.
+    """A reconnect token or a ticket was good once. A client that gets it back should ask for a new one.
 
     An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
+
+    Attributes:
+        kind: `reconnect token` or `ticket`.
     """
 
     close_code = 4401
     close_text = "reconnect token expired"
 
-    def __init__(self) -> None:
-        WebSocketException.__init__(self, self.close_code, self.close_text)
+    def __init__(self, *, kind: TokenKind = "reconnect token") -> None:
+        WebSocketException.__init__(self, self.close_code, f"{kind} expired")
+        self.kind = kind
 
     def __str__(self) -> str:
-        return "the reconnect token has expired: reconnect_token_ttl has passed since it was issued"
+        return f"the {self.kind} has expired: {_TTL_OPTIONS[self.kind]} has passed since it was issued"
+
+
+class MemoryLimitExceededError(WebSocketStabilizerError):
+    """More is to be kept for a connection than may be; what was there is unchanged.
+
+    An endpoint that lets it escape is closed with 4503.
+
+    Attributes:
+        limit: The option that says so: `max_memory_per_connection` or `max_total_memory`.
+        most: Its value, in bytes.
+        wanted: How many bytes it would have been.
+    """
+
+    close_code = 4503
+    close_text = "too much is kept"
+
+    def __init__(self, limit: str, most: int, wanted: int) -> None:
+        super().__init__(limit, most, wanted)
+        self.limit = limit
+        self.most = most
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"{self.wanted} bytes would be kept, and {self.limit} is {self.most}"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):
@@ -266,9 +364,29 @@ class RoomLimitError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"the connection cannot join {self.room!r}: it is in {self.limit} rooms, "
+            f"the connection cannot join {self.room!r:.80}: it is in {self.limit} rooms, "
             "as many as max_rooms_per_connection allows"
         )
+
+
+class RoomNameError(WebSocketStabilizerError, ValueError):
+    """No room can be called so. An endpoint that lets it escape is closed with 1008: clients often choose names.
+
+    Attributes:
+        name: The name.
+        rule: What a name is.
+    """
+
+    close_code = 1008
+    close_text = "no name for a room"
+
+    def __init__(self, name: object, rule: str) -> None:
+        super().__init__(name, rule)
+        self.name = name
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"a room's name is a string of {self.rule}, not {self.name!r:.80}"
 
 
 class BroadcastFailedError(WebSocketStabilizerError):

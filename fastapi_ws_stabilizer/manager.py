@@ -13,39 +13,44 @@ from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
-from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
-from fastapi_ws_stabilizer.connection.room import Room
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.doctor.checks import examine
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.doctor.survey import survey, tell_at_start
-from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, InvalidTokenError, ShutdownError, WrongLoopError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
-from fastapi_ws_stabilizer.limits.memory import deep_size
+from fastapi_ws_stabilizer.errors import (
+    ConnectionNotFoundError,
+    ShutdownError,
+    WrongLoopError,
+)
+from fastapi_ws_stabilizer.identity.tickets import Tickets
 from fastapi_ws_stabilizer.logs import get_logger, write_report
+from fastapi_ws_stabilizer.metrics.histogram import Timings
 from fastapi_ws_stabilizer.reports import Reports, Totals
+from fastapi_ws_stabilizer.routing.clients import Clients
 from fastapi_ws_stabilizer.routing.decorators import EventDecorators
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.identity import Moment
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.routing.passes import Passes
 from fastapi_ws_stabilizer.routing.served import Served, identified
 from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
 from fastapi_ws_stabilizer.servers.options import uvicorn_options
-from fastapi_ws_stabilizer.servers.workers import exits_at_once, several_workers
+from fastapi_ws_stabilizer.servers.workers import exits_at_once
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.shutdown.drain import Drain
 from fastapi_ws_stabilizer.shutdown.signals import Signals
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.payload import encode
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
 
 
-class WebSocketConnectionManager(EventDecorators):
+class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     """All WebSockets of one application: who is connected, what they are sent, what their messages mean.
 
     ```python
@@ -71,6 +76,8 @@ class WebSocketConnectionManager(EventDecorators):
         self.config = config or WebSocketConfig()
         self.reports = Reports()
         self.reports.subscribe(write_report)
+        if self.config.enable_metrics:
+            self.reports.timings = Timings()
         super().__init__(
             Hooks(self.reports, self.config.disconnect_grace, self.config.hello_timeout), MessageHandlers()
         )
@@ -79,6 +86,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._started_at = 0.0
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
         self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
+        self._tickets = Tickets(secrets, self.config.ticket_ttl)
         self._told_of_workers = False
         self._told_findings: set[str] = set()
         self._app: Any = None
@@ -127,11 +135,10 @@ class WebSocketConnectionManager(EventDecorators):
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
             logger.setLevel(self.config.log_level)  # a default does not undo what configure_logging() was told
-        for option in sorted(self.config.changed_options() & NOT_YET_HONOURED):
-            self.reports.tell("option_not_honoured_yet", logging.WARNING, option=option)
         if problem := missing_websocket_library():
             self.reports.tell("websocket_library_missing", logging.ERROR, problem=problem)
-        tell_at_start(self.reports, self.config, refuses=self._hooks.has("handshake"), told=self._told_findings)
+        refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
+        tell_at_start(self.reports, self.config, self._app, refuses=refuses, guarded=guarded, told=self._told_findings)
         return self._serving
 
     def _make_serving(self) -> Serving:
@@ -227,7 +234,8 @@ class WebSocketConnectionManager(EventDecorators):
         """The options of uvicorn that go with this manager's: `uvicorn.run(app, **manager.uvicorn_options())`.
 
         They choose `StableWebSocketProtocol`, and set the limit of messages, the pings of WebSockets that this manager
-        does not serve, compression, and a bound to uvicorn's own shutdown.
+        does not serve, compression, and a bound to uvicorn's own shutdown. They leave `proxy_headers` alone, with which
+        HTTP routes know their clients: `trusted_proxies` does not need it to be off.
         """
         return uvicorn_options(self.config, math.ceil(self.config.drain_timeout))
 
@@ -273,6 +281,7 @@ class WebSocketConnectionManager(EventDecorators):
                 self.config,
                 self._app if app is None else app,
                 refuses=self._hooks.has("handshake"),
+                guarded=self._hooks.has("handshake", "auth"),
                 server=server,
                 server_options=server_options,
                 platform=platform,
@@ -302,6 +311,7 @@ class WebSocketConnectionManager(EventDecorators):
         identify: Callable[..., Any],
         *,
         key: Callable[[Any], object] | None = None,
+        expires_at: Callable[[Any], Moment] | None = None,
         control_frames: bool = True,
     ) -> Callable[..., AsyncIterator[StableSocket]]:
         """Make a dependency that takes the client id from another one: `Depends(manager.socket_for(current_user))`.
@@ -309,9 +319,12 @@ class WebSocketConnectionManager(EventDecorators):
         Args:
             identify: Any FastAPI dependency. What it returns is `ws.identity`; what it raises refuses the connection.
             key: Makes the client id of what `identify` returned. Not needed for `str`, `int` and `UUID`.
+            expires_at: Says until when that is good: a `datetime` with its time zone, seconds since 1970 as in a JWT's
+                `exp`, or `None`. The client is asked for a new credential before, which `on_auth` looks at, and is
+                closed with 4401 if none has come.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
         """
-        return identified(self.serve, identify, key, control_frames)
+        return identified(self, self.serve, identify, key, expires_at, control_frames)
 
     def serve(
         self,
@@ -319,6 +332,7 @@ class WebSocketConnectionManager(EventDecorators):
         client_id: str | None = None,
         *,
         identity: Any = None,
+        good_for: float | None = None,
         control_frames: bool = True,
     ) -> Served:
         """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
@@ -329,13 +343,14 @@ class WebSocketConnectionManager(EventDecorators):
             websocket: A WebSocket that is not accepted yet.
             client_id: Whose it is; taken from the path or query, or made up, when left out.
             identity: What `ws.identity` is.
+            good_for: For how many seconds that is good; for ever when left out.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
 
         Raises:
             HTTPException: The manager is shut down (503), or a handshake hook refused.
             WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
         """
-        return Served(self, websocket, client_id, identity=identity, control_frames=control_frames)
+        return Served(self, websocket, client_id, identity=identity, good_for=good_for, control_frames=control_frames)
 
     # ── connections by hand ──
 
@@ -353,6 +368,9 @@ class WebSocketConnectionManager(EventDecorators):
             ShutdownError: The manager is shut down.
             SocketClosed: A connect hook refused it, or it is gone. It is a `WebSocketDisconnect`.
             DuplicateClientError: The client is connected and `on_duplicate="reject"`.
+            ConnectionLimitExceededError: There is no room for it; `TooManyConnectionsError` if that is its own doing.
+            OriginNotAllowedError: A page of somebody else's site has opened it.
+            MemoryLimitExceededError: The metadata is more than may be kept.
         """
         if not client_id or not isinstance(client_id, str):
             raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
@@ -386,89 +404,7 @@ class WebSocketConnectionManager(EventDecorators):
             connection.pulse.seen(now)
             connection.pulse.ponged(now)
 
-    # ── sending ──
-
-    async def send_to_client(
-        self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
-    ) -> bool:
-        """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
-
-        Args:
-            client_id: Who gets it.
-            message: `str`, bytes, or anything that can be JSON.
-            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept if the client is away.
-
-        Raises:
-            MessageEncodeError: The message cannot be encoded.
-        """
-        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key, volatile=volatile))
-
-    async def broadcast(
-        self,
-        message: Any,
-        exclude_client: str | None = None,
-        *,
-        room: str | Iterable[str] | None = None,
-        exclude: Any = None,
-        coalesce_key: Any = None,
-        volatile: bool = False,
-    ) -> BroadcastResult:
-        """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
-
-        Args:
-            message: `str`, bytes, or anything that can be JSON.
-            exclude_client: A client id that does not get it.
-            room: The name of a room, or of several; who is in more than one gets it once.
-            exclude: Who else does not get it: a client id, a socket, or several of them.
-            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
-
-        Raises:
-            MessageEncodeError: The message cannot be encoded; nobody got anything.
-            BroadcastFailedError: There were recipients, and it could be queued for none.
-        """
-        frame = encode(message, coalesce_key, volatile=volatile)
-        if exclude_client is not None:
-            exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        return await self._serving.delivery.broadcast(frame, room, exclude)
-
-    def room(self, name: str) -> Room:
-        """A room: who is in it, to send to it, to close it. It need not exist.
-
-        Raises:
-            ValueError: The name is empty.
-        """
-        return Room(name, lambda: self._serving.delivery)
-
-    def get_rooms(self) -> list[str]:
-        """The names of the rooms that somebody is in, oldest first."""
-        return self._serving.delivery.rooms.names()
-
-    # ── looking ──
-
-    def get_active_connections(self) -> list[str]:
-        """The ids of the connected clients, each once, in the order in which they came."""
-        return self._serving.registry.client_ids()
-
-    def get_connection_count(self) -> int:
-        """How many connections are open; one client can have several."""
-        return len(self._serving.registry)
-
-    def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
-        """The open connections, or those of one client, oldest first."""
-        registry = self._serving.registry
-        return [connection.face for connection in (registry if client_id is None else registry.of_client(client_id))]
-
-    def get_socket(self, connection_id: str) -> StableSocket | None:
-        """The open connection with that connection id."""
-        connection = self._serving.registry.get(connection_id)
-        return None if connection is None else connection.face
-
-    def get_session_counts(self) -> dict[str, int]:
-        """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
-        sessions = self._serving.sessions
-        return {"sessions": len(sessions), "away": sessions.away}
+    # ── how it is doing ──
 
     @property
     def totals(self) -> Totals:
@@ -484,80 +420,3 @@ class WebSocketConnectionManager(EventDecorators):
     def uptime_seconds(self) -> float:
         """Seconds since it was started; 0 before."""
         return monotonic() - self._started_at if self._loop is not None else 0.0
-
-    def get_memory_usage(self) -> dict[str, int | float]:
-        """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
-
-        Returns:
-            `total_memory`, `connection_count` and `per_connection_average`.
-        """
-        sockets = self.get_sockets()
-        total = self._serving.sessions.held_bytes + sum(
-            socket.queued_bytes + socket.unread_bytes + deep_size(socket._user_data) + deep_size(socket._metadata)
-            for socket in sockets  # not the properties, which would make what is measured
-        )
-        return {
-            "total_memory": total,
-            "connection_count": len(sockets),
-            "per_connection_average": total / len(sockets) if sockets else 0.0,
-        }
-
-    # ── coming back ──
-
-    def generate_reconnect_token(self, client_id: str) -> str:
-        """Make a token by which a plain client gets its rooms and user data back after a disconnect.
-
-        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as `?token=` of its
-        next connection, or in any way that leads to `validate_reconnect_token`. Without `reconnect_secret` it is good
-        in this process only. A client of `stabilizer.v1.json` needs none: it has its own, in each welcome.
-
-        Raises:
-            ValueError: `client_id` is empty.
-            InvalidTokenError: `enable_reconnect` is False.
-        """
-        if not client_id or not isinstance(client_id, str):
-            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
-        if not self.config.enable_reconnect:
-            raise InvalidTokenError("disabled")
-        if self.config.reconnect_secret is None and not self._told_of_workers and several_workers():
-            self._told_of_workers = True
-            self.reports.tell("reconnect_secret_missing", logging.WARNING)
-        self._serving.resumption.luggage.expect(client_id)
-        return self._tokens.issue(client_id)
-
-    async def validate_reconnect_token(self, token: str) -> str:
-        """Use a token up, and return the client id that it was issued for.
-
-        The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
-        returns with the client id that you connect, if that one comes from somewhere else.
-
-        Raises:
-            InvalidTokenError: It is no token, was altered, was signed with another secret, or was used before.
-            TokenExpiredError: Its time is over.
-        """
-        if not self.config.enable_reconnect:
-            raise InvalidTokenError("disabled")
-        claim = self._tokens.use(token)
-        self._serving.resumption.prove(claim.client_id)
-        return claim.client_id
-
-    # ── user data by client id ──
-
-    async def set_user_data(self, client_id: str, key: str, value: Any) -> None:
-        """Set one entry of `ws.user_data`, on all connections of a client.
-
-        Raises:
-            ConnectionNotFoundError: No such client is connected.
-        """
-        connections = self._serving.meant(client_id)
-        if not connections:
-            raise ConnectionNotFoundError(client_id)
-        for connection in connections:
-            connection.face.user_data[key] = value
-
-    async def get_user_data(self, client_id: str, key: str) -> Any | None:
-        """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
-        for connection in self._serving.meant(client_id):
-            if key in connection.face.user_data:
-                return connection.face.user_data[key]
-        return None

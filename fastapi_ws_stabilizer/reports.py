@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.metrics.histogram import Timings
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
@@ -53,6 +54,8 @@ class Totals:
     """Messages in whose place a newer one with the same `coalesce_key` was sent."""
     slow_clients: Counter[str] = field(default_factory=Counter)
     """How often clients have become slow, by `SlowClient`."""
+    messages_refused: int = 0
+    """Messages of clients that sent more than they may."""
     bad_messages: int = 0
     broadcasts: int = 0
     pings_sent: int = 0
@@ -62,17 +65,27 @@ class Totals:
     """Sessions whose client came back too late for what it had missed, and was told so."""
     sessions_lost: int = 0
     """Clients that came back for a session which is not here any more."""
+    refusals: Counter[str] = field(default_factory=Counter)
+    """Handshakes that were turned away, by the option that said so, else by the close code that means the same."""
+    evictions: int = 0
+    """Connections, and what was kept for clients that are away, that went because memory was short."""
     endings: Counter[DisconnectReason] = field(default_factory=Counter)
 
 
 class Reports:
-    """The interface between the core and everybody who wants to know."""
+    """The interface between the core and everybody who wants to know.
 
-    __slots__ = ("_listeners", "totals")
+    Attributes:
+        totals: The counters.
+        timings: How long things took; `None` if nobody wants to know.
+    """
+
+    __slots__ = ("_listeners", "timings", "totals")
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
         self.totals = Totals()
+        self.timings: Timings | None = None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with every report from now on; call what is returned to stop that."""

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from fastapi_ws_stabilizer.client.errors import ClosedError, TooLargeError
 from fastapi_ws_stabilizer.client.incoming import Incoming
 from fastapi_ws_stabilizer.client.listeners import logger
-from fastapi_ws_stabilizer.client.outgoing import SendBuffer
+from fastapi_ws_stabilizer.client.outgoing import SendBuffer, checked
 from fastapi_ws_stabilizer.client.timers import Timers
 from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError
 from fastapi_ws_stabilizer.clock import monotonic
@@ -366,7 +366,7 @@ class Attempt:
         """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
         if not self._open or len(self._control) >= MAX_CONTROL:
             return False
-        frame = envelope("msg", data, event=event)
+        frame = checked(envelope("msg", data, event=event), {"event": event})
         size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
         if size > most:
             raise TooLargeError(size, most)

@@ -7,6 +7,8 @@ from collections import deque
 from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.wire.json_text import check_json
+from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
 from fastapi_ws_stabilizer.wire.v1 import MAX_SEQ, envelope
 
 NO_LIMIT: Final = 2**62
@@ -30,7 +32,8 @@ class Outgoing:
         done: Done when the server has accepted it.
 
     Raises:
-        ValueError: The data cannot be JSON, or there are too many fields for a binary frame.
+        ValueError: The data cannot be JSON that the server takes, a name is none, or there are too many fields for a
+            binary frame.
     """
 
     __slots__ = ("_encoded", "_fields", "done", "seq", "size", "type")
@@ -43,9 +46,10 @@ class Outgoing:
         if isinstance(data, (bytes, bytearray, memoryview)):
             self._encoded = bytes(data)
             # With the largest number: whether the fields fit is known now, and not when a number is given.
+            checked(b"", fields)
             self.size = len(envelope(type_, b"", seq=MAX_SEQ, **fields)) - SEQ_BYTES + len(self._encoded)
         else:
-            text = str(envelope(type_, data, **fields))
+            text = str(checked(envelope(type_, data, **fields), fields))
             self._encoded = text[len(_head(type_)) :]
             self.size = len(text) if text.isascii() else len(text.encode("utf-8"))
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -66,6 +70,21 @@ class Outgoing:
         if not self.done.done():
             self.done.set_exception(error)
             self.done.exception()  # whoever waits gets it; nobody has to
+
+
+def checked(frame: str | bytes, fields: dict[str, Any]) -> str | bytes:
+    """Return a frame that the server takes: it would end the session of who sends another.
+
+    Raises:
+        ValueError: It has a name in it that is none, or JSON that nobody takes.
+    """
+    for field in ("event", "key", "re"):
+        name = fields.get(field)
+        if name is not None and not is_name(name):
+            raise ValueError(f"{field} is {NAME_RULE}")
+    if isinstance(frame, str):
+        check_json(frame)
+    return frame
 
 
 def _head(type_: str) -> str:

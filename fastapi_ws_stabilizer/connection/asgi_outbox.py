@@ -41,6 +41,7 @@ class AsgiOutbox(Outbox):
     __slots__ = (
         "_by_hand",
         "_closes",
+        "_delivers",
         "_in_flight",
         "_in_line",
         "_name",
@@ -76,6 +77,7 @@ class AsgiOutbox(Outbox):
         self._closes = closes
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
+        self._delivers = False  # whether that is a message, and no control frame
         self._in_line = False  # whether we wait for a slot
         self._parked: Suspended | None = None  # a send that waits for a slot to wait for the server in
         self._slot: Slots | None = None
@@ -101,6 +103,7 @@ class AsgiOutbox(Outbox):
         self._alone = self._keyed = None
         self.held_bytes = 0
         self._in_flight = 1
+        self._delivers = True
         try:
             coroutine = self._send((deflate_frame(frame) if self._deflates else frame).message())
             waits_for = coroutine.send(None)  # as `begin` does
@@ -113,7 +116,10 @@ class AsgiOutbox(Outbox):
             self._park(Suspended(coroutine, waits_for))
             return
         self._in_flight = 0
-        self._limits.totals.messages_sent += 1
+        limits = self._limits
+        limits.totals.messages_sent += 1
+        if limits.tells_delivery:
+            self.owner.delivered()
 
     def _carry(self) -> None:
         """Send one message after the other, as long as the server takes them."""
@@ -150,6 +156,7 @@ class AsgiOutbox(Outbox):
         self._stand_in_line_for(self._sends)
 
     def _stand_in_line_for(self, slots: Slots) -> None:
+        self._count()
         self._due = self._in_line = True
         slots.wait(self._look_again)
 
@@ -161,6 +168,7 @@ class AsgiOutbox(Outbox):
 
     def _begin_next(self) -> Any:
         """Take out what is next, and call `send` with it."""
+        self._delivers = not self._urgent
         if self._urgent:
             self._in_flight = 1
             message = self._urgent.pop(0).message()
@@ -180,6 +188,8 @@ class AsgiOutbox(Outbox):
         if self._in_flight:
             self._in_flight = 0
             self._limits.totals.messages_sent += 1
+            if self._delivers and self._limits.tells_delivery:
+                self.owner.delivered()
 
     def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""

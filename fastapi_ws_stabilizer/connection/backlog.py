@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, Ledger
 from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.wire.payload import Frame
 
@@ -20,13 +21,27 @@ _MAX_DEAD: Final = 64
 class OutboxLimits:
     """The bounds and the policy that all outboxes of a manager share, and where they count."""
 
-    __slots__ = ("calm_bytes", "calm_messages", "max_bytes", "max_messages", "overflow", "send_timeout", "totals")
+    __slots__ = (
+        "calm_bytes",
+        "calm_messages",
+        "ledger",
+        "max_bytes",
+        "max_messages",
+        "overflow",
+        "send_timeout",
+        "tells_delivery",
+        "totals",
+    )
 
-    def __init__(self, config: WebSocketConfig, totals: Totals) -> None:
+    def __init__(self, config: WebSocketConfig, totals: Totals, ledger: Ledger | None = None) -> None:
         self.bound(config.outbox_max_messages, config.outbox_max_bytes)
+        if config.max_memory_per_connection is not None:
+            self.bound(config.outbox_max_messages, config.max_memory_per_connection // 2)  # the rest has room too
         self.overflow = config.outbox_overflow
         self.send_timeout = config.send_timeout
         self.totals = totals
+        self.ledger = Ledger() if ledger is None else ledger
+        self.tells_delivery = self.ledger.output_counts
 
     def bound(self, max_messages: int, max_bytes: int) -> None:
         """Lower the bounds to these, where they are higher."""
@@ -42,11 +57,14 @@ class Backlog:
     Most of the time it holds one frame, and is emptied whole, so one frame that waits alone is no list yet. Further
     ones make a list with a dead part at its front, and no deque: an idle connection should hold nothing.
 
+    What waits for no longer than a turn of the event loop is counted nowhere. When it is clear that frames wait for
+    the client, `_count` begins to count them, and until it has caught up each that comes and goes is counted.
+
     Attributes:
         held_bytes: Bytes of the frames that wait.
     """
 
-    __slots__ = ("_alone", "_cut", "_extra", "_head", "_keyed", "_limits", "_queue", "held_bytes")
+    __slots__ = ("_alone", "_counted", "_cut", "_extra", "_head", "_keyed", "_limits", "_queue", "held_bytes")
 
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
@@ -56,10 +74,16 @@ class Backlog:
         self._cut = 0  # how many places have been cut off since the queue was empty
         self._keyed: dict[Any, int] | None = None  # coalesce_key → place, counted from before the cut
         self._extra: tuple[int, int] | None = None  # messages and bytes beyond the bounds, until the queue is empty
+        self._counted = False  # whether what waits is in the ledger; then nothing stands alone
         self.held_bytes = 0
 
     def __len__(self) -> int:
         return 1 if self._alone is not None else len(self._queue) - self._head
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it holds, with what each frame takes beside its payload: what is in the ledger, if it is counted."""
+        return self.held_bytes + FRAME_OVERHEAD_BYTES * Backlog.__len__(self)
 
     @property
     def half_full(self) -> bool:
@@ -98,8 +122,24 @@ class Backlog:
             self._queue = [self._alone]
             self._alone = None
 
+    def _count(self) -> None:
+        """What waits, and what comes, does so for longer than a turn: count it, until `_counted` is taken back."""
+        if self._counted:
+            return
+        self._line_up()
+        self._counted = True
+        for frame in self._queue[self._head :]:
+            self._limits.ledger.hold(frame)
+        self._is_held()
+
+    def _is_held(self) -> None:
+        """What waits is counted: nothing else may be held for the client."""
+
     def _append(self, frame: Frame) -> None:
         self._line_up()
+        if self._counted:
+            self._limits.ledger.hold(frame)
+            self._is_held()
         if frame.key is not None:
             keyed = self._keyed = {} if self._keyed is None else self._keyed
             if len(keyed) > 2 * self._limits.max_messages:  # most of them are keys of frames that are long sent
@@ -123,6 +163,9 @@ class Backlog:
         more = frame.size - self._queue[place].size
         if more > 0 and len(self) > 1 and self.held_bytes + more > self._limits.max_bytes:
             return False
+        if self._counted:
+            self._limits.ledger.release(self._queue[place])
+            self._limits.ledger.hold(frame)
         self._queue[place] = frame
         self.held_bytes += more
         return True
@@ -139,6 +182,8 @@ class Backlog:
             self._empty()
             return frame
         queue[head] = _DEAD
+        if self._counted:
+            self._limits.ledger.release(frame)
         self._head = head + 1
         self.held_bytes -= frame.size
         if head > _MAX_DEAD and 2 * head > len(queue):
@@ -161,6 +206,9 @@ class Backlog:
         return taken
 
     def _empty(self) -> None:
+        if self._counted:
+            for frame in self._queue[self._head :]:
+                self._limits.ledger.release(frame)
         self._alone = None
         self._queue = NOTHING
         self._head = self._cut = self.held_bytes = 0

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.connection.credential import CredentialTerm, milliseconds
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
@@ -23,27 +25,28 @@ from fastapi_ws_stabilizer.wire.payload import Frame
 from fastapi_ws_stabilizer.wire.v1 import (
     ACK_EVERY,
     DEFLATE_CAP,
+    LONG_TYPES,
+    MAX_CONTROL_BYTES,
     VERSION,
     BadFrameError,
     Message,
     control,
+    inflated,
+    is_longer,
     message_of,
     number,
+    optional_name,
     optional_number,
     optional_text,
     parse,
+    parsed_bytes,
+    stamp,
 )
 
 ACK_WITHIN: Final = 0.05
 """Seconds after which a message is acknowledged at the latest. The protocol allows one; a client that waits for each
 message before it sends the next would be slow by as much."""
 
-
-LEAD: Final = 0.2
-"""The part of a credential's life that is left when the client is asked for a new one."""
-
-MAX_LEAD: Final = 30.0
-"""Seconds before its end at which it is asked at the earliest."""
 
 ACK_START: Final = '{"type":"ack","seq":'
 ACK_CHARS: Final = len(ACK_START)
@@ -62,6 +65,7 @@ class Speaker(Protocol):
     ending: Ending | None
     face: Any
     used: bool
+    watches_input: bool
 
     @property
     def outbox(self) -> Any:
@@ -72,6 +76,21 @@ class Speaker(Protocol):
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
+
+    def control_came(self) -> None:
+        """A control frame of its client has come that we have not asked for. Too many end the connection."""
+
+    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
+
+    def heard(self) -> None:
+        """A message of its client has come."""
+
+    def evict(self) -> None:
+        """End the connection, because room is needed for others."""
+
+    def holds_too_much(self, held: int) -> None:
+        """End the connection, because more is held for it than may be."""
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""
@@ -89,17 +108,18 @@ class Conversation:
     Attributes:
         session: The session that it belongs to, until another connection takes it over.
         greeting: What the hello has led to.
+        credential: How long its client's credential is good.
         max_inflated: Bytes that a compressed frame of the client may hold; 0 if compressed frames were not agreed on.
     """
 
     __slots__ = (
         "_ack_timer",
-        "_auth_timer",
+        "_acknowledged",
+        "_asking",
         "_connection",
-        "_renewed",
-        "_renewing",
         "_seen",
         "_unacknowledged",
+        "credential",
         "greeting",
         "max_inflated",
         "session",
@@ -112,13 +132,13 @@ class Conversation:
         self.greeting = greeting
         self._connection = connection
         self._seen = seen
-        self._renewed = renewed
         compresses = greeting.deflates and connection.config.compression is CompressionMode.DEFLATE
         self.max_inflated = connection.config.max_message_size if compresses else 0
         self._unacknowledged = 0
-        self._renewing = False
+        self._acknowledged = -1  # the highest number that the client has acknowledged here
         self._ack_timer: asyncio.TimerHandle | None = None
-        self._auth_timer: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Handle | None = None
+        self.credential = CredentialTerm(connection, renewed)
 
     def welcome(self) -> Frame:
         """The frame that answers the hello, with a new token."""
@@ -133,9 +153,9 @@ class Conversation:
             why=greeting.why,
             seq=greeting.cursor,
             ack=session.accepted,
-            ping=_milliseconds(config.heartbeat_interval) if beats else 0,
-            timeout=_milliseconds(config.heartbeat_timeout) if beats else 0,
-            ttl=_milliseconds(config.session_ttl) if config.enable_reconnect else 0,
+            ping=milliseconds(config.heartbeat_interval) if beats else 0,
+            timeout=milliseconds(config.heartbeat_timeout) if beats else 0,
+            ttl=milliseconds(config.session_ttl) if config.enable_reconnect else 0,
             max=config.max_message_size,
             caps=[DEFLATE_CAP] if self.max_inflated else [],
         )
@@ -148,7 +168,8 @@ class Conversation:
     def close(self) -> None:
         """The connection is over."""
         self._settle_ack()
-        self.credential_good_for(None)
+        if self._asking is not None:
+            self._asking.cancel()
 
     # ── what comes in ──
 
@@ -160,15 +181,20 @@ class Conversation:
         if raw[:ACK_CHARS] == ACK_START and raw[-1] == "}":  # by far the most frequent one; as our clients write it
             digits = raw[ACK_CHARS:-1]
             plain = digits.isascii() and digits.isdigit() and digits[0] != "0" and len(digits) < MAX_DIGITS
-            if plain and session.acknowledged(int(digits)):
+            if plain and session.acknowledged(seq := int(digits)):
                 session.confirm()
+                self._count_ack(seq)
                 return None
         try:
-            frame = parse(raw, self.max_inflated)
+            if self.max_inflated:
+                raw = inflated(raw, self.max_inflated)
+            frame = parse(raw)
             session.confirm()
             kind = frame["type"]
             if kind == "msg":
-                return self._message(message_of(frame))
+                return self._message(message_of(frame), raw)
+            if kind not in LONG_TYPES and is_longer(raw, MAX_CONTROL_BYTES):
+                raise BadFrameError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
             self._other(kind, frame)
         except BadFrameError as problem:
             too_big = problem.code == 1009
@@ -176,8 +202,11 @@ class Conversation:
             self._connection.end(reason, code=problem.code, text=str(problem))
         return None
 
-    def _message(self, message: Message) -> Message | None:
+    def _message(self, message: Message, raw: str | bytes) -> Message | None:
         if message.seq is not None and not self._is_next(message.seq):
+            return None
+        watches = self._connection.watches_input
+        if watches and not self._connection.may_send(raw, message):
             return None
         if message.key is not None:
             known = self._seen.look(self.session.client_id, message.key)
@@ -187,6 +216,13 @@ class Conversation:
             self._seen.begin(self.session.client_id, message.key)
         self._connection.reports.totals.messages_received += 1
         self._connection.used = True
+        message.size = sys.getsizeof(raw)
+        if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
+            inbox = self.session.inbox
+            if inbox is None or not inbox.awaited:  # else it is read in this turn, and not worth the time
+                message.size += parsed_bytes(raw)
+        if watches:
+            self._connection.heard()
         return message
 
     def _is_next(self, seq: int) -> bool:
@@ -198,35 +234,47 @@ class Conversation:
             return True
         if seq <= session.accepted:  # sent again, because our word did not reach the client
             self._owe_ack()
+            self._connection.control_came()
         else:
             self._connection.end(DisconnectReason.POLICY, code=4412, text="a message is missing")
         return False
 
     def _other(self, kind: str, frame: dict[str, Any]) -> None:
         session, connection = self.session, self._connection
+        if kind not in ("ack", "reply", "pong"):
+            connection.control_came()
         if kind == "ack":
-            self._acknowledged(number(frame, "seq"))
+            self._acknowledge(seq := number(frame, "seq"))
+            self._count_ack(seq)
         elif kind == "ping":
             self._settle_ack()
-            connection.answer(control("pong", ts=frame.get("ts"), ack=session.accepted))
+            connection.answer(control("pong", ts=stamp(frame), ack=session.accepted))
         elif kind == "pong":
-            connection.pulse.ponged(monotonic())
-            if (seq := optional_number(frame, "ack")) is not None:
-                self._acknowledged(seq)
+            if not connection.pulse.ponged(monotonic()):
+                connection.control_came()
+            if (acknowledged := optional_number(frame, "ack")) is not None:
+                self._acknowledge(acknowledged)
         elif kind == "reply":
-            if self._is_next(number(frame, "seq", least=1)):
-                session.requests.answered(optional_text(frame, "re") or "", frame.get("data"), frame.get("error"))
+            if self._is_next(number(frame, "seq", least=1)) and not session.requests.answered(
+                optional_name(frame, "re") or "", frame.get("data"), frame.get("error")
+            ):
+                connection.control_came()
         elif kind == "auth":
             token = optional_text(frame, "token", most=8192)
-            if not self._renewing:  # one at a time: each is a call of the application
-                self._renewing = True
-                self._renewed(token)
+            self.credential.offered(token)
         elif kind == "hello":
             raise BadFrameError("a second hello")
 
-    def _acknowledged(self, seq: int) -> None:
+    def _acknowledge(self, seq: int) -> None:
         if not self.session.acknowledged(seq):
             raise BadFrameError("more is acknowledged than was sent")
+
+    def _count_ack(self, seq: int) -> None:
+        """Of acknowledgements that say something new a client sends no more than it gets; the others are counted."""
+        if seq > self._acknowledged:
+            self._acknowledged = seq
+        else:
+            self._connection.control_came()
 
     # ── what goes out ──
 
@@ -245,8 +293,14 @@ class Conversation:
         return queued
 
     def ask_for_ack(self) -> None:
-        """Ask the client for its number: a pong carries it, and comes at once."""
-        self._send_ping()
+        """Ask the client for its number: a pong carries it, and comes at once. All who ask in one turn ask together."""
+        if self._asking is None:
+            self._asking = asyncio.get_running_loop().call_soon(self._ask)
+
+    def _ask(self) -> None:
+        self._asking = None
+        if self._send_ping():
+            self._connection.pulse.asked()
 
     def failed(self, message: Message) -> None:
         """A handler has failed with a message. It is not handled again in this session, but its key is not used up."""
@@ -260,8 +314,6 @@ class Conversation:
 
     def refused(self, message: Message | None, code: str, text: str) -> None:
         """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""
-        if message is not None:
-            self.failed(message)
         if message is not None and message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
             return
@@ -305,35 +357,6 @@ class Conversation:
             self._ack_timer.cancel()
             self._ack_timer = None
 
-    # ── credentials ──
-
-    def credential_good_for(self, seconds: float | None) -> None:
-        """The client's credential is good for so long; for ever when left out. It is asked for a new one in time."""
-        if self._auth_timer is not None:
-            self._auth_timer.cancel()
-            self._auth_timer = None
-        if seconds is not None:
-            lead = min(MAX_LEAD, seconds * LEAD)
-            self._auth_timer = asyncio.get_running_loop().call_later(seconds - lead, self._ask_for_credential, lead)
-
-    def credential_taken(self, good_for: float | None) -> None:
-        """A new credential was looked at, and is good."""
-        self._renewing = False
-        if self._connection.ending is not None:
-            return
-        self._connection.answer(
-            control("auth", ok=True, **({} if good_for is None else {"in": _milliseconds(good_for)}))
-        )
-        self.credential_good_for(good_for)
-
-    def _ask_for_credential(self, within: float) -> None:
-        self._connection.answer(control("auth", **{"in": _milliseconds(within)}))
-        self._auth_timer = asyncio.get_running_loop().call_later(within, self._expired)
-
-    def _expired(self) -> None:
-        self._auth_timer = None
-        self._connection.end(DisconnectReason.POLICY, code=4401, text="the credential has expired")
-
     def tell_outcome(self) -> None:
         """Report what the hello has led to."""
         self._connection.tell(
@@ -343,7 +366,3 @@ class Conversation:
             outcome=self.greeting.outcome.value,
             why=self.greeting.why,
         )
-
-
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))

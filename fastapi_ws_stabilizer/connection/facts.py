@@ -11,6 +11,9 @@ from starlette.datastructures import URL, Address, Headers, QueryParams, State
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
+from fastapi_ws_stabilizer.limits.kept import Kept
+from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 
 
@@ -21,8 +24,11 @@ class SocketFacts:
 
     def __init__(self, connection: Connection, metadata: Mapping[str, Any] | None) -> None:
         self._connection = connection
-        self._metadata: dict[str, Any] | None = dict(metadata) if metadata else None
-        self._user_data: dict[str, Any] | None = None
+        self._metadata: Kept | None = None
+        self._user_data: Kept | None = None
+        if metadata:
+            self._metadata = Kept(connection.ledger, None, metadata)
+            self._metadata.owner = connection
 
     # ── who and where ──
 
@@ -46,29 +52,86 @@ class SocketFacts:
     def metadata(self) -> dict[str, Any]:
         """What `manager.connect(..., metadata=...)` was given."""
         if self._metadata is None:
-            self._metadata = {}
+            self._metadata = Kept(self._counts, self._connection.member)
         return self._metadata
 
     @property
     def user_data(self) -> dict[str, Any]:
-        """Yours: anything that belongs to this client's session; to this connection, if it has none."""
+        """Yours: anything that belongs to this client's session; to this connection, if it has none.
+
+        It is measured as it is filled: a write that would be more than `max_memory_per_connection` raises
+        `MemoryLimitExceededError`, and changes nothing.
+        """
         conversation = self._connection.conversation
         if conversation is not None:
             if conversation.session.user_data is None:
-                conversation.session.user_data = {}
+                counts = self._connection.ledger if conversation.session.over is None else None
+                conversation.session.user_data = Kept(counts, conversation.session)
             return conversation.session.user_data
         if self._user_data is None:
-            self._user_data = {}
+            self._user_data = Kept(self._counts, self._connection)
         return self._user_data
 
     @user_data.setter
-    def user_data(self, data: dict[str, Any]) -> None:
-        """Put another dict in its place."""
-        conversation = self._connection.conversation
-        if conversation is not None:
-            conversation.session.user_data = data
-        else:
-            self._user_data = data
+    def user_data(self, data: Mapping[str, Any]) -> None:
+        """Put another dict in its place: what is in it is copied.
+
+        Raises:
+            MemoryLimitExceededError: It is more than may be held. What was there stays.
+        """
+        kept: Any = self.user_data
+        if data is not kept:  # `ws.user_data |= ...` has written it already
+            kept.replace(data)
+
+    @property
+    def _counts(self) -> Ledger | None:
+        """Where what is kept for it is counted: nowhere any more when it is over, for nobody would take it out."""
+        return self._connection.ledger if self._connection.ending is None else None
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Bytes that its user data and its metadata hold, but not those of its session."""
+        return self._metadata_bytes + (0 if self._user_data is None else self._user_data.held_bytes)
+
+    @property
+    def _metadata_bytes(self) -> int:
+        """Bytes that its metadata hold."""
+        return 0 if self._metadata is None else self._metadata.held_bytes
+
+    def _inherit(self, user_data: Kept) -> None:
+        """Have the user data of a connection before, the same dict: a hook of that one may still fill it.
+
+        Raises:
+            MemoryLimitExceededError: There is no room for it beside what there is already, which stays.
+        """
+        own, self._user_data = self._user_data, user_data
+        before, user_data.owner = user_data.owner, self._connection  # room is made for this one, not from it
+        if own is None:
+            return
+        try:
+            user_data.update(own)
+        except MemoryLimitExceededError:
+            self._user_data, user_data.owner = own, before
+            raise
+        own.let_go()
+
+    def _copy(self, user_data: Mapping[str, Any]) -> None:
+        """Have a copy of the user data of another connection.
+
+        Raises:
+            MemoryLimitExceededError: There is no room for it.
+        """
+        self.user_data.update({**user_data, **self.user_data})
+
+    def _let_go(self) -> None:
+        """Its connection is over: count no longer what is kept for it, and for nobody else."""
+        if self._metadata is not None:
+            self._metadata.let_go()
+        if self._user_data is not None and self._user_data.owner is self._connection:
+            self._user_data.let_go()
+        if not self._connection.opened:  # it has been turned away, and has no ending by which that can be seen
+            self._metadata = self._metadata or Kept(None, None)
+            self._user_data = self._user_data or Kept(None, None)
 
     @property
     def session_id(self) -> str | None:
@@ -173,6 +236,11 @@ class SocketFacts:
     def queued_bytes(self) -> int:
         """Bytes that wait to be sent."""
         return self._connection.outbox.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that are held for it, or for its session: what waits, what is unacknowledged, user data."""
+        return self._connection.held_memory
 
     @property
     def dropped_messages(self) -> int:

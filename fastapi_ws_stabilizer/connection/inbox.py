@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
+from fastapi_ws_stabilizer.limits.ledger import UNREAD_OVERHEAD_BYTES, Ledger
 from fastapi_ws_stabilizer.tasks import Latch
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -28,6 +29,26 @@ _NOTHING: Final[_Items] = deque(maxlen=0)
 """What every empty inbox holds, so that an idle connection need not own a queue."""
 
 
+class InboxLimits:
+    """The bounds that all inboxes of a manager share, and where they count.
+
+    Args:
+        max_messages: Most messages that wait.
+        max_bytes: Most bytes of them.
+        ledger: Where they are counted.
+    """
+
+    __slots__ = ("ledger", "max_bytes", "max_messages")
+
+    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None) -> None:
+        self.max_messages = max_messages
+        self.max_bytes = max_bytes
+        self.ledger = Ledger() if ledger is None else ledger
+
+
+_UNCOUNTED: Final = InboxLimits(0, 0)
+
+
 class Inbox:
     """A bounded queue with one writer, the pump, and one reader.
 
@@ -42,8 +63,7 @@ class Inbox:
         "_closed",
         "_in_hand",
         "_items",
-        "_max_bytes",
-        "_max_messages",
+        "_limits",
         "_reader",
         "_relief",
         "_settled",
@@ -51,11 +71,10 @@ class Inbox:
         "taken",
     )
 
-    def __init__(self, max_messages: int, max_bytes: int) -> None:
+    def __init__(self, limits: InboxLimits) -> None:
         self._alone: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
         self._items = _NOTHING
-        self._max_messages = max_messages
-        self._max_bytes = max_bytes
+        self._limits = limits
         self.held_bytes = 0
         self.taken = 0
         self._closed = False
@@ -70,7 +89,18 @@ class Inbox:
     @property
     def full(self) -> bool:
         """Whether the mark is reached."""
-        return len(self) >= self._max_messages or self.held_bytes >= self._max_bytes
+        limits = self._limits
+        return len(self) >= limits.max_messages or self.held_bytes >= limits.max_bytes
+
+    @property
+    def awaited(self) -> bool:
+        """Whether its reader waits, so that the next message is taken at once."""
+        return self._reader is not None and not self._reader.done()
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it holds, with what each message takes beside its text: what is in the ledger."""
+        return self.held_bytes + UNREAD_OVERHEAD_BYTES * len(self)
 
     def put(self, message: Item, size: int | None = None) -> None:
         """Add a message and wake the reader.
@@ -89,6 +119,10 @@ class Inbox:
             self._items = deque((self._alone, (message, size)))
             self._alone = None
         self.held_bytes += size
+        ledger = self._limits.ledger
+        ledger.total += size + UNREAD_OVERHEAD_BYTES
+        if ledger.total > ledger.limit:
+            ledger.relieve_soon()
         reader = self._reader
         if reader is not None and not reader.done():
             reader.set_result(None)
@@ -148,6 +182,7 @@ class Inbox:
         else:
             message, size = self._items.popleft()
         self.held_bytes -= size
+        self._limits.ledger.total -= size + UNREAD_OVERHEAD_BYTES
         self.taken += 1
         self._in_hand = True
         if not self._items:
@@ -163,7 +198,7 @@ class Inbox:
             An inbox for the reader that was turned away: empty, closed, and it tells when that reader has done with the
             message that it had in hand.
         """
-        rest = Inbox(self._max_messages, self._max_bytes)
+        rest = Inbox(self._limits)
         rest._closed = True
         rest._settled = Latch()
         if not self._in_hand:
@@ -174,6 +209,11 @@ class Inbox:
             reader.set_exception(InboxClosed())
         self._relieve()
         return rest
+
+    def uncount(self) -> None:
+        """Its connection is over, and whoever may still read what is unread does so on their own account."""
+        self._limits.ledger.total -= self.counted_bytes
+        self._limits = _UNCOUNTED
 
     @property
     def settled(self) -> asyncio.Future[None] | None:
@@ -195,6 +235,7 @@ class Inbox:
         discarded = 0
         if discard:
             discarded = len(self)
+            self._limits.ledger.total -= self.counted_bytes
             self._alone = None
             self._items = _NOTHING
             self.held_bytes = 0

@@ -8,7 +8,7 @@ does the rest in order, each step with a limit in time:
 2. who is dispatching messages finishes, then the disconnect hooks run;
 3. the endpoint gets the rest of `disconnect_grace` and is cancelled then; tasks that are tied to the connection are
    cancelled when it has returned;
-4. what the transport still holds gets a moment to be flushed, and is cut off then.
+4. what the transport still holds gets a moment to be flushed, and the client one to answer; it is cut off then.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import secrets
 from dataclasses import replace
 from typing import Any, Final
@@ -27,6 +28,7 @@ from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, En
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.activity import Activity
 from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
@@ -34,13 +36,26 @@ from fastapi_ws_stabilizer.connection.link_reader import LinkReader
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
+from fastapi_ws_stabilizer.connection.remains import Remains
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
 from fastapi_ws_stabilizer.errors import (
     NotOpenError,
 )
 from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.limits.admission import Place, retry_when_full
+from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.rate import Rate, TokenBucket
+from fastapi_ws_stabilizer.limits.traffic import Excess
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.v1 import Message
+
+CONTROL_FRAMES: Final = Rate(per_second=50.0, burst=200.0)
+"""Pings, pongs and other frames of the protocol that one client may send, beside the pongs that answer our own pings.
+What they carry is nothing, so that more is never of use."""
+
+RATE_LIMITED: Final = "rate_limited"
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
@@ -56,6 +71,7 @@ class Connection(Messages):
     __slots__ = (
         "_abort_timer",
         "_context",
+        "_controls",
         "_finished",
         "_hooks_done",
         "_pump",
@@ -65,13 +81,18 @@ class Connection(Messages):
         "before",
         "begun",
         "control_frames",
+        "credential",
         "endpoint",
         "hooks_wanted",
         "inherits",
         "opened_at",
+        "place",
+        "remains",
         "restored",
+        "told_of_limit",
         "told_of_pause",
         "told_of_session_end",
+        "watches_input",
         "websocket",
     )
 
@@ -94,8 +115,8 @@ class Connection(Messages):
         self.control_frames = control_frames
         self.endpoint = endpoint
         self.opened_at = monotonic()
-        self.pulse = Pulse(self.opened_at)
-        self.inbox = Inbox(config.inbox_max_messages, config.inbox_max_bytes)
+        self.pulse = Pulse(self.opened_at, parts.round_trips)
+        self.inbox = Inbox(parts.inbox_limits)
         self.server_side = ServerSide(websocket._receive, websocket._send)
         self.shard = parts.next_shard()
         self._link = self.server_side.link(websocket.scope)
@@ -112,25 +133,26 @@ class Connection(Messages):
         self.ending: Ending | None = None
         self.reading_paused = False
         self.told_of_pause = False
+        self.told_of_limit = False
         self.hooks_wanted = False
         self.bad_messages = 0
         self.dropped_messages = 0
         self.used = False
         self._numbers = 0
         self._parts = parts
+        self.watches_input = parts.watches_input
         self.activity = Activity()
         self._tied: TaskSet | None = None
         self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
+        self.place: Place | None = None
+        self.remains: Remains | None = None
+        self.credential: CredentialTerm | None = None
+        self._controls: TokenBucket | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
 
     # ── open ──
-
-    def before_accept(self) -> None:
-        """Settle what cannot be changed once the connection is accepted."""
-        if self._link is not None and self.config.compression is CompressionMode.NONE:
-            self._link.refuse_compression()
 
     def open(self) -> None:
         """Start to read. From here on every path leads to one ending and to `finished`."""
@@ -207,6 +229,95 @@ class Connection(Messages):
         """Whether this connection was opened with these parts, and not by another manager."""
         return self._parts is parts
 
+    # ── memory ──
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counts what is held."""
+        return self._parts.ledger
+
+    @property
+    def held_memory(self) -> int:
+        """Bytes that are held for it, or for its session."""
+        if self.conversation is not None:
+            return self.conversation.session.held_memory
+        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.face._kept_bytes)
+
+    def evict(self) -> None:
+        """End it, because room is needed for others."""
+        self._parts.evicted(self)
+        retry = math.ceil(retry_when_full() * 1000)
+        self.end(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
+
+    def holds_too_much(self, held: int) -> None:
+        """End it, because more is held for it than may be."""
+        limit = self.config.max_memory_per_connection
+        if self.opened and self.end(DisconnectReason.MEMORY, text=f"over {limit} bytes are held"):
+            self.tell("memory_limit_exceeded", logging.WARNING, held_bytes=held, max_memory_per_connection=limit)
+
+    def heard(self) -> None:
+        """A message of its client has come. Called only where input is watched."""
+        self._parts.ledger.heard(self.member)
+
+    def holds(self) -> None:
+        """Something is held for it, where nothing may have been before."""
+        self._parts.ledger.holds(self.remains or self.member)
+
+    @property
+    def left_over(self) -> int:
+        """Bytes that it alone holds. Its client's session, while that lives, holds what is unread."""
+        shared = self.conversation is not None and self.conversation.session.over is None
+        return self.outbox.counted_bytes + (0 if shared else self.inbox.counted_bytes)
+
+    def clear_out(self) -> None:
+        """It has ended: throw away what nobody has read and what is not sent yet, but for the close frame."""
+        self.close_unread()
+        self._discarded(self.outbox.forget())
+
+    # ── what its client may send ──
+
+    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
+        if not self._parts.traffic.limited:
+            return True
+        size = len(raw if isinstance(raw, bytes) or raw.isascii() else raw.encode("utf-8", "surrogatepass"))
+        excess = self._parts.traffic.take(self.client_id, self.connection_id, size, monotonic())
+        if excess is not None:
+            self.exceeded(excess, message)
+        return excess is None
+
+    def exceeded(self, excess: Excess, message: Message | None) -> None:
+        """Its client has sent more than it may: tell it, and end its connection if it was told often enough."""
+        self.reports.totals.messages_refused += 1
+        self._tell_limit(excess.option, excess.message_type)
+        text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
+        if self.conversation is not None:  # it counts as accepted, so nobody will send it again
+            self.conversation.refused(message, RATE_LIMITED, text)
+        else:
+            self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
+        if excess.over:
+            self.end(DisconnectReason.POLICY, code=4429, text=text)
+
+    def control_came(self) -> None:
+        """A control frame of its client has come that we have not asked for. Too many end the connection."""
+        if self._controls is None:
+            self._controls = TokenBucket()
+        if wait := self._controls.take(CONTROL_FRAMES, 1.0, monotonic()):
+            text = f"too many control frames; retry={math.ceil(wait * 1000)}"
+            self._tell_limit("control_frames")
+            self.end(DisconnectReason.POLICY, code=4429, text=text)
+
+    def _tell_limit(self, option: str, message_type: str | None = None) -> None:
+        """Say, once, which limit its client has run into."""
+        if not self.told_of_limit:
+            self.told_of_limit = True
+            about = {} if message_type is None else {"message_type": message_type}
+            self.tell("rate_limited", logging.WARNING, option=option, **about)
+
+    def delivered(self) -> None:
+        """A message has gone out. Told only where somebody wants to know."""
+        self._parts.ledger.delivered(self.member)
+
     # ── the end ──
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
@@ -240,6 +351,8 @@ class Connection(Messages):
         self.reports.totals.endings[how.reason] += 1
         if self.conversation is not None:
             self.conversation.close()
+        if self.credential is not None:
+            self.credential.good_for(None)
         self._close_inbox(discard=not how.rule.deliver)
         if how.by_peer:
             self._discarded(self.outbox.discard())
@@ -332,6 +445,11 @@ class Connection(Messages):
             self.hooks_wanted = False
             await self._parts.disconnected(self.face, self.ending.reason)
 
+    def hurry(self) -> None:
+        """Its end takes too long: its endpoint has no grace any more."""
+        if self.ending is not None:
+            self._cancel_endpoint()
+
     def _cancel_endpoint(self) -> None:
         if not self.endpoint.has_ended:
             self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
@@ -355,8 +473,12 @@ class Connection(Messages):
         self._pump = self._context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
             self.close_unread()
+        elif self.conversation is None:
+            self.inbox.uncount()
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
         self.server_side.abort_unless_flushed(self.config.send_timeout if patient else None)
+        if not how.by_peer:
+            self.server_side.abort_unless_answered()
         self.tell(
             "connection_ended",
             logging.INFO,

@@ -67,7 +67,10 @@ class LinkOutbox(Outbox):
         except Exception as error:  # whatever the transport raises, it takes nothing any more
             self._failed(error, 1)
         else:
-            self._limits.totals.messages_sent += 1
+            limits = self._limits
+            limits.totals.messages_sent += 1
+            if limits.tells_delivery:
+                self.owner.delivered()
 
     def _carry(self) -> None:
         """What is queued becomes one write, as far as the transport takes it."""
@@ -75,6 +78,7 @@ class LinkOutbox(Outbox):
             if self._paused:
                 self._block()
                 return
+            delivers = not self._urgent
             frames = self._take(MAX_WRITE_BYTES)
             try:
                 if self._deflates:
@@ -88,6 +92,8 @@ class LinkOutbox(Outbox):
                 self._failed(error, len(frames))
                 return
             self._limits.totals.messages_sent += len(frames)
+            if delivers and self._limits.tells_delivery:
+                self.owner.delivered()
         self._calm_down()
         if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
             close, self._close = self._close, None

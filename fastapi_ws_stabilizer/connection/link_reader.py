@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.pump import Pumped, end_by_event, for_inbox, nobody_reads, refuse_more
 from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 
 class LinkReader:
@@ -30,9 +30,10 @@ class LinkReader:
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def heard(self) -> None:
+    def heard(self) -> bool:
         """Bytes have come in, be it only a part of a message."""
         self._connection.pulse.seen(monotonic())
+        return self._connection.ending is None
 
     def received(self, message: str | bytes) -> None:
         """A message has come in. Hot path."""
@@ -48,13 +49,18 @@ class LinkReader:
         if full and refuse_more(connection) and item is message:
             connection.reports.totals.messages_discarded += 1
             return
-        inbox.put(item, None if item is message else sys.getsizeof(message))
+        inbox.put(item, item.size if isinstance(item, Message) else None)
         if full and not connection.reading_paused:
             self._pause()
 
+    def pinged(self) -> None:
+        """A ping frame has come in."""
+        self._connection.control_came()
+
     def ponged(self, payload: bytes) -> None:
         """A pong frame has come in."""
-        self._connection.pulse.ponged_by_protocol(payload, monotonic())
+        if not self._connection.pulse.ponged_by_protocol(payload, monotonic()):
+            self._connection.control_came()
 
     def gone(self, event: Mapping[str, Any]) -> None:
         """The connection is over."""

@@ -126,7 +126,7 @@ class Outbox(Backlog, abc.ABC):
 
         Hot path: this alone runs for nearly all messages.
         """
-        if self._shut or frame.key is not None or self._waiters:
+        if self._shut or self._counted or frame.key is not None or self._waiters:
             return False
         queue = self._queue
         held = self.held_bytes + frame.size
@@ -354,6 +354,10 @@ class Outbox(Backlog, abc.ABC):
             self.owner.unsent(unsent)
         self.owner.send_failed(error)
 
+    def _is_held(self) -> None:
+        if self._limits.ledger.orders:
+            self.owner.holds()
+
     @property
     def _any(self) -> bool:
         """Whether anything waits."""
@@ -361,6 +365,9 @@ class Outbox(Backlog, abc.ABC):
 
     def _calm_down(self) -> None:
         """The queue is empty: tell if the client was slow and has caught up."""
+        if self._broken:  # what is queued stays, and is counted, until it is thrown away
+            return
+        self._counted = False
         if self._slow is not None and not self._shut:
             self._slow = None
             self.owner.caught_up()
@@ -369,6 +376,7 @@ class Outbox(Backlog, abc.ABC):
 
     def _block(self) -> None:
         """The client takes nothing for the moment."""
+        self._count()
         if self._blocked_since is None:
             self._blocked_since = monotonic()
             self._unflushed = None
@@ -400,7 +408,8 @@ class Outbox(Backlog, abc.ABC):
             return
         if waited >= LOOK_INTERVAL:
             self.owner.send_waits()
-        self._set_watch(waited)
+        if not self._done.is_set:
+            self._set_watch(waited)
 
     # ── the end ──
 
@@ -423,6 +432,10 @@ class Outbox(Backlog, abc.ABC):
         self._turn_away()
         self._book_turn()
         return discarded
+
+    def forget(self) -> int:
+        """Send only the close frame of what is still to be sent, and tell how many messages were thrown away."""
+        return self._clear()
 
     def discard(self) -> int:
         """Take nothing more, send nothing more, and tell how many messages were thrown away."""

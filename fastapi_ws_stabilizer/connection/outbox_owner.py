@@ -20,6 +20,12 @@ class SlowClient(str, Enum):
 class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
 
+    def delivered(self) -> None:
+        """The server, or its transport, has taken a message. Told only where somebody wants to know."""
+
+    def holds(self) -> None:
+        """What waits is counted, where nothing may have been before."""
+
     def unsent(self, count: int) -> None:
         """Messages were given to the server and not taken."""
 

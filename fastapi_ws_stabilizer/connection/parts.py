@@ -9,9 +9,12 @@ from typing import Any
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
+from fastapi_ws_stabilizer.connection.inbox import InboxLimits
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.traffic import Traffic
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
 
@@ -24,8 +27,11 @@ class Parts:
         reports: Where to tell what happens.
         tasks: Holds the tasks of all connections.
         turns: Runs what connections have to do at the end of a turn of the event loop.
+        ledger: Counts what is held for connections.
+        traffic: How much their clients may send.
         next_shard: Gives a new connection its shard.
         left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
+        evicted: Called, without waiting, when a connection is going to end because room is needed.
         finished: Called, without waiting, when everything is done for a connection.
         disconnected: Runs the disconnect hooks.
         session_over: Runs the hooks for the end of a connection's session, if it has ended with it.
@@ -33,11 +39,14 @@ class Parts:
         failed: Told of a bug in user code, after it has been reported.
 
     Attributes:
+        inbox_limits: What all inboxes share.
         outbox_limits: What all outboxes of plain clients share.
         numbered_limits: What those of `stabilizer.v1.json` clients share: nothing that is numbered is ever dropped.
+        round_trips: Where round trips are counted, if they are.
         sends: How many sends may wait for the server at the same time.
         closes: The same for close frames.
         cleanups: The same for disconnect hooks.
+        watches_input: Whether anybody wants to know of each message that comes in. Most often nobody does.
     """
 
     __slots__ = (
@@ -45,18 +54,24 @@ class Parts:
         "closes",
         "config",
         "disconnected",
+        "evicted",
         "failed",
         "finished",
+        "inbox_limits",
+        "ledger",
         "left",
         "next_shard",
         "numbered_limits",
         "outbox_limits",
         "reports",
+        "round_trips",
         "sends",
         "session_over",
         "slow",
         "tasks",
+        "traffic",
         "turns",
+        "watches_input",
     )
 
     def __init__(
@@ -65,9 +80,12 @@ class Parts:
         reports: Reports,
         tasks: TaskSet,
         turns: Turns,
+        ledger: Ledger,
+        traffic: Traffic,
         *,
         next_shard: Callable[[], int],
         left: Callable[[Any], None],
+        evicted: Callable[[Any], None],
         finished: Callable[[Any], None],
         disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
         session_over: Callable[[Any], Awaitable[None]],
@@ -76,17 +94,26 @@ class Parts:
     ) -> None:
         self.config = config
         self.reports = reports
+        self.round_trips = None if reports.timings is None else reports.timings.round_trips
         self.tasks = tasks
         self.turns = turns
         self.next_shard = next_shard
         self.left = left
+        self.evicted = evicted
         self.finished = finished
         self.disconnected = disconnected
         self.session_over = session_over
         self.slow = slow
         self.failed = failed
-        self.outbox_limits = OutboxLimits(config, reports.totals)
-        self.numbered_limits = OutboxLimits(config, reports.totals)
+        self.ledger = ledger
+        self.traffic = traffic
+        self.watches_input = traffic.limited or ledger.watches_input
+        max_unread = config.inbox_max_bytes
+        if config.max_memory_per_connection is not None:  # half of it, for the message that reaches the mark is taken:
+            max_unread = min(max_unread, config.max_memory_per_connection // 2)  # who sends too fast is to be slowed
+        self.inbox_limits = InboxLimits(config.inbox_max_messages, max_unread, ledger)
+        self.outbox_limits = OutboxLimits(config, reports.totals, ledger)
+        self.numbered_limits = OutboxLimits(config, reports.totals, ledger)
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)

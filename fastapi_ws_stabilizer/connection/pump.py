@@ -7,7 +7,6 @@ its client has left. Everything else goes to the inbox.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
@@ -15,12 +14,14 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending_by_peer
 from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.credential import CredentialTerm, renewal_in
 from fastapi_ws_stabilizer.connection.inbox import Inbox, Item
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, Ping, parse_control
 from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 _LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a transport that is not read from."""
@@ -41,6 +42,7 @@ class Pumped(Protocol):
     reading_paused: bool
     told_of_pause: bool
     used: bool
+    watches_input: bool
     ending: Ending | None
 
     def answer(self, frame: Frame) -> None:
@@ -54,6 +56,20 @@ class Pumped(Protocol):
 
     def lost(self, error: BaseException) -> None:
         """The connection broke."""
+
+    credential: CredentialTerm | None
+
+    def heard(self) -> None:
+        """A message of its client has come."""
+
+    def holds(self) -> None:
+        """Something is held for it, where nothing may have been before."""
+
+    def control_came(self) -> None:
+        """A control frame of its client has come that we have not asked for. Too many end the connection."""
+
+    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
 
     def stop_sending(self) -> None:
         """Send nothing more, not even a close frame."""
@@ -95,8 +111,8 @@ def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
         return True
     inbox = connection.inbox
     full = bool(inbox.held_bytes) and inbox.full and not connection.server_side.closing
-    if item is not message:  # it is numbered and accepted, so it cannot wait outside
-        inbox.put(item, sys.getsizeof(message))
+    if isinstance(item, Message):  # it is numbered and accepted, so it cannot wait outside
+        inbox.put(item, item.size)
     elif not full:
         inbox.put(message)
     return not full
@@ -116,14 +132,25 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
         and (control := parse_control(message)) is not None
     ):
         if isinstance(control, Ping):
+            connection.control_came()
             connection.answer(control.answer)
-        else:
-            connection.pulse.ponged(monotonic())
+        elif not connection.pulse.ponged(monotonic()):
+            connection.control_came()
         return None
     if _is_too_big(connection, message):
         return None
+    credential = connection.credential
+    if credential is not None and (token := renewal_in(message)) is not None:
+        connection.control_came()
+        credential.offered(token)
+        return None
+    watches = connection.watches_input
+    if watches and not connection.may_send(message):
+        return None
     connection.reports.totals.messages_received += 1
     connection.used = True
+    if watches:
+        connection.heard()
     return message
 
 
@@ -173,6 +200,7 @@ async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
         return
     text: str | None = event.get("text")
     connection.inbox.put((event.get("bytes") or b"") if text is None else text)
+    connection.holds()
 
 
 async def _overflow(connection: Pumped) -> None:

@@ -80,6 +80,22 @@ class SendingHalf(abc.ABC):
         """End the connection from our side."""
 
     @abc.abstractmethod
+    def delivered(self) -> None:
+        """A message has gone out. Told only where somebody wants to know."""
+
+    @abc.abstractmethod
+    def holds(self) -> None:
+        """Something is held for it, where nothing may have been before."""
+
+    @abc.abstractmethod
+    def evict(self) -> None:
+        """End the connection, because room is needed for others."""
+
+    @abc.abstractmethod
+    def holds_too_much(self, held: int) -> None:
+        """End the connection, because more is held for it than may be."""
+
+    @abc.abstractmethod
     def lost(self, error: BaseException) -> None:
         """The connection broke."""
 
@@ -230,12 +246,16 @@ class SendingHalf(abc.ABC):
         self.abort()
 
     def send_waits(self) -> None:
-        """A send waits for a transport: cut it if the server is closing it, for a close waits for the same client.
+        """A send waits for a transport: see whether too much is held for a client that may say nothing any more.
+
+        The transport is cut if the server is closing it, for a close waits for the same client.
 
         uvicorn's older WebSocket implementation says nothing of its shutdown before the transport is gone.
         """
         if self.server_side.closing:
             self.server_side.abort()
+        else:
+            self._parts.ledger.look_at(self.member)
 
     def send_failed(self, error: BaseException) -> None:
         """The server refused a message: give it a moment to say why, then take the network for lost."""

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
 from fastapi_ws_stabilizer.servers.link import Link, offers_link
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 LINGER: Final = 1.0
 """Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
+
+ANSWER_TIMEOUT: Final = 3.0
+"""Seconds that a client has to answer a close frame: a round trip of a bad mobile link, and half of it again. Servers
+wait for 5 to 20, and whoever means to answer nothing would hold a connection as long."""
 
 
 class ServerSide:
@@ -42,6 +51,21 @@ class ServerSide:
         if not offers_link(scope) or owner is None or owner is not self._receiver or owner.in_use:
             return None
         return owner  # type: ignore[no-any-return]
+
+    @property
+    def peer(self) -> str | None:
+        """The address of the other end of the transport, empty for a Unix socket; `None` where it cannot be seen.
+
+        What the scope calls `client` may be somebody else: uvicorn puts there whom X-Forwarded-For names.
+        """
+        ask = getattr(self._transport(), "get_extra_info", None)
+        try:
+            name = ask("peername") if callable(ask) else None
+        except Exception:  # a transport that is gone may refuse the question
+            return None
+        if isinstance(name, (str, bytes)):
+            return ""
+        return str(name[0]) if isinstance(name, tuple) and name else None
 
     @property
     def can_abort(self) -> bool:
@@ -77,6 +101,31 @@ class ServerSide:
     def _abort_if_unflushed(self) -> None:
         if self.unflushed_bytes:
             self.abort()
+
+    def abort_unless_answered(self, *, taken: bool = True) -> None:
+        """Cut the connection if its client has not answered the close frame after `ANSWER_TIMEOUT` seconds.
+
+        Args:
+            taken: Whether to leave it alone where it is not known to have taken all that was sent before. One that is
+                slow has the time that the server gives it.
+        """
+        if self.can_abort and not self.closing:
+            asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, self._abort_if_unanswered, taken)
+
+    def _abort_if_unanswered(self, taken: bool) -> None:
+        if not self.closing and not (taken and (self.unflushed_bytes != 0 or self._untaken_bytes() != 0)):
+            self.abort()
+
+    def _untaken_bytes(self) -> int | None:
+        """How much the client's machine has not acknowledged; `None` where the system does not say."""
+        if sys.platform != "linux":
+            return None
+        try:
+            connection = self._transport().get_extra_info("socket")
+            answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+        except Exception:  # a transport that is gone, or has no socket
+            return None
+        return int.from_bytes(answer, sys.byteorder)
 
     @property
     def unflushed_bytes(self) -> int | None:

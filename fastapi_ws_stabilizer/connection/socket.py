@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
-from pydantic_core import from_json
-
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
+from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -37,6 +36,9 @@ class Services(Protocol):
 
     def history(self, connection: Connection, room: str, count: int) -> None:
         """Send the last messages of a room to a connection."""
+
+    def address_of(self, connection: Connection) -> str:
+        """Where the client of a connection comes from."""
 
 
 class StableSocket(SocketFacts):
@@ -74,6 +76,11 @@ class StableSocket(SocketFacts):
     def __repr__(self) -> str:
         how = "open" if self.ending is None else self.ending.reason.value
         return f"<StableSocket client_id={self.client_id!r} connection_id={self.connection_id} {how}>"
+
+    @property
+    def address(self) -> str:
+        """Where the client comes from: what `trusted_proxies` say, else the address of the other end."""
+        return self._services.address_of(self._connection)
 
     async def wait_closed(self) -> Ending:
         """Wait until the connection is over or ending, and return how. Cancelling is safe."""
@@ -130,9 +137,9 @@ class StableSocket(SocketFacts):
                 return message.data
             message = message.data
         try:
-            return from_json(message, allow_inf_nan=False)
-        except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
-            raise MessageFormatError(f"the message is not JSON: {error}") from None
+            return read_json(message)
+        except BadJsonError as problem:
+            raise MessageFormatError(f"the message cannot be read: {problem}") from None
 
     def __aiter__(self) -> AsyncIterator[str | bytes]:
         """Iterate over the messages until the connection is over."""
@@ -204,7 +211,7 @@ class StableSocket(SocketFacts):
 
         Raises:
             TypeError: The metadata is no mapping.
-            ValueError: The name is empty.
+            RoomNameError: It is empty, too long, or has a control character.
             RoomLimitError: The connection is in `max_rooms_per_connection` rooms.
             SocketClosed: The connection is over.
             NotOpenError: The connection is not accepted yet.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
+from fastapi_ws_stabilizer.limits.traffic import limit_of
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
 
@@ -152,18 +153,39 @@ class EventDecorators:
     def on_message(self, handler: F, /) -> F: ...
 
     @overload
-    def on_message(self, handler: str | None = None, /) -> Callable[[F], F]: ...
-    def on_message(self, handler: Callable[..., Any] | str | None = None, /) -> Any:
+    def on_message(
+        self, handler: str | None = None, /, *, max_rate: float | None = None, max_burst: float | None = None
+    ) -> Callable[[F], F]: ...
+    def on_message(
+        self,
+        handler: Callable[..., Any] | str | None = None,
+        /,
+        *,
+        max_rate: float | None = None,
+        max_burst: float | None = None,
+    ) -> Any:
         """Call a function with messages, from `ws.run()`: `handler(ws, message)` or `handler(ws)`.
 
         `@manager.on_message("chat")` takes JSON objects whose `type` is `chat`; `@manager.on_message` takes every
         message that no typed handler takes. The annotation of `message` says what it becomes: a pydantic model,
         `dict`, `str`, `bytes`, anything that pydantic validates. A message that does not fit gets an error reply and
         the connection stays. Functions that are not async run in the thread pool.
+
+        Args:
+            handler: The type of message, or the function.
+            max_rate: Messages in a second that one client may have handled by this function, over all its connections.
+                More get an error reply, `rate_limited`, and many more close 4429. `max_message_rate` is beside it.
+            max_burst: How many may come at once; as many as in a second when left out.
+
+        Raises:
+            TypeError: The function cannot be called with a socket and a message.
+            ValueError: A rate is not above zero, a burst is below one, or there is a burst without a rate.
         """
+        message_type = handler if isinstance(handler, str) else None
+        limit = limit_of(max_rate, max_burst, message_type=message_type)
 
         def register(function: F) -> F:
-            self._handlers.add(handler if isinstance(handler, str) else None, function)
+            self._handlers.add(message_type, function, limit)
             return function
 
         return register(handler) if callable(handler) else register

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.inbox import Item
@@ -94,15 +95,26 @@ class Dispatcher:
         socket: StableSocket = connection.face
         message = item if isinstance(item, Message) else None
         try:
-            prepared = [(handler, handler.prepare(received)) for handler in self._handlers.find(received)]
+            handlers = self._handlers.find(received)
+            for handler in handlers:
+                excess = handler.limit and handler.limit.take(
+                    connection.client_id, connection.connection_id, 1.0, monotonic()
+                )
+                if excess:
+                    self._not_handled(connection, message)
+                    connection.exceeded(excess, message)
+                    return
+            prepared = [(handler, handler.prepare(received)) for handler in handlers]
         except BadMessage as problem:
             self._refuse(connection, problem, message)
             return
         answer: Any = None
         interrupted = False
+        timings = self._reports.timings
         for handler, content in prepared:
             try:
-                answered = await handler(socket, content)
+                call = handler(socket, content)
+                answered = await (call if timings is None else timings.handlers.around(call))
                 answer = answered if answer is None else answer
             except SocketClosed:
                 # It wanted to answer a client that has left. What else that client sent is still handled.
@@ -116,8 +128,7 @@ class Dispatcher:
                 self._answer_error(connection, message, refusal.code, refusal.message)
                 return
             except BaseException:
-                if message is not None and connection.conversation is not None:
-                    connection.conversation.failed(message)
+                self._not_handled(connection, message)
                 raise
         if message is not None and connection.conversation is not None:
             if interrupted and answer is None:
@@ -125,7 +136,14 @@ class Dispatcher:
             else:
                 connection.conversation.handled(message, answer)
 
+    @staticmethod
+    def _not_handled(connection: Connection, message: Message | None) -> None:
+        """Its key is not used up: the next message with that key is handled."""
+        if message is not None and connection.conversation is not None:
+            connection.conversation.failed(message)
+
     def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
+        self._not_handled(connection, message)
         if connection.conversation is not None:
             connection.conversation.refused(message, code, text)
         else:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketException
-from starlette.websockets import WebSocketState
 
-from fastapi_ws_stabilizer.close_codes import SUPERSEDED, DisconnectReason, Ending, cut_reason, ending
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.errors import ShutdownError
+from fastapi_ws_stabilizer.routing.refusing import Refusing, leave_alone
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_first
 from fastapi_ws_stabilizer.wire.v1 import BadFrameError, Hello, hello_of, offered_credential
+
+A_ROUND_TRIP: Final = 1.0
+"""Seconds in which an honest client has said hello, be it far away."""
 
 
 class Reception:
@@ -24,16 +28,25 @@ class Reception:
 
     Args:
         config: How long a client has.
-        reports: Where refusals are told.
         sessions: Where its session is found or made.
+        refusing: Turns clients away.
+        address_of: Says where a client comes from.
     """
 
-    def __init__(self, config: WebSocketConfig, reports: Reports, sessions: Sessions) -> None:
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        sessions: Sessions,
+        refusing: Refusing,
+        address_of: Callable[[WebSocket], str],
+    ) -> None:
         self._timeout = config.hello_timeout
-        self._reports = reports
+        self._address_of = address_of
         self._sessions = sessions
+        self._refusing = refusing
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
         self._closed = Latch()
+        self._mute: dict[Latch, tuple[float, Callable[[], None]]] = {}  # since when; the longest comes first
         self._guests: set[asyncio.Future[None]] = set()
 
     @property
@@ -53,17 +66,19 @@ class Reception:
     async def greet(
         self,
         websocket: WebSocket,
+        hello: Hello,
         whose: Callable[[Session | None], str],
-        authenticate: Callable[[str | None], Awaitable[Ending | None]],
-        lets_in: Callable[[str, Session | None], bool],
+        authenticate: Callable[[str | None], Awaitable[Exception | None]],
+        lets_in: Callable[[str, Session | None], Exception | None],
     ) -> Greeting:
-        """Wait for the hello of an accepted client and give it its session.
+        """Give a client that has said hello its session.
 
         Args:
             websocket: Its WebSocket, accepted.
+            hello: What it has said.
             whose: Says who it is, given the session that it proves to have.
-            authenticate: Looks at its credential, and says how the connection ends if it is not good.
-            lets_in: Whether that client may come now, with that session.
+            authenticate: Looks at its credential, and returns what is wrong if it is not good.
+            lets_in: Why that client may not come now, with that session.
 
         Returns:
             What it gets.
@@ -71,79 +86,88 @@ class Reception:
         Raises:
             WebSocketException: It was refused, or is gone. It is closed already.
         """
+        proven = self._sessions.proven(hello)
+        who = whose(proven)  # before it is authenticated: the hooks ask who it is
+        with self._guest(), self._sessions.sparing(proven):
+            refused = await authenticate(credential_in(hello, websocket))
+        if refused is not None:
+            raise await self._refuse(websocket, refused, who)
+        if self._closed.is_set:
+            raise await self._refuse(websocket, ShutdownError(), who)
+        its_own = self._sessions.proven(hello) or self._sessions.begun_anew(hello, who)
+        refused = lets_in(who, its_own)  # before anything of its session is touched
+        if refused is not None:
+            raise await self._refuse(websocket, refused, who)
+        try:
+            return self._sessions.greet(hello, who)
+        except StaleDialError as stale:
+            error = WebSocketException(SUPERSEDED, "a newer connection has the session")
+            raise await self._refuse(websocket, error, who) from stale
+
+    def make_room(self) -> None:
+        """Wait no longer for whoever has been waited for longest, if an honest client would have said hello by now."""
+        mute = next(iter(self._mute), None)
+        if mute is not None and monotonic() - self._mute[mute][0] >= A_ROUND_TRIP:
+            _, thrown_out = self._mute.pop(mute)
+            thrown_out()
+            mute.set()
+
+    async def hello(self, websocket: WebSocket, thrown_out: Callable[[], None] = lambda: None) -> Hello:
+        """Wait for the hello of an accepted client.
+
+        Args:
+            websocket: Its WebSocket.
+            thrown_out: Called, without waiting, when it is waited for no longer because room is needed.
+
+        Raises:
+            WebSocketException: None came in time, or none that is good. It is closed already.
+        """
+        with self._guest():
+            return await self._hello(websocket, thrown_out)
+
+    @contextmanager
+    def _guest(self) -> Iterator[None]:
         guest = Latch()
         self._guests.add(guest.future)
         try:
-            return await self._greet(websocket, whose, authenticate, lets_in)
+            yield
         finally:
             self._guests.discard(guest.future)
             guest.set()
 
-    async def _greet(
-        self,
-        websocket: WebSocket,
-        whose: Callable[[Session | None], str],
-        authenticate: Callable[[str | None], Awaitable[Ending | None]],
-        lets_in: Callable[[str, Session | None], bool],
-    ) -> Greeting:
-        hello = await self._hello(websocket)
-        who = whose(self._sessions.proven(hello))  # before it is authenticated: the hooks ask who it is
-        credential = hello.auth
-        if credential is None:
-            credential = offered_credential(websocket.scope.get("subprotocols") or ())
-        refused = await authenticate(credential)
-        if refused is not None:
-            raise await self._refuse(websocket, refused.code, refused.text)
-        if self._closed.is_set:
-            raise await self._refuse_at_shutdown(websocket)
-        its_own = self._sessions.proven(hello) or self._sessions.begun_anew(hello, who)
-        if not lets_in(who, its_own):  # before anything of its session is touched
-            raise await self._refuse(websocket, SUPERSEDED, f"client {who!r} is connected already")
-        try:
-            return self._sessions.greet(hello, who)
-        except StaleDialError as stale:
-            raise await self._refuse(websocket, SUPERSEDED, "a newer connection has the session") from stale
-
-    async def _hello(self, websocket: WebSocket) -> Hello:
+    async def _hello(self, websocket: WebSocket, thrown_out: Callable[[], None]) -> Hello:
         waiting = self._tasks.spawn(websocket.receive(), name="ws-hello")
+        mute = Latch()
+        self._mute[mute] = monotonic(), thrown_out
         try:
-            await wait_for_first([waiting, self._closed.future], self._timeout)
+            await wait_for_first([waiting, self._closed.future, mute.future], self._timeout)
         finally:
+            self._mute.pop(mute, None)
             if not waiting.done():
                 waiting.cancel()
         if self._closed.is_set:
-            raise await self._refuse_at_shutdown(websocket)
+            raise await self._refuse(websocket, ShutdownError())
         if not waiting.done():
-            raise await self._refuse(websocket, 4408, "no hello came")
+            raise await self._refuse(websocket, WebSocketException(4408, "no hello came"))
         gone = waiting.cancelled() or waiting.exception() is not None
         message: Any = None if gone else waiting.result()
         if message is None or message["type"] != "websocket.receive":
-            _leave_alone(websocket)
+            leave_alone(websocket)
             raise WebSocketException(1000)
         text = message.get("text")
         try:
             return hello_of((message.get("bytes") or b"") if text is None else text)
         except BadFrameError as problem:
-            raise await self._refuse(websocket, problem.code, str(problem)) from problem
+            raise await self._refuse(websocket, WebSocketException(problem.code, str(problem))) from problem
 
-    async def _refuse_at_shutdown(self, websocket: WebSocket) -> WebSocketException:
-        how = ending(DisconnectReason.SERVER_SHUTDOWN)
-        return await self._refuse(websocket, how.code, how.text)
-
-    async def _refuse(self, websocket: WebSocket, code: int, reason: str) -> WebSocketException:
+    async def _refuse(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close a client that has no session yet; the exception ends its endpoint, and nothing else."""
-        self._reports.tell("hello_refused", logging.INFO, code=code, text=reason)
-        closing = self._tasks.spawn(websocket.close(code, cut_reason(reason)), name="ws-refusal")
-        await wait_for_all([closing], self._timeout)
-        _leave_alone(websocket)
-        return WebSocketException(code, reason)
+        how = self._refusing.tell(websocket, error, self._address_of(websocket), client_id)
+        return await self._refusing.close(websocket, how.code, how.text)
 
 
-def _leave_alone(websocket: WebSocket) -> None:
-    """It is closed: Starlette, which closes what a `WebSocketException` ends, has nothing left to do."""
-
-    async def nothing(_: Any) -> None:
-        pass
-
-    websocket._send = nothing
-    websocket.application_state = WebSocketState.CONNECTED
+def credential_in(hello: Hello, websocket: WebSocket) -> str | None:
+    """The credential of a client: in its hello, else among its subprotocols."""
+    if hello.auth is not None:
+        return hello.auth
+    return offered_credential(websocket.scope.get("subprotocols") or ())

@@ -9,15 +9,23 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.limits.traffic import Limit
 from fastapi_ws_stabilizer.routing.hooks import Hook, check_parameters, positional_parameters
+from fastapi_ws_stabilizer.wire.json_text import BadJsonError, check_json, read_json
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 MAX_PROBLEMS: Final = 5
 """How many wrong fields an error reply names."""
+
+MAX_PROBLEM_CHARS: Final = 200
+"""How much it says of each: names of fields, and sometimes values, are the client's own, and as long as it likes."""
+
+MAX_TYPE_CHARS: Final = 64
+"""How much of a type that nobody handles an error reply repeats."""
 
 
 class BadMessage(Exception):
@@ -69,10 +77,22 @@ class Received:
         """
         if self._value is _UNPARSED:
             try:
-                self._value = from_json(self.raw, allow_inf_nan=False)
-            except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
-                raise BadMessage("bad_json", f"the message is not JSON: {error}") from None
+                self._value = read_json(self.raw)
+            except BadJsonError as problem:
+                raise BadMessage("bad_json", f"the message cannot be read: {problem}") from None
         return self._value
+
+    def check(self) -> None:
+        """Hold the message to the limits that `json` has, for pydantic, which reads it by wider ones.
+
+        Raises:
+            BadMessage: It breaks one of them.
+        """
+        if self._value is _UNPARSED:
+            try:
+                check_json(self.raw)
+            except BadJsonError as problem:
+                raise BadMessage("bad_json", f"the message cannot be read: {problem}") from None
 
 
 _UNPARSED: Final = object()
@@ -86,11 +106,12 @@ class MessageHandler:
     came for one that takes all.
     """
 
-    __slots__ = ("_adapter", "_hook", "_wants", "function")
+    __slots__ = ("_adapter", "_hook", "_wants", "function", "limit")
 
-    def __init__(self, function: Callable[..., Any], *, typed: bool) -> None:
+    def __init__(self, function: Callable[..., Any], *, typed: bool, limit: Limit | None = None) -> None:
         arguments = check_parameters(function, "on_message", 2, "the socket, and the message if it wants it")
         self.function = function
+        self.limit = limit
         self._hook = Hook(function, arguments)
         self._adapter: TypeAdapter[Any] | None = None
         annotation: Any = _message_annotation(function) if arguments == 2 else inspect.Parameter.empty
@@ -116,11 +137,12 @@ class MessageHandler:
         """
         raw = received.raw
         if self._adapter is not None:
+            received.check()
             try:
                 return self._adapter.validate_json(received.as_json)
             except ValidationError as error:
-                received.json()  # says better than pydantic when it is not JSON at all
-                raise BadMessage("invalid_message", _problems(error)) from None
+                value = received.json()  # says better than pydantic when it is not JSON at all
+                raise BadMessage("invalid_message", _problems(error, value)) from None
         if self._wants == "json":
             return received.json()
         if self._wants == "text" and not isinstance(raw, str):
@@ -141,13 +163,18 @@ class MessageHandlers:
         self._typed: dict[str, list[MessageHandler]] = {}
         self._others: list[MessageHandler] = []
 
-    def add(self, message_type: str | None, function: Callable[..., Any]) -> None:
+    def add(self, message_type: str | None, function: Callable[..., Any], limit: Limit | None = None) -> None:
         """Register a function for one type of message, or with `None` for all that have no handler of their own.
+
+        Args:
+            message_type: The type.
+            function: The function.
+            limit: How often it is called for one client.
 
         Raises:
             TypeError: It cannot be called with a socket and a message.
         """
-        handler = MessageHandler(function, typed=message_type is not None)
+        handler = MessageHandler(function, typed=message_type is not None, limit=limit)
         if message_type is None:
             self._others.append(handler)
         else:
@@ -177,7 +204,7 @@ class MessageHandlers:
             return self._others
         if message_type is None:
             raise BadMessage("no_type", 'a JSON object with a text "type" is expected')
-        raise BadMessage("unknown_type", f"no handler for messages of type {message_type[:64]!r}")
+        raise BadMessage("unknown_type", f"no handler for messages of type {message_type[:MAX_TYPE_CHARS]!r}")
 
 
 def _type_of(value: Any) -> str | None:
@@ -198,15 +225,44 @@ def _message_annotation(function: Callable[..., Any]) -> Any:
     return hints.get(parameters[1].name, inspect.Parameter.empty)
 
 
-def _problems(error: ValidationError) -> str:
+def _problems(error: ValidationError, value: Any) -> str:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [
-        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem["loc"] else problem["msg"]
-        for problem in problems[:MAX_PROBLEMS]
-    ]
+    told = [_problem(problem["loc"], problem["type"], problem["msg"], value) for problem in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         told.append(f"and {len(problems) - MAX_PROBLEMS} more")
     return "; ".join(told)
+
+
+def _problem(place: tuple[int | str, ...], kind: str, text: str, value: Any) -> str:
+    if kind in _TOLD_BY_CLASS or (kind in _TOLD_BY_FUNCTION and "()" in text):
+        text = "Input is not valid"
+    where = ".".join(_path(place, value, missing=kind == "missing"))
+    sentence = f"{where}: {text}" if where else text
+    return sentence if len(sentence) <= MAX_PROBLEM_CHARS else f"{sentence[: MAX_PROBLEM_CHARS - 1]}…"
+
+
+_TOLD_BY_CLASS: Final = frozenset({"is_instance_of", "is_subclass_of", "needs_python_object"})
+"""Problems for which pydantic names a class of the application, or of its own."""
+
+_TOLD_BY_FUNCTION: Final = frozenset({"union_tag_invalid", "union_tag_not_found"})
+"""Problems for which it names the function that tells the members of a union apart, where it is one."""
+
+
+def _path(place: tuple[int | str, ...], value: Any, *, missing: bool) -> list[str]:
+    """Where in a message a problem is: the members and indexes that lead to it.
+
+    What pydantic puts between them, the member of a union that it has tried, names classes and functions of the
+    application. That is none of the client's business, and is not in its message.
+    """
+    path: list[str] = []
+    for number, step in enumerate(place):
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            if not (missing and number == len(place) - 1):
+                continue
+        path.append(str(step))
+    return path
 
 
 def error_reply(problem: BadMessage) -> dict[str, str]:

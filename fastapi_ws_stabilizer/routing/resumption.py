@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from fastapi import WebSocket
 
@@ -18,18 +19,25 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_ses
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import InvalidTokenError, RoomLimitError, TokenExpiredError
+from fastapi_ws_stabilizer.errors import (
+    InvalidTokenError,
+    MemoryLimitExceededError,
+    RoomLimitError,
+    TokenExpiredError,
+)
 from fastapi_ws_stabilizer.hub.delivery import Delivery
+from fastapi_ws_stabilizer.limits.kept import Kept
+from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
-from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.sessions.tokens import Claim, ReconnectTokens, looks_like_token
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
-_proven: contextvars.ContextVar[str | None] = contextvars.ContextVar("proven_client", default=None)
-"""The client id for which the current task has validated a token."""
+_proven: contextvars.ContextVar[Claim | None] = contextvars.ContextVar("proven_claim", default=None)
+"""What the token says that the current task has validated."""
 
 
 class Resumption:
@@ -47,11 +55,13 @@ class Resumption:
         hooks: Hooks,
         delivery: Delivery[Connection],
         tokens: ReconnectTokens,
+        ledger: Ledger,
     ) -> None:
         self._reports = reports
         self._hooks = hooks
         self._delivery = delivery
         self._tokens = tokens
+        self._ledger = ledger
         self._enabled = config.enable_reconnect
         self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
@@ -62,6 +72,7 @@ class Resumption:
         self.sessions = Sessions(
             config,
             reports,
+            ledger,
             next_shard=delivery.registry.next_shard,
             began=delivery.begin_session,  # type: ignore[arg-type]  # a session is a member as a connection is
             ended=self._session_ended,
@@ -91,12 +102,32 @@ class Resumption:
             and self.luggage.is_expected(connection.client_id)
         )
         if expected and how is not None and not ends_session(how):
-            rooms = self._delivery.described(connection)
             connection.told_of_session_end = True  # it goes on for a while
-            face = connection.face
-            self._forget(self.luggage.leave(connection.client_id, rooms, face.user_data, face))
+            left = self._what_is_left(connection)
+            left.user_data.owner = left
+            self._forget(self.luggage.leave(connection.client_id, left))
+            self._ledger.goes_away(left)
             self._arm()
         self._delivery.remove(connection)
+
+    def _what_is_left(self, connection: Connection) -> LeftBehind:
+        face = connection.face
+        if face._user_data is None:  # it would be counted nowhere: the connection is over
+            face._user_data = Kept(self._ledger, connection)
+        return LeftBehind(self._delivery.described(connection), face._user_data, 0.0, face, self._evict)
+
+    def _evict(self, left: LeftBehind) -> None:
+        """What a client has left is forgotten, because room is needed."""
+        if self.luggage.drop(left):
+            self._reports.totals.evictions += 1
+            self._reports.tell("session_evicted", logging.WARNING, client_id=left.face.client_id, why="memory")
+            self._forget([left])
+
+    def forget(self, client_id: str) -> None:
+        """Keep nothing of what a client has left."""
+        left = self.luggage.drop_of(client_id)
+        if left is not None:
+            self._forget([left])
 
     async def session_over(self, connection: Connection) -> None:
         """The disconnect hooks of a connection have run: tell the hooks for the end of its session, if that is over."""
@@ -124,8 +155,10 @@ class Resumption:
         """A session is over: with its connection, or because its client has not come back."""
         self._delivery.end_session(session)  # type: ignore[arg-type]
         last: Connection | None = session.predecessor
-        if last is not None and last.is_finished:  # else the end of that connection does it
-            last.close_unread()
+        if last is not None and (last.is_finished or how.reason is DisconnectReason.MEMORY):
+            last.close_unread()  # else the end of that connection does it; but room is wanted now
+        elif last is not None:
+            last.holds()
         if last is not None and last.hooks_done and self._is_news(session):
             self._tell_soon(last.face, how.reason)
 
@@ -141,10 +174,15 @@ class Resumption:
         if not self._enabled or token is None or not looks_like_token(token):
             return None
         try:
-            return self._tokens.check(token, client_id).client_id
+            claimed = self._tokens.check(token, client_id).client_id
         except (InvalidTokenError, TokenExpiredError) as problem:
             self._lost(client_id, problem)
             return None
+        return claimed
+
+    def sparing(self, client_id: str | None) -> AbstractContextManager[None]:
+        """Let nothing that a client has left go for others meanwhile: it has proven who it is, and is on its way."""
+        return self._ledger.sparing(None if client_id is None else self.luggage.of(client_id))
 
     def redeem(self, websocket: WebSocket, client_id: str) -> bool:
         """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
@@ -171,14 +209,15 @@ class Resumption:
         self._forget(self.luggage.collect())
         left = self.luggage.take(client_id)
         if left is not None:
+            self._ledger.leave(left)
             connection.inherits = True
             connection.follow(left.face._connection)
         elif last is not None and self._both_stay:
-            left = LeftBehind(self._delivery.described(last), dict(last.face.user_data), 0.0, last.face)
+            left = self._what_is_left(last)
         elif last is not None:
             connection.inherits = last.told_of_session_end = True  # it goes on
             connection.follow(last)
-            left = LeftBehind(self._delivery.described(last), last.face.user_data, 0.0, last.face)
+            left = self._what_is_left(last)
         if left is None:
             connection.restored = ResumeOutcome.LOST
             self._reports.totals.sessions_lost += 1
@@ -186,31 +225,54 @@ class Resumption:
             return
         connection.restored = ResumeOutcome.GAP
         self._reports.totals.sessions_resumed += 1
-        left.user_data.update(connection.face._user_data or {})  # the same dict: hooks of the old one may still fill it
-        connection.face.user_data = left.user_data
+        try:
+            if connection.inherits:
+                connection.face._inherit(left.user_data)
+                connection.holds()
+            else:
+                connection.face._copy(left.user_data)
+        except MemoryLimitExceededError as error:
+            if connection.inherits:
+                left.user_data.let_go()
+            connection.tell("user_data_lost", logging.WARNING, why=str(error))
         for room, described in left.rooms.items():
             try:
                 self._delivery.join(connection, room, described or None)
             except RoomLimitError:  # the limit was lowered meanwhile
                 break
 
-    @staticmethod
-    def prove(client_id: str) -> None:
+    def prove(self, claim: Claim) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""
-        _proven.set(client_id)
+        _proven.set(claim)
+        left = self.luggage.of(claim.client_id)
+        if left is not None:  # nobody knows when it connects, if it does: it is the last that goes
+            self._ledger.enter(left)
 
     @staticmethod
-    def take_proof(client_id: str) -> bool:
-        """Whether the current task has validated a token of a client. It proves one connection."""
-        if _proven.get() != client_id:
+    def has_proof(client_id: str) -> bool:
+        """Whether the current task has validated a token of a client, and that has proven nothing yet."""
+        claim = _proven.get()
+        return claim is not None and claim.client_id == client_id
+
+    def take_proof(self, client_id: str) -> bool:
+        """Whether the current task has validated a token of a client. It proves one connection.
+
+        Raises:
+            InvalidTokenError: It was revoked since.
+        """
+        claim = _proven.get()
+        if claim is None or claim.client_id != client_id:
             return False
         _proven.set(None)
+        self._tokens.check_right(claim)
         return True
 
     # ── time ──
 
     def _forget(self, gone: Sequence[LeftBehind]) -> None:
         for left in gone:
+            self._ledger.leave(left)
+            left.user_data.let_go()
             self._tell_soon(left.face, left.face.reason)
 
     def _tell_soon(self, face: StableSocket, reason: DisconnectReason | None) -> None:

@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, HTTPException, WebSocket
+from fastapi import Depends, WebSocket
 
+from fastapi_ws_stabilizer.connection.endpoint import is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ShutdownError
-from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of
+from fastapi_ws_stabilizer.identity.credentials import DOOR_KEY
+from fastapi_ws_stabilizer.routing.door import Door, Visitor
+from fastapi_ws_stabilizer.routing.identity import Moment, client_id_from, client_id_of, seconds_until
+from fastapi_ws_stabilizer.routing.refusing import REFUSALS
 from fastapi_ws_stabilizer.routing.serving import Serving
 
 
 class Manager(Protocol):
     """What it needs of a manager."""
 
+    _serving: Serving
+
     def _ensure_running(self) -> Serving:
         """Get ready for connections on the running event loop."""
+
+
+async def running(manager: Manager, websocket: WebSocket) -> Serving:
+    """Get a manager ready; if it is shut down, its client is told so by HTTP."""
+    try:
+        return manager._ensure_running()
+    except ShutdownError as error:
+        raise await turned_away(manager._serving.door, websocket, error) from error
+
+
+async def turned_away(door: Door, websocket: WebSocket, error: Exception) -> Exception:
+    """Turn a client away; at the doors where it stands too, nobody else has to."""
+    visitor: Visitor | None = websocket.scope.get(DOOR_KEY)
+    while visitor is not None:
+        visitor.answered = True
+        if visitor.door is door:
+            visitor.place.leave()  # it may take its time to hear that it has none
+        visitor = visitor.outer
+    return await door.refusing.refuse(websocket, error, door.address_of(websocket))
+
+
+def standing_at(door: Door, websocket: WebSocket) -> Visitor | None:
+    """The client that stands at a door, if it has knocked there."""
+    visitor: Visitor | None = websocket.scope.get(DOOR_KEY)
+    while visitor is not None and visitor.door is not door:
+        visitor = visitor.outer
+    return visitor
+
+
+@asynccontextmanager
+async def at_the_door(serving: Serving, websocket: WebSocket) -> AsyncIterator[Visitor]:
+    """Let a client knock, and turn it away if it is refused meanwhile. It has knocked only once if this is nested."""
+    door, outer = serving.door, websocket.scope.get(DOOR_KEY)
+    visitor = standing_at(door, websocket)
+    if visitor is not None:
+        yield visitor
+        return
+    try:
+        visitor = websocket.scope[DOOR_KEY] = door.knock(websocket, outer)
+        yield visitor
+    except REFUSALS as error:
+        if is_bug(error) or (visitor is not None and (visitor.inside or visitor.answered)):
+            raise
+        raise await turned_away(door, websocket, error) from error
+    finally:
+        websocket.scope[DOOR_KEY] = outer
+        if visitor is not None:
+            door.left(visitor)
+            if not visitor.inside:
+                visitor.place.leave()
 
 
 class Served:
@@ -34,26 +91,33 @@ class Served:
     _serving: Serving
 
     def __init__(
-        self, manager: Manager, websocket: WebSocket, client_id: str | None, *, identity: Any, control_frames: bool
+        self,
+        manager: Manager,
+        websocket: WebSocket,
+        client_id: str | None,
+        *,
+        identity: Any,
+        good_for: float | None,
+        control_frames: bool,
     ) -> None:
         self._manager = manager
-        self._opening: tuple[WebSocket, str | None, Any, bool] | None = (websocket, client_id, identity, control_frames)
+        self._opening: tuple[WebSocket, str | None, Any, float | None, bool] | None
+        self._opening = websocket, client_id, identity, good_for, control_frames
 
     async def __aenter__(self) -> StableSocket:
         if self._opening is None:
             raise RuntimeError("what manager.serve() returns can be entered once")
-        websocket, client_id, identity, control_frames = self._opening
+        websocket, client_id, identity, good_for, control_frames = self._opening
         self._opening = None
-        try:
-            self._serving = self._manager._ensure_running()
+        self._serving = await running(self._manager, websocket)
+        async with at_the_door(self._serving, websocket) as visitor:
             self._connection = await self._serving.open_by_dependency(
-                websocket,
+                visitor,
                 client_id_of(websocket) if client_id is None else client_id,
                 identity=identity,
+                good_for=good_for,
                 control_frames=control_frames,
             )
-        except ShutdownError as error:
-            raise HTTPException(503, headers={"Retry-After": "1"}) from error
         socket: StableSocket = self._connection.face
         return socket
 
@@ -72,23 +136,43 @@ class Serve(Protocol):
     """`manager.serve`."""
 
     def __call__(
-        self, websocket: WebSocket, client_id: str | None = None, *, identity: Any = None, control_frames: bool = True
+        self,
+        websocket: WebSocket,
+        client_id: str | None = None,
+        *,
+        identity: Any = None,
+        good_for: float | None = None,
+        control_frames: bool = True,
     ) -> Served:
         """Serve a WebSocket."""
 
 
 def identified(
-    serve: Serve, identify: Callable[..., Any], key: Callable[[Any], object] | None, control_frames: bool
+    manager: Manager,
+    serve: Serve,
+    identify: Callable[..., Any],
+    key: Callable[[Any], object] | None,
+    expires_at: Callable[[Any], Moment] | None,
+    control_frames: bool,
 ) -> Callable[..., AsyncIterator[StableSocket]]:
     """Make a dependency that takes the client id from another one."""
 
-    async def identified_socket(
-        websocket: WebSocket, identity: Annotated[Any, Depends(identify)]
-    ) -> AsyncIterator[StableSocket]:
+    async def knocked(websocket: WebSocket) -> AsyncIterator[None]:
+        """Stands before the identity, so that it need not be asked of everybody, and hears what it raises."""
+        async with at_the_door(await running(manager, websocket), websocket):
+            yield
+
+    async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
         client_id = client_id_from(identity, key)
-        async with serve(websocket, client_id, identity=identity, control_frames=control_frames) as socket:
+        good_for = None if expires_at is None else seconds_until(expires_at(identity))
+        served = serve(websocket, client_id, identity=identity, good_for=good_for, control_frames=control_frames)
+        async with served as socket:
             yield socket
 
     # Under `from __future__ import annotations` FastAPI would look for `identify` among this module's names.
-    identified_socket.__annotations__ = {"websocket": WebSocket, "identity": Annotated[Any, Depends(identify)]}
+    identified_socket.__annotations__ = {
+        "websocket": WebSocket,
+        "_": Annotated[None, Depends(knocked)],
+        "identity": Annotated[Any, Depends(identify)],
+    }
     return identified_socket

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.limits.kept import Kept
 
 MAX_EXPECTED: Final = 100_000
 """Clients that are expected back at most, because they hold a token. The one that got it first is forgotten first."""
 
 
-@dataclass
+@dataclass(eq=False)
 class LeftBehind:
-    """What one connection has left.
+    """What one connection has left. To the ledger it is a client that is away.
 
     Attributes:
         rooms: Its rooms, and how its client is described in each.
         user_data: The application's.
         until: Until when it is kept.
         face: The socket that has left it.
+        forget: Called when it can be kept no longer, because room is needed.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
-    user_data: dict[str, Any]
+    user_data: Kept
     until: float
     face: Any
+    forget: Callable[[LeftBehind], None]
+
+    @property
+    def connection_id(self) -> str:
+        """The id of the connection that has left it."""
+        return str(self.face.connection_id)
+
+    @property
+    def held_memory(self) -> int:
+        """Bytes that it holds."""
+        return self.user_data.held_bytes
+
+    def evict(self) -> None:
+        """Forget it, because room is needed for others."""
+        self.forget(self)
+
+    def holds_too_much(self, _: int) -> None:
+        """Forget it, because it holds more than may be."""
+        self.forget(self)
 
 
 class LeftLuggage:
@@ -62,9 +83,7 @@ class LeftLuggage:
         """Whether a client may come back with a token."""
         return self._ttl > 0 and client_id in self._expected
 
-    def leave(
-        self, client_id: str, rooms: Mapping[str, Mapping[str, Any]], user_data: dict[str, Any] | None, face: Any
-    ) -> list[LeftBehind]:
+    def leave(self, client_id: str, left: LeftBehind) -> list[LeftBehind]:
         """Keep what a connection has left. Of several of one client the last one is kept.
 
         Returns:
@@ -74,10 +93,15 @@ class LeftLuggage:
         before = self._kept.pop(client_id, None)
         if before is not None:
             gone.append(before)
-        self._kept[client_id] = LeftBehind(rooms, {} if user_data is None else user_data, monotonic() + self._ttl, face)
+        left.until = monotonic() + self._ttl
+        self._kept[client_id] = left
         while len(self._kept) > self._max_kept:
             gone.append(self._kept.popitem(last=False)[1])
         return gone
+
+    def of(self, client_id: str) -> LeftBehind | None:
+        """What is kept for a client, which stays where it is."""
+        return self._kept.get(client_id)
 
     def take(self, client_id: str) -> LeftBehind | None:
         """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
@@ -86,6 +110,18 @@ class LeftLuggage:
             return None
         del self._kept[client_id]
         return left
+
+    def drop(self, left: LeftBehind) -> bool:
+        """Keep something no longer; `False` if it was not kept."""
+        if self._kept.get(left.face.client_id) is not left:
+            return False
+        del self._kept[left.face.client_id]
+        return True
+
+    def drop_of(self, client_id: str) -> LeftBehind | None:
+        """Keep no longer what a client has left, and expect it no more."""
+        self._expected.pop(client_id, None)
+        return self._kept.pop(client_id, None)
 
     def next_due(self) -> float | None:
         """When the first of it is kept no longer."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, Ledger
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 NOTHING: Final = cast("list[Frame]", ())
@@ -19,14 +20,17 @@ class LogLimits:
         max_messages: Most messages.
         max_bytes: Most bytes of messages. They are shared by all sessions that hold them, and counted in each.
         max_age: Seconds that a message is kept.
+        ledger: Where they are counted.
     """
 
-    __slots__ = ("max_age", "max_bytes", "max_messages")
+    __slots__ = ("ledger", "max_age", "max_bytes", "max_messages", "orders")
 
-    def __init__(self, max_messages: int, max_bytes: int, max_age: float) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, max_age: float, ledger: Ledger | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.max_age = max_age
+        self.ledger = Ledger() if ledger is None else ledger
+        self.orders = self.ledger.orders
 
 
 class ReplayLog:
@@ -53,6 +57,11 @@ class ReplayLog:
         return self._entries
 
     @property
+    def counted_bytes(self) -> int:
+        """What it holds, with what each message takes beside its payload: what the ledger has, if nobody shares it."""
+        return self.held_bytes + FRAME_OVERHEAD_BYTES * len(self._entries)
+
+    @property
     def low(self) -> int:
         """Number of the oldest message that is still here; `head + 1` if there is none."""
         return self.head - len(self._entries) + 1
@@ -60,14 +69,23 @@ class ReplayLog:
     def record(self, frame: Frame) -> int:
         """Keep a message, and return its number. Hot path: called for each session of each broadcast."""
         self.head += 1
-        self.held_bytes += frame.size
+        size, holders = frame.size, frame.holders
+        self.held_bytes += size
         entries, limits = self._entries, self._limits
+        frame.holders = holders + 1
+        if not holders:  # as `Ledger.hold`
+            ledger = limits.ledger
+            ledger.total += size + FRAME_OVERHEAD_BYTES
+            if ledger.total > ledger.limit:
+                ledger.relieve_soon()
         if entries:
             entries.append(frame)
             if len(entries) > limits.max_messages or self.held_bytes > limits.max_bytes:
                 self._trim()
         else:
             self._entries = [frame]
+            if limits.orders:
+                limits.ledger.holds(self)
         return self.head
 
     def forget_up_to(self, seq: int) -> None:
@@ -90,13 +108,14 @@ class ReplayLog:
 
     def forget_all(self) -> None:
         """Forget all messages; numbers go on."""
-        self._entries = NOTHING
-        self.held_bytes = 0
+        self._drop(len(self._entries))
 
     def rewind(self, lost: int) -> None:
         """Go back in time by some messages, as a store does that lost its newest entries."""
         for _ in range(min(lost, len(self._entries))):
-            self.held_bytes -= self._entries.pop().size
+            frame = self._entries.pop()
+            self.held_bytes -= frame.size
+            self._limits.ledger.release(frame)
         self.head = max(0, self.head - lost)
         self._drop(0)
 
@@ -111,11 +130,23 @@ class ReplayLog:
         self._drop(surplus)
 
     def _drop(self, count: int) -> None:
-        """Forget the first ones."""
+        """Forget the first ones. Hot path: called for each acknowledgement."""
         entries = self._entries
-        if count >= len(entries):
+        if count >= len(entries) or not entries:
             self._entries = NOTHING
-            self.held_bytes = 0
+            size, self.held_bytes = self.held_bytes, 0
         elif count > 0:
-            self.held_bytes -= sum(frame.size for frame in entries[:count])
+            gone = entries[:count]
             del entries[:count]
+            entries = gone
+            size = sum([frame.size for frame in gone])
+            self.held_bytes -= size
+        else:
+            return
+        size += FRAME_OVERHEAD_BYTES * len(entries)
+        for frame in entries:  # as `Ledger.release`
+            frame.holders = holders = frame.holders - 1
+            if holders:
+                size -= frame.size + FRAME_OVERHEAD_BYTES  # others hold it
+        if size:
+            self._limits.ledger.total -= size

@@ -50,16 +50,17 @@ class Requests:
         if self._open is not None:
             self._open.pop(request_id, None)
 
-    def answered(self, request_id: str, data: Any, error: Any) -> None:
-        """An answer has come. One that nobody waits for, or that came twice, is ignored."""
+    def answered(self, request_id: str, data: Any, error: Any) -> bool:
+        """An answer has come. One that nobody waits for, or that came twice, is ignored: `False`."""
         future = None if self._open is None else self._open.pop(request_id, None)
         if future is None or future.done():
-            return
+            return False
         if error is None:
             future.set_result(data)
-            return
+            return True
         told = error if isinstance(error, dict) else {}
         future.set_exception(RequestError(str(told.get("code", "error"))[:64], str(told.get("message", ""))[:1024]))
+        return True
 
     async def until_acknowledged(self, seq: int) -> None:
         """Wait until the client has acknowledged everything up to a number. Cancelling is safe.

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.reports import Totals
 from fastapi_ws_stabilizer.sessions.log import LogLimits, ReplayLog
 from fastapi_ws_stabilizer.sessions.requests import Requests
@@ -58,6 +59,10 @@ class Outlet(Protocol):
     async def put_wait(self, frame: Frame, queued: Any = None) -> bool:
         """Queue a frame as soon as there is room."""
 
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes that wait, and what the messages take beside them."""
+
     def under_pressure(self) -> bool:
         """Whether more than half of it is used, and its client seems to read."""
 
@@ -78,6 +83,12 @@ class Attachment(Protocol):
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """Begin its end."""
+
+    def evict(self) -> None:
+        """End it, because room is needed for others."""
+
+    def holds_too_much(self, held: int) -> None:
+        """End it, because more is held for it than may be."""
 
 
 class Session(ReplayLog):
@@ -152,7 +163,7 @@ class Session(ReplayLog):
         self.dials = -1
         self.instance = ""
         self.epoch = 0
-        self.user_data: dict[str, Any] | None = None
+        self.user_data: Kept | None = None
         self.inbox: Any = None
         self.left: dict[str, Any] = {}
         self.requests = Requests()
@@ -244,6 +255,31 @@ class Session(ReplayLog):
         self._end_away(self, ending(reason, code=code, text=text))
         return True
 
+    # ── memory ──
+
+    @property
+    def held_memory(self) -> int:
+        """Bytes that are held for it. What waits to be sent is in its log too, and counts once."""
+        queued = 0 if self._outlet is None else self._outlet.counted_bytes
+        unread = 0 if self.inbox is None else int(self.inbox.counted_bytes)
+        kept = 0 if self.user_data is None else self.user_data.held_bytes
+        described = 0 if self.connection is None else int(self.connection.face._metadata_bytes)
+        return max(self.counted_bytes, queued) + unread + kept + described
+
+    def evict(self) -> None:
+        """End it, because room is needed for others."""
+        if self.connection is not None:
+            self.connection.evict()
+        else:
+            self._end_away(self, ending(DisconnectReason.MEMORY))
+
+    def holds_too_much(self, held: int) -> None:
+        """End it, because more is held for it than may be."""
+        if self.connection is not None:
+            self.connection.holds_too_much(held)
+        else:
+            self._end_away(self, ending(DisconnectReason.MEMORY))
+
     # ── what its own connection sends ──
 
     async def put_wait(
@@ -312,11 +348,14 @@ class Session(ReplayLog):
 
         Presenting confirms it: the welcome that would bring the next one may be lost.
         """
-        for known in (self._issued, self._confirmed):
+        found: tuple[str, int] | None = None
+        for known in (self._confirmed, self._issued):  # both, always: how long it takes does not tell which one it was
             if known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace")):
-                self._confirmed = known
-                return known[1]
-        return None
+                found = known
+        if found is None:
+            return None
+        self._confirmed = found
+        return found[1]
 
     def confirm(self) -> None:
         """The client has got the token of the last welcome: it has sent a frame since."""
@@ -331,6 +370,7 @@ class Session(ReplayLog):
             The connection that it had, which is to be closed now. What that one still receives is not its any more.
         """
         before, self.connection = self.connection, connection
+        self._limits.ledger.enter(self)
         self.until = None
         self.face = connection.face
         self._outlet = connection.outbox
@@ -367,5 +407,7 @@ class Session(ReplayLog):
         self._outlet = None
         left = len(self.kept)
         self.forget_all()
+        if self.user_data is not None:
+            self.user_data.let_go()
         self.requests.give_up(how)
         return left

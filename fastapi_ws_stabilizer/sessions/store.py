@@ -7,13 +7,14 @@ import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.limits.memory import deep_size
+from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.sessions.log import LogLimits
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
@@ -56,6 +57,7 @@ class Sessions:
     Args:
         config: How long and how many are kept.
         reports: Where what happens to them is told.
+        ledger: Counts what is held for them.
         next_shard: Gives a new session its shard in the hub.
         began: Told of a new session, without waiting.
         ended: Told of one that is over, without waiting.
@@ -65,6 +67,7 @@ class Sessions:
         self,
         config: WebSocketConfig,
         reports: Reports,
+        ledger: Ledger | None = None,
         *,
         next_shard: Callable[[], int],
         began: Callable[[Session], None],
@@ -72,7 +75,11 @@ class Sessions:
     ) -> None:
         self._ttl = config.session_ttl if config.enable_reconnect else 0.0
         self._max_away = config.max_sessions_away
-        self._limits = LogLimits(config.replay_max_messages, config.replay_max_bytes, config.replay_max_age)
+        max_bytes = config.replay_max_bytes
+        if config.max_memory_per_connection is not None:  # a client that acknowledges nothing leaves room for the rest
+            max_bytes = min(max_bytes, config.max_memory_per_connection // 2)
+        self._ledger = ledger = Ledger() if ledger is None else ledger
+        self._limits = LogLimits(config.replay_max_messages, max_bytes, config.replay_max_age, ledger)
         self._reports = reports
         self._next_shard = next_shard
         self._began = began
@@ -92,12 +99,6 @@ class Sessions:
     def away(self) -> int:
         """How many sessions wait for their client."""
         return len(self._away)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held for them: unacknowledged messages, user data, and what those away have sent. Not for hot paths."""
-        unread: int = sum(one.inbox.held_bytes for one in self._away.values() if one.inbox is not None)
-        return unread + sum(session.held_bytes + deep_size(session.user_data) for session in self._by_id.values())
 
     def get(self, session_id: str) -> Session | None:
         """The session with that id."""
@@ -124,6 +125,10 @@ class Sessions:
         if session is None or hello.token is None or not session.knows(hello.token.partition(".")[2]):
             return None
         return session
+
+    def sparing(self, session: Session | None) -> AbstractContextManager[None]:
+        """Let a session not go for others meanwhile: its client has proven to have it, and is on its way."""
+        return self._ledger.sparing(session)
 
     def greet(self, hello: Hello, client_id: str) -> Greeting:
         """Give a client its session, the one that it wants back or a new one. Nothing is sent yet.
@@ -173,7 +178,7 @@ class Sessions:
             raise StaleDialError
         if before is not None:  # that very client has begun anew, and wants it no more
             self.supersede(before)
-        session = Session(client_id, self._next_shard(), self._limits, self._reports.totals, self.end)
+        session = Session(client_id, self._next_shard(), self._limits, self._reports.totals, self._end_away)
         session.dials = hello.dial
         self._by_id[session.connection_id] = session
         if hello.instance:
@@ -206,6 +211,7 @@ class Sessions:
             self.end(session, _expired(session))
             return
         session.until = monotonic() + self._ttl
+        self._ledger.goes_away(session)
         self._away[session.connection_id] = session
         of_client = self._away_of.setdefault(session.client_id, {})
         of_client[session.connection_id] = session
@@ -222,10 +228,17 @@ class Sessions:
             return
         if self._of_instance.get((session.client_id, session.instance)) is session:
             del self._of_instance[session.client_id, session.instance]
+        self._ledger.leave(session)
         unacknowledged = session.finish(how)
         self._reports.totals.messages_discarded += unacknowledged
         self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
         self._ended(session, how)
+
+    def _end_away(self, session: Session, how: Ending) -> None:
+        if how.reason is DisconnectReason.MEMORY:
+            self._reports.totals.evictions += 1
+            self._tell(session, "session_evicted", logging.WARNING, why="memory")
+        self.end(session, how)
 
     def _evict(self, session: Session, **limit: int) -> None:
         self._tell(session, "session_evicted", logging.WARNING, **limit)

@@ -1,4 +1,4 @@
-"""The stats router: totals, connections and health as JSON.
+"""The stats router: totals, connections and health as JSON, and all numbers for Prometheus.
 
 Whoever can read it sees client ids. Protect it by FastAPI's own means:
 `app.include_router(stats_router, prefix="/ws-stats", dependencies=[Depends(admin)])`.
@@ -10,40 +10,16 @@ import secrets
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.metrics.exposition import CONTENT_TYPE, exposition
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
-
-
-class Overview(BaseModel):
-    """What a manager holds now and has counted since it was made."""
-
-    connections: int = Field(description="Open connections.")
-    clients: int = Field(description="Connected clients; one can have several connections.")
-    queued_messages: int = Field(description="Messages that wait to be sent.")
-    queued_bytes: int = Field(description="Bytes that wait to be sent.")
-    unread_messages: int = Field(description="Received messages that wait to be read.")
-    uptime_seconds: float = Field(description="Seconds since the manager was started.")
-    connections_opened: int = Field(description="Connections that were ever opened.")
-    messages_received: int = Field(description="Messages that came in, without control frames.")
-    messages_sent: int = Field(description="Messages that the server took over, control frames included.")
-    messages_discarded: int = Field(description="Messages whose connection ended before they were read or sent.")
-    messages_dropped: int = Field(description="Messages that were thrown away because their client is slow.")
-    messages_coalesced: int = Field(description="Messages in whose place a newer one was sent.")
-    slow_clients: dict[str, int] = Field(description="How often clients have become slow, by how slow.")
-    rooms: int = Field(description="Rooms that somebody is in.")
-    sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with a connection or without.")
-    sessions_away: int = Field(description="Sessions that wait for their clients to come back.")
-    sessions_resumed: int = Field(description="How often a client came back and got what it had.")
-    session_gaps: int = Field(description="How often a client came back too late for what it had missed.")
-    sessions_lost: int = Field(description="How often a client came back for a session that is not here any more.")
-    bad_messages: int = Field(description="Messages that no handler could take.")
-    broadcasts: int = Field(description="Broadcasts.")
-    pings_sent: int = Field(description="Heartbeats.")
-    endings: dict[str, int] = Field(description="Ended connections by reason.")
+from fastapi_ws_stabilizer.stats.metrics import metrics_of
+from fastapi_ws_stabilizer.stats.overview import Overview, overview_of
 
 
 class ConnectionStats(BaseModel):
@@ -52,7 +28,7 @@ class ConnectionStats(BaseModel):
     connection_id: str
     client_id: str
     session_id: str | None = Field(description="Its session; null for a plain client.")
-    address: str | None = Field(description="Address of the other end, which may be a proxy.")
+    address: str = Field(description="Address of the client; behind `trusted_proxies` the one that they say.")
     connected_seconds: float
     silent_seconds: float = Field(description="Seconds since the last frame from the client.")
     rtt_seconds: float | None = Field(description="Last measured round trip; null before the first answered ping.")
@@ -61,6 +37,7 @@ class ConnectionStats(BaseModel):
     dropped_messages: int = Field(description="Messages that were thrown away because the client is slow.")
     unread_messages: int
     unread_bytes: int
+    held_bytes: int = Field(description="Bytes of memory that are held for it, or for its session.")
     rooms: list[str]
 
 
@@ -91,33 +68,7 @@ stats_router = APIRouter(tags=["websocket stats"])
 @stats_router.get("/", summary="Totals")
 async def overview(manager: Manager) -> Overview:
     """What the manager holds now and has counted since it was made."""
-    sockets = manager.get_sockets()
-    totals = manager.totals
-    return Overview(
-        connections=len(sockets),
-        clients=len(manager.get_active_connections()),
-        queued_messages=sum(socket.queued_messages for socket in sockets),
-        queued_bytes=sum(socket.queued_bytes for socket in sockets),
-        unread_messages=sum(socket.unread_messages for socket in sockets),
-        uptime_seconds=manager.uptime_seconds,
-        connections_opened=totals.connections_opened,
-        messages_received=totals.messages_received,
-        messages_sent=totals.messages_sent,
-        messages_discarded=totals.messages_discarded,
-        messages_dropped=totals.messages_dropped,
-        messages_coalesced=totals.messages_coalesced,
-        slow_clients=dict(totals.slow_clients),
-        rooms=len(manager.get_rooms()),
-        sessions=manager.get_session_counts()["sessions"],
-        sessions_away=manager.get_session_counts()["away"],
-        sessions_resumed=totals.sessions_resumed,
-        session_gaps=totals.session_gaps,
-        sessions_lost=totals.sessions_lost,
-        bad_messages=totals.bad_messages,
-        broadcasts=totals.broadcasts,
-        pings_sent=totals.pings_sent,
-        endings={reason.value: count for reason, count in totals.endings.items()},
-    )
+    return overview_of(manager)
 
 
 @stats_router.get("/connections", summary="Open connections")
@@ -140,6 +91,20 @@ async def connection(manager: Manager, connection_id: str) -> ConnectionStats:
     if socket is None:
         raise HTTPException(404, "no open connection has this id")
     return _connection_stats(socket)
+
+
+@stats_router.get(
+    "/metrics",
+    summary="Metrics",
+    response_class=PlainTextResponse,
+    responses={404: {"description": "`enable_metrics` is off."}},
+)
+async def metrics(manager: Manager) -> PlainTextResponse:
+    """All numbers in the text format 0.0.4 of Prometheus; 404 without `enable_metrics`."""
+    timings = manager.reports.timings
+    if timings is None:
+        raise HTTPException(404, "metrics are not collected: WebSocketConfig(enable_metrics=True) turns them on")
+    return PlainTextResponse(exposition(metrics_of(manager, timings)), media_type=CONTENT_TYPE)
 
 
 @stats_router.get("/health", summary="Health", responses={503: {"model": Health}})
@@ -182,7 +147,7 @@ def _connection_stats(socket: StableSocket) -> ConnectionStats:
         connection_id=socket.connection_id,
         client_id=socket.client_id,
         session_id=socket.session_id,
-        address=None if socket.client is None else f"{socket.client.host}:{socket.client.port}",
+        address=socket.address,
         connected_seconds=socket.connected_seconds,
         silent_seconds=socket.silent_seconds,
         rtt_seconds=socket.rtt,
@@ -191,5 +156,6 @@ def _connection_stats(socket: StableSocket) -> ConnectionStats:
         dropped_messages=socket.dropped_messages,
         unread_messages=socket.unread_messages,
         unread_bytes=socket.unread_bytes,
+        held_bytes=socket.held_bytes,
         rooms=list(socket.rooms),
     )

@@ -1,0 +1,394 @@
+"""What is held for clients, as a running sum, and who goes when it is too much.
+
+Every queue, log and dict that keeps something of a client's adds to one sum and takes away from it, so reading it costs
+nothing. A message that many hold is there once, and counts once: the first who holds it adds it, the last who lets go
+takes it away. What is queued and sent in the same turn of the event loop is held by nobody.
+
+Clients stand in the order in which they would go. First what connections that have ended still hold, then those that
+are away, the one that left first before all others. Then those that are here, by policy:
+
+- `lru`: whose last message came longest ago. Answers to pings are no messages.
+- `fifo`: who has come first. Who comes back comes anew.
+- `oldest`: to whom the last message was delivered longest ago.
+
+Only who holds something stands in line: nobody goes whose end would free nothing. The line is a heap that is put right
+when it is looked at. Whoever speaks or is sent something is only given a new moment, and who is found to hold nothing
+leaves the line until `holds` is called for it, so each look is paid for by what has happened since the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from heapq import heapify, heappop, heappush
+from typing import Final, Literal, Protocol
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
+
+Policy = Literal["lru", "fifo", "oldest"]
+
+SLICE: Final = 0.005
+"""Seconds of measuring, or of letting clients go, before the event loop gets a turn."""
+
+_ENDED: Final = 0
+_AWAY: Final = 1
+_HERE: Final = 2
+
+_MAX_STALE: Final = 64
+"""Entries of the line that mean nothing any more, if they are more than half of it, before it is made anew."""
+
+
+FRAME_OVERHEAD_BYTES: Final = 256
+"""What a message takes beside its payload: its object, the heads of its strings, its places in queues."""
+
+UNREAD_OVERHEAD_BYTES: Final = 72
+"""The same of one that waits to be read."""
+
+
+class Shared(Protocol):
+    """A message that several may hold."""
+
+    size: int
+    holders: int
+
+
+class Client(Protocol):
+    """Who holds something: a connection, a session, or what a client has left."""
+
+    @property
+    def connection_id(self) -> str:
+        """Its id: no other has the same."""
+
+    @property
+    def held_memory(self) -> int:
+        """Bytes that are held for it."""
+
+    def evict(self) -> None:
+        """End it now, because room is needed. It leaves the ledger by that, and lets go of what it holds."""
+
+    def holds_too_much(self, held: int) -> None:
+        """It holds more than one client may: end it."""
+
+
+class Measured(Protocol):
+    """A dict of a client's, which may have grown inside without telling."""
+
+    owner: Client | None
+    """For whom it is kept."""
+    counted_bytes: int
+    """How much of it is in the sum."""
+
+    def settle(self) -> int:
+        """How much more it holds than is in the sum, where it is from now on. On the event loop only."""
+
+    def measure(self) -> Iterator[None]:
+        """Measure it anew, one entry at each step, and put the sums right."""
+
+
+class _Place:
+    """Where a client would stand.
+
+    Attributes:
+        client: Who it is.
+        rank: Whether it has ended, is away or is here.
+        moment: What the policy asks for: the lower it is, the earlier it goes.
+        entry: By what it stands in line; `None` while it holds nothing. Its moment may be an old one.
+    """
+
+    __slots__ = ("client", "entry", "moment", "rank")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.rank = self.moment = 0
+        self.entry: tuple[int, int, _Place] | None = None
+
+
+class Ledger:
+    """The sum, the order and the limits of one manager on one event loop.
+
+    Args:
+        max_total: Most bytes that are held for all.
+        max_each: Most bytes that are held for one.
+        policy: Who goes first.
+        check_interval: Seconds between two looks into what may have grown without telling.
+
+    Attributes:
+        total: Bytes that are held.
+        max_each: As above.
+        limit: `max_total`, or infinity.
+        orders: Whether anybody may have to go for others.
+        watches_input: Whether `heard` is to be called.
+    """
+
+    def __init__(
+        self,
+        max_total: int | None = None,
+        max_each: int | None = None,
+        policy: Policy = "lru",
+        check_interval: float = 60.0,
+    ) -> None:
+        self.total = 0
+        self.limit: float = math.inf if max_total is None else max_total
+        self.max_each = max_each
+        self.orders = max_total is not None
+        self.watches_input = self.orders or max_each is not None
+        self._input_counts = self.orders and policy == "lru"
+        self.output_counts = self.orders and policy == "oldest"
+        self._places: dict[object, _Place] = {}
+        self._line: list[tuple[int, int, _Place]] = []
+        self._moments = itertools.count(1)
+        self._spared: Counter[Client] = Counter()
+        self._measured: dict[int, Measured] = {}
+        self._interval = check_interval
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking: Iterator[None] | None = None  # the look that is not finished yet
+        self._due: asyncio.Handle | None = None
+        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+
+    def begin(self) -> None:
+        """Work on the running event loop. Called whenever somebody comes; it is always the same one."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether we are in a thread of a user's function, where nothing of the event loop may be touched."""
+        return threading.get_ident() != self._thread
+
+    # ── what is held ──
+
+    def hold(self, message: Shared) -> None:
+        """Somebody holds a message."""
+        if not message.holders:
+            self.total += message.size + FRAME_OVERHEAD_BYTES
+            if self.total > self.limit:
+                self.relieve_soon()
+        message.holders += 1
+
+    def release(self, message: Shared) -> None:
+        """Somebody lets a message go."""
+        message.holders -= 1
+        if not message.holders:
+            self.total -= message.size + FRAME_OVERHEAD_BYTES
+
+    def add(self, size: int) -> None:
+        """Something is held that nobody else holds; or let go, where `size` is negative."""
+        self.total += size
+        if self.total > self.limit:
+            self.relieve_soon()
+
+    # ── who stands where ──
+
+    def enter(self, client: Client) -> None:
+        """A client has come, or has come back."""
+        self._stand(client, _HERE)
+
+    def goes_away(self, client: Client) -> None:
+        """A client is away, and something is kept for it."""
+        self._stand(client, _AWAY)
+
+    def has_ended(self, client: Client) -> None:
+        """What is left of a connection that has ended goes before everybody else."""
+        self._stand(client, _ENDED)
+
+    def leave(self, client: Client) -> None:
+        """A client is over. Nothing happens if it was."""
+        place = self._places.pop(client, None)
+        if place is not None:
+            place.entry = None
+
+    def holds(self, client: object) -> None:
+        """A client that may have held nothing holds something."""
+        place = self._places.get(client)
+        if place is not None and place.entry is None:
+            self._line_up(place)
+
+    def heard(self, client: Client) -> None:
+        """A message has come from a client. Hot path."""
+        if self.orders:
+            place = self._places.get(client)
+            if place is not None and place.rank == _HERE:
+                if self._input_counts:
+                    place.moment = next(self._moments)
+                if place.entry is None:
+                    self._line_up(place)
+        if self.max_each is not None:
+            self.look_at(client)
+
+    def delivered(self, client: Client) -> None:
+        """A message was delivered to a client."""
+        place = self._places.get(client)
+        if place is not None and place.rank == _HERE:
+            place.moment = next(self._moments)
+
+    @contextmanager
+    def sparing(self, client: Client | None) -> Iterator[None]:
+        """Let a client not go for others meanwhile: it is on its way back."""
+        if client is None:
+            yield
+            return
+        self._spared[client] += 1
+        try:
+            yield
+        finally:
+            self._spared[client] -= 1
+            if not self._spared[client]:
+                del self._spared[client]
+
+    def _stand(self, client: Client, rank: int) -> None:
+        if not self.orders:
+            return
+        place = self._places.get(client)
+        if place is None:
+            place = self._places[client] = _Place(client)
+        place.rank, place.moment, place.entry = rank, next(self._moments), None
+        if client.held_memory:
+            self._line_up(place)
+
+    def _line_up(self, place: _Place) -> None:
+        place.entry = place.rank, place.moment, place
+        if len(self._line) > 2 * len(self._places) + _MAX_STALE:
+            self._line = [one.entry for one in self._places.values() if one.entry is not None]
+            heapify(self._line)
+        else:
+            heappush(self._line, place.entry)
+
+    # ── the limits ──
+
+    def look_at(self, client: Client) -> None:
+        """End a client if more is held for it than may be."""
+        if self.max_each is not None and (held := client.held_memory) > self.max_each:
+            client.holds_too_much(held)
+
+    def admit(self, client: Client | None, size: int) -> None:
+        """Make room for something that a client is going to hold. Others go for it, if they must; it never does.
+
+        Raises:
+            MemoryLimitExceededError: It is more than one client may hold, or there is no room, whoever goes.
+        """
+        if size <= 0:
+            return
+        held = 0 if client is None else client.held_memory
+        if self.max_each is not None and held + size > self.max_each:
+            raise MemoryLimitExceededError("max_memory_per_connection", self.max_each, held + size)
+        if self.total + size <= self.limit:
+            return
+        if self.is_elsewhere and held + size <= self.limit:
+            return  # it is counted on the event loop, and room is made there
+        stay = sum(one.held_memory for one in self._spared if one is not client)
+        if held + stay + size <= self.limit:  # else nobody needs to go for what cannot be
+            self._relieve(size, client)
+        if self.total + size > self.limit:
+            raise MemoryLimitExceededError("max_total_memory", int(self.limit), self.total + size)
+
+    def relieve_soon(self) -> None:
+        """Let somebody go at the end of this turn of the event loop, if more is held then than may be."""
+        if self._due is None and self._loop is not None:
+            self._due = self._loop.call_soon(self._relieve_now, context=self._context)
+
+    def _relieve_now(self) -> None:
+        self._due = None
+        self._relieve(0, None, until=monotonic() + SLICE)
+
+    def _relieve(self, size: int, spared: Client | None, until: float = math.inf) -> None:
+        """Let clients go until there is room for `size` bytes, or nobody is left who holds anything.
+
+        What is not done by a moment is done in the next turn.
+        """
+        while self.total + size > self.limit:
+            client = self._first(spared)
+            if client is None:
+                return
+            self.leave(client)
+            client.evict()
+            if monotonic() >= until:
+                self.relieve_soon()
+                return
+
+    def _first(self, spared: Client | None) -> Client | None:
+        """Who goes first of those that hold something."""
+        line, aside = self._line, []
+        found = None
+        while line and found is None:
+            entry = heappop(line)
+            place = entry[2]
+            if entry is not place.entry:
+                continue  # it has left, or stands elsewhere
+            if place.client is spared or place.client in self._spared:
+                aside.append(entry)
+            elif not place.client.held_memory:
+                place.entry = None
+            elif entry[1] != place.moment:
+                place.entry = entry[0], place.moment, place
+                heappush(line, place.entry)
+            else:
+                found = place.client
+        for entry in aside:
+            heappush(line, entry)
+        return found
+
+    # ── what grows without telling ──
+
+    def changed(self, measured: Measured) -> None:
+        """A dict has grown, or shrunk. Can be called from any thread."""
+        if not self.is_elsewhere:
+            self._settle(measured)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._settle_later, measured)
+
+    def _settle_later(self, measured: Measured) -> None:
+        """A thread has written, for which room could not be made there: the writer is spared here too."""
+        self._settle(measured)
+        self._relieve(0, measured.owner)
+
+    def _settle(self, measured: Measured) -> None:
+        self.add(measured.settle())
+        if self.orders and measured.owner is not None:
+            self.holds(measured.owner)
+        if not measured.counted_bytes:  # it is empty, or was let go since a thread has written
+            self._measured.pop(id(measured), None)
+            return
+        self._measured[id(measured)] = measured
+        if self._timer is None:
+            self._set_timer(self._interval)
+
+    def _set_timer(self, delay: float) -> None:
+        if self._loop is not None:
+            self._timer = self._loop.call_later(delay, self._on_timer, context=self._context)
+
+    def _on_timer(self) -> None:
+        """Measure for a while, and go on later with what is left."""
+        looking, self._looking = self._looking or self._measure_all(), None
+        until = monotonic() + SLICE
+        for _ in looking:
+            if monotonic() >= until:
+                self._looking = looking
+                self._set_timer(0.0)
+                return
+        self._timer = None  # until here it keeps those whose size has changed from setting another one
+        if self._measured:
+            self._set_timer(self._interval)
+
+    def _measure_all(self) -> Iterator[None]:
+        for measured in list(self._measured.values()):
+            if id(measured) in self._measured:
+                yield from measured.measure()
+
+    def stop(self) -> None:
+        """Let go of the timer and of everybody."""
+        for timer in (self._timer, self._due):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._due = self._looking = None
+        self._places.clear()
+        self._line.clear()
+        self._measured.clear()

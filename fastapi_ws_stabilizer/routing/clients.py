@@ -1,0 +1,154 @@
+"""What an application does with its clients, by client id: send, look, keep something for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi_ws_stabilizer.connection.room import Room
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import (
+    ConnectionNotFoundError,
+    MemoryLimitExceededError,
+)
+from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
+from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.wire.payload import encode
+
+
+class Clients:
+    """The part of a manager that reaches those who are connected."""
+
+    _serving: Serving
+
+    # ── sending ──
+
+    async def send_to_client(
+        self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
+    ) -> bool:
+        """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
+
+        Args:
+            client_id: Who gets it.
+            message: `str`, bytes, or anything that can be JSON.
+            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept if the client is away.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded.
+        """
+        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key, volatile=volatile))
+
+    async def broadcast(
+        self,
+        message: Any,
+        exclude_client: str | None = None,
+        *,
+        room: str | Iterable[str] | None = None,
+        exclude: Any = None,
+        coalesce_key: Any = None,
+        volatile: bool = False,
+    ) -> BroadcastResult:
+        """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
+
+        Args:
+            message: `str`, bytes, or anything that can be JSON.
+            exclude_client: A client id that does not get it.
+            room: The name of a room, or of several; who is in more than one gets it once.
+            exclude: Who else does not get it: a client id, a socket, or several of them.
+            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded; nobody got anything.
+            BroadcastFailedError: There were recipients, and it could be queued for none.
+        """
+        frame = encode(message, coalesce_key, volatile=volatile)
+        if exclude_client is not None:
+            exclude = exclude_client if exclude is None else (exclude_client, exclude)
+        return await self._serving.delivery.broadcast(frame, room, exclude)
+
+    def room(self, name: str) -> Room:
+        """A room: who is in it, to send to it, to close it. It need not exist.
+
+        Raises:
+            ValueError: The name is empty.
+        """
+        return Room(name, lambda: self._serving.delivery)
+
+    def get_rooms(self) -> list[str]:
+        """The names of the rooms that somebody is in, oldest first."""
+        return self._serving.delivery.rooms.names()
+
+    # ── looking ──
+
+    def get_active_connections(self) -> list[str]:
+        """The ids of the connected clients, each once, in the order in which they came."""
+        return self._serving.registry.client_ids()
+
+    def get_connection_count(self) -> int:
+        """How many connections are open; one client can have several."""
+        return len(self._serving.registry)
+
+    def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
+        """The open connections, or those of one client, oldest first."""
+        registry = self._serving.registry
+        return [connection.face for connection in (registry if client_id is None else registry.of_client(client_id))]
+
+    def get_socket(self, connection_id: str) -> StableSocket | None:
+        """The open connection with that connection id."""
+        connection = self._serving.registry.get(connection_id)
+        return None if connection is None else connection.face
+
+    def get_session_counts(self) -> dict[str, int]:
+        """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
+        sessions = self._serving.sessions
+        return {"sessions": len(sessions), "away": sessions.away}
+
+    def get_memory_usage(self) -> dict[str, int | float]:
+        """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
+
+        A message that many hold counts once. It is a running sum, so asking costs nothing.
+
+        Returns:
+            `total_memory`, `connection_count` and `per_connection_average`.
+        """
+        total, count = self._serving.ledger.total, self.get_connection_count()
+        return {
+            "total_memory": total,
+            "connection_count": count,
+            "per_connection_average": total / count if count else 0.0,
+        }
+
+    # ── user data by client id ──
+
+    async def set_user_data(self, client_id: str, key: str, value: Any) -> None:
+        """Set one entry of `ws.user_data`, on all connections of a client.
+
+        Raises:
+            ConnectionNotFoundError: No such client is connected.
+            MemoryLimitExceededError: That would be more than may be kept. What was there stays, on each of them.
+        """
+        connections = self._serving.meant(client_id)
+        if not connections:
+            raise ConnectionNotFoundError(client_id)
+        written: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        try:
+            for connection in connections:
+                data = connection.face.user_data
+                before = {key: data[key]} if key in data else {}
+                data[key] = value
+                written.append((data, before))
+        except MemoryLimitExceededError:
+            for changed, was in written:
+                changed.update(was)
+                if not was:
+                    del changed[key]
+            raise
+
+    async def get_user_data(self, client_id: str, key: str) -> Any | None:
+        """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
+        for connection in self._serving.meant(client_id):
+            if key in connection.face.user_data:
+                return connection.face.user_data[key]
+        return None

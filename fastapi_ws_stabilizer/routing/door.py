@@ -1,0 +1,213 @@
+"""The door: what is asked of a handshake before there is a connection, and who is turned away."""
+
+from __future__ import annotations
+
+from fastapi import WebSocket, WebSocketException
+from starlette.websockets import WebSocketState
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
+from fastapi_ws_stabilizer.limits.address import TrustedProxies, network_of
+from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_when_full
+from fastapi_ws_stabilizer.limits.origin import OriginPolicy
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
+from fastapi_ws_stabilizer.routing.greeting import Reception, credential_in
+from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol
+from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
+
+
+class Visitor:
+    """A client at the door: it has a WebSocket, accepted or not, and no connection yet.
+
+    Attributes:
+        websocket: Its WebSocket.
+        numbered: Whether it speaks `stabilizer.v1.json`.
+        place: Its place among the connections.
+        answered: Whether it was turned away, and knows it.
+        inside: Whether it has a connection.
+        door: The door where it has knocked.
+        outer: The same client at another manager's door, where it has knocked before.
+        revoked: Clients whose right was taken away since it came: who it is may have been found out before that.
+    """
+
+    __slots__ = (
+        "_compresses",
+        "_hello",
+        "_reception",
+        "answered",
+        "door",
+        "inside",
+        "numbered",
+        "outer",
+        "place",
+        "revoked",
+        "websocket",
+    )
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        place: Place,
+        reception: Reception,
+        *,
+        compresses: bool,
+        door: Door,
+        outer: Visitor | None,
+    ) -> None:
+        self._compresses = compresses
+        self.door = door
+        self.outer = outer
+        self.websocket = websocket
+        self.numbered = offers_v1(websocket.scope.get("subprotocols") or ())
+        self.place = place
+        self._reception = reception
+        self._hello: Hello | None = None
+        self.answered = self.inside = False
+        self.revoked: frozenset[str] = frozenset()
+
+    async def let_in(self) -> None:
+        """Accept its WebSocket. Nothing happens if that was done."""
+        websocket = self.websocket
+        if websocket.application_state is not WebSocketState.CONNECTED:
+            link = ServerSide(websocket._receive, websocket._send).link(websocket.scope)
+            if link is not None and not self._compresses:
+                link.refuse_compression()
+            await websocket.accept(answered_subprotocol(self.websocket))
+
+    async def take_hello(self) -> Hello:
+        """As `hello`, for the last time: it is kept no longer, and neither is the credential in it."""
+        hello = await self.hello()
+        self._hello = None
+        return hello
+
+    async def hello(self) -> Hello:
+        """Accept a client of `stabilizer.v1.json`, and wait for its hello, once.
+
+        Raises:
+            WebSocketException: None came in time, or none that is good. It is closed already.
+        """
+        if self._hello is None:
+            await self.let_in()
+            try:
+                self._hello = await self._reception.hello(self.websocket, thrown_out=self.place.leave)
+            except WebSocketException:
+                self.answered = True
+                raise
+        return self._hello
+
+    async def credential(self) -> str | None:
+        """The credential in the first message of a client of `stabilizer.v1.json`; `None` of a plain one.
+
+        Raises:
+            WebSocketException: No such message came. It is closed already.
+        """
+        if not self.numbered:
+            return None
+        return credential_in(await self.hello(), self.websocket)
+
+
+class Door:
+    """Asks who comes: from which page, from which address, whether there is room.
+
+    Args:
+        config: What is asked.
+        reports: Where refusals are told.
+        refusing: Turns away who may not come in.
+        reception: Takes the hellos.
+        ending: The connections that are over, and whose end is still worked on.
+    """
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        reports: Reports,
+        refusing: Refusing,
+        reception: Reception,
+        ending: Endings,
+    ) -> None:
+        self._reports = reports
+        self._reception = reception
+        self._ending = ending
+        self._max = config.max_connections
+        self._max_cleanups = config.max_concurrent_cleanup
+        self._compresses = config.compression is CompressionMode.DEFLATE
+        self._proxies = TrustedProxies(config.trusted_proxies)
+        self._reads_headers = bool(config.trusted_proxies)
+        self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
+        self.refusing = refusing
+        self.admission = Admission(
+            max_connections=config.max_connections,
+            max_per_client=config.max_connections_per_client if config.on_duplicate is DuplicatePolicy.ALLOW else None,
+            max_per_address=config.max_connections_per_address,
+            rate=config.max_connect_rate,
+            rate_per_address=config.max_connect_rate_per_address,
+        )
+        self.closed = False
+        self._visitors: set[Visitor] = set()
+
+    def revoke(self, client_id: str) -> None:
+        """Let in nobody as that client who stands at the door now."""
+        for visitor in self._visitors:
+            visitor.revoked |= {client_id}
+
+    def left(self, visitor: Visitor) -> None:
+        """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""
+        self._visitors.discard(visitor)
+
+    def address_of(self, websocket: WebSocket) -> str:
+        """Where a client comes from: what a trusted proxy says, else the other end of the connection."""
+        return self._proxies.client_of(self._peer_of(websocket), _headers(websocket, b"x-forwarded-for"))
+
+    def _peer_of(self, websocket: WebSocket) -> str | None:
+        """The other end of a connection; without `trusted_proxies`, whom the server has put there.
+
+        A server that believes X-Forwarded-For has put somebody in the place of the proxy, and a client may have named
+        that one. So with `trusted_proxies` the transport is asked, where it can be reached.
+        """
+        peer = ServerSide(websocket._receive, websocket._send).peer if self._reads_headers else None
+        if peer is not None:
+            return peer
+        return None if websocket.client is None else websocket.client.host
+
+    def _check_origin(self, websocket: WebSocket) -> None:
+        hosts = _headers(websocket, b"host")
+        if self._proxies.trusts(self._peer_of(websocket)):
+            hosts += [host.strip() for value in _headers(websocket, b"x-forwarded-host") for host in value.split(",")]
+        problem = self._origins.problem(_headers(websocket, b"origin"), hosts)
+        if problem is not None:
+            raise OriginNotAllowedError(problem, ", ".join(hosts))
+
+    def knock(self, websocket: WebSocket, outer: Visitor | None = None) -> Visitor:
+        """Ask what can be asked of a handshake before it is known who has come. Nothing of it waits.
+
+        Args:
+            websocket: The WebSocket.
+            outer: The same client at another manager's door.
+
+        Raises:
+            ShutdownError: Nobody is let in any more.
+            OriginNotAllowedError: A page of somebody else's site has opened it.
+            ConnectionLimitExceededError: There is no room.
+            TooManyConnectionsError: There are too many from its address, or it comes too often.
+        """
+        if self.closed:
+            raise ShutdownError
+        self._check_origin(websocket)
+        if len(self._ending) >= MAX_ENDING:  # the option by which more hooks run at the same time
+            raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_when_full())
+        self._ending.hurry(self._max)
+        if self.admission.crowded:
+            self._reception.make_room()
+        address = network_of(self.address_of(websocket)) if self.admission.by_address else ""
+        place = self.admission.knock(address, monotonic())
+        visitor = Visitor(websocket, place, self._reception, compresses=self._compresses, door=self, outer=outer)
+        self._visitors.add(visitor)
+        return visitor
+
+
+def _headers(websocket: WebSocket, name: bytes) -> list[str]:
+    """The values of all headers of a name. Starlette's own would stay in memory for as long as the connection."""
+    return [value.decode("latin-1") for key, value in websocket.scope["headers"] if key == name]

@@ -1,0 +1,40 @@
+"""Connections that are over, and whose end is still worked on: hooks that run, endpoints that have their grace."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+
+MAX_ENDING: Final = 10_000
+"""How many there may be before nobody is let in: then hooks are slower than clients come and go."""
+
+PER_PLACE: Final = 2
+"""How many for each of `max_connections` have all of their grace."""
+
+
+class Endings:
+    """All of them, the one that has ended first comes first."""
+
+    def __init__(self) -> None:
+        self._connections: OrderedDict[str, Connection] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def begun(self, connection: Connection) -> None:
+        """A connection has begun to end."""
+        self._connections[connection.connection_id] = connection
+
+    def over(self, connection: Connection) -> None:
+        """Everything is done for a connection."""
+        self._connections.pop(connection.connection_id, None)
+
+    def hurry(self, max_connections: int | None) -> None:
+        """Let nobody's grace be a reason to keep others out: cut the longest one short, if there are many."""
+        if max_connections is None or len(self._connections) < PER_PLACE * max_connections:
+            return
+        connection = next(iter(self._connections.values()))
+        self._connections.move_to_end(connection.connection_id)
+        connection.hurry()

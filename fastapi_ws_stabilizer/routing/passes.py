@@ -1,0 +1,136 @@
+"""Tokens and tickets: how clients prove that they may come, or come back, and how that right is taken away."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.requests import HTTPConnection
+
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import (
+    InvalidTokenError,
+    TokenExpiredError,
+)
+from fastapi_ws_stabilizer.identity.tickets import Tickets
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.servers.workers import several_workers
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
+
+
+class Passes:
+    """The part of a manager that gives out passes, and takes them."""
+
+    config: WebSocketConfig
+    reports: Reports
+    _serving: Serving
+    _tokens: ReconnectTokens
+    _tickets: Tickets
+    _told_of_workers: bool
+
+    # ── coming back ──
+
+    def generate_reconnect_token(self, client_id: str) -> str:
+        """Make a token by which a plain client gets its rooms and user data back after a disconnect.
+
+        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as `?token=` of its
+        next connection, or in any way that leads to `validate_reconnect_token`. Without `reconnect_secret` it is good
+        in this process only. A client of `stabilizer.v1.json` needs none: it has its own, in each welcome.
+
+        Raises:
+            ValueError: `client_id` is empty.
+            InvalidTokenError: `enable_reconnect` is False.
+        """
+        if not client_id or not isinstance(client_id, str):
+            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        if not self.config.enable_reconnect:
+            raise InvalidTokenError("disabled")
+        self._tell_of_workers()
+        self._serving.resumption.luggage.expect(client_id)
+        return self._tokens.issue(client_id)
+
+    def _tell_of_workers(self) -> None:
+        if self.config.reconnect_secret is None and not self._told_of_workers and several_workers():
+            self._told_of_workers = True
+            self.reports.tell("reconnect_secret_missing", logging.WARNING)
+
+    async def validate_reconnect_token(self, token: str) -> str:
+        """Use a token up, and return the client id that it was issued for.
+
+        The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
+        returns with the client id that you connect, if that one comes from somewhere else.
+
+        Raises:
+            InvalidTokenError: It is no token, was altered, was signed with another secret, or was used before.
+            TokenExpiredError: Its time is over.
+        """
+        if not self.config.enable_reconnect:
+            raise InvalidTokenError("disabled")
+        claim = self._tokens.use(token)
+        self._serving.resumption.prove(claim)
+        return claim.client_id
+
+    # ── tickets ──
+
+    def issue_ticket(self, client_id: str) -> str:
+        """Make a ticket with which a client comes in once, for an HTTP route that knows who asks for it.
+
+        It is good for `ticket_ttl` seconds. Without `reconnect_secret` it is good in this process only.
+
+        Raises:
+            ValueError: `client_id` is empty, or too long.
+        """
+        self._tell_of_workers()
+        return self._tickets.issue(client_id)
+
+    async def ticket(self, connection: HTTPConnection) -> str:
+        """The dependency that takes the ticket in `?ticket=`: `Depends(manager.socket_for(manager.ticket))`.
+
+        Returns:
+            The client id that it was issued for.
+
+        Raises:
+            HTTPException: 401: there is none, or it is not good.
+        """
+        ticket = connection.query_params.get("ticket")
+        if ticket is None:
+            raise HTTPException(401, "a ticket is wanted, as ?ticket=")
+        try:
+            return self._tickets.redeem(ticket)
+        except (InvalidTokenError, TokenExpiredError) as error:
+            self.reports.tell("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
+            raise HTTPException(401, error.reason) from error
+
+    # ── taking the right away ──
+
+    async def revoke(self, client_id: str, reason: str = "revoked") -> int:
+        """Take a client's right to be here: close all its connections with 4410, and end its sessions.
+
+        Reconnect tokens and tickets that were issued for it before are not good any more. What is issued later is, so
+        somebody who may log in again can come back.
+
+        Args:
+            client_id: Whose right.
+            reason: What its connections are told.
+
+        Returns:
+            How many connections and sessions were ended.
+
+        Raises:
+            ValueError: `client_id` is empty, or no `str`: nobody would be shut out.
+        """
+        if not client_id or not isinstance(client_id, str):
+            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        self._tokens.revoke(client_id)
+        self._tickets.revoke(client_id)
+        serving = self._serving
+        serving.resumption.forget(client_id)
+        serving.door.revoke(client_id)
+        ended: list[Any] = [*serving.registry.of_client(client_id), *serving.sessions.away_of(client_id)]
+        for one in ended:
+            one.end(DisconnectReason.APPLICATION, code=SESSION_OVER, text=reason)
+        self.reports.tell("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
+        return len(ended)

@@ -1,0 +1,251 @@
+"""How a client is told that it may not come in.
+
+A browser can read neither the status nor the body of a failed handshake: its page sees 1006 and dials again, for ever,
+with the same bad token. So it is let in and closed with a code that says why, unless that is what would cost too much,
+or there are too many of them. Everybody else gets the HTTP answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Coroutine
+from http import HTTPStatus
+from typing import Any, Final
+
+import starlette
+from fastapi import HTTPException, WebSocket, WebSocketException
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import WebSocketRequestValidationError
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.websockets import WebSocketState
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import Ending, cut_reason
+from fastapi_ws_stabilizer.config import RejectPolicy
+from fastapi_ws_stabilizer.connection.endpoint import ending_for
+from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.errors import (
+    ConnectionLimitExceededError,
+    OriginNotAllowedError,
+    ShutdownError,
+    TooManyConnectionsError,
+    WebSocketStabilizerError,
+)
+from fastapi_ws_stabilizer.identity.credentials import SUBPROTOCOL_KEY
+from fastapi_ws_stabilizer.limits.address import network_of
+from fastapi_ws_stabilizer.limits.admission import MAX_ADDRESSES
+from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, TokenBucket
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, offers_v1
+
+DENIAL: Final = "websocket.http.response"
+"""The ASGI extension of a server that can answer a handshake with any HTTP response."""
+
+REFUSALS: Final = (HTTPException, WebSocketRequestValidationError, WebSocketException, WebSocketStabilizerError)
+"""What keeps a client out."""
+
+_STATUS_OF: Final = {
+    **{4000 + status: status.value for status in HTTPStatus if status >= 400},
+    1011: 500,
+    1012: 503,
+    1013: 503,
+}
+"""The HTTP status that says the same as a close code."""
+
+FAREWELLS: Final = Rate(per_second=100.0, burst=500.0)
+"""How many clients that say they are browsers are accepted to be told why they may not come in. Some servers hold a
+WebSocket for ten seconds whose client does not answer the close frame: it would be the cheapest way to fill them."""
+
+_STARLETTE: Final = tuple(map(int, starlette.__version__.split(".")[:2]))
+
+READABLE_EVERY: Final = 5.0
+"""Seconds in which a browser is let in once to be told that there are too many from its address. Who chooses to have an
+`Origin`, and dials all the time, costs no more than without."""
+
+TOLD_EVERY: Final = 60.0
+"""Seconds in which one refusal of a kind is told to those who read the log, and the others at level DEBUG."""
+
+MAX_KINDS: Final = 64
+"""Kinds of refusals that are told apart by that. The codes are the application's to choose."""
+
+PATIENCE: Final = 5.0
+"""Seconds that a client which is turned away may take to be told so."""
+
+
+def answered_subprotocol(websocket: WebSocket) -> str | None:
+    """The subprotocol that a handshake is answered with: a browser that offers some takes no answer without one."""
+    offered: Collection[str] = websocket.scope.get("subprotocols") or ()
+    chosen: str | None = SUBPROTOCOL if offers_v1(offered) else websocket.scope.get(SUBPROTOCOL_KEY)
+    return chosen if chosen in offered else None
+
+
+def as_http(error: WebSocketStabilizerError | WebSocketException) -> HTTPException:
+    """A refusal as the HTTP answer that says the same."""
+    if isinstance(error, ConnectionLimitExceededError):
+        status = 429 if isinstance(error, TooManyConnectionsError) else 503
+        wait = {"Retry-After": str(max(1, round(error.retry_after)))}
+        return HTTPException(status, type(error).close_text, headers=wait)
+    if isinstance(error, ShutdownError):
+        return HTTPException(503, type(error).close_text, headers={"Retry-After": "1"})
+    how = ending_for(error)
+    return HTTPException(_STATUS_OF.get(how.code, 403), how.text or None)
+
+
+class Refusing:
+    """Turns clients away.
+
+    Args:
+        policy: How.
+        reports: Where it is told.
+    """
+
+    def __init__(self, policy: RejectPolicy, reports: Reports) -> None:
+        self._policy = policy
+        self._reports = reports
+        self._farewells = TokenBucket()
+        self._let_in_to_be_told = RateTable(Rate(1 / READABLE_EVERY, 1.0), MAX_ADDRESSES)
+        self._told: dict[str, tuple[float, int]] = {}
+        self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
+
+    async def refuse(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
+        """Turn a client away, whose WebSocket may be accepted or not.
+
+        Args:
+            websocket: Its WebSocket.
+            error: Why: one of `REFUSALS`, or an error of this library.
+            address: Where it comes from.
+
+        Returns:
+            What is to be raised instead, so that the framework does nothing more; where the application has a handler
+            of its own for what it is told over HTTP, so that this does the rest.
+        """
+        how = self.tell(websocket, error, address)
+        accepted = websocket.application_state is WebSocketState.CONNECTED
+        closes = self._closes(websocket) and not _always_over_http(error) and not self._is_too_much(error, address)
+        if accepted or closes:
+            return await self.close(websocket, how.code, how.text)
+        if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
+            error = as_http(error)
+        if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
+            if _is_answered_by_app(error, websocket):
+                return error
+            answer = await http_exception_handler(None, error)  # type: ignore[arg-type]  # it does not look at it
+            await self._last_words(websocket, websocket.send_denial_response(answer))
+            return WebSocketException(how.code, how.text)
+        return await self.close(websocket, how.code, how.text, accept=False)
+
+    def tell(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> Ending:
+        """Count and report that a client is turned away; returns how its connection ends, if it is told by closing.
+
+        One by an option is a warning: it may be a setting that is wrong. Once in `TOLD_EVERY` seconds, or whoever dials
+        all day would fill the log; the next one that is told says how many were left out.
+        """
+        how = ending_for(error)
+        facts: dict[str, Any] = {"address": address, "code": how.code, "text": how.text}
+        if client_id is not None:
+            facts["client_id"] = client_id
+        kind = f"{how.code}"
+        if isinstance(error, ConnectionLimitExceededError):
+            kind = facts["option"] = error.limit
+        elif isinstance(error, OriginNotAllowedError):
+            facts |= {"option": "allowed_origins", "why": error.problem, "origin": websocket.headers.get("origin", "")}
+            facts["host"] = error.host
+        self._reports.totals.refusals[kind] += 1
+        level = logging.WARNING if "option" in facts else logging.INFO
+        left_out = self._left_out(kind)
+        if left_out is None:
+            level = logging.DEBUG
+        elif left_out:
+            facts["more"] = left_out
+        self._reports.tell("connection_refused", level, **facts)
+        return how
+
+    def _left_out(self, kind: str) -> int | None:
+        """How many of a kind were left out since one was told; `None` if this one is to be left out."""
+        if kind not in self._told and len(self._told) >= MAX_KINDS:
+            kind = ""
+        now = monotonic()
+        at, left_out = self._told.get(kind, (-math.inf, 0))
+        if now - at < TOLD_EVERY:
+            self._told[kind] = at, left_out + 1
+            return None
+        self._told[kind] = now, 0
+        return left_out
+
+    def _is_too_much(self, error: Exception, address: str) -> bool:
+        """Whether somebody who is to be few was let in just to be told so a moment ago, and dials again."""
+        if not isinstance(error, TooManyConnectionsError):
+            return False
+        return self._let_in_to_be_told.take(network_of(address), 1.0, monotonic()) > 0
+
+    def _closes(self, websocket: WebSocket) -> bool:
+        if websocket.scope.get("subprotocols") and answered_subprotocol(websocket) is None:
+            return False  # any of them may be a credential, and Chrome takes no answer without one
+        if self._policy is RejectPolicy.AUTO:
+            return "origin" in websocket.headers and not self._farewells.take(FAREWELLS, 1.0, monotonic())
+        return self._policy is RejectPolicy.CLOSE
+
+    async def close(self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True) -> WebSocketException:
+        """Close a WebSocket for which there is no connection yet.
+
+        Args:
+            websocket: The WebSocket.
+            code: The close code.
+            reason: The close reason.
+            accept: Whether it is accepted before, if it is not. Without that its client sees HTTP 403.
+
+        Returns:
+            An exception that ends its endpoint, and does nothing else.
+        """
+
+        async def close() -> None:
+            if accept and websocket.application_state is not WebSocketState.CONNECTED:
+                await websocket.accept(answered_subprotocol(websocket))
+            await websocket.close(code, cut_reason(reason))
+
+        if accept:  # before it is sent: one implementation of uvicorn's waits for the answer itself
+            server_side = ServerSide(websocket._receive, websocket._send)
+            server_side.abort_unless_answered(taken=False)  # there is nothing but the close frame
+        await self._last_words(websocket, close())
+        return WebSocketException(code, cut_reason(reason))
+
+    async def _last_words(self, websocket: WebSocket, words: Coroutine[Any, Any, None]) -> None:
+        telling = self._tasks.spawn(words, name="ws-refusal")
+        await wait_for_all([telling], PATIENCE)
+        telling.cancel()
+        leave_alone(websocket)
+
+
+def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:
+    """Whether the application has a handler of its own for an error, and Starlette sends what that returns.
+
+    Before 0.41 it does not: the handshake gets no answer at all.
+    """
+    known: tuple[dict[Any, Any], dict[int, Any]] = websocket.scope.get("starlette.exception_handlers", ({}, {}))
+    handlers, by_status = known
+    handler = by_status.get(error.status_code)
+    if handler is None:
+        handler = next((handlers[one] for one in type(error).__mro__ if one in handlers), http_exception_handler)
+    its_own = handler is not http_exception_handler and not isinstance(
+        getattr(handler, "__self__", None), ExceptionMiddleware
+    )
+    return its_own and _STARLETTE >= (0, 41)
+
+
+def _always_over_http(error: Exception) -> bool:
+    """Whether to accept its client would cost what is to be saved, or would do a foreign page a favour."""
+    if isinstance(error, TooManyConnectionsError):
+        return False
+    return isinstance(error, (ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError))
+
+
+def leave_alone(websocket: WebSocket) -> None:
+    """It is closed: Starlette, which closes what a `WebSocketException` ends, has nothing left to do."""
+
+    async def nothing(_: object) -> None:
+        pass
+
+    websocket._send = nothing
+    websocket.application_state = WebSocketState.CONNECTED
