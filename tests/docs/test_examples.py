@@ -24,6 +24,7 @@ from examples.quickstart import manager as quickstart_manager
 from examples.rooms import app as rooms
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
+from examples.who_is_it import app as who_is_it
 from fastapi_ws_stabilizer import RequestError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.docs.pages import ROOT
@@ -79,6 +80,35 @@ def test_who_is_logged_in_is_known(url: str, headers: dict[str, str]) -> None:
     """The client id and the identity come from the login, by header or by query."""
     with TestClient(authenticated) as client, client.websocket_connect(url, headers=headers) as ws:
         assert ws.receive_json() == {"hello": "Ann", "client_id": "1"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"authorization": "Bearer secret-of-ann"}, {"cookie": "session=session-of-ann"}],
+    ids=["header", "cookie"],
+)
+def test_one_dependency_says_who_it_is_everywhere(headers: dict[str, str]) -> None:
+    """Whatever lets somebody use an HTTP route opens a socket too."""
+    with TestClient(who_is_it) as client:
+        assert client.get("/me", headers=headers).json() == {"user": "ann"}
+        with client.websocket_connect("/ws", headers=headers) as ws:
+            assert ws.receive_json() == {"user": "ann"}
+
+
+def test_a_socket_has_a_place_of_its_own_for_a_credential() -> None:
+    """A browser, which can set no header, says who it is among the subprotocols."""
+    with TestClient(who_is_it) as client:
+        with client.websocket_connect("/ws", subprotocols=["bearer", "secret-of-ann"]) as ws:
+            assert ws.receive_json() == {"user": "ann"}
+            assert ws.accepted_subprotocol == "bearer"
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}], ids=["none", "wrong"])
+def test_who_is_nobody_is_told_to_log_in(headers: dict[str, str]) -> None:
+    """An HTTP route answers 401, and says how to log in."""
+    with TestClient(who_is_it) as client:
+        answer = client.get("/me", headers=headers)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
 def test_the_server_speaks_unasked() -> None:
@@ -192,15 +222,29 @@ async def test_a_stranger_gets_the_status_of_the_refusal(kind: str) -> None:
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_refusal_after_the_accept_can_be_read(kind: str) -> None:
-    """A wrong origin is HTTP 403; who is not logged in gets 4401 and the reason; who is logged in gets in."""
+async def test_a_socket_is_for_who_may_use_the_routes(kind: str) -> None:
+    """Without a credential, or with a wrong one, the handshake gets the 401 that an HTTP route answers."""
+    with LiveServer(kind, app="examples.who_is_it:app") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            with pytest.raises(InvalidStatus) as refused:
+                async with connect(server.url("/ws"), additional_headers=headers):
+                    pass
+            assert refused.value.response.status_code == 401
+        async with connect(server.url("/ws"), additional_headers={"Cookie": "session=session-of-ann"}) as ws:
+            assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"user": "ann"}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_a_refusal_that_a_browser_can_read(kind: str) -> None:
+    """A page of another site is HTTP 403; one of ours without a login gets 4401 and the reason, and others HTTP 401."""
     origin: Any = "https://example.com"
     with LiveServer(kind, app="examples.readable_refusal:app") as server:
-        for wrong in (None, "https://elsewhere.example"):
+        for other, status in ((None, 401), ("https://elsewhere.example", 403)):
             with pytest.raises(InvalidStatus) as refused:
-                async with connect(server.url("/ws"), origin=wrong):  # type: ignore[arg-type]
+                async with connect(server.url("/ws"), origin=other):  # type: ignore[arg-type]
                     pass
-            assert refused.value.response.status_code == 403
+            assert refused.value.response.status_code == status
         async with connect(server.url("/ws"), origin=origin) as stranger:
             with pytest.raises(ConnectionClosed) as closed:
                 await asyncio.wait_for(stranger.recv(), 5)

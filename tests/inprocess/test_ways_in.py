@@ -10,15 +10,18 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, WebSocket
+import starlette
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
 from httpx_ws import aconnect_ws
 from httpx_ws.transport import ASGIWebSocketTransport
-from starlette.testclient import TestClient
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from fastapi_ws_stabilizer import (
     ManagerNotFoundError,
     StableSocket,
     StableSocketDep,
+    WebSocketConfig,
     WebSocketConnectionManager,
     WrongLoopError,
     stable_socket,
@@ -356,3 +359,74 @@ def test_a_dependency_before_the_socket_sees_a_bug_after_a_close_too(by_hand: bo
         while not seen and time.monotonic() < deadline:
             time.sleep(0.01)
     assert seen == ["rolled back"]
+
+
+REFUSALS = {
+    "identity": ("/who", {}, 401, {"detail": "log in"}),
+    "origin": ("/who", {"origin": "https://evil.example"}, 403, {"detail": "origin not allowed"}),
+    "full": ("/path/bob", {}, 503, {"detail": "the server is full"}),
+    "shut down": ("/path/bob", {}, 503, {"detail": "server shutdown"}),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refusal_is_an_answer_under_the_test_client(what: str) -> None:
+    """Status and body arrive, and nothing waits for ever, on the oldest Starlette that is supported too."""
+    path, headers, status, detail = REFUSALS[what]
+    manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    async def nobody() -> None:
+        raise HTTPException(401, "log in")
+
+    @app.websocket("/who")
+    async def who(ws: StableSocket = Depends(manager.socket_for(nobody))) -> None:
+        raise AssertionError("nobody is let in")
+
+    @app.websocket("/path/{client_id}")
+    async def by_path(ws: StableSocket = Depends(stable_socket)) -> None:
+        await echo(ws)
+
+    with TestClient(app) as client, client.websocket_connect("/path/ann"):
+        if what == "shut down":
+            assert client.portal is not None
+            client.portal.call(manager.graceful_shutdown)
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path, headers=headers):
+            pass
+        assert (denied.value.status_code, denied.value.json()) == (status, detail)
+        assert manager.totals.refusals.total() == 1
+
+
+class TeapotError(HTTPException):
+    """An error that the application answers itself."""
+
+
+OLD_STARLETTE = tuple(map(int, starlette.__version__.split(".")[:2])) < (0, 41)
+"""Whether it sends nothing that a handler answers a handshake with, so that ours is sent."""
+
+
+@pytest.mark.parametrize("kind", [HTTPException, TeapotError, 418])
+def test_a_handler_of_the_application_answers_a_refusal(kind: Any) -> None:
+    """What an application answers an HTTP route with, it answers a handshake with, where Starlette sends that."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    async def nobody() -> None:
+        raise TeapotError(418, "short")
+
+    @app.websocket("/who")
+    async def who(ws: StableSocket = Depends(manager.socket_for(nobody))) -> None:
+        raise AssertionError("nobody is let in")
+
+    @app.exception_handler(kind)
+    async def answer(_: object, error: HTTPException) -> PlainTextResponse:
+        return PlainTextResponse("short and stout", error.status_code)
+
+    with (
+        TestClient(app) as client,
+        pytest.raises(WebSocketDenialResponse) as denied,
+        client.websocket_connect("/who"),
+    ):
+        pass
+    text = '{"detail":"short"}' if OLD_STARLETTE else "short and stout"
+    assert (denied.value.status_code, denied.value.text) == (418, text)

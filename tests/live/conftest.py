@@ -18,13 +18,20 @@ OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
 """Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
 
 
+ON_ONE_KIND = ("test_drain.py", "test_handshakes.py", "test_identity.py", "test_memory_limits.py", "test_rates.py")
+"""Files whose tests are slow and hardly touch the server: one kind of uvicorn each time is enough."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test below this folder runs a server."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
             parameters = getattr(item, "callspec", None)
-            if parameters is not None and parameters.params.get("kind") in OTHERS:
+            elsewhere = {*OTHERS, "uvicorn-sansio"} if item.path.name in ON_ONE_KIND else set(OTHERS)
+            if parameters is not None and elsewhere & {
+                one for one in parameters.params.values() if isinstance(one, str)
+            }:
                 item.add_marker(pytest.mark.soak)
 
 

@@ -72,6 +72,16 @@ class RawClient:
             if opcode == 8:
                 return struct.unpack("!H", payload[:2])[0], payload[2:].decode()
 
+    def is_cut(self, timeout: float) -> bool:
+        """Whether the server ends the connection within that time, without another frame."""
+        self.socket.settimeout(timeout)
+        try:
+            return self.socket.recv(1) == b""
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:

@@ -101,6 +101,7 @@ async def test_without_heartbeats_nginx_cuts_an_idle_socket(serve: Serve, tmp_pa
         await until(lambda: server.probe()["clients"] == [])
 
 
+@pytest.mark.soak
 async def test_with_the_preset_it_lives(serve: Serve, tmp_path: Path) -> None:
     """Heartbeats as often as `for_platform` says for this proxy keep an idle socket open for 15 seconds."""
     preset = WebSocketConfig.for_platform(hop("nginx", idle_timeout=CUT_AFTER))

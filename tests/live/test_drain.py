@@ -272,6 +272,7 @@ async def test_a_drain_that_is_refused_says_why(
     assert "Traceback" not in err
 
 
+@pytest.mark.soak
 async def test_our_clients_come_through_a_restart(serve: Serve) -> None:
     """500 clients leave when they are asked to and are all back on the new server, and not all at once."""
     first = serve(app=APP, config=CONFIG)

@@ -33,7 +33,8 @@ async def test_a_client_whose_handler_is_busy_stays_connected(serve: Serve, kind
         assert [await client.recv(), await client.recv()] == ["first", "second"]
 
 
-@pytest.mark.parametrize("kind", ["uvicorn-sansio", pytest.param("granian", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "granian"])
 async def test_an_idle_connection_survives_a_proxy_that_cuts_idle_ones(serve: Serve, kind: str) -> None:
     """Without server pings, through a proxy with an idle timeout of 2 s, an idle socket lives for 10 s."""
     args = NO_SERVER_PINGS[kind]

@@ -89,7 +89,8 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", [pytest.param("uvicorn-sansio", marks=pytest.mark.soak), "uvicorn-stable"])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 async def test_sixty_random_cuts_lose_and_double_nothing(serve: Serve, kind: str) -> None:
     """After 60 cuts, stalls and black holes both sides hold identical lists."""
     await cut_again_and_again(serve(kind, app=APP), 60, seed=1)

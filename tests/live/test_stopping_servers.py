@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.live.server import LiveServer
-from tests.live.test_drain import APP, CONFIG, closes, crowd
+from tests.live.test_drain import APP, CONFIG, Closes, closes, crowd
 
 Serve = Callable[..., LiveServer]
 
@@ -19,7 +19,7 @@ CROWD = 100
 pytestmark = pytest.mark.timeout(90)
 
 
-async def stop(server: LiveServer) -> list[tuple[float, int | None, str]]:
+async def stop(server: LiveServer) -> Closes:
     """Send SIGTERM with a crowd connected, and tell when and how each client was closed."""
     clients = await crowd(server, CROWD)
     since = time.monotonic()
@@ -32,21 +32,22 @@ async def stop(server: LiveServer) -> list[tuple[float, int | None, str]]:
 async def test_hypercorn_without_worker_processes_is_drained(serve: Serve) -> None:
     """With `--workers 0` the server runs in the process that gets the signal: all are told, spread over a while."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG, args=("--workers", "0")))
-    assert {(code, reason.split(";")[0]) for _, code, reason in found} == {(1012, "server shutdown")}
-    assert max(at for at, _, _ in found) > 0.5
+    assert found.codes == {1012}
+    assert {reason.split(";")[0] for reason in found.reasons} == {"server shutdown"}
+    assert max(found.times) > 0.5
 
 
 async def test_hypercorn_with_worker_processes_closes_all_at_once(serve: Serve) -> None:
     """Its workers get no signal of their own: nobody hears `retry=`, and all are closed in one instant."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG))
-    times = [at for at, _, _ in found]
+    times = found.times
     assert max(times) - min(times) < 1.0
-    assert not any("retry=" in reason for _, _, reason in found)
+    assert not any("retry=" in reason for reason in found.reasons)
 
 
 async def test_granian_closes_all_at_once(serve: Serve) -> None:
     """Its worker does not wait: all are closed in one instant, whether or not the word reaches them."""
     found = await stop(serve("granian", app=APP, config=CONFIG))
-    times = [at for at, _, _ in found]
+    times = found.times
     assert max(times) - min(times) < 1.0
-    assert {code for _, code, _ in found} <= {1000, 1001, 1006, 1012}
+    assert found.codes <= {1000, 1001, 1006, 1012}

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.sessions.session import Session
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
 from tests.simulation.virtual_time import run_virtually
 
-SEEDS = range(1, 31)
+SEEDS = range(1, 16)
 MANY_SEEDS = range(1, 501)
 MUTATION_SEEDS = range(1, 101)
 NO_RESTARTS, LOSES, REWINDS, SMALL_LOG, _ = SCENARIOS

@@ -29,6 +29,8 @@ class _NoWaiting(selectors.SelectSelector):
             raise AssertionError("nothing is left to do, and nobody will ever be woken")
         self._loop.now += timeout
         self._turns = 0 if timeout else self._turns + 1
+        if self._turns and self._turns % 1000 == 0:
+            self._loop.now += 1e-9  # a deadline that sums of floats miss by a hair: on a real clock it passes
         if self._turns > MAX_TURNS:
             raise AssertionError("the loop turns and turns, and no time passes")
         return []

@@ -17,6 +17,8 @@ from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.traffic import Traffic
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Report, Reports
@@ -75,8 +77,11 @@ class Bench:
             self.reports,
             self.tasks,
             Turns(1, self.reports),
+            Ledger(),
+            Traffic(),
             next_shard=lambda: 0,
             left=self.left.append,
+            evicted=lambda _: None,
             finished=self.finished.append,
             disconnected=self._disconnected,
             session_over=self._session_over,
@@ -121,6 +126,10 @@ class Bench:
     def history(self, connection: Connection, room: str, count: int) -> None:
         """Note whose history was wanted."""
         self.rooms.append(f"history of {room}")
+
+    def address_of(self, connection: Connection) -> str:
+        """Where every client on a bench comes from."""
+        return "10.0.0.7"
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that were joined."""

@@ -44,6 +44,7 @@ class FakeServer:
             "path_params": {},
             "app": app,
             "state": {},
+            "extensions": {"websocket.http.response": {}},
             **scope,
         }
         self.websocket = WebSocket(full_scope, self.receive, self.send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastapi_ws_stabilizer.config import (
-    NOT_YET_HONOURED,
     CompressionMode,
     DuplicatePolicy,
     HeartbeatType,
@@ -68,19 +68,6 @@ WORDS = {
 def test_the_options_of_the_readme_have_their_defaults(option: str, default: Any) -> None:
     """Every option that was promised exists, with the default that was promised."""
     assert getattr(WebSocketConfig(), option) == default
-
-
-def test_the_options_that_are_not_yet_honoured_are_exactly_these() -> None:
-    """An option that is accepted without its part is on one list, and the list only shrinks."""
-    assert sorted(NOT_YET_HONOURED) == [
-        "enable_metrics",
-        "max_connections",
-        "max_memory_per_connection",
-        "max_total_memory",
-        "memory_check_interval",
-        "memory_eviction_policy",
-    ]
-    assert set(WebSocketConfig.model_fields) >= NOT_YET_HONOURED
 
 
 @pytest.mark.parametrize("option", SECONDS)
@@ -323,3 +310,37 @@ def test_every_config_makes_the_way_through_the_environment(options: dict[str, A
     """Options that are written to an environment and read back are the same options."""
     environ = {f"{prefix}{name}".upper(): _as_text(value) for name, value in options.items()}
     assert WebSocketConfig.from_env(prefix, environ) == WebSocketConfig(**options)
+
+
+def test_lists_are_read_from_the_environment() -> None:
+    """Names are separated by commas; a regular expression, which may have some in it, stands alone; `none` is none."""
+    environ = {"WS_TRUSTED_PROXIES": "10.0.0.0/8, ::1", "WS_ALLOWED_ORIGINS": "https://a.example,https://b.example"}
+    config = WebSocketConfig.from_env(environ=environ)
+    assert config.trusted_proxies == ("10.0.0.0/8", "::1")
+    assert config.allowed_origins == ("https://a.example", "https://b.example")
+    pattern = r"^https://[a-z]{1,8}\\.example\\.com$"
+    config = WebSocketConfig.from_env(environ={"WS_TRUSTED_PROXIES": "none", "WS_ALLOWED_ORIGINS": pattern})
+    assert (config.trusted_proxies, config.allowed_origins) == ((), (pattern,))
+    assert WebSocketConfig.from_env(environ={"WS_ALLOWED_ORIGINS": "none"}).allowed_origins is None
+
+
+@pytest.mark.parametrize("option", ["trusted_proxies", "allowed_origins"])
+@pytest.mark.parametrize("many", [tuple, list])
+def test_a_list_of_an_option_can_be_any_sequence_and_is_frozen(option: str, many: Any) -> None:
+    """One entry, a list or a tuple is taken, and what is kept is a tuple: nobody changes it afterwards."""
+    entry = {"trusted_proxies": "10.0.0.1", "allowed_origins": "https://example.com"}[option]
+    given = many([entry])
+    config = WebSocketConfig(**{option: given})
+    assert getattr(config, option) == (entry,)
+    assert getattr(WebSocketConfig(**{option: entry}), option) == (entry,)
+    assert config.changed_options() == {option}
+    assert config.model_copy(update={"num_shards": 2}).changed_options() == {option, "num_shards"}
+
+
+def test_a_pattern_among_the_origins_stays_one() -> None:
+    """A compiled pattern is kept as it is, beside texts."""
+    pattern = re.compile(r"https://pr-\d+\.example\.com")
+    assert WebSocketConfig(allowed_origins=["https://example.com", pattern]).allowed_origins == (
+        "https://example.com",
+        pattern,
+    )

@@ -223,6 +223,42 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         Place(platform=("azure-front-door",), rest={"http2": True}),
         ("caching",),
     ),
+    (
+        "D17",
+        Place(rest={"logins": ("CheckToken",), "unguarded": ("/ws", "/raw")}),
+        Place(rest={"logins": ("CheckToken",), "unguarded": ("/ws", "/raw"), "guarded": True}),
+        ("CheckToken", "/ws, /raw", "socket_for", "on_handshake"),
+    ),
+    (
+        "D17",
+        Place(server=None, rest={"logins": ("CheckToken",), "unguarded": ("/ws",)}),
+        Place(server=None, rest={"logins": ("CheckToken",)}),
+        (),
+    ),
+    (
+        "D18",
+        Place({"max_connections_per_address": 20}, platform=("cloudflare", "nginx", "kubernetes")),
+        Place({"max_connections_per_address": 20, "trusted_proxies": ["10.0.0.0/8"]}, platform=("cloudflare", "nginx")),
+        ("cloudflare, nginx stands", "max_connections_per_address=20", "trusted_proxies"),
+    ),
+    (
+        "D18",
+        Place({"max_connect_rate_per_address": 2.5}, platform=("nginx",)),
+        Place(platform=("nginx",)),  # nothing is limited by address
+        ("max_connect_rate_per_address=2.5",),
+    ),
+    (
+        "D18",
+        Place({"max_connections_per_address": 20, "trusted_proxies": ["*"]}),
+        Place({"max_connections_per_address": 20}, platform=("aws-nlb", "kubernetes"), limits={"idle_timeout": 60}),
+        ("'*'", "name the addresses"),
+    ),
+    (
+        "D19",
+        Place(server=None, rest={"early": ("/ws", "/chat")}),
+        Place(server=None, rest={"bypassing": ("/ws", "/chat")}),
+        ("/ws, /chat", "put the socket first", "dependencies="),
+    ),
 ]
 
 IDS = [f"{code}-{sum(case[0] == code for case in CASES[:number])}" for number, (code, *_) in enumerate(CASES)]
@@ -240,8 +276,8 @@ def test_a_check_finds_what_is_wrong_and_nothing_else(
 
 
 def test_every_check_is_tested() -> None:
-    """No check is without a case, and the codes are D01 to D16."""
-    assert [check.code for check in CHECKS] == [f"D{number:02}" for number in range(1, 17)]
+    """No check is without a case, and the codes are D01 to D19."""
+    assert [check.code for check in CHECKS] == [f"D{number:02}" for number in range(1, 20)]
     assert {case[0] for case in CASES} == {check.code for check in CHECKS}
 
 

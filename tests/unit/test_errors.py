@@ -16,16 +16,23 @@ ERRORS = [
     errors.NotOpenError(),
     errors.ConnectionNotFoundError("ann"),
     errors.DuplicateClientError("ann"),
+    errors.ConnectionLimitExceededError("max_connections", 100, 4.2),
+    errors.TooManyConnectionsError("max_connections_per_address", 10, 4.2),
+    errors.OriginNotAllowedError("foreign"),
+    errors.MemoryLimitExceededError("max_total_memory", 1000, 1001),
     errors.ConcurrentReceiveError(),
     errors.MessageEncodeError("a set cannot be sent"),
     errors.MessageFormatError("not JSON"),
     errors.RoomLimitError("lobby", 100),
+    errors.RoomNameError("", "at least one character"),
     errors.SessionEndedError(ending(DisconnectReason.APPLICATION)),
     errors.RequestError("not_found", "no such room"),
     errors.RequestTimeoutError(2.5),
     errors.PlainClientError(),
     errors.InvalidTokenError("used"),
+    errors.InvalidTokenError("revoked", kind="ticket"),
     errors.TokenExpiredError(),
+    errors.TokenExpiredError(kind="ticket"),
     errors.BroadcastFailedError(3),
     errors.ShutdownError(),
     errors.UnknownPlatformError("ngnix", ("nginx", "railway"), "nginx"),
@@ -115,6 +122,17 @@ def test_the_facts_are_attributes() -> None:
     assert errors.ConnectionNotFoundError("ann").client_id == "ann"
     assert errors.DuplicateClientError("ann").client_id == "ann"
     assert errors.BroadcastFailedError(3).total == 3
+
+
+def test_a_token_that_is_not_good_says_what_it_was_for() -> None:
+    """A ticket is not called a reconnect token, neither to the developer nor to the client."""
+    bad, old = errors.InvalidTokenError("revoked", kind="ticket"), errors.TokenExpiredError(kind="ticket")
+    assert "the ticket is not good: what this client had was revoked" in str(bad)
+    assert "ticket_ttl has passed" in str(old)
+    assert (bad.reason, old.reason) == ("invalid ticket", "ticket expired")
+    assert "reconnect_token_ttl has passed" in str(errors.TokenExpiredError())
+    for error in (errors.InvalidTokenError(), errors.TokenExpiredError()):
+        assert error.reason == error.close_text
 
 
 def test_a_client_id_with_a_line_break_stands_quoted_in_the_sentence() -> None:

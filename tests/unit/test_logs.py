@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.logs import (
+    MAX_FACT_CHARS,
     ROOT,
     JsonFormatter,
     StructuredLogger,
@@ -82,6 +83,36 @@ def test_a_hostile_client_id_forges_no_line(caplog: pytest.LogCaptureFixture) ->
     assert len(message.splitlines()) == 1
     assert "\x1b" not in message
     assert caplog.records[0].client_id == FORGERY
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_a_traceback_forges_no_line(json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A client's words in an exception begin no line of the log, and reach no terminal as a command."""
+    configure_logging(json_lines=json_lines)
+    try:
+        raise ValueError(FORGERY + "\x9b2J\u202e\ud800")
+    except ValueError as error:
+        write_report(Report("endpoint_failed", logging.ERROR, {"client_id": "ann"}, error))
+    first, *rest = capsys.readouterr().err.split("\n")
+    assert "endpoint_failed" in first
+    if json_lines:
+        assert rest == [""]
+        assert "2026-01-01 ERROR forged" in json.loads(first)["exception"]
+    else:
+        assert any("2026-01-01 ERROR forged" in line for line in rest)
+        assert all(line.startswith("    ") for line in rest[:-1])
+        assert all(line.isprintable() for line in rest)
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_the_log_repeats_no_more_of_a_text_than_it_must(json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A megabyte that a client has chosen takes no megabyte of the log, and is told to be cut."""
+    configure_logging(json_lines=json_lines)
+    write_report(Report("connection_opened", logging.INFO, {"client_id": "x" * 1_000_000, "count": 10**6}))
+    StructuredLogger(get_logger()).log_connection("connected", "y" * 1_000_000)
+    written = capsys.readouterr().err
+    assert len(written) < 6 * MAX_FACT_CHARS
+    assert "x" * MAX_FACT_CHARS + "… (1000000 characters)" in written
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["client_id", "cause", "path"]), st.text()))

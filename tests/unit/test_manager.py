@@ -14,7 +14,7 @@ from fastapi import FastAPI, HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.config import NOT_YET_HONOURED, WebSocketConfig
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
 from fastapi_ws_stabilizer.connection import outbox as outbox_module
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -122,33 +122,6 @@ async def test_starting_sets_the_level_of_the_log(manager_with: Any) -> None:
     assert get_logger().level == logging.DEBUG
 
 
-_CHANGED: dict[str, Any] = {
-    "max_connections": 5,
-    "reconnect_token_ttl": 60,
-    "enable_reconnect": False,
-    "compression": "none",
-    "enable_metrics": True,
-    "num_shards": 2,
-    "max_concurrent_cleanup": 2,
-    "max_concurrent_broadcast": 2,
-    "max_memory_per_connection": 1000,
-    "max_total_memory": 1000,
-    "memory_eviction_policy": "fifo",
-    "memory_check_interval": 5,
-}
-
-
-@pytest.mark.parametrize("option", sorted(NOT_YET_HONOURED))
-async def test_an_option_that_is_not_yet_honoured_is_warned_about(manager_with: Any, option: str) -> None:
-    """No option is silently dead: a manager that starts with one that has no part yet says so."""
-    manager, heard = manager_with(**{option: _CHANGED[option]})
-    await manager.start()
-    await manager.start()
-    (report,) = heard.of("option_not_honoured_yet")
-    assert report.level == logging.WARNING
-    assert report.facts == {"option": option}
-
-
 async def test_the_defaults_warn_of_nothing(manager_with: Any) -> None:
     """A manager whose options are all honoured or untouched starts in silence."""
     manager, heard = manager_with(heartbeat_interval=5, send_timeout=1)
@@ -194,15 +167,15 @@ async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> Non
     manager, _ = manager_with()
     await manager.start()
     await manager.graceful_shutdown(timeout=1)
-    server = FakeServer()
-    with pytest.raises(HTTPException) as caught:
+    server = FakeServer(headers=[(b"origin", b"http://testserver")])  # a browser too
+    with pytest.raises(WebSocketException):
         async with manager.serve(server.websocket, "ann"):
             pass
-    assert caught.value.status_code == 503
-    assert caught.value.headers == {"Retry-After": "1"}
-    assert server.offered == []
+    assert server.taken[0]["status"] == 503
+    assert dict(server.taken[0]["headers"])[b"retry-after"] == b"1"
+    assert manager.totals.refusals == {"1012": 1}
     with pytest.raises(ShutdownError):
-        await manager.connect("ann", await server.accepted())
+        await manager.connect("ann", await FakeServer().accepted())
 
 
 async def test_a_manager_that_was_shut_down_before_its_start_takes_nobody_either(manager_with: Any) -> None:
@@ -494,7 +467,7 @@ async def test_the_hooks_of_a_connections_life(manager_with: Any) -> None:
 
 
 async def test_a_handshake_hook_can_refuse(manager_with: Any) -> None:
-    """An `HTTPException` in a handshake hook goes to the server before anything is accepted; no other hook runs."""
+    """An `HTTPException` in a handshake hook is the answer to the handshake; no other hook runs."""
     manager, heard = manager_with()
     calls: list[str] = []
 
@@ -505,13 +478,13 @@ async def test_a_handshake_hook_can_refuse(manager_with: Any) -> None:
     manager.on_connect(lambda ws: calls.append("connect"))
     manager.on_disconnect(lambda ws: calls.append("disconnect"))
     server = FakeServer()
-    with pytest.raises(HTTPException) as caught:
+    with pytest.raises(WebSocketException) as caught:
         async with manager.serve(server.websocket, "ann"):
             calls.append("endpoint")
-    assert caught.value.status_code == 401
-    assert server.offered == []
+    assert isinstance(caught.value.__cause__, HTTPException)
+    assert [message.get("status") for message in server.offered] == [401, None]
     assert calls == []
-    assert heard.events == []
+    assert heard.events == ["connection_refused"]
 
 
 async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
@@ -528,11 +501,15 @@ async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
     async def on_error(ws: StableSocket, error: BaseException) -> None:
         told.append(error)
 
-    with pytest.raises(HTTPException) as caught:
-        async with manager.serve(FakeServer().websocket, "ann"):
+    server = FakeServer()
+    with pytest.raises(WebSocketException):
+        async with manager.serve(server.websocket, "ann"):
             pass
-    assert caught.value.status_code == 500
-    assert [(report.event, report.error) for report in heard.reports] == [("handshake_hook_failed", error)]
+    assert server.taken[0]["status"] == 500
+    assert [(report.event, report.error) for report in heard.reports] == [
+        ("handshake_hook_failed", error),
+        ("connection_refused", None),
+    ]
     assert told == [error]
 
 
@@ -1010,10 +987,9 @@ async def test_a_shutdown_during_the_handshake_refuses_the_connection(manager_wi
     await with_deadline(asyncio.ensure_future(waiting.wait()))
     await manager.graceful_shutdown(1)
     go.set()
-    with pytest.raises(HTTPException) as refused:
+    with pytest.raises(WebSocketException):
         await with_deadline(task)
-    assert refused.value.status_code == 503
-    assert server.taken == []
+    assert [message.get("status") for message in server.taken] == [503, None]
 
 
 # ── by hand: whose connection is meant ──

@@ -300,10 +300,10 @@ async def test_bytes_are_kept_as_they_were() -> None:
 
 async def test_fields_that_fit_without_a_number_only_are_refused_at_once() -> None:
     """The fields of a binary message are known to fit before a number is given, and not in the middle of writing."""
-    most = MAX_META_BYTES - len('{"type":"msg","event":""}')
+    most = MAX_META_BYTES - len('{"type":"msg","note":""}')
     with pytest.raises(ValueError, match="fields of a binary message"):
-        Outgoing("msg", b"", {"event": "x" * most})
-    Outgoing("msg", b"", {"event": "x" * (most - SEQ_BYTES)})
+        Outgoing("msg", b"", {"note": "x" * most})
+    Outgoing("msg", b"", {"note": "x" * (most - SEQ_BYTES)})
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -366,3 +366,21 @@ def test_whatever_breaks_the_server_gets_all_of_it_in_order(steps: list[tuple[st
         assert took == list(range(count))
 
     run(play())
+
+
+@pytest.mark.parametrize("field", ["event", "key"])
+@pytest.mark.parametrize("name", ["x" * 257, "a\nb"])
+async def test_a_name_that_the_server_would_not_take_is_refused_here(field: str, name: str) -> None:
+    """It would end the session of who sends it; text and bytes alike."""
+    for data in ("text", b"bytes"):
+        with pytest.raises(ValueError, match=f"{field} is at most 256 characters"):
+            Outgoing("msg", data, {field: name})
+
+
+async def test_data_that_the_server_would_not_take_is_refused_here() -> None:
+    """Too deep is too deep on this side already."""
+    deep: list[Any] = []
+    for _ in range(64):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested deeper"):
+        Outgoing("msg", deep, {})

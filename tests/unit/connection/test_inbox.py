@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed
+from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, InboxLimits
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
 from tests.unit.fake_websocket import settle, with_deadline
 from tests.unit.own_loop import run
@@ -17,7 +17,7 @@ from tests.unit.own_loop import run
 
 def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
     """A small inbox."""
-    return Inbox(max_messages, max_bytes)
+    return Inbox(InboxLimits(max_messages, max_bytes))
 
 
 async def test_messages_come_out_in_their_order() -> None:

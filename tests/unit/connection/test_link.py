@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.lifecycle import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.servers.link import EXTENSION
@@ -288,6 +289,20 @@ async def test_heartbeats_are_ping_frames_and_only_their_pongs_are_measured(link
     assert not connection.ping(None, now)
 
 
+async def test_pongs_that_answer_our_pings_are_not_counted(linked: Any) -> None:
+    """As many pong frames as there were ping frames are free, also late ones; more than that count."""
+    b = await linked()
+    for number in range(300):
+        b.connection.ping(None, b.connection.opened_at + number)
+    for payload in b.server.pings:
+        b.server.sink.ponged(payload)
+    for _ in range(int(CONTROL_FRAMES.burst)):
+        b.server.sink.ponged(b"unasked")
+    assert b.connection.ending is None
+    b.server.sink.ponged(b"unasked")
+    assert b.connection.ending.code == 4429
+
+
 async def test_bytes_of_half_a_message_prove_life(linked: Any) -> None:
     """A large message over a slow line is no silence."""
     b = await linked()
@@ -308,7 +323,8 @@ async def test_the_last_call_writes_what_is_queued(linked: Any) -> None:
 async def test_compression_none_negotiates_none_and_sends_none(linked: Any) -> None:
     """Neither before the accept nor after it is anything compressed."""
     b = await linked(compression="none", compression_min_bytes=0)
-    b.connection.before_accept()
+    assert b.connection._link is not None
+    b.connection._link.refuse_compression()  # as the door does
     assert not b.server.compression
     offer(b, "x" * 100)
     await settle()

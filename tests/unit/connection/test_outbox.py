@@ -62,6 +62,9 @@ class Owner:
         """Keep that it has caught up."""
         self.told.append("caught up")
 
+    def holds(self) -> None:
+        """Nobody asks."""
+
     def send_stuck(self) -> None:
         """Count a send that made no progress."""
         self.stuck += 1

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
-from tests.unit.fake_websocket import eventually, settle, with_deadline
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
 async def test_messages_are_read_without_anybody_waiting_for_them(bench: Any) -> None:
@@ -232,3 +233,29 @@ async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
     await with_deadline(connection.finished)
     assert connection.ending.reason is DisconnectReason.NETWORK_LOST
     assert [type(report.error) for report in b.heard.of("internal_task_failed")] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize(
+    ("options", "watches"),
+    [
+        ({}, False),
+        ({"max_total_memory": 10**9}, True),
+        ({"max_memory_per_connection": 10**8}, True),
+        ({"max_message_rate": 10**6}, True),
+        ({"max_byte_rate": 10**9}, True),
+    ],
+)
+async def test_a_message_is_looked_at_only_where_somebody_wants_to_know(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], watches: bool
+) -> None:
+    """Without a limit that a message could reach, it costs nothing to have limits."""
+    told: list[str] = []
+    may_send = Connection.may_send
+    monkeypatch.setattr(Connection, "may_send", lambda *args: bool(told.append("may") or may_send(*args)))
+    monkeypatch.setattr(Connection, "heard", lambda _: told.append("heard"))
+    manager, _ = manager_with(**options)
+    server = FakeServer()
+    ws = await manager.connect("ann", await server.accepted())
+    server.feed_text("one")
+    assert await with_deadline(ws.receive_text()) == "one"
+    assert told == (["may", "heard"] if watches else [])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +80,38 @@ def test_a_hidden_transport_changes_nothing_else(server: ServerSide) -> None:
     assert not server.abort()
 
 
+@pytest.mark.parametrize(
+    ("named", "peer"),
+    [
+        (("127.0.0.1", 4711), "127.0.0.1"),
+        (("::1", 4711, 0, 0), "::1"),
+        ("", ""),
+        (b"\x00abstract", ""),
+        (None, None),
+        (OSError("gone"), None),
+    ],
+    ids=str,
+)
+def test_the_other_end_is_what_the_transport_says(named: Any, peer: str | None) -> None:
+    """An address, nothing for a Unix socket, and `None` where it is not known."""
+    transport = Transport()
+    transport.get_extra_info = lambda name: {"peername": raised(named)}[name]  # type: ignore[attr-defined]
+    assert side(transport=transport).peer == peer
+
+
+@pytest.mark.parametrize("server", [hidden(), side(), side(transport=Transport())])
+def test_the_other_end_of_a_hidden_transport_is_not_known(server: ServerSide) -> None:
+    """Where the transport cannot be had, or says nothing, nobody guesses."""
+    assert server.peer is None
+
+
+def raised(value: Any) -> Any:
+    """Raise what is an error, and return what is none."""
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
 def test_a_transport_that_refuses_to_be_aborted_hurts_nobody() -> None:
     """Whatever a foreign transport raises stays inside."""
     assert not side(transport=Transport(error=RuntimeError("gone"))).abort()
@@ -110,6 +145,67 @@ async def test_a_hidden_transport_is_left_to_the_server() -> None:
     server = hidden()
     server.abort_unless_flushed()
     assert not server.can_abort
+
+
+@pytest.mark.parametrize(
+    ("taken", "buffered", "closing", "aborted"),
+    [
+        (False, 0, False, 1),
+        (False, 100, False, 1),
+        (False, 0, True, 0),
+        (True, 0, False, 0),  # there is no telling what its client has taken
+        (True, 100, False, 0),
+    ],
+)
+async def test_who_does_not_answer_a_close_frame_is_cut(
+    monkeypatch: pytest.MonkeyPatch, taken: bool, buffered: int, closing: bool, aborted: int
+) -> None:
+    """Unless the answer came meanwhile, or there is, or may be, something that the client is still to read."""
+    monkeypatch.setattr(server_side_module, "ANSWER_TIMEOUT", 0.0)
+    transport = Transport(buffered)
+    side(transport=transport).abort_unless_answered(taken=taken)
+    transport.is_closing = lambda: closing  # type: ignore[attr-defined]
+    await settle()
+    assert transport.aborted == aborted
+
+
+async def test_who_is_closing_is_not_waited_for() -> None:
+    """No timer is kept for a connection that is over."""
+    transport = Transport()
+    transport.is_closing = lambda: True  # type: ignore[attr-defined]
+    server = side(transport=transport)
+    server.abort_unless_answered()
+    hidden().abort_unless_answered()
+    assert not asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what a client has acknowledged")
+async def test_a_slow_client_is_not_cut_before_it_has_taken_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operating system still holds for it counts, and is read to the end."""
+    monkeypatch.setattr(server_side_module, "ANSWER_TIMEOUT", 0.0)
+    loop = asyncio.get_running_loop()
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(listener.getsockname())
+    accepted, _ = listener.accept()
+    client.setblocking(False)
+    transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+    with listener, client:
+        server = side(transport=transport)
+        sent = 100_000
+        transport.write(bytes(sent))
+        assert server.unflushed_bytes == 0
+        server.abort_unless_answered()
+        await settle()
+        assert not transport.is_closing()
+        while sent:
+            sent -= len(await loop.sock_recv(client, sent))
+        await eventually(lambda: server._untaken_bytes() == 0)
+        server.abort_unless_answered()
+        await eventually(transport.is_closing)
+        assert await loop.sock_recv(client, 1) == b""
 
 
 @pytest.mark.parametrize(

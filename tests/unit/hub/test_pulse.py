@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.hub.pulse import MAX_OPEN_PINGS, Pulse
 
 
 def test_a_new_connection_owes_nothing() -> None:
@@ -40,6 +40,29 @@ def test_a_pong_that_nobody_asked_for_measures_nothing() -> None:
     pulse.ponged(1.5)
     pulse.ponged(9.0)
     assert pulse.rtt == pytest.approx(0.5)
+
+
+def test_as_many_pongs_are_answers_as_there_were_pings() -> None:
+    """Of either kind, early or late; one that nobody has asked for is none."""
+    pulse = Pulse(0.0)
+    assert not pulse.ponged(0.5)
+    pulse.pinged(1.0)
+    pulse.asked()
+    payload = pulse.pinged_by_protocol(2.0)
+    pulse.forgive()
+    assert pulse.ponged_by_protocol(b"late", 3.0)
+    assert pulse.ponged_by_protocol(payload, 3.0)
+    assert pulse.ponged(3.0)
+    assert not pulse.ponged(3.0)
+    assert not pulse.ponged_by_protocol(payload, 3.0)
+
+
+def test_pings_that_nobody_answers_are_not_saved_up() -> None:
+    """A client that was silent for days may not send as many pongs as it was sent pings."""
+    pulse = Pulse(0.0)
+    for number in range(2 * MAX_OPEN_PINGS):
+        pulse.pinged(float(number))
+    assert [pulse.ponged(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
 
 
 def test_the_oldest_of_several_open_pings_counts() -> None:

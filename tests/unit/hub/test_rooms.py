@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.errors import RoomLimitError
+from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
 from fastapi_ws_stabilizer.hub.rooms import Rooms
 from tests.unit.hub.fake_member import FakeMember
 
@@ -113,6 +113,21 @@ def test_a_name_that_is_none_is_refused(rooms: Rooms[FakeMember], name: Any) -> 
         rooms.join(ann, name)
     assert rooms.of(ann) == ()
     assert len(rooms) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 257, "x" * 1_000_000, "\r\n[ERROR] fake", "\x1b[2J", "a\x00"], ids=lambda n: ascii(n[:9])
+)
+def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: Rooms[FakeMember], name: str) -> None:
+    """Clients choose names of rooms: the error is one short line, and no bug where an endpoint lets it escape."""
+    ann = FakeMember("ann")
+    with pytest.raises(RoomNameError, match="at most 256 characters") as refused:
+        rooms.join(ann, name)
+    assert len(str(refused.value)) < 250
+    assert str(refused.value).isprintable()
+    assert refused.value.close_code == 1008
+    assert len(rooms) == 0
+    assert rooms.join(ann, "x" * 256)
 
 
 def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:

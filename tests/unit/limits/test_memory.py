@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, deep_size
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from tests.unit.fake_websocket import FakeServer
 
 
 class Basket:
@@ -74,3 +83,93 @@ def test_measuring_has_a_limit() -> None:
     """Beyond a number of objects the rest is not looked at, so that no value can block the event loop for long."""
     many = [float(number) for number in range(2 * MAX_OBJECTS)]
     assert deep_size(many) < sys.getsizeof(many) + sys.getsizeof(1.0) * (MAX_OBJECTS + 1)
+
+
+@dataclass
+class Record:
+    """A dataclass."""
+
+    content: object
+
+
+@dataclass(frozen=True, slots=True)
+class SlottedRecord:
+    """A dataclass without a dict."""
+
+    content: object
+
+
+class SlottedBasket:
+    """An object with slots, of which one is private and one stays empty."""
+
+    __slots__ = ("__content", "empty")
+
+    def __init__(self, content: object) -> None:
+        self.__content = content
+
+
+class Mixed(SlottedBasket):
+    """An object with slots and a dict."""
+
+    def __init__(self, content: object) -> None:
+        super().__init__(b"")
+        self.more = content
+
+
+class Inheriting(SlottedBasket):
+    """An object that has slots from its base."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: deque([inner]), Record, SlottedRecord, SlottedBasket, Mixed, Inheriting, memoryview]
+)
+def test_what_is_in_a_deque_or_slots_or_behind_a_view_counts(wrap: Callable[[Any], object]) -> None:
+    """With slots, with a dict and with both; what a view looks at is held by it."""
+    assert 10_000_000 < deep_size(wrap(b"x" * 10_000_000)) < 10_010_000
+
+
+class Service:
+    """Something of the application's that has a method."""
+
+    def __init__(self) -> None:
+        self.content = b"x" * 1_000_000
+
+    def serve(self) -> None:
+        """Nothing."""
+
+
+async def test_what_belongs_to_no_client_counts_as_little() -> None:
+    """Modules, functions, methods, classes, loggers, event loops, and whatever of ours knows all clients."""
+    manager = WebSocketConnectionManager()
+    socket = await manager.connect("ann", await FakeServer().accepted())
+    loop = asyncio.get_running_loop()
+    shared: list[Any] = [sys, deep_size, len, Service().serve, Service, logging.getLogger("x"), loop, manager, socket]
+    for one in (*shared, threading.Thread()):
+        assert deep_size(one) == sys.getsizeof(one), one
+    await socket.close()
+    await manager.graceful_shutdown(1.0)
+
+
+class Stranger:
+    """A proxy outside of what it stands for: whatever is asked of it raises."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise RuntimeError("outside of the request")
+
+
+class BrokenMapping(dict[str, object]):
+    """A mapping that cannot be read."""
+
+    def keys(self) -> Any:
+        raise OSError("the database is gone")
+
+
+@pytest.mark.parametrize("kind", [Stranger, BrokenMapping])
+def test_what_cannot_be_measured_is_no_error(kind: Callable[[], object]) -> None:
+    """It counts as little, and what stands beside it counts as ever."""
+    stranger = kind()
+    inner = b"x" * 1_000_000
+    assert 1_000_000 < deep_size([stranger, inner]) < 1_001_000
+    assert 1_000_000 < deep_size([inner, stranger]) < 1_001_000

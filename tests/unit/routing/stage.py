@@ -127,10 +127,16 @@ class Line:
     """
 
     def __init__(
-        self, stage: Stage, client_id: str | None = "ann", *, query: str = "", subprotocols: tuple[str, ...] = ()
+        self,
+        stage: Stage,
+        client_id: str | None = "ann",
+        *,
+        query: str = "",
+        subprotocols: tuple[str, ...] = (),
+        **scope: Any,
     ) -> None:
         path_params = {} if client_id is None else {"client_id": client_id}
-        self.server = FakeServer(path_params=path_params, query=query, subprotocols=list(subprotocols))
+        self.server = FakeServer(path_params=path_params, query=query, subprotocols=list(subprotocols), **scope)
         self.socket: StableSocket | None = None
         self.error: Exception | None = None
         self._stage = stage

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import pytest
+from fastapi import HTTPException
 
-from fastapi_ws_stabilizer.routing.identity import client_id_from, client_id_of, fresh_client_id
+from fastapi_ws_stabilizer.routing import identity as identity_module
+from fastapi_ws_stabilizer.routing.identity import (
+    MAX_TERM,
+    client_id_from,
+    client_id_of,
+    fresh_client_id,
+    seconds_until,
+)
 from tests.unit.fake_websocket import FakeServer
 
 
@@ -31,6 +42,30 @@ def test_the_client_id_comes_from_the_path_or_the_query(path_params: Any, query:
 def test_a_client_may_name_itself_nowhere(path_params: Any, query: str) -> None:
     """Without an id in the path or the query there is none."""
     assert client_id_of(FakeServer(query=query, path_params=path_params).websocket) is None
+
+
+@pytest.mark.parametrize("client_id", ["x" * 200, "🦊", "ann@example.com", "a.b.c", "x" * 256, "日本", "a b"])
+def test_what_people_are_called_is_a_client_id(client_id: str) -> None:
+    """Addresses, emoji, dots and 256 characters are taken."""
+    assert client_id_of(FakeServer(path_params={"client_id": client_id}).websocket) == client_id
+    assert client_id_of(FakeServer(query=urlencode({"client_id": client_id})).websocket) == client_id
+
+
+@pytest.mark.parametrize(
+    "client_id",
+    ["x" * 257, "x" * (1 << 20), "\r\n[ERROR] fake", "a\x00", "\x1b[2J", "a\x9bm", "a\u2028b"],
+    ids=lambda client_id: ascii(client_id[:12]),
+)
+def test_what_is_no_client_id_is_refused_with_400(client_id: str) -> None:
+    """A client id of a megabyte, or with a line break in it, is refused before accept, and the answer says why."""
+    for websocket in (
+        FakeServer(path_params={"client_id": client_id}).websocket,
+        FakeServer(query=urlencode({"client_id": client_id})).websocket,
+    ):
+        with pytest.raises(HTTPException) as refused:
+            client_id_of(websocket)
+        assert refused.value.status_code == 400
+        assert refused.value.detail == "client_id: at most 256 characters, none of them a control character"
 
 
 def test_fresh_client_ids_are_all_different() -> None:
@@ -65,3 +100,51 @@ def test_a_key_that_chooses_no_client_id_is_an_error(chosen: Any) -> None:
     """What a key returns is checked like an identity."""
     with pytest.raises(TypeError, match=r"the key of manager\.socket_for"):
         client_id_from("ann", lambda _: chosen)
+
+
+# ── until when ──
+
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment that does not pass."""
+    monkeypatch.setattr(identity_module, "wall", lambda: NOW)
+
+
+@pytest.mark.parametrize(
+    ("moment", "seconds"),
+    [
+        (None, None),
+        (NOW + 60, 60.0),
+        (int(NOW) + 2, 2.0),
+        (datetime.fromtimestamp(NOW + 60, tz=timezone.utc), 60.0),
+        (datetime.fromtimestamp(NOW + 60, tz=timezone(timedelta(hours=9))), 60.0),
+        (NOW + MAX_TERM + 1, None),
+        (math.inf, None),
+    ],
+    ids=repr,
+)
+@pytest.mark.usefixtures("clock")
+def test_until_when_an_identity_is_good(moment: Any, seconds: float | None) -> None:
+    """A moment with its time zone, or a JWT's `exp`; what is ten years away is for ever."""
+    assert seconds_until(moment) == seconds
+
+
+@pytest.mark.parametrize("moment", [NOW, NOW - 1, 0, -math.inf, datetime.fromtimestamp(NOW - 1, tz=timezone.utc)])
+@pytest.mark.usefixtures("clock")
+def test_an_identity_of_the_past_is_refused(moment: Any) -> None:
+    """Who comes with what has expired is not let in for a moment first."""
+    with pytest.raises(HTTPException) as refused:
+        seconds_until(moment)
+    assert refused.value.status_code == 401
+
+
+@pytest.mark.parametrize("moment", [datetime(2030, 1, 1), "2030-01-01", True, math.nan, timedelta(seconds=5)], ids=repr)
+@pytest.mark.usefixtures("clock")
+def test_a_moment_that_is_none_is_an_error_that_says_what_is(moment: Any) -> None:
+    """A time without its zone would be good for hours too long somewhere: nobody guesses."""
+    with pytest.raises(TypeError, match="a datetime with a time zone, seconds since 1970"):
+        seconds_until(moment)

@@ -6,10 +6,12 @@ import functools
 from typing import Annotated, Any, Literal, Union
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, InstanceOf, Tag
 
 from fastapi_ws_stabilizer.routing import messages as messages_module
 from fastapi_ws_stabilizer.routing.messages import (
+    MAX_PROBLEM_CHARS,
+    MAX_PROBLEMS,
     BadMessage,
     MessageHandler,
     MessageHandlers,
@@ -51,6 +53,24 @@ class Say(BaseModel):
     text: str
 
 
+class Loose(BaseModel):
+    """A message whose field may be anything."""
+
+    type: str
+    x: Any = None
+
+
+class Strict(BaseModel, extra="forbid"):
+    """A message that knows all its fields."""
+
+
+class Inside:
+    """A class of the application."""
+
+
+IsInside = Annotated[InstanceOf[Inside], BeforeValidator(lambda value: value)]
+
+
 class Room:
     """An object with handlers."""
 
@@ -64,6 +84,10 @@ class Room:
 def prepare(function: Any, raw: str | bytes, *, typed: bool = True) -> Any:
     """What `function` would be given for a message."""
     return MessageHandler(function, typed=typed).prepare(Received(raw))
+
+
+def takes_loose(ws: Any, message: Loose) -> None:
+    """Take a model with a field for anything."""
 
 
 def takes_chat(ws: Any, message: Chat) -> None:
@@ -236,13 +260,13 @@ def test_a_handler_that_cannot_be_called_is_refused() -> None:
 def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many handlers look at a message, its JSON is read once."""
     parsed: list[Any] = []
-    real = messages_module.from_json
+    real = messages_module.read_json
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         parsed.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(messages_module, "from_json", counting)
+    monkeypatch.setattr(messages_module, "read_json", counting)
     handlers = MessageHandlers()
     for _ in range(3):
         handlers.add("chat", takes_any)
@@ -250,6 +274,133 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for handler in handlers.find(received):
         handler.prepare(received)
     assert len(parsed) == 1
+
+
+# ── what a client is told, and what not ──
+
+
+def no_insider(text: str) -> str:
+    """A validator whose name is nobody's business."""
+    raise ValueError("not that")
+
+
+def inside_tag(value: Any) -> str:
+    """A discriminator whose name is nobody's business."""
+    return str(value.get("kind"))
+
+
+def takes_plain_union(ws: Any, message: Union[Say, Move]) -> None:  # noqa: UP007
+    """Take one of two models."""
+
+
+def takes_validated(ws: Any, message: Annotated[str, AfterValidator(no_insider)] | int) -> None:
+    """Take what a function looks at."""
+
+
+def takes_instance(ws: Any, message: dict[str, IsInside]) -> None:
+    """Take what no JSON can be."""
+
+
+def takes_tagged(
+    ws: Any,
+    message: Annotated[
+        Annotated[Say, Tag("say")] | Annotated[Move, Tag("move")],
+        Discriminator(inside_tag),
+    ],
+) -> None:
+    """Take what a function tells apart."""
+
+
+def takes_strict(ws: Any, message: Strict) -> None:
+    """Take a model that knows all its fields."""
+
+
+def refusal(function: Any, raw: str) -> str:
+    """What the client is told."""
+    with pytest.raises(BadMessage) as caught:
+        prepare(function, raw, typed=False)
+    assert caught.value.code == "invalid_message"
+    return caught.value.message
+
+
+def test_the_members_of_a_union_are_not_named() -> None:
+    """A place is a place in the message: no class that pydantic has tried stands in it."""
+    told = refusal(takes_plain_union, '{"kind":"x"}')
+    assert told == (
+        "kind: Input should be 'say'; text: Field required; kind: Input should be 'move'; x: Field required"
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "raw"),
+    [(takes_validated, '"x"'), (takes_instance, '{"x":1}'), (takes_tagged, '{"kind":"other"}')],
+    ids=["validator", "class", "discriminator"],
+)
+def test_functions_and_classes_are_not_named(function: Any, raw: str) -> None:
+    """No name of the application's code reaches a client by way of pydantic."""
+    told = refusal(function, raw).lower()
+    assert told
+    assert not any(word in told for word in ("inside", "function", "instance of", "class", "()"))
+
+
+def test_the_names_of_a_client_are_not_repeated_at_length() -> None:
+    """A member that is not known is named as far as it is short: a reply is never as long as its message."""
+    assert refusal(takes_strict, '{"unknown":1}') == "unknown: Extra inputs are not permitted"
+    many = ",".join(f'"{number}{"x" * 100_000}":1' for number in range(9))
+    told = refusal(takes_strict, f"{{{many}}}")
+    assert len(told) <= MAX_PROBLEMS * (MAX_PROBLEM_CHARS + 2) + len("and 9 more")
+    assert told.endswith("and 4 more")
+
+
+def test_an_unknown_type_is_repeated_as_far_as_it_is_short() -> None:
+    """The type that nobody handles is quoted, escaped, and cut."""
+    handlers = MessageHandlers()
+    handlers.add("chat", takes_any)
+    with pytest.raises(BadMessage) as caught:
+        handlers.find(Received('{"type":"\\r\\n\\u001b[2J' + "x" * 100_000 + '"}'))
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 200
+
+
+# ── limits of what is read ──
+
+
+@pytest.mark.parametrize(
+    ("function", "typed"),
+    [(takes_chat, True), (takes_chat, False), (takes_loose, True), (takes_loose, False), (takes_any, True)],
+)
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("NaN", "not JSON"),
+        ("[-Infinity]", "not JSON"),
+        ("1e999", "a number in it is beyond"),
+        ("9" * 400, "a number in it is beyond"),
+        ("9" * 100_000, "not JSON"),
+        ("[" * 64 + "]" * 64, "nested deeper than 64 levels"),
+        ("[" * 5000, "not JSON"),
+        ('"\\ud800"', "not JSON"),
+    ],
+    ids=["nan", "infinity", "huge", "many digits", "endless digits", "deep", "deepest", "half a pair"],
+)
+def test_every_handler_reads_by_the_same_limits(function: Any, typed: bool, value: str, what: str) -> None:
+    """What the router would refuse, pydantic is not given either, whether the handler has a type or not."""
+    raw = f'{{"type":"chat","text":"hi","x":{value}}}'
+    for message in (raw, raw.encode()):
+        with pytest.raises(BadMessage, match=what) as caught:
+            prepare(function, message, typed=typed)
+        assert caught.value.code == "bad_json"
+
+
+def test_the_last_of_two_types_counts_for_the_router_and_for_the_model() -> None:
+    """No message is routed as one type and validated as another."""
+    handlers = MessageHandlers()
+    handlers.add("a", takes_loose)
+    handlers.add("b", takes_loose)
+    received = Received('{"type":"a","type":"b"}')
+    (handler,) = handlers.find(received)
+    assert handler is handlers.find(Received('{"type":"b"}'))[0]
+    assert handler.prepare(received).type == "b"
 
 
 # ── finding ──

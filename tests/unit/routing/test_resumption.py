@@ -347,7 +347,7 @@ def test_a_secret_has_some_length(secret: Any) -> None:
 @pytest.mark.parametrize(("several", "secret"), [(True, None), (True, NEW), (False, None)])
 def test_several_workers_need_a_secret(monkeypatch: pytest.MonkeyPatch, several: bool, secret: str | None) -> None:
     """A token that only this worker can verify is warned about, once, if there are others."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.manager.several_workers", lambda: several)
+    monkeypatch.setattr("fastapi_ws_stabilizer.routing.passes.several_workers", lambda: several)
 
     @virtually
     async def play() -> None:

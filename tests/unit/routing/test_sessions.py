@@ -343,6 +343,21 @@ async def test_a_malformed_acknowledgement_is_closed_4400(frame: str) -> None:
 
 
 @virtually
+async def test_a_pong_is_small_whatever_a_ping_asks_for() -> None:
+    """A ping that asks for more than a stamp is malformed; nothing large is held for who does not read its pongs."""
+    async with Stage() as stage:
+        line = await Peer(stage).dial()
+        line.server.block()
+        await line.say({"type": "ping", "ts": "x" * 64})
+        await line.say({"type": "ping", "ts": "x" * 65})
+        line.server.release()
+        await soon()
+        assert line.close_code == 4400
+        assert [pong["ts"] for pong in line.of("pong")] == ["x" * 64]
+        assert stage.bugs == []
+
+
+@virtually
 async def test_the_session_of_a_closed_protocol_violation_is_over() -> None:
     """4400 is final: the session ends with the connection."""
     async with Stage() as stage:

@@ -21,6 +21,8 @@ class FakeTransport:
 
     def __init__(self) -> None:
         self.written = b""
+        self.reading = True
+        self.closed = False
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -29,24 +31,32 @@ class FakeTransport:
         return default
 
     def is_closing(self) -> bool:
-        return False
+        return self.closed
 
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
-    resume_reading = close = pause_reading
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Reader:
-    """An application that accepts a WebSocket and reads it to its end."""
+    """An application that accepts a WebSocket, when it may, and reads it to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: str = "websocket.accept") -> None:
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.answer = answer
         self.accepted = False
         self.texts: list[str] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        await send({"type": "websocket.accept"})
+        await self.may_answer.wait()
+        await send({"type": self.answer})
         self.accepted = True
         while (event := await receive())["type"] == "websocket.receive":
             self.texts.append(event["text"])
@@ -56,6 +66,11 @@ REQUEST = (
     b"GET / HTTP/1.1\r\nHost: testserver\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+
+
+CLOSE_FRAME = b"\x88\x80\0\0\0\0"
+RESERVED_FRAME = b"\x83\x80\0\0\0\0"
+PING_FRAME = b"\x89\x80\0\0\0\0"
 
 
 def text_frame(data: bytes, *, first: bool = True, last: bool = True) -> bytes:
@@ -155,6 +170,79 @@ async def test_without_a_link_messages_arrive_as_uvicorn_reads_them(
     protocol.data_received(text_frame(b"o", first=False))
     await eventually(lambda: len(reader.texts) == 2)
     assert reader.texts == ["whole", "hello"]
+    protocol.connection_lost(None)
+    await eventually(lambda: not protocol.tasks)
+
+
+@pytest.mark.parametrize("header", [b"Sec-WebSocket-Key: \xff", b"Upgrade: \xe9", b"Sec-WebSocket-Extensions: \x80"])
+async def test_a_handshake_that_is_not_ascii_is_refused(header: bytes) -> None:
+    """It has an answer in HTTP, though it cannot be quoted there."""
+    protocol, transport = await made(), FakeTransport()
+    protocol.connection_made(transport)
+    name = header.partition(b":")[0]
+    lines = [line for line in REQUEST.split(b"\r\n") if not line.startswith(name + b":")]
+    protocol.data_received(b"\r\n".join([lines[0], header, *lines[1:]]))
+    assert transport.written.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5"))
+    assert transport.closed
+    protocol.connection_lost(None)
+
+
+async def early(answer: str, *frames: bytes) -> tuple[FakeTransport, Reader]:
+    """A client that sends before its handshake is answered, and its answer."""
+    reader, transport = Reader(answer), FakeTransport()
+    reader.may_answer.clear()
+    protocol = await made(reader)
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST)
+    for frame in frames:
+        protocol.data_received(frame)
+    assert transport.written == b""
+    assert not transport.reading
+    reader.may_answer.set()
+    await eventually(lambda: transport.written)
+    assert transport.reading or transport.closed
+    protocol.connection_lost(None)
+    await eventually(lambda: not protocol.tasks)
+    return transport, reader
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"), [(RESERVED_FRAME, 1002), (text_frame(b"\xff"), 1007), (CLOSE_FRAME, None), (PING_FRAME, None)]
+)
+async def test_what_comes_before_the_answer_is_parsed_behind_it(frame: bytes, code: int | None) -> None:
+    """No frame stands before the answer to a handshake, and one that breaks the protocol raises nothing there."""
+    transport, _ = await early("websocket.accept", frame)
+    head, _, frames = transport.written.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert frames[:1] == (b"\x8a" if frame is PING_FRAME else b"\x88")
+    assert code is None or frames[2:4] == code.to_bytes(2, "big")
+
+
+async def test_messages_before_the_answer_are_read_behind_it() -> None:
+    """A client that cannot wait loses nothing."""
+    _, reader = await early("websocket.accept", text_frame(b"a"), text_frame(b"b"))
+    assert reader.texts == ["a", "b"]
+
+
+async def test_what_comes_before_a_refusal_is_not_parsed() -> None:
+    """Behind the answer that it is not accepted nothing is written."""
+    transport, _ = await early("websocket.close", RESERVED_FRAME, PING_FRAME)
+    assert transport.written.startswith(b"HTTP/1.1 403 ")
+    assert transport.written.count(b"\r\n\r\n") == 1
+    assert transport.written.endswith(b"\r\n\r\n")
+
+
+async def test_a_close_right_behind_text_that_is_not_utf_8_is_answered() -> None:
+    """Read at one go, without a link: nothing is raised, and the close frame has its answer."""
+    reader, transport = Reader(), FakeTransport()
+    protocol = await made(reader)
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST)
+    await eventually(lambda: reader.accepted)
+    protocol.data_received(text_frame(b"\xff") + CLOSE_FRAME)
+    assert transport.written.endswith(b"\r\n\r\n\x88\x00")
+    assert transport.closed
+    assert reader.texts == []
     protocol.connection_lost(None)
     await eventually(lambda: not protocol.tasks)
 

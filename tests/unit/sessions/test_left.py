@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.sessions import left as left_module
 from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
 
@@ -22,6 +25,13 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that is a number."""
     return Clock(monkeypatch)
+
+
+def leave(
+    luggage: LeftLuggage, client_id: str, rooms: dict[str, dict[str, str]], user_data: dict[str, Any] | None, face: str
+) -> list[LeftBehind]:
+    """Leave something."""
+    return luggage.leave(client_id, LeftBehind(rooms, Kept(None, None, user_data), 0.0, face, luggage.drop))
 
 
 def faces(gone: list[LeftBehind]) -> list[object]:
@@ -50,7 +60,7 @@ def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
     """Rooms, how the client is described in them, and user data come back once."""
     luggage = LeftLuggage(60, 10)
     luggage.expect("ann")
-    assert luggage.leave("ann", ROOMS, {"cart": [1]}, "face") == []
+    assert leave(luggage, "ann", ROOMS, {"cart": [1]}, "face") == []
     assert len(luggage) == 1
     left = luggage.take("ann")
     assert left is not None
@@ -67,9 +77,9 @@ def test_a_client_that_never_came_gets_nothing() -> None:
 def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
     """A client that comes back too late gets nothing."""
     luggage = LeftLuggage(60, 10)
-    luggage.leave("ann", ROOMS, None, "ann")
+    leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 30
-    luggage.leave("bob", ROOMS, None, "bob")
+    leave(luggage, "bob", ROOMS, None, "bob")
     assert luggage.next_due() == 1060.0
     clock.now += 29.9
     assert luggage.collect() == []
@@ -82,7 +92,7 @@ def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
 def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
     """What is too old is given to nobody, even if nobody has collected it yet."""
     luggage = LeftLuggage(60, 10)
-    luggage.leave("ann", ROOMS, None, "ann")
+    leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 60
     assert luggage.take("ann") is None
 
@@ -90,18 +100,18 @@ def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
 def test_leaving_collects_what_is_too_old(clock: Clock) -> None:
     """Whoever leaves something takes away what is too old."""
     luggage = LeftLuggage(60, 10)
-    luggage.leave("ann", ROOMS, None, "ann")
+    leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 60
-    assert faces(luggage.leave("bob", ROOMS, None, "bob")) == ["ann"]
+    assert faces(leave(luggage, "bob", ROOMS, None, "bob")) == ["ann"]
 
 
 def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> None:
     """What a client left before goes for what it leaves now, and its time begins anew."""
     luggage = LeftLuggage(60, 10)
-    luggage.leave("ann", ROOMS, None, "first")
-    luggage.leave("bob", ROOMS, None, "bob")
+    leave(luggage, "ann", ROOMS, None, "first")
+    leave(luggage, "bob", ROOMS, None, "bob")
     clock.now += 10
-    assert faces(luggage.leave("ann", {}, {"n": 2}, "second")) == ["first"]
+    assert faces(leave(luggage, "ann", {}, {"n": 2}, "second")) == ["first"]
     clock.now += 50
     assert faces(luggage.collect()) == ["bob"]
     left = luggage.take("ann")
@@ -112,7 +122,7 @@ def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> No
 def test_of_too_many_the_first_goes(clock: Clock) -> None:
     """No more is kept than may be."""
     luggage = LeftLuggage(60, 2)
-    gone = [faces(luggage.leave(who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
+    gone = [faces(leave(luggage, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
     assert gone == [[], [], ["ann"]]
     assert len(luggage) == 2
 
@@ -121,7 +131,7 @@ def test_all_of_it_is_taken_out_at_the_end(clock: Clock) -> None:
     """At the end everything is handed out, so that its end can be told."""
     luggage = LeftLuggage(60, 10)
     for who in ("ann", "bob"):
-        luggage.leave(who, ROOMS, None, who)
+        leave(luggage, who, ROOMS, None, who)
     assert faces(luggage.clear()) == ["ann", "bob"]
     assert len(luggage) == 0
     assert luggage.next_due() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 
 import pytest
@@ -199,6 +200,23 @@ def test_two_tokens_are_good_until_the_newer_one_is_confirmed() -> None:
     assert not session.knows(first)
     assert session.present(first) is None
     assert session.knows(second)
+
+
+def test_every_token_is_compared_whichever_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many comparisons a check takes tells nothing of which token was right, nor whether one was."""
+    owned = Owned()
+    session = owned.session
+    first = owned.secret()
+    session.present(first)
+    second = owned.secret()
+    compared: list[object] = []
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append(both) or real(*both))
+    for secret in ("wrong", first, second):
+        for check in (session.knows, session.present):
+            compared.clear()
+            check(secret)
+            assert len(compared) == 2
 
 
 def test_a_welcome_lost_again_and_again_costs_nothing() -> None:

@@ -69,6 +69,13 @@ def test_any_client_id_makes_the_round_trip(client_id: str) -> None:
     assert tokens.read(tokens.issue(client_id)).client_id == client_id
 
 
+def test_a_token_of_the_first_version_stays_good(clock: WallClock) -> None:
+    """What workers and clients of an older release hold is read, byte by byte, as it was written."""
+    token = "wsr1.AAABoxhcUAAAAAGjGF06YAABAgMEBQYHCAkKCwAAAANhbm4Qics_i7kSvClX2cd4VjX6ljxaLwo3LbTJ630pU0Jlkg"
+    claim = ReconnectTokens([NEW], 60).use(token, "ann")
+    assert (claim.issued, claim.until, claim.number) == (1_800_000_000_000, 1_800_000_060_000, bytes(range(12)))
+
+
 def test_reading_a_token_does_not_use_it_up() -> None:
     """A token that was only read is good afterwards."""
     tokens = ReconnectTokens([NEW], 60)
@@ -273,8 +280,8 @@ def test_bogus_tokens_grow_nothing() -> None:
         with pytest.raises(InvalidTokenError):
             tokens.use(token_of(bogus))
     assert len(tokens) == 0
-    assert len(tokens._used) == 0
-    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_floor"}
+    assert len(tokens._used) == len(tokens._revoked) == 0
+    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_revoked", "_floor", "_latest"}
 
 
 def test_a_token_above_the_length_limit_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +348,137 @@ def test_what_is_used_and_over_makes_room_without_a_floor(clock: WallClock, monk
     tokens.use(tokens.issue("cid"))
     assert len(tokens) == 1
     assert tokens.use(waiting).client_id == "bob"
+
+
+# ── revoking ──
+
+
+def test_what_was_issued_before_a_revocation_is_refused() -> None:
+    """Every token of the client, whichever process has issued it, and only that client's."""
+    tokens, other_worker = ReconnectTokens([NEW], 60), ReconnectTokens([NEW], 60)
+    before = [tokens.issue("ann"), tokens.issue("ann"), other_worker.issue("ann")]
+    bob = tokens.issue("bob")
+    tokens.revoke("ann")
+    assert [problem_with(tokens, token, "ann") for token in before] == ["revoked"] * 3
+    assert tokens.use(bob).client_id == "bob"
+
+
+def test_a_token_is_good_that_was_issued_after_a_revocation(clock: WallClock) -> None:
+    """Also in the same millisecond, in which what was issued before is refused."""
+    tokens = ReconnectTokens([NEW], 60)
+    before = tokens.issue("ann")
+    tokens.revoke("ann")
+    after = tokens.issue("ann")
+    assert problem_with(tokens, before) == "revoked"
+    assert tokens.use(after, "ann").client_id == "ann"
+
+
+def test_a_second_revocation_in_the_same_millisecond_counts(clock: WallClock) -> None:
+    """Revoked, issued, revoked: nothing of it is good, and the next one is."""
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(3):
+        issued.append(tokens.issue("ann"))
+        tokens.revoke("ann")
+    assert [problem_with(tokens, token) for token in issued] == ["revoked"] * 3
+    assert tokens.use(tokens.issue("ann")).client_id == "ann"
+
+
+def test_a_clock_that_is_set_back_saves_no_token(clock: WallClock) -> None:
+    """What was issued before a revocation is refused, whatever the time is said to be since; what is new is good."""
+    tokens = ReconnectTokens([NEW], 60)
+    before = tokens.issue("ann")
+    clock.now -= 3600
+    tokens.revoke("ann")
+    assert problem_with(tokens, before) == "revoked"
+    token = tokens.issue("ann")
+    clock.now += 59.999
+    assert tokens.read(token).client_id == "ann"
+    clock.now += 0.001
+    with pytest.raises(TokenExpiredError):
+        tokens.read(token)
+
+
+def test_the_latest_revocation_counts(clock: WallClock) -> None:
+    """Revoking once more refuses what was issued in between."""
+    tokens = ReconnectTokens([NEW], 60)
+    tokens.revoke("ann")
+    clock.now += 1
+    between = tokens.issue("ann")
+    clock.now += 1
+    tokens.revoke("ann")
+    assert problem_with(tokens, between) == "revoked"
+
+
+def test_a_used_token_can_be_revoked_and_a_revoked_one_is_not_used_up() -> None:
+    """A refusal keeps nothing."""
+    tokens = ReconnectTokens([NEW], 60)
+    used, unused = tokens.issue("ann"), tokens.issue("ann")
+    tokens.use(used)
+    tokens.revoke("ann")
+    assert problem_with(tokens, used) == problem_with(tokens, unused) == "revoked"
+    assert len(tokens) == 1
+
+
+def test_a_revocation_is_forgotten_when_what_it_revoked_has_expired(clock: WallClock) -> None:
+    """That costs nobody a token."""
+    tokens = ReconnectTokens([NEW], 60)
+    revoked = tokens.issue("ann")
+    tokens.revoke("ann")
+    clock.now += 1
+    good = tokens.issue("bob")
+    clock.now += 58.5
+    tokens.revoke("cid")
+    assert list(tokens._revoked) == ["ann", "cid"]
+    clock.now += 0.5
+    tokens.revoke("cid")
+    assert list(tokens._revoked) == ["cid"]
+    with pytest.raises(TokenExpiredError):
+        tokens.use(revoked)
+    assert tokens.use(good).client_id == "bob"
+
+
+def test_a_forgotten_revocation_saves_no_token_with_a_longer_life(clock: WallClock) -> None:
+    """What a worker with a longer ttl has issued is refused, though the revocation is forgotten."""
+    tokens = ReconnectTokens([NEW], 60)
+    long = ReconnectTokens([NEW], 3600).issue("ann")
+    tokens.revoke("ann")
+    clock.now += 61
+    tokens.revoke("bob")
+    assert list(tokens._revoked) == ["bob"]
+    with pytest.raises(TokenExpiredError):
+        tokens.use(long)
+
+
+def test_a_revoked_token_is_never_good_again(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When too many clients were revoked, all tokens are refused that were issued before the one that is forgotten."""
+    monkeypatch.setattr(tokens_module, "MAX_REVOKED", 3)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = {}
+    for number in range(8):
+        issued[f"client {number}"] = tokens.issue(f"client {number}")
+        clock.now += 0.001
+    for client_id in list(issued)[:5]:
+        tokens.revoke(client_id)
+        assert len(tokens._revoked) <= 3
+        clock.now += 0.001
+    for token in issued.values():
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.use(token)
+    assert tokens.use(tokens.issue("client 0")).client_id == "client 0"
+
+
+def test_revoking_one_client_again_and_again_is_remembered_once(
+    clock: WallClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pushes nobody else's revocation out, and a newer one is kept longer."""
+    monkeypatch.setattr(tokens_module, "MAX_REVOKED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    for client_id in ("ann", "bob", "ann", "ann"):
+        tokens.revoke(client_id)
+        clock.now += 1
+    assert list(tokens._revoked) == ["bob", "ann"]
+    assert tokens._floor == -1
 
 
 async def test_neither_tokens_nor_secrets_are_in_any_log(caplog: pytest.LogCaptureFixture) -> None:

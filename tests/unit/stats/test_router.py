@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import Depends, FastAPI, Header, HTTPException, WebSocketException
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
+from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.stats import stats_router
 from tests.unit.fake_websocket import FakeServer, eventually
@@ -94,10 +95,11 @@ def test_one_connection(client: TestClient) -> None:
             "dropped_messages",
             "unread_messages",
             "unread_bytes",
+            "held_bytes",
             "rooms",
         }
         assert (one["connection_id"], one["client_id"]) == (listed["connection_id"], "ann")
-        assert one["address"] == "testclient:50000"
+        assert one["address"] == "testclient"
         assert one["connected_seconds"] >= one["silent_seconds"] >= 0
         assert one["rtt_seconds"] is None
         assert (one["queued_messages"], one["queued_bytes"], one["unread_messages"]) == (0, 0, 0)
@@ -185,8 +187,23 @@ async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
     assert totals["broadcasts"] == 2
     assert (one["queued_messages"], one["queued_bytes"], one["unread_messages"]) == (1, 4, 1)
     assert one["unread_bytes"] > 0
-    assert one["address"] is None
+    assert one["address"] == "unix"
     server.release()
+    await manager.graceful_shutdown(timeout=1)
+
+
+async def test_what_a_client_chooses_stands_in_the_stats_as_json(manager: WebSocketConnectionManager) -> None:
+    """Markup and control characters of a client id are text of a JSON string, in the page and in the answer's type."""
+    hostile = '</script><script>alert(1)</script>\r\n\x1b[2J\u2028"'
+    server = FakeServer()
+    socket = await manager.connect(hostile, await server.accepted())
+    await socket.join("<b>lobby</b>")
+    async for client in _http(make(manager)):
+        answer = await client.get("/ws-stats/connections", params={"client_id": hostile})
+    (one,) = answer.json()["connections"]
+    assert (one["client_id"], one["rooms"]) == (hostile, ["<b>lobby</b>"])
+    assert answer.headers["content-type"] == "application/json"
+    assert not {"\r", "\n", "\x1b"} & set(answer.text)
     await manager.graceful_shutdown(timeout=1)
 
 
@@ -198,7 +215,7 @@ def test_the_stats_are_protected_by_fastapis_own_means(manager: WebSocketConnect
             raise HTTPException(401)
 
     with TestClient(make(manager, dependencies=[Depends(admin)])) as client:
-        for path in ("/", "/connections", "/connections/x", "/health"):
+        for path in ("/", "/connections", "/connections/x", "/metrics", "/health"):
             assert client.get(f"/ws-stats{path}").status_code == 401
         assert client.get("/ws-stats/", headers={"token": "secret"}).status_code == 200
 
@@ -210,6 +227,7 @@ def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
         "/ws-stats/",
         "/ws-stats/connections",
         "/ws-stats/connections/{connection_id}",
+        "/ws-stats/metrics",
         "/ws-stats/health",
         "/ws-stats/health/live",
         "/ws-stats/health/ready",
@@ -232,3 +250,55 @@ async def _http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client on this event loop, which runs no lifespan."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://testserver") as client:
         yield client
+
+
+async def test_refusals_evictions_and_memory_are_shown() -> None:
+    """The totals say who was turned away and why, who had to go, and what is held; a connection what is its own."""
+    manager = WebSocketConnectionManager(
+        WebSocketConfig(max_connections=2, max_total_memory=50_000, max_message_rate=1, heartbeat_type="off")
+    )
+    ann, bob, carl = FakeServer(), FakeServer(), FakeServer()
+    (await manager.connect("ann", await ann.accepted())).user_data["kept"] = "x" * 30_000
+    second = await manager.connect("bob", await bob.accepted())
+    with pytest.raises(ConnectionLimitExceededError):
+        await manager.connect("carl", await carl.accepted())
+    second.user_data["kept"] = "x" * 40_000
+    bob.feed_text("one", "two")
+    await eventually(lambda: manager.totals.messages_refused)
+    async for client in _http(make(manager)):
+        totals = (await client.get("/ws-stats/")).json()
+        (one,) = (await client.get("/ws-stats/connections")).json()["connections"]
+    assert (totals["evictions"], totals["messages_refused"]) == (1, 1)
+    assert totals["endings"] == {"memory": 1}
+    assert totals["refusals"] == {"max_connections": 1}
+    assert one["client_id"] == "bob"
+    assert totals["total_memory"] == one["held_bytes"] > 40_000
+    await manager.graceful_shutdown(timeout=1)
+
+
+async def test_a_refused_handshake_is_counted_by_what_refused_it() -> None:
+    """By the option, where one did, and by the code that means the same otherwise."""
+    manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
+    foreign = [(b"origin", b"https://evil.example"), (b"host", b"testserver")]
+    async with manager.serve(FakeServer().websocket):
+        for headers in ([], [], foreign):
+            with pytest.raises(WebSocketException):
+                async with manager.serve(FakeServer(headers=headers).websocket):
+                    raise AssertionError("it was let in")
+    async for client in _http(make(manager)):
+        totals = (await client.get("/ws-stats/")).json()
+    assert totals["refusals"] == {"max_connections": 2, "4403": 1}
+    await manager.graceful_shutdown(timeout=1)
+
+
+async def test_the_address_is_the_client_s() -> None:
+    """Behind a proxy that is trusted it is the one that the proxy says; nobody else is believed."""
+    manager = WebSocketConnectionManager(WebSocketConfig(trusted_proxies=["10.0.0.7"]))
+    said = [(b"x-forwarded-for", b"198.51.100.4, 203.0.113.9")]
+    await manager.connect("behind", await FakeServer(headers=said).accepted())
+    await manager.connect("liar", await FakeServer(headers=said, client=("192.0.2.1", 5)).accepted())
+    async for client in _http(make(manager)):
+        page = (await client.get("/ws-stats/connections")).json()["connections"]
+    assert [(one["client_id"], one["address"]) for one in page] == [("behind", "203.0.113.9"), ("liar", "192.0.2.1")]
+    assert [socket.address for socket in manager.get_sockets()] == ["203.0.113.9", "192.0.2.1"]
+    await manager.graceful_shutdown(timeout=1)

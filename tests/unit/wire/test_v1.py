@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.wire import v1
+from fastapi_ws_stabilizer.wire.compression import deflate_whole
 from fastapi_ws_stabilizer.wire.v1 import (
     MAX_HELLO_BYTES,
     MAX_META_BYTES,
@@ -32,9 +33,10 @@ from fastapi_ws_stabilizer.wire.v1 import (
     optional_number,
     optional_text,
     parse,
+    stamp,
 )
 
-NAMES = st.text(st.characters(codec="utf-8"), max_size=MAX_NAME_CHARS)
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=MAX_NAME_CHARS)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | NAMES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
@@ -193,6 +195,33 @@ def test_names_are_texts_of_a_limited_length(name: str) -> None:
             message_of({"type": "msg", name: value})
 
 
+@pytest.mark.parametrize("name", ["event", "id", "key", "room"])
+@pytest.mark.parametrize("value", ["a\x00", "\r\n[ERROR] fake", "\x1b[2J", "\x9b", "\u2028"], ids=ascii)
+def test_names_have_no_control_characters(name: str, value: str) -> None:
+    """What would rewrite a line wherever it is shown is no name; the error does not repeat it."""
+    with pytest.raises(BadFrameError, match="none of them a control character") as refused:
+        message_of({"type": "msg", name: value})
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "packed", [b"\xff\xff", deflate_whole(b"\xff"), deflate_whole(b"{}")[:-1], deflate_whole(b"{}") * 2]
+)
+def test_what_is_wrong_with_a_compressed_frame_is_told_in_our_words(packed: bytes) -> None:
+    """Neither zlib's error nor Python's reaches a client."""
+    with pytest.raises(BadFrameError) as refused:
+        parse(b"\x02\x00\x00" + packed, 1000)
+    assert str(refused.value) == "a compressed frame is raw deflate of UTF-8, once and whole"
+
+
+def test_a_frame_that_cannot_be_read_says_why() -> None:
+    """A limit is told: nested too deep, or a number too large."""
+    with pytest.raises(BadFrameError, match="it is nested deeper than 64 levels"):
+        parse('{"type":"msg","data":' + "[" * 64 + "]" * 64 + "}")
+    with pytest.raises(BadFrameError, match="a number in it is beyond"):
+        parse('{"type":"msg","data":1e999}')
+
+
 def test_a_text_may_have_a_limit_of_its_own() -> None:
     """Tokens are longer than names."""
     assert optional_text({"token": "x" * 512}, "token", 512) == "x" * 512
@@ -243,6 +272,11 @@ def test_a_message_of_bytes_makes_the_round_trip(data: bytes, event: str | None,
 def test_numbers_that_json_does_not_have_become_null() -> None:
     """NaN and infinities are null, as in JavaScript."""
     assert envelope("msg", [float("nan"), float("inf")]) == '{"type":"msg","data":[null,null]}'
+
+
+def test_infinity_is_written_as_null() -> None:
+    """What cannot be JSON is made JSON: no frame of ours is one that its reader could not read."""
+    assert control("pong", ts=float("inf")).text == '{"type":"pong","ts":null}'
 
 
 def test_what_cannot_be_json_is_an_error_of_its_sender() -> None:
@@ -376,6 +410,21 @@ def test_a_hello_has_a_limit_in_bytes() -> None:
 
 def test_a_hello_that_is_too_long_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unauthenticated peer costs no parsing beyond the limit."""
-    monkeypatch.setattr(v1, "from_json", lambda *_, **__: pytest.fail("parsed"))
+    monkeypatch.setattr(v1, "read_json", lambda *_, **__: pytest.fail("parsed"))
     with pytest.raises(BadFrameError):
         hello_of("{" + " " * MAX_HELLO_BYTES)
+
+
+@pytest.mark.parametrize("ts", [None, 0, 17, -1, 1.5, 1767225600123, "", "x" * 64])
+def test_a_ping_may_ask_for_a_number_or_a_short_text(ts: Any) -> None:
+    """It gets back what it has sent; `null` is nothing."""
+    assert stamp({"type": "ping", "ts": ts}) == ts
+    assert stamp({"type": "ping"}) is None
+
+
+@pytest.mark.parametrize("ts", ["x" * 65, True, [], [1], {}, {"a": 1}])
+def test_a_ping_may_ask_for_nothing_else(ts: Any) -> None:
+    """Pongs to a client that does not read are held, so it does not choose how large they are."""
+    with pytest.raises(BadFrameError, match="ping: ts is a number or a text of at most 64 characters") as refused:
+        stamp({"type": "ping", "ts": ts})
+    assert refused.value.code == 4400

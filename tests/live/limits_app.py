@@ -1,0 +1,116 @@
+"""The app of the tests of who gets in: one manager for each set of options, and the same ways in to each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
+
+from fastapi_ws_stabilizer import (
+    ConnectionLimitExceededError,
+    StableSocket,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    configure_logging,
+)
+from fastapi_ws_stabilizer.identity.credentials import Credential, bearer, query, subprotocol
+
+TOKEN = Credential(bearer(), query("token"), subprotocol("bearer"))
+
+configure_logging()
+app = FastAPI()
+events: list[str] = []
+
+
+async def current_user(token: Annotated[str, Depends(TOKEN)], slow: float = 0.0) -> str:
+    await asyncio.sleep(slow)
+    if not token.startswith("good-"):
+        raise HTTPException(401, "bad token")
+    return token.removeprefix("good-")
+
+
+def ways_in(options: dict[str, Any]) -> APIRouter:
+    """The routes to one manager."""
+    config = {"heartbeat_type": "off", "disconnect_grace": 0.5, "hello_timeout": 1, **options}
+    manager = WebSocketConnectionManager(WebSocketConfig(**config, handle_signals=False))
+    router = APIRouter()
+
+    async def echo(ws: StableSocket) -> None:
+        events.append(f"served {ws.client_id}")
+        async for message in ws:
+            await ws.send(message)
+
+    async def by_path(websocket: WebSocket) -> AsyncIterator[StableSocket]:
+        async with manager.serve(websocket) as ws:
+            yield ws
+
+    @router.websocket("/path/{client_id}")
+    async def path(ws: StableSocket = Depends(by_path)) -> None:
+        await echo(ws)
+
+    @router.websocket("/who")
+    async def who(ws: StableSocket = Depends(manager.socket_for(current_user))) -> None:
+        await echo(ws)
+
+    @router.websocket("/hand/{client_id}")
+    async def hand(websocket: WebSocket, client_id: str) -> None:
+        await websocket.accept()
+        try:
+            ws = await manager.connect(client_id, websocket)
+        except ConnectionLimitExceededError as error:
+            events.append(f"by hand: {error.limit}")
+            raise
+        await echo(ws)
+
+    @router.get("/counts")
+    async def counts() -> dict[str, Any]:
+        serving = manager._serving
+        return {
+            "inside": len(serving.door.admission),
+            "knocking": serving.door.admission._knocking,
+            "connections": manager.get_connection_count(),
+            "unfinished": len(serving.unfinished),
+            "sessions": len(serving.sessions),
+            "refusals": manager.totals.refusals,
+        }
+
+    @router.post("/drain")
+    async def drain() -> bool:
+        manager._serving.close()
+        return True
+
+    return router
+
+
+for name, options in json.loads(os.environ.get("TEST_LIMITS", "{}")).items():
+    app.include_router(ways_in(options), prefix=f"/{name}")
+
+
+@app.get("/me")
+async def me(user: Annotated[str, Depends(current_user)]) -> str:
+    return user
+
+
+@app.get("/events")
+async def noted() -> list[str]:
+    return events
+
+
+@app.post("/collect")
+async def collect() -> dict[str, int]:
+    """Collect garbage, give back what the allocator keeps for later, and tell the memory that the process holds now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+        "objects": len(gc.get_objects()),
+        "tasks": len(asyncio.all_tasks()),
+    }

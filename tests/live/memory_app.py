@@ -1,0 +1,90 @@
+"""The app of the memory tests: it keeps what it is told to keep, and says what that has led to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from typing import Any
+
+from fastapi import FastAPI, WebSocket
+
+from fastapi_ws_stabilizer import (
+    DisconnectReason,
+    MemoryLimitExceededError,
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    configure_logging,
+)
+
+configure_logging()
+manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+app = FastAPI(lifespan=manager.lifespan)
+events: list[str] = []
+
+
+@manager.on_disconnect
+async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
+    events.append(f"disconnect {ws.client_id} {reason.value}")
+    if ws.client_id == "slow":
+        await asyncio.sleep(3)
+    events.append(f"told {ws.client_id}")
+
+
+@manager.on_message("keep")
+async def keep(ws: StableSocket, message: dict[str, Any]) -> None:
+    ws.user_data[message["key"]] = "x" * message["size"]
+    await ws.send("kept")
+
+
+@app.post("/keep/{client_id}")
+async def keep_for(client_id: str, size: int, key: str = "data") -> dict[str, Any]:
+    """Keep bytes for a client, three containers deep."""
+    try:
+        await manager.set_user_data(client_id, key, {"a": [{"b": bytearray(size)}]})
+    except MemoryLimitExceededError as error:
+        return {"refused": error.limit, "most": error.most}
+    return {"kept": size}
+
+
+@app.post("/push/{client_id}/{count}")
+async def push(client_id: str, count: int, size: int) -> bool:
+    return all([await manager.send_to_client(client_id, "x" * size) for _ in range(count)])
+
+
+@app.post("/broadcast/{count}")
+async def broadcast(count: int, size: int) -> None:
+    for _ in range(count):
+        await manager.broadcast("x" * size)
+
+
+@app.get("/keys/{client_id}")
+async def keys(client_id: str) -> list[str]:
+    return [key for socket in manager.get_sockets(client_id) for key in socket.user_data]
+
+
+@app.get("/probe")
+async def probe() -> dict[str, Any]:
+    return {
+        **manager.get_memory_usage(),
+        "events": events,
+        "clients": manager.get_active_connections(),
+        "evictions": manager.totals.evictions,
+    }
+
+
+@app.websocket("/ws/{client_id}")
+async def endpoint(ws: StableSocketDep) -> None:
+    await ws.run()
+
+
+@app.websocket("/hand/{client_id}/{size}")
+async def by_hand(websocket: WebSocket, client_id: str, size: int) -> None:
+    await websocket.accept()
+    started = time.monotonic()
+    await manager.connect(client_id, websocket, {"data": bytearray(size)})
+    await websocket.send_text(str(time.monotonic() - started))
+    await websocket.receive_text()

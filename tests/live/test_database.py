@@ -1,0 +1,55 @@
+"""A client that drops in the middle of a query costs the pool no connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import connect
+
+from tests.live.server import LiveServer, until
+
+pytest.importorskip("sqlalchemy", reason="needs the dependency group test: sqlalchemy[asyncio]")
+pytest.importorskip("aiosqlite", reason="needs the dependency group test: aiosqlite")
+
+Serve = Callable[..., LiveServer]
+
+DROPS = 100
+AT_ONCE = 10
+
+
+@pytest.mark.parametrize("kind", [pytest.param("uvicorn-sansio", marks=pytest.mark.soak), "uvicorn-stable"])
+@pytest.mark.parametrize("way", ["handler", pytest.param("dependency", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("grace", "rows"), [(0.05, 1_000_000), (5.0, 20_000)], ids=["cancelled", "finished"])
+async def test_a_hundred_drops_in_mid_query_leak_nothing(
+    serve: Serve, tmp_path: Path, kind: str, way: str, grace: float, rows: int
+) -> None:
+    """Whether its query is finished within the grace or cancelled after it, each connection is back in the pool."""
+    config = {"disconnect_grace": grace}
+    server = serve(kind, app="tests.live.database_app:app", config=config, env={"TEST_DATABASE": str(tmp_path / "db")})
+
+    async def drops(number: int) -> None:
+        client = await connect(server.url(f"/{way}/c{number}"))
+        begun = server.get("/pool")["begun"]
+        await client.send(f'{{"type":"ask","rows":{rows}}}')
+        await until(lambda: server.get("/pool")["begun"] > begun, 20)
+        client.transport.abort()
+
+    for first in range(0, DROPS, AT_ONCE):
+        await asyncio.gather(*(drops(number) for number in range(first, first + AT_ONCE)))
+        await until(lambda: server.get("/pool")["unfinished"] == 0, 20)
+    await until(lambda: server.get("/pool")["checked_out"] == 0, 10)
+    found = server.get("/pool")
+    assert (found["begun"], found["connections"]) == (DROPS, 0)
+    assert found["finished"] + len(found["cancelled"]) == DROPS
+    assert set(found["cancelled"]) <= {1}
+    if grace < 1:
+        assert len(found["cancelled"]) > DROPS / 2
+    else:
+        assert found["finished"] == DROPS
+    assert server.errors() == []
+    assert "non-checked-in" not in server.log
+    server.terminate(10)
+    assert "non-checked-in" not in server.log

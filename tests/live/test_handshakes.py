@@ -1,0 +1,206 @@
+"""Handshakes over the limit, by the thousand: each is refused cheaply, nothing is kept, and nobody inside notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.live.server import LiveServer
+from tests.live.wire_client import WireClient, request
+
+Serve = Callable[..., LiveServer]
+
+KINDS = ("uvicorn-sansio", "uvicorn-stable")
+AT_ONCE = 20
+MAX_CPU_SECONDS = 0.005
+"""For one refused handshake, all of the server process included."""
+
+MAX_GROWTH = 3 << 20
+"""Bytes. An allocator finds its level; a kilobyte for each of ten thousand would be more."""
+
+MAX_P99 = 0.25
+"""Seconds. Generous: this machine dials, refuses and echoes on the same two cores."""
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+LIMITS: dict[str, dict[str, object]] = {
+    "full": {"max_connections": 2},
+    "address": {"max_connections_per_address": 2},
+    "rate": {"max_connect_rate_per_address": 0.001, "max_connect_rate": 1000, "trusted_proxies": ["127.0.0.1"]},
+}
+
+HOME = "127.0.0.1"
+
+V1 = {"Sec-WebSocket-Protocol": "stabilizer.v1.json"}
+
+
+def cpu_seconds(server: LiveServer) -> float:
+    """What the server process has used, in user and in system time."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+async def refused(port: int, path: str, headers: dict[str, str | None]) -> bytes:
+    """Dial, and read until the server has closed; return the first bytes of its answer, and of a close frame."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request(port, path, headers))
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        if b" 101 " in head.split(b"\r\n", 1)[0]:
+            first = await asyncio.wait_for(reader.readexactly(4), 10)
+            return first[2:]
+        return head[9:12]
+    finally:
+        writer.transport.abort()
+
+
+async def dial_many(
+    server: LiveServer, path: str, count: int, headers: dict[str, str | None], answer: set[bytes]
+) -> None:
+    """Dial so many times, a few at once, and be refused each time."""
+    numbers = iter(range(count))
+
+    async def dial() -> None:
+        for number in numbers:
+            assert await refused(server.port, f"{path}/mallory{number}", headers) in answer
+
+    await asyncio.gather(*(dial() for _ in range(AT_ONCE)))
+
+
+async def echo(client: ClientConnection, over: asyncio.Event, times: list[float]) -> None:
+    """Echo until it is over, and note how long each echo took."""
+    while not over.is_set():
+        started = time.perf_counter()
+        await client.send("hi")
+        assert await asyncio.wait_for(client.recv(), 10) == "hi"
+        times.append(time.perf_counter() - started)
+        await asyncio.sleep(0.005)
+
+
+def code(number: int) -> bytes:
+    """A close code as it stands in a close frame."""
+    return number.to_bytes(2, "big")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("limit", "browser", "answer", "count"),
+    [
+        pytest.param("full", False, {b"503"}, 1000, id="full"),
+        pytest.param("address", True, {code(4429), b"429"}, 1000, id="address, a browser"),
+        pytest.param("full", False, {b"503"}, 10_000, id="full, long", marks=pytest.mark.soak),
+        pytest.param("full", True, {b"503"}, 10_000, id="full, a browser, long", marks=pytest.mark.soak),
+        pytest.param("address", False, {b"429"}, 10_000, id="address, long", marks=pytest.mark.soak),
+        pytest.param(
+            "address", True, {code(4429), b"429"}, 10_000, id="address, a browser, long", marks=pytest.mark.soak
+        ),
+        pytest.param("rate", False, {b"429"}, 10_000, id="rate, long", marks=pytest.mark.soak),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_handshakes_over_the_limit_cost_little(
+    serve: Serve, kind: str, limit: str, browser: bool, answer: set[bytes], count: int
+) -> None:
+    """Memory is flat, each takes under 5 ms of CPU, and the echoes of those inside are answered all the while."""
+    server = serve(
+        kind,
+        app="tests.live.limits_app:app",
+        args=("--log-level", "warning", "--no-proxy-headers"),
+        env={"TEST_LIMITS": json.dumps({"door": LIMITS[limit]}), "PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"},
+    )
+    headers: dict[str, str | None] = {"Origin": f"http://127.0.0.1:{server.port}"} if browser else {}
+    times: list[float] = []
+    over = asyncio.Event()
+    async with AsyncExitStack() as inside:
+        clients = [
+            await inside.enter_async_context(
+                connect(server.url(f"/door/path/{name}"), additional_headers={"X-Forwarded-For": address})
+            )
+            for name, address in (("ann", HOME if limit == "address" else "10.0.0.1"), ("bob", HOME))
+        ]
+        echoing = [asyncio.create_task(echo(client, over, times)) for client in clients]
+        await dial_many(server, "/door/path", 300, headers, answer)  # until caches and the allocator are at their level
+        before, cpu, echoed = server.post("/collect"), cpu_seconds(server), len(times)
+        await dial_many(server, "/door/path", count, headers, answer)
+        spent = cpu_seconds(server) - cpu
+        over.set()
+        await asyncio.gather(*echoing)
+        after = server.post("/collect")
+        found = server.get("/door/counts")
+    during = sorted(times[echoed:])
+    p99 = during[int(len(during) * 0.99)]
+    print(
+        f"\n{kind}, {limit}{', a browser' if browser else ''}, {count}: {spent / count * 1000:.2f} ms of CPU each, "
+        f"{after['rss'] - before['rss']:+,} bytes, p99 of {len(during)} echoes {p99 * 1000:.1f} ms"
+    )
+    assert spent / count < MAX_CPU_SECONDS
+    assert after["rss"] - before["rss"] < MAX_GROWTH
+    assert after["objects"] - before["objects"] < 0.1 * count
+    assert p99 < MAX_P99
+    assert sum(found["refusals"].values()) == 300 + count
+    assert {name: found[name] for name in ("inside", "knocking", "connections", "unfinished", "sessions")} == {
+        "inside": 2,
+        "knocking": 0,
+        "connections": 2,
+        "unfinished": 2,
+        "sessions": 0,
+    }
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_hundreds_who_say_no_hello_are_few(serve: Serve, kind: str) -> None:
+    """Clients of `stabilizer.v1.json` that open a handshake and say nothing get 503 beyond the lobby, and are gone
+    when their time is over: a server that is not even full does not hold any number of them."""
+    server = serve(
+        kind, app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps({"door": {"max_connections": 50}})}
+    )
+
+    async def dial(number: int) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request(server.port, f"/door/path/silent{number}", V1))
+        return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10))[9:12], reader, writer
+
+    silent = await asyncio.gather(*(dial(number) for number in range(300)))
+    try:
+        answers = [answer for answer, _, _ in silent]
+        assert answers.count(b"101") == 50 + 16
+        assert answers.count(b"503") == 300 - 50 - 16
+        closed = await asyncio.gather(*(reader.readexactly(4) for answer, reader, _ in silent if answer == b"101"))
+        assert {frame[2:] for frame in closed} == {code(4408)}
+    finally:
+        for _, _, writer in silent:
+            writer.transport.abort()
+    assert server.get("/door/counts")["sessions"] == 0
+
+
+async def test_browsers_that_do_not_go_are_not_kept_by_the_thousand(serve: Serve) -> None:
+    """A client that is accepted to be told why, and never answers the close frame, is held by the server for a while.
+    So one of an address is, once in five seconds; the others get an HTTP status, after which the server hangs up."""
+    limits = {"door": {"max_connections_per_address": 1}}
+    server = serve(app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps(limits)})
+
+    def dial_all(open_ones: ExitStack) -> list[int]:
+        answers = []
+        for _ in range(1200):
+            client = WireClient(server.port)
+            answers.append(client.upgrade("/door/path", {"Origin": f"http://{HOME}:{server.port}"}).status)
+            open_ones.callback(client.close) if answers[-1] == 101 else client.close()
+        return answers
+
+    async with connect(server.url("/door/path/ann")):
+        with ExitStack() as open_ones:
+            answers = await asyncio.to_thread(dial_all, open_ones)
+            open_files = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+    assert answers[0] == 101
+    assert set(answers[1:]) <= {101, 429}
+    assert answers.count(429) > 1190
+    assert open_files < answers.count(101) + 100

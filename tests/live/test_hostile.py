@@ -1,0 +1,435 @@
+"""What a hostile client may send, on real servers: each input gets its documented answer, and nobody else suffers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Subprotocol
+
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.live.raw import RawClient
+from tests.live.server import LiveServer, until
+from tests.live.wire_client import (
+    BINARY,
+    BROWSER_OFFER,
+    CONTINUATION,
+    PING,
+    RSV1,
+    TEXT,
+    PeakMemory,
+    WireClient,
+    close_frame,
+    deflate,
+    frame,
+)
+
+KINDS = ("uvicorn-sansio", "uvicorn-stable")
+LIMIT = 1 << 20
+HELLO_TIMEOUT = 0.5
+FORGERY = "\r\n[ERROR] fake\x1b[2J\u2028"
+"""What would be a line of its own in a careless log, and would clear the screen of its reader."""
+
+ARGS = ("--ws-ping-interval", "0", "--ws-max-size", str(LIMIT))
+OWN_REFUSAL = "ASGI callable returned without completing handshake"
+OWN_UTF8 = "Invalid UTF-8 sequence received from client"
+"""What uvicorn's own protocol class logs as an error when a client is refused, or is wrong, and its traceback."""
+
+QUIET = re.compile(r"INFO:|\S+ \S+ (INFO|WARNING) ")
+
+MANY_BOMBS = {"uvicorn-sansio": 120 * LIMIT, "uvicorn-stable": 20 * LIMIT}
+"""uvicorn's own class inflates all messages of one read, of 64 KiB, before it tells the application of the first."""
+
+KIND_2 = b"\x02\x00\x00"
+HELLO = {"type": "hello", "v": 1, "n": 1}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def hostile_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    """A server for all tests of this module, once with uvicorn's own protocol class and once with ours."""
+    config = {"hello_timeout": HELLO_TIMEOUT, "heartbeat_type": "off", "max_message_size": LIMIT}
+    with LiveServer(request.param, config=config, args=ARGS) as server:
+        yield server
+
+
+@pytest.fixture
+async def server(hostile_server: LiveServer) -> AsyncIterator[LiveServer]:
+    """That server, on which an innocent client echoes all the while, and which must log no error."""
+    before = len(_crashes(hostile_server))
+    async with connect(hostile_server.url("/echo/innocent"), compression=None) as innocent:
+        over = asyncio.Event()
+        witness = asyncio.create_task(_echo(innocent, over))
+        await asyncio.sleep(0)
+        yield hostile_server
+        over.set()
+        slowest = await asyncio.wait_for(witness, 5)
+    assert slowest < 1.0
+    assert _crashes(hostile_server)[before:] == []
+    log = hostile_server.log
+    assert "\x1b" not in log
+    assert "\u2028" not in log
+    assert not any(line.startswith("[ERROR] fake") for line in log.splitlines())
+
+
+def _crashes(server: LiveServer) -> list[str]:
+    """The errors in the log but those that are uvicorn's own, and lines of a lower level that repeat a client's."""
+    lines = iter(server.errors())
+    found = []
+    for line in lines:
+        if OWN_UTF8 in line:
+            next(lines)
+        elif OWN_REFUSAL not in line and not QUIET.match(line):
+            found.append(line)
+    return found
+
+
+async def _echo(client: ClientConnection, over: asyncio.Event) -> float:
+    """Echo until it is over, and return how long the slowest echo took."""
+    slowest, number = 0.0, 0
+    while not over.is_set() or number == 0:
+        started = time.perf_counter()
+        await client.send(f"{number}")
+        assert await client.recv() == f"{number}"
+        slowest = max(slowest, time.perf_counter() - started)
+        number += 1
+        await asyncio.sleep(0.01)
+    return slowest
+
+
+async def closed_with(client: ClientConnection) -> tuple[int, str]:
+    """Read until the server's close frame, and return its code and reason."""
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            await asyncio.wait_for(client.recv(), 5)
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+# ── messages ──
+
+DEEP = "[" * 100 + "]" * 100
+
+BAD_JSON: dict[str, tuple[str | bytes, str]] = {
+    "deep": (f'{{"type":"echo","x":{DEEP}}}', "nested deeper than 64 levels"),
+    "deepest": ("[" * (LIMIT - 10), "recursion"),
+    "nan": ('{"type":"echo","x":NaN}', "not JSON"),
+    "infinity": ('{"type":"echo","x":-Infinity}', "not JSON"),
+    "1e999": ('{"type":"echo","x":1e999}', "a number in it is beyond"),
+    "400 digits": ('{"type":"echo","x":%s}' % ("9" * 400), "a number in it is beyond"),
+    "100,000 digits": ('{"type":"echo","x":%s}' % ("9" * 100_000), "number out of range"),
+    "half a pair": ('{"type":"echo","x":"\\ud800"}', "not JSON"),
+    "binary": (b'{"type":"echo","x":"\xff"}', "not JSON"),
+    "nul": ('{"type":"echo","x":"\x00"}', "control character"),
+    "nothing": ("", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_JSON)
+async def test_a_bad_message_gets_an_error_reply(server: LiveServer, what: str) -> None:
+    """What a handler could not take safely is answered with `bad_json`, and the connection stays."""
+    message, told = BAD_JSON[what]
+    async with connect(server.url("/run/mallory"), compression=None) as client:
+        await client.send(message)
+        reply = json.loads(await asyncio.wait_for(client.recv(), 5))
+        assert (reply["type"], reply["code"]) == ("error", "bad_json")
+        assert told in reply["message"]
+        assert len(reply["message"]) < 200
+        await client.send('{"type":"echo","x":"fine"}')
+        assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": "fine"}
+
+
+async def test_of_two_types_the_last_one_counts(server: LiveServer) -> None:
+    """A type that stands twice routes as it validates."""
+    async with connect(server.url("/run/mallory")) as client:
+        await client.send('{"type":"wait","type":"echo","x":1}')
+        assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": 1}
+
+
+async def test_what_is_strange_but_allowed_comes_back(server: LiveServer) -> None:
+    """64 levels, the largest double, 308 digits and a NUL that is escaped are handled as anything else."""
+    strange = [
+        json.loads("[" * 63 + "]" * 63),
+        1.7976931348623157e308,
+        int("9" * 308),
+        "a\x00b",
+        "🦊\u202e",
+    ]
+    async with connect(server.url("/run/mallory")) as client:
+        for value in strange:
+            await client.send(json.dumps({"type": "echo", "x": value}))
+            assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": value}
+
+
+async def test_an_unknown_type_is_not_repeated_at_length(server: LiveServer) -> None:
+    """A type of a megabyte is answered with a short reply, in which nothing is a control character."""
+    async with connect(server.url("/run/mallory"), compression=None) as client:
+        await client.send(json.dumps({"type": FORGERY + "x" * (LIMIT - 200)}))
+        reply = json.loads(await asyncio.wait_for(client.recv(), 5))
+        assert reply["code"] == "unknown_type"
+        assert len(reply["message"]) < 200
+        assert reply["message"].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (frame(TEXT, b"\xff"), 1007),
+        (frame(TEXT, b"\xed\xa0\x80"), 1007),
+        (frame(TEXT, b"", announced=LIMIT + 126, length_bits=64) + b"x" * 64, 1009),
+        (frame(3, b""), 1002),
+    ],
+    ids=["no utf-8", "a surrogate", "too big", "unknown opcode"],
+)
+async def test_a_bad_frame_ends_its_connection(server: LiveServer, data: bytes, code: int) -> None:
+    """What breaks RFC 6455 is closed with the code of that RFC."""
+    with WireClient(server.port) as client:
+        assert (await asyncio.to_thread(client.upgrade)).status == 101
+        client.write(data)
+        assert (await asyncio.to_thread(client.ending))[0] == code
+
+
+# ── frames of stabilizer.v1.json ──
+
+
+def deflated(text: bytes) -> bytes:
+    """A binary frame of kind 2."""
+    packer = zlib.compressobj(9, wbits=-15)
+    return KIND_2 + packer.compress(text) + packer.flush()
+
+
+BAD_FRAMES: dict[str, tuple[Any, int, str]] = {
+    "deep": (f'{{"type":"msg","data":{DEEP}}}', 4400, "a frame cannot be read: it is nested deeper than 64 levels"),
+    "nan": ('{"type":"msg","data":NaN}', 4400, "a frame cannot be read: it is not JSON"),
+    "1e999": ('{"type":"msg","data":1e999}', 4400, "a frame cannot be read: a number in it is beyond"),
+    "no object": ("[]", 4400, "a frame is a JSON object"),
+    "event": ({"type": "msg", "event": "a\x00"}, 4400, "msg: event is a text of at most 256 characters"),
+    "id": ({"type": "msg", "event": "echo", "id": FORGERY}, 4400, "msg: id is a text of at most 256 characters"),
+    "key": ({"type": "msg", "event": "echo", "key": "x" * 257}, 4400, "msg: key is a text of at most 256 characters"),
+    "room": ({"type": "msg", "event": "echo", "room": "\u2028"}, 4400, "msg: room is a text of at most 256 characters"),
+    "second hello": (HELLO, 4400, "a second hello"),
+    "bomb": (deflated(b'{"type":"msg","data":"' + b" " * (50 * LIMIT) + b'"}'), 1009, "a compressed frame holds more"),
+    "no deflate": (KIND_2 + b"\xff\xff", 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),
+    "no utf-8 inside": (deflated(b"\xff"), 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FRAMES)
+async def test_a_bad_frame_of_the_protocol_ends_its_session(server: LiveServer, what: str) -> None:
+    """What breaks the protocol is closed, and the reason says what was wrong and nothing of the inside."""
+    sent, code, reason = BAD_FRAMES[what]
+    url = server.url("/run/mallory")
+    async with connect(url, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None) as client:
+        await client.send(json.dumps({**HELLO, "caps": ["deflate-raw"]}))
+        assert json.loads(await asyncio.wait_for(client.recv(), 5))["type"] == "welcome"
+        await client.send(sent if isinstance(sent, (str, bytes)) else json.dumps(sent))
+        found = await closed_with(client)
+    assert found[0] == code
+    assert found[1].startswith(reason)
+    assert "codec" not in found[1]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    ["no json", b"\x00", DEEP, json.dumps({**HELLO, "auth": "x" * 9000}), json.dumps({**HELLO, "client": FORGERY})],
+    ids=["no json", "binary", "deep", "too long", "client"],
+)
+async def test_a_bad_hello_is_closed_4400(server: LiveServer, hello: str | bytes) -> None:
+    """A first frame that is no hello ends a connection before anything is kept of it."""
+    async with connect(server.url("/run/mallory"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
+        await client.send(hello)
+        assert (await closed_with(client))[0] == 4400
+
+
+# ── bombs ──
+
+
+async def test_bombs_in_a_row_cost_their_sender_alone(server: LiveServer) -> None:
+    """Forty frames of a kilobyte that inflate to the limit are read one by one: memory stays that of a few of them."""
+    text = b'{"type":"nobody","x":"' + b" " * (LIMIT - 100) + b'"}'
+    peak = await asyncio.to_thread(PeakMemory, server)
+    with WireClient(server.port) as client:
+        answer = await asyncio.to_thread(client.upgrade, "/run", {"Sec-WebSocket-Extensions": BROWSER_OFFER})
+        assert answer.deflate is not None
+        bomb = frame(TEXT, deflate(text, client.window_bits), rsv=RSV1)
+        assert len(bomb) < LIMIT / 500
+        client.write(bomb * 40)
+        for _ in range(40):
+            reply = json.loads((await asyncio.to_thread(client.message)).payload)
+            assert reply["code"] == "unknown_type"
+    assert await asyncio.to_thread(peak.growth) < MANY_BOMBS[server.kind]
+
+
+async def test_a_bomb_beyond_the_limit_is_closed_1009(server: LiveServer) -> None:
+    """A kilobyte that would inflate to fifty megabytes is inflated no further than the limit."""
+    peak = await asyncio.to_thread(PeakMemory, server)
+    with WireClient(server.port) as client:
+        await asyncio.to_thread(client.upgrade, "/run", {"Sec-WebSocket-Extensions": BROWSER_OFFER})
+        client.write(frame(BINARY, deflate(b" " * (50 * LIMIT), client.window_bits), rsv=RSV1))
+        assert (await asyncio.to_thread(client.ending))[0] == 1009
+    assert await asyncio.to_thread(peak.growth) < 10 * LIMIT
+
+
+# ── what a bug says ──
+
+
+async def test_a_bug_tells_a_client_nothing(hostile_server: LiveServer) -> None:
+    """A failing hook is a 500 and a failing handler 1011, without a word of what failed."""
+    with pytest.raises(InvalidStatus) as refused:
+        async with connect(hostile_server.url("/run/mallory?handshake=boom")):
+            pass
+    assert refused.value.response.status_code == 500
+    assert json.loads(refused.value.response.body or b"") == {"detail": "Internal Server Error"}
+    async with connect(hostile_server.url("/run/mallory")) as client:
+        await client.send('{"type":"boom"}')
+        code, reason = await closed_with(client)
+    assert code == 1011
+    assert reason == "internal error"
+
+
+# ── who a client says it is ──
+
+
+@pytest.mark.parametrize("client_id", ["x" * 200, "🦊", "ann@example.com", "a.b.c"])
+async def test_what_people_are_called_is_let_in(server: LiveServer, client_id: str) -> None:
+    """Long names, emoji, addresses and dots are client ids."""
+    async with connect(server.url(f"/echo/{quote(client_id)}")) as client:
+        await client.send("hi")
+        assert await asyncio.wait_for(client.recv(), 5) == "hi"
+        connections = await asyncio.to_thread(server.get, f"/ws-stats/connections?client_id={quote(client_id)}")
+        assert [one["client_id"] for one in connections["connections"]] == [client_id]
+
+
+@pytest.mark.parametrize(
+    "client_id", ["x" * 257, "x" * 4000, FORGERY, "a\x00", "a\x9b2J"], ids=lambda one: ascii(one[:8])
+)
+async def test_what_is_no_client_id_is_refused_with_400(server: LiveServer, client_id: str) -> None:
+    """A client id that is too long or has a control character is refused before accept, and the answer says why."""
+    with pytest.raises(InvalidStatus) as refused:
+        async with connect(server.url(f"/echo/{quote(client_id, safe='')}")):
+            pass
+    assert refused.value.response.status_code == 400
+    assert b"at most 256 characters" in (refused.value.response.body or b"")
+
+
+async def test_a_client_id_of_a_megabyte_reaches_nobody(server: LiveServer) -> None:
+    """Whoever refuses it first, the server or the library, it does not become a connection or a line of the log."""
+    before = len(server.log)
+    with RawClient(server.port, "/echo/" + "x" * LIMIT) as client:
+        try:
+            assert " 4" in await asyncio.to_thread(client.handshake)
+        except (ConnectionError, AssertionError):
+            pass  # the server has cut it off
+    assert server.probe()["clients"] == ["innocent"]
+    assert len(server.log) - before < 3 * LIMIT  # uvicorn's own access log repeats it, we do not
+    assert not any("x" * 1000 in line for line in server.log.splitlines() if "client_id=" in line)
+
+
+# ── what is written of it ──
+
+
+async def test_what_a_client_chooses_forges_no_line_of_the_log(server: LiveServer) -> None:
+    """Paths, queries, headers, subprotocols and close reasons are written escaped, on the line that they belong to."""
+    escaped = quote(FORGERY)
+    with pytest.raises(InvalidStatus):
+        async with connect(server.url(f"/nowhere/{escaped}")):
+            pass
+    headers = {
+        "User-Agent": "\x9b2J",
+        "X-Forwarded-For": "\x9b31m, [ERROR]",
+        "Cookie": "\x9b",
+    }
+    with WireClient(server.port) as client:
+        request = client.request("/echo", {**headers, "Origin": "\x9b2J[ERROR]"})
+        client.write(request.decode("utf-8").encode("latin-1"))
+        assert (await asyncio.to_thread(client.answer)).status == 403
+    with WireClient(server.port) as client:
+        request = client.request(f"/echo?token={escaped}&client_id={escaped}", headers)
+        client.write(request.decode("utf-8").encode("latin-1"))
+        assert (await asyncio.to_thread(client.answer)).status == 101
+        client.write(close_frame(4000, FORGERY.encode()))
+        await asyncio.to_thread(client.ending)
+        ended = f"connection_ended client_id={client.name}"
+        await until(lambda: ended in server.log)
+    assert "no_websocket_route" in server.log
+    assert "\\r\\n[ERROR] fake\\u001b[2J\\u2028" in server.log
+
+
+async def test_a_credential_is_written_nowhere(server: LiveServer) -> None:
+    """Neither a credential in the subprotocols nor one in the hello reaches the log or the stats."""
+    secret = "c2VjcmV0LWluLXN1YnByb3RvY29s"
+    offers = [Subprotocol(SUBPROTOCOL), Subprotocol(f"stabilizer.auth.{secret}")]
+    async with connect(server.url("/run/mallory"), subprotocols=offers) as client:
+        await client.send(json.dumps({**HELLO, "auth": "secret-in-hello"}))
+        welcome = json.loads(await asyncio.wait_for(client.recv(), 5))
+        stats = json.dumps(await asyncio.to_thread(server.get, "/ws-stats/connections"))
+    written = server.log + stats
+    for kept in (secret, "secret-in-subprotocol", "secret-in-hello", welcome["token"].partition(".")[2]):
+        assert kept not in written
+
+
+# ── slow handshakes ──
+
+
+@pytest.mark.parametrize("doing", ["nothing", "drips", "pings", "fragments"])
+async def test_who_does_not_say_hello_in_time_is_closed_4408(server: LiveServer, doing: str) -> None:
+    """A client that sends its hello byte by byte, in endless fragments, or only pings, has `hello_timeout` and no more.
+
+    Until then it holds nothing but its WebSocket: no connection and no session is counted.
+    """
+    hello = frame(TEXT, json.dumps(HELLO).encode() + b" " * 1000)
+    with WireClient(server.port) as client:
+        answer = await asyncio.to_thread(client.upgrade, "/run", {"Sec-WebSocket-Protocol": SUBPROTOCOL})
+        assert answer.status == 101
+        started = time.monotonic()
+        assert (await asyncio.to_thread(server.probe))["connections"] == 1  # the innocent one
+        if doing == "fragments":
+            client.write(frame(TEXT, b"{", fin=False))
+        sending = asyncio.create_task(_keep_sending(client, doing, hello))
+        try:
+            code = await asyncio.to_thread(_close_code, client)
+        finally:
+            sending.cancel()
+        took = time.monotonic() - started
+        assert (await asyncio.to_thread(server.get, "/ws-stats/"))["sessions"] == 0
+    assert code == 4408
+    assert HELLO_TIMEOUT * 0.9 < took < HELLO_TIMEOUT + 1.5
+
+
+async def _keep_sending(client: WireClient, doing: str, hello: bytes) -> None:
+    """Send a little every now and then, for as long as it goes."""
+    for number in range(len(hello) - 1):
+        data = {
+            "nothing": b"",
+            "drips": hello[number : number + 1],
+            "pings": frame(PING, b"x"),
+            "fragments": frame(CONTINUATION, b" ", fin=False),
+        }[doing]
+        try:
+            client.write(data)
+        except OSError:
+            return
+        await asyncio.sleep(0.01)
+
+
+def _close_code(client: WireClient) -> int:
+    while True:
+        found = client.next_frame()
+        if found.opcode == 8:
+            return int.from_bytes(found.payload[:2], "big")
+
+
+async def test_a_goodbye_with_a_hostile_reason_is_a_goodbye(server: LiveServer) -> None:
+    """A close frame whose reason is no UTF-8 breaks the RFC, and is answered or cut, without an error in the log."""
+    with WireClient(server.port) as client:
+        await asyncio.to_thread(client.upgrade)
+        client.write(close_frame(4000, b"\xff\xfe"))
+        assert (await asyncio.to_thread(client.ending))[0] in (1002, 1007)

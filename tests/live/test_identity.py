@@ -1,0 +1,349 @@
+"""Who comes in, and for how long, on real servers: one login for HTTP and sockets, tickets, expiry, revocation."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Subprotocol
+
+from fastapi_ws_stabilizer.client import Client, ClosedError
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.live.server import LiveServer, until
+
+KINDS = ("uvicorn-sansio", "uvicorn-stable")
+APP = "tests.live.identity_app:app"
+HELLO_TIMEOUT = 0.5
+CONFIG = {"hello_timeout": HELLO_TIMEOUT, "log_level": "DEBUG", "on_duplicate": "allow"}
+QUICK_DIALS: dict[str, Any] = {"base_delay": 0.05, "max_delay": 0.3, "min_delay": 0.01}
+OWN_REFUSAL = "ASGI callable returned without completing handshake"
+"""What uvicorn's own protocol class logs as an error when a client is refused."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def asking_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    """A server for all tests of this module, once with uvicorn's own protocol class and once with ours."""
+    with LiveServer(request.param, app=APP, config=CONFIG) as server:
+        yield server
+
+
+@pytest.fixture
+async def server(asking_server: LiveServer) -> AsyncIterator[LiveServer]:
+    """That server, which must log no error meanwhile."""
+    before = len(asking_server.errors())
+    yield asking_server
+    assert [line for line in asking_server.errors()[before:] if OWN_REFUSAL not in line] == []
+
+
+def get_me(server: LiveServer, headers: dict[str, str]) -> str:
+    """Who the HTTP route says that we are."""
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/me", headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return str(json.load(response))
+
+
+def until_in(seconds: float) -> str:
+    """A token of Ann that is good for so long."""
+    return f"ann~{time.time() + seconds}"
+
+
+async def closed_with(client: ClientConnection) -> tuple[int, str]:
+    """Read until the server's close frame, and return its code and reason."""
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            await asyncio.wait_for(client.recv(), 5)
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+# ── where a credential is ──
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": "Bearer ann"}, {"Cookie": "session=ann"}], ids=str)
+async def test_one_dependency_for_http_and_sockets(server: LiveServer, headers: dict[str, str]) -> None:
+    """The same `current_user` reads a header and a cookie on an HTTP route and on a socket."""
+    assert await asyncio.to_thread(get_me, server, headers) == "ann"
+    async with connect(server.url("/me"), additional_headers=headers) as client:
+        assert await client.recv() == "ann"
+
+
+async def test_a_subprotocol_is_answered_with_its_marker_alone(server: LiveServer) -> None:
+    """`["bearer", token]`, as a browser offers it: the first is selected, and the second is the credential."""
+    protocols = [Subprotocol("bearer"), Subprotocol("ann")]
+    async with connect(server.url("/me"), subprotocols=protocols) as client:
+        assert client.subprotocol == "bearer"
+        assert await client.recv() == "ann"
+        assert client.response is not None
+        assert "ann" not in str(client.response.headers)
+
+
+@pytest.mark.parametrize("where", ["hello", "subprotocol"])
+async def test_the_first_message_of_our_protocol(server: LiveServer, where: str) -> None:
+    """A client of `stabilizer.v1.json` sends its credential in its hello, or offers it as a subprotocol."""
+    packed = base64.urlsafe_b64encode(b"ann").decode().rstrip("=")
+    protocols = [Subprotocol(SUBPROTOCOL)]
+    hello: dict[str, Any] = {"type": "hello", "v": 1, "n": 1}
+    if where == "hello":
+        hello["auth"] = "ann"
+    else:
+        protocols.append(Subprotocol(f"stabilizer.auth.{packed}"))
+    async with connect(server.url("/me"), subprotocols=protocols) as client:
+        assert client.subprotocol == SUBPROTOCOL
+        await client.send(json.dumps(hello))
+        assert json.loads(await asyncio.wait_for(client.recv(), 5))["type"] == "welcome"
+        assert json.loads(await asyncio.wait_for(client.recv(), 5))["data"] == "ann"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer mallory"}], ids=["none", "bad"])
+async def test_without_a_good_credential_nobody_comes_in(server: LiveServer, headers: dict[str, str]) -> None:
+    """A client that is no browser gets 401, a page 4401 with the reason, and the endpoint never runs."""
+    before = len(server.get("/notes"))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        await asyncio.to_thread(get_me, server, headers)
+    assert refused.value.code == 401
+    refused.value.close()
+    with pytest.raises(InvalidStatus) as answer:
+        await connect(server.url("/me"), additional_headers=headers)
+    assert answer.value.response.status_code == 401
+    origin = f"http://127.0.0.1:{server.port}"
+    async with connect(server.url("/me"), additional_headers=headers, origin=origin) as page:  # type: ignore[arg-type]
+        code, reason = await closed_with(page)
+    assert code == 4401
+    assert reason
+    assert len(server.get("/notes")) == before
+
+
+@pytest.mark.parametrize("auth", [None, "mallory"])
+async def test_a_bad_first_message_is_closed_4401(server: LiveServer, auth: str | None) -> None:
+    """It has been accepted to hear it, so it gets a code; no session is left of it."""
+    async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
+        await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, **({} if auth is None else {"auth": auth})}))
+        code, _ = await closed_with(client)
+    assert code == 4401
+    assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 0}
+
+
+async def test_who_says_nothing_is_closed(server: LiveServer) -> None:
+    """No hello within `hello_timeout` ends with 4408, and nothing is held meanwhile."""
+    started = time.monotonic()
+    async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
+        assert (await asyncio.to_thread(server.get, "/sessions"))["connections"] == 0
+        code, _ = await closed_with(client)
+    assert code == 4408
+    assert HELLO_TIMEOUT * 0.9 < time.monotonic() - started < HELLO_TIMEOUT + 1
+
+
+async def test_no_credential_is_in_the_log(server: LiveServer) -> None:
+    """Not of who came in, not of who was refused, in no place, at our level DEBUG."""
+    secret = "0neVerySecretWord"
+    packed = base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")
+    offers = [["bearer", secret], [SUBPROTOCOL, f"stabilizer.auth.{packed}"]]
+    for headers in ({"Authorization": f"Bearer {secret}"}, {"Cookie": f"session={secret}"}):
+        with pytest.raises(InvalidStatus):
+            await connect(server.url("/me"), additional_headers=headers)
+    for offer in offers:
+        with pytest.raises((InvalidStatus, ConnectionClosed)):
+            async with connect(server.url("/me"), subprotocols=[Subprotocol(one) for one in offer]) as client:
+                await client.send(json.dumps({"type": "hello", "v": 1, "n": 1}))
+                await asyncio.wait_for(client.recv(), 5)
+    async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
+        await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": secret}))
+        await closed_with(client)
+    expiring = until_in(60)
+    async with connect(server.url("/me"), subprotocols=[Subprotocol("bearer"), Subprotocol(expiring)]) as client:
+        assert await client.recv() == "ann"
+        await client.send(json.dumps({"type": "auth", "token": secret}))
+        assert (await closed_with(client))[0] == 4401
+    log = server.log
+    assert "connection_opened" in log or "connection opened" in log
+    for text in (secret, packed, expiring):
+        assert text not in log
+
+
+# ── tickets ──
+
+
+def ticket_of(server: LiveServer, token: str) -> str:
+    """What a page that is logged in gets of the HTTP route."""
+    url = f"http://127.0.0.1:{server.port}/tickets"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}, method="POST")
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return str(json.load(response))
+
+
+async def test_a_ticket_is_good_once(server: LiveServer) -> None:
+    """The HTTP route issues it, the socket takes it, and the second one who comes with it gets 401."""
+    ticket = await asyncio.to_thread(ticket_of, server, "ann")
+    async with connect(server.url(f"/ticket?ticket={ticket}")) as client:
+        assert await client.recv() == "ann"
+    for query in (f"?ticket={ticket}", "?ticket=wst1.nonsense", ""):
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(server.url(f"/ticket{query}"))
+        assert refused.value.response.status_code == 401
+
+
+# ── for how long ──
+
+
+async def test_a_plain_client_is_warned_and_then_closed_on_time(server: LiveServer) -> None:
+    """A token that is good for two seconds: asked for a new one at one, 4401 at two."""
+    started = time.time()
+    async with connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(2)}"}) as client:
+        assert await client.recv() == "ann"
+        asked = json.loads(await asyncio.wait_for(client.recv(), 5))
+        assert (asked["type"], asked["in"]) == ("auth", pytest.approx(1000, abs=20))
+        assert time.time() - started == pytest.approx(1.0, abs=0.3)
+        code, reason = await closed_with(client)
+    assert (code, reason) == (4401, "the credential has expired")
+    assert time.time() - started == pytest.approx(2.0, abs=0.3)
+
+
+async def test_a_plain_client_brings_a_new_credential(server: LiveServer) -> None:
+    """In place: the same connection goes on, and ends when the new one does."""
+    started = time.time()
+    async with connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(1)}"}) as client:
+        assert await client.recv() == "ann"
+        assert json.loads(await client.recv())["type"] == "auth"
+        await client.send(json.dumps({"type": "auth", "token": until_in(1)}))
+        assert json.loads(await client.recv())["ok"] is True
+        await client.send("still here")
+        assert await client.recv() == "still here"
+        assert (await closed_with(client))[0] == 4401
+    assert time.time() - started == pytest.approx(1.5, abs=0.3)
+
+
+async def test_what_has_expired_before_is_refused_at_once(server: LiveServer) -> None:
+    """401, and the endpoint never runs."""
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(-1)}"})
+    assert refused.value.response.status_code == 401
+
+
+async def test_our_client_refreshes_when_it_is_asked_to(server: LiveServer) -> None:
+    """It stays on one connection over many terms of its credential."""
+    asked: list[bool] = []
+    closes: list[int] = []
+
+    def auth(force: bool) -> str:
+        asked.append(force)
+        return until_in(1)
+
+    async with Client(server.url("/me"), auth=auth, **QUICK_DIALS) as client:
+        client.on_close(lambda code, reason: closes.append(code))
+        await asyncio.sleep(2.2)
+        assert client.state == "open"
+    assert closes == []
+    assert asked == [False, True, True, True, True]
+
+
+async def test_our_client_whose_credential_ran_out_gets_another_and_comes_back(server: LiveServer) -> None:
+    """It had none when it was asked: 4401, a new credential, and the same session."""
+    closes: list[int] = []
+    outcomes: list[str] = []
+    tokens = iter([until_in(1), None, until_in(60)])
+
+    client = Client(server.url("/me"), auth=lambda force: next(tokens), **QUICK_DIALS)
+    client.on_close(lambda code, reason: closes.append(code))
+    client.on_open(outcomes.append)
+    async with client:
+        await until(lambda: outcomes[1:])
+    assert closes == [4401]
+    assert outcomes == ["none", "full"]
+
+
+# ── taken away ──
+
+
+@pytest.mark.parametrize("how", ["revoke", "disconnect"])
+async def test_our_client_does_not_come_back_after_4410(server: LiveServer, how: str) -> None:
+    """Neither revoked nor disconnected with 4410; its session is over, and what it waits for fails."""
+    dials: list[bool] = []
+
+    def auth(force: bool) -> str:
+        dials.append(force)
+        return "ann"
+
+    async with Client(server.url("/me"), auth=auth, **QUICK_DIALS) as client:
+        await asyncio.to_thread(server.post, f"/{how}/ann")
+        await until(lambda: client.state == "closed")
+        with pytest.raises(ClosedError) as closed:
+            client.send("more")
+        assert closed.value.code == 4410
+        await asyncio.sleep(1)
+        assert dials == [False]
+        assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 0}
+
+
+async def test_revoking_ends_everything_of_a_client(server: LiveServer) -> None:
+    """Plain and numbered connections get 4410, a session that waits is gone, and nobody else notices."""
+    bearer = {"Authorization": "Bearer ann"}
+    async with (
+        connect(server.url("/me"), additional_headers=bearer) as plain,
+        connect(server.url("/me"), additional_headers={"Authorization": "Bearer bob"}) as other,
+    ):
+        numbered = await connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)])
+        await numbered.send(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "ann"}))
+        token = json.loads(await numbered.recv())["token"]
+        numbered.transport.abort()
+        await until(lambda: server.get("/sessions")["away"] == 1)
+        assert await asyncio.to_thread(server.post, "/revoke/ann") == 2
+        assert await closed_with(plain) == (4410, "revoked")
+        assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 1}
+        async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as again:
+            resume = {"token": token, "seq": 0}
+            await again.send(json.dumps({"type": "hello", "v": 1, "n": 2, "auth": "ann", "resume": resume}))
+            assert json.loads(await again.recv())["resume"] == "lost"
+        assert await other.recv() == "bob"
+        await other.send("still here")
+        assert await other.recv() == "still here"
+
+
+async def test_revoking_kills_tokens_and_tickets_of_before(server: LiveServer) -> None:
+    """Those that are issued afterwards are good: who may log in again can come back."""
+
+    async def comes_in(path: str) -> bool:
+        try:
+            async with connect(server.url(path)) as client:
+                await asyncio.wait_for(client.recv(), 5)
+                return True
+        except (InvalidStatus, ConnectionClosed):
+            return False
+
+    old = server.post("/ticket/carol"), server.post("/token/carol")
+    server.post("/revoke/carol")
+    new = server.post("/ticket/carol"), server.post("/token/carol")
+    assert [await comes_in(f"/ticket?ticket={one[0]}") for one in (old, new)] == [False, True]
+    assert await comes_in(f"/hand/x?token={new[1]}")
+    assert not await comes_in(f"/hand/x?token={old[1]}")
+
+
+# ── beside middleware that does not run ──
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_http_middleware_that_denies_everything(serve: Callable[..., LiveServer], kind: str) -> None:
+    """The start warns of the socket that it leaves open, and names it; one with an identity refuses by itself."""
+    server = serve(kind, app=APP, config=CONFIG, env={"TEST_DENY_ALL": "1"})
+    (warning,) = [line for line in server.log.splitlines() if "D17" in line]
+    assert "WARNING" in warning
+    assert "/open/{client_id}" in warning
+    assert "/me" not in warning
+    async with connect(server.url("/open/stranger")) as client:
+        assert (await closed_with(client))[0] == 1000
+    assert "open stranger" in server.get("/notes")
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(server.url("/me"))
+    assert refused.value.response.status_code == 401
+    origin = f"http://127.0.0.1:{server.port}"
+    async with connect(server.url("/me"), origin=origin) as page:  # type: ignore[arg-type]
+        assert (await closed_with(page))[0] == 4401
+    assert not any(str(note).startswith("ran") for note in server.get("/notes"))

@@ -1,0 +1,724 @@
+"""Each option, changed, changes what a client or the application sees: one case for every field of the config.
+
+Most cases play the same scene twice, on the same manager but for the option, in virtual time, so that also a default
+of minutes is waited for. What only a real server shows is seen on a real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException
+from starlette.requests import HTTPConnection
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError, WebSocketStabilizerError
+from fastapi_ws_stabilizer.logs import get_logger
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.sessions import tokens
+from fastapi_ws_stabilizer.stats import stats_router
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.live.server import LiveServer
+from tests.live.wire_client import BROWSER_OFFER, KIND, TEXT, Answer, WireClient, connect, frame, quiet_server, request
+from tests.simulation.virtual_time import VirtualLoop, run_virtually
+from tests.unit.client.fake_link import soon
+from tests.unit.routing.stage import Line, Peer, Stage
+
+SECRET = "a-secret-that-nobody-guesses"
+PING = '{"type":"ping"}'
+
+
+@dataclass
+class Case:
+    """One option.
+
+    Attributes:
+        change: Its changed value, or the options that have to be changed together.
+        scene: What is done; returns what was seen.
+        before: What is seen with the default.
+        after: What is seen with the change.
+        base: Options that are the same both times.
+        virtual: Whether time is virtual. It waits for no thread.
+    """
+
+    change: Any
+    scene: Callable[[Stage], Awaitable[Any]]
+    before: Any
+    after: Any
+    base: Mapping[str, Any] = field(default_factory=dict)
+    virtual: bool = True
+
+
+@dataclass
+class LiveCase:
+    """One option that is seen on a real server; `scene` is given the server."""
+
+    change: Any
+    scene: Callable[[LiveServer], Any]
+    before: Any
+    after: Any
+    base: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+
+
+# ── what is seen ──
+
+
+def how(line: Line) -> Any:
+    """How it went: a close code, the status of a refusal, or `open`."""
+    if line.close_code is not None:
+        return line.close_code
+    answers = [one["status"] for one in line.server.taken if one["type"] == "websocket.http.response.start"]
+    return answers[0] if answers else "open"
+
+
+async def lasting(condition: Callable[[], Any], most: float) -> int | None:
+    """After how many seconds, to the nearest one, something is so; `None` if it is not within `most`."""
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    while not condition():
+        if loop.time() - since > most:
+            return None
+        await asyncio.sleep(0.05)
+    return round(loop.time() - since)
+
+
+async def callers(stage: Stage, *client_ids: str, **scope: Any) -> list[Any]:
+    """Let clients dial one after the other, and see how each fares."""
+    lines = []
+    for client_id in client_ids:
+        lines.append(Line(stage, client_id, **scope))
+        await soon()
+    return [how(line) for line in lines]
+
+
+async def parked(ws: StableSocket) -> None:
+    """An endpoint that neither reads nor ends."""
+    await asyncio.Event().wait()
+
+
+# ── heartbeat ──
+
+
+async def beats(stage: Stage) -> int | None:
+    """Seconds from the first ping of a connection to its second."""
+    line = stage.plain()
+    await lasting(lambda: line.server.data, 40)
+    return await lasting(lambda: len(line.server.data) > 1, 40)
+
+
+async def silence(stage: Stage) -> int | None:
+    """Seconds from the first ping to the close code of a client that does not answer."""
+    line = stage.plain()
+    await lasting(lambda: line.server.data, 40)
+    return await lasting(lambda: line.close_code == 4408, 200)
+
+
+async def first_beat(stage: Stage) -> Any:
+    """What a client gets by itself within a while."""
+    line = stage.plain()
+    await asyncio.sleep(31)
+    return line.server.data[:1]
+
+
+# ── getting in ──
+
+
+async def two_clients(stage: Stage) -> list[Any]:
+    return await callers(stage, "ann", "bob")
+
+
+async def the_same_twice(stage: Stage) -> list[Any]:
+    return await callers(stage, "ann", "ann")
+
+
+async def no_origin(stage: Stage) -> list[Any]:
+    return await callers(stage, "ann")
+
+
+async def one_comes_twice(stage: Stage) -> list[Any]:
+    """What becomes of the first connection of a client, and of the second."""
+    lines = [stage.plain(), stage.plain()]
+    await soon()
+    return [how(line) for line in lines]
+
+
+async def forwarded(stage: Stage) -> str:
+    """The address of a client for whom somebody speaks."""
+    Line(stage, headers=[(b"host", b"testserver"), (b"x-forwarded-for", b"203.0.113.9")])
+    await soon()
+    return stage.socket().address
+
+
+async def a_stubborn_endpoint(stage: Stage) -> int | None:
+    """Seconds from the end of a client to that of its endpoint."""
+    stage.endpoint = parked
+    line = stage.plain()
+    await soon()
+    await line.leaves()
+    return await lasting(line.task.done, 60)
+
+
+# ── messages in ──
+
+
+async def a_long_message(stage: Stage) -> Any:
+    line = stage.plain()
+    await line.say({"type": "note", "data": "x" * 100})
+    return how(line)
+
+
+async def three_messages(stage: Stage) -> tuple[int, Any]:
+    """How many of three messages are handled, and what the last reply says."""
+    line = stage.plain()
+    for _ in range(3):
+        await line.say({"type": "note", "text": "x" * 60})
+    return len(stage.notes), (line.server.json or [{}])[-1].get("code")
+
+
+async def bad_messages(stage: Stage) -> Any:
+    line = stage.plain()
+    await line.say("no json", "no json either")
+    return how(line)
+
+
+async def nobody_reads(stage: Stage) -> int:
+    """How many of eight messages are taken from the server though nobody reads them."""
+    stage.endpoint = parked
+    line = stage.plain()
+    await line.say(*["x" * 1000] * 8)
+    return stage.socket().unread_messages
+
+
+async def a_flood(stage: Stage) -> Any:
+    stage.endpoint = parked
+    line = stage.plain()
+    await line.say(*["x"] * 8)
+    return how(line)
+
+
+async def nobody_ever_reads(stage: Stage) -> int | None:
+    """Seconds until a full inbox ends the connection."""
+    stage.endpoint = parked
+    line = stage.plain()
+    await line.say(*["x"] * 8)
+    return await lasting(lambda: line.close_code == 1013, 400)
+
+
+# ── messages out ──
+
+
+async def a_slow_client(stage: Stage) -> tuple[Any, int]:
+    """Whether a client that takes nothing is disconnected, and how many messages it has lost."""
+    line = stage.plain()
+    await soon()
+    socket = stage.socket()
+    line.server.block()
+    for number in range(8):
+        await stage.manager.send_to_client("ann", f"{number}" + "x" * 1000)
+        await soon()
+    return socket.ending and socket.ending.code, socket.dropped_messages
+
+
+async def a_stuck_client(stage: Stage) -> int | None:
+    """Seconds until a send that makes no progress ends the connection."""
+    line = stage.plain()
+    await soon()
+    socket = stage.socket()
+    line.server.block()
+    await socket.send("x")
+    return await lasting(lambda: socket.closed, 60)
+
+
+# ── rooms ──
+
+
+async def two_rooms(stage: Stage) -> list[str]:
+    stage.plain()
+    await soon()
+    try:
+        for name in ("lobby", "cellar"):
+            await stage.socket().join(name)
+    except RoomLimitError:
+        pass
+    return list(stage.socket().rooms)
+
+
+async def out_of_sight(stage: Stage) -> int | None:
+    """Seconds for which a client whose connection broke is present."""
+    line = stage.plain()
+    await soon()
+    await stage.socket().join("lobby")
+    await line.leaves()
+    return await lasting(lambda: not stage.manager.room("lobby").clients, 60)
+
+
+# ── tokens ──
+
+
+async def a_token_after(stage: Stage, seconds: float) -> str:
+    """What a reconnect token is worth after a while."""
+    with mock.patch.object(tokens, "wall", asyncio.get_running_loop().time):
+        try:
+            token = stage.manager.generate_reconnect_token("ann")
+            await asyncio.sleep(seconds)
+            return await stage.manager.validate_reconnect_token(token)
+        except WebSocketStabilizerError as error:
+            return type(error).__name__
+
+
+async def a_fresh_token(stage: Stage) -> str:
+    return await a_token_after(stage, 0)
+
+
+async def an_old_token(stage: Stage) -> str:
+    return await a_token_after(stage, 600)
+
+
+async def a_token_of_another_worker(stage: Stage) -> str:
+    worker = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=SECRET))
+    try:
+        return await stage.manager.validate_reconnect_token(worker.generate_reconnect_token("ann"))
+    except WebSocketStabilizerError as error:
+        return type(error).__name__
+
+
+async def an_old_ticket(stage: Stage) -> Any:
+    with mock.patch.object(tokens, "wall", asyncio.get_running_loop().time):
+        query = f"ticket={stage.manager.issue_ticket('ann')}".encode()
+        await asyncio.sleep(20)
+        try:
+            return await stage.manager.ticket(HTTPConnection({"type": "http", "query_string": query, "headers": []}))
+        except HTTPException as error:
+            return error.status_code
+
+
+# ── sessions ──
+
+
+async def away_for_a_minute(stage: Stage) -> str:
+    """What a client of `stabilizer.v1.json` hears that was away, and was sent three messages meanwhile."""
+    peer = Peer(stage)
+    await (await peer.dial()).leaves()
+    for number in range(3):
+        await stage.manager.send_to_client("ann", f"{number}" + "x" * 500)
+    await asyncio.sleep(60)
+    return (await peer.dial()).outcome
+
+
+async def two_go_away(stage: Stage) -> dict[str, int]:
+    for client_id in ("ann", "bob"):
+        await (await Peer(stage, client_id).dial()).leaves()
+    return stage.manager.get_session_counts()
+
+
+async def no_hello(stage: Stage) -> int | None:
+    line = Line(stage, subprotocols=(SUBPROTOCOL,))
+    return await lasting(lambda: line.close_code == 4408, 60)
+
+
+async def a_newcomer(stage: Stage) -> list[Any]:
+    """What somebody gets who comes to a room in which something was said a while ago."""
+    line = stage.plain()
+    await soon()
+    stage.plain("bob")
+    await soon()
+    await stage.socket("bob").join("lobby")
+    await stage.manager.room("lobby").send("old news")
+    await asyncio.sleep(60)
+    await stage.socket("ann").join("lobby", history=5)
+    await soon()
+    return line.server.data
+
+
+# ── going away ──
+
+
+async def a_long_stay(stage: Stage) -> Any:
+    line = stage.plain()
+    await asyncio.sleep(140)
+    return how(line)
+
+
+async def a_drain(stage: Stage) -> float:
+    """Seconds that the closes of fifty connections are spread over."""
+    lines = [stage.plain(f"client {number}") for number in range(50)]
+    await soon()
+    report = await stage.manager.drain()
+    assert all(how(line) == 1012 for line in lines)
+    return round(report.duration_seconds, 1)
+
+
+async def a_shutdown(stage: Stage) -> int:
+    """Seconds that a shutdown waits for an endpoint that does not end."""
+    stage.endpoint = parked
+    stage.plain()
+    await soon()
+    return round((await stage.manager.graceful_shutdown()).duration_seconds)
+
+
+async def over_http(stage: Stage, method: str, path: str, **headers: str) -> int:
+    """The status of the stats router's answer."""
+    app = FastAPI()
+    app.include_router(stats_router)
+    app.state.fastapi_ws_stabilizer = stage.manager
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        return (await client.request(method, path, headers=headers)).status_code
+
+
+async def drained_over_http(stage: Stage) -> int:
+    return await over_http(stage, "POST", "/drain", authorization=f"Bearer {SECRET}")
+
+
+async def scraped(stage: Stage) -> int:
+    return await over_http(stage, "GET", "/metrics")
+
+
+# ── logs and scale ──
+
+
+async def logged(stage: Stage) -> list[str]:
+    """The events that reach the log."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    get_logger().addHandler(handler)
+    try:
+        stage.plain()
+        await soon()
+        return [vars(record)["event"] for record in records]
+    finally:
+        get_logger().removeHandler(handler)
+
+
+async def between_two_turns(stage: Stage) -> int:
+    """To how many clients a broadcast goes before the event loop gets a turn, where each of them takes a while."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    sent = 0
+
+    class Server:
+        """Takes each message at once, as uvicorn does, and needs a millisecond for it."""
+
+        __module__ = "uvicorn.protocols"
+
+        def __init__(self, take: Callable[[Any], Awaitable[None]]) -> None:
+            self.take = take
+
+        async def send(self, message: Any) -> None:
+            nonlocal sent
+            if message["type"] == "websocket.send":
+                loop.now += 0.001
+                sent += 1
+            await self.take(message)
+
+    class Slow(Line):
+        async def _serve(self) -> None:
+            self.server.websocket._send = Server(self.server.websocket._send).send
+            await super()._serve()
+
+    for number in range(32):
+        Slow(stage, f"client {number}")
+    await soon()
+    broadcast = asyncio.ensure_future(stage.manager.broadcast("x"))
+    most, before = 0, 0
+    while sent < 32:
+        await asyncio.sleep(0)
+        most, before = max(most, sent - before), sent
+    await broadcast
+    return most
+
+
+async def cleanups_at_once(stage: Stage) -> int:
+    """How many disconnect hooks run at the same time."""
+    running = most = 0
+
+    @stage.manager.on_disconnect
+    async def clean_up(ws: StableSocket) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(1)
+        running -= 1
+
+    lines = [stage.plain(f"client {number}") for number in range(3)]
+    await soon()
+    for line in lines:
+        line.server.feed_disconnect()
+    await asyncio.sleep(5)
+    return most
+
+
+async def sends_at_once(stage: Stage) -> int:
+    """How many sends of a broadcast wait for the server at the same time."""
+    lines = [stage.plain(f"client {number}") for number in range(3)]
+    await soon()
+    for line in lines:
+        line.server.block()
+    await stage.manager.broadcast("x")
+    await soon()
+    return sum(line.server.offered[-1].get("text") == "x" for line in lines)
+
+
+# ── memory ──
+
+
+async def much_user_data(stage: Stage) -> str:
+    stage.plain()
+    await soon()
+    try:
+        await stage.manager.set_user_data("ann", "kept", "x" * 20_000)
+    except MemoryLimitExceededError as error:
+        return error.limit
+    return "kept"
+
+
+async def much_user_data_of_two(stage: Stage) -> list[Any]:
+    lines = [stage.plain("ann"), stage.plain("bob")]
+    await soon()
+    for client_id in ("ann", "bob"):
+        await stage.manager.set_user_data(client_id, "kept", "x" * 20_000)
+    await soon()
+    return [how(line) for line in lines]
+
+
+async def memory_is_short(stage: Stage) -> list[str]:
+    """Who stays, of one that came first and has just spoken, one that is silent, and one that needs room."""
+    ann = stage.plain("ann")
+    stage.plain("bob")
+    stage.plain("carl")
+    await soon()
+    for client_id in ("ann", "bob"):
+        await stage.manager.set_user_data(client_id, "kept", "x" * 20_000)
+    await ann.say({"type": "note"})
+    await stage.manager.set_user_data("carl", "kept", "x" * 20_000)
+    await soon()
+    return stage.manager.get_active_connections()
+
+
+async def growth_inside(stage: Stage) -> bool:
+    """Whether it is seen, half a minute later, that a value has grown inside."""
+    stage.plain()
+    await soon()
+    values: list[str] = []
+    stage.socket().user_data["list"] = values
+    values.append("x" * 20_000)
+    await asyncio.sleep(30)
+    return stage.manager.get_memory_usage()["total_memory"] > 20_000
+
+
+# ── real servers ──
+
+
+def refusals(server: LiveServer) -> list[Any]:
+    """How a socket without a login is told so: one of a browser, and one of another client."""
+    own = f"http://127.0.0.1:{server.port}"
+    return [dialled(server, "/identified", Origin=own), dialled(server, "/identified")]
+
+
+def of_another_site(server: LiveServer) -> Any:
+    return dialled(server, "/echo/ann", Origin="https://shop.example.com")
+
+
+def dialled(server: LiveServer, path: str, **headers: str) -> Any:
+    """The status of a handshake; after an accept, the code of the close frame or `open`."""
+    with WireClient(server.port) as client:
+        client.write(request(server.port, path, headers))
+        answer: Answer = client.answer()
+        if answer.status != 101:
+            return answer.status
+        if path == "/identified":
+            return client.ending(answer=True)[0]
+        return "open"
+
+
+def agreed(server: LiveServer) -> bool:
+    """Whether the server agrees to compress."""
+    with WireClient(server.port) as client:
+        return client.upgrade(headers={"Sec-WebSocket-Extensions": BROWSER_OFFER}).deflate is not None
+
+
+def compressed(server: LiveServer) -> list[bool]:
+    """Whether an echo of 100 bytes is compressed, and one of 2,000."""
+    with connect(server, offer=BROWSER_OFFER) as client:
+        seen = []
+        for size in (100, 2000):
+            client.write(frame(TEXT, b"x" * size))
+            seen.append(client.message().compressed)
+        return seen
+
+
+def sigterm(server: LiveServer) -> bool:
+    """Whether SIGTERM tells a client when to come back, as a drain does."""
+    with connect(server) as client:
+        server.process.terminate()
+        code, reason = client.ending(answer=True)
+        assert code == 1012
+        return "retry=" in reason
+
+
+ping = {"heartbeat_type": "ping"}
+two = {"inbox_max_messages": 2}
+minute = timedelta(minutes=1)
+
+CASES: dict[str, Case | LiveCase] = {
+    "heartbeat_interval": Case(10, beats, 30, 10, ping),
+    "heartbeat_timeout": Case(20, silence, 60, 20, {**ping, "require_pong": True}),
+    "heartbeat_type": Case("off", first_beat, [PING], []),
+    "heartbeat_payload": Case(
+        {"heartbeat_type": "custom", "heartbeat_payload": {"beat": 1}}, first_beat, [PING], ['{"beat":1}']
+    ),
+    "require_pong": Case(True, silence, None, 60, ping),
+    "max_connections": Case(1, two_clients, ["open", "open"], ["open", 503]),
+    "max_connections_per_client": Case(1, the_same_twice, ["open", "open"], ["open", 429], {"on_duplicate": "allow"}),
+    "max_connections_per_address": Case(1, two_clients, ["open", "open"], ["open", 429]),
+    "max_connect_rate": Case(1, two_clients, ["open", "open"], ["open", 503]),
+    "max_connect_rate_per_address": Case(1, two_clients, ["open", "open"], ["open", 429]),
+    "trusted_proxies": Case(["10.0.0.7"], forwarded, "10.0.0.7", "203.0.113.9"),
+    "reject": LiveCase("http", refusals, [4401, 401], [401, 401]),
+    "allowed_origins": LiveCase(["https://*.example.com"], of_another_site, 403, "open"),
+    "require_origin": Case(True, no_origin, ["open"], [403]),
+    "on_duplicate": Case("reject", one_comes_twice, [4409, "open"], ["open", 4409]),
+    "disconnect_grace": Case(1, a_stubborn_endpoint, 10, 1),
+    "max_message_size": Case(100, a_long_message, "open", 1009),
+    "max_message_rate": Case(1, three_messages, (3, None), (1, "rate_limited")),
+    "max_message_burst": Case(3, three_messages, (1, "rate_limited"), (3, None), {"max_message_rate": 1}),
+    "max_byte_rate": Case(100, three_messages, (3, None), (1, "rate_limited"), {"max_message_size": 100}),
+    "max_bad_messages": Case(1, bad_messages, "open", 1008),
+    "inbox_max_messages": Case(2, nobody_reads, 8, 2),
+    "inbox_max_bytes": Case(4000, nobody_reads, 8, 4),
+    "inbox_overflow": Case("close", a_flood, "open", 1013, two),
+    "inbox_pause_timeout": Case(20, nobody_ever_reads, 300, 20, two),
+    "outbox_max_messages": Case(3, a_slow_client, (None, 0), (4507, 0)),
+    "outbox_max_bytes": Case(3000, a_slow_client, (None, 0), (4507, 0)),
+    "outbox_overflow": Case("drop_oldest", a_slow_client, (4507, 0), (None, 4), {"outbox_max_messages": 3}),
+    "send_timeout": Case(1, a_stuck_client, 10, 1),
+    "max_rooms_per_connection": Case(1, two_rooms, ["lobby", "cellar"], ["lobby"]),
+    "presence_grace": Case(1, out_of_sight, 5, 1),
+    "reconnect_token_ttl": Case(minute, an_old_token, "ann", "TokenExpiredError"),
+    "enable_reconnect": Case(False, a_fresh_token, "ann", "InvalidTokenError"),
+    "reconnect_secret": Case(SECRET, a_token_of_another_worker, "InvalidTokenError", "ann"),
+    "ticket_ttl": Case(5, an_old_ticket, "ann", 401),
+    "session_ttl": Case(10, away_for_a_minute, "full", "lost"),
+    "max_sessions_away": Case(1, two_go_away, {"sessions": 2, "away": 2}, {"sessions": 1, "away": 1}),
+    "hello_timeout": Case(2, no_hello, 10, 2),
+    "replay_max_messages": Case(2, away_for_a_minute, "full", "gap"),
+    "replay_max_bytes": Case(1000, away_for_a_minute, "full", "gap"),
+    "replay_max_age": Case(10, away_for_a_minute, "full", "gap"),
+    "room_history": Case(5, a_newcomer, [], ["old news"]),
+    "room_history_max_age": Case(10, a_newcomer, ["old news"], [], {"room_history": 5}),
+    "max_lifetime": Case(100, a_long_stay, "open", 1001),
+    "idle_timeout": Case(100, a_long_stay, "open", 1001),
+    "drain_window": Case(0, a_drain, 0.5, 0.0),
+    "drain_timeout": Case(2, a_shutdown, 30, 2, {"disconnect_grace": 1000}),
+    "drain_secret": Case(SECRET, drained_over_http, 403, 200, virtual=False),
+    "handle_signals": LiveCase(False, sigterm, True, False, alone=True),
+    "compression": LiveCase("none", agreed, True, False),
+    "compression_min_bytes": LiveCase(0, compressed, [False, True], [True, True]),
+    "log_level": Case("WARNING", logged, ["connection_opened"], []),
+    "enable_metrics": Case(True, scraped, 404, 200, virtual=False),
+    "num_shards": Case(1, between_two_turns, 6, 32),
+    "max_concurrent_cleanup": Case(1, cleanups_at_once, 3, 1),
+    "max_concurrent_broadcast": Case(1, sends_at_once, 3, 1),
+    "max_memory_per_connection": Case(10_000, much_user_data, "kept", "max_memory_per_connection"),
+    "max_total_memory": Case(30_000, much_user_data_of_two, ["open", "open"], [4503, "open"]),
+    "memory_eviction_policy": Case(
+        "fifo", memory_is_short, ["ann", "carl"], ["bob", "carl"], {"max_total_memory": 50_000}
+    ),
+    "memory_check_interval": Case(5, growth_inside, False, True),
+}
+
+
+# ── the test ──
+
+
+class Servers:
+    """Real servers, each started once for the options that it has."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._running: dict[str, LiveServer] = {}
+
+    def get(self, options: Mapping[str, Any], *, alone: bool) -> LiveServer:
+        """The server with these options; one that nobody else gets, if it is to be alone."""
+        key = repr(sorted(options.items()))
+        server = None if alone else self._running.get(key)
+        if server is None:
+            server = self._stack.enter_context(quiet_server(**options))
+            if not alone:
+                self._running[key] = server
+        return server
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    """Real servers."""
+    with ExitStack() as stack:
+        yield Servers(stack)
+
+
+@pytest.fixture(autouse=True)
+def untouched_logger() -> Iterator[None]:
+    """Let the library's logger have no level, and give it back as it was: `log_level` is about it."""
+    logger = get_logger()
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.setLevel(level)
+
+
+def changed(option: str, case: Case | LiveCase) -> dict[str, Any]:
+    """The options that are changed."""
+    return case.change if isinstance(case.change, dict) else {option: case.change}
+
+
+def played(case: Case, options: Mapping[str, Any]) -> Any:
+    """What is seen of a scene with these options. Where a case is not about heartbeats, there are none."""
+
+    async def play() -> Any:
+        quiet = "ping" if case.scene is first_beat else "off"
+        async with Stage(**{"heartbeat_type": quiet, **case.base, **options}) as stage:
+            return await case.scene(stage)
+
+    return run_virtually(play()) if case.virtual else asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(option, marks=pytest.mark.live if isinstance(CASES.get(option), LiveCase) else ())
+        for option in WebSocketConfig.model_fields
+    ],
+)
+def test_a_changed_option_changes_what_is_seen(option: str, servers: Servers) -> None:
+    """No option is dead: with its default one thing happens, with another value another, both as documented."""
+    assert option in CASES, f"say in CASES what {option} changes"
+    case = CASES[option]
+    change = changed(option, case)
+    assert option not in case.base
+    assert all(WebSocketConfig.model_fields[name].default != value for name, value in change.items())
+    assert case.before != case.after
+    seen = []
+    for options in ({}, change):
+        if isinstance(case, LiveCase):
+            seen.append(case.scene(servers.get({**case.base, **options}, alone=case.alone)))
+        else:
+            seen.append(played(case, options))
+    assert seen == [case.before, case.after]
+
+
+def test_every_case_is_about_an_option() -> None:
+    """What is no option any more has no case."""
+    assert set(CASES) == set(WebSocketConfig.model_fields)
+    assert KIND == "uvicorn-stable"  # compression is this library's there

@@ -1,0 +1,385 @@
+"""Tests of who may come in."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, TooManyConnectionsError
+from fastapi_ws_stabilizer.limits.admission import MIN_LOBBY, RETRY_WHEN_FULL, Admission, Place
+
+
+def enter(
+    admission: Admission, client_id: str = "ann", *, address: str = "1.1.1.1", replaces: tuple[Place, ...] = ()
+) -> Place:
+    """Let somebody knock and settle."""
+    place = admission.knock(address, 0.0)
+    try:
+        place.settle(client_id, replaces=replaces)
+    except ConnectionLimitExceededError:
+        place.leave()
+        raise
+    return place
+
+
+# ── in all ──
+
+
+def test_as_many_as_may_be_are_inside() -> None:
+    """The first one too many is refused, and told which option says so and when to come back."""
+    admission = Admission(max_connections=2)
+    enter(admission, "ann")
+    enter(admission, "bob")
+    with pytest.raises(ConnectionLimitExceededError) as refused:
+        enter(admission, "cem")
+    assert type(refused.value) is ConnectionLimitExceededError
+    assert (refused.value.limit, refused.value.most) == ("max_connections", 2)
+    assert 0.5 * RETRY_WHEN_FULL <= refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL
+    assert len(admission) == 2
+
+
+def test_without_limits_everybody_is_let_in() -> None:
+    """With no option set nobody is refused, whoever it is, and nobody is counted: all share a place."""
+    admission = Admission()
+    places = {enter(admission) for _ in range(1000)}
+    assert len(places) == 1
+    places.pop().leave()
+    enter(admission)
+    assert len(admission) == 0
+
+
+def test_who_leaves_makes_room() -> None:
+    """A place that was given back is free for the next."""
+    admission = Admission(max_connections=1)
+    enter(admission, "ann").leave()
+    enter(admission, "bob")
+
+
+def test_a_place_is_given_back_once() -> None:
+    """Leaving twice makes room for one, not for two."""
+    admission = Admission(max_connections=2)
+    ann, _ = enter(admission, "ann"), enter(admission, "bob")
+    ann.leave()
+    ann.leave()
+    enter(admission, "cem")
+    with pytest.raises(ConnectionLimitExceededError):
+        enter(admission, "dan")
+
+
+def test_settling_twice_counts_once() -> None:
+    """A place that is settled stays one place."""
+    admission = Admission(max_connections=2)
+    place = enter(admission)
+    place.settle("ann")
+    assert len(admission) == 1
+    place.leave()
+    assert len(admission) == 0
+
+
+def test_a_place_that_was_given_back_is_not_settled() -> None:
+    """Who has left before it was known who it is takes no place any more."""
+    admission = Admission(max_connections=1)
+    place = admission.knock("1.1.1.1", 0.0)
+    place.leave()
+    place.settle("ann")
+    assert len(admission) == 0
+
+
+# ── the lobby ──
+
+
+def test_while_it_is_full_a_few_may_say_who_they_are() -> None:
+    """As many as the lobby holds may knock at a full server; the next is refused before anything is asked."""
+    admission = Admission(max_connections=1)
+    enter(admission, "ann")
+    waiting = [admission.knock("1.1.1.1", 0.0) for _ in range(MIN_LOBBY)]
+    with pytest.raises(ConnectionLimitExceededError):
+        admission.knock("1.1.1.1", 0.0)
+    waiting[0].leave()
+    admission.knock("1.1.1.1", 0.0)
+
+
+def test_who_never_says_who_it_is_counts_too() -> None:
+    """Before anybody is inside, no more may be on their way than there are places and the lobby holds."""
+    admission = Admission(max_connections=3)
+    for _ in range(3 + MIN_LOBBY):
+        admission.knock("1.1.1.1", 0.0)
+    with pytest.raises(ConnectionLimitExceededError):
+        admission.knock("1.1.1.1", 0.0)
+
+
+def test_a_large_server_has_a_large_lobby() -> None:
+    """The lobby is a tenth of the connections where that is more than its least."""
+    admission = Admission(max_connections=1000)
+    for _ in range(1100):
+        admission.knock("1.1.1.1", 0.0)
+    with pytest.raises(ConnectionLimitExceededError):
+        admission.knock("1.1.1.1", 0.0)
+
+
+# ── instead of another ──
+
+
+def test_who_replaces_another_needs_no_room() -> None:
+    """At a full server a client takes its old connection's place, and there are as many as before."""
+    admission = Admission(max_connections=1)
+    old = enter(admission, "ann")
+    new = enter(admission, "ann", replaces=(old,))
+    old.leave()
+    assert len(admission) == 1
+    with pytest.raises(ConnectionLimitExceededError):
+        enter(admission, "bob")
+    new.leave()
+    enter(admission, "bob")
+
+
+def test_a_place_that_was_given_back_cannot_be_replaced() -> None:
+    """If the old connection is over, and somebody else has its place, the new one needs room as any other."""
+    admission = Admission(max_connections=1)
+    old = enter(admission, "ann")
+    old.leave()
+    enter(admission, "bob")
+    with pytest.raises(ConnectionLimitExceededError):
+        enter(admission, "ann", replaces=(old,))
+
+
+def test_nobody_gets_the_place_of_one_that_is_being_replaced() -> None:
+    """If the old connection ends by itself while the new one is on its way, its place is not free for a third."""
+    admission = Admission(max_connections=1)
+    old = enter(admission, "ann")
+    enter(admission, "ann", replaces=(old,))
+    old.leave()
+    with pytest.raises(ConnectionLimitExceededError):
+        enter(admission, "bob")
+
+
+def test_those_who_replace_the_same_one_are_few() -> None:
+    """One connection cannot be the ticket of any number of new ones that all wait in a handshake hook."""
+    admission = Admission(max_connections=1)
+    old = enter(admission, "ann")
+    for _ in range(MIN_LOBBY):
+        enter(admission, "ann", replaces=(old,))
+    with pytest.raises(ConnectionLimitExceededError):
+        enter(admission, "ann", replaces=(old,))
+
+
+# ── from one address ──
+
+
+def test_an_address_has_its_own_limit() -> None:
+    """Who is too many from its address is refused as such, and others are not."""
+    admission = Admission(max_per_address=2)
+    enter(admission, address="1.1.1.1")
+    enter(admission, address="1.1.1.1")
+    with pytest.raises(TooManyConnectionsError) as refused:
+        enter(admission, address="1.1.1.1")
+    assert (refused.value.limit, refused.value.most) == ("max_connections_per_address", 2)
+    enter(admission, address="2.2.2.2")
+
+
+def test_three_at_once_from_an_address_for_two_get_two_in() -> None:
+    """Those who are on their way do not count against those who were let in before them."""
+    admission = Admission(max_per_address=2)
+    first, second, third = (admission.knock("1.1.1.1", 0.0) for _ in range(3))
+    first.settle("ann")
+    second.settle("bob")
+    with pytest.raises(TooManyConnectionsError):
+        third.settle("cem")
+
+
+def test_an_address_that_is_full_has_a_lobby_as_large_as_its_limit() -> None:
+    """As many as may be inside may also be on their way, and no more are asked who they are."""
+    admission = Admission(max_per_address=2)
+    for _ in range(4):
+        admission.knock("1.1.1.1", 0.0)
+    with pytest.raises(TooManyConnectionsError):
+        admission.knock("1.1.1.1", 0.0)
+    admission.knock("2.2.2.2", 0.0)
+
+
+def test_who_replaces_another_of_its_address_needs_no_room_there() -> None:
+    """A client that dials again from where it was takes its own place of that address."""
+    admission = Admission(max_per_address=1)
+    old = enter(admission, "ann")
+    enter(admission, "ann", replaces=(old,))
+
+
+def test_who_replaces_one_elsewhere_needs_room_at_its_address() -> None:
+    """Connections cannot be moved to one address until there are more than it may have."""
+    admission = Admission(max_per_address=1)
+    old = enter(admission, "ann", address="2.2.2.2")
+    enter(admission, "bob", address="1.1.1.1")
+    with pytest.raises(TooManyConnectionsError):
+        enter(admission, "ann", address="1.1.1.1", replaces=(old,))
+
+
+# ── of one client ──
+
+
+def test_a_client_has_its_own_limit() -> None:
+    """Who has too many connections is refused another one, and somebody else is not."""
+    admission = Admission(max_per_client=2)
+    first = enter(admission, "ann")
+    enter(admission, "ann")
+    with pytest.raises(TooManyConnectionsError) as refused:
+        enter(admission, "ann")
+    assert (refused.value.limit, refused.value.most) == ("max_connections_per_client", 2)
+    enter(admission, "bob")
+    first.leave()
+    enter(admission, "ann")
+
+
+def test_a_session_that_is_taken_over_is_not_one_more_of_its_client() -> None:
+    """A client at its limit may come back to a session whose connection is half-open, but not to that of another."""
+    admission = Admission(max_per_client=1)
+    ann, bob = enter(admission, "ann"), enter(admission, "bob")
+    with pytest.raises(TooManyConnectionsError):
+        enter(admission, "ann", replaces=(bob,))
+    enter(admission, "ann", replaces=(ann,))
+
+
+# ── how often ──
+
+
+def test_only_so_many_come_in_a_second() -> None:
+    """Who comes too often is refused, whoever it is, and told when it is its turn."""
+    admission = Admission(rate=2)
+    admission.knock("1.1.1.1", 0.0)
+    admission.knock("2.2.2.2", 0.0)
+    with pytest.raises(ConnectionLimitExceededError) as refused:
+        admission.knock("3.3.3.3", 0.1)
+    assert type(refused.value) is ConnectionLimitExceededError
+    assert refused.value.limit == "max_connect_rate"
+    assert refused.value.retry_after == pytest.approx(0.4)
+    admission.knock("3.3.3.3", 0.1 + refused.value.retry_after)
+
+
+def test_an_address_that_comes_too_often_does_not_use_up_the_rate_of_all() -> None:
+    """What one address is refused for is not counted for the others."""
+    admission = Admission(rate=3, rate_per_address=1)
+    admission.knock("1.1.1.1", 0.0)
+    for _ in range(10):
+        with pytest.raises(TooManyConnectionsError) as refused:
+            admission.knock("1.1.1.1", 0.0)
+        assert refused.value.limit == "max_connect_rate_per_address"
+    admission.knock("2.2.2.2", 0.0)
+    admission.knock("3.3.3.3", 0.0)
+
+
+def test_a_rate_below_one_a_second_lets_one_in() -> None:
+    """One connection a minute means one now, and the next in a minute."""
+    admission = Admission(rate=1 / 60)
+    admission.knock("1.1.1.1", 0.0)
+    with pytest.raises(ConnectionLimitExceededError) as refused:
+        admission.knock("1.1.1.1", 0.0)
+    assert refused.value.retry_after == pytest.approx(60)
+
+
+@pytest.mark.parametrize("options", [{"rate": 1}, {"rate_per_address": 1}], ids=["in all", "by address"])
+def test_who_comes_too_often_takes_no_place(options: dict[str, float]) -> None:
+    """Refusals leave nothing behind that is counted."""
+    admission = Admission(max_connections=1, max_per_address=1, **options)  # type: ignore[arg-type]
+    admission.knock("1.1.1.1", 0.0).leave()
+    for _ in range(100):
+        with pytest.raises(ConnectionLimitExceededError):
+            admission.knock("1.1.1.1", 0.0)
+    enter_later = admission.knock("1.1.1.1", 1.0)
+    enter_later.settle("ann")
+    assert len(admission) == 1
+
+
+# ── all of it ──
+
+MOST, PER_CLIENT, PER_ADDRESS = 4, 2, 3
+LOBBY = 16
+
+
+PICK = st.integers(0, 10_000)
+
+
+class Counts(RuleBasedStateMachine):
+    """After any sequence of comings and goings the counts are those that a full count gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admission = Admission(max_connections=MOST, max_per_client=PER_CLIENT, max_per_address=PER_ADDRESS)
+        self.there: dict[Place, str | None] = {}
+        self.came: list[Place] = []
+
+    @property
+    def inside(self) -> list[Place]:
+        """The places that are settled."""
+        return [place for place, who in self.there.items() if who is not None]
+
+    @property
+    def waiting(self) -> list[Place]:
+        """The places that are not."""
+        return [place for place, who in self.there.items() if who is None]
+
+    @rule(address=st.sampled_from(["1.1.1.1", "2.2.2.2", "3.3.3.3", "4.4.4.4", "5.5.5.5", "6.6.6.6"]))
+    def knock(self, address: str) -> None:
+        """Somebody comes."""
+        if len(self.there) >= MOST + LOBBY:
+            with pytest.raises(ConnectionLimitExceededError, match="max_connections is"):
+                self.admission.knock(address, 0.0)
+        elif sum(place.address == address for place in self.there) >= 2 * PER_ADDRESS:
+            with pytest.raises(TooManyConnectionsError, match="max_connections_per_address"):
+                self.admission.knock(address, 0.0)
+        else:
+            self.came.append(self.admission.knock(address, 0.0))
+            self.there[self.came[-1]] = None
+
+    @precondition(lambda self: self.waiting)
+    @rule(pick=PICK, client_id=st.sampled_from(["ann", "bob", "cem", "dan"]), others=st.lists(PICK, max_size=2))
+    def settle(self, pick: int, client_id: str, others: list[int]) -> None:
+        """It is known who it is."""
+        place = self.waiting[pick % len(self.waiting)]
+        named = [self.came[one % len(self.came)] for one in others]  # some are gone, or not settled
+        replaced = [one for one in named if one in self.inside]
+        here = [one for one in self.inside if one.address == place.address]
+        its_own = [one for one in self.inside if one.client_id == client_id]
+        refused: type[ConnectionLimitExceededError] | None = None
+        too_many = len(here) - any(one in replaced for one in here) >= PER_ADDRESS
+        too_many |= len(its_own) - any(one in replaced for one in its_own) >= PER_CLIENT
+        if not replaced and len(self.inside) >= MOST:
+            refused = ConnectionLimitExceededError
+        elif too_many:
+            refused = TooManyConnectionsError
+        if refused is None:
+            place.settle(client_id, replaces=named)
+            self.there[place] = client_id
+        else:
+            with pytest.raises(refused) as error:
+                place.settle(client_id, replaces=named)
+            assert error.type is refused
+
+    @precondition(lambda self: self.came)
+    @rule(pick=PICK)
+    def leave(self, pick: int) -> None:
+        """It goes, for the first time or once more."""
+        place = self.came[pick % len(self.came)]
+        place.leave()
+        self.there.pop(place, None)
+
+    @invariant()
+    def counts_are_true(self) -> None:
+        """The running sums are those of a full count, and nothing is kept of those who are gone.
+
+        More than there is room for are there only as long as those whom they replace.
+        """
+        admission = self.admission
+        inside, waiting = self.inside, self.waiting
+        assert len(admission) == len(inside)
+        assert len(inside) + len(waiting) <= MOST + LOBBY
+        assert admission._knocking == len(waiting)
+        assert admission._from_address._counts == Counter(place.address for place in inside)
+        assert admission._knocking_from._counts == Counter(place.address for place in waiting)
+        assert admission._of_client._counts == Counter(place.client_id for place in inside)
+
+
+TestCounts = Counts.TestCase
+TestCounts.settings = settings(max_examples=60, stateful_step_count=60)

@@ -1,0 +1,913 @@
+"""Tests of the door: what is asked of a handshake, and that a place is given back however the handshake ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketException
+from fastapi.responses import JSONResponse
+
+from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from fastapi_ws_stabilizer.errors import (
+    ConnectionLimitExceededError,
+    DuplicateClientError,
+    OriginNotAllowedError,
+    ShutdownError,
+    SocketClosed,
+)
+from fastapi_ws_stabilizer.identity.credentials import Credential, first_message
+from fastapi_ws_stabilizer.limits.admission import MIN_LOBBY, Admission
+from fastapi_ws_stabilizer.routing import door as door_module
+from fastapi_ws_stabilizer.routing import greeting as greeting_module
+from fastapi_ws_stabilizer.routing.endings import PER_PLACE
+from fastapi_ws_stabilizer.routing.served import at_the_door
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.unit.conftest import Heard
+from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+
+HELLO = json.dumps({"type": "hello", "v": 1, "n": 1})
+
+
+class Call:
+    """One handshake, and the task that serves it."""
+
+    def __init__(self, house: House, path: str, **scope: Any) -> None:
+        self.server = FakeServer(path, **scope)
+        websocket = self.server.websocket
+        self.task = asyncio.ensure_future(house.app(websocket.scope, self.server.receive, self.server.send))
+
+    @property
+    def status(self) -> int | None:
+        """The HTTP status of the answer; 101 if the WebSocket was accepted, 403 if it was closed instead."""
+        for message in self.server.taken:
+            if message["type"] == "websocket.http.response.start":
+                return int(message["status"])
+            if message["type"] == "websocket.accept":
+                return 101
+            if message["type"] == "websocket.close":
+                return 403
+        return None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the HTTP answer."""
+        (start,) = (one for one in self.server.taken if one["type"] == "websocket.http.response.start")
+        return {name.decode(): value.decode() for name, value in start["headers"]}
+
+    async def answered(self) -> int:
+        """Wait for the answer."""
+        await self.server.until(lambda: self.status is not None)
+        assert self.status is not None
+        return self.status
+
+    async def closed(self) -> tuple[int, str]:
+        """Wait for the close frame."""
+        await self.server.until(lambda: self.server.close_frames)
+        return self.server.close_frames[0]
+
+    async def over(self) -> None:
+        """Wait until nothing more is done for it."""
+        await with_deadline(self.task)
+
+    async def leaves(self) -> None:
+        """Let the client go, and wait."""
+        self.server.feed_disconnect()
+        await self.over()
+
+
+class House:
+    """An app behind a door, with an endpoint for each way in."""
+
+    def __init__(self, **options: Any) -> None:
+        self.manager = manager = WebSocketConnectionManager(
+            WebSocketConfig(**{"heartbeat_type": "off", "disconnect_grace": 0.1, **options})
+        )
+        self.heard = Heard()
+        manager.reports.subscribe(self.heard)
+        self.app = app = FastAPI(lifespan=manager.lifespan)
+        self.identify: Callable[[], Any] = lambda: "ann"
+        self.served: list[str] = []
+        self.errors: list[Exception] = []
+        self.calls: list[Call] = []
+        manager.install(app)
+
+        @app.exception_handler(HTTPException)
+        async def answer(websocket: WebSocket, error: HTTPException) -> None:
+            """As newer Starlette does by itself; the oldest that is supported does not answer a handshake."""
+            body = {"detail": error.detail}
+            await websocket.send_denial_response(JSONResponse(body, error.status_code, dict(error.headers or {})))
+
+        async def who() -> Any:
+            found = self.identify()
+            return await found if asyncio.iscoroutine(found) else found
+
+        async def first(credential: str = Depends(Credential(first_message()))) -> str:
+            return credential
+
+        @app.websocket("/path/{client_id}")
+        async def by_path(ws: StableSocketDep) -> None:
+            await self._serve(ws)
+
+        @app.websocket("/who")
+        async def by_identity(ws: StableSocket = Depends(manager.socket_for(who))) -> None:
+            await self._serve(ws)
+
+        @app.websocket("/first")
+        async def by_first_message(ws: StableSocket = Depends(manager.socket_for(first))) -> None:
+            await self._serve(ws)
+
+        @app.websocket("/hand/{client_id}")
+        async def by_hand(websocket: WebSocket, client_id: str) -> None:
+            await websocket.accept()
+            try:
+                if token := websocket.query_params.get("token"):
+                    await manager.validate_reconnect_token(token)
+                ws = await manager.connect(client_id, websocket)
+            except Exception as error:
+                self.errors.append(error)
+                raise
+            await self._serve(ws)
+
+    async def _serve(self, ws: StableSocket) -> None:
+        self.served.append(ws.client_id)
+        async for _ in ws:
+            pass
+
+    def call(self, path: str = "/path/ann", **scope: Any) -> Call:
+        """Let somebody dial."""
+        self.calls.append(Call(self, path, **scope))
+        return self.calls[-1]
+
+    async def let_in(self, path: str = "/path/ann", **scope: Any) -> Call:
+        """Let somebody in."""
+        before = len(self.served)
+        call = self.call(path, **scope)
+        assert await call.answered() == 101
+        await eventually(lambda: len(self.served) > before)
+        return call
+
+    def numbered(self, path: str = "/path/ann", **scope: Any) -> Call:
+        """Let a client of `stabilizer.v1.json` dial."""
+        return self.call(path, subprotocols=[SUBPROTOCOL], **scope)
+
+    @property
+    def admission(self) -> Admission:
+        """What counts."""
+        return self.manager._serving.door.admission
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many are inside, and how many on their way."""
+        return len(self.admission), self.admission._knocking
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """Why how many were turned away."""
+        return dict(self.manager.totals.refusals)
+
+
+@pytest.fixture
+async def house_with() -> AsyncIterator[Callable[..., House]]:
+    """Make houses; at the end nobody is in them, and no count is off."""
+    made: list[House] = []
+
+    def make(**options: Any) -> House:
+        made.append(House(**options))
+        return made[-1]
+
+    yield make
+    for house in made:
+        await house.manager.graceful_shutdown(timeout=0.5)
+        for call in house.calls:
+            call.server.release()
+        await with_deadline(asyncio.gather(*(call.task for call in house.calls), return_exceptions=True))
+        assert house.counted == (0, 0)
+        assert not house.admission._from_address._counts
+        assert not house.admission._knocking_from._counts
+        assert not house.admission._of_client._counts
+
+
+Make = Callable[..., House]
+
+BROWSER = [(b"host", b"testserver"), (b"origin", b"http://testserver")]
+
+WAYS = ["/path/{}", "/hand/{}"]
+
+
+# ── max_connections ──
+
+
+async def test_the_first_one_too_many_gets_503(house_with: Make) -> None:
+    """At a full server a handshake is answered with 503, a body that says why, and when to come back."""
+    house = house_with(max_connections=1)
+    ann = await house.let_in("/path/ann")
+    refused = house.call("/path/bob")
+    assert await refused.answered() == 503
+    assert 2 <= int(refused.headers["retry-after"]) <= 8
+    await refused.over()
+    body = next(one["body"] for one in refused.server.taken if one["type"] == "websocket.http.response.body")
+    assert json.loads(body) == {"detail": "the server is full"}
+    assert house.counted == (1, 0)
+    assert house.refusals == {"max_connections": 1}
+    assert house.served == ["ann"]
+    await ann.leaves()
+    await house.let_in("/path/bob")
+
+
+async def test_a_browser_gets_503_of_a_full_server_too(house_with: Make) -> None:
+    """To accept and close it would cost what is to be saved."""
+    house = house_with(max_connections=1, reject="close")
+    await house.let_in("/path/ann")
+    assert await house.call("/path/bob", headers=BROWSER).answered() == 503
+
+
+async def test_by_hand_the_error_says_that_it_is_full(house_with: Make) -> None:
+    """`connect()` raises, and an endpoint that lets it escape closes 4503 with a hint, without a report of a bug."""
+    house = house_with(max_connections=1)
+    await house.let_in("/hand/ann")
+    refused = house.call("/hand/bob")
+    code, reason = await refused.closed()
+    assert code == 4503
+    assert reason.startswith("the server is full; retry=")
+    await refused.over()
+    (error,) = house.errors
+    assert isinstance(error, ConnectionLimitExceededError)
+    assert error.limit == "max_connections"
+    assert house.refusals == {"max_connections": 1}
+    assert [one.event for one in house.heard.reports if one.error is not None] == []
+
+
+async def test_a_numbered_client_of_a_full_server_is_told_after_its_hello(house_with: Make) -> None:
+    """It might have had a session: it is accepted, and closed 4503 with a hint when it has none."""
+    house = house_with(max_connections=1)
+    await house.let_in("/path/ann")
+    refused = house.numbered("/path/bob")
+    assert await refused.answered() == 101
+    refused.server.feed_text(HELLO)
+    code, reason = await refused.closed()
+    assert code == 4503
+    assert reason.startswith("the server is full; retry=")
+    await refused.over()
+    assert house.counted == (1, 0)
+    assert len(house.manager._serving.sessions) == 0
+
+
+async def test_numbered_clients_without_a_hello_are_few(house_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says nothing has a place in the lobby; beyond that there is 503 for everybody, until a moment has passed."""
+    house = house_with(max_connections=1, hello_timeout=60)
+    await house.let_in("/path/ann")
+    silent = [house.numbered(f"/path/silent{number}") for number in range(MIN_LOBBY)]
+    assert [await one.answered() for one in silent] == [101] * MIN_LOBBY
+    assert await house.numbered("/path/bob").answered() == 503
+    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    assert await house.numbered("/path/bob").answered() == 101
+    await silent[0].closed()
+    assert house.counted == (1, MIN_LOBBY)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_takes_the_place_of_its_old_connection(house_with: Make, way: str) -> None:
+    """At a full server a client whose old connection is half-open is let in, and there is still one connection."""
+    house = house_with(max_connections=1)
+    old = await house.let_in(way.format("ann"))
+    await house.let_in(way.format("ann"))
+    assert (await old.closed())[0] == 4409
+    await old.over()
+    assert house.counted == (1, 0)
+
+
+async def test_an_identity_takes_the_place_of_its_old_connection(house_with: Make) -> None:
+    """At a full server it is asked who comes, before it is decided."""
+    house = house_with(max_connections=1)
+    old = await house.let_in("/who")
+    await house.let_in("/who")
+    assert (await old.closed())[0] == 4409
+    house.identify = lambda: "bob"
+    assert await house.call("/who").answered() == 503
+
+
+async def test_a_session_takes_the_place_of_its_old_connection(house_with: Make) -> None:
+    """At a full server a client of `stabilizer.v1.json` comes back to its session, whatever the policy is."""
+    house = house_with(max_connections=1, on_duplicate="allow", max_connections_per_client=1)
+    old = house.numbered()
+    old.server.feed_text(HELLO)
+    await eventually(lambda: old.server.data)
+    token = old.server.json[0]["token"]
+    new = house.numbered()
+    new.server.feed_text(json.dumps({"type": "hello", "v": 1, "n": 2, "resume": {"token": token, "seq": 0}}))
+    await eventually(lambda: new.server.data)
+    assert new.server.json[0]["resume"] == "full"
+    await old.over()
+    assert house.counted == (1, 0)
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+async def test_under_reject_only_a_token_takes_a_place(house_with: Make, with_token: bool) -> None:
+    """`on_duplicate="reject"` keeps the old connection, but for a client that proves to be the same one."""
+    house = house_with(max_connections=1, on_duplicate="reject")
+    old = await house.let_in()
+    query = f"token={house.manager.generate_reconnect_token('ann')}" if with_token else ""
+    new = house.call(query=query)
+    assert await new.answered() == (101 if with_token else 503)
+    if with_token:
+        assert (await old.closed())[0] == 4409
+
+
+async def test_by_hand_under_reject_a_token_takes_a_place(house_with: Make) -> None:
+    """A client whose token was validated before `connect()` takes the place of its old connection, too."""
+    house = house_with(max_connections=1, on_duplicate="reject")
+    old = await house.let_in("/hand/ann")
+    assert (await house.call("/hand/ann").closed())[0] == 4503
+    await house.let_in("/hand/ann", query=f"token={house.manager.generate_reconnect_token('ann')}")
+    assert (await old.closed())[0] == 4409
+
+
+async def test_those_whose_end_is_worked_on_are_not_without_number(
+    house_with: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who leaves makes room at once, but not while hooks are slower than clients come and go; the log says so."""
+    monkeypatch.setattr(door_module, "MAX_ENDING", 2)
+    house = house_with(disconnect_grace=60)
+    gate = asyncio.Event()
+
+    @house.manager.on_disconnect
+    async def slow(ws: StableSocket, reason: Any) -> None:
+        await gate.wait()
+
+    for number in range(2):
+        call = await house.let_in(f"/path/{number}")
+        call.server.feed_disconnect()
+        await eventually(lambda: house.manager.get_connection_count() == 0)
+    assert await house.call("/path/next").answered() == 503
+    assert house.manager.totals.refusals == {"max_concurrent_cleanup": 1}
+    gate.set()
+    await eventually(lambda: not house.manager._serving.unfinished)
+    await house.let_in("/path/next")
+
+
+async def test_an_endpoint_that_uses_its_grace_keeps_nobody_out(house_with: Make) -> None:
+    """Where many have left whose endpoints do not notice, the grace of the one that left first is over."""
+    house = house_with(max_connections=1, disconnect_grace=60)
+    cancelled: list[str] = []
+
+    @house.app.websocket("/deaf/{client_id}")
+    async def deaf(ws: StableSocketDep) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(ws.client_id)
+            raise
+
+    calls = []
+    for number in range(PER_PLACE + 1):
+        calls.append(call := house.call(f"/deaf/{number}"))
+        assert await call.answered() == 101
+        await eventually(lambda: house.manager.get_connection_count() == 1)
+        call.server.feed_disconnect()
+        await eventually(lambda: house.manager.get_connection_count() == 0)
+    await house.let_in("/path/next")
+    await eventually(lambda: cancelled == ["0", "1"])
+    for call in calls:
+        call.task.cancel()
+
+
+async def test_who_says_nothing_makes_room_for_who_comes(house_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a full server the lobby does not fill with clients that never say hello: the oldest of them goes."""
+    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    house = house_with(max_connections=1, hello_timeout=60)
+    old = await house.let_in("/path/ann")
+    mute = [house.call("/first", subprotocols=[SUBPROTOCOL]) for _ in range(MIN_LOBBY)]
+    for one in mute:
+        assert await one.answered() == 101
+    await house.let_in("/path/ann")  # whose old connection is half-open
+    assert (await old.closed())[0] == 4409
+    assert (await mute[0].closed())[0] == 4408
+    assert not mute[1].server.close_frames
+
+
+async def test_a_hello_is_not_kept(house_with: Make) -> None:
+    """Once its client is inside, the credential in it is nowhere."""
+    house = house_with()
+    call = house.call("/first", subprotocols=[SUBPROTOCOL])
+    assert await call.answered() == 101
+    call.server.feed_text(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "a-secret"}))
+    await eventually(lambda: house.served)
+    (visitor,) = [value for key, value in call.server.websocket.scope.items() if "door" in str(key)]
+    assert visitor._hello is None
+
+
+async def test_headers_are_not_kept(house_with: Make) -> None:
+    """The door looks at origin, host and address, and leaves nothing of the headers in memory."""
+    house = house_with(trusted_proxies=["10.0.0.0/8"], max_connections_per_address=2)
+    server = FakeServer(headers=[*BROWSER, (b"x-forwarded-for", b"198.51.100.7")])
+    ws = await house.manager.connect("ann", await server.accepted())
+    assert not hasattr(ws.websocket, "_headers")
+
+
+# ── of one client, from one address, too often ──
+
+
+async def test_a_client_has_so_many_connections(house_with: Make) -> None:
+    """With `on_duplicate="allow"` the next one of the same client gets 429, and of another client is let in."""
+    house = house_with(on_duplicate="allow", max_connections_per_client=2)
+    await house.let_in("/path/ann")
+    await house.let_in("/hand/ann")
+    refused = house.call("/path/ann")
+    assert await refused.answered() == 429
+    assert "retry-after" in refused.headers
+    assert (await house.call("/hand/ann").closed())[0] == 4429
+    await house.let_in("/path/bob")
+    assert house.refusals == {"max_connections_per_client": 2}
+
+
+async def test_of_five_at_once_of_one_client_two_are_let_in(house_with: Make) -> None:
+    """While hooks of the first ones still run they count already."""
+    house = house_with(on_duplicate="allow", max_connections_per_client=2)
+    gate = asyncio.Event()
+
+    @house.manager.on_handshake
+    async def slow(ws: StableSocket) -> None:
+        await gate.wait()
+
+    calls = [house.call() for _ in range(5)]
+    await settle()
+    gate.set()
+    assert sorted([await call.answered() for call in calls]) == [101, 101, 429, 429, 429]
+
+
+async def test_a_limit_for_a_client_is_none_where_a_client_is_here_once(house_with: Make) -> None:
+    """With `on_duplicate="replace"` a client that dials thrice at once is not refused for being there already."""
+    house = house_with(max_connections_per_client=1)
+    gate = asyncio.Event()
+
+    @house.manager.on_handshake
+    async def slow(ws: StableSocket) -> None:
+        await gate.wait()
+
+    calls = [house.call() for _ in range(3)]
+    await settle()
+    gate.set()
+    assert [await call.answered() for call in calls] == [101] * 3
+
+
+async def test_an_address_has_so_many_connections(house_with: Make) -> None:
+    """The next one from there gets 429 and when to come back; a browser is closed 4429 with a hint."""
+    house = house_with(max_connections_per_address=2)
+    await house.let_in("/path/ann")
+    await house.let_in("/hand/bob")
+    refused = house.call("/path/cem")
+    assert await refused.answered() == 429
+    assert 2 <= int(refused.headers["retry-after"]) <= 8
+    code, reason = await house.call("/path/cem", headers=BROWSER).closed()
+    assert code == 4429
+    assert reason.startswith("too many connections; retry=")
+    await house.let_in("/path/cem", client=("10.0.0.8", 1))
+
+
+async def test_a_network_of_ipv6_is_one_address(house_with: Make) -> None:
+    """Whoever has 2^64 addresses has the places of one."""
+    house = house_with(max_connections_per_address=1)
+    await house.let_in("/path/ann", client=("2001:db8::1", 1))
+    assert await house.call("/path/bob", client=("2001:db8::ffff:2", 1)).answered() == 429
+    await house.let_in("/path/bob", client=("2001:db8:0:1::1", 1))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "status"), [((), 429), (("10.0.0.7",), 101), (("10.0.0.8",), 429)], ids=["nobody", "the peer", "other"]
+)
+async def test_a_forwarded_address_counts_from_a_trusted_proxy(
+    house_with: Make, trusted: tuple[str, ...], status: int
+) -> None:
+    """X-Forwarded-For is believed from a trusted proxy; a client that writes it itself is still one client."""
+    house = house_with(max_connections_per_address=1, trusted_proxies=trusted)
+    await house.let_in("/path/ann", headers=[(b"x-forwarded-for", b"1.1.1.1")])
+    assert await house.call("/path/bob", headers=[(b"x-forwarded-for", b"2.2.2.2")]).answered() == status
+
+
+async def test_who_comes_too_often_gets_429(house_with: Make) -> None:
+    """The handshakes from one address have a rate, and so have those of all."""
+    house = house_with(max_connect_rate_per_address=2, max_connect_rate=3)
+    await house.let_in("/path/ann")
+    await house.let_in("/path/bob")
+    refused = house.call("/path/cem")
+    assert await refused.answered() == 429
+    assert refused.headers["retry-after"] == "1"
+    await house.let_in("/path/cem", client=("10.0.0.8", 1))
+    assert await house.call("/path/dan", client=("10.0.0.9", 1)).answered() == 503
+    assert house.refusals == {"max_connect_rate_per_address": 1, "max_connect_rate": 1}
+
+
+# ── origin ──
+
+
+@pytest.mark.parametrize("reject", ["auto", "close", "http"])
+async def test_a_foreign_origin_gets_403_always(house_with: Make, reject: str) -> None:
+    """It is refused before accept whatever `reject` says, and takes no place."""
+    house = house_with(reject=reject)
+    assert await house.call(headers=[(b"host", b"a.example"), (b"origin", b"https://evil.example")]).answered() == 403
+    assert house.counted == (0, 0)
+    assert house.served == []
+
+
+async def test_by_hand_a_foreign_origin_is_closed_4403(house_with: Make) -> None:
+    """`connect()` raises, and the endpoint that lets it escape closes with the code that says so."""
+    house = house_with()
+    call = house.call("/hand/ann", headers=[(b"host", b"a.example"), (b"origin", b"https://evil.example")])
+    assert await call.closed() == (4403, "origin not allowed")
+    assert isinstance(house.errors[0], OriginNotAllowedError)
+    assert house.refusals == {"4403": 1}
+
+
+@pytest.mark.parametrize(("trusted", "status"), [((), 403), (("10.0.0.7",), 101)], ids=["nobody", "the peer"])
+async def test_a_forwarded_host_is_ours_if_a_trusted_proxy_says_so(
+    house_with: Make, trusted: tuple[str, ...], status: int
+) -> None:
+    """X-Forwarded-Host counts as our host only from a trusted proxy."""
+    house = house_with(trusted_proxies=trusted)
+    headers = [(b"host", b"inner:8000"), (b"x-forwarded-host", b"a.example"), (b"origin", b"https://a.example")]
+    assert await house.call(headers=headers).answered() == status
+
+
+class Wire:
+    """A transport that knows its other end."""
+
+    def __init__(self, peer: Any) -> None:
+        self._peer = peer
+
+    def get_extra_info(self, name: str) -> Any:
+        """What uvicorn asks it, too."""
+        return {"peername": self._peer}[name]
+
+    def abort(self) -> None:
+        """Cut."""
+
+
+FORWARDED = [
+    (b"host", b"inner:8000"),
+    (b"x-forwarded-host", b"a.example"),
+    (b"x-forwarded-for", b"203.0.113.9"),
+    (b"origin", b"https://a.example"),
+]
+
+REWRITTEN: dict[str, tuple[tuple[str, ...], Any, str, int, str]] = {
+    # trusted, who is at the other end, whom the server has put there, status, address
+    "a proxy": (("127.0.0.1",), ("127.0.0.1", 4711), "203.0.113.9", 101, "203.0.113.9"),
+    "a proxy on a Unix socket": (("unix",), "", "203.0.113.9", 101, "203.0.113.9"),
+    "a client that names a proxy": (("10.0.0.7",), ("198.51.100.1", 4711), "10.0.0.7", 403, "198.51.100.1"),
+    "nobody is trusted": ((), ("127.0.0.1", 4711), "203.0.113.9", 403, "203.0.113.9"),
+}
+
+
+@pytest.mark.parametrize("who", REWRITTEN)
+async def test_a_server_that_reads_the_headers_too_hides_no_proxy(house_with: Make, who: str) -> None:
+    """It has put somebody else in the place of the other end, and that one decides; without `trusted_proxies`, not."""
+    trusted, peer, client, status, address = REWRITTEN[who]
+    house = house_with(trusted_proxies=trusted)
+    call = house.call(headers=FORWARDED, client=(client, 0))
+    call.server.transport = Wire(peer)  # type: ignore[attr-defined]
+    assert await call.answered() == status
+    assert house.manager._serving.door.address_of(call.server.websocket) == address
+
+
+async def test_a_refused_origin_is_told_with_what_it_was_compared_with(house_with: Make) -> None:
+    """The log names the hosts that are ours, those that a trusted proxy says too: one of them has to be the page's."""
+    house = house_with(trusted_proxies=["10.0.0.7"])
+    foreign = (b"origin", b"https://evil.example")
+    assert await house.call(headers=[*FORWARDED[:3], foreign]).answered() == 403
+    assert await house.call("/path/bob", headers=[*FORWARDED[:3], foreign], client=("10.0.0.8", 1)).answered() == 403
+    told = [(one.facts["origin"], one.facts["host"]) for one in house.heard.of("connection_refused")]
+    assert told == [("https://evil.example", "inner:8000, a.example"), ("https://evil.example", "inner:8000")]
+
+
+async def test_an_origin_may_be_required(house_with: Make) -> None:
+    """With `require_origin` a client that sends none gets 403."""
+    house = house_with(require_origin=True)
+    assert await house.call().answered() == 403
+    await house.let_in(headers=BROWSER)
+
+
+# ── everything is given back ──
+
+REFUSALS: dict[str, tuple[Exception, int, int]] = {
+    "401": (HTTPException(401), 401, 4401),
+    "4401": (WebSocketException(4401, "bad token"), 401, 4401),
+    "1008": (WebSocketException(1008), 403, 1008),
+    "bug": (ValueError("a bug"), 500, 4500),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+async def test_a_handshake_hook_that_refuses_gives_the_place_back(house_with: Make, what: str) -> None:
+    """After a refusal of the hook, or a bug in it, there is room for the next; a browser reads why."""
+    house = house_with(max_connections=1)
+    error, status, code = REFUSALS[what]
+    refusing = True
+
+    @house.manager.on_handshake
+    async def hook(ws: StableSocket) -> None:
+        if refusing:
+            raise error
+
+    for _ in range(3):
+        call = house.call("/path/mallory")
+        assert await call.answered() == status
+        await call.over()
+        assert house.counted == (0, 0)
+    assert (await house.call("/path/mallory", headers=BROWSER).closed())[0] == code
+    refusing = False
+    await house.let_in()
+
+
+@pytest.mark.parametrize("what", ["401", "4401", "1008"])
+async def test_an_identity_that_refuses_gives_the_place_back(house_with: Make, what: str) -> None:
+    """After a refusal of the identity dependency there is room for the next."""
+    house = house_with(max_connections=1)
+    error, status, _ = REFUSALS[what]
+
+    def refuse() -> None:
+        raise error
+
+    house.identify = refuse
+    call = house.call("/who")
+    assert await call.answered() == status
+    await call.over()
+    assert house.counted == (0, 0)
+    house.identify = lambda: "ann"
+    await house.let_in("/who")
+
+
+@pytest.mark.parametrize("what", ["raises", "is nobody"])
+async def test_a_bug_in_the_identity_gives_the_place_back(house_with: Make, what: str) -> None:
+    """A bug leaves as it is, for the server to log, and there is room for the next."""
+    house = house_with(max_connections=1)
+
+    def bug() -> Any:
+        if what == "raises":
+            raise ValueError("a bug")
+        return object()
+
+    house.identify = bug
+    call = house.call("/who")
+    with pytest.raises(ValueError if what == "raises" else TypeError):
+        await call.over()
+    assert house.counted == (0, 0)
+
+
+async def test_a_hello_that_never_comes_gives_the_place_back(house_with: Make) -> None:
+    """It is closed 4408, and there is room for the next."""
+    house = house_with(max_connections=1, hello_timeout=0.02)
+    for path in ("/path/ann", "/first"):
+        call = house.numbered(path)
+        assert (await call.closed())[0] == 4408
+        await call.over()
+        assert house.counted == (0, 0)
+
+
+@pytest.mark.parametrize("path", ["/path/ann", "/first"])
+async def test_a_client_that_goes_before_its_hello_gives_the_place_back(house_with: Make, path: str) -> None:
+    """It is gone without a word, and there is room for the next."""
+    house = house_with(max_connections=1)
+    call = house.numbered(path)
+    await call.answered()
+    assert house.counted == (0, 1)
+    await call.leaves()
+    assert house.counted == (0, 0)
+
+
+async def test_a_client_that_goes_during_the_handshake_gives_the_place_back(house_with: Make) -> None:
+    """What the server says of a WebSocket that is gone ends its task, and there is room for the next."""
+    house = house_with(max_connections=1)
+
+    @house.manager.on_handshake
+    async def gone(ws: StableSocket) -> None:
+        call.server.fail(OSError("gone"))
+
+    call = house.call()
+    with pytest.raises(Exception):  # noqa: B017, PT011 (which one is Starlette's affair)
+        await call.over()
+    assert house.counted == (0, 0)
+
+
+@pytest.mark.parametrize("where", ["hook", "identity", "hello"])
+async def test_a_handshake_that_is_cancelled_gives_the_place_back(house_with: Make, where: str) -> None:
+    """A server that gives a handshake up leaves no place taken."""
+    house = house_with(max_connections=1)
+    never = asyncio.Event()
+
+    @house.manager.on_handshake
+    async def hook(ws: StableSocket) -> None:
+        if where == "hook":
+            await never.wait()
+
+    async def identify() -> str:
+        await never.wait()
+        return "ann"
+
+    house.identify = identify
+    call = {
+        "hook": lambda: house.call(),
+        "identity": lambda: house.call("/who"),
+        "hello": lambda: house.numbered(),
+    }[where]()
+    await eventually(lambda: sum(house.counted) == 1)
+    await settle()
+    call.task.cancel()
+    await asyncio.wait([call.task])
+    assert house.counted == (0, 0)
+
+
+async def test_a_connect_that_fails_gives_the_place_back(house_with: Make) -> None:
+    """By hand: refused by a connect hook, or a duplicate, it is counted no more."""
+    house = house_with(max_connections=5, on_duplicate="reject")
+
+    @house.manager.on_connect
+    async def hook(ws: StableSocket) -> None:
+        if ws.client_id == "mallory":
+            raise HTTPException(403)
+
+    call = house.call("/hand/mallory")
+    assert (await call.closed())[0] == 4403
+    await call.over()
+    assert isinstance(house.errors.pop(), SocketClosed)
+    await house.let_in("/hand/ann")
+    call = house.call("/hand/ann")
+    assert (await call.closed())[0] == 4409
+    await call.over()
+    assert isinstance(house.errors.pop(), DuplicateClientError)
+    assert house.counted == (1, 0)
+
+
+async def test_a_refused_browser_holds_no_place_while_it_is_told(house_with: Make) -> None:
+    """A goodbye may take its time; the place of who gets it is free."""
+    house = house_with(max_connections=1)
+
+    def refuse() -> None:
+        call.server.block()
+        raise HTTPException(401)
+
+    house.identify = refuse
+    call = house.call("/who", headers=BROWSER)
+    await eventually(lambda: call.server.offered)
+    assert house.counted == (0, 0)
+
+
+async def test_a_refused_handshake_makes_no_session(house_with: Make) -> None:
+    """Nothing is kept of ten thousand who found no room: no session, no connection, no task."""
+    house = house_with(max_connections=1)
+    await house.let_in()
+    tasks = len(asyncio.all_tasks())
+    for _ in range(1000):
+        call = Call(house, "/path/mallory")
+        await call.over()
+        assert call.status == 503
+    assert len(house.manager._serving.sessions) == 0
+    assert len(house.manager._serving.unfinished) == 1
+    assert len(asyncio.all_tasks()) == tasks
+    assert house.refusals == {"max_connections": 1000}
+
+
+# ── the drain ──
+
+
+@pytest.mark.parametrize("headers", [[], BROWSER], ids=["a program", "a browser"])
+@pytest.mark.parametrize("reject", ["auto", "close"])
+async def test_during_a_drain_everybody_gets_503(house_with: Make, headers: list[Any], reject: str) -> None:
+    """Nobody is let in any more, by whatever way."""
+    house = house_with(reject=reject)
+    await house.let_in("/path/ann")
+    house.manager._serving.close()
+    for path in ("/path/bob", "/who"):
+        call = house.call(path, headers=headers)
+        assert await call.answered() == 503
+        assert int(call.headers["retry-after"]) >= 1
+    with pytest.raises(ShutdownError):
+        house.manager._serving.door.knock(house.call("/nowhere").server.websocket)
+
+
+@pytest.mark.parametrize("path", ["/path/bob", "/who"])
+async def test_a_refusal_after_the_drain_is_counted(house_with: Make, path: str) -> None:
+    """A manager that is shut down refuses as it does while it drains, and tells so once."""
+    house = house_with()
+    await house.manager.graceful_shutdown(timeout=0.5)
+    call = house.call(path, headers=BROWSER)
+    assert await call.answered() == 503
+    await call.over()
+    assert house.refusals == {"1012": 1}
+    assert len(house.heard.of("connection_refused")) == 1
+
+
+# ── two managers ──
+
+
+class Houses:
+    """One route with sockets of two managers."""
+
+    def __init__(self, make: Make, first: dict[str, Any], second: dict[str, Any]) -> None:
+        self.first, self.second = make(**first), make(**second)
+        self.asked: list[str] = []
+
+        async def who(credential: str | None = Depends(Credential(first_message(), required=False))) -> str:
+            self.asked.append(str(credential))
+            return "ann"
+
+        @self.first.app.websocket("/both")
+        async def both(
+            ws: StableSocket = Depends(self.first.manager.socket_for(lambda: "ann")),
+            other: StableSocket = Depends(self.second.manager.socket_for(who)),
+        ) -> None:
+            raise AssertionError("nobody comes so far")
+
+        @self.first.app.websocket("/knocks")
+        async def knocks(
+            _: None = Depends(self._knocked(self.first)), other: None = Depends(self._knocked(self.second))
+        ) -> None:
+            raise AssertionError("nobody comes so far")
+
+    @staticmethod
+    def _knocked(house: House) -> Callable[..., AsyncIterator[None]]:
+        async def knocked(websocket: WebSocket) -> AsyncIterator[None]:
+            async with at_the_door(house.manager._ensure_running(), websocket):
+                yield
+
+        return knocked
+
+
+FOREIGN = [(b"host", b"testserver"), (b"origin", b"https://evil.example")]
+
+
+async def test_each_manager_is_knocked_at(house_with: Make) -> None:
+    """A client that one manager has let in is asked at the door of the other one too."""
+    houses = Houses(house_with, {"allowed_origins": ["*"]}, {})
+    call = houses.first.call("/both", headers=FOREIGN)
+    assert await call.closed() == (4403, "origin not allowed")
+    await call.over()
+    assert houses.asked == []
+    assert (houses.first.refusals, houses.second.refusals) == ({}, {"4403": 1})
+
+
+async def test_who_is_turned_away_at_one_door_is_not_at_the_other(house_with: Make) -> None:
+    """It hears one answer, and one manager counts it."""
+    houses = Houses(house_with, {"allowed_origins": ["*"]}, {})
+    call = houses.first.call("/knocks", headers=FOREIGN)
+    assert await call.answered() == 403
+    await call.over()
+    assert [message["type"] for message in call.server.taken] == [
+        "websocket.http.response.start",
+        "websocket.http.response.body",
+    ]
+    assert (houses.first.refusals, houses.second.refusals) == ({}, {"4403": 1})
+
+
+# ── after the hello ──
+
+NUMBERED: dict[str, tuple[dict[str, Any], str, str, int, str, str]] = {
+    "full": ({"max_connections": 1}, "/path/bob", HELLO, 4503, "max_connections", "bob"),
+    "too many": (
+        {"max_connections_per_client": 1, "on_duplicate": "allow"},
+        "/path/ann",
+        HELLO,
+        4429,
+        "max_connections_per_client",
+        "ann",
+    ),
+    "duplicate": ({"on_duplicate": "reject"}, "/path/ann", HELLO, 4409, "4409", "ann"),
+    "bad credential": ({}, "/path/mallory", HELLO, 4401, "4401", "mallory"),
+    "nonsense": ({}, "/path/bob", "nonsense", 4400, "4400", ""),
+    "silence": ({"hello_timeout": 0.05}, "/path/bob", "", 4408, "4408", ""),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERED)
+async def test_who_is_refused_after_the_hello_is_counted(house_with: Make, what: str) -> None:
+    """A client of `stabilizer.v1.json` that is turned away is counted and told of as every other one is."""
+    options, path, said, code, kind, client_id = NUMBERED[what]
+    house = house_with(**options)
+
+    @house.manager.on_auth
+    async def authenticate(ws: StableSocket, _: str | None) -> None:
+        if ws.client_id == "mallory":
+            raise HTTPException(401)
+
+    await house.let_in("/path/ann")
+    call = house.numbered(path)
+    if said:
+        call.server.feed_text(said)
+    assert (await call.closed())[0] == code
+    await call.over()
+    assert house.refusals == {kind: 1}
+    (report,) = house.heard.of("connection_refused")
+    assert (report.facts["address"], report.facts["code"]) == ("10.0.0.7", code)
+    assert report.facts.get("client_id", "") == client_id
+    assert report.facts.get("option", kind) == kind
+
+
+async def test_by_hand_it_is_told_who_was_refused(house_with: Make) -> None:
+    """`connect()` knows the client id."""
+    house = house_with(max_connections=1)
+    await house.let_in("/path/ann")
+    await house.call("/hand/bob").closed()
+    assert [one.facts["client_id"] for one in house.heard.of("connection_refused")] == ["bob"]

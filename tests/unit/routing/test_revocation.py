@@ -1,0 +1,165 @@
+"""Tests of taking a right away, and of identities that run out, while their clients are still at the door."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import InvalidTokenError
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.unit.client.fake_link import soon, virtually
+from tests.unit.fake_websocket import FakeServer
+from tests.unit.routing.stage import Line, Peer, Stage
+
+
+def slowly(stage: Stage) -> None:
+    """Let the application take its time with each handshake."""
+
+    @stage.manager.on_handshake
+    async def wait(ws: StableSocket) -> None:
+        await stage.gate.wait()
+
+
+@virtually
+async def test_revoking_closes_what_there_is_4410() -> None:
+    """Connections of both modes are closed, sessions are over whether their client is here or away, others stay."""
+    async with Stage(on_duplicate="allow") as stage:
+        away, here = Peer(stage), Peer(stage)
+        await (await away.dial()).leaves()
+        numbered, plain, other = await here.dial(), stage.plain(), stage.plain("bob")
+        await soon()
+        assert await stage.manager.revoke("ann") == 3
+        await soon()
+        assert [line.close_code for line in (numbered, plain, other)] == [4410, 4410, None]
+        assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
+        assert stage.events.count("session_end ann application") == 3
+        assert [(await peer.dial()).outcome for peer in (away, here)] == ["lost", "lost"]
+
+
+@virtually
+async def test_revoking_kills_what_was_issued_before_and_nothing_after() -> None:
+    """Tokens and tickets of before are refused, those of afterwards are good, and so are another client's."""
+    async with Stage() as stage:
+        manager = stage.manager
+        token, ticket, bobs = (
+            manager.generate_reconnect_token("ann"),
+            manager.issue_ticket("ann"),
+            manager.issue_ticket("bob"),
+        )
+        await manager.revoke("ann")
+        with pytest.raises(InvalidTokenError, match="revoked"):
+            await manager.validate_reconnect_token(token)
+        for one, whose in ((manager.issue_ticket("ann"), "ann"), (bobs, "bob")):
+            assert manager._tickets.redeem(one) == whose
+        with pytest.raises(InvalidTokenError, match="revoked"):
+            manager._tickets.redeem(ticket)
+        assert await manager.validate_reconnect_token(manager.generate_reconnect_token("ann")) == "ann"
+
+
+@pytest.mark.parametrize("client_id", ["", None, 7])
+@virtually
+async def test_revoking_nobody_is_an_error(client_id: Any) -> None:
+    """A number in the place of an id would shut out nobody, and say nothing."""
+    async with Stage() as stage:
+        with pytest.raises(ValueError, match="client_id must be a str"):
+            await stage.manager.revoke(client_id)
+
+
+@pytest.mark.parametrize("subprotocols", [(), (SUBPROTOCOL,)], ids=["plain", "v1"])
+@virtually
+async def test_a_client_that_is_revoked_at_the_door_does_not_come_in(subprotocols: tuple[str, ...]) -> None:
+    """Who it is was found out before its right was taken away: it is closed 4410, and nothing of it is kept."""
+    async with Stage() as stage:
+        slowly(stage)
+        line = Line(stage, subprotocols=subprotocols)
+        await line.say({"type": "hello", "v": 1, "n": 1})
+        assert await stage.manager.revoke("ann") == 0
+        stage.gate.set()
+        await soon()
+        assert line.close_code == 4410
+        assert stage.events == []
+        assert stage.manager.get_connection_count() == 0
+        assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
+        later = Line(stage, subprotocols=subprotocols)
+        await later.say({"type": "hello", "v": 1, "n": 2})
+        assert later.close_code is None
+        assert stage.events == ["connect ann"]
+
+
+@virtually
+async def test_the_door_remembers_nobody() -> None:
+    """Who has come in, was refused or has left stands at the door no more."""
+    async with Stage() as stage:
+        peer = Peer(stage)
+        lines = [stage.plain(), await peer.dial()]
+        await soon()
+        assert stage.manager._serving.door._visitors == set()
+        slowly(stage)
+        lines.append(stage.plain("bob"))
+        await soon()
+        assert len(stage.manager._serving.door._visitors) == 1
+        lines[-1].task.cancel()
+        await asyncio.wait([lines.pop().task])
+        stage.lines.pop()
+        assert stage.manager._serving.door._visitors == set()
+
+
+class Expiring(Line):
+    """A connection whose identity is good for two seconds."""
+
+    async def _serve(self) -> None:
+        serve = self._stage.manager.serve
+        try:
+            async with serve(self.server.websocket, good_for=2.0) as self.socket:
+                await self._stage.endpoint(self.socket)
+        except Exception as error:
+            self.error = error
+
+
+@pytest.mark.parametrize("late", [0.0, 1.5, 5.0])
+@pytest.mark.parametrize("subprotocols", [(), (SUBPROTOCOL,)], ids=["plain", "v1"])
+@virtually
+async def test_time_at_the_door_is_time(subprotocols: tuple[str, ...], late: float) -> None:
+    """An identity ends when it ends, however long a hook took, or the client for its hello."""
+    async with Stage() as stage:
+        slowly(stage)
+        line = Expiring(stage, subprotocols=subprotocols)
+        await asyncio.sleep(late)
+        stage.gate.set()
+        await line.say({"type": "hello", "v": 1, "n": 1})
+        await asyncio.sleep(max(0.0, 1.9 - late))
+        assert line.close_code == (None if late < 2 else 4401)
+        await asyncio.sleep(0.2)
+        assert line.close_code == 4401
+
+
+@virtually
+async def test_a_proof_that_is_revoked_before_it_is_used_proves_nothing() -> None:
+    """Between `validate_reconnect_token` and `connect` the right may be taken away: then that is refused."""
+    async with Stage() as stage:
+        manager, server = stage.manager, FakeServer()
+        await manager.validate_reconnect_token(manager.generate_reconnect_token("ann"))
+        await manager.revoke("ann")
+        with pytest.raises(InvalidTokenError, match="revoked"):
+            await manager.connect("ann", await server.accepted())
+        assert manager.get_connection_count() == 0
+
+
+@virtually
+async def test_a_renewal_without_a_credential_is_none() -> None:
+    """An `on_auth` that lets strangers in at the hello is not asked again about nothing."""
+    async with Stage() as stage:
+        asked: list[str | None] = []
+
+        @stage.manager.on_auth
+        async def look(ws: StableSocket, credential: str | None) -> None:
+            asked.append(credential)
+
+        line = await Peer(stage).dial()
+        await line.say({"type": "auth"})
+        await soon()
+        assert asked == [None]
+        assert line.frames[-1]["code"] == "auth_refused"

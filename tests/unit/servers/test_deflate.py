@@ -1,0 +1,26 @@
+"""Tests of what is agreed on about compression."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+from websockets.exceptions import NegotiationError
+
+from fastapi_ws_stabilizer.servers.deflate import DEFLATE
+from fastapi_ws_stabilizer.wire.compression import TAIL, deflate
+
+
+@pytest.mark.parametrize("bits", range(9, 16))
+def test_a_window_that_is_agreed_on_can_be_compressed_for(bits: int) -> None:
+    """A client may ask for any window that zlib compresses with, and gets it."""
+    _, agreed = DEFLATE.process_request_params([("server_max_window_bits", str(bits))], [])
+    assert agreed.local_max_window_bits == bits
+    packed = deflate(b"hello" * 200, agreed.local_max_window_bits)
+    assert zlib.decompressobj(wbits=-bits).decompress(packed + TAIL) == b"hello" * 200
+
+
+def test_a_window_that_zlib_does_not_have_is_not_agreed_on() -> None:
+    """Compression with a window of 8 bits is declined, or the first message would break the connection."""
+    with pytest.raises(NegotiationError):
+        DEFLATE.process_request_params([("server_max_window_bits", "8")], [])

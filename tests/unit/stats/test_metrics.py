@@ -1,0 +1,132 @@
+"""Tests of what a manager tells Prometheus, by the parser of its own client."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.dependencies import StableSocketDep
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.stats.metrics import metrics_of
+from fastapi_ws_stabilizer.stats.overview import Overview
+from tests.unit.stats.test_router import make
+
+PREFIX = "fastapi_ws_"
+
+
+def made(**options: Any) -> WebSocketConnectionManager:
+    """A manager that collects metrics."""
+    return WebSocketConnectionManager(WebSocketConfig(enable_metrics=True, **options))
+
+
+def scraped(client: TestClient) -> dict[str, Any]:
+    """The families that Prometheus finds, without the prefix, by name."""
+    text = client.get("/ws-stats/metrics").text
+    families = list(text_string_to_metric_families(text))
+    assert all(family.name.startswith(PREFIX) and family.documentation for family in families)
+    return {family.name.removeprefix(PREFIX): family for family in families}
+
+
+def value(families: dict[str, Any], name: str, **labels: str) -> float:
+    """One value."""
+    (found,) = [
+        sample.value
+        for family in families.values()
+        for sample in family.samples
+        if sample.name == f"{PREFIX}{name}" and sample.labels == labels
+    ]
+    return float(found)
+
+
+def test_without_the_option_there_are_none() -> None:
+    """404, with the option that turns them on; nothing is timed."""
+    manager = WebSocketConnectionManager()
+    assert manager.reports.timings is None
+    with TestClient(make(manager)) as client:
+        answer = client.get("/ws-stats/metrics")
+    assert answer.status_code == 404
+    assert "enable_metrics" in answer.json()["detail"]
+
+
+def test_the_answer_is_of_the_format_0_0_4() -> None:
+    """The content type says so, and the parser finds all there is, each kind as it should be."""
+    with TestClient(make(made())) as client:
+        assert client.get("/ws-stats/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = scraped(client)
+    kinds = {name: family.type for name, family in families.items()}
+    assert kinds["connections"] == kinds["total_memory"] == kinds["uptime_seconds"] == "gauge"
+    assert kinds["handler_seconds"] == kinds["round_trip_seconds"] == "histogram"
+    assert all(kinds[name] == "counter" for name in {field.name for field in dataclasses.fields(Totals)})
+
+
+def test_everything_that_is_known_is_told() -> None:
+    """No total, no number of the overview and none of the memory is left out."""
+    manager = made()
+    assert manager.reports.timings is not None
+    named = {metric.name for metric in metrics_of(manager, manager.reports.timings)}
+    assert {field.name for field in dataclasses.fields(Totals)} <= set(Overview.model_fields)
+    assert set(Overview.model_fields) <= named
+    memory = {"memory_per_connection_average" if "average" in name else name for name in manager.get_memory_usage()}
+    assert memory - {"connection_count"} <= named  # that one is `connections`
+
+
+def test_a_life_is_counted() -> None:
+    """Connections, endings by reason, refusals by option and memory stand in it, and what never happened is 0."""
+    manager = made(max_connections=1)
+    with TestClient(make(manager)) as client:
+        with client.websocket_connect("/ws/ann") as ann:
+            ann.send_text("hi")
+            ann.receive_text()
+            manager.get_sockets()[0].user_data["kept"] = "x" * 10_000
+            with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws/bob"):
+                pass
+            during = scraped(client)
+        after = scraped(client)
+    assert value(during, "connections") == 1
+    assert value(during, "total_memory") > 10_000
+    assert value(during, "memory_per_connection_average") == value(during, "total_memory")
+    assert value(during, "refusals_total", by="max_connections") == 1
+    assert value(during, "endings_total", reason="client_close") == 0
+    assert value(after, "endings_total", reason="client_close") == 1
+    assert value(after, "messages_received_total") == 1
+    assert value(after, "total_memory") == 0
+    assert {sample.labels["reason"] for sample in after["endings"].samples} == {one.value for one in DisconnectReason}
+    assert {sample.labels["how"] for sample in after["slow_clients"].samples} == {"lagging", "dropping", "disconnected"}
+
+
+def test_handlers_and_round_trips_are_timed() -> None:
+    """A handler counts once for each message, also one that refuses; a round trip for each answered ping."""
+    manager = made(heartbeat_interval=0.01)
+    app = make(manager)
+
+    @manager.on_message("say")
+    async def say(ws: Any) -> None:
+        await ws.send("said")
+
+    @app.websocket("/run/{client_id}")
+    async def run(ws: StableSocketDep) -> None:
+        await ws.run()
+
+    with TestClient(app) as client, client.websocket_connect("/run/ann") as ann:
+        ann.send_json({"type": "say"})
+        answers = [ann.receive_text(), ann.receive_text()]
+        assert set(answers) == {"said", '{"type":"ping"}'}
+        ann.send_json({"type": "nobody knows"})
+        ann.send_text("pong")
+        ann.send_json({"type": "say"})
+        while ann.receive_text() != "said":
+            pass
+        families = scraped(client)
+    assert value(families, "handler_seconds_count") == 2
+    assert value(families, "handler_seconds_bucket", le="+Inf") == 2
+    assert 0 < value(families, "handler_seconds_sum") < 5
+    assert value(families, "round_trip_seconds_count") == 1
+    assert 0 < value(families, "round_trip_seconds_sum") < 5

@@ -1,0 +1,250 @@
+"""Tests of how the JSON of the other side is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import from_json
+
+from fastapi_ws_stabilizer.wire.json_text import MAX_DEPTH, MAX_NUMBER, BadJsonError, check_json, read_json
+
+MIB = 1 << 20
+
+
+class Anything(BaseModel):
+    """What takes any value."""
+
+    type: str = ""
+    x: Any = None
+
+
+def lists(depth: int) -> str:
+    """So many lists inside each other."""
+    return "[" * depth + "]" * depth
+
+
+def objects(depth: int) -> str:
+    """So many objects inside each other."""
+    return '{"":' * (depth - 1) + "{}" + "}" * (depth - 1)
+
+
+@pytest.mark.parametrize("nested", [lists, objects])
+@pytest.mark.parametrize("read", [read_json, check_json])
+def test_values_may_be_nested_to_a_limit(nested: Any, read: Any) -> None:
+    """At `MAX_DEPTH` levels a text is read, at one more it is refused, and the error says why."""
+    read(nested(MAX_DEPTH))
+    with pytest.raises(BadJsonError, match=f"nested deeper than {MAX_DEPTH} levels"):
+        read(nested(MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize("depth", [199, 200, 201, 202, 5000, MIB])
+@pytest.mark.parametrize("nested", [lists, objects])
+def test_the_deepest_nesting_costs_nothing(nested: Any, depth: int) -> None:
+    """However deep a text is nested, it is refused as bad JSON, and no deeper than the parser goes by itself."""
+    with pytest.raises(BadJsonError):
+        read_json(nested(depth))
+    with pytest.raises(BadJsonError):
+        read_json(nested(depth)[: depth // 2])
+
+
+def test_brackets_in_texts_are_no_levels() -> None:
+    """What stands in a string, or beside each other, nests nothing."""
+    assert read_json(json.dumps("[" * 1000)) == "[" * 1000
+    assert read_json(json.dumps([[]] * 1000)) == [[]] * 1000
+    check_json(json.dumps({"x": "{[" * 1000, "y": [{}] * 100}))
+
+
+HUGE = [
+    "1e999",
+    "-1e999",
+    "1E999",
+    "1e+999",
+    "1E+0999",
+    "1.5e309",
+    "1e309",
+    "9" * 309,
+    "-" + "9" * 309,
+    "9" * 309 + ".5",
+    "9" * 300 + "e9",
+    "9" * 300 + "E+9",
+    "9" * 4000,
+    "1" + "0" * 250 + "e99",
+]
+
+
+@pytest.mark.parametrize("number", HUGE, ids=lambda number: f"{number[:8]}, {len(number)} characters")
+@pytest.mark.parametrize("around", ["%s", "[%s]", '{"x":[1,{"y":%s}]}', '{"long":"' + "x" * 500 + '","x":%s}'])
+def test_a_number_that_no_double_holds_is_refused(number: str, around: str) -> None:
+    """Nobody is handed an infinity for a number, nor an integer that becomes one as soon as it is a float."""
+    text = around % number
+    for read in (read_json, check_json):
+        with pytest.raises(BadJsonError, match=r"beyond 1\.8e\+308"):
+            read(text)
+        with pytest.raises(BadJsonError):
+            read(text.encode())
+
+
+def many(value: str, count: int) -> str:
+    """So many of the same value, as they stand in a list."""
+    return ",".join([value] * count)
+
+
+AROUND = {
+    "few values": '{"text":"' + "x" * 400 + '","x":[{"y":VALUE}]}',
+    "first of many": '{"x":VALUE,"many":[' + many("{}", 300) + "]}",
+    "last of many": "[" + many('{"a":1,"b":"see"}', 300) + ',{"y":VALUE}]',
+    "many texts": "[" + many('"hello there everyone"', 300) + ",VALUE]",
+    "many numbers": "[" + many("1234567", 3000) + ",VALUE]",
+    "alone": "VALUE",
+    "spread": "[ VALUE , " + many("1", 300) + " ]",
+    "after brackets in texts": '["' + "[{" * 200 + '",VALUE]',
+    "uuids": "[" + many('"7e123456-0e00-1e99-8e99-000000000000"', 100) + ",VALUE]",
+}
+"""Texts of every kind that is read in another way."""
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=list(AROUND))
+@pytest.mark.parametrize(
+    "value", [*HUGE, "[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65, '[{"a":' * 33 + "[]" + "}]" * 33]
+)
+def test_limits_hold_wherever_a_value_stands(around: str, value: str) -> None:
+    """In a large text and in a small one, among many values and among few, no limit is passed."""
+    text = around.replace("VALUE", value)
+    for raw in (text, text.encode()):
+        with pytest.raises(BadJsonError):
+            read_json(raw)
+        with pytest.raises(BadJsonError):
+            check_json(raw)
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=list(AROUND))
+@pytest.mark.parametrize("value", ["1e300", "1" * 308, "[" * 60 + "{}" + "]" * 60])
+def test_what_is_within_the_limits_is_read_wherever_it_stands(around: str, value: str) -> None:
+    """The same texts are read where their values are just small enough."""
+    text = around.replace("VALUE", value)
+    assert read_json(text) == read_json(text.encode()) == json.loads(text)
+    check_json(text)
+
+
+@pytest.mark.parametrize("text", ["e" * MIB, "Ee1" * (MIB // 3), "1e" * (MIB // 2), "1234567890" * (MIB // 10)])
+def test_a_long_text_is_not_searched(text: str) -> None:
+    """To look for huge numbers takes no time where there are few values, whatever their texts are."""
+    text = json.dumps({"type": "note", "text": text})
+
+    def seconds(read: Any) -> float:
+        started = time.perf_counter()
+        read(text)
+        return time.perf_counter() - started
+
+    assert min(seconds(read_json) for _ in range(20)) < 4 * min(seconds(from_json) for _ in range(20)) + 1e-4
+
+
+@pytest.mark.parametrize("number", ["1.7976931348623157e308", "1e300", "1E+21", "1e-999", "9" * 308, "0." + "1" * 5000])
+def test_a_number_that_a_double_holds_is_read(number: str) -> None:
+    """Large numbers, and those that are too small to be told from zero, are numbers."""
+    assert read_json(f"[{number}]") == [json.loads(number)]
+    check_json(number)
+
+
+@pytest.mark.parametrize("digits", [5000, 100_000, MIB])
+def test_endless_digits_take_no_time(digits: int) -> None:
+    """A number of a mebibyte is refused at once: the parser never begins to compute it."""
+    started = time.perf_counter()
+    with pytest.raises(BadJsonError):
+        read_json("1" * digits)
+    assert time.perf_counter() - started < 0.5  # Python's own int() takes a minute
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**400), 10**400))
+def test_numbers_are_read_or_refused_by_their_size(number: float) -> None:
+    """Exactly the numbers up to the largest double are read, whatever they look like."""
+    text = f'{{"before":"{"x" * 200}","n":{json.dumps(number)}}}'
+    if -MAX_NUMBER <= number <= MAX_NUMBER:
+        assert read_json(text)["n"] == number
+    else:
+        with pytest.raises(BadJsonError):
+            read_json(text)
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"x":-Infinity}', '{"x":NaN}'])
+@pytest.mark.parametrize("read", [read_json, check_json])
+def test_what_json_does_not_have_is_refused(text: str, read: Any) -> None:
+    """NaN and infinities are refused, also where pydantic would take them."""
+    with pytest.raises(BadJsonError, match="not JSON"):
+        read(text)
+    with pytest.raises(BadJsonError):
+        read(text.encode())
+
+
+@pytest.mark.parametrize("text", ['"NaN"', '{"x":"Infinity, and NaN"}', '{"NaN":1}'])
+def test_a_text_may_say_nan(text: str) -> None:
+    """Only numbers are looked at."""
+    assert read_json(text) == json.loads(text)
+    check_json(text)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udc00":1}', '"\\ud800\\u0041"', '"\ud800"'])
+def test_half_of_a_surrogate_pair_is_refused(text: str) -> None:
+    """No handler is handed a text that it could not send back."""
+    with pytest.raises(BadJsonError, match="not JSON"):
+        read_json(text)
+    with pytest.raises(ValueError):  # noqa: PT011 (pydantic's own or ours)
+        TypeAdapter(Anything).validate_json(f'{{"x":{text}}}')
+
+
+def test_a_whole_pair_is_a_character() -> None:
+    """Both halves of a pair are one character, however they are written."""
+    assert read_json('"\\ud83e\\udd8a"') == read_json('"🦊"') == "🦊"
+
+
+@pytest.mark.parametrize("more", [0, 30])
+def test_of_two_members_of_one_name_the_last_counts_for_everybody(more: int) -> None:
+    """The router, pydantic and Python's `json` read the same member, in small objects and in large ones."""
+    text = '{"type":"a",' + "".join(f'"k{number}":{number},' for number in range(more)) + '"type":"b"}'
+    assert read_json(text)["type"] == "b"
+    assert TypeAdapter(Anything).validate_json(text).type == "b"
+    assert TypeAdapter(dict[str, Any]).validate_json(text)["type"] == "b"
+    assert json.loads(text)["type"] == "b"
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b'"\xed\xa0\x80"', b'"\xc0\x80"', b"", b"\x00"])
+def test_bytes_are_utf8(raw: bytes) -> None:
+    """Bytes that are no UTF-8 are no JSON; overlong and surrogate encodings are none."""
+    with pytest.raises(BadJsonError, match="not JSON"):
+        read_json(raw)
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense", '"\ud800"', "NaN", lists(70), "1e999", "{'a':1}", "[1,]"])
+def test_an_error_says_nothing_of_the_inside(text: str) -> None:
+    """No type, module or function of Python stands in what a client is told."""
+    with pytest.raises(BadJsonError) as refused:
+        read_json(text)
+    told = str(refused.value)
+    assert not any(word in told for word in ("bytearray", "pydantic", "codec", "Error", "<"))
+    assert len(told) < 200
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(),
+        lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    )
+)
+def test_ordinary_values_are_read_as_they_are(value: Any) -> None:
+    """What is within the limits is what `json` reads, from text and from bytes."""
+    text = json.dumps(value)
+    assert read_json(text) == read_json(text.encode()) == json.loads(text)
+    check_json(text)
+
+
+def test_what_a_check_lets_through_holds_no_infinity() -> None:
+    """A text that was checked gives pydantic no number that is not finite."""
+    check_json(text := '{"x":1.5e300}')
+    assert math.isfinite(TypeAdapter(Anything).validate_json(text).x)
