@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
 
-.PHONY: help demo test test-fast test-lowest soak bench lint format docs clean
+.PHONY: help demo test test-fast test-lowest soak fuzz bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show what there is
@@ -45,6 +45,10 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet --group servers
 	touch $@
 
+$(VENV)/fuzz.stamp: $(VENV)/fast.stamp
+	$(BIN)/python -m pip install --quiet --group fuzz
+	touch $@
+
 # The peers run on the same server and framework as the library does.
 $(PEERS)/peers.stamp: benchmarks/peers.txt $(VENV)/bench.stamp
 	$(PYTHON) -m venv $(PEERS)
@@ -71,6 +75,9 @@ test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that ar
 soak: $(VENV)/test.stamp ## Run the long tests, and the others on more kinds of servers; bounded, a quarter of an hour
 	$(BIN)/python -m pytest -m soak
 
+fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes, on CPython 3.11; SECONDS=600 for as much for each target
+	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS))
+
 bench: $(VENV)/bench.stamp $(PEERS)/peers.stamp ## Measure beside the peers, about eight minutes; ARGS=--quick for two
 	$(BIN)/python -m benchmarks --peers-python $(PEERS)/bin/python $(ARGS)
 
@@ -88,4 +95,4 @@ docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove what the other targets made
-	rm -rf .venv .venv-* site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* site dist build .coverage .coverage.* .pytest_cache .fuzz .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,81 @@
+"""Whether a process keeps growing while it does the same again and again."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+SAMPLES: Final = 24
+"""How often it is looked at; the first half is its warm-up."""
+
+MAX_BLOCKS: Final = 20_000
+"""Blocks of Python's memory that the second half of a run may add: caches fill late."""
+
+MAX_RESIDENT: Final = 256 * 1024 * 1024
+"""Bytes of memory that the second half may add: the fuzzer itself keeps every input that leads somewhere new."""
+
+
+class GrowingError(AssertionError):
+    """It has grown through all of the second half."""
+
+
+class GrowthWatch:
+    """Looks at the memory of this process now and then.
+
+    Args:
+        seconds: How long it will run.
+        clock: What measures that.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._interval = seconds / SAMPLES
+        self._next = clock() + self._interval
+        self.blocks: list[int] = []
+        self.resident: list[int] = []
+
+    def look(self) -> None:
+        """Measure, if it is time to.
+
+        Raises:
+            GrowingError: Memory grows, and does not stop.
+        """
+        if self._clock() < self._next:
+            return
+        self._next = self._clock() + self._interval
+        gc.collect()
+        self.note(sys.getallocatedblocks(), resident_bytes())
+
+    def note(self, blocks: int, resident: int) -> None:
+        """Take a measurement.
+
+        Raises:
+            GrowingError: Memory grows, and does not stop.
+        """
+        self.blocks.append(blocks)
+        self.resident.append(resident)
+        for unit, values, most in (("blocks", self.blocks, MAX_BLOCKS), ("bytes", self.resident, MAX_RESIDENT)):
+            late = values[SAMPLES // 2 :]
+            # A leak goes on to the end; what fills a cache, or a page, comes in steps and is over.
+            if len(late) >= SAMPLES // 4 and late[-1] - late[0] > most and late[-1] == max(late):
+                raise GrowingError(f"it grows: {late} {unit}")
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return "not measured"
+        middle = min(SAMPLES // 2, len(self.blocks) - 1)
+        return (
+            f"blocks {self.blocks[0]} {self.blocks[middle]} {self.blocks[-1]}, "
+            f"MiB {self.resident[0] >> 20} {self.resident[middle] >> 20} {self.resident[-1] >> 20}"
+        )
+
+
+def resident_bytes() -> int:
+    """Bytes of memory of this process; 0 where the system does not say it this way."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+    except OSError:
+        return 0

@@ -1,0 +1,249 @@
+"""What a client of `stabilizer.v1.json` says over several connections, and what its server does meanwhile.
+
+An input is lines. Its first character says what a line is:
+
+- `R` and `S`: Ann or Bob connects anew and says the hello behind it; `$TOKEN` in it is the token of the last welcome;
+- `B`: a binary frame; `M`: one of kind 1, its object and its data on both sides of `|`; `D`: a compressed text;
+- `O` and `V`: the application sends a text, or one that is volatile; `P`: the server pings; `W`: time passes;
+- `H`, `F`, `I`, `X`: the next message is handled, has failed, was interrupted, is refused; `A`: a credential is good;
+- everything else is a text frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.close_codes import Ending
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_OF_ONE, Seen
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
+from fastapi_ws_stabilizer.sessions.store import MAX_AWAY_OF_ONE, Sessions, StaleDialError
+from fastapi_ws_stabilizer.wire.compression import deflate_whole
+from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.v1 import BadFrameError, Message, hello_of, parse
+from tests.fuzz import virtual
+from tests.fuzz.choices import text_of
+from tests.fuzz.strict_json import strict_json
+from tests.unit.sessions.fake_attachment import FakeAttachment
+
+CONFIG: Final = WebSocketConfig(
+    max_message_size=4096, replay_max_messages=16, replay_max_bytes=2048, max_sessions_away=20, session_ttl=60
+)
+
+CODES: Final = {1009, 4400, 4401, 4409, 4410, 4412, 4507}
+"""All that a client can bring about here."""
+
+MAX_LINES: Final = 400
+
+
+def conversations(data: bytes) -> None:
+    """Let a client say what the lines say."""
+    virtual.run(_Stage().plays(data.split(b"\n")[:MAX_LINES]))
+
+
+class _Speaker(FakeAttachment):
+    """A connection without a socket, for a conversation and its session."""
+
+    def __init__(self, reports: Reports, now: float) -> None:
+        super().__init__()
+        self.config = CONFIG
+        self.reports = reports
+        self.pulse = Pulse(now)
+        self.used = self.watches_input = False
+        self.answers: list[Frame] = []
+
+    def answer(self, frame: Frame) -> None:
+        """Send a control frame."""
+        self.answers.append(frame)
+
+    def tell(self, event: str, level: int, **facts: Any) -> None:
+        """Nobody listens."""
+
+    def may_send(self, size: int, message: Message | None = None) -> bool:
+        """Whether a message may be sent now: always."""
+        return True
+
+    def control_came(self) -> None:
+        """Nobody counts."""
+
+    def heard(self) -> None:
+        """Nobody notes it."""
+
+    def holds(self) -> None:
+        """As of a connection."""
+
+    def evict(self) -> None:
+        """There is room."""
+
+    def holds_too_much(self, held: int) -> None:
+        """There is no limit."""
+
+
+class _Stage:
+    """The sessions of a server, and the one client that speaks at a time."""
+
+    def __init__(self) -> None:
+        self.reports = Reports()
+        self.ended: dict[str, Ending] = {}
+        self.sessions = Sessions(
+            CONFIG,
+            self.reports,
+            next_shard=lambda: 0,
+            began=lambda _: None,
+            ended=lambda session, how: self.ended.update({session.connection_id: how}),
+        )
+        self.seen = Seen()
+        self.speaker: _Speaker | None = None
+        self.conversation: Conversation | None = None
+        self.messages: deque[Message] = deque()
+        self.tokens: dict[str, Session] = {}
+        self.token = ""
+        self.clients: set[str] = set()
+        self.renewals = 0
+
+    async def plays(self, lines: list[bytes]) -> None:
+        """Do what each line says, and look at everything after it."""
+        self._connects("ann", '{"type":"hello","v":1,"n":1,"caps":["deflate-raw"],"client":"c"}')
+        for line in lines:
+            await self._does(line[:1], line[1:], line)
+            self._looks()
+        self._leaves()
+        await asyncio.sleep(2 * CONFIG.session_ttl)
+        assert len(self.sessions) == 0, "a session outlives its time"
+        self.sessions.stop()
+
+    async def _does(self, sign: bytes, rest: bytes, line: bytes) -> None:
+        if sign in (b"R", b"S"):
+            self._leaves()
+            self._connects("ann" if sign == b"R" else "bob", text_of(rest).replace("$TOKEN", self.token))
+        elif sign == b"W":
+            await asyncio.sleep(0.1 + len(rest))
+        elif self.conversation is None or self.speaker is None:
+            return
+        elif sign in b"OVPA" and sign:
+            self._serves(sign, rest, self.conversation)
+        elif sign in b"HFIX" and sign:
+            self._handles(sign, self.conversation)
+        else:
+            self._says(_frame_of(sign, rest, line))
+
+    # ── the client ──
+
+    def _connects(self, client_id: str, said: str) -> None:
+        try:
+            hello = hello_of(said)
+            greeting = self.sessions.greet(hello, client_id)
+        except (BadFrameError, StaleDialError):
+            return
+        self.clients.add(client_id)
+        proven = self.tokens.get(hello.token or "")
+        assert greeting.session.client_id == client_id
+        if greeting.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
+            assert greeting.session is proven, "a session was got back with a token that is not its own"
+        self.sessions.returned(greeting.session)
+        self.speaker = _Speaker(self.reports, asyncio.get_running_loop().time())
+        self.conversation = Conversation(self.speaker, greeting, self.seen, self._renewed)
+        welcome = self.conversation.welcome()
+        frame = strict_json(welcome.payload)
+        self.token = frame["token"]
+        self.tokens[self.token] = greeting.session
+        if greeting.session.attach(self.speaker, greeting.cursor, welcome) is not None:
+            raise AssertionError("there is one connection at a time here")
+
+    def _renewed(self, credential: str | None) -> None:
+        assert credential is None or isinstance(credential, str)
+        self.renewals += 1
+
+    def _leaves(self) -> None:
+        if self.conversation is None or self.speaker is None:
+            return
+        self.conversation.close()
+        while self.messages:
+            self.conversation.unread(self.messages.popleft())
+        if self.conversation.session.detach(self.speaker):
+            self.sessions.left(self.conversation.session)
+        self.conversation = self.speaker = None
+
+    def _says(self, raw: str | bytes) -> None:
+        conversation, speaker = self.conversation, self.speaker
+        if conversation is None or speaker is None or speaker.ending is not None:
+            return
+        before = conversation.session.accepted
+        message = conversation.take(raw)
+        assert conversation.session.accepted in (before, before + 1)
+        if message is not None:
+            assert message.seq in (None, conversation.session.accepted)
+            assert isinstance(message.raw, (str, bytes))
+            self.messages.append(message)
+        if speaker.ending is not None:
+            assert message is None
+            assert speaker.ending.code in CODES
+            assert len(speaker.ending.text.encode()) <= 123
+
+    # ── the server ──
+
+    def _serves(self, sign: bytes, rest: bytes, conversation: Conversation) -> None:
+        if sign == b"P":
+            conversation.ping(asyncio.get_running_loop().time())
+        elif sign == b"A":
+            conversation.credential.taken(len(rest) or None)
+        else:
+            frame = encode(text_of(rest).encode("utf-8", "replace").decode(), volatile=sign == b"V")
+            assert conversation.session.offer(frame) in Offered
+
+    def _handles(self, sign: bytes, conversation: Conversation) -> None:
+        if not self.messages:
+            return
+        message = self.messages.popleft()
+        if sign == b"H":
+            conversation.handled(message, message.data)
+        elif sign == b"F":
+            conversation.failed(message)
+        elif sign == b"I":
+            conversation.interrupted(message)
+        else:
+            conversation.refused(message, "refused", "no")
+
+    # ── what has to be true at any time ──
+
+    def _looks(self) -> None:
+        assert len(self.seen) <= MAX_KEYS_OF_ONE * len(self.clients)
+        assert self.sessions.away <= min(CONFIG.max_sessions_away, 2 * MAX_AWAY_OF_ONE)
+        if self.conversation is None or self.speaker is None:
+            return
+        session, speaker = self.conversation.session, self.speaker
+        assert session.held_bytes == sum(frame.size for frame in session.kept)
+        assert len(session.kept) <= max(1, CONFIG.replay_max_messages)
+        assert session.held_bytes <= CONFIG.replay_max_bytes or len(session.kept) == 1
+        assert session.low == session.head - len(session.kept) + 1
+        for frame in (*speaker.answers, *speaker.frames):
+            _is_well_formed(frame)
+        speaker.answers.clear()
+        speaker.frames.clear()
+        if speaker.ending is not None:
+            self._leaves()
+
+
+def _is_well_formed(frame: Frame) -> None:
+    """A frame of ours can be read by any client."""
+    if frame.binary:
+        parse(frame.payload, 2**20)
+    else:
+        assert strict_json(frame.payload) == parse(frame.payload.decode())
+
+
+def _frame_of(sign: bytes, rest: bytes, line: bytes) -> str | bytes:
+    if sign == b"B":
+        return rest
+    if sign == b"M":
+        meta, _, payload = rest.partition(b"|")
+        return b"\x01" + len(meta).to_bytes(2, "big") + meta + payload
+    if sign == b"D":
+        return b"\x02\x00\x00" + deflate_whole(rest)
+    return text_of(line)

@@ -1,0 +1,209 @@
+"""One frame or message of any kind: read, written, and read again."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.close_codes import check_close_code
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.wire.compression import TAIL, TooMuchError, deflate, deflate_whole, inflate
+from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, Ping, parse_control
+from fastapi_ws_stabilizer.wire.envelope import again, deflate_frame, envelop
+from fastapi_ws_stabilizer.wire.payload import Frame, encode, encode_json
+from fastapi_ws_stabilizer.wire.v1 import (
+    MAX_HELLO_BYTES,
+    MAX_NAME_CHARS,
+    MAX_SEQ,
+    MAX_TOKEN_CHARS,
+    BadFrameError,
+    Message,
+    control,
+    deflated,
+    envelope,
+    hello_of,
+    message_of,
+    number,
+    optional_number,
+    optional_text,
+    parse,
+)
+from tests.fuzz.choices import text_of
+from tests.fuzz.strict_json import finite, strict_json
+
+LIMIT: Final = 4096
+"""Bytes that a compressed frame may hold."""
+
+CODES: Final = {1009, 4400, 4406}
+"""All that a bad frame closes with."""
+
+_FIELDS: Final = ("v", "seq", "ts", "n", "ack", "re", "token", "event", "data", "in", "type", "room")
+
+
+def frames(data: bytes) -> None:
+    """Take bytes for a text frame, and for a binary one."""
+    text = text_of(data)
+    frame = read_frame(text)
+    if frame is not None:
+        reads_fields(frame)
+        _agrees(text, frame)
+    reads_hello(text)
+    reads_control(text)
+    reads_frame_of_bytes(data)
+    survives_compression(data)
+    survives_sending(text, data)
+
+
+def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None:
+    """A frame, well-formed; `None` if it was refused with a code that can be sent."""
+    try:
+        frame = parse(raw, max_inflated)
+    except BadFrameError as refused:
+        assert refused.code in CODES
+        assert check_close_code(refused.code)
+        assert len(str(refused)) < 1024, "what is wrong is said at length"
+        return None
+    assert isinstance(frame, dict)
+    assert isinstance(frame["type"], str)
+    return frame
+
+
+def _agrees(text: str, frame: dict[str, Any]) -> None:
+    assert finite(strict_json(text)) == finite(frame), "another parser reads something else"
+
+
+def reads_fields(frame: dict[str, Any]) -> Message | None:
+    """Read a frame's fields as every kind of frame does: each is what it says, or is refused."""
+    for name in _FIELDS:
+        try:
+            assert 0 <= number(frame, name) <= MAX_SEQ
+        except BadFrameError as refused:
+            assert refused.code == 4400
+        try:
+            count, word = optional_number(frame, name, least=1), optional_text(frame, name)
+        except BadFrameError as refused:
+            assert refused.code == 4400
+        else:
+            assert count is None or 1 <= count <= MAX_SEQ
+            assert word is None or len(word) <= MAX_NAME_CHARS
+    try:
+        message = message_of(frame)
+    except BadFrameError as refused:
+        assert refused.code == 4400
+        return None
+    _is_written_as_it_was_read(message)
+    return message
+
+
+def _is_written_as_it_was_read(message: Message) -> None:
+    fields = {name: getattr(message, name) for name in ("event", "id", "key", "room", "seq")}
+    said = parse(envelope("msg", message.data, **fields))
+    came = message_of(said)
+    assert {name: getattr(came, name) for name in fields} == fields
+    assert came.data == finite(message.data)
+    raw = message.raw
+    if isinstance(raw, str) and not isinstance(message.data, str):
+        assert strict_json(raw) == finite(message.data)
+    if not isinstance(message.data, bytes):  # what a client says comes back to it
+        strict_json(control("pong", ts=message.data).payload)
+
+
+def reads_hello(raw: str | bytes) -> None:
+    """Take something for a hello."""
+    try:
+        hello = hello_of(raw)
+    except BadFrameError as refused:
+        assert refused.code in (4400, 4406)
+        return
+    assert isinstance(raw, str)
+    assert len(raw.encode()) <= MAX_HELLO_BYTES
+    assert 0 <= hello.dial <= MAX_SEQ
+    assert 0 <= hello.seq <= MAX_SEQ
+    assert hello.token is None or len(hello.token) <= MAX_TOKEN_CHARS
+    assert hello.instance is None or len(hello.instance) <= MAX_NAME_CHARS
+    assert hello.auth is None or isinstance(hello.auth, str)
+    assert isinstance(hello.deflates, bool)
+    assert repr(hello.token) not in repr(hello) or hello.token is None
+
+
+def reads_control(text: str) -> None:
+    """Take a text for a ping or a pong of the plain mode."""
+    frame = parse_control(text)
+    if frame is None:
+        return
+    assert len(text) <= MAX_CONTROL_CHARS
+    assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "that was application data"
+    if not isinstance(frame, Ping):
+        assert text == "pong" or strict_json(text)["type"] == "pong"
+    elif text == "ping":
+        assert frame.answer.text == "pong"
+    else:
+        said = {**strict_json(text), "type": "pong"}
+        assert strict_json(frame.answer.payload) == finite(said)
+        assert frame.answer.size <= 4 * MAX_CONTROL_CHARS
+
+
+def reads_frame_of_bytes(data: bytes) -> None:
+    """Take bytes for a binary frame, where compressed ones were agreed on and where they were not."""
+    for limit in (0, LIMIT):
+        frame = read_frame(data, limit)
+        if frame is None:
+            continue
+        message = reads_fields(frame)
+        if isinstance(frame.get("data"), bytes):
+            assert data.endswith(frame["data"])
+            if message is not None:
+                assert message.raw == frame["data"]
+    try:
+        assert len(inflate(data, LIMIT)) <= LIMIT
+    except ValueError as refused:
+        assert len(str(refused)) < 1024
+
+
+def survives_compression(data: bytes) -> None:
+    """Compress bytes in each of our ways, and get them back, and no more than was allowed."""
+    packed = deflate_whole(data)
+    assert inflate(packed, len(data)) == data
+    if data:
+        _is_not_inflated(packed, len(data) - 1, TooMuchError)
+    _is_not_inflated(packed[:-1], LIMIT, ValueError)
+    _is_not_inflated(packed + b"\0", LIMIT, ValueError)
+    for bits in (9, 15):
+        raw = zlib.decompressobj(wbits=-bits).decompress(deflate(data, bits) + TAIL)
+        assert raw == data
+
+
+def _is_not_inflated(packed: bytes, limit: int, expected: type[ValueError]) -> None:
+    try:
+        inflate(packed, limit)
+    except expected:
+        return
+    raise AssertionError("what was cut, goes on or is too much was inflated")
+
+
+def survives_sending(text: str, data: bytes) -> None:
+    """Send a text, bytes and JSON as a plain client and as one of v1 gets them."""
+    binary = envelop(encode(data))
+    assert parse(binary.payload)["data"] == data
+    assert encode(data).data == data
+    try:
+        plain, json = encode(text), encode_json({"text": text})
+    except MessageEncodeError:
+        assert any("\ud800" <= character <= "\udfff" for character in text)
+        return
+    assert plain.text == text
+    assert plain.size == len(plain.payload) == len(text.encode())
+    assert parse(_text(envelop(plain)))["data"] == text
+    json.room = text[:MAX_NAME_CHARS]
+    frame = parse(_text(envelop(json)))
+    assert (frame["data"], frame["room"]) == ({"text": text}, json.room)
+    assert parse(_text(envelop(again(json)))) == frame
+    small = deflate_frame(envelop(json))
+    assert parse(small.payload if small.binary else _text(small), 2**20) == frame
+    if (packed := deflated(_text(envelop(json)))) is not None:
+        assert len(packed) < envelop(json).size
+
+
+def _text(frame: Frame) -> str:
+    assert frame.text is not None
+    return frame.text

@@ -1,0 +1,97 @@
+"""What a client offers with its handshake: subprotocols with a credential in them, and compression."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import Final
+
+from websockets.exceptions import InvalidHeader, NegotiationError, PayloadTooBig, ProtocolError
+from websockets.frames import Frame, Opcode
+from websockets.headers import parse_extension
+
+from fastapi_ws_stabilizer.servers.deflate import DEFLATE, WholeMessageDeflate
+from fastapi_ws_stabilizer.wire.v1 import AUTH_PREFIX, SUBPROTOCOL, offered_credential, offers_v1
+from tests.fuzz.choices import Choices, text_of
+
+LIMIT: Final = 1 << 12
+WINDOW: Final = 1 << 15
+
+
+def negotiation(data: bytes) -> None:
+    """Take a line for the subprotocols, a line for the extensions, and the rest for compressed messages."""
+    first, _, rest = data.partition(b"\n")
+    second, _, third = rest.partition(b"\n")
+    offers_subprotocols([one.strip() for one in text_of(first).split(",")])
+    offers_extensions(second.decode("latin-1"))
+    inflates(WholeMessageDeflate(True, True, 15, 15), third)
+
+
+def offers_subprotocols(offered: list[str]) -> None:
+    """A client's list is read, or there is nothing in it."""
+    assert offers_v1(offered) is (SUBPROTOCOL in offered)
+    credential = offered_credential(offered)
+    if credential is None:
+        return
+    assert len(credential) <= max(map(len, offered))
+    spelt = base64.urlsafe_b64encode(credential.encode()).decode().rstrip("=")
+    assert offered_credential([f"{AUTH_PREFIX}{spelt}"]) == credential
+
+
+def offers_extensions(header: str) -> list[WholeMessageDeflate]:
+    """What is agreed on can be answered, and compresses both ways."""
+    try:
+        extensions = parse_extension(header)
+    except InvalidHeader:
+        return []
+    agreed: list[WholeMessageDeflate] = []
+    for name, parameters in extensions:
+        if name != DEFLATE.name:
+            continue
+        try:
+            answer, extension = DEFLATE.process_request_params(parameters, [])
+        except NegotiationError:
+            continue
+        said = dict(answer)
+        assert {"server_no_context_takeover", "client_no_context_takeover"} <= said.keys()
+        assert 9 <= extension.local_max_window_bits <= 15
+        assert 8 <= extension.remote_max_window_bits <= 15
+        _deflates_and_inflates(extension, header.encode() * 3)
+        agreed.append(extension)
+    return agreed
+
+
+def _deflates_and_inflates(extension: WholeMessageDeflate, payload: bytes) -> None:
+    bits = max(9, extension.remote_max_window_bits)  # zlib makes 8 to 9 when it compresses
+    if extension.remote_max_window_bits >= 9:
+        for _ in range(2):  # without context takeover each message stands alone
+            packed = zlib.compressobj(wbits=-bits)
+            data = (packed.compress(payload) + packed.flush(zlib.Z_SYNC_FLUSH))[:-4]
+            half = len(data) // 2
+            first = extension.decode(Frame(Opcode.BINARY, data[:half], fin=False, rsv1=True))
+            second = extension.decode(Frame(Opcode.CONT, data[half:]))
+            assert bytes(first.data) + bytes(second.data) == payload
+            assert extension.window == b""
+    sent = extension.encode(Frame(Opcode.BINARY, payload))
+    raw = zlib.decompressobj(wbits=-extension.local_max_window_bits)
+    assert raw.decompress(bytes(sent.data) + b"\x00\x00\xff\xff") == payload
+
+
+def inflates(extension: WholeMessageDeflate, data: bytes) -> None:
+    """Any frames, compressed or not: they are inflated, up to the limit, or refused."""
+    choices = Choices(data)
+    left = LIMIT
+    while choices:
+        head = choices.number()
+        opcode = Opcode.CONT if head & 1 else Opcode.TEXT
+        frame = Frame(opcode, choices.take(choices.number()), fin=bool(head & 2), rsv1=bool(head & 4))
+        if opcode is Opcode.TEXT:
+            left = LIMIT
+        try:
+            came = extension.decode(frame, max_size=left)
+        except (PayloadTooBig, ProtocolError):
+            return
+        if came is not frame:
+            assert len(came.data) <= left
+            left -= len(came.data)
+        assert len(extension.window) <= WINDOW

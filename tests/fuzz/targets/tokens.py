@@ -1,0 +1,107 @@
+"""What a client presents to get something back: reconnect tokens, and tokens of sessions."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.tokens import MAX_CLIENT_ID_BYTES, Claim, ReconnectTokens
+from tests.fuzz.choices import Choices
+
+KEY: Final = b"a key that all fuzzers know of us"
+OTHER_KEY: Final = b"and one of somebody else, not ours"
+TTL: Final = 3600.0
+
+
+def tokens(data: bytes) -> None:
+    """Take bytes for a client id, for a token, and for changes to good tokens."""
+    choices = Choices(data)
+    client_id, text = choices.text(), choices.text()
+    changes = choices.rest()
+    store = ReconnectTokens([KEY], TTL)
+    refuses(store, text)
+    try:
+        good, foreign = store.issue(client_id), ReconnectTokens([OTHER_KEY], TTL).issue(client_id)
+    except ValueError:
+        assert len(client_id.encode("utf-8", "surrogatepass")) > MAX_CLIENT_ID_BYTES
+        return
+    refuses(store, foreign)
+    altered = changed(good, changes)
+    if altered != good:
+        refuses(store, altered)
+    assert store.read(good).client_id == client_id
+    if client_id != text:
+        _refuses_for(store, good, text)
+    assert store.use(good, client_id).client_id == client_id
+    refuses_to_use(store, good)
+    refuses_to_use(store, altered)
+    assert len(store) == 1
+    _sessions_token(text, changes)
+
+
+def refuses(store: ReconnectTokens, token: str) -> None:
+    """A text that is no token of ours never gets in, whatever it is used for."""
+    for door in (store.read, store.check, store.use):
+        try:
+            claim: Claim = door(token)
+        except (InvalidTokenError, TokenExpiredError) as refused:
+            assert token not in str(refused) or len(token) < 20, "the token is told to the logs"
+        else:
+            raise AssertionError(f"{token!r} got in, as {claim!r}")
+
+
+def refuses_to_use(store: ReconnectTokens, token: str) -> None:
+    """A used token is not good a second time."""
+    try:
+        claim = store.use(token)
+    except (InvalidTokenError, TokenExpiredError):
+        return
+    raise AssertionError(f"{token!r} got in a second time, as {claim!r}")
+
+
+def _refuses_for(store: ReconnectTokens, token: str, client_id: str) -> None:
+    try:
+        store.check(token, client_id)
+    except InvalidTokenError:
+        return
+    raise AssertionError(f"{token!r} is good for {client_id!r} too")
+
+
+def changed(token: str, changes: bytes) -> str:
+    """A token after some changes: characters replaced, put in, taken out, turned round, or added behind it."""
+    choices = Choices(changes)
+    while choices:
+        how, at = choices.number() % 5, choices.number(2) % (len(token) + 1)
+        new = chr(choices.number()) if how in (0, 1) else ""
+        if how == 0:
+            token = token[:at] + new + token[at + 1 :]
+        elif how == 1:
+            token = token[:at] + new + token[at:]
+        elif how == 2:
+            token = token[:at] + token[at + 1 :]
+        elif how == 3:
+            token = token[:at] + token[at : at + 1].swapcase() + token[at + 1 :]
+        else:
+            token += choices.pick(("=", "==", ".", "\n", " ", "A", "\0"))
+    return token
+
+
+def _sessions_token(text: str, changes: bytes) -> None:
+    session = Session("ann", 0, LogLimits(8, 1024, 60.0), Totals(), lambda *_: None)
+    assert not session.knows(text)
+    assert session.present(text) is None
+    good = session.new_token().partition(".")[2]
+    for bad in (text, changed(good, changes), ""):
+        if bad != good:
+            assert not session.knows(bad)
+            assert session.present(bad) is None
+    assert session.knows(good)
+    assert session.present(good) == 0
+    later = session.new_token().partition(".")[2]
+    assert session.knows(good), "the welcome with the next one may be lost"
+    session.confirm()
+    assert session.knows(later)
+    assert not session.knows(good)

@@ -1,0 +1,41 @@
+"""Tests of what the fuzzers take for growth."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.growth import MAX_BLOCKS, MAX_RESIDENT, SAMPLES, GrowingError, GrowthWatch
+
+
+def watch() -> GrowthWatch:
+    """A watch over a run whose time a test does not need."""
+    return GrowthWatch(1.0, lambda: 0.0)
+
+
+def test_a_steady_leak_is_growth() -> None:
+    """What grows through all of the second half is told, be it small objects or large ones."""
+    for blocks, resident in ((MAX_BLOCKS // 4, 0), (0, MAX_RESIDENT // 4)):
+        one = watch()
+        with pytest.raises(GrowingError, match="it grows"):
+            for place in range(SAMPLES):
+                one.note(place * blocks, place * resident)
+
+
+def test_a_warm_up_is_no_growth() -> None:
+    """Caches that fill in the first half, and a step that is over, are not told."""
+    one = watch()
+    for place in range(SAMPLES):
+        one.note(10**6 * min(place, SAMPLES // 2) + (MAX_BLOCKS // 2 if place > 20 else 0), 0)
+    assert str(one) == f"blocks 0 {10**6 * (SAMPLES // 2)} {10**6 * (SAMPLES // 2) + MAX_BLOCKS // 2}, MiB 0 0 0"
+
+
+def test_memory_is_measured_when_it_is_time() -> None:
+    """It is looked at a fixed number of times in a run, and not at each input."""
+    now = 0.0
+    one = GrowthWatch(SAMPLES, lambda: now)
+    for second in range(10):
+        now = float(second)
+        one.look()
+        one.look()
+    assert len(one.blocks) == 9
+    assert all(one.blocks)

@@ -1,0 +1,24 @@
+"""Tests of what runs the fuzzers, with others in their place."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import __main__ as runner
+
+
+@pytest.mark.parametrize(("program", "found"), [("true", 0), ("false", 2)])
+def test_what_a_fuzzer_finds_is_told(
+    program: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fuzzer that ends badly is counted and named, with where its input is; one that ends well is not."""
+    monkeypatch.setattr(sys, "executable", shutil.which(program))
+    monkeypatch.setattr(runner, "WORK", tmp_path)
+    assert runner.fuzz_all(["frames", "tokens"], 1, 2) == found
+    told = capsys.readouterr().out
+    assert told.count("FOUND SOMETHING") == found
+    assert (f"found something: frames, tokens; the inputs are in {tmp_path}" in told) == bool(found)

@@ -1,0 +1,110 @@
+"""Tests that no frame, offer or conversation breaks what reads it."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.servers.deflate import WholeMessageDeflate
+from tests.fuzz import strategies
+from tests.fuzz.targets import conversations as conversation
+from tests.fuzz.targets import frames, negotiation
+
+_FRAMES = strategies.v1_frames().map(str.encode)
+
+
+@settings(max_examples=400)
+@given(strategies.mutated(_FRAMES | strategies.hellos().map(str.encode)) | st.binary(max_size=200))
+def test_a_frame_is_read_or_refused(data: bytes) -> None:
+    """A frame is read as another parser reads it, can be written again, or is refused with a code that can be sent."""
+    frames.frames(data)
+
+
+@settings(max_examples=150)
+@given(strategies.mutated(strategies.binary_frames()))
+def test_a_binary_frame_is_read_or_refused(data: bytes) -> None:
+    """A binary frame is no larger than was agreed on, and its data is what stands behind its object."""
+    frames.reads_frame_of_bytes(data)
+
+
+@settings(max_examples=150)
+@given(
+    st.text()
+    | strategies.VALUES.map('{{"type":"ping","ts":{}}}'.format)
+    | st.sampled_from(["ping", "pong", '{"type":"pong","x":1}'])
+)
+def test_a_control_frame_is_answered_in_json(text: str) -> None:
+    """A ping is answered with its own `ts`, as JSON; application data is never taken for one."""
+    frames.reads_control(text)
+
+
+@settings(max_examples=150)
+@given(st.text(st.characters(codec=None)), st.binary(max_size=2000))
+def test_everything_that_can_be_encoded_survives_the_way(text: str, data: bytes) -> None:
+    """A message arrives as it was sent, as plain clients get it, as v1 clients do, and compressed."""
+    frames.survives_sending(text, data)
+    frames.survives_compression(data)
+
+
+_LINES = st.one_of(
+    _FRAMES,
+    st.integers(1, 6).map(lambda seq: b'{"type":"msg","seq":%d,"id":"i","key":"k%d","data":1e400}' % (seq, seq % 3)),
+    st.integers(0, 6).map(lambda seq: b'{"type":"ack","seq":%d}' % seq),
+    st.tuples(st.sampled_from([b"R", b"S"]), strategies.hellos()).map(lambda one: one[0] + one[1].encode()),
+    st.tuples(st.sampled_from([b"M", b"D"]), _FRAMES).map(b"".join),
+    strategies.binary_frames().map(lambda data: b"B" + data.replace(b"\n", b" ")),
+    st.sampled_from([b"H", b"F", b"I", b"X", b"P", b"W", b"A", b"Ohello", b"Vgone", b"O" + b"x" * 900]),
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(_LINES, max_size=14).map(b"\n".join))
+def test_a_conversation_holds_its_rules(script: bytes) -> None:
+    """Whatever a client says over its connections, its server numbers, answers, keeps and ends by the rules."""
+    conversation.conversations(script)
+
+
+_OFFERS = st.lists(
+    st.sampled_from(
+        ["stabilizer.v1.json", "stabilizer.auth.YWJj", "stabilizer.auth.\u00e9", "stabilizer.auth.=", "chat"]
+    )
+    | st.text(max_size=12).map("stabilizer.auth.{}".format),
+    max_size=4,
+)
+
+
+@settings(max_examples=100)
+@given(_OFFERS)
+def test_any_subprotocols_can_be_offered(offered: list[str]) -> None:
+    """A list of subprotocols has a version in it or not, and a credential that is one text or none."""
+    negotiation.offers_subprotocols(offered)
+
+
+_PARAMETERS = st.sampled_from(
+    ["client_max_window_bits", "server_no_context_takeover", "client_no_context_takeover", "x", 'y="z"']
+) | st.tuples(
+    st.sampled_from(["client_max_window_bits", "server_max_window_bits"]),
+    st.integers(7, 16) | st.sampled_from(["", "015", '"9"']),
+).map("{0[0]}={0[1]}".format)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(_PARAMETERS, max_size=4), max_size=3))
+def test_any_compression_can_be_offered(offers: list[list[str]]) -> None:
+    """What is agreed on of an offer has windows that zlib knows, and compresses both ways."""
+    negotiation.offers_extensions(", ".join("; ".join(["permessage-deflate", *one]) for one in offers))
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 7),
+            st.binary(max_size=40) | st.binary(max_size=20).map(lambda data: strategies.raw_deflate(data * 9)[:255]),
+        )
+    )
+)
+def test_compressed_frames_are_inflated_or_refused(sent: list[tuple[int, bytes]]) -> None:
+    """Compressed frames in any order are inflated up to the limit, or break the protocol, and nothing else."""
+    extension = WholeMessageDeflate(True, True, 15, 15)
+    negotiation.inflates(extension, b"".join(bytes([head, len(data)]) + data for head, data in sent))

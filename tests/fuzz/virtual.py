@@ -1,0 +1,71 @@
+"""One event loop in virtual time for all inputs, so that an input costs no loop, and never waits."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import sys
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+from tests.simulation.virtual_time import VirtualLoop
+
+T = TypeVar("T")
+
+OLD: Final = 1e6
+"""Virtual seconds after which a loop is exchanged: asyncio's clock resolution is lost in the digits of a late hour."""
+
+DEADLINE: Final = 3600.0
+"""Virtual seconds after which something hangs."""
+
+
+@functools.cache
+def _loop() -> VirtualLoop:
+    loop = VirtualLoop()
+    atexit.register(loop.close)
+    return loop
+
+
+@functools.cache
+def _users_of_the_clock() -> tuple[Any, ...]:
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("fastapi_ws_stabilizer")]
+    return tuple(module for module in modules if hasattr(module, "monotonic"))
+
+
+def _give_up(loop: VirtualLoop) -> None:
+    """Leave a loop to itself that something may still hang in."""
+    _loop.cache_clear()
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    atexit.unregister(loop.close)
+    loop.close()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, with the library's clock set to that of the loop.
+
+    Raises:
+        AssertionError: It hangs, left a task or a timer behind, or something failed where nobody waits for it.
+    """
+    loop = _loop()
+    failures: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: failures.append(context))
+    clocks = [(module, module.monotonic) for module in _users_of_the_clock()]
+    for module, _ in clocks:
+        module.monotonic = loop.time
+    try:
+        result = loop.run_until_complete(asyncio.wait_for(coroutine, DEADLINE))
+        left = asyncio.all_tasks(loop)
+        assert not left, f"tasks are left: {left!r}"
+    except BaseException:
+        _give_up(loop)
+        raise
+    finally:
+        for module, clock in clocks:
+            module.monotonic = clock
+    if loop.now > OLD:
+        _give_up(loop)
+    if failures:
+        raise AssertionError(f"nobody was told of this: {failures!r}") from failures[0].get("exception")
+    return result
