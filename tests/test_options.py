@@ -32,6 +32,7 @@ from tests.live.server import LiveServer
 from tests.live.wire_client import BROWSER_OFFER, KIND, TEXT, Answer, WireClient, connect, frame, quiet_server, request
 from tests.simulation.virtual_time import VirtualLoop, run_virtually
 from tests.unit.client.fake_link import soon
+from tests.unit.own_loop import run
 from tests.unit.routing.stage import Line, Peer, Stage
 
 SECRET = "a-secret-that-nobody-guesses"
@@ -691,7 +692,7 @@ def played(case: Case, options: Mapping[str, Any]) -> Any:
         async with Stage(**{"heartbeat_type": quiet, **case.base, **options}) as stage:
             return await case.scene(stage)
 
-    return run_virtually(play()) if case.virtual else asyncio.run(play())
+    return run_virtually(play()) if case.virtual else run(play())
 
 
 @pytest.mark.parametrize(
