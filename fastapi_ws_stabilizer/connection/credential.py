@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from pydantic_core import from_json
-
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import Frame
 from fastapi_ws_stabilizer.wire.v1 import control
 
@@ -109,8 +108,8 @@ def renewal_in(message: str | bytes) -> str | None:
     if not isinstance(message, str) or len(message) > MAX_RENEWAL_CHARS or '"auth"' not in message:
         return None
     try:
-        value = from_json(message, allow_inf_nan=False)
-    except (ValueError, TypeError):
+        value = read_json(message)
+    except BadJsonError:
         return None
     if not isinstance(value, dict) or value.get("type") != "auth" or value.keys() != {"type", "token"}:
         return None

@@ -11,9 +11,6 @@ from websockets.asyncio.client import connect
 
 from tests.live.server import LiveServer, until
 
-pytest.importorskip("sqlalchemy", reason="needs the dependency group test: sqlalchemy[asyncio]")
-pytest.importorskip("aiosqlite", reason="needs the dependency group test: aiosqlite")
-
 Serve = Callable[..., LiveServer]
 
 DROPS = 100
