@@ -7,15 +7,23 @@ listens.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.metrics.histogram import Timings
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
+
+TOLD_EVERY: Final = 60.0
+"""Seconds in which one report of a kind that clients can cause at will is told at its level, and others at DEBUG."""
+
+MAX_KINDS: Final = 64
+"""Kinds of such reports that are told apart. Some are named by what the application has chosen, a close code say."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,11 @@ class Reports:
         timings: How long things took; `None` if nobody wants to know.
     """
 
-    __slots__ = ("_listeners", "timings", "totals")
+    __slots__ = ("_listeners", "_told", "timings", "totals")
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
+        self._told: dict[tuple[str, str], tuple[float, int]] = {}
         self.totals = Totals()
         self.timings: Timings | None = None
 
@@ -105,6 +114,32 @@ class Reports:
                 listener(report)
             except Exception:
                 logger.exception("a listener of reports failed", extra={"event": "listener_failed"})
+
+    def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> None:
+        """The same for what a client can cause as often as it likes, or one of them could fill the log.
+
+        One of a kind is told at its level in `TOLD_EVERY` seconds, the others at DEBUG. The next one that is told says
+        how many those were, as `more`.
+
+        Args:
+            event: Its name.
+            level: How much it matters.
+            kind: What sort of it this is.
+            facts: What is known of it.
+        """
+        key = (event, kind)
+        if key not in self._told and len(self._told) >= MAX_KINDS:
+            key = ("", "")
+        now = monotonic()
+        at, left_out = self._told.get(key, (-math.inf, 0))
+        if now - at < TOLD_EVERY:
+            self._told[key] = at, left_out + 1
+            level = logging.DEBUG
+        else:
+            self._told[key] = now, 0
+            if left_out:
+                facts["more"] = left_out
+        self.tell(event, level, **facts)
 
     def bug(self, event: str, error: BaseException, **facts: Any) -> None:
         """Report an error that somebody has to mend, with its traceback."""

@@ -3,7 +3,6 @@
 `pip install "fastapi-ws-stabilizer[client]"`. It is what services and tests use.
 """
 
-from fastapi_ws_stabilizer.client.attempt import Gap
 from fastapi_ws_stabilizer.client.client import Client, connect
 from fastapi_ws_stabilizer.client.errors import (
     BufferFullError,
@@ -12,6 +11,7 @@ from fastapi_ws_stabilizer.client.errors import (
     SessionLostError,
     TooLargeError,
 )
+from fastapi_ws_stabilizer.client.owner import Gap
 from fastapi_ws_stabilizer.client.transport import Transport, TransportLostError
 from fastapi_ws_stabilizer.errors import RequestError, RequestTimeoutError
 from fastapi_ws_stabilizer.wire.v1 import Message

@@ -9,13 +9,15 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Literal
 
-from fastapi_ws_stabilizer.client.attempt import Attempt, ConnectionLost
-from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
+from fastapi_ws_stabilizer.client.attempt import Attempt
+from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.client.errors import ClientError, ClosedError, TooLargeError
 from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
 from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
 from fastapi_ws_stabilizer.client.open_requests import OpenRequests
 from fastapi_ws_stabilizer.client.outgoing import Outgoing, SendBuffer
+from fastapi_ws_stabilizer.client.owner import ConnectionLost
+from fastapi_ws_stabilizer.client.redial import Redial
 from fastapi_ws_stabilizer.client.transport import Dial, dialler
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
@@ -26,9 +28,6 @@ State = Literal["idle", "connecting", "open", "waiting", "closed"]
 
 STABLE_AFTER: Final = 5.0
 """Seconds of an open connection after which earlier failures are forgotten."""
-
-MAX_RESYNCS: Final = 2
-"""How often in a row a session is taken up again whose numbers did not fit. After that it is given up."""
 
 
 class Client(Listeners):
@@ -92,7 +91,7 @@ class Client(Listeners):
         self._stable_after = stable_after
         self.probe_timeout = probe_timeout
         self._dial = dial or dialler(**options)
-        self._backoff = Backoff(base_delay, max_delay, min_delay)
+        self._redial = Redial(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
         self._tasks = TaskSet(self._task_failed)
         super().__init__(self._tasks)
         self.buffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
@@ -105,8 +104,6 @@ class Client(Listeners):
         self._runner: asyncio.Task[None] | None = None
         self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ending: ClosedError | None = None
-        self._auth_failures = 0
-        self._resyncs = 0
         # What the session is: it outlives each attempt.
         self.instance = secrets.token_hex(8)
         self.session: str | None = None
@@ -192,7 +189,7 @@ class Client(Listeners):
 
     def reconnect(self) -> None:
         """Leave the connection, or the wait for one, and dial now. The session goes on."""
-        self._backoff.reset()
+        self._redial.at_once()
         if self._attempt is not None:
             self._attempt.lose(4000, "reconnect", at_once=True)
         self._dial_now()
@@ -353,8 +350,7 @@ class Client(Listeners):
 
     def stable(self) -> None:
         """A connection has been open for long enough to forget what was before."""
-        self._backoff.reset()
-        self._auth_failures = self._resyncs = 0
+        self._redial.stable()
 
     def lost_session(self, accepted: int) -> None:
         """The server has begun a new session in place of the one that was asked for."""
@@ -378,7 +374,7 @@ class Client(Listeners):
     @property
     def refused_credential(self) -> bool:
         """Whether the server has refused the last credential."""
-        return self._auth_failures > 0
+        return self._redial.refused_credential
 
     # ── dialling ──
 
@@ -390,8 +386,12 @@ class Client(Listeners):
                 if self._ending is not None:
                     break
                 self.told("close", lost.code, lost.reason)
-                delay = self._delay(lost)
-                if self._ending is not None:
+                delay = self._redial.after(lost)
+                if self._redial.gives_session_up:
+                    self.token = None
+                if delay is None:
+                    self._finish(ClosedError(lost.code, lost.reason))
+                if delay is None or self._ending is not None:
                     break
                 self._set_state("waiting")
                 self._hurry = asyncio.get_running_loop().create_future()
@@ -406,29 +406,6 @@ class Client(Listeners):
             return await attempt.run(self._dial)
         finally:
             self._attempt = None
-
-    def _delay(self, lost: ConnectionLost) -> float:
-        """Seconds until the next dial; ends the client if there is to be none."""
-        code = lost.code
-        what = verdict(code)
-        if code in (4409, 4410):
-            self.token = None
-        if code == 4412:
-            self._resyncs += 1
-            if self._resyncs > MAX_RESYNCS:
-                self.token = None
-                what = Verdict.AGAIN
-        if what is Verdict.REFRESH:
-            self._auth_failures += 1
-            if self._auth is None or self._auth_failures > 1:
-                what = Verdict.FINAL
-        if what is Verdict.FINAL:
-            self._finish(ClosedError(code, lost.reason))
-            return 0.0
-        delay = self._backoff.delay(code, lost.reason)
-        if what is Verdict.REFRESH or (what is Verdict.NOW and lost.was_open):
-            return 0.0
-        return 0.0 if lost.at_once else delay
 
     def _finish(self, how: ClosedError) -> None:
         if self._ending is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox import HEALTHY_SEND, Outbox
+from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
+from fastapi_ws_stabilizer.connection.send_watch import HEALTHY_SEND
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
 from fastapi_ws_stabilizer.tasks import Suspended, TaskSet, begin
@@ -17,6 +18,24 @@ from fastapi_ws_stabilizer.wire.envelope import deflate_frame
 from fastapi_ws_stabilizer.wire.payload import close_message
 
 Send = Callable[[MutableMapping[str, Any]], Any]
+
+
+class Writers:
+    """The tasks that wait for the server, those of all outboxes of a manager.
+
+    Args:
+        tasks: Holds them.
+        sends: How many sends may wait at the same time. One that does not wait needs no slot. One that waits for longer
+            than a healthy client makes it gives its slot up, so that slow clients cannot hold up the others.
+        closes: The same for close frames.
+    """
+
+    __slots__ = ("closes", "sends", "tasks")
+
+    def __init__(self, tasks: TaskSet, sends: Slots, closes: Slots) -> None:
+        self.tasks = tasks
+        self.sends = sends
+        self.closes = closes
 
 
 class AsgiOutbox(Outbox):
@@ -30,28 +49,20 @@ class AsgiOutbox(Outbox):
         by_hand: Whether `send` may be begun outside of a task of its own: it is the server's, with no middleware round
             it that might look at the current task. Not with a close frame: uvicorn's older implementation has a timeout
             for it, which belongs to a task.
-        tasks: Holds the task of a send that waits.
-        name: What that task's name ends with.
-        sends: How many sends of all connections may wait at the same time. One that does not wait needs no slot. One
-            that waits for longer than a healthy client makes it gives its slot up, so that slow clients cannot hold up
-            the others.
-        closes: The same for close frames.
+        writers: The tasks of sends that wait.
     """
 
     __slots__ = (
         "_by_hand",
-        "_closes",
         "_delivers",
         "_in_flight",
         "_in_line",
-        "_name",
         "_parked",
         "_send",
-        "_sends",
         "_slot",
         "_slot_timer",
         "_task",
-        "_tasks",
+        "_writers",
     )
 
     def __init__(
@@ -63,18 +74,12 @@ class AsgiOutbox(Outbox):
         *,
         send: Send,
         by_hand: bool,
-        tasks: TaskSet,
-        name: str,
-        sends: Slots,
-        closes: Slots,
+        writers: Writers,
     ) -> None:
         super().__init__(owner, limits, turns, shard)
         self._send = send
         self._by_hand = by_hand
-        self._tasks = tasks
-        self._name = name
-        self._sends = sends
-        self._closes = closes
+        self._writers = writers
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
         self._delivers = False  # whether that is a message, and no control frame
@@ -127,7 +132,7 @@ class AsgiOutbox(Outbox):
             return
         while self._waiting():
             slots = self._slots()
-            if self._by_hand and slots is self._sends:
+            if self._by_hand and slots is self._writers.sends:
                 try:
                     sending = begin(self._begin_next())
                 except Exception as error:
@@ -148,12 +153,12 @@ class AsgiOutbox(Outbox):
 
     def _park(self, sending: Suspended) -> None:
         """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
-        if self._sends.free:
-            self._hand_over(sending, self._sends)
+        if self._writers.sends.free:
+            self._hand_over(sending, self._writers.sends)
             return
         self._parked = sending
         self._block()
-        self._stand_in_line_for(self._sends)
+        self._stand_in_line_for(self._writers.sends)
 
     def _stand_in_line_for(self, slots: Slots) -> None:
         self._count()
@@ -164,7 +169,7 @@ class AsgiOutbox(Outbox):
         return not self._broken and (self._any or self._close is not None)
 
     def _slots(self) -> Slots:
-        return self._sends if self._any else self._closes
+        return self._writers.sends if self._any else self._writers.closes
 
     def _begin_next(self) -> Any:
         """Take out what is next, and call `send` with it."""
@@ -193,7 +198,9 @@ class AsgiOutbox(Outbox):
 
     def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""
-        task = self._tasks.spawn(self._go_on(begun), name=f"ws-writer-{self._name}", eager=begun is None)
+        task = self._writers.tasks.spawn(
+            self._go_on(begun), name=f"ws-writer-{self.owner.connection_id}", eager=begun is None
+        )
         if task.done():  # it began at once, and did not wait
             return
         self._task = task
@@ -237,8 +244,8 @@ class AsgiOutbox(Outbox):
     def _rest(self) -> None:
         """Everything is sent, or nothing can be."""
         self._calm_down()
-        self._sends.pass_on()
-        self._closes.pass_on()
+        self._writers.sends.pass_on()
+        self._writers.closes.pass_on()
         if self._shut:
             self._set_done()
 
@@ -249,7 +256,7 @@ class AsgiOutbox(Outbox):
         self._in_line = False
         parked, self._parked = self._parked, None
         if parked is not None:
-            self._hand_over(parked, self._sends)
+            self._hand_over(parked, self._writers.sends)
             return True
         if not self._waiting():
             return False

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import weakref
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Any, Final
 
 from fastapi import WebSocketDisconnect
@@ -32,28 +32,45 @@ _STACKS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_as
 over its versions; where none is found, only the refinement that it serves is missing."""
 
 
-class Endpoint:
-    """The task that serves one connection.
+class _Busy:
+    """User code at work for the length of a block."""
+
+    __slots__ = ("_endpoint",)
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def __enter__(self) -> None:
+        self._endpoint._at_work += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._endpoint._rests()
+
+
+class Endpoint(Latch):
+    """The task that serves one connection, and what user code does for it elsewhere. Set when its user code has ended.
 
     Attributes:
         tracked: Whether we are told when the user's code ends.
     """
 
-    __slots__ = ("_cancelled", "_returned", "_task", "tracked")
+    __slots__ = ("_at_work", "_cancelled", "_idle", "_task", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
+        super().__init__()
         task = asyncio.current_task() if cancellable else None
         # Weakly: what a task has opened is remembered under the task, and must not keep it alive.
         self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
         self.tracked = cancellable
-        self._returned = Latch()
+        self._at_work = 0
+        self._idle: asyncio.Future[None] | None = None
         if not cancellable:
             self.has_returned()  # nobody would tell us when it does
 
     def has_returned(self) -> None:
         """Note that the user's code has ended."""
-        self._returned.set()
+        self.set()
 
     @property
     def has_ended(self) -> bool:
@@ -61,12 +78,28 @@ class Endpoint:
 
         FastAPI then closes its dependencies in the same task, and that must not be cancelled.
         """
-        return self._returned.is_set
+        return self.is_set
 
     @property
     def returned(self) -> asyncio.Future[None]:
         """A future that is done when the user's code has ended."""
-        return self._returned.future
+        return self.future
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Note, for the length of a block, that user code is at work on what the connection has received."""
+        return _Busy(self)
+
+    def idle(self) -> asyncio.Future[None]:
+        """A future that is done as soon as nobody is at work. The disconnect hooks wait for that."""
+        self._idle = asyncio.get_running_loop().create_future()
+        if not self._at_work:
+            self._idle.set_result(None)
+        return self._idle
+
+    def _rests(self) -> None:
+        self._at_work -= 1
+        if not self._at_work and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def watch(self, scope: Mapping[str, Any]) -> None:
         """Learn from FastAPI when the user's code ends, before its dependencies are closed.

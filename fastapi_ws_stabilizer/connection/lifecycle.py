@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import math
 import secrets
 from dataclasses import replace
 from typing import Any, Final
@@ -26,42 +25,26 @@ from fastapi import WebSocket, WebSocketDisconnect
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
-from fastapi_ws_stabilizer.connection.activity import Activity
-from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.link_reader import LinkReader
-from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.pump import pump
-from fastapi_ws_stabilizer.connection.remains import Remains
 from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
-from fastapi_ws_stabilizer.errors import (
-    NotOpenError,
-)
+from fastapi_ws_stabilizer.connection.succession import Successor
+from fastapi_ws_stabilizer.errors import NotOpenError
 from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.limits.admission import Place, retry_when_full
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.limits.rate import Rate, TokenBucket
-from fastapi_ws_stabilizer.limits.traffic import Excess
+from fastapi_ws_stabilizer.limits.admission import Place
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all, wait_for_first
-from fastapi_ws_stabilizer.wire.payload import encode
-from fastapi_ws_stabilizer.wire.v1 import Message
-
-CONTROL_FRAMES: Final = Rate(per_second=50.0, burst=200.0)
-"""Pings, pongs and other frames of the protocol that one client may send, beside the pongs that answer our own pings.
-What they carry is nothing, so that more is never of use."""
-
-RATE_LIMITED: Final = "rate_limited"
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
 
-class Connection(Messages):
+class Connection(Successor):
     """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
 
     It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
@@ -71,25 +54,17 @@ class Connection(Messages):
     __slots__ = (
         "_abort_timer",
         "_context",
-        "_controls",
-        "_finished",
-        "_hooks_done",
         "_pump",
         "_tied",
-        "activity",
         "bad_messages",
-        "before",
         "begun",
         "control_frames",
         "credential",
-        "endpoint",
         "hooks_wanted",
         "inherits",
         "opened_at",
         "place",
-        "remains",
         "restored",
-        "told_of_limit",
         "told_of_pause",
         "told_of_session_end",
         "watches_input",
@@ -122,11 +97,11 @@ class Connection(Messages):
         self._link = self.server_side.link(websocket.scope)
         self.conversation = None
         self.outbox = self._make_outbox(parts, numbered=numbered)
-        self._over = Latch()
+        self._over = None
         self._finished = Latch()
         self._hooks_done = Latch()
         self.restored = ResumeOutcome.NONE
-        self.before: tuple[Connection, ...] = ()  # those that are still busy for what is ours now
+        self.before = ()
         self.begun = False  # whether the connect or resume hooks have begun
         self.inherits = False  # whether it has got what a plain connection before it has left
         self.told_of_session_end = False
@@ -141,15 +116,14 @@ class Connection(Messages):
         self._numbers = 0
         self._parts = parts
         self.watches_input = parts.watches_input
-        self.activity = Activity()
         self._tied: TaskSet | None = None
         self._context: contextvars.Context | None = None
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
         self.place: Place | None = None
-        self.remains: Remains | None = None
+        self.remains = None
         self.credential: CredentialTerm | None = None
-        self._controls: TokenBucket | None = None
+        self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
 
     # ── open ──
@@ -176,49 +150,8 @@ class Connection(Messages):
             )
             self.outbox.attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
-            name = f"ws-pump-{self.connection_id}"
-            self._pump = start(pump(self, receive), name=name, context=self._context)
-
-    def _take_over(self, conversation: Conversation) -> None:
-        """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
-
-        Nothing of this waits, so no message comes between, and none is sent or read twice.
-        """
-        session = conversation.session
-        last: Connection | None = session.predecessor
-        if last is not None:
-            rest = session.inbox.hand_over()
-            self.inbox, last.inbox = session.inbox, rest
-        if last is not None:
-            self.follow(last)
-        session.inbox, session.predecessor = self.inbox, self
-        if conversation.max_inflated:
-            self.outbox.deflate_frames()
-        before = session.attach(self, conversation.greeting.cursor, conversation.welcome())
-        conversation.tell_outcome()
-        if before is not None:
-            before.end(DisconnectReason.REPLACED, text="another connection has taken the session over")
-
-    def follow(self, last: Connection) -> None:
-        """Nothing is done here until everything is done there, and where that one waits for in its turn."""
-        self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
-
-    async def wait_for_those_before(self) -> None:
-        """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
-        if self.before:
-            await asyncio.gather(*(one.handed_over() for one in self.before))
-            self.before = ()
-
-    async def handed_over(self) -> None:
-        """Wait until nothing more is done here for a session that another connection has taken over.
-
-        That is: the message that was in hand is handled, and the disconnect hooks have run. Bounded, as they are.
-        """
-        grace = self.config.disconnect_grace
-        settled = self.inbox.settled
-        if settled is not None:
-            await wait_for_first([settled, self.endpoint.returned], grace)
-        await wait_for_all([self._hooks_done.future], 2 * grace + LINGER)
+            # One name for all: every idle connection would keep one of its own.
+            self._pump = start(pump(self, receive), name="ws-pump", context=self._context)
 
     async def bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
@@ -228,95 +161,6 @@ class Connection(Messages):
     def belongs_to(self, parts: Parts) -> bool:
         """Whether this connection was opened with these parts, and not by another manager."""
         return self._parts is parts
-
-    # ── memory ──
-
-    @property
-    def ledger(self) -> Ledger:
-        """Counts what is held."""
-        return self._parts.ledger
-
-    @property
-    def held_memory(self) -> int:
-        """Bytes that are held for it, or for its session."""
-        if self.conversation is not None:
-            return self.conversation.session.held_memory
-        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.face._kept_bytes)
-
-    def evict(self) -> None:
-        """End it, because room is needed for others."""
-        self._parts.evicted(self)
-        retry = math.ceil(retry_when_full() * 1000)
-        self.end(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
-
-    def holds_too_much(self, held: int) -> None:
-        """End it, because more is held for it than may be."""
-        limit = self.config.max_memory_per_connection
-        if self.opened and self.end(DisconnectReason.MEMORY, text=f"over {limit} bytes are held"):
-            self.tell("memory_limit_exceeded", logging.WARNING, held_bytes=held, max_memory_per_connection=limit)
-
-    def heard(self) -> None:
-        """A message of its client has come. Called only where input is watched."""
-        self._parts.ledger.heard(self.member)
-
-    def holds(self) -> None:
-        """Something is held for it, where nothing may have been before."""
-        self._parts.ledger.holds(self.remains or self.member)
-
-    @property
-    def left_over(self) -> int:
-        """Bytes that it alone holds. Its client's session, while that lives, holds what is unread."""
-        shared = self.conversation is not None and self.conversation.session.over is None
-        return self.outbox.counted_bytes + (0 if shared else self.inbox.counted_bytes)
-
-    def clear_out(self) -> None:
-        """It has ended: throw away what nobody has read and what is not sent yet, but for the close frame."""
-        self.close_unread()
-        self._discarded(self.outbox.forget())
-
-    # ── what its client may send ──
-
-    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
-        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
-        if not self._parts.traffic.limited:
-            return True
-        size = len(raw if isinstance(raw, bytes) or raw.isascii() else raw.encode("utf-8", "surrogatepass"))
-        excess = self._parts.traffic.take(self.client_id, self.connection_id, size, monotonic())
-        if excess is not None:
-            self.exceeded(excess, message)
-        return excess is None
-
-    def exceeded(self, excess: Excess, message: Message | None) -> None:
-        """Its client has sent more than it may: tell it, and end its connection if it was told often enough."""
-        self.reports.totals.messages_refused += 1
-        self._tell_limit(excess.option, excess.message_type)
-        text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
-        if self.conversation is not None:  # it counts as accepted, so nobody will send it again
-            self.conversation.refused(message, RATE_LIMITED, text)
-        else:
-            self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
-        if excess.over:
-            self.end(DisconnectReason.POLICY, code=4429, text=text)
-
-    def control_came(self) -> None:
-        """A control frame of its client has come that we have not asked for. Too many end the connection."""
-        if self._controls is None:
-            self._controls = TokenBucket()
-        if wait := self._controls.take(CONTROL_FRAMES, 1.0, monotonic()):
-            text = f"too many control frames; retry={math.ceil(wait * 1000)}"
-            self._tell_limit("control_frames")
-            self.end(DisconnectReason.POLICY, code=4429, text=text)
-
-    def _tell_limit(self, option: str, message_type: str | None = None) -> None:
-        """Say, once, which limit its client has run into."""
-        if not self.told_of_limit:
-            self.told_of_limit = True
-            about = {} if message_type is None else {"message_type": message_type}
-            self.tell("rate_limited", logging.WARNING, option=option, **about)
-
-    def delivered(self) -> None:
-        """A message has gone out. Told only where somebody wants to know."""
-        self._parts.ledger.delivered(self.member)
 
     # ── the end ──
 
@@ -363,7 +207,8 @@ class Connection(Messages):
             patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
         self.endpoint.watch(self.websocket.scope)
-        self._over.set()
+        if self._over is not None:
+            self._over.set()
         turns = self._parts.turns
         turns.soon(turns.pending(self.shard), self)
         return True
@@ -390,11 +235,6 @@ class Connection(Messages):
             self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self._context)
 
     @property
-    def over(self) -> asyncio.Future[None]:
-        """A future that is done when its end has begun."""
-        return self._over.future
-
-    @property
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when everything is done for this connection."""
         return self._finished.future
@@ -408,24 +248,19 @@ class Connection(Messages):
         """Whether its disconnect hooks have run, if there was something to tell them."""
         return self._hooks_done.is_set
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether everything is done for this connection."""
-        return self._finished.is_set
-
     async def wait_over(self) -> Ending:
         """Wait for the ending. Cancelling is safe."""
         while self.ending is None:
-            await asyncio.shield(self._over.future)
+            await asyncio.shield(self.over)
         return self.ending
 
     async def _finish(self, how: Ending) -> None:
         grace = self.config.disconnect_grace
         until = monotonic() + grace
         try:
-            if not await wait_for_all([self.activity.idle()], grace):
+            if not await wait_for_all([self.endpoint.idle()], grace):
                 self._cancel_endpoint()
-                await wait_for_all([self.activity.idle()], min(grace, LINGER))
+                await wait_for_all([self.endpoint.idle()], min(grace, LINGER))
             await self.wait_for_those_before()
             async with self._parts.cleanups:
                 await self.run_disconnect_hooks()

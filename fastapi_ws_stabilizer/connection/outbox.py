@@ -11,20 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.config import OutboxOverflow
 from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowClient
+from fastapi_ws_stabilizer.connection.send_watch import WatchedBacklog
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.tasks import Latch
 from fastapi_ws_stabilizer.wire.payload import Frame
-
-LOOK_INTERVAL: Final = 0.5
-"""Seconds between two looks at a send that waits."""
-
-HEALTHY_SEND: Final = 0.05
-"""Seconds that a send to a client which reads may wait."""
 
 MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
@@ -52,54 +45,38 @@ class Waiter:
             self.done.set_result(queued)
 
 
-class Outbox(Backlog, abc.ABC):
+class Outbox(WatchedBacklog, abc.ABC):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
-    An idle outbox owns no task and no timer. A watch for a stuck send is one timer that looks at the time since when
-    the client has taken nothing; it is not set anew for every message.
-
-    Subclasses send: `_carry` takes out what can be sent now, and the close frame after it.
+    An idle outbox owns no task and no timer. Subclasses send: `_carry` takes out what can be sent now,
+    and the close frame after it.
     """
 
     __slots__ = (
-        "_blocked_since",
-        "_broken",
         "_close",
         "_deflates",
-        "_done",
-        "_due",
         "_pending",
         "_shut",
         "_slow",
         "_turns",
-        "_unflushed",
         "_urgent",
         "_waiters",
-        "_watch",
-        "owner",
         "place",
         "used",
     )
 
     def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int) -> None:
-        super().__init__(limits)
-        self.owner = owner
+        super().__init__(owner, limits)
         self.place = 0
         self.used = False  # whether a message was put in since that was asked
         self._turns = turns
         self._pending = turns.pending(shard)
         self._urgent: list[Frame] | None = None
-        self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
         self._shut = True
-        self._broken = False
         self._deflates = False
         self._slow: SlowClient | None = None
         self._waiters: deque[Waiter] | None = None
         self._close: tuple[int, str] | None = None
-        self._done = Latch()
-        self._blocked_since: float | None = None
-        self._unflushed: int | None = None
-        self._watch: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return super().__len__() + len(self._urgent or ())
@@ -272,31 +249,7 @@ class Outbox(Backlog, abc.ABC):
         self.used = True
         self._book_turn()
 
-    # ── how full it is ──
-
-    @property
-    def send_waits(self) -> bool:
-        """Whether the network has taken nothing for longer than it does for a client that reads."""
-        return self._blocked_since is not None and monotonic() - self._blocked_since > HEALTHY_SEND
-
-    @property
-    def blocked_seconds(self) -> float:
-        """For how long the network has taken nothing of what waits."""
-        return 0.0 if self._blocked_since is None else monotonic() - self._blocked_since
-
-    @property
-    def stuck(self) -> bool:
-        """Whether what is queued waits for longer than it does for a client that reads."""
-        return self.send_waits
-
-    @property
-    def blocked(self) -> bool:
-        """Whether what is queued cannot be sent now."""
-        return self._broken or self._blocked_since is not None
-
-    def under_pressure(self) -> bool:
-        """Whether more than half is used, and the client seems to read."""
-        return self.half_full and not self.send_waits
+    # ── slowness ──
 
     def _becomes(self, how: SlowClient) -> None:
         """Tell, once in an episode, that the client has become that slow."""
@@ -372,45 +325,6 @@ class Outbox(Backlog, abc.ABC):
             self._slow = None
             self.owner.caught_up()
 
-    # ── a send that waits ──
-
-    def _block(self) -> None:
-        """The client takes nothing for the moment."""
-        self._count()
-        if self._blocked_since is None:
-            self._blocked_since = monotonic()
-            self._unflushed = None
-            self._due = True
-            if self._watch is None:
-                self._set_watch(0.0)
-
-    def _unblock(self) -> None:
-        self._blocked_since = None
-        self._due = self._broken
-
-    def _set_watch(self, waited: float) -> None:
-        delay = min(LOOK_INTERVAL, self._limits.send_timeout - waited)
-        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look)
-
-    def _look(self) -> None:
-        """See whether the send that waits has waited too long."""
-        self._watch = None
-        since = self._blocked_since
-        if since is None:
-            return
-        left = self.owner.unflushed_bytes()
-        if left is not None and self._unflushed is not None and left < self._unflushed:
-            self._blocked_since = since = monotonic()  # the client reads, if slowly
-        self._unflushed = left
-        waited = monotonic() - since
-        if waited >= self._limits.send_timeout:
-            self.owner.send_stuck()
-            return
-        if waited >= LOOK_INTERVAL:
-            self.owner.send_waits()
-        if not self._done.is_set:
-            self._set_watch(waited)
-
     # ── the end ──
 
     def finish(self, code: int, text: str, *, flush: bool) -> int:
@@ -456,14 +370,3 @@ class Outbox(Backlog, abc.ABC):
         for waiter in self._waiters or ():
             waiter.settle(False)
         self._waiters = None
-
-    @property
-    def done(self) -> asyncio.Future[None]:
-        """A future that is done when nothing will be sent any more."""
-        return self._done.future
-
-    def _set_done(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
-        self._done.set()

@@ -20,6 +20,8 @@ class SlowClient(str, Enum):
 class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
 
+    connection_id: str
+
     def delivered(self) -> None:
         """The server, or its transport, has taken a message. Told only where somebody wants to know."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
+from fastapi_ws_stabilizer.connection.asgi_outbox import Writers
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.inbox import InboxLimits
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
@@ -43,15 +44,13 @@ class Parts:
         outbox_limits: What all outboxes of plain clients share.
         numbered_limits: What those of `stabilizer.v1.json` clients share: nothing that is numbered is ever dropped.
         round_trips: Where round trips are counted, if they are.
-        sends: How many sends may wait for the server at the same time.
-        closes: The same for close frames.
-        cleanups: The same for disconnect hooks.
+        writers: The tasks of sends and close frames that wait for the server.
+        cleanups: How many may run their disconnect hooks at the same time.
         watches_input: Whether anybody wants to know of each message that comes in. Most often nobody does.
     """
 
     __slots__ = (
         "cleanups",
-        "closes",
         "config",
         "disconnected",
         "evicted",
@@ -65,13 +64,13 @@ class Parts:
         "outbox_limits",
         "reports",
         "round_trips",
-        "sends",
         "session_over",
         "slow",
         "tasks",
         "traffic",
         "turns",
         "watches_input",
+        "writers",
     )
 
     def __init__(
@@ -117,6 +116,5 @@ class Parts:
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
-        self.sends = Slots(config.max_concurrent_broadcast)
-        self.closes = Slots(config.max_concurrent_cleanup)
+        self.writers = Writers(tasks, Slots(config.max_concurrent_broadcast), Slots(config.max_concurrent_cleanup))
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import logging
 from typing import Any, Final
 
@@ -55,7 +56,8 @@ class SendingHalf(abc.ABC):
 
     _link: Link | None
     _numbers: int
-    _over: Latch
+    _over: Latch | None
+    """Made when somebody waits for the end."""
     _parts: Parts
     client_id: str
     config: WebSocketConfig
@@ -99,6 +101,15 @@ class SendingHalf(abc.ABC):
     def lost(self, error: BaseException) -> None:
         """The connection broke."""
 
+    @property
+    def over(self) -> asyncio.Future[None]:
+        """A future that is done when its end has begun."""
+        if self._over is None:
+            self._over = Latch()
+            if self.ending is not None:
+                self._over.set()
+        return self._over.future
+
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""
         self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
@@ -121,10 +132,7 @@ class SendingHalf(abc.ABC):
             self.shard,
             send=self.server_side.send,
             by_hand=self.server_side.is_direct,
-            tasks=parts.tasks,
-            name=self.connection_id,
-            sends=parts.sends,
-            closes=parts.closes,
+            writers=parts.writers,
         )
 
     # ── sending ──
@@ -263,7 +271,7 @@ class SendingHalf(abc.ABC):
 
     async def _why_failed(self, error: BaseException) -> None:
         if not self.reading_paused:
-            await wait_for_all([self._over.future], _A_SERVER_MAY_STILL_SAY_WHY)
+            await wait_for_all([self.over], _A_SERVER_MAY_STILL_SAY_WHY)
         self.lost(error)
         self.stop_sending()
 

@@ -40,7 +40,7 @@ class Dispatcher:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         if not self._handlers:
             connection.tell("no_message_handlers", logging.WARNING)
-        with connection.activity.busy():
+        with connection.endpoint.busy():
             if concurrency == 1:
                 while True:
                     try:

@@ -349,7 +349,7 @@ class Opening(Leaving, Services):
         try:
             await connection.wait_for_those_before()
             if connection.ending is None:
-                with connection.activity.busy():
+                with connection.endpoint.busy():
                     await self._begin_hooks(connection, session)
         except BaseException as error:
             failure = await self.leave(connection, error)

@@ -8,7 +8,6 @@ or there are too many of them. Everybody else gets the HTTP answer.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Coroutine
 from http import HTTPStatus
 from typing import Any, Final
@@ -64,12 +63,6 @@ READABLE_EVERY: Final = 5.0
 """Seconds in which a browser is let in once to be told that there are too many from its address. Who chooses to have an
 `Origin`, and dials all the time, costs no more than without."""
 
-TOLD_EVERY: Final = 60.0
-"""Seconds in which one refusal of a kind is told to those who read the log, and the others at level DEBUG."""
-
-MAX_KINDS: Final = 64
-"""Kinds of refusals that are told apart by that. The codes are the application's to choose."""
-
 PATIENCE: Final = 5.0
 """Seconds that a client which is turned away may take to be told so."""
 
@@ -106,7 +99,6 @@ class Refusing:
         self._reports = reports
         self._farewells = TokenBucket()
         self._let_in_to_be_told = RateTable(Rate(1 / READABLE_EVERY, 1.0), MAX_ADDRESSES)
-        self._told: dict[str, tuple[float, int]] = {}
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
 
     async def refuse(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
@@ -139,8 +131,7 @@ class Refusing:
     def tell(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> Ending:
         """Count and report that a client is turned away; returns how its connection ends, if it is told by closing.
 
-        One by an option is a warning: it may be a setting that is wrong. Once in `TOLD_EVERY` seconds, or whoever dials
-        all day would fill the log; the next one that is told says how many were left out.
+        One by an option is a warning: it may be a setting that is wrong.
         """
         how = ending_for(error)
         facts: dict[str, Any] = {"address": address, "code": how.code, "text": how.text}
@@ -154,25 +145,8 @@ class Refusing:
             facts["host"] = error.host
         self._reports.totals.refusals[kind] += 1
         level = logging.WARNING if "option" in facts else logging.INFO
-        left_out = self._left_out(kind)
-        if left_out is None:
-            level = logging.DEBUG
-        elif left_out:
-            facts["more"] = left_out
-        self._reports.tell("connection_refused", level, **facts)
+        self._reports.tell_now_and_then("connection_refused", level, kind, **facts)
         return how
-
-    def _left_out(self, kind: str) -> int | None:
-        """How many of a kind were left out since one was told; `None` if this one is to be left out."""
-        if kind not in self._told and len(self._told) >= MAX_KINDS:
-            kind = ""
-        now = monotonic()
-        at, left_out = self._told.get(kind, (-math.inf, 0))
-        if now - at < TOLD_EVERY:
-            self._told[kind] = at, left_out + 1
-            return None
-        self._told[kind] = now, 0
-        return left_out
 
     def _is_too_much(self, error: Exception, address: str) -> bool:
         """Whether somebody who is to be few was let in just to be told so a moment ago, and dials again."""

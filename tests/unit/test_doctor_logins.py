@@ -143,7 +143,7 @@ def test_middleware_that_looks_like_a_login_is_seen(middleware: Middleware, name
         Middleware(BaseHTTPMiddleware, timing),
         *map(Middleware, (AuthInAsgi, GZipMiddleware)),
     ],
-    ids=str,
+    ids=["Timing", "timing", "timing by place", "AuthInAsgi", "GZipMiddleware"],
 )
 def test_other_middleware_is_left_alone(middleware: Middleware) -> None:
     """What only measures, and what speaks ASGI itself, is no login that leaves sockets out."""
@@ -302,7 +302,7 @@ def nested(_: Any = Depends(user)) -> None:
 @pytest.mark.parametrize(
     "dependency",
     [user, above, by_name, Guardian(), nested, functools.partial(user), HTTPBearer(), Credential(bearer())],
-    ids=repr,
+    ids=["user", "above", "by_name", "Guardian", "nested", "partial", "HTTPBearer", "Credential"],
 )
 def test_a_dependency_that_looks_and_can_refuse_guards(dependency: Any) -> None:
     """By itself or with what is beneath it, however it refuses; beside the socket, or before all of a router."""

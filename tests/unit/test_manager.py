@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
-from fastapi_ws_stabilizer.connection import outbox as outbox_module
+from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     BroadcastFailedError,
@@ -1148,7 +1148,7 @@ async def test_close_frames_wait_for_the_server_a_few_at_a_time(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than max_concurrent_cleanup are given to servers that take none, and all are sent in the end."""
-    for module in (outbox_module, asgi_outbox_module):
+    for module in (send_watch_module, asgi_outbox_module):
         monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
     manager, _ = manager_with(max_concurrent_cleanup=2)
     clients = await clients_of(manager, *"abcdef")

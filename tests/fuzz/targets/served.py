@@ -26,8 +26,9 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Report
-from fastapi_ws_stabilizer.servers import uvicorn
+from fastapi_ws_stabilizer.servers import uvicorn_reading
 from fastapi_ws_stabilizer.servers.uvicorn import MAX_CONTROL_BYTES, MAX_FRAGMENTS, StableWebSocketProtocol
+from fastapi_ws_stabilizer.servers.uvicorn_internals import ToSink
 from fastapi_ws_stabilizer.wire.framing import CLOSE, PING
 from tests.fuzz import virtual
 from tests.fuzz.choices import Choices
@@ -348,7 +349,7 @@ class Served:
 
     async def _ends(self) -> Outcome:
         outcome = self.app.outcome
-        outcome.attached = isinstance(self.protocol.queue, uvicorn._ToSink)
+        outcome.attached = isinstance(self.protocol.queue, ToSink)
         conn = self.protocol.conn
         first_to_close = conn.close_sent is not None and not conn.close_rcvd_then_sent
         outcome.ended_by_us = first_to_close or conn.parser_exc is not None
@@ -389,7 +390,7 @@ def outcome_of(circumstances: Circumstances, data: bytes, how: int) -> Outcome:
 
 
 def _run(one: Coroutine[Any, Any, Outcome]) -> Outcome:
-    with mock.patch.object(uvicorn, "MAX_PARSED_AT_ONCE", AT_ONCE):
+    with mock.patch.object(uvicorn_reading, "MAX_PARSED_AT_ONCE", AT_ONCE):
         return virtual.run(one)
 
 

@@ -21,6 +21,7 @@ from fastapi_ws_stabilizer.client import (
     TransportLostError,
     connect,
 )
+from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.client.fake_link import Scene, soon, virtually
 
@@ -1216,7 +1217,7 @@ async def test_a_bug_in_the_client_leaves_nobody_waiting(
     async with Scene() as scene:
         await scene.opened()
         sent = scene.client.send("x")
-        monkeypatch.setattr(type(scene.client._backoff), "delay", lambda *_: 1 / 0)
+        monkeypatch.setattr(Backoff, "delay", lambda *_: 1 / 0)
         await scene.link.closes(1006)
         await soon()
         assert scene.client.state == "closed"

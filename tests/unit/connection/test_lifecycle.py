@@ -191,7 +191,7 @@ async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: 
 
 async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
     b = bench(send_timeout=60)
     aborted = transport_of(b.server)
     closing: list[bool] = []
@@ -408,12 +408,12 @@ async def test_the_hooks_wait_for_who_is_busy(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     connection.hooks_wanted = True
-    with connection.activity.busy():
+    with connection.endpoint.busy():
         b.server.feed_disconnect()
         await with_deadline(connection.wait_over())
         await settle()
         assert b.disconnected == []
-        with connection.activity.busy():
+        with connection.endpoint.busy():
             pass
         await settle()
         assert b.disconnected == []
@@ -478,7 +478,7 @@ async def test_user_code_that_stays_busy_is_cancelled_after_the_grace(bench: Any
         await b.open(cancellable=True)
         b.connection.hooks_wanted = True
         try:
-            with b.connection.activity.busy():
+            with b.connection.endpoint.busy():
                 await asyncio.Event().wait()
         except asyncio.CancelledError:
             order.append("cancelled")

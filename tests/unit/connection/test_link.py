@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.lifecycle import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.servers.link import EXTENSION
 from fastapi_ws_stabilizer.wire.payload import encode
@@ -144,7 +144,7 @@ async def test_a_large_backlog_is_written_in_pieces(linked: Any, monkeypatch: py
 
 async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.HEALTHY_SEND", -1.0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.HEALTHY_SEND", -1.0)
     b = await linked(outbox_max_messages=2)
     b.server.stall()
     offer(b, "a")
@@ -157,7 +157,7 @@ async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, mo
 
 async def test_a_stalled_client_is_cut_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that makes no progress at all is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
     b = await linked(send_timeout=0.03)
     b.server.stall()
     offer(b, "a")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
-from fastapi_ws_stabilizer.connection import outbox as outbox_module
-from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, Writers
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
@@ -29,6 +29,8 @@ from tests.unit.own_loop import run
 
 class Owner:
     """Who is told what happens to the messages."""
+
+    connection_id = "test"
 
     def __init__(self) -> None:
         self.totals = Totals()
@@ -126,10 +128,7 @@ class Post:
             0,
             send=self.server.send,
             by_hand=self.by_hand,
-            tasks=self.tasks,
-            name="ws-writer-test",
-            sends=self.sends,
-            closes=Slots(100),
+            writers=Writers(self.tasks, self.sends, Slots(100)),
         )
 
     def waiting(self, text: str) -> asyncio.Future[bool]:
@@ -445,7 +444,7 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
 
 async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.02)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.unflushed = list(range(20, 0, -1))
     await p.stuck_with("sending")
@@ -456,7 +455,7 @@ async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: 
 
 async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a send waits the owner can look at its transport, long before `send_timeout`."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.outbox.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
     p = post(send_timeout=5)
     await p.stuck_with("sending")
     await eventually(lambda: p.owner.waits >= 2)
@@ -495,7 +494,7 @@ async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a send wait for a minute before its slot is given to others."""
-    for module in (outbox_module, asgi_outbox_module):
+    for module in (send_watch_module, asgi_outbox_module):
         monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import outbox as outbox_module
+from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.hub.member import Offered
@@ -23,7 +23,7 @@ from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadl
 @pytest.fixture
 async def stalled(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A connection whose first message is stuck for long in the server, so that all others wait in the outbox."""
-    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
 
     async def make(**options: Any) -> Any:
         b = bench(outbox_max_messages=4, **options)
@@ -165,7 +165,7 @@ async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothe
     manager_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broadcast tells how many lag, whether its message was added or has replaced one."""
-    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
     manager, _ = manager_with(outbox_max_messages=4)
     server = FakeServer()
     await manager.connect("ann", await server.accepted())
@@ -233,7 +233,7 @@ async def test_an_outbox_stands_in_line_for_a_slot_once(bench: Any) -> None:
     """However often it is offered something meanwhile; and it gets its turn when the slot is free."""
     b = bench(outbox_max_messages=4, outbox_overflow="drop_oldest", max_concurrent_broadcast=1)
     await b.open()
-    slots = b.connection.outbox._sends
+    slots = b.connection.outbox._writers.sends
     slots.take()
     offer(b, *(str(number) for number in range(100)))
     await settle()

@@ -11,7 +11,7 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import outbox as outbox_module
+from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
 from fastapi_ws_stabilizer.hub import turns as turns_module
@@ -269,7 +269,7 @@ async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
     beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
-    monkeypatch.setattr(outbox_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()

@@ -32,7 +32,9 @@ class Slotted:
     __slots__ = ()
 
 
-@pytest.mark.parametrize("value", [None, 7, 1.5, "text", b"bytes", Slotted(), int], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, 7, 1.5, "text", b"bytes", Slotted(), int], ids=lambda value: type(value).__name__
+)
 def test_a_simple_value_is_as_big_as_python_says(value: object) -> None:
     """What holds nothing else is measured as it is."""
     assert deep_size(value) == sys.getsizeof(value)

@@ -13,6 +13,7 @@ from fastapi.exceptions import WebSocketRequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
+from fastapi_ws_stabilizer import reports as reports_module
 from fastapi_ws_stabilizer.config import RejectPolicy
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -26,7 +27,7 @@ from fastapi_ws_stabilizer.errors import (
     TooManyConnectionsError,
 )
 from fastapi_ws_stabilizer.identity.credentials import SUBPROTOCOL_KEY
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import MAX_KINDS, TOLD_EVERY, Reports
 from fastapi_ws_stabilizer.routing import refusing as module
 from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol, as_http, leave_alone
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
@@ -310,6 +311,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(reports_module, "monotonic", lambda: self.now)
 
 
 def levels(ear: Heard) -> list[tuple[str, int]]:
@@ -330,15 +332,15 @@ def test_a_flood_of_refusals_is_a_line_a_minute(
             refusing.tell(FakeServer().websocket, error, "1.2.3.4")
 
     refuse(100)
-    clock.now += module.TOLD_EVERY - 1
+    clock.now += TOLD_EVERY - 1
     refuse()
     assert levels(ear) == [(level, 0)] + [("DEBUG", 0)] * 100
     clock.now += 1
     refuse(2)
     assert levels(ear)[101:] == [(level, 100), ("DEBUG", 0)]
-    clock.now += module.TOLD_EVERY
+    clock.now += TOLD_EVERY
     refuse()
-    clock.now += module.TOLD_EVERY
+    clock.now += TOLD_EVERY
     refuse()
     assert levels(ear)[103:] == [(level, 1), (level, 0)]
     assert reports.totals.refusals.total() == 105
@@ -349,10 +351,10 @@ def test_one_kind_of_refusals_hides_no_other(monkeypatch: pytest.MonkeyPatch, he
     Clock(monkeypatch)
     reports, ear = heard
     refusing = Refusing(RejectPolicy.AUTO, reports)
-    for code in range(4000, 4000 + 2 * module.MAX_KINDS):
+    for code in range(4000, 4000 + 2 * MAX_KINDS):
         refusing.tell(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
-    assert levels(ear) == [("INFO", 0)] * (module.MAX_KINDS + 1) + [("DEBUG", 0)] * (module.MAX_KINDS - 1)
-    assert len(refusing._told) == module.MAX_KINDS + 1
+    assert levels(ear) == [("INFO", 0)] * (MAX_KINDS + 1) + [("DEBUG", 0)] * (MAX_KINDS - 1)
+    assert len(reports._told) == MAX_KINDS + 1
 
 
 async def test_a_client_that_vanishes_while_it_is_told_is_no_failure() -> None:

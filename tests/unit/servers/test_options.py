@@ -46,7 +46,8 @@ def test_uvicorn_takes_the_options(options: dict[str, Any]) -> None:
 def test_where_the_protocol_cannot_be_imported_uvicorn_chooses(missing: str, caplog: pytest.LogCaptureFixture) -> None:
     """The options are still taken, and a warning says what is missing."""
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
-        patch.delitem(sys.modules, MODULE)
+        for name in (MODULE, f"{MODULE}_internals", f"{MODULE}_reading"):
+            patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, missing, None)
         options = uvicorn_options(WebSocketConfig(), 10)
     assert options["ws"] == "auto"

@@ -10,9 +10,11 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from fastapi_ws_stabilizer.servers import uvicorn as module
+from fastapi_ws_stabilizer.servers import uvicorn_internals
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION
+from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
+from fastapi_ws_stabilizer.servers.uvicorn_internals import ToSink, WebSocketsSansIOProtocol
 from tests.unit.fake_websocket import eventually
 
 
@@ -80,7 +82,7 @@ def text_frame(data: bytes, *, first: bool = True, last: bool = True) -> bytes:
 
 def become_older(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let uvicorn's protocol collect a message in one `bytearray`, as versions up to 0.48 at least have done."""
-    base = module.WebSocketsSansIOProtocol
+    base = WebSocketsSansIOProtocol
     init = base.__init__
 
     def older_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +114,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 async def made(app: Any = application, **options: Any) -> Any:
     config = Config(app, log_level="critical", **options)
     config.load()
-    protocol = module.StableWebSocketProtocol(config, ServerState(), app_state={}, _loop=asyncio.get_running_loop())
+    protocol = StableWebSocketProtocol(config, ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.scope = {"type": "websocket", "extensions": {}}
     return protocol
 
@@ -141,7 +143,7 @@ async def test_unknown_internals_make_it_uvicorns_own_and_are_told_once(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where something that it stands on is missing, no link is offered, and the log says what, once."""
-    monkeypatch.setattr(module, name, (*getattr(module, name), f"moved_{name}"))
+    monkeypatch.setattr(uvicorn_internals, name, (*getattr(uvicorn_internals, name), f"moved_{name}"))
     with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         protocols = [await made() for _ in range(3)]
     assert [record.message for record in caplog.records if f"moved_{name}" in record.message] != []
@@ -158,7 +160,7 @@ async def test_without_a_link_messages_arrive_as_uvicorn_reads_them(
     if unknown == "one-bytearray":
         become_older(monkeypatch)
     elif unknown != "nothing":
-        monkeypatch.setattr(module, unknown, (*getattr(module, unknown), f"no_{unknown}"))
+        monkeypatch.setattr(uvicorn_internals, unknown, (*getattr(uvicorn_internals, unknown), f"no_{unknown}"))
     reader = Reader()
     protocol = await made(reader)
     assert protocol.known == (unknown == "nothing")
@@ -249,7 +251,7 @@ async def test_a_close_right_behind_text_that_is_not_utf_8_is_answered() -> None
 
 async def test_who_reads_past_the_socket_is_told_so() -> None:
     """The queue is gone once a connection is attached; whoever waits for it gets an error instead of silence."""
-    sink = module._ToSink(object())  # type: ignore[arg-type]
+    sink = ToSink(object())  # type: ignore[arg-type]
     assert sink.empty()
     with pytest.raises(RuntimeError, match="StableSocket"):
         await sink.get()

@@ -1,0 +1,69 @@
+"""How one connection of a client follows another: what it takes over, and what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.metered import Metered
+from fastapi_ws_stabilizer.connection.server_side import LINGER
+from fastapi_ws_stabilizer.tasks import Latch, wait_for_all, wait_for_first
+
+
+class Successor(Metered):
+    """A connection that may have others before it, which are still busy for what is its own now."""
+
+    __slots__ = ("_finished", "_hooks_done", "before", "endpoint")
+
+    _finished: Latch
+    _hooks_done: Latch
+    before: tuple[Successor, ...]
+    """Those that are still busy for what is ours now."""
+    endpoint: Endpoint
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything is done for this connection."""
+        return self._finished.is_set
+
+    def _take_over(self, conversation: Conversation) -> None:
+        """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
+
+        Nothing of this waits, so no message comes between, and none is sent or read twice.
+        """
+        session = conversation.session
+        last: Successor | None = session.predecessor
+        if last is not None:
+            rest = session.inbox.hand_over()
+            self.inbox, last.inbox = session.inbox, rest
+            self.follow(last)
+        session.inbox, session.predecessor = self.inbox, self
+        if conversation.max_inflated:
+            self.outbox.deflate_frames()
+        before = session.attach(self, conversation.greeting.cursor, conversation.welcome())
+        conversation.tell_outcome()
+        if before is not None:
+            before.end(DisconnectReason.REPLACED, text="another connection has taken the session over")
+
+    def follow(self, last: Successor) -> None:
+        """Nothing is done here until everything is done there, and where that one waits for in its turn."""
+        self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
+
+    async def wait_for_those_before(self) -> None:
+        """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
+        if self.before:
+            await asyncio.gather(*(one.handed_over() for one in self.before))
+            self.before = ()
+
+    async def handed_over(self) -> None:
+        """Wait until nothing more is done here for a session that another connection has taken over.
+
+        That is: the message that was in hand is handled, and the disconnect hooks have run. Bounded, as they are.
+        """
+        grace = self.config.disconnect_grace
+        settled = self.inbox.settled
+        if settled is not None:
+            await wait_for_first([settled, self.endpoint.returned], grace)
+        await wait_for_all([self._hooks_done.future], 2 * grace + LINGER)
