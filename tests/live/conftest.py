@@ -21,12 +21,31 @@ OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
 ON_ONE_KIND = ("test_drain.py", "test_handshakes.py", "test_identity.py", "test_memory_limits.py", "test_rates.py")
 """Files whose tests are slow and hardly touch the server: one kind of uvicorn each time is enough."""
 
+SHARING = (
+    "test_admission.py",
+    "test_chat_example.py",
+    "test_duplicates.py",
+    "test_endings.py",
+    "test_first_contact.py",
+    "test_hostile.py",
+    "test_identity.py",
+    "test_rfc6455.py",
+    "test_rfc7692.py",
+    "test_rooms.py",
+    "test_seed_readme.py",
+    "test_sessions.py",
+    "test_stable_protocol.py",
+)
+"""Files whose tests measure nothing, or say of each that does, so that others may run beside them."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test below this folder runs a server."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
+            if item.path.name not in SHARING:
+                item.add_marker(pytest.mark.alone)
             parameters = getattr(item, "callspec", None)
             elsewhere = {*OTHERS, "uvicorn-sansio"} if item.path.name in ON_ONE_KIND else set(OTHERS)
             if parameters is not None and elsewhere & {

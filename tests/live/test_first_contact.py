@@ -71,6 +71,7 @@ async def test_a_wrong_path_is_explained_in_the_log(server: LiveServer) -> None:
 PLACES = ["plain", "own_lifespan", "with_router", "mounted", "installed_twice", "never_started"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
 async def test_heartbeat_and_shutdown_run_once_wherever_the_manager_is(serve: Serve, place: str) -> None:
     """Beats come at their rate, not twice, and the shutdown is done once, where a lifespan is run at all."""

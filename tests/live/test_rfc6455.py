@@ -542,6 +542,7 @@ def test_a_ping_is_answered_though_nobody_reads(server: LiveServer, witness: Wit
         assert client.next_frame() == Frame(PONG, b"later")
 
 
+@pytest.mark.alone
 @WAITING
 @pytest.mark.parametrize("path", ["/idle", "/run"], ids=["nobody reads", "the handler is busy"])
 def test_a_close_frame_is_answered_at_once(server: LiveServer, witness: Witness, path: str, waiting: int) -> None:
@@ -815,6 +816,7 @@ async def test_a_client_that_answers_pings_with_pongs_stays(beating_server: Live
     assert not beating_server.errors()
 
 
+@pytest.mark.alone
 async def test_a_client_that_never_answers_a_ping_is_closed(beating_server: LiveServer) -> None:
     """Silence after a ping ends with 4408 at interval + timeout, and without a word of text before it."""
     started = time.monotonic()
