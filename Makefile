@@ -30,7 +30,7 @@ $(VENV)/lowest.stamp: $(VENV)/venv.stamp constraints-lowest.txt
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/fast.stamp
-	$(BIN)/python -m pip install --quiet --group servers --group coverage
+	$(BIN)/python -m pip install --quiet --group servers --group suite
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp

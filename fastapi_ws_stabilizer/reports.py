@@ -23,7 +23,7 @@ TOLD_EVERY: Final = 60.0
 """Seconds in which one report of a kind that clients can cause at will is told at its level, and others at DEBUG."""
 
 MAX_KINDS: Final = 64
-"""Kinds of such reports that are told apart. Some are named by what the application has chosen, a close code say."""
+"""Kinds of such an event that are told apart. Some are named by what the application has chosen, a close code say."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Reports:
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
-        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+        self._told: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
         self.totals = Totals()
         self.timings: Timings | None = None
 
@@ -115,8 +115,8 @@ class Reports:
             except Exception:
                 logger.exception("a listener of reports failed", extra={"event": "listener_failed"})
 
-    def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> None:
-        """The same for what a client can cause as often as it likes, or one of them could fill the log.
+    def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> bool:
+        """Report something that a client can cause as often as it likes, so that one of them cannot fill the log.
 
         One of a kind is told at its level in `TOLD_EVERY` seconds, the others at DEBUG. The next one that is told says
         how many those were, as `more`.
@@ -124,22 +124,23 @@ class Reports:
         Args:
             event: Its name.
             level: How much it matters.
-            kind: What sort of it this is.
+            kind: What sort of this event it is.
             facts: What is known of it.
+
+        Returns:
+            Whether it was told at its level.
         """
-        key = (event, kind)
-        if key not in self._told and len(self._told) >= MAX_KINDS:
-            key = ("", "")
+        told = self._told.setdefault(event, {})
+        if kind not in told and len(told) >= MAX_KINDS:
+            kind = ""
         now = monotonic()
-        at, left_out = self._told.get(key, (-math.inf, 0))
-        if now - at < TOLD_EVERY:
-            self._told[key] = at, left_out + 1
-            level = logging.DEBUG
-        else:
-            self._told[key] = now, 0
-            if left_out:
-                facts["more"] = left_out
-        self.tell(event, level, **facts)
+        at, left_out = told.get(kind, (-math.inf, 0))
+        due = now - at >= TOLD_EVERY
+        told[kind] = (now, 0) if due else (at, left_out + 1)
+        if due and left_out:
+            facts["more"] = left_out
+        self.tell(event, level if due else logging.DEBUG, **facts)
+        return due
 
     def bug(self, event: str, error: BaseException, **facts: Any) -> None:
         """Report an error that somebody has to mend, with its traceback."""

@@ -391,7 +391,8 @@ class Client(Listeners):
                     self.token = None
                 if delay is None:
                     self._finish(ClosedError(lost.code, lost.reason))
-                if delay is None or self._ending is not None:
+                    break
+                if self._ending is not None:  # a listener has closed it
                     break
                 self._set_state("waiting")
                 self._hurry = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""What an attempt to connect tells the client that it is made for."""
+"""What an attempt to connect tells the client that it is made for: gaps, how it was lost, and all that has come."""
 
 from __future__ import annotations
 

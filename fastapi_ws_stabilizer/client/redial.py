@@ -6,11 +6,10 @@ from typing import Final
 
 from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
 from fastapi_ws_stabilizer.client.owner import ConnectionLost
+from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 
 MAX_RESYNCS: Final = 2
 """How often in a row a session is taken up again whose numbers did not fit. After that it is given up."""
-
-_ANOTHER_HAS_IT: Final = frozenset({4409, 4410})
 
 
 class Redial:
@@ -48,7 +47,7 @@ class Redial:
     def after(self, lost: ConnectionLost) -> float | None:
         """Seconds until the next dial after a connection, or a dial, that ended so; `None` if there is to be none."""
         code, what = lost.code, verdict(lost.code)
-        self.gives_session_up = code in _ANOTHER_HAS_IT
+        self.gives_session_up = code == SUPERSEDED  # another connection has it
         if code == 4412:
             self._resyncs += 1
             if self._resyncs > MAX_RESYNCS:

@@ -33,7 +33,7 @@ over its versions; where none is found, only the refinement that it serves is mi
 
 
 class _Busy:
-    """User code at work for the length of a block."""
+    """User code at work for the length of a block. Not a generator, because each endpoint that runs holds one."""
 
     __slots__ = ("_endpoint",)
 
@@ -48,7 +48,9 @@ class _Busy:
 
 
 class Endpoint(Latch):
-    """The task that serves one connection, and what user code does for it elsewhere. Set when its user code has ended.
+    """The task that serves one connection, and what user code does for it elsewhere.
+
+    It is itself the latch that is set when its user code has ended: one object less for each idle connection.
 
     Attributes:
         tracked: Whether we are told when the user's code ends.

@@ -207,8 +207,8 @@ class Connection(Successor):
             patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
             self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
         self.endpoint.watch(self.websocket.scope)
-        if self._over is not None:
-            self._over.set()
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
         turns = self._parts.turns
         turns.soon(turns.pending(self.shard), self)
         return True

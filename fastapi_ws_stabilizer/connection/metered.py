@@ -119,16 +119,9 @@ class Metered(Messages):
     def _tell_limit(self, option: str, message_type: str | None = None) -> None:
         """Say, once, which limit its client has run into."""
         if not self.told_of_limit:
-            self.told_of_limit = True
-            self.reports.tell_now_and_then(
-                "rate_limited",
-                logging.WARNING,
-                f"{option} {message_type or ''}",
-                client_id=self.client_id,
-                connection_id=self.connection_id,
-                option=option,
-                **({} if message_type is None else {"message_type": message_type}),
-            )
+            about = {"option": option} if message_type is None else {"option": option, "message_type": message_type}
+            kind = " ".join(about.values())
+            self.told_of_limit = self.tell_now_and_then("rate_limited", logging.WARNING, kind, **about)
 
     def delivered(self) -> None:
         """A message has gone out. Told only where somebody wants to know."""

@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.servers.link import Link
-from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
+from fastapi_ws_stabilizer.tasks import wait_for_all
 from fastapi_ws_stabilizer.wire.payload import Frame
 from fastapi_ws_stabilizer.wire.v1 import control
 
@@ -56,7 +56,7 @@ class SendingHalf(abc.ABC):
 
     _link: Link | None
     _numbers: int
-    _over: Latch | None
+    _over: asyncio.Future[None] | None
     """Made when somebody waits for the end."""
     _parts: Parts
     client_id: str
@@ -105,14 +105,19 @@ class SendingHalf(abc.ABC):
     def over(self) -> asyncio.Future[None]:
         """A future that is done when its end has begun."""
         if self._over is None:
-            self._over = Latch()
+            self._over = asyncio.get_running_loop().create_future()
             if self.ending is not None:
-                self._over.set()
-        return self._over.future
+                self._over.set_result(None)
+        return self._over
 
     def tell(self, event: str, level: int, **facts: Any) -> None:
         """Report something about this connection."""
         self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
+
+    def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> bool:
+        """Report something about it that its client can cause as often as it likes; as `Reports.tell_now_and_then`."""
+        facts |= {"client_id": self.client_id, "connection_id": self.connection_id}
+        return self.reports.tell_now_and_then(event, level, kind, **facts)
 
     def _make_outbox(self, parts: Parts, *, numbered: bool) -> AsgiOutbox | LinkOutbox:
         limits = parts.numbered_limits if numbered else parts.outbox_limits

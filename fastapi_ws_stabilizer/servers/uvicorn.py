@@ -5,7 +5,7 @@ uvicorn app:app --ws fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtoc
 ```
 
 or `uvicorn.run(app, **manager.uvicorn_options())`. Other WebSocket routes are served as uvicorn serves them. So are
-all routes if uvicorn's internals are not those that this module knows; that is logged once.
+all routes if uvicorn's internals are not those that `uvicorn_internals` knows; that is logged once.
 
 What is different for a connection that is attached:
 

@@ -39,6 +39,10 @@ class PacedReading(WebSocketsSansIOProtocol):
         sink: Who gets it; `None` before a connection is attached, and after its end.
         own_pings: Whether the sink sends pings, so that uvicorn need not.
         parting: Whether what still comes in is thrown away.
+        reading_stopped: Whether the transport is not read from, because somebody does not want more or not now.
+        unparsed: What was read and waits to be parsed.
+        parse_later: Whether that is going to be looked at.
+        after_end: Bytes that have come since nobody wants them any more.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -36,7 +36,7 @@ SHARING = (
     "test_sessions.py",
     "test_stable_protocol.py",
 )
-"""Files whose tests measure nothing, or say of each that does, so that others may run beside them."""
+"""Files whose tests have time to spare, but for those that say otherwise. So others may run beside them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -26,11 +27,24 @@ UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets", "uvicorn-s
 SERVERS = (*UVICORN, "hypercorn", "granian")
 
 
+_FIRST_PORT = 20_000
+_PORTS = 12_000
+"""Below those that systems give to whoever does not choose. Nobody else gets one between our look and the server's."""
+
+_tried = itertools.count(os.getpid() * 97)  # other processes that run tests begin elsewhere
+
+
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody listens on, and that this process has not named before."""
+    while True:
+        port = _FIRST_PORT + next(_tried) % _PORTS
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 async def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = "") -> Any:

@@ -797,6 +797,7 @@ def beating_server() -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.mark.alone
 async def test_a_client_that_answers_pings_with_pongs_stays(beating_server: LiveServer) -> None:
     """Heartbeats are ping frames and nothing else; a client that answers them stays, and its round trip is shown."""
     with connect(beating_server) as client:

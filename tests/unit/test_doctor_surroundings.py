@@ -327,6 +327,7 @@ async def test_a_doctor_that_fails_fails_no_start(
     assert isinstance(report.error, ZeroDivisionError)
 
 
+@pytest.mark.alone
 async def test_the_checks_of_a_start_are_quick(manager_with: Any, under: Any) -> None:
     """They cost a start less than 10 ms, in the best of five."""
     under("granian")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import Report, Reports
+from fastapi_ws_stabilizer.reports import MAX_KINDS, TOLD_EVERY, Report, Reports
 
 
 def test_every_listener_hears_every_report() -> None:
@@ -79,3 +79,39 @@ def test_totals_begin_at_zero_and_are_each_ones_own() -> None:
     one.totals.endings["x"] += 1  # type: ignore[index]
     assert other.totals.broadcasts == 0
     assert not other.totals.endings
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("fastapi_ws_stabilizer.reports.monotonic", lambda: self.now)
+
+
+def test_what_clients_can_cause_at_will_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a kind has its level, the others are at DEBUG, and the next one that has it says how many they were."""
+    clock, reports = Clock(monkeypatch), Reports()
+    heard: list[Report] = []
+    reports.subscribe(heard.append)
+    assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="ann")
+    assert not reports.tell_now_and_then("refused", logging.WARNING, "full", who="bob")
+    clock.now += TOLD_EVERY
+    assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="cid")
+    assert reports.tell_now_and_then("refused", logging.INFO, "late", who="dan")
+    assert heard == [
+        Report("refused", logging.WARNING, {"who": "ann"}),
+        Report("refused", logging.DEBUG, {"who": "bob"}),
+        Report("refused", logging.WARNING, {"who": "cid", "more": 1}),
+        Report("refused", logging.INFO, {"who": "dan"}),
+    ]
+
+
+def test_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds are counted for each event: too many of one, which share a minute then, leave the others at their level."""
+    Clock(monkeypatch)
+    reports = Reports()
+    told = [reports.tell_now_and_then("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_KINDS)]
+    assert told == [True] * (MAX_KINDS + 1) + [False] * (MAX_KINDS - 1)
+    assert reports.tell_now_and_then("limited", logging.WARNING, "0")
+    assert reports.tell_now_and_then("limited", logging.WARNING, "")

@@ -354,7 +354,7 @@ def test_one_kind_of_refusals_hides_no_other(monkeypatch: pytest.MonkeyPatch, he
     for code in range(4000, 4000 + 2 * MAX_KINDS):
         refusing.tell(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
     assert levels(ear) == [("INFO", 0)] * (MAX_KINDS + 1) + [("DEBUG", 0)] * (MAX_KINDS - 1)
-    assert len(reports._told) == MAX_KINDS + 1
+    assert len(reports._told["connection_refused"]) == MAX_KINDS + 1
 
 
 async def test_a_client_that_vanishes_while_it_is_told_is_no_failure() -> None:

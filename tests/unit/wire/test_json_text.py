@@ -133,6 +133,7 @@ def test_what_is_within_the_limits_is_read_wherever_it_stands(around: str, value
     check_json(text)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("text", ["e" * MIB, "Ee1" * (MIB // 3), "1e" * (MIB // 2), "1234567890" * (MIB // 10)])
 def test_a_long_text_is_not_searched(text: str) -> None:
     """To look for huge numbers takes no time where there are few values, whatever their texts are."""
@@ -153,6 +154,7 @@ def test_a_number_that_a_double_holds_is_read(number: str) -> None:
     check_json(number)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("digits", [5000, 100_000, MIB])
 def test_endless_digits_take_no_time(digits: int) -> None:
     """A number of a mebibyte is refused at once: the parser never begins to compute it."""
