@@ -72,9 +72,10 @@ class Visitor:
         """Accept its WebSocket. Nothing happens if that was done."""
         websocket = self.websocket
         if websocket.application_state is not WebSocketState.CONNECTED:
-            link = ServerSide(websocket._receive, websocket._send).link(websocket.scope)
-            if link is not None and not self._compresses:
-                link.refuse_compression()
+            if not self._compresses:
+                link = ServerSide(websocket._receive, websocket._send).link(websocket.scope)
+                if link is not None:
+                    link.refuse_compression()
             await websocket.accept(answered_subprotocol(self.websocket))
 
     async def take_hello(self) -> Hello:
