@@ -36,7 +36,7 @@ ACK_WITHIN: Final = 1.0
 """Seconds after which a message is acknowledged at the latest."""
 
 UNACCEPTED_FOR: Final = 10.0
-"""Seconds after which the link is doubted if the server has not accepted a message."""
+"""Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
 
 CLOSE_WITHIN: Final = 5.0
 """Seconds that a close frame may take on a connection that nobody waits for any more."""
@@ -359,16 +359,15 @@ class Attempt:
             self._timers.start("probe", self._client.probe_timeout, lambda: lose(4408, "no answer", at_once=True))
 
     def _doubt_if_not_accepted(self) -> None:
+        """Look, when its time is over, whether the message that waits longest is accepted."""
         oldest = self._client.buffer.oldest_sent
         if oldest is None or "accept" in self._timers:
             return
-
-        def look() -> None:
-            if self._client.buffer.oldest_sent is oldest:
-                self.probe()
-            self._doubt_if_not_accepted()
-
-        self._timers.start("accept", UNACCEPTED_FOR, look)
+        left = oldest.sent_at + UNACCEPTED_FOR - monotonic()
+        if left <= 0:
+            self.probe()
+            left = UNACCEPTED_FOR
+        self._timers.start("accept", left, self._doubt_if_not_accepted)
 
 
 def _server_error(frame: dict[str, Any]) -> Exception:

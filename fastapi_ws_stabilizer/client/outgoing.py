@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.json_text import check_json
 from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
 from fastapi_ws_stabilizer.wire.v1 import MAX_SEQ, envelope
@@ -27,6 +28,7 @@ class Outgoing:
 
     Attributes:
         seq: Its number; 0 until it is sent for the first time.
+        sent_at: When it was sent last, or was to be sent again, on the monotonic clock.
         type: `msg` or `reply`.
         size: Bytes of its frame without the number.
         done: Done when the server has accepted it.
@@ -36,10 +38,11 @@ class Outgoing:
             binary frame.
     """
 
-    __slots__ = ("_encoded", "_fields", "done", "seq", "size", "type")
+    __slots__ = ("_encoded", "_fields", "done", "sent_at", "seq", "size", "type")
 
     def __init__(self, type_: str, data: Any, fields: dict[str, Any]) -> None:
         self.seq = 0
+        self.sent_at = 0.0
         self.type = type_
         self._fields = fields
         self._encoded: str | bytes  # the data itself if it is bytes, else what stands behind the number in the frame
@@ -152,11 +155,12 @@ class SendBuffer:
         while self._again:
             message = self._again.popleft()
             if self._sent and message.seq >= self._sent[0].seq:  # else it was accepted meanwhile
+                message.sent_at = monotonic()
                 return message
         fresh = self._next_fresh()
         if fresh is None:
             return None
-        fresh.seq = self._next
+        fresh.seq, fresh.sent_at = self._next, monotonic()
         self._next += 1
         self._sent.append(fresh)
         return fresh
@@ -182,6 +186,9 @@ class SendBuffer:
         self.accepted(accepted)
         self._next = max(self._next, accepted + 1)
         self._again = deque(self._sent)
+        now = monotonic()
+        for message in self._again:
+            message.sent_at = now
 
     def begun_anew(self, accepted: int, *, replay: bool) -> list[Outgoing]:
         """It is a new session: what was sent in the old one fails, or is sent again under new numbers.

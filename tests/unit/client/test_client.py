@@ -919,6 +919,37 @@ async def test_a_message_that_is_not_accepted_for_long_is_a_doubt() -> None:
 
 
 @virtually
+async def test_each_message_has_its_own_ten_seconds() -> None:
+    """However well the ones before it went, a message that is not accepted is a doubt ten seconds after it was sent."""
+    async with Scene() as scene:
+        await scene.opened()
+        for number in range(1, 4):
+            scene.client.send(number)
+            await asyncio.sleep(6)
+            await scene.link.say({"type": "ack", "seq": number})
+        scene.client.send(4)
+        await asyncio.sleep(9.9)
+        assert scene.link.of("ping") == []
+        await asyncio.sleep(0.2)
+        assert len(scene.link.of("ping")) == 1
+
+
+@virtually
+async def test_what_is_sent_again_has_ten_seconds_again() -> None:
+    """After a reconnect the server has its time for the messages that the connection before has lost."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send("x")
+        await asyncio.sleep(9)
+        await scene.link.closes(1006)
+        await (await scene.redialled()).welcome("full")
+        await asyncio.sleep(9.9)
+        assert scene.link.of("ping") == []
+        await asyncio.sleep(0.2)
+        assert len(scene.link.of("ping")) == 1
+
+
+@virtually
 async def test_a_connection_that_takes_nothing_any_more_is_left() -> None:
     """When nothing can be sent the reader has a moment to learn why; then the connection is lost."""
     async with Scene() as scene:
