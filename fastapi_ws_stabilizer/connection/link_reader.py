@@ -45,7 +45,7 @@ class LinkReader:
         if item is None:
             return
         inbox = connection.inbox
-        full = inbox.full
+        full = bool(inbox.held_bytes) and inbox.full
         if full and refuse_more(connection) and item is message:
             connection.reports.totals.messages_discarded += 1
             return

@@ -137,7 +137,7 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
         elif not connection.pulse.ponged(monotonic()):
             connection.control_came()
         return None
-    if _is_too_big(connection, message):
+    if 4 * len(message) > connection.config.max_message_size and _is_too_big(connection, message):
         return None
     credential = connection.credential
     if credential is not None and (token := renewal_in(message)) is not None:

@@ -140,6 +140,9 @@ class StableWebSocketProtocol(PacedReading):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come in."""
+        if self.sink is not None:
+            self.read(data)
+            return
         if self.known and self.handshake_initiated and not self.handshake_complete:
             # Before its handshake is answered a client has nothing to say (RFC 6455 section 4.1), and no frame can
             # answer it: the parser fails, and uvicorn with it. So this is read when there is an answer.

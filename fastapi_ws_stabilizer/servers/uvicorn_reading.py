@@ -79,30 +79,27 @@ class PacedReading(WebSocketsSansIOProtocol):
             if not self.own_pings and self.ping_timer is None and self.pong_timer is None:
                 self.start_keepalive()
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come in."""
-        if self.sink is not None:
-            if self.parting:
-                self._throw_away()
-                return
-            if self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
-                self.unparsed += data
-                if not self.parse_later:
-                    self._parse_rest()
-                return
-            if not self._looks_at(len(data)):
-                return
-        super().data_received(data)
+    def read(self, data: bytes) -> None:
+        """Bytes have come in for the sink. Hot path: nearly always they are few, and nothing is unusual."""
+        if self.parting:
+            self._throw_away()
+        elif self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
+            self.unparsed += data
+            if not self.parse_later:
+                self._parse_rest()
+        elif self._looks_at(len(data)):
+            super().data_received(data)
 
     def _looks_at(self, size: int) -> bool:
         """Whether so many bytes more are parsed. After our end there may be a close frame in them, if they are few."""
-        if self.sink is not None and not self.sink.heard():
-            self.after_end += size
-            if self.after_end > MAX_AFTER_END:
-                self.parting = True
-                self.frames = []
-                if self.close_sent:
-                    self._farewell()
+        if self.sink is None or self.sink.heard():
+            return True
+        self.after_end += size
+        if self.after_end > MAX_AFTER_END:
+            self.parting = True
+            self.frames = []
+            if self.close_sent:
+                self._farewell()
         return not self.parting
 
     def _throw_away(self) -> None:
