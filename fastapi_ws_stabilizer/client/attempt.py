@@ -38,6 +38,9 @@ ACK_WITHIN: Final = 1.0
 UNACCEPTED_FOR: Final = 10.0
 """Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
 
+SLOWEST_UPLINK: Final = 16 * 1024
+"""Bytes in a second of the slowest link that is not taken for a dead one while it carries a large message."""
+
 CLOSE_WITHIN: Final = 5.0
 """Seconds that a close frame may take on a connection that nobody waits for any more."""
 
@@ -130,6 +133,8 @@ class Attempt:
                 self._pausing = True
                 await self._client.incoming.room()
                 self._pausing = False
+                if "probe" in self._timers:  # the answer may have come while we did not read
+                    self._await_answer()
         except TransportLostError as lost:
             self.lose(lost.code, lost.reason)
         except BadFrameError as bad:
@@ -171,14 +176,14 @@ class Attempt:
         if kind in ("msg", "reply"):
             self._message(kind, frame)
         elif kind == "ack":
-            self._client.buffer.accepted(number(frame, "seq"))
+            self._accepted(number(frame, "seq"))
         elif kind == "ping":
             self._pinged(frame)
         elif kind == "pong":
             if self._pinged_at:
                 self.rtt, self._pinged_at = monotonic() - self._pinged_at, 0.0
             if (accepted := optional_number(frame, "ack")) is not None:
-                self._client.buffer.accepted(accepted)
+                self._accepted(accepted)
         elif kind == "drain":
             self._drain(frame)
         elif kind == "auth":
@@ -355,8 +360,28 @@ class Attempt:
         if self._open and "probe" not in self._timers:
             self._pinged_at = monotonic()
             self.put('{"type":"ping"}')
-            lose = self.lose
-            self._timers.start("probe", self._client.probe_timeout, lambda: lose(4408, "no answer", at_once=True))
+            self._await_answer()
+
+    def _await_answer(self) -> None:
+        """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
+        oldest = self._client.buffer.oldest_sent
+        on_its_way = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
+        self._timers.start("probe", self._client.probe_timeout + on_its_way, self._unanswered)
+
+    def _unanswered(self) -> None:
+        if self._pausing:  # it may have answered, and it is we who do not read
+            self._await_answer()
+        else:
+            self.lose(4408, "no answer", at_once=True)
+
+    def _accepted(self, seq: int) -> None:
+        """The server has everything up to a number. What waits longest now is looked at when its own time is over."""
+        buffer = self._client.buffer
+        oldest = buffer.oldest_sent
+        buffer.accepted(seq)
+        if buffer.oldest_sent is not oldest:
+            self._timers.stop("accept")
+            self._doubt_if_not_accepted()
 
     def _doubt_if_not_accepted(self) -> None:
         """Look, when its time is over, whether the message that waits longest is accepted."""

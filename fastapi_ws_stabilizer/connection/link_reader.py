@@ -37,6 +37,13 @@ class LinkReader:
 
     def received(self, message: str | bytes) -> None:
         """A message has come in. Hot path."""
+        try:
+            self._take(message)
+        except Exception as error:  # a bug of ours, which the server would hold against the client in silence
+            self._connection.reports.bug("internal_task_failed", error, task="ws-link")
+            self._connection.lost(error)
+
+    def _take(self, message: str | bytes) -> None:
         connection = self._connection
         if connection.ending is not None:
             connection.reports.totals.messages_discarded += 1

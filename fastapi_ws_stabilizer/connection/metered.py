@@ -117,7 +117,7 @@ class Metered(Messages):
             self.end(DisconnectReason.POLICY, code=4429, text=text)
 
     def _tell_limit(self, option: str, message_type: str | None = None) -> None:
-        """Say, once, which limit its client has run into."""
+        """Say which limit its client has run into, until that was told at its level once."""
         if not self.told_of_limit:
             about = {"option": option} if message_type is None else {"option": option, "message_type": message_type}
             kind = " ".join(about.values())

@@ -137,6 +137,7 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
         elif not connection.pulse.ponged(monotonic()):
             connection.control_came()
         return None
+    # Nearly all are far below the limit, and a call for each would cost more than this.
     if 4 * len(message) > connection.config.max_message_size and _is_too_big(connection, message):
         return None
     credential = connection.credential

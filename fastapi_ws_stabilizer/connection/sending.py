@@ -103,7 +103,7 @@ class SendingHalf(abc.ABC):
 
     @property
     def over(self) -> asyncio.Future[None]:
-        """A future that is done when its end has begun."""
+        """A future that is done when its end has begun. Shared: wait for it with `asyncio.wait` or shield it."""
         if self._over is None:
             self._over = asyncio.get_running_loop().create_future()
             if self.ending is not None:

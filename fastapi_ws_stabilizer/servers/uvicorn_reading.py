@@ -136,7 +136,7 @@ class PacedReading(WebSocketsSansIOProtocol):
         began = now = monotonic()
         while done < len(rest) and not self.read_paused and not self.parting and self.sink is not None:
             before, now = now, monotonic()
-            if now - began >= SLICE:
+            if done and now - began >= SLICE:
                 break
             if done and now - before < QUICK and not self.conn.extensions:  # a part of a large message, as it seems
                 size = min(2 * size, MAX_QUICK_PIECE)
@@ -145,7 +145,12 @@ class PacedReading(WebSocketsSansIOProtocol):
             piece = bytes(rest[done : done + size])
             done += len(piece)
             if self._looks_at(len(piece)):
-                super().data_received(piece)
+                try:
+                    super().data_received(piece)
+                except Exception:  # as the event loop does where it has called us itself
+                    self.unparsed = b""
+                    self.transport.abort()
+                    raise
         self.unparsed = b"" if self.parting or self.sink is None else bytes(rest[done:])
         if self.unparsed and not self.read_paused:
             if not self.reading_stopped and not self.transport.is_closing():

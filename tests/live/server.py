@@ -27,16 +27,17 @@ UVICORN = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets", "uvicorn-s
 SERVERS = (*UVICORN, "hypercorn", "granian")
 
 
-_FIRST_PORT = 20_000
-_PORTS = 12_000
-"""Below those that systems give to whoever does not choose. Nobody else gets one between our look and the server's."""
+_PORTS = 1_500
+_FIRST_PORT = 20_000 + _PORTS * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
+"""Below the ports that systems give to whoever does not choose, and each process of a run has its own: so nobody takes
+one between our look and the server's."""
 
-_tried = itertools.count(os.getpid() * 97)  # other processes that run tests begin elsewhere
+_tried = itertools.count(os.getpid() * 7)  # another run begins elsewhere
 
 
 def free_port() -> int:
     """A port of the loopback that nobody listens on, and that this process has not named before."""
-    while True:
+    for _ in range(_PORTS):
         port = _FIRST_PORT + next(_tried) % _PORTS
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,6 +46,7 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise OSError(f"the ports {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} are all taken")
 
 
 async def until(condition: Callable[[], Any], timeout: float = 5.0, what: str = "") -> Any:

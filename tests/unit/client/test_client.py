@@ -935,6 +935,127 @@ async def test_each_message_has_its_own_ten_seconds() -> None:
 
 
 @virtually
+async def test_an_acknowledgement_behind_a_probe_is_no_delay_for_the_next() -> None:
+    """Who is doubted and answers has ten seconds for what it has not accepted then, from the moment that was sent."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send(1)
+        await asyncio.sleep(9)
+        scene.client.send(2)
+        await asyncio.sleep(1.1)
+        assert len(scene.link.of("ping")) == 1
+        await scene.link.say({"type": "pong", "ack": 1})
+        await asyncio.sleep(8.8)
+        assert len(scene.link.of("ping")) == 1
+        await asyncio.sleep(0.2)
+        assert len(scene.link.of("ping")) == 2
+
+
+@virtually
+async def test_a_server_that_answers_and_accepts_nothing_is_asked_every_ten_seconds() -> None:
+    """It lives, so the connection stays."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send("x")
+        for count in range(1, 6):
+            await asyncio.sleep(10.01)
+            assert len(scene.link.of("ping")) == count
+            await scene.link.say({"type": "pong"})
+        assert scene.client.state == "open"
+
+
+class SlowReader:
+    """A client whose handler takes its time, so that nothing more is read."""
+
+    def __init__(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+        self.scene = scene
+        self.handled: list[int] = []
+        self.may_go_on = asyncio.Event()
+
+        @scene.client.on("slow")
+        async def slow(data: int) -> None:
+            await self.may_go_on.wait()
+            self.handled.append(data)
+
+    async def is_told(self, count: int) -> None:
+        """Let the server send so many messages to the handler."""
+        await self.scene.link.say(*[{"type": "msg", "event": "slow", "data": n} for n in range(count)])
+
+
+@virtually
+@pytest.mark.parametrize("asked", ["by the client", "by check()"])
+async def test_who_does_not_read_blames_nobody_for_silence(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """The answer to a probe may lie unread behind what a slow handler has not taken: the link is not left for it."""
+    async with Scene(probe_timeout=5.0) as scene:
+        await scene.opened(ping=0)
+        reader = SlowReader(scene, monkeypatch)
+        await reader.is_told(6)
+        scene.client.send("x")
+        if asked == "by check()":
+            scene.client.check()
+        await scene.link.say({"type": "ack", "seq": 1}, {"type": "pong"})
+        await asyncio.sleep(60)
+        assert (scene.client.state, reader.handled) == ("open", [])
+        reader.may_go_on.set()
+        await asyncio.sleep(60)
+        assert (len(scene.links), scene.client.state) == (1, "open")
+        assert reader.handled == list(range(6))
+
+
+@virtually
+async def test_a_dead_link_is_left_soon_after_the_reading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for an answer begins anew then."""
+    async with Scene(probe_timeout=5.0) as scene:
+        await scene.opened(ping=0)
+        reader = SlowReader(scene, monkeypatch)
+        await reader.is_told(3)
+        scene.client.check()
+        await asyncio.sleep(22)
+        assert scene.client.state == "open"
+        reader.may_go_on.set()
+        await asyncio.sleep(4.9)
+        assert scene.client.state == "open"
+        await asyncio.sleep(0.2)
+        assert scene.of("close") == [(4408, "no answer")]
+
+
+@virtually
+async def test_a_large_message_on_a_slow_link_has_its_time() -> None:
+    """The answer to a probe comes behind the message that it is asked for: 16 KiB in a second are no dead link."""
+    async with Scene(probe_timeout=5.0) as scene:
+        await scene.opened(ping=0)
+        scene.link.may_send.clear()
+        scene.client.send("x" * 40 * 16 * 1024)
+        await asyncio.sleep(10 + 5 + 39)
+        assert scene.client.state == "open"
+        await asyncio.sleep(2)
+        assert scene.of("close") == [(4408, "no answer")]
+
+
+@virtually
+async def test_what_is_sent_again_late_has_its_time_from_then() -> None:
+    """And from when it is sent again. When it was sent in the connection before says nothing of this one."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send(1)
+        scene.client.send(2)
+        await asyncio.sleep(9)
+        await scene.link.closes(1006)
+        again = await scene.redialled()
+        again.may_send.clear()
+        await again.welcome("full")
+        await again.say({"type": "ack", "seq": 1})
+        await asyncio.sleep(9.9)
+        assert (len(scene.links), again.of("ping")) == (2, [])
+        again.may_send.set()
+        await asyncio.sleep(9.9)
+        assert again.of("ping") == []
+        await asyncio.sleep(0.2)
+        assert len(again.of("ping")) == 1
+
+
+@virtually
 async def test_what_is_sent_again_has_ten_seconds_again() -> None:
     """After a reconnect the server has its time for the messages that the connection before has lost."""
     async with Scene() as scene:

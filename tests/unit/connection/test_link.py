@@ -359,3 +359,15 @@ async def test_a_middleware_that_wraps_the_link_is_told_once(manager_with: Any) 
     await server.until(lambda: server.data == ["hi"])
     assert heard.events.count("link_wrapped") == 1
     assert heard.events.count("compression_left_to_server") == 1
+
+
+async def test_a_bug_in_taking_a_message_is_told_and_ends_the_connection(
+    linked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on other servers: the log names it, and the server hears of no exception."""
+    b = await linked()
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_reader.for_inbox", lambda *_: 1 / 0)
+    b.server.sink.received("x")
+    assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
+    (report,) = b.heard.of("internal_task_failed")
+    assert isinstance(report.error, ZeroDivisionError)
