@@ -14,8 +14,8 @@ from tests.live.server import LiveServer, until
 Serve = Callable[..., LiveServer]
 
 CONNECTIONS = 1000
-ROUNDS = 12
-WARM_UP = 2  # in these the allocator finds its level; the number of objects is constant from the first on
+ROUNDS = 16
+WARM_UP = 6  # in these the allocator finds its level; the number of objects is constant from the first on
 
 
 async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
@@ -33,7 +33,7 @@ async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
 @pytest.mark.soak
 @pytest.mark.timeout(180)
 async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Serve) -> None:
-    """From the third of twelve rounds on, memory and the number of objects stay within 5 %, and no task is left."""
+    """From the seventh of sixteen rounds on memory stays within 5 %, the objects within 1 % always; no task is left."""
     # With the system's allocator for all of Python's objects, what is freed can be given back and is not counted.
     server = serve(
         args=("--log-level", "warning"),
@@ -57,6 +57,6 @@ async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Se
         server.post("/forget")
         found.append(server.post("/collect"))
     memory = [measured["rss"] for measured in found[WARM_UP:]]
-    objects = [measured["objects"] for measured in found[WARM_UP:]]
+    objects = [measured["objects"] for measured in found]
     assert max(memory) <= 1.05 * memory[0], memory
-    assert max(objects) <= 1.05 * objects[0], objects
+    assert max(objects) <= 1.01 * objects[0], objects
