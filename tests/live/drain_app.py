@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,29 +15,13 @@ from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
 
 manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
 counts = {"hooks": 0, "clean-ups": 0}
-stolen = 0.0
-"""Seconds, since the drain began, for which the event loop once stood still while this process was not at work."""
-
-LOOKS = 0.01
-
-
-async def watch_the_machine() -> None:
-    """Note what the machine takes: how late the event loop is, without what this process has done meanwhile."""
-    global stolen
-    while True:
-        before, worked = time.monotonic(), time.process_time()
-        await asyncio.sleep(LOOKS)
-        stolen = max(stolen, time.monotonic() - before - LOOKS - (time.process_time() - worked))
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with manager.lifespan(app) as state:
-        watching = asyncio.create_task(watch_the_machine())
         yield state
-    watching.cancel()
     print("LIFESPAN over", json.dumps(counts), flush=True)
-    print("MACHINE", json.dumps({"stolen": stolen}), flush=True)
 
 
 app = FastAPI(lifespan=lifespan)
@@ -53,9 +35,6 @@ async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
 
 @manager.reports.subscribe
 def tell(report: Any) -> None:
-    global stolen
-    if report.event == "drain_started":
-        stolen = 0.0
     if report.event in ("drain_started", "shutdown"):
         print(report.event.upper(), json.dumps(dict(report.facts)), flush=True)
 
