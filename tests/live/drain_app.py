@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
 
 manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
 counts = {"hooks": 0, "clean-ups": 0}
+ended_at: list[float] = []
+"""When the end of each connection was told, on the clock that all processes share."""
 
 
 @asynccontextmanager
@@ -22,6 +25,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with manager.lifespan(app) as state:
         yield state
     print("LIFESPAN over", json.dumps(counts), flush=True)
+    print("ENDED AT", json.dumps(ended_at), flush=True)
 
 
 app = FastAPI(lifespan=lifespan)
@@ -31,6 +35,7 @@ app.include_router(stats_router, prefix="/ws-stats")
 @manager.on_disconnect
 async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
     counts["hooks"] += 1
+    ended_at.append(time.monotonic())
 
 
 @manager.reports.subscribe
