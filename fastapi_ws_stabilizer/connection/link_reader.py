@@ -37,28 +37,25 @@ class LinkReader:
 
     def received(self, message: str | bytes) -> None:
         """A message has come in. Hot path."""
-        try:
-            self._take(message)
-        except Exception as error:  # a bug of ours, which the server would hold against the client in silence
-            self._connection.reports.bug("internal_task_failed", error, task="ws-link")
-            self._connection.lost(error)
-
-    def _take(self, message: str | bytes) -> None:
         connection = self._connection
-        if connection.ending is not None:
-            connection.reports.totals.messages_discarded += 1
-            return
-        item = for_inbox(connection, message)
-        if item is None:
-            return
-        inbox = connection.inbox
-        full = bool(inbox.held_bytes) and inbox.full
-        if full and refuse_more(connection) and item is message:
-            connection.reports.totals.messages_discarded += 1
-            return
-        inbox.put(item, item.size if isinstance(item, Message) else None)
-        if full and not connection.reading_paused:
-            self._pause()
+        try:  # in here, and not round a call: that would cost each message more than this does
+            if connection.ending is not None:
+                connection.reports.totals.messages_discarded += 1
+                return
+            item = for_inbox(connection, message)
+            if item is None:
+                return
+            inbox = connection.inbox
+            full = bool(inbox.held_bytes) and inbox.full
+            if full and refuse_more(connection) and item is message:
+                connection.reports.totals.messages_discarded += 1
+                return
+            inbox.put(item, item.size if isinstance(item, Message) else None)
+            if full and not connection.reading_paused:
+                self._pause()
+        except Exception as error:  # a bug of ours, which the server would hold against the client in silence
+            connection.reports.bug("internal_task_failed", error, task="ws-link")
+            connection.lost(error)
 
     def pinged(self) -> None:
         """A ping frame has come in."""

@@ -100,14 +100,15 @@ class WatchedBacklog(Backlog):
     @property
     def done(self) -> asyncio.Future[None]:
         """A future that is done when nothing will be sent any more."""
-        if self._done is None:
-            self._done = Latch()
-        return self._done.future
+        return self._done_latch().future
 
     def _set_done(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+        self._done_latch().set()
+
+    def _done_latch(self) -> Latch:
         if self._done is None:
             self._done = Latch()
-        self._done.set()
+        return self._done
