@@ -22,7 +22,7 @@ WebSocketStabilizerError
 ├── MemoryLimitExceededError                                  more is to be kept for a connection than may be
 ├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
 ├── RoomNameError               (also a ValueError)           no room can be called so
-├── BroadcastFailedError                                      a broadcast reached nobody
+├── BroadcastFailedError                                      raise_for_failure(): a broadcast reached no client
 ├── ShutdownError               (also a RuntimeError)         the manager is shutting down
 ├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
 ├── UnsuitablePlatformError     (also a ValueError)           a platform that cannot hold sockets
@@ -392,7 +392,8 @@ class RoomNameError(WebSocketStabilizerError, ValueError):
 class BroadcastFailedError(WebSocketStabilizerError):
     """A broadcast had recipients and could be queued for none of them: all were too slow.
 
-    An endpoint that lets it escape is no bug: its client is closed with 1013 and may come back.
+    Only `BroadcastResult.raise_for_failure()` raises it. An endpoint that lets it escape is no bug: its client is
+    closed with 1013 and may come back.
 
     Attributes:
         total: How many connections it was meant for.

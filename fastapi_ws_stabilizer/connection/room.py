@@ -75,7 +75,10 @@ class Room:
     async def send(
         self, message: Any, *, exclude: Any = None, coalesce_key: Any = None, volatile: bool = False
     ) -> BroadcastResult:
-        """Queue a message for everybody in the room. As `manager.broadcast(message, room=name)`."""
+        """Queue a message for everybody in the room. As `manager.broadcast(message, room=name)`.
+
+        Slow clients never make it raise.
+        """
         return await self._delivery.broadcast(encode(message, coalesce_key, volatile=volatile), self.name, exclude)
 
     async def close(self) -> int:

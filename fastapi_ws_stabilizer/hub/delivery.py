@@ -85,7 +85,6 @@ class Delivery(Generic[M]):
 
         Raises:
             TypeError: `exclude` is nothing of that kind.
-            BroadcastFailedError: There were recipients, and it could be queued for none.
         """
         if rooms is not None and not isinstance(rooms, str):
             rooms = tuple(rooms)

@@ -41,6 +41,16 @@ class BroadcastResult:
     slow: int = 0
     missed: int = 0
 
+    def raise_for_failure(self) -> BroadcastResult:
+        """Raise if there were recipients and the message could be queued for none of them; else return this result.
+
+        Raises:
+            BroadcastFailedError: All recipients were too slow, or had ended.
+        """
+        if self.total and self.failed == self.total:
+            raise BroadcastFailedError(self.total)
+        return self
+
 
 class FanOut:
     """Hands frames to the outboxes of many connections.
@@ -68,9 +78,6 @@ class FanOut:
             frame: What to send.
             audience: Says, when its turn has come, whom to send it to, in parts of a size that may be handled at one
                 go, and the connection ids that do not get it.
-
-        Raises:
-            BroadcastFailedError: There were outboxes and it could be queued in none.
         """
         result = BroadcastResult()
         pressed: list[Mailbox] = []
@@ -88,8 +95,6 @@ class FanOut:
                         for late in rest:
                             self._queue(frame, late, excluded, result, pressed)
                         raise
-        if result.total and result.failed == result.total:
-            raise BroadcastFailedError(result.total)
         if pressed:
             await let_writers_work(pressed)
         elif self._turns.overdue():

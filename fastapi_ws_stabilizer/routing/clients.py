@@ -51,6 +51,9 @@ class Clients:
     ) -> BroadcastResult:
         """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
 
+        Slow clients never make it raise, not even if all recipients are: the result counts them. Call
+        `raise_for_failure()` on the result where the caller wants an exception.
+
         Args:
             message: `str`, bytes, or anything that can be JSON.
             exclude_client: A client id that does not get it.
@@ -60,8 +63,8 @@ class Clients:
             volatile: Whether it is worth nothing later: it is not kept for clients that are away.
 
         Raises:
-            MessageEncodeError: The message cannot be encoded; nobody got anything.
-            BroadcastFailedError: There were recipients, and it could be queued for none.
+            MessageEncodeError: The message cannot be encoded; no client got anything.
+            TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         if exclude_client is not None:

@@ -122,7 +122,7 @@ class Dispatcher:
                     raise
                 interrupted = True
             except BroadcastFailedError as error:
-                # It spoke to others, and they were too slow. That is no fault of this client.
+                # The handler called raise_for_failure(): others were too slow. That is no fault of this client.
                 connection.tell("broadcast_failed", logging.WARNING, recipients=error.total)
             except RequestError as refusal:
                 self._answer_error(connection, message, refusal.code, refusal.message)

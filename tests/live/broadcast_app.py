@@ -21,8 +21,8 @@ app.include_router(stats_router, prefix="/ws-stats")
 
 @manager.on_message("shout")
 async def shout(ws: StableSocket) -> None:
-    for _ in range(500):  # until it raises BroadcastFailedError
-        await manager.broadcast("x" * 65536, exclude_client=ws.client_id)
+    for _ in range(500):  # until the slow client is full
+        (await manager.broadcast("x" * 65536, exclude_client=ws.client_id)).raise_for_failure()
     raise AssertionError("the slow client has taken everything")
 
 

@@ -793,7 +793,8 @@ async def test_a_payload_that_cannot_be_encoded_harms_nobody(manager_with: Any, 
     """It raises at the caller, and all connections stay."""
     manager, _ = manager_with()
     clients = await clients_of(manager, "ann", "bob")
-    for send in (manager.broadcast, lambda payload: manager.send_to_client("ann", payload)):
+    sends = manager.broadcast, manager.room("lobby").send, lambda payload: manager.send_to_client("ann", payload)
+    for send in sends:
         with pytest.raises(MessageEncodeError):
             await send({"x": object()})
     assert manager.get_active_connections() == ["ann", "bob"]
@@ -818,16 +819,23 @@ async def test_a_slow_client_keeps_nobody_waiting(manager_with: Any, clients_of:
     await good.gone()
 
 
-async def test_a_broadcast_that_reaches_none_of_its_recipients_says_so(manager_with: Any, clients_of: Any) -> None:
-    """If the only recipient's outbox is full, the caller learns it."""
+@pytest.mark.parametrize("in_room", [False, True])
+async def test_a_broadcast_to_one_slow_client_does_not_raise_into_the_publisher(
+    manager_with: Any, clients_of: Any, in_room: bool
+) -> None:
+    """A slow client that is the only recipient does not end the publisher; `raise_for_failure` raises on demand."""
     manager, _ = manager_with(outbox_max_messages=1)
     (slow,) = await clients_of(manager, "slow")
+    await manager.get_sockets("slow")[0].join("prices")
+    publish = manager.room("prices").send if in_room else manager.broadcast
     slow.server.block()
-    await manager.broadcast("sending")
+    await publish("sending")
     await slow.server.until(lambda: len(slow.server.offered) == 2)
-    await manager.broadcast("waiting")
+    await publish("waiting")
+    result = await publish("too much")
+    assert (result.total, result.failed, result.errors) == (1, 1, [("slow", "slow_consumer")])
     with pytest.raises(BroadcastFailedError):
-        await manager.broadcast("too much")
+        result.raise_for_failure()
     slow.server.release()
     await with_deadline(slow.task)
 

@@ -45,11 +45,25 @@ async def test_a_client_that_is_not_open_yet_is_named_too() -> None:
     assert (await fan_out(encode("hi"), [ann, new])).errors == [("new", "not open")]
 
 
-async def test_a_broadcast_that_reaches_nobody_of_many_is_an_error() -> None:
-    """If there were recipients and it could be queued for none, the caller learns it."""
+async def test_a_broadcast_whose_recipients_are_all_slow_returns_a_result() -> None:
+    """A broadcast does not raise because clients are slow: a publisher outlives all of them."""
+    result = await fan_out(encode("hi"), [FakeMember(takes=False), FakeMember(takes=False)])
+    assert (result.total, result.succeeded, result.failed, result.slow) == (2, 0, 2, 2)
+
+
+async def test_raise_for_failure_of_a_broadcast_that_reached_no_client_raises() -> None:
+    """`raise_for_failure` raises if there were recipients and the message could be queued for none of them."""
+    result = await fan_out(encode("hi"), [FakeMember(takes=False), FakeMember(takes=False)])
     with pytest.raises(BroadcastFailedError) as caught:
-        await fan_out(encode("hi"), [FakeMember(takes=False), FakeMember(takes=False)])
+        result.raise_for_failure()
     assert caught.value.total == 2
+
+
+async def test_raise_for_failure_of_a_broadcast_that_reached_a_client_returns_the_result() -> None:
+    """`raise_for_failure` returns the result if at least one client gets the message, or if there were no clients."""
+    reached = await fan_out(encode("hi"), [FakeMember(takes=False), FakeMember()])
+    assert reached.raise_for_failure() is reached
+    assert (empty := await fan_out(encode("hi"), [])).raise_for_failure() is empty
 
 
 async def test_a_broadcast_to_nobody_is_none() -> None:
