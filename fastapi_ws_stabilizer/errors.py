@@ -27,6 +27,8 @@ WebSocketStabilizerError
 ├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
 ├── UnsuitablePlatformError     (also a ValueError)           a platform that cannot hold sockets
 ├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
+├── ManagerNotRunningError      (also a RuntimeError)         a call from another thread, and no event loop that runs it
+├── ThreadCallTimeoutError      (also a TimeoutError)         a call from another thread did not finish in time
 └── WrongLoopError              (also a RuntimeError)         the manager runs on another event loop
 ```
 
@@ -467,11 +469,63 @@ class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):
         )
 
 
-class WrongLoopError(WebSocketStabilizerError, RuntimeError):
-    """One manager is used from two event loops at the same time."""
+class ManagerNotRunningError(WebSocketStabilizerError, RuntimeError):
+    """A call came from another thread, and the manager's event loop does not run."""
 
     def __str__(self) -> str:
         return (
-            "this manager has open connections on another event loop. In tests, let all sockets share one loop: "
-            "with TestClient(app) as client: ..."
+            "this manager does not run: manager.from_thread works from the start of the app (its lifespan, or its "
+            "first socket) until its event loop ends. Stop the threads that call it when the app shuts down"
         )
+
+
+class ThreadCallTimeoutError(WebSocketStabilizerError, TimeoutError):
+    """A call by `manager.from_thread` did not finish in time, and was cancelled.
+
+    Attributes:
+        timeout: The seconds that the thread waited.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return (
+            f"the event loop did not finish this call within {self.timeout} seconds, so it was cancelled: "
+            "the event loop is blocked, or the call needs a longer timeout="
+        )
+
+
+_LOOP_PROBLEMS: Final = {
+    "two_loops": (
+        "this manager has open connections on another event loop. In tests, let all sockets share one loop: "
+        "with TestClient(app) as client: ..."
+    ),
+    "other_loop": (
+        "this call was made outside of the event loop that the manager runs on. A manager, its rooms and its sockets "
+        "work on that loop only. From another thread write manager.from_thread.broadcast(...), "
+        "manager.from_thread.send_to_client(...), manager.from_thread.disconnect(...), or "
+        "manager.from_thread.run(ws.send, message), without asyncio.run(). "
+        "In tests, let everything share one loop: with TestClient(app) as client: ..."
+    ),
+    "own_loop": (
+        "manager.from_thread was used on the manager's own event loop, which would wait for itself for ever. "
+        "Here, write await manager.broadcast(...); manager.from_thread is for other threads"
+    ),
+}
+
+
+class WrongLoopError(WebSocketStabilizerError, RuntimeError):
+    """A manager, a room or a socket is used on an event loop, or in a thread, that it does not belong to.
+
+    Attributes:
+        problem: `two_loops`, `other_loop`, or `own_loop` (`manager.from_thread` on the manager's own loop).
+    """
+
+    def __init__(self, problem: str = "other_loop") -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return _LOOP_PROBLEMS.get(self.problem, self.problem)

@@ -30,6 +30,7 @@ from fastapi_ws_stabilizer.reports import Reports, Totals
 from fastapi_ws_stabilizer.routing.clients import Clients
 from fastapi_ws_stabilizer.routing.decorators import EventDecorators
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
+from fastapi_ws_stabilizer.routing.from_thread import FromThread
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.identity import Moment
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
@@ -62,7 +63,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         await ws.run()
     ```
 
-    It belongs to the event loop that it was started on, and is not thread-safe.
+    It belongs to the event loop that it was started on, and so do its rooms and its sockets. Calls that only look
+    (`get_...`, `room.clients`, `ws.closed`) may be made anywhere; other threads send by `manager.from_thread`; all else
+    outside of that loop raises `WrongLoopError`.
 
     Args:
         config: Its options; the defaults when left out.
@@ -109,6 +112,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Raises:
             WrongLoopError: There are open connections on another event loop.
         """
+        self._check_other_loop(asyncio.get_running_loop())
         self._shut = False
         if self._drain is not None:
             self._drain.abandon()
@@ -124,8 +128,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             raise ShutdownError
         if self._loop is loop:
             return self._serving
-        if self._loop is not None and not self._loop.is_closed() and self._serving.registry:
-            raise WrongLoopError
+        self._check_other_loop(loop)
         # Either the first start, or a loop of the past: a TestClient without `with` makes one for each connection.
         self._loop = loop
         self._shut = False
@@ -141,9 +144,15 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         tell_at_start(self.reports, self.config, self._app, refuses=refuses, guarded=guarded, told=self._told_findings)
         return self._serving
 
+    def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Raise if there are connections on another event loop than this one, which is still to be used."""
+        known = self._loop
+        if known is not None and known is not loop and not known.is_closed() and self._serving.registry:
+            raise WrongLoopError("two_loops")
+
     def _make_serving(self) -> Serving:
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
-        return Serving(self.config, self.reports, self._hooks, dispatcher, self._tokens)
+        return Serving(self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.
@@ -154,6 +163,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Args:
             timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
+        self._serving.delivery.check_loop()
         timeout = self.config.drain_timeout if timeout is None else timeout
         until = monotonic() + timeout
         try:
@@ -175,6 +185,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Args:
             timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
+        self._serving.delivery.check_loop()
         return await self._drained_within(timeout, self.config.drain_window)
 
     async def _drain_before_exit(self, timeout: float | None = None) -> ShutdownReport:
@@ -389,6 +400,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
+        self._serving.delivery.check_loop()
         connections = self._serving.meant(client_id)
         away = [] if self._serving.own_connection(client_id) else self._serving.sessions.away_of(client_id)
         if not connections and not away:
@@ -399,10 +411,21 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
 
     async def handle_pong(self, client_id: str) -> None:
         """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""
+        self._serving.delivery.check_loop()
         now = monotonic()
         for connection in self._serving.meant(client_id):
             connection.pulse.seen(now)
             connection.pulse.ponged(now)
+
+    # ── other threads ──
+
+    @property
+    def from_thread(self) -> FromThread:
+        """What other threads call: `manager.from_thread.broadcast(...)` in a `def` route or a callback.
+
+        Each call runs on the manager's event loop, and blocks the thread until its result is there.
+        """
+        return FromThread(self)
 
     # ── how it is doing ──
 

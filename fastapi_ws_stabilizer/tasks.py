@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterable
@@ -27,6 +28,23 @@ def start(
     if sys.version_info >= (3, 11):
         return create(coroutine, name=name, context=context)
     return context.run(create, coroutine, name=name)  # which copies it, as all tasks do there
+
+
+def start_from_thread(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]
+) -> concurrent.futures.Future[T]:
+    """Start a task on an event loop that runs in another thread, which waits for its result.
+
+    Cancelling what is returned cancels the task.
+
+    Raises:
+        RuntimeError: The loop is closed.
+    """
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError:
+        coroutine.close()
+        raise
 
 
 class TaskSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import _get_running_loop as running_loop
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
@@ -47,6 +48,7 @@ class Messages(SendingHalf):
             ConcurrentReceiveError: Another task is receiving.
         """
         self.check_opened()
+        self.check_loop()
         try:
             return await self.inbox.get()
         except InboxClosed:
@@ -57,7 +59,10 @@ class Messages(SendingHalf):
 
         Raises:
             SocketClosed: The connection is over.
+            WrongLoopError: This is not the event loop of the connection.
         """
+        if running_loop() is not self._parts.loop:
+            self.check_loop()
         if self.conversation is None:
             queued = await self.outbox.put_wait(frame)
         else:
@@ -67,6 +72,8 @@ class Messages(SendingHalf):
 
     def put_if_calm(self, frame: Frame) -> bool:
         """Queue a frame if there is nothing to think about; `False` says nothing but that there is. Hot path."""
+        if running_loop() is not self._parts.loop:
+            self.check_loop()
         if self.conversation is None:
             return self.outbox.put_if_calm(frame)
         return self.ending is None and self.conversation.session.put_if_calm(self, frame)
@@ -80,6 +87,7 @@ class Messages(SendingHalf):
             PlainClientError: The client acknowledges nothing.
             ValueError: The frame is volatile.
         """
+        self.check_loop()
         if frame.volatile:
             raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
         if self.conversation is None:
@@ -125,6 +133,14 @@ class Messages(SendingHalf):
             raise self._closed_error()
         return numbers[0] if numbers else session.head
 
+    def check_loop(self) -> None:
+        """Raise unless this is the event loop of the connection.
+
+        Raises:
+            WrongLoopError: It is another one.
+        """
+        self._parts.turns.check_loop()
+
     def check_opened(self) -> None:
         """Raise unless the connection is open or has been.
 
@@ -135,12 +151,14 @@ class Messages(SendingHalf):
             raise NotOpenError
 
     def check_open(self) -> None:
-        """Raise unless the connection is open.
+        """Raise unless the connection is open, and this is its event loop.
 
         Raises:
             SocketClosed: It is over.
             NotOpenError: It is not accepted yet.
+            WrongLoopError: This is another event loop.
         """
+        self.check_loop()
         if not self.opened or self.ending is not None:
             raise self._closed_error()
 
@@ -149,6 +167,7 @@ class Messages(SendingHalf):
 
     async def _asgi_receive(self) -> dict[str, Any]:
         """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
+        self.check_loop()
         try:
             item = await self.inbox.get()
         except InboxClosed:

@@ -46,6 +46,7 @@ class Parts:
         round_trips: Where round trips are counted, if they are.
         writers: The tasks of sends and close frames that wait for the server.
         cleanups: How many may run their disconnect hooks at the same time.
+        loop: The event loop of all connections.
         watches_input: Whether anybody wants to know of each message that comes in. Most often nobody does.
     """
 
@@ -59,6 +60,7 @@ class Parts:
         "inbox_limits",
         "ledger",
         "left",
+        "loop",
         "next_shard",
         "numbered_limits",
         "outbox_limits",
@@ -96,6 +98,7 @@ class Parts:
         self.round_trips = None if reports.timings is None else reports.timings.round_trips
         self.tasks = tasks
         self.turns = turns
+        self.loop = turns.loop
         self.next_shard = next_shard
         self.left = left
         self.evicted = evicted

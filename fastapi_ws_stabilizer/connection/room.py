@@ -70,6 +70,7 @@ class Room:
 
     def describe(self, client_id: str, **metadata: Any) -> bool:
         """Replace the presence metadata of a client; `False` if it is not here."""
+        self._delivery.check_loop()
         return self._delivery.presence.update(self.name, client_id, metadata)
 
     async def send(

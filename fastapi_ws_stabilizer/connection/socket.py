@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import _get_running_loop as running_loop
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -44,9 +45,10 @@ class Services(Protocol):
 class StableSocket(SocketFacts):
     """An accepted, registered WebSocket that looks after itself.
 
-    It is read by one task at a time and written by any. Sending only queues: it waits while the client's outbox is
-    full, and a client that stays stuck is disconnected after `send_timeout`. When the connection is over, senders get
-    `SocketClosed` at once, and readers after they have read what had come in.
+    It is read by one task at a time and written by any task of its event loop. Sending only queues: it waits while the
+    client's outbox is full, and a client that stays stuck is disconnected after `send_timeout`. When the connection is
+    over, senders get `SocketClosed` at once, and readers after they have read what had come in. Another thread writes
+    `manager.from_thread.run(ws.send, message)`; without that, the call raises `WrongLoopError`.
 
     ```python
     @app.websocket("/ws/{client_id}")
@@ -84,6 +86,7 @@ class StableSocket(SocketFacts):
 
     async def wait_closed(self) -> Ending:
         """Wait until the connection is over or ending, and return how. Cancelling is safe."""
+        self._connection.check_loop()
         return await self._connection.wait_over()
 
     # ── receiving ──
@@ -149,6 +152,8 @@ class StableSocket(SocketFacts):
         """The next message, for `async for`. Cancelling is safe."""
         if not self._connection.opened:
             self._connection.check_opened()
+        if running_loop() is not self._connection._parts.loop:
+            self._connection.check_loop()
         try:  # not by receive(), which an idle connection would hold a frame of
             item = await self._connection.inbox.get()
         except InboxClosed:
@@ -224,6 +229,7 @@ class StableSocket(SocketFacts):
 
     async def leave(self, room: str) -> bool:
         """Leave a room; `False` if it is not in. Presence ends at once, without a grace."""
+        self._connection.check_loop()
         return self._services.leave_room(self._connection, room)
 
     @property
@@ -306,6 +312,7 @@ class StableSocket(SocketFacts):
         Raises:
             ValueError: `code` cannot be sent.
         """
+        self._connection.check_loop()
         self._connection.end(DisconnectReason.APPLICATION, code=code, text=reason or "")
         await asyncio.wait({self._connection.outbox.done})
 

@@ -48,6 +48,7 @@ class Delivery(Generic[M]):
         registry: The open connections.
         rooms: Who is in which room, by connection.
         presence: Who is in which room, by client.
+        check_loop: Raises `WrongLoopError` unless this is the event loop of all that.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Delivery(Generic[M]):
         self.registry: Registry[M] = Registry(config.num_shards)
         self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
         self.presence = PresenceBoard(grace=config.presence_grace, joined=joined, left=left, wanted=wanted, tasks=tasks)
+        self.check_loop = turns.check_loop
 
     # ── sending ──
 
@@ -86,6 +88,7 @@ class Delivery(Generic[M]):
         Raises:
             TypeError: `exclude` is nothing of that kind.
         """
+        self.check_loop()
         if rooms is not None and not isinstance(rooms, str):
             rooms = tuple(rooms)
         if exclude is not None and not isinstance(exclude, str) and isinstance(exclude, Iterable):
@@ -109,6 +112,7 @@ class Delivery(Generic[M]):
 
     async def to_client(self, client_id: str, frame: Frame) -> bool:
         """Queue a frame for all connections and sessions of a client; tell whether it was queued for one."""
+        self.check_loop()
         mailboxes: list[Mailbox] = [one.member.outbox for one in self.registry.of_client(client_id)]
         mailboxes += [session.outbox for session in self._away_of(client_id)]
         offered = [mailbox.offer(frame) for mailbox in mailboxes]
@@ -162,6 +166,7 @@ class Delivery(Generic[M]):
 
     async def empty_room(self, room: str) -> int:
         """Let everybody leave a room, those who are expected back included; return how many connections were in it."""
+        self.check_loop()
         hold = HoldTimer()
         members = self.rooms.members(room)
         for member in members:
@@ -173,6 +178,7 @@ class Delivery(Generic[M]):
 
     async def end_room(self, room: str, code: int, reason: str) -> int:
         """End the connections of everybody in a room; return how many."""
+        self.check_loop()
         hold = HoldTimer()
         ended = 0
         for member in self.rooms.members(room):

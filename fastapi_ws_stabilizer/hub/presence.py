@@ -202,7 +202,7 @@ class PresenceBoard:
         if here is None:
             return []
         now = monotonic()
-        return [person.look(now) for person in here.people.values()]
+        return [person.look(now) for person in list(here.people.values())]  # which another thread may ask for
 
     def knows(self, room: str, client_id: str) -> bool:
         """Whether a client is in a room, or expected back there."""

@@ -9,9 +9,11 @@ shards mean finer cuts; with one shard there are none. A shard of very many is c
 from __future__ import annotations
 
 import asyncio
+from asyncio import _get_running_loop as running_loop  # None where no loop runs, and no exception
 from typing import Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.errors import WrongLoopError
 from fastapi_ws_stabilizer.reports import Reports
 
 MAX_HOLD: Final = 0.005
@@ -37,17 +39,34 @@ class Turns:
     Args:
         num_shards: How many shards there are.
         reports: Where a worker that fails is reported. The others go on.
+        loop: The event loop that all this happens on; `None` where nothing is checked.
+
+    Attributes:
+        loop: That event loop.
     """
 
-    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since")
+    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "loop")
 
-    def __init__(self, num_shards: int, reports: Reports) -> None:
+    def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop = loop
         self._shards: tuple[list[Worker], ...] = tuple([] for _ in range(num_shards))
         self._divided = num_shards > 1
         self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
         self._reports = reports
         self._scheduled = False
         self._since = 0.0
+
+    def check_loop(self) -> None:
+        """Raise unless this is the event loop that the connections belong to.
+
+        Outboxes and transports have no locks: what another thread writes gets between the bytes of a frame.
+
+        Raises:
+            WrongLoopError: Another event loop runs here, or none.
+        """
+        loop = self.loop
+        if loop is not None and running_loop() is not loop and not loop.is_closed():
+            raise WrongLoopError
 
     def pending(self, shard: int) -> list[Worker]:
         """The list of those in a shard who wait for a turn. Whoever puts the first into one calls `book` with it."""

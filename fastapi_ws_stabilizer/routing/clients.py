@@ -132,6 +132,7 @@ class Clients:
             ConnectionNotFoundError: No such client is connected.
             MemoryLimitExceededError: That would be more than may be kept. What was there stays, on each of them.
         """
+        self._serving.delivery.check_loop()
         connections = self._serving.meant(client_id)
         if not connections:
             raise ConnectionNotFoundError(client_id)
@@ -151,6 +152,7 @@ class Clients:
 
     async def get_user_data(self, client_id: str, key: str) -> Any | None:
         """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
+        self._serving.delivery.check_loop()
         for connection in self._serving.meant(client_id):
             if key in connection.face.user_data:
                 return connection.face.user_data[key]

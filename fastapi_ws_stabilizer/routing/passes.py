@@ -69,6 +69,7 @@ class Passes:
         """
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
+        self._serving.delivery.check_loop()
         claim = self._tokens.use(token)
         self._serving.resumption.prove(claim)
         return claim.client_id
@@ -124,6 +125,7 @@ class Passes:
         """
         if not client_id or not isinstance(client_id, str):
             raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        self._serving.delivery.check_loop()
         self._tokens.revoke(client_id)
         self._tickets.revoke(client_id)
         serving = self._serving

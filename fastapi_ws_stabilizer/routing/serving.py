@@ -54,13 +54,14 @@ class Serving(Opening):
         hooks: Hooks,
         dispatcher: Dispatcher,
         tokens: ReconnectTokens,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._config = config
         self._reports = reports
         self._hooks = hooks
         self._dispatcher = dispatcher
         self._tasks = TaskSet(self._task_failed)
-        turns = Turns(config.num_shards, reports)
+        turns = Turns(config.num_shards, reports, loop)
         self.delivery: Delivery[Connection] = Delivery(
             config,
             reports,

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from examples.authenticated import app as authenticated
 from examples.by_hand import app as by_hand
 from examples.by_hand import manager as manager_by_hand
+from examples.from_thread import app as from_thread
 from examples.push import app as push
 from examples.quickstart import app as quickstart
 from examples.quickstart import manager as quickstart_manager
@@ -124,6 +125,22 @@ def test_the_server_speaks_unasked() -> None:
             bob.send_text("hello")
             assert {bob.receive_json()["type"] for _ in range(2)} == {"tick", "echo"}
         assert client.post("/notify/nobody", json={}).status_code == 404
+
+
+def test_other_threads_reach_the_clients() -> None:
+    """A thread of its own and `def` routes broadcast, disconnect, and hear that a client is not there."""
+    with TestClient(from_thread) as client:
+        with client.websocket_connect("/ws/ann") as ann:
+            assert ann.receive_json() == {"type": "temperature", "celsius": 21.5}
+            assert client.post("/announce?text=hello").json() == {"queued": 1}
+            said = [message for message in (ann.receive_json() for _ in range(2)) if "text" in message]
+            assert said == [{"type": "announcement", "text": "hello"}]
+            assert client.post("/kick/ann").status_code == 200
+            with pytest.raises(WebSocketDisconnect) as closed:
+                while True:
+                    ann.receive_json()
+            assert (closed.value.code, closed.value.reason) == (4403, "kicked")
+        assert client.post("/kick/ann").status_code == 404
 
 
 def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:

@@ -38,7 +38,10 @@ ERRORS = [
     errors.UnknownPlatformError("ngnix", ("nginx", "railway"), "nginx"),
     errors.UnsuitablePlatformError("aws-api-gateway", "it holds the socket itself"),
     errors.ManagerNotFoundError(),
+    errors.ManagerNotRunningError(),
+    errors.ThreadCallTimeoutError(30.0),
     errors.WrongLoopError(),
+    errors.WrongLoopError("own_loop"),
 ]
 
 
@@ -84,6 +87,8 @@ def test_all_errors_are_tested_here() -> None:
         (errors.UnknownPlatformError, ValueError),
         (errors.UnsuitablePlatformError, ValueError),
         (errors.ManagerNotFoundError, RuntimeError),
+        (errors.ManagerNotRunningError, RuntimeError),
+        (errors.ThreadCallTimeoutError, TimeoutError),
         (errors.WrongLoopError, RuntimeError),
     ],
 )

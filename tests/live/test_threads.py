@@ -1,0 +1,39 @@
+"""Threads that speak to the clients of a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+
+from tests.live.server import SERVERS
+from tests.live.threads_app import MESSAGES
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_broadcasts_of_several_threads_arrive_whole_and_in_the_order_of_each_thread(
+    serve: Any, kind: str
+) -> None:
+    """`manager.from_thread.broadcast` of several threads loses no message and mixes no bytes."""
+    server = serve(kind, app="tests.live.threads_app:app")
+    async with connect(server.url("/ws/ann"), max_queue=None) as ann:
+        told = await asyncio.to_thread(server.post, "/publish?how=right")
+        assert told == {"queued for 1": 3 * MESSAGES}
+        messages = [str(await asyncio.wait_for(ann.recv(), 5)) for _ in range(3 * MESSAGES)]
+    for name in range(3):
+        ours = [message for message in messages if message.startswith(f"{name}:")]
+        assert ours == [f"{name}:{number}:" + "x" * 200 for number in range(MESSAGES)]
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_a_broadcast_on_the_loop_of_a_thread_raises_and_sends_nothing(serve: Any, kind: str) -> None:
+    """`asyncio.run(manager.broadcast(...))` in a thread raises `WrongLoopError`, and no client gets a byte."""
+    server = serve(kind, app="tests.live.threads_app:app")
+    async with connect(server.url("/ws/ann"), max_queue=None) as ann:
+        assert await asyncio.to_thread(server.post, "/publish?how=wrong") == {"WrongLoopError": 3 * MESSAGES}
+        assert sum((await asyncio.to_thread(server.post, "/publish?how=right")).values()) == 3 * MESSAGES
+        assert str(await asyncio.wait_for(ann.recv(), 5)).split(":")[1] == "0"
+    assert server.errors() == []
