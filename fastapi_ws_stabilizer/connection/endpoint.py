@@ -116,12 +116,14 @@ class Endpoint(Latch):
     def _on_exit(self, *_: object) -> None:
         self.has_returned()
 
-    def cancel(self) -> None:
-        """Cancel the task, once, unless the user's code has ended."""
+    def cancel(self) -> bool:
+        """Cancel the task, once, unless the user's code has ended; tell whether that was done now."""
         task = None if self._task is None else self._task()
-        if task is not None and not self._cancelled and not self.has_ended:
-            self._cancelled = True
-            task.cancel(_CANCEL_MESSAGE)
+        if task is None or self._cancelled or self.has_ended:
+            return False
+        self._cancelled = True
+        task.cancel(_CANCEL_MESSAGE)
+        return True
 
     def is_cancelled_by_others(self, error: BaseException) -> bool:
         """Whether `error` is a cancellation of this task that did not come from `cancel`.
@@ -196,7 +198,7 @@ def ending_for(error: BaseException | None) -> Ending:
     if isinstance(error, WebSocketRequestValidationError):
         return ending(DisconnectReason.POLICY, text=_validation_text(error))
     if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
-        return ending(DisconnectReason.POLICY, code=error.close_code, text=error.close_text)
+        return ending(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
     if isinstance(error, asyncio.CancelledError):
         return ending(DisconnectReason.SERVER_SHUTDOWN)
     return ending(DisconnectReason.ERROR)

@@ -2,7 +2,8 @@
 
 Many things can end a connection at the same moment: the client, the network, the heartbeat, a stuck send, a newer
 connection, the endpoint. The first one wins and writes the `Ending`; everyone who waits is woken at once; then one task
-does the rest in order, each step with a limit in time:
+does the rest in order, each step with a limit in time. A step that raises is reported as a bug, and the next one
+follows:
 
 1. what is queued is sent, if the ending says so, and the close frame after it (the outbox's writer does that);
 2. who is dispatching messages finishes, then the disconnect hooks run;
@@ -191,27 +192,34 @@ class Connection(Successor):
         if self.conversation is not None and how.code == 1000 and not how.by_peer:
             how = replace(how, code=SESSION_OVER)  # 1000 also comes from proxies, and is no reason to stay away
         self.ending = how
-        self._parts.left(self)
+        attempt = self.attempt
+        attempt(self._parts.left, self)
         self.reports.totals.endings[how.reason] += 1
         if self.conversation is not None:
-            self.conversation.close()
+            attempt(self.conversation.close)
         if self.credential is not None:
-            self.credential.good_for(None)
-        self._close_inbox(discard=not how.rule.deliver)
+            attempt(self.credential.good_for, None)
+        attempt(self._close_inbox, discard=not how.rule.deliver)
+        if not how.by_peer:
+            # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
+            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
+            self._abort_timer = asyncio.get_running_loop().call_later(patience, self.attempt, self.abort)
+            attempt(self._stop_reading)
+        if not attempt(self._end_outbox, how):
+            attempt(self.abort)
+            self.outbox.give_up()
+        attempt(self.endpoint.watch, self.websocket.scope)
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+        if not attempt(self._parts.turns.soon, self._parts.turns.pending(self.shard), self):
+            self.take_turn()
+        return True
+
+    def _end_outbox(self, how: Ending) -> None:
         if how.by_peer:
             self._discarded(self.outbox.discard())
         else:
-            self._stop_reading()
             self._discarded(self.outbox.finish(how.code, how.text, flush=how.rule.flush))
-            # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
-            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
-            self._abort_timer = asyncio.get_running_loop().call_later(patience, self.abort)
-        self.endpoint.watch(self.websocket.scope)
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
-        turns = self._parts.turns
-        turns.soon(turns.pending(self.shard), self)
-        return True
 
     def close_unread(self) -> None:
         """Throw away what nobody will read any more."""
@@ -222,7 +230,7 @@ class Connection(Successor):
         if self.conversation is not None:
             discard = discard and self.conversation.session.over is not None
             for item in self.inbox.unread() if discard else ():
-                self.conversation.unread(item)
+                self.attempt(self.conversation.unread, item)
         discarded = self.inbox.close(discard=discard)
         self.reports.totals.messages_discarded += discarded
         if discarded:
@@ -255,24 +263,35 @@ class Connection(Successor):
         return self.ending
 
     async def _finish(self, how: Ending) -> None:
-        grace = self.config.disconnect_grace
-        until = monotonic() + grace
+        until = monotonic() + self.config.disconnect_grace
         try:
-            if not await wait_for_all([self.endpoint.idle()], grace):
-                self._cancel_endpoint()
-                await wait_for_all([self.endpoint.idle()], min(grace, LINGER))
-            await self.wait_for_those_before()
+            await self._attempt_async(self._wait_for_work)
+            await self._attempt_async(self.wait_for_those_before)
             async with self._parts.cleanups:
-                await self.run_disconnect_hooks()
+                await self._attempt_async(self.run_disconnect_hooks)
                 self._hooks_done.set()
-                await self._parts.session_over(self)
-            if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
-                self._cancel_endpoint()
-            tied = self._tied.cancel() if self._tied is not None else []
-            await wait_for_all([self.endpoint.returned, *tied], grace)
-            await wait_for_all([self.outbox.done], _MAX_FLUSH * self.config.send_timeout)
+                await self._attempt_async(self._parts.session_over, self)
+            await self._attempt_async(self._wait_for_endpoint, until)
+            await self._attempt_async(self._wait_for_flush)
         finally:
             self._close(how)
+
+    async def _wait_for_work(self) -> None:
+        """Wait until your code is done with the message that it has in hand."""
+        grace = self.config.disconnect_grace
+        if not await wait_for_all([self.endpoint.idle()], grace):
+            self._cancel_endpoint()
+            await wait_for_all([self.endpoint.idle()], min(grace, LINGER))
+
+    async def _wait_for_endpoint(self, until: float) -> None:
+        """Wait for the endpoint until its grace has passed, then cancel it and the tasks that are tied to it."""
+        if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
+            self._cancel_endpoint()
+        tied = self._tied.cancel() if self._tied is not None else []
+        await wait_for_all([self.endpoint.returned, *tied], self.config.disconnect_grace)
+
+    async def _wait_for_flush(self) -> None:
+        await wait_for_all([self.outbox.done], _MAX_FLUSH * self.config.send_timeout)
 
     async def run_disconnect_hooks(self) -> None:
         """Run the disconnect hooks, once, if the connect hooks have begun."""
@@ -286,9 +305,8 @@ class Connection(Successor):
             self._cancel_endpoint()
 
     def _cancel_endpoint(self) -> None:
-        if not self.endpoint.has_ended:
+        if self.endpoint.cancel():
             self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
-            self.endpoint.cancel()
 
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""
@@ -299,21 +317,23 @@ class Connection(Successor):
             return
         self._finished.set()
         self._hooks_done.set()
-        self._parts.finished(self)
+        attempt = self.attempt
+        attempt(self._parts.finished, self)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
             self._abort_timer = None
-        self._stop_reading()
+        attempt(self._stop_reading)
+        attempt(self._cancel_endpoint)
         self.before = ()
         self._pump = self._context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
-            self.close_unread()
+            attempt(self.close_unread)
         elif self.conversation is None:
-            self.inbox.uncount()
+            attempt(self.inbox.uncount)
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
-        self.server_side.abort_unless_flushed(self.config.send_timeout if patient else None)
+        attempt(self.server_side.abort_unless_flushed, self.config.send_timeout if patient else None)
         if not how.by_peer:
-            self.server_side.abort_unless_answered()
+            attempt(self.server_side.abort_unless_answered)
         self.tell(
             "connection_ended",
             logging.INFO,

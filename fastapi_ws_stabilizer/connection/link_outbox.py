@@ -97,7 +97,10 @@ class LinkOutbox(Outbox):
         self._calm_down()
         if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
             close, self._close = self._close, None
-            self._link.close(*close)
+            try:
+                self._link.close(*close)
+            except Exception as error:
+                self._failed(error, 0)
         if self._shut:
             self._set_done()
 

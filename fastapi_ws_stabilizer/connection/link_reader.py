@@ -69,8 +69,13 @@ class LinkReader:
     def gone(self, event: Mapping[str, Any]) -> None:
         """The connection is over."""
         self._stop_timer()
-        end_by_event(self._connection, event)
-        self._connection.stop_sending()  # also if we were about to end it, and were still flushing
+        connection = self._connection
+        try:
+            end_by_event(connection, event)
+            connection.stop_sending()  # also if we were about to end it, and were still flushing
+        except Exception as error:  # the server would forget to take its own end of it out of its list
+            connection.reports.bug("internal_task_failed", error, task="ws-link")
+            connection.lost(error)
 
     def write_paused(self) -> None:
         """The transport holds more than it should."""

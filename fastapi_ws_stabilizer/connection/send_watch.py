@@ -108,6 +108,10 @@ class WatchedBacklog(Backlog):
             self._watch = None
         self._done_latch().set()
 
+    def give_up(self) -> None:
+        """Nothing will be sent any more, whatever state it is in: nothing waits for it."""
+        WatchedBacklog._set_done(self)
+
     def _done_latch(self) -> Latch:
         if self._done is None:
             self._done = Latch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
@@ -118,6 +119,26 @@ class SendingHalf(abc.ABC):
         """Report something about it that its client can cause as often as it likes; as `Reports.tell_now_and_then`."""
         facts |= {"client_id": self.client_id, "connection_id": self.connection_id}
         return self.reports.tell_now_and_then(event, level, kind, **facts)
+
+    def attempt(self, step: Callable[..., object], *args: Any, **options: Any) -> bool:
+        """Take one step of the end; `False` if it raised. That is reported as a bug, and the end goes on."""
+        try:
+            step(*args, **options)
+        except Exception as error:
+            self._step_failed(error)
+            return False
+        return True
+
+    async def _attempt_async(self, step: Callable[..., Awaitable[object]], *args: Any) -> None:
+        """As `attempt`, for a step that waits. A cancellation goes on."""
+        try:
+            await step(*args)
+        except Exception as error:
+            self._step_failed(error)
+
+    def _step_failed(self, error: BaseException) -> None:
+        facts = {"client_id": self.client_id, "connection_id": self.connection_id}
+        self.reports.bug("internal_task_failed", error, task="ws-end", **facts)
 
     def _make_outbox(self, parts: Parts, *, numbered: bool) -> AsgiOutbox | LinkOutbox:
         limits = parts.numbered_limits if numbered else parts.outbox_limits
@@ -286,7 +307,7 @@ class SendingHalf(abc.ABC):
 
     def abort(self) -> None:
         """Stop sending at once and cut the transport, where the server lets us."""
-        self.stop_sending()
+        self.attempt(self.stop_sending)
         self.server_side.abort()
 
     def _discarded(self, count: int) -> None:

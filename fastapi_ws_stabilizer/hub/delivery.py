@@ -194,8 +194,10 @@ class Delivery(Generic[M]):
 
     def end_session(self, session: M) -> None:
         """Take a session that is over out of everything."""
-        self.registry.remove_mailbox(session.outbox, session.shard)
-        self._leave_rooms(session)
+        try:
+            self.registry.remove_mailbox(session.outbox, session.shard)
+        finally:
+            self._leave_rooms(session)
 
     def described(self, member: M) -> dict[str, Mapping[str, Any]]:
         """The rooms of a member, and how its client is described in each."""
@@ -220,12 +222,20 @@ class Delivery(Generic[M]):
 
     def remove(self, member: M) -> None:
         """Take a connection that is over out of everything that it was in by itself."""
-        self.registry.remove(member, mailbox=member.member is member)
-        self._leave_rooms(member)
+        try:
+            self.registry.remove(member, mailbox=member.member is member)
+        finally:
+            self._leave_rooms(member)
 
     def _leave_rooms(self, member: M) -> None:
+        failure: Exception | None = None
         for room in self.rooms.leave_all(member):
-            self.presence.leave(room, member.client_id, member.connection_id, at_once=_is_final(member.ending))
+            try:
+                self.presence.leave(room, member.client_id, member.connection_id, at_once=_is_final(member.ending))
+            except Exception as error:  # the other rooms must not keep it
+                failure = error
+        if failure is not None:
+            raise failure
 
     def stop(self) -> None:
         """Say nothing more about who is where."""

@@ -89,24 +89,26 @@ class Leaving:
         return True
 
     def _left(self, connection: Connection) -> None:
-        self._ending.begun(connection)
+        """A connection has begun to end: it is found nowhere any more. Each step is taken whatever the others raise."""
+        attempt = connection.attempt
+        attempt(self._ending.begun, connection)
         if connection.place is not None:
-            connection.place.leave()
-        self.heartbeat.remove(connection)
-        self.lifetimes.remove(connection)
-        self.ledger.leave(connection)
-        self.resumption.left(connection)
+            attempt(connection.place.leave)
+        attempt(self.heartbeat.remove, connection)
+        attempt(self.lifetimes.remove, connection)
+        attempt(self.ledger.leave, connection)
+        attempt(self.resumption.left, connection)
         if self.ledger.orders:
             connection.remains = Remains(connection)
-            self.ledger.has_ended(connection.remains)
-        connection.face._let_go()
+            attempt(self.ledger.has_ended, connection.remains)
+        attempt(connection.face._let_go)
 
     def _finished(self, connection: Connection) -> None:
         self.unfinished.discard(connection)
         if connection.remains is not None:
-            self.ledger.leave(connection.remains)
+            connection.attempt(self.ledger.leave, connection.remains)
             connection.remains = None
-        self._ending.over(connection)
+        connection.attempt(self._ending.over, connection)
 
     def _evicted(self, connection: Connection) -> None:
         self._reports.totals.evictions += 1

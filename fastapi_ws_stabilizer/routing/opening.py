@@ -315,8 +315,24 @@ class Opening(Leaving, Services):
             connection.end(how.reason, code=how.code, text=how.text)
 
     async def _enter(self, connection: Connection, *, proven: bool) -> None:
+        """Open a connection, register it, run its connect hooks; whatever fails on the way, it is ended.
+
+        Raises:
+            SocketClosed: It was refused by a connect hook, or is gone already.
+            DuplicateClientError: `on_duplicate="reject"` refused it.
+        """
         own.remember(connection)
         self.unfinished.add(connection)
+        try:
+            await self._begin(connection, proven=proven)
+        except BaseException as error:
+            if connection.opened and connection.ending is None:
+                failure = await self.leave(connection, error)
+                if failure is not error:
+                    raise self._closed(connection) from error
+            raise
+
+    async def _begin(self, connection: Connection, *, proven: bool) -> None:
         connection.open()
         self._say_what_is_left_to_the_server(connection)
         if connection.ending is not None:  # it was over before we came: a link tells so at once

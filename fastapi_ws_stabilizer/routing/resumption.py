@@ -85,15 +85,14 @@ class Resumption:
         """A connection has begun to end: put away what may be wanted back, and take it out of everything."""
         how = connection.ending
         if connection.conversation is not None:
-            self._delivery.remove(connection)
+            connection.attempt(self._delivery.remove, connection)
             session = connection.conversation.session
             if how is None or not session.detach(connection):
                 return  # another connection has taken it over
             if ends_session(how) or not session.admitted:  # else it would get in by coming back
                 self.sessions.end(session, how)
             else:
-                described = self._delivery.away(session)  # type: ignore[arg-type]
-                session.left = session.left or described  # it may be over before it was back in its rooms
+                connection.attempt(self._leave_presence, session)
                 self.sessions.left(session)
             return
         expected = (
@@ -102,13 +101,21 @@ class Resumption:
             and self.luggage.is_expected(connection.client_id)
         )
         if expected and how is not None and not ends_session(how):
-            connection.told_of_session_end = True  # it goes on for a while
-            left = self._what_is_left(connection)
-            left.user_data.owner = left
-            self._forget(self.luggage.leave(connection.client_id, left))
-            self._ledger.goes_away(left)
-            self._arm()
+            connection.attempt(self._keep, connection)
         self._delivery.remove(connection)
+
+    def _keep(self, connection: Connection) -> None:
+        """Keep what a plain client may come back for."""
+        left = self._what_is_left(connection)
+        connection.told_of_session_end = True  # it goes on for a while
+        left.user_data.owner = left
+        self._forget(self.luggage.leave(connection.client_id, left))
+        self._ledger.goes_away(left)
+        self._arm()
+
+    def _leave_presence(self, session: Session) -> None:
+        described = self._delivery.away(session)  # type: ignore[arg-type]
+        session.left = session.left or described  # it may be over before it was back in its rooms
 
     def _what_is_left(self, connection: Connection) -> LeftBehind:
         face = connection.face

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from websockets.exceptions import InvalidState
 from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.protocol import State
 
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
@@ -127,6 +128,8 @@ class StableWebSocketProtocol(PacedReading):
         """As `Link`."""
         if self.close_sent or self.transport.is_closing():
             return
+        if self.conn.state is not State.OPEN:
+            return  # the client's close frame was read with the message that led here, and is answered next
         self.conn.send_close(code, reason)
         self._write_output()
         self.close_sent = True

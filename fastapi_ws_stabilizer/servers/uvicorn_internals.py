@@ -49,6 +49,7 @@ _OURS_OF_CONN: Final = (
     "fail",
     "parser_exc",
     "handshake_exc",
+    "state",
     "writes",
 )
 _METHODS: Final = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -117,7 +118,8 @@ class PacedReading(WebSocketsSansIOProtocol):
         if self.close_timer is not None:
             self.close_timer.cancel()
         if self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()
+            with suppress(OSError):  # asyncio's own transport raises for a connection that its client has reset
+                self.transport.write_eof()
         self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
 
     def _parse_soon(self) -> None:

@@ -228,11 +228,13 @@ class Sessions:
             return
         if self._of_instance.get((session.client_id, session.instance)) is session:
             del self._of_instance[session.client_id, session.instance]
-        self._ledger.leave(session)
-        unacknowledged = session.finish(how)
-        self._reports.totals.messages_discarded += unacknowledged
-        self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
-        self._ended(session, how)
+        try:
+            self._ledger.leave(session)
+            unacknowledged = session.finish(how)
+            self._reports.totals.messages_discarded += unacknowledged
+            self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
+        finally:  # whatever raises, it gets no more messages, and is in no room
+            self._ended(session, how)
 
     def _end_away(self, session: Session, how: Ending) -> None:
         if how.reason is DisconnectReason.MEMORY:

@@ -383,3 +383,27 @@ async def test_a_task_that_waits_in_receive_is_woken_when_the_client_closes(serv
         await server.until_event("disconnect ann")
     await until(lambda: server.probe()["connections"] == 0)
     assert not server.errors()
+
+
+# ── an end that is decided with the client's close frame already parsed ──
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"max_memory_per_connection": 100_000}, "memory"),
+        ({"inbox_overflow": "close", "inbox_max_messages": 1}, "policy"),
+        ({"max_message_rate": 0.001, "max_message_burst": 1}, "policy"),
+    ],
+)
+async def test_end_behind_parsed_close_frame_is_finished(serve: Serve, config: dict[str, object], reason: str) -> None:
+    """A connection that a message ends, with the close frame parsed behind it, runs its hooks and holds no shutdown."""
+    server = serve(KIND, config={"heartbeat_type": "off", **config})
+    client = connect(server, "/idle", offer=BROWSER_OFFER)
+    messages = [frame(TEXT, deflate(b"x" * 60_000), rsv=RSV1) for _ in range(8)]
+    client.socket.sendall(b"".join(messages) + close_frame(1000))
+    await until(lambda: any(f" {reason} " in one for one in server.events("disconnect ")))
+    await server.until_event("released")
+    client.close()
+    assert not server.errors()
+    assert server.terminate(8) < 4

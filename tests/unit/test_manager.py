@@ -1175,3 +1175,28 @@ async def test_close_frames_wait_for_the_server_a_few_at_a_time(
     for client in clients:
         await with_deadline(client.task)
         assert client.server.close_frames == [(1000, "")]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+async def test_failure_while_registering_finishes_the_connection(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch, by_hand: bool
+) -> None:
+    """A connection that fails between its handshake and its hooks is closed with 1011, reported, and forgotten."""
+    manager, heard = manager_with()
+    await manager.start()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cannot be registered")
+
+    monkeypatch.setattr(type(manager._serving.heartbeat), "add", fail)
+    server = FakeServer(path_params={"client_id": "ann"})
+    with pytest.raises((WebSocketException, SocketClosed, RuntimeError)):
+        if by_hand:
+            await manager.connect("ann", await server.accepted())
+        else:
+            async with manager.serve(server.websocket):
+                pass
+    assert server.close_frames == [(1011, "internal error")]
+    assert not manager._serving.unfinished
+    assert len(manager._serving.registry) == 0
+    assert [report.event for report in heard.reports if report.error is not None] == ["endpoint_failed"]

@@ -264,3 +264,12 @@ async def test_without_a_stack_only_the_refinement_is_missing() -> None:
     endpoint.watch({})
     assert find_exit_stack({}) is None
     assert not endpoint.returned.done()
+
+
+def test_error_of_application_with_unsendable_code_ends_with_1008() -> None:
+    """A subclass of the library's error whose close code cannot be sent ends its connection all the same."""
+
+    class Odd(ShutdownError):
+        close_code = 1005
+
+    assert ending_for(Odd()).code == 1008

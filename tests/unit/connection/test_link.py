@@ -371,3 +371,17 @@ async def test_a_bug_in_taking_a_message_is_told_and_ends_the_connection(
     assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")
     assert isinstance(report.error, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("reason", [DisconnectReason.MEMORY, DisconnectReason.APPLICATION])
+async def test_close_that_the_server_refuses_does_not_stop_the_end(linked: Any, reason: DisconnectReason) -> None:
+    """A link whose close raises ends its connection as one that takes the close frame."""
+    b = await linked()
+
+    def refuse(code: int, reason: str) -> None:
+        raise RuntimeError("connection is closing")
+
+    b.server.close = refuse
+    b.connection.end(reason)
+    await asyncio.wait({b.connection.finished}, timeout=5)
+    assert b.connection.is_finished

@@ -257,3 +257,57 @@ async def test_who_reads_past_the_socket_is_told_so() -> None:
         await sink.get()
     sink.sink = None
     sink.put_nowait({"type": "websocket.disconnect"})
+
+
+class CallingSink:
+    """A sink that does something with the first message."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+        self.gone_with: list[Any] = []
+
+    def heard(self) -> bool:
+        return True
+
+    def received(self, message: str | bytes) -> None:
+        self.act()
+
+    def gone(self, event: Any) -> None:
+        self.gone_with.append(event.get("code"))
+
+
+async def test_link_close_behind_parsed_close_frame_is_quiet() -> None:
+    """Closing a link whose client's close frame is parsed already sends no second one, and raises nothing."""
+    reader, transport = Reader(), FakeTransport()
+    protocol = await made(reader)
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST)
+    await eventually(lambda: reader.accepted)
+    sink = CallingSink(lambda: protocol.close(4503, "out of memory"))
+    protocol.attach(sink, max_message_bytes=1000, own_pings=True)
+    protocol.data_received(text_frame(b"a") + CLOSE_FRAME)
+    assert transport.written.endswith(b"\r\n\r\n\x88\x00")
+    assert transport.closed
+    assert sink.gone_with == [1005]
+    protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("error", [OSError(107, "Transport endpoint is not connected"), BrokenPipeError()])
+async def test_half_close_of_reset_connection_is_quiet(error: OSError) -> None:
+    """A client that has reset its connection makes no error of the half-close that would let it read why."""
+    reader, transport = Reader(), FakeTransport()
+
+    def write_eof() -> None:
+        raise error
+
+    transport.can_write_eof = lambda: True  # type: ignore[attr-defined]
+    transport.write_eof = write_eof  # type: ignore[attr-defined]
+    protocol = await made(reader)
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST)
+    await eventually(lambda: reader.accepted)
+    protocol.attach(CallingSink(lambda: None), max_message_bytes=1000, own_pings=True)
+    protocol.data_received(RESERVED_FRAME)
+    assert protocol.close_timer is not None
+    protocol.close_timer.cancel()
+    protocol.connection_lost(None)

@@ -1,0 +1,318 @@
+"""Property: an exception in any call that the end of a connection makes does not stop the end."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastapi_ws_stabilizer
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.credential import CredentialTerm
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.inbox import Inbox
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.hub.delivery import Delivery
+from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
+from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
+from fastapi_ws_stabilizer.hub.presence import PresenceBoard
+from fastapi_ws_stabilizer.hub.registry import Registry
+from fastapi_ws_stabilizer.hub.turns import Turns
+from fastapi_ws_stabilizer.limits.admission import Place
+from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.routing.endings import Endings
+from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.leaving import Leaving
+from fastapi_ws_stabilizer.routing.resumption import Resumption
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.store import Sessions
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from tests.unit.client.fake_link import soon, virtually
+from tests.unit.connection.test_link import LinkServer
+from tests.unit.routing.stage import Line, Stage
+
+PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
+
+END = {
+    "connection/lifecycle.py": (
+        "_begin_end",
+        "_end_outbox",
+        "_close_inbox",
+        "_finish",
+        "_wait_for_work",
+        "_wait_for_endpoint",
+        "_wait_for_flush",
+        "_cancel_endpoint",
+        "run_disconnect_hooks",
+        "abort",
+        "_close",
+        "_stop_reading",
+        "close_unread",
+    ),
+    "routing/leaving.py": ("_left", "_finished"),
+    "routing/resumption.py": ("left", "_keep", "_leave_presence"),
+    "hub/delivery.py": ("remove", "end_session"),
+}
+"""The functions that the end of a connection consists of."""
+
+CALLS: dict[str, tuple[type, ...]] = {
+    "_left": (Leaving,),
+    "_finished": (Leaving,),
+    "begun": (Endings,),
+    "over": (Endings,),
+    "leave": (Place, Ledger, PresenceBoard),
+    "remove": (Heartbeat, Lifetimes, Delivery, Registry),
+    "left": (Resumption, Sessions),
+    "has_ended": (Ledger,),
+    "_let_go": (StableSocket,),
+    "close": (Conversation, Inbox),
+    "good_for": (CredentialTerm,),
+    "unread": (Conversation, Inbox),
+    "discard": (AsgiOutbox, LinkOutbox),
+    "finish": (AsgiOutbox, LinkOutbox, Session),
+    "watch": (Endpoint,),
+    "soon": (Turns,),
+    "idle": (Endpoint,),
+    "cancel": (Endpoint,),
+    "disconnect": (Hooks,),
+    "session_over": (Resumption,),
+    "session_end": (Hooks,),
+    "abort": (ServerSide,),
+    "abort_unless_flushed": (ServerSide,),
+    "abort_unless_answered": (ServerSide,),
+    "end": (Sessions,),
+    "away": (Delivery,),
+    "remove_mailbox": (Registry,),
+    "_stop_reading": (Connection,),
+    "_close_inbox": (Connection,),
+    "_end_outbox": (Connection,),
+    "_wait_for_work": (Connection,),
+    "wait_for_those_before": (Connection,),
+    "run_disconnect_hooks": (Connection,),
+    "_wait_for_endpoint": (Connection,),
+    "_wait_for_flush": (Connection,),
+    "close_unread": (Connection,),
+    "_keep": (Resumption,),
+    "_leave_presence": (Resumption,),
+    "_what_is_left": (Resumption,),
+}
+"""The calls that these functions make, by name, and the classes in which each is made to raise."""
+
+SAFE = {
+    *("attempt", "_attempt_async", "tell", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
+    *("set", "set_result", "done", "max", "min", "wait_for_all", "ends_session", "give_up", "pending", "_discarded"),
+    *("take_turn", "Remains", "isinstance", "_cancel_endpoint", "_close", "is_expected", "_forget", "_arm"),
+    *("goes_away", "_end_outbox", "_leave_rooms", "stop_sending", "disconnected", "finished", "uncount", "detach"),
+}
+"""Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
+step which is made to raise as a whole."""
+
+RUNNERS = {"disconnect", "run_disconnect_hooks", "_finished"}
+"""Calls without which the hooks are not told, or the connection not taken out: made to raise after their work only."""
+
+TARGETS = [(owner, name) for name, owners in CALLS.items() for owner in owners]
+
+
+class Boom(Exception):
+    """What a call is made to raise."""
+
+
+class Bomb:
+    """Makes one method raise, once, when it is armed.
+
+    Args:
+        owner: The class.
+        name: The method.
+        after: Whether it does its work before it raises.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str, *, after: bool) -> None:
+        self.armed = False
+        self.hit = False
+        real = getattr(owner, name)
+
+        def went_off() -> bool:
+            goes, self.armed = self.armed, False
+            self.hit = self.hit or goes
+            return goes
+
+        def sync(this: Any, *args: Any, **options: Any) -> Any:
+            goes = went_off()
+            if goes and not after:
+                raise Boom
+            result = real(this, *args, **options)
+            if goes:
+                raise Boom
+            return result
+
+        async def waiting(this: Any, *args: Any, **options: Any) -> Any:
+            goes = went_off()
+            if goes and not after:
+                raise Boom
+            result = await real(this, *args, **options)
+            if goes:
+                raise Boom
+            return result
+
+        patch.setattr(owner, name, waiting if asyncio.iscoroutinefunction(real) else sync)
+
+
+def dial(stage: Stage, kind: str) -> Line:
+    """Connect a client of a kind."""
+    if kind == "link":
+        line = Line.__new__(Line)
+        line.server, line.socket, line.error, line._stage = LinkServer(), None, None, stage
+        line.server.websocket.scope["path_params"]["client_id"] = "ann"
+        line.task = asyncio.ensure_future(line._serve())
+        stage.lines.append(line)
+        return line
+    return Line(stage, "ann", subprotocols=(SUBPROTOCOL,) if kind == "v1" else ())
+
+
+def end_by_client(line: Line) -> None:
+    """The client says goodbye."""
+    gone = {"type": "websocket.disconnect", "code": 1000, "reason": ""}
+    if isinstance(line.server, LinkServer):
+        line.server.sink.gone(gone)
+    else:
+        line.server.feed(gone)
+
+
+def end_by_network(line: Line) -> None:
+    """The network is lost."""
+    gone = {"type": "websocket.disconnect", "code": 1006}
+    if isinstance(line.server, LinkServer):
+        line.server.sink.gone(gone)
+    else:
+        line.server.feed(gone)
+
+
+def end_by_server(line: Line) -> None:
+    """The server ends the connection, and flushes nothing."""
+    assert line.socket is not None
+    line.socket._connection.end(DisconnectReason.MEMORY)
+
+
+def end_by_endpoint(line: Line) -> None:
+    """The application closes it."""
+    assert line.socket is not None
+    line.socket._connection.end(DisconnectReason.APPLICATION)
+
+
+ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_by_server, end_by_endpoint)
+
+
+def left_over(stage: Stage) -> dict[str, int]:
+    """What a manager still holds of connections."""
+    serving = stage.manager._serving
+    admission = serving.door.admission
+    return {
+        "unfinished": len(serving.unfinished),
+        "ending": len(serving._ending),
+        "registry": len(serving.registry),
+        "outboxes": sum(len(shard) for shard in serving.registry.outboxes()) - serving.sessions.away,
+        "rooms": len(serving.delivery.rooms) - serving.sessions.away,
+        "present": len(serving.delivery.presence),
+        "lifetimes": len(serving.lifetimes),
+        "places": len(admission),
+    }
+
+
+async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: bool) -> None:
+    """Let one connection end, and look at what is left."""
+    options = {
+        "disconnect_grace": 2,
+        "send_timeout": 1,
+        "max_total_memory": 10**8,
+        "max_connections": 9,
+        "presence_grace": 0,
+    }
+    async with Stage(**options, max_lifetime=1000) as stage:
+        manager = stage.manager
+
+        async def endpoint(ws: StableSocket) -> None:
+            await ws.join("lobby")
+            ws.user_data["kept"] = 1
+            await ws.receive()
+            await stage.gate.wait()
+
+        stage.endpoint = endpoint
+        line = dial(stage, kind)
+        if kind == "v1":
+            await line.say({"type": "hello", "v": 1, "n": 1, "client": "x"})
+        await soon()
+        assert line.socket is not None, kind
+        manager.generate_reconnect_token("ann")
+        connection = line.socket._connection
+        if kind == "v1":
+            connection.credential.good_for(500)
+            await line.message("note", "unread", "unread")
+        bomb.armed = True
+        how(line)
+        bomb_is_for_later = bomb.armed
+        await asyncio.wait({connection.finished}, timeout=60)
+        bomb.armed = False
+        await asyncio.wait({line.task}, timeout=60)
+        assert connection.is_finished, "the end did not reach its last step"
+        assert line.task.done(), "the endpoint did not end"
+        assert bomb_is_for_later or bomb.hit
+        assert [event for event in stage.events if event.startswith("disconnect ann")] == [
+            f"disconnect ann {connection.ending.reason.value}"
+        ]
+        reported = [report for report in stage.heard.reports if isinstance(report.error, Boom)]
+        assert len(reported) == bomb.hit, [report.event for report in reported]
+        await asyncio.sleep(10)
+        if complete:
+            assert not any(left_over(stage).values()), left_over(stage)
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Patches that are undone in a test, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize(("owner", "name"), TARGETS, ids=lambda one: getattr(one, "__name__", one))
+@virtually
+async def test_end_goes_on_when_a_call_of_it_raises(owner: type, name: str) -> None:
+    """Whatever one call of the end raises, the end reaches its last step, and the failure is reported once."""
+    hits = 0
+    for after in (False, True):
+        if name in RUNNERS and not after:
+            continue
+        for kind in ("plain", "link", "v1"):
+            for how in ENDS:
+                with pytest.MonkeyPatch.context() as patch:
+                    bomb = Bomb(patch, owner, name, after=after)
+                    await play(bomb, kind, how, complete=after)
+                hits += bomb.hit
+    assert hits, "no end makes this call: take it out of the list"
+
+
+def test_every_call_of_the_end_is_made_to_raise() -> None:
+    """The functions of the end make no call that is neither made to raise nor known to be safe."""
+    unknown = []
+    for module, functions in END.items():
+        tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in functions:
+                for call in ast.walk(node):
+                    if isinstance(call, ast.Call):
+                        callee = call.func
+                        name = callee.attr if isinstance(callee, ast.Attribute) else getattr(callee, "id", "?")
+                        if name in ("attempt", "_attempt_async"):
+                            step = call.args[0]
+                            name = step.attr if isinstance(step, ast.Attribute) else "?"
+                        if name not in CALLS and name not in SAFE:
+                            unknown.append(f"{module}: {node.name} calls {name}")
+    assert not unknown
