@@ -476,10 +476,10 @@ def _from_text(option: str, text: str) -> Any:
         return ()
     if option == "allowed_origins" and text.startswith("^"):  # a regular expression, which may have commas in it
         return [text]
-    if option in ("reconnect_secret", "trusted_proxies") or (option == "allowed_origins" and not nothing):
-        return [part.strip() for part in text.split(",") if part.strip()]
     if nothing:
         return None
+    if option in ("reconnect_secret", "trusted_proxies", "allowed_origins"):
+        return [part.strip() for part in text.split(",") if part.strip()]
     if option == "reconnect_token_ttl":
         try:
             return timedelta(seconds=float(text))

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from fastapi import WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.endpoint import meaning
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -224,6 +226,9 @@ class Hooks:
             except BroadcastFailedError as error:
                 self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
             except Exception as error:
+                if isinstance(meaning(error), WebSocketDisconnect):  # a connection was over: no bug
+                    self._reports.tell("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **facts)
+                    continue
                 self._reports.bug(_FAILED[event], error, **facts)
                 if "connection_id" in facts:
                     await self.error(args[0], error)
@@ -234,6 +239,9 @@ class Hooks:
             try:
                 await self._within_limit(hook, socket, error)
             except Exception as second:
+                if isinstance(meaning(second), WebSocketDisconnect):
+                    self._reports.tell("hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_of(socket))
+                    continue
                 self._reports.bug("error_hook_failed", second, **_of(socket))
 
 

@@ -215,6 +215,9 @@ class Session(ReplayLog):
             return self._offer_volatile(frame)
         connection, outlet = self.connection, self._outlet
         offered = Offered.QUEUED if outlet is None else outlet.offer(frame)
+        if self.over is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
+            self._totals.messages_discarded += 1
+            return Offered.REFUSED
         self.record(frame)
         if offered is not Offered.REFUSED or connection is None:
             return offered
@@ -300,6 +303,8 @@ class Session(ReplayLog):
             return await connection.outbox.put_wait(frame)
 
         def record(queued: Frame) -> None:
+            if self.over is not None:
+                return
             seq = self.record(queued)
             if numbered is not None:
                 numbered(seq)

@@ -243,6 +243,22 @@ def test_an_empty_variable_means_no_limit(text: str) -> None:
     assert WebSocketConfig.from_env(environ={"WS_MAX_BAD_MESSAGES": text}).max_bad_messages is None
 
 
+OPTIONAL = sorted(name for name, field in WebSocketConfig.model_fields.items() if field.default is None)
+
+
+@pytest.mark.parametrize("option", OPTIONAL)
+@pytest.mark.parametrize("text", ["", "none", "NONE", " null "])
+def test_from_env_of_an_optional_option_reads_none_as_none(option: str, text: str) -> None:
+    """Each option that may be absent is absent when its variable is empty or says `none`."""
+    assert getattr(WebSocketConfig.from_env(environ={f"WS_{option.upper()}": text}), option) is None
+
+
+@pytest.mark.parametrize("text", ["", "none", "null"])
+def test_from_env_without_trusted_proxies_trusts_none(text: str) -> None:
+    """An empty `WS_TRUSTED_PROXIES`, or `none`, is an empty list of proxies."""
+    assert WebSocketConfig.from_env(environ={"WS_TRUSTED_PROXIES": text}).trusted_proxies == ()
+
+
 def test_none_is_a_kind_of_compression_in_the_environment() -> None:
     """`WS_COMPRESSION=none` switches compression off, and is not the absence of a value."""
     assert WebSocketConfig.from_env(environ={"WS_COMPRESSION": "none"}).compression is CompressionMode.NONE

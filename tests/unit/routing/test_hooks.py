@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.errors import socket_closed
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.hooks import Hook, Hooks, check_parameters, is_async
 from tests.unit.conftest import Heard
@@ -214,3 +216,23 @@ async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -
     await asyncio.wait_for(hooks.disconnect(socket, DisconnectReason.COMPLETED), 5)
     assert sorted(called) == ["cancelled", "second"]
     assert told == ["disconnect_hook_failed"]
+
+
+@pytest.mark.parametrize("event", ["disconnect", "session_end", "slow", "error"])
+async def test_hook_that_meets_a_closed_socket_reports_no_bug(event: str) -> None:
+    """`SocketClosed` that a hook lets escape is a debug line, and the other hooks of the event are still called."""
+    reports, heard, called = Reports(), Heard(), []
+    reports.subscribe(heard)
+    hooks = Hooks(reports)
+
+    async def sends_too_late(*_: Any) -> None:
+        raise socket_closed(ending(DisconnectReason.CLIENT_CLOSE))
+
+    hooks.add(event, sends_too_late)
+    hooks.add(event, lambda _: called.append("second"))
+    socket: Any = SimpleNamespace(client_id="ann", connection_id="1")
+    await getattr(hooks, event)(socket, DisconnectReason.COMPLETED)
+    assert called == ["second"]
+    assert [(report.event, report.level, report.error) for report in heard.reports] == [
+        ("hook_stopped", logging.DEBUG, None)
+    ]
