@@ -10,6 +10,7 @@ from fastapi_ws_stabilizer.client.errors import (
     ClosedError,
     SessionLostError,
     TooLargeError,
+    UnreadableFrameError,
 )
 from fastapi_ws_stabilizer.client.owner import Gap
 from fastapi_ws_stabilizer.client.transport import Transport, TransportLostError
@@ -29,5 +30,6 @@ __all__ = [
     "TooLargeError",
     "Transport",
     "TransportLostError",
+    "UnreadableFrameError",
     "connect",
 ]

@@ -7,24 +7,26 @@ from typing import Any, Final
 
 from pydantic_core import to_json
 
-from fastapi_ws_stabilizer.client.errors import ClosedError, TooLargeError
+from fastapi_ws_stabilizer.client.errors import ClosedError, TooLargeError, UnreadableFrameError
 from fastapi_ws_stabilizer.client.listeners import logger
 from fastapi_ws_stabilizer.client.outgoing import checked
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap, Owner
 from fastapi_ws_stabilizer.client.timers import Timers
-from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError
+from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH
 from fastapi_ws_stabilizer.wire.v1 import (
     ACK_EVERY,
     DEFLATE_CAP,
-    MAX_INFLATED,
+    MAX_SENT_BYTES,
     SUBPROTOCOL,
     VERSION,
     BadFrameError,
     deflated,
     envelope,
+    is_numbered,
     message_of,
     number,
     optional_number,
@@ -136,9 +138,9 @@ class Attempt:
                 if "probe" in self._timers:  # the answer may have come while we did not read
                     self._await_answer()
         except TransportLostError as lost:
+            if isinstance(lost, UnreadableMessageError):
+                self._left_out(lost.reason)
             self.lose(lost.code, lost.reason)
-        except BadFrameError as bad:
-            self.lose(4400, str(bad))
         except ClosedError as final:
             self.lose(final.code, final.reason)
         except Exception as error:  # of the user's functions for the URL or the credential
@@ -167,7 +169,29 @@ class Attempt:
         self._timers.stop("probe")
 
     def _receive(self, raw: str | bytes) -> None:
-        frame = parse(raw, MAX_INFLATED if self._client.deflate else 0)
+        try:
+            frame = parse(raw, MAX_SENT_BYTES if self._client.deflate else 0, MAX_FRAME_DEPTH)
+        except BadFrameError as bad:
+            if self._open and is_numbered(raw):  # else the counts differ, and the next ping ends the connection
+                self._count()
+            self._left_out(str(bad))
+            return
+        try:
+            self._dispatch(frame)
+        except BadFrameError as bad:
+            self._left_out(str(bad))
+            if not self._open and not self._lost.done():
+                self.lose(4412, "the welcome cannot be read")
+
+    def _left_out(self, why: str) -> None:
+        """A frame cannot be read: it ends nothing, because another client may have put it together."""
+        self._client.left_out(UnreadableFrameError(why))
+
+    def _count(self) -> None:
+        self._client.last += 1  # before it is handled: a handler that fails does not get it again
+        self._owe_ack()
+
+    def _dispatch(self, frame: dict[str, Any]) -> None:
         kind = frame["type"]
         if not self._open:
             if kind == "welcome":
@@ -195,8 +219,7 @@ class Attempt:
     def _message(self, kind: str, frame: dict[str, Any]) -> None:
         client = self._client
         if frame.get("volatile") is not True:
-            client.last += 1  # before it is handled: a handler that fails does not get it again
-            self._owe_ack()
+            self._count()
         if kind == "reply":
             client.answered(optional_text(frame, "re") or "", frame.get("data"), frame.get("error"))
         else:

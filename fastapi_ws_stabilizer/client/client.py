@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.attempt import Attempt
 from fastapi_ws_stabilizer.client.backoff import Backoff
-from fastapi_ws_stabilizer.client.errors import ClientError, ClosedError, TooLargeError
+from fastapi_ws_stabilizer.client.errors import ClientError, ClosedError, TooLargeError, UnreadableFrameError
 from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
 from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
 from fastapi_ws_stabilizer.client.open_requests import OpenRequests
@@ -104,6 +105,7 @@ class Client(Listeners):
         self._runner: asyncio.Task[None] | None = None
         self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ending: ClosedError | None = None
+        self._unreadable = 0
         # What the session is: it outlives each attempt.
         self.instance = secrets.token_hex(8)
         self.session: str | None = None
@@ -125,6 +127,11 @@ class Client(Listeners):
     def rtt(self) -> float | None:
         """Seconds of the last measured round trip; `None` before the first."""
         return None if self._attempt is None else self._attempt.rtt
+
+    @property
+    def unreadable_frames(self) -> int:
+        """How many frames of the server were left out, because they could not be read."""
+        return self._unreadable
 
     def start(self) -> Client:
         """Begin to connect, without waiting for it.
@@ -338,6 +345,12 @@ class Client(Listeners):
         if state != self._state:
             self._state = state
             self.told("state", state)
+
+    def left_out(self, error: UnreadableFrameError) -> None:
+        """A frame of the server could not be read."""
+        self._unreadable += 1
+        logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
+        self.told("error", error)
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come."""

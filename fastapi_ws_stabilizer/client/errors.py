@@ -5,7 +5,8 @@ ClientError
 ├── ClosedError          the client is closed for good: by its user, or because the server's answer was final
 ├── SessionLostError     the session is gone, and whether the message was handled before is not known
 ├── BufferFullError      too much waits to be sent
-└── TooLargeError        a message is larger than the server takes
+├── TooLargeError        a message is larger than the server takes
+└── UnreadableFrameError the server has sent what this client cannot read, and it was left out
 ```
 """
 
@@ -68,3 +69,18 @@ class TooLargeError(ClientError):
 
     def __str__(self) -> str:
         return f"the message has {self.size} bytes, and the server takes {self.limit}"
+
+
+class UnreadableFrameError(ClientError):
+    """The server has sent a frame that this client cannot read. The client has left it out and goes on.
+
+    Attributes:
+        why: What is wrong with it.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"a frame of the server was left out, because it cannot be read: {self.why}"

@@ -10,10 +10,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidURI
 
 from fastapi_ws_stabilizer.client.errors import ClosedError
-from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError
-
-MAX_RECEIVED_BYTES: Final = 16 * 1024 * 1024
-"""Largest message that is taken from a server."""
+from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES
 
 UNDIALLABLE: Final = 4400
 """Stands for a URL or options with which no dial can succeed, however often it is tried."""
@@ -66,7 +64,7 @@ class WebSocketsTransport:
             return TransportLostError(received.code, received.reason)
         sent = getattr(error, "sent", None)
         if sent is not None and sent.code in (1002, 1007, 1009):  # the library itself refused what came in
-            return TransportLostError(sent.code, sent.reason)
+            return UnreadableMessageError(f"closed with {sent.code} {sent.reason}".rstrip())
         return TransportLostError(1006, str(error))
 
 
@@ -85,7 +83,7 @@ def dialler(options: dict[str, Any]) -> Dial:
                     "ping_interval": None,  # the protocol has its own
                     "open_timeout": None,
                     "close_timeout": 5,
-                    "max_size": MAX_RECEIVED_BYTES,
+                    "max_size": MAX_SENT_BYTES,
                     **options,
                 },
             )

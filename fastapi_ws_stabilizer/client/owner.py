@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastapi_ws_stabilizer.client.errors import UnreadableFrameError
 from fastapi_ws_stabilizer.client.incoming import Incoming
 from fastapi_ws_stabilizer.client.outgoing import SendBuffer
 
@@ -74,6 +75,9 @@ class Owner(Protocol):
 
     def told(self, name: str, *args: Any) -> None:
         """Something that listeners want to know."""
+
+    def left_out(self, error: UnreadableFrameError) -> None:
+        """A frame of the server could not be read."""
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come."""

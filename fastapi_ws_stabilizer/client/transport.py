@@ -21,6 +21,13 @@ class TransportLostError(Exception):
         self.reason = reason
 
 
+class UnreadableMessageError(TransportLostError):
+    """The WebSocket is over, because a message of the server is too large or is no UTF-8."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(4412, f"a message of the server cannot be read: {why}")
+
+
 class Transport(Protocol):
     """A WebSocket that is open."""
 

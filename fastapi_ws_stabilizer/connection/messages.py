@@ -9,7 +9,6 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, Item
 from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.errors import (
-    MessageEncodeError,
     NotOpenError,
     PlainClientError,
     RequestTimeoutError,
@@ -106,7 +105,7 @@ class Messages(SendingHalf):
             SocketClosed: The connection is over, and the request was not queued.
             SessionEndedError: The session is over.
             PlainClientError: The client answers no requests.
-            MessageEncodeError: The data cannot be JSON.
+            MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
         self.check_open()
         if self.conversation is None:
@@ -114,11 +113,7 @@ class Messages(SendingHalf):
         session = self.conversation.session
         request_id, answer = session.requests.begin()
         try:
-            try:
-                frame = sequenced("msg", data, event=event, id=request_id)
-            except ValueError as error:
-                raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error}") from error
-            await self._numbered(session, frame)
+            await self._numbered(session, sequenced("msg", data, event=event, id=request_id))
             if not await wait_for_all([answer], timeout):
                 raise RequestTimeoutError(timeout)
             return answer.result()

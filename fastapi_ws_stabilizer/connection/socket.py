@@ -279,7 +279,7 @@ class StableSocket(SocketFacts):
             SessionEndedError: The session ended before it answered.
             SocketClosed: The connection is over.
             PlainClientError: The client does not speak `stabilizer.v1.json`.
-            MessageEncodeError: The data cannot be JSON.
+            MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
         return await self._connection.request(event, data, timeout)
 

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.hub.rooms import Rooms
 from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
-from fastapi_ws_stabilizer.wire.envelope import again
+from fastapi_ws_stabilizer.wire.envelope import again, check_size
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 M = TypeVar("M", bound=Member)
@@ -87,6 +87,7 @@ class Delivery(Generic[M]):
 
         Raises:
             TypeError: `exclude` is nothing of that kind.
+            MessageEncodeError: It is larger than some clients take.
         """
         self.check_loop()
         if rooms is not None and not isinstance(rooms, str):
@@ -95,6 +96,8 @@ class Delivery(Generic[M]):
             exclude = tuple(exclude)  # it is read when the turn of this broadcast has come
         if rooms is not None:
             frame.room = rooms if isinstance(rooms, str) else rooms[0] if len(rooms) == 1 else None
+
+        check_size(frame)
 
         def audience() -> tuple[Iterable[Sequence[Mailbox]], frozenset[str]]:
             for room in () if rooms is None else (rooms,) if isinstance(rooms, str) else rooms:
@@ -111,8 +114,13 @@ class Delivery(Generic[M]):
             yield [member.outbox for member in members[start : start + size]]
 
     async def to_client(self, client_id: str, frame: Frame) -> bool:
-        """Queue a frame for all connections and sessions of a client; tell whether it was queued for one."""
+        """Queue a frame for all connections and sessions of a client; tell whether it was queued for one.
+
+        Raises:
+            MessageEncodeError: It is larger than some clients take.
+        """
         self.check_loop()
+        check_size(frame)
         mailboxes: list[Mailbox] = [one.member.outbox for one in self.registry.of_client(client_id)]
         mailboxes += [session.outbox for session in self._away_of(client_id)]
         offered = [mailbox.offer(frame) for mailbox in mailboxes]

@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.reports import Totals
@@ -326,12 +325,9 @@ class Session(ReplayLog):
         """Answer a request of the client, in its turn among the messages, so that it survives a reconnect.
 
         Raises:
-            MessageEncodeError: The answer cannot be JSON.
+            MessageEncodeError: The answer cannot be JSON that the client reads, or is too large.
         """
-        try:
-            frame = sequenced("reply", data, re=to) if error is None else sequenced("reply", None, re=to, error=error)
-        except ValueError as error_:
-            raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error_}") from error_
+        frame = sequenced("reply", data, re=to) if error is None else sequenced("reply", None, re=to, error=error)
         self.offer(frame)
 
     # ── tokens ──

@@ -32,6 +32,14 @@ def inflate(packed: bytes, limit: int) -> bytes:
     return data
 
 
+def inflated_start(packed: bytes, most: int) -> bytes:
+    """The first bytes of a message that was compressed on its own; none if it is broken."""
+    try:
+        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(packed, most)
+    except zlib.error:
+        return b""
+
+
 def deflate_whole(payload: bytes) -> bytes:
     """Compress one message as a stream of its own, with its end."""
     compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH, check_sent
+from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
 from fastapi_ws_stabilizer.wire.payload import Frame
-from fastapi_ws_stabilizer.wire.v1 import binary_envelope, deflated, envelope
+from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, binary_envelope, deflated, envelope
+
+ALWAYS_FITS: Final = MAX_SENT_BYTES // 8
+"""Bytes of a message whose envelope is never too large: a text takes at most six times as many as a JSON string."""
 
 
 def envelop(frame: Frame) -> Frame:
-    """The `msg` frame for a message, made once for all clients."""
+    """The `msg` frame for a message, made once for all clients.
+
+    Raises:
+        MessageEncodeError: It is larger than clients of `stabilizer.v1.json` take.
+    """
     if frame.is_envelope:
         return frame
     if frame.enveloped is None:
@@ -20,6 +30,16 @@ def envelop(frame: Frame) -> Frame:
         if frame.volatile:  # what is numbered cannot be left out for a newer one
             frame.enveloped.key = frame.key
     return frame.enveloped
+
+
+def check_size(frame: Frame) -> None:
+    """Raise if a message that goes to many is larger than some of them take, before the first one gets it.
+
+    Raises:
+        MessageEncodeError: It is.
+    """
+    if frame.size > ALWAYS_FITS:
+        envelop(frame)
 
 
 def deflate_frame(frame: Frame) -> Frame:
@@ -41,12 +61,20 @@ def sequenced(type_: str, data: Any, **fields: Any) -> Frame:
     """A `msg` or a `reply` for one client alone.
 
     Raises:
-        ValueError: The data cannot be JSON.
+        MessageEncodeError: The data cannot be JSON that the client reads, its event is no name, or it is too large.
     """
-    payload = envelope(type_, data, **fields)
-    if isinstance(payload, bytes):
-        return _as_kept(Frame(payload, binary=True), volatile=False)
-    return _as_kept(Frame(payload.encode("utf-8")), volatile=False)
+    event = fields.get("event")
+    if event is not None and not (isinstance(event, str) and is_name(event)):
+        raise MessageEncodeError(f"an event is a text of {NAME_RULE}")
+    try:
+        payload = envelope(type_, data, **fields)
+        if isinstance(payload, bytes):
+            return _as_kept(_small(Frame(payload, binary=True)), volatile=False)
+        encoded = payload.encode("utf-8")
+        check_sent(encoded, MAX_FRAME_DEPTH)
+    except ValueError as error:
+        raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error}") from error
+    return _as_kept(_small(Frame(encoded)), volatile=False)
 
 
 def _made(frame: Frame) -> Frame:
@@ -56,9 +84,17 @@ def _made(frame: Frame) -> Frame:
     if frame.room is not None:
         head["room"] = frame.room
     if frame.binary:
-        return Frame(binary_envelope(head, frame.payload), binary=True)
+        return _small(Frame(binary_envelope(head, frame.payload), binary=True))
     data = frame.payload if frame.is_json else to_json(frame.text)
-    return Frame(to_json(head)[:-1] + b',"data":' + data + b"}")
+    return _small(Frame(to_json(head)[:-1] + b',"data":' + data + b"}"))
+
+
+def _small(frame: Frame) -> Frame:
+    if frame.size > MAX_SENT_BYTES:
+        raise MessageEncodeError(
+            f"the message takes {frame.size} bytes, and clients take {MAX_SENT_BYTES}: send it in parts"
+        )
+    return frame
 
 
 def _as_kept(frame: Frame, *, volatile: bool) -> Frame:

@@ -10,6 +10,7 @@ from pydantic_core import to_json
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.compression import deflate
 from fastapi_ws_stabilizer.wire.framing import BINARY, TEXT, frame_bytes
+from fastapi_ws_stabilizer.wire.json_text import check_sent
 
 
 class Frame:
@@ -134,7 +135,8 @@ def encode(message: Any, key: Any = None, *, volatile: bool = False) -> Frame:
 
     `str` becomes a text frame as it is, bytes a binary frame, and everything else JSON in a text frame: pydantic
     models, dicts, lists, dataclasses, with datetimes, UUIDs, decimals and enums inside. NaN and infinities, which JSON
-    does not have, become `null`, as in JavaScript.
+    does not have, become `null`, as in JavaScript. JSON that some clients cannot read, for its depth or for a number in
+    it that is larger than a double, cannot be sent.
 
     Args:
         message: What to encode.
@@ -168,8 +170,11 @@ def encode_json(message: Any) -> Frame:
     try:
         if isinstance(message, BaseModel):
             frame = _text(message.model_dump_json())
+            check_sent(frame.payload)
         else:
-            frame = Frame(to_json(message, inf_nan_mode="null"))
+            payload = to_json(message, inf_nan_mode="null")
+            check_sent(payload)
+            frame = Frame(payload)
     except ValueError as error:  # pydantic's errors are ValueErrors, and so is a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
     frame.is_json = True

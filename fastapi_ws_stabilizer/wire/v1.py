@@ -8,14 +8,15 @@ say more; what is malformed is an error, so that nobody guesses.
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Iterable
 from typing import Any, Final
 
 from pydantic_core import to_json
 
-from fastapi_ws_stabilizer.wire.compression import TooMuchError, deflate_whole, inflate
-from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
+from fastapi_ws_stabilizer.wire.compression import TooMuchError, deflate_whole, inflate, inflated_start
+from fastapi_ws_stabilizer.wire.json_text import MAX_DEPTH, BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.names import MAX_NAME_CHARS, NAME_RULE, is_name
 from fastapi_ws_stabilizer.wire.payload import Frame
 
@@ -52,8 +53,8 @@ KIND_DEFLATED: Final = 2
 DEFLATE_CAP: Final = "deflate-raw"
 """What both sides have to list before one may send binary frames of kind 2."""
 
-MAX_INFLATED: Final = 16 * 1024 * 1024
-"""Bytes that a client takes in one compressed frame."""
+MAX_SENT_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of the largest frame that a client takes, compressed or not."""
 
 DEFLATE_FROM: Final = 512
 """Bytes of a text frame from which it is worth compressing."""
@@ -61,6 +62,9 @@ DEFLATE_FROM: Final = 512
 _BINARY_HEAD: Final = struct.Struct(">BH")
 _DEFLATED_HEAD: Final = _BINARY_HEAD.pack(KIND_DEFLATED, 0)
 _DEFLATED: Final = _DEFLATED_HEAD[:1]
+_MESSAGE: Final = bytes([KIND_MESSAGE])
+_HEAD_BYTES: Final = 128
+_numbered: Final = re.compile(r'\s*\{\s*"type"\s*:\s*"(?:msg|reply)"(?!\s*,\s*"volatile"\s*:\s*true)').match
 MAX_META_BYTES: Final = 0xFFFF
 
 
@@ -121,12 +125,13 @@ class Message:
         return to_json(data).decode("utf-8")
 
 
-def parse(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any]:
+def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Read one frame. What a binary one carries is its `data`.
 
     Args:
         raw: What has come in.
         max_inflated: Bytes that a compressed frame may hold; 0 if that was not agreed on.
+        max_depth: Levels that it may have.
 
     Raises:
         BadFrameError: It is none.
@@ -135,10 +140,21 @@ def parse(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any]:
         raw = inflated(raw, max_inflated)
     if isinstance(raw, bytes):
         return _parse_binary(raw)
-    frame = _object(raw)
+    frame = _object(raw, max_depth)
     if not isinstance(frame.get("type"), str):
         raise BadFrameError("a frame needs a type")
     return frame
+
+
+def is_numbered(raw: str | bytes) -> bool:
+    """Whether a frame of a server that cannot be read has a number, as far as its beginning tells."""
+    if isinstance(raw, bytes):
+        if raw[:1] == _DEFLATED:
+            raw = inflated_start(raw[len(_DEFLATED_HEAD) :], _HEAD_BYTES)
+        else:
+            raw = raw[_BINARY_HEAD.size : _BINARY_HEAD.size + _HEAD_BYTES] if raw[:1] == _MESSAGE else b""
+        raw = raw.decode("utf-8", "replace")
+    return _numbered(raw[:_HEAD_BYTES]) is not None
 
 
 def inflated(raw: str | bytes, limit: int) -> str | bytes:
@@ -189,9 +205,9 @@ def _parse_binary(raw: bytes) -> dict[str, Any]:
     return frame
 
 
-def _object(text: str | bytes) -> dict[str, Any]:
+def _object(text: str | bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     try:
-        value: Any = read_json(text)
+        value: Any = read_json(text, max_depth)
     except BadJsonError as problem:
         raise BadFrameError(f"a frame cannot be read: {problem}") from None
     if not isinstance(value, dict):

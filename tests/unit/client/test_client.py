@@ -19,10 +19,12 @@ from fastapi_ws_stabilizer.client import (
     SessionLostError,
     TooLargeError,
     TransportLostError,
+    UnreadableFrameError,
     connect,
 )
 from fastapi_ws_stabilizer.client.backoff import Backoff
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.client.transport import UnreadableMessageError
+from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import FakeLink, Scene, soon, virtually
 
 FINAL_CODES = [1002, 1003, 1007, 1009, 1010, 3003, 4400, 4403, 4404, 4406, 4410, 4418]
@@ -170,18 +172,19 @@ async def test_one_deadline_covers_the_whole_dial() -> None:
     ],
     ids=str,
 )
-def test_a_malformed_welcome_is_final(frame: dict[str, Any]) -> None:
-    """A server that does not keep to the protocol is left for good, with 4400."""
+def test_malformed_welcome_makes_the_client_dial_again(frame: dict[str, Any]) -> None:
+    """The client leaves a connection whose welcome it cannot read with 4412, tells the error, and dials again."""
 
     @virtually
     async def play() -> None:
         async with Scene() as scene:
             await scene.link.welcome(**{"resume": "none", **frame})
-            assert scene.client.state == "closed"
+            assert scene.client.state == "waiting"
             assert scene.link.closed is not None
-            assert scene.link.closed[0] == 4400
-            with pytest.raises(ClosedError):
-                await scene.client.wait_open()
+            assert scene.link.closed[0] == 4412
+            assert [type(error) for error in scene.of("error")] == [UnreadableFrameError]
+            await scene.redialled(2)
+            await scene.opened()
 
     play()
 
@@ -1200,17 +1203,75 @@ async def test_unknown_frames_are_ignored() -> None:
 @pytest.mark.parametrize(
     "frame", ["{", "[]", {"type": "ack"}, {"type": "drain"}, {"type": "msg", "event": 7}, b"\x02\x00\x00", {"type": 7}]
 )
-def test_a_malformed_frame_is_final(frame: Any) -> None:
-    """A server that breaks the protocol is left for good, with 4400."""
+def test_unreadable_frame_is_told_and_skipped(frame: Any) -> None:
+    """A frame that the client cannot read ends nothing: the client tells `on_error`, counts it and goes on."""
 
     @virtually
     async def play() -> None:
         async with Scene() as scene:
             await scene.opened()
             await scene.link.say(frame)
-            assert scene.client.state == "closed"
-            assert scene.link.closed is not None
-            assert scene.link.closed[0] == 4400
+            assert [type(error) for error in scene.of("error")] == [UnreadableFrameError]
+            assert scene.client.unreadable_frames == 1
+            assert (scene.client.state, scene.link.closed) == ("open", None)
+
+    play()
+
+
+@pytest.mark.parametrize(
+    ("frame", "number"),
+    [
+        (f'{{"type":"msg","data":{"[" * 99}{"]" * 99}}}', 1),
+        (f'{{ "type" : "reply","re":"c1","data":{10**400}}}', 1),
+        (json.dumps({"type": "msg", "event": "x" * 300, "data": 1}), 1),
+        (f'{{"type":"msg","volatile":true,"data":{10**400}}}', 0),
+        (b"\x01\x00\x10" + b'{"type":"msg","x', 1),
+        ('{"type":"later","x":NaN}', 0),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_unreadable_frame_keeps_its_number(frame: Any, number: int) -> None:
+    """A sequenced frame that the client cannot read counts, so that the next ping of the server finds no gap."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.opened()
+            await scene.link.say(frame, {"type": "ping", "seq": number})
+            assert scene.link.of("pong")[-1]["ack"] == number
+            assert (scene.client.state, scene.client.unreadable_frames) == ("open", 1)
+
+    play()
+
+
+@virtually
+async def test_message_over_the_clients_size_is_not_final() -> None:
+    """The client dials again after a message that its library refuses, and the third time asks for a new session."""
+    async with Scene() as scene:
+        for dial in (1, 2, 3):
+            await scene.redialled(dial)
+            await scene.link.welcome("full" if dial > 1 else "none")
+            scene.link._incoming.put_nowait(UnreadableMessageError("closed with 1009"))
+            await soon()
+            assert scene.client.state != "closed"
+        await scene.redialled(4)
+        assert "resume" not in scene.link.hello
+        assert [type(error) for error in scene.of("error")] == [UnreadableFrameError] * 3
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_compressed_unreadable_frame_keeps_its_number(compressed: bool) -> None:
+    """A compressed frame that holds too much for the client counts as what its beginning says."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene(deflate=True) as scene:
+            await scene.opened(caps=["deflate-raw"])
+            text = f'{{"type":"msg","data":"{"x" * (17 * 1024 * 1024)}"}}' if compressed else '{"type":"msg","data":}'
+            frame = deflated(text) if compressed else text
+            assert frame is not None
+            await scene.link.say(frame, {"type": "ping", "seq": 1})
+            assert scene.link.of("pong")[-1]["ack"] == 1
 
     play()
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 from fastapi import HTTPException, WebSocketException
+from pydantic import BaseModel
 from starlette.websockets import WebSocket
 
 from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, RequestError, SessionLostError, TooLargeError
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import MessageEncodeError
 from tests.simulation.network import Link, Network
 from tests.unit.client.fake_link import virtually
 from tests.unit.fake_websocket import with_deadline
-from tests.unit.routing.stage import Stage
+from tests.unit.routing.stage import Peer, Stage
 
 
 class Even(random.Random):
@@ -299,3 +301,83 @@ async def test_credentials_are_renewed_without_a_reconnect() -> None:
             await asyncio.sleep(35)
             assert client.dials == 1
             assert shown == [f"credential {number}" for number in range(5)]
+
+
+# ── what one client says does not end another ──
+
+
+def nested(levels: int) -> Any:
+    """A value of so many lists inside each other."""
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def largest() -> list[Any]:
+    """What a client may send and an application may pass on, at its limits."""
+    texts = ["\x00" * 100, "\u2028\x7f", '"\\', "NaN", "]" * 200, "9" * 400]
+    return [nested(63), {"a": {"b": {"c": nested(60)}}}, 1.7e308, -(2**1023), *texts, [[]] * 500]
+
+
+@virtually
+async def test_relayed_data_of_a_client_ends_no_other_client() -> None:
+    """Each value that a client may send arrives at the other clients when a handler passes it on in its own object."""
+    async with World() as world, world.client() as client:
+
+        @world.manager.on_message("say")
+        async def say(ws: StableSocket, data: Any) -> None:
+            await world.manager.broadcast({"from": "x", "said": {"data": data}})
+
+        line = await Peer(world, "stranger").dial()
+        for number, value in enumerate(largest(), 1):
+            await line.message("say", value, first=number)
+        await asyncio.sleep(1)
+        assert [one["said"]["data"] for one in world.received] == largest()
+        assert (client.state, client.unreadable_frames) == ("open", 0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(80), 10**400, [-(10**309)], "x" * (17 * 1024 * 1024), {"a": float("inf")}],
+    ids=["deep", "large int", "small int", "long", "infinity"],
+)
+def test_value_that_clients_cannot_read_raises_at_the_sender(value: Any) -> None:
+    """Each way to send raises `MessageEncodeError` at its caller for such a value, and all clients stay."""
+
+    @virtually
+    async def play() -> None:
+        async with World() as world, world.client() as client:
+            manager, socket = world.manager, world.socket()
+            await socket.join("lobby")
+
+            class Odd(BaseModel, ser_json_inf_nan="constants"):
+                value: Any
+
+            message = Odd(value=value) if isinstance(value, dict) else value
+            ways = [
+                manager.broadcast,
+                manager.room("lobby").send,
+                lambda message: manager.send_to_client("ann", message),
+                socket.send,
+                socket.send_json,
+                lambda message: socket.request("ask", message),
+            ]
+            for way in ways:
+                with pytest.raises(MessageEncodeError):
+                    await way(message)
+            await manager.broadcast("fine")
+            await asyncio.sleep(1)
+            assert (world.received, client.state, client.unreadable_frames) == (["fine"], "open", 0)
+
+    play()
+
+
+@virtually
+async def test_request_event_that_is_no_name_raises_at_the_sender() -> None:
+    """`ws.request` refuses an event that the client could not read."""
+    async with World() as world, world.client() as client:
+        for event in ("x" * 300, "a\nb"):
+            with pytest.raises(MessageEncodeError, match="event"):
+                await world.socket().request(event)
+        assert client.state == "open"

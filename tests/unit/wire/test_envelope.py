@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire import envelope as envelope_module
-from fastapi_ws_stabilizer.wire.envelope import again, envelop, sequenced
+from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, again, check_size, envelop, sequenced
 from fastapi_ws_stabilizer.wire.payload import Frame, encode
-from fastapi_ws_stabilizer.wire.v1 import Message, message_of, parse
+from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, Message, message_of, parse
 
 
 class Chat(BaseModel):
@@ -137,3 +138,27 @@ def test_what_cannot_be_json_is_no_reply() -> None:
     """Data that cannot be encoded raises `ValueError`."""
     with pytest.raises(ValueError, match="serialize"):
         sequenced("reply", object(), re="c1")
+
+
+@pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
+def test_request_with_a_wrong_event_raises(event: Any) -> None:
+    """An event that clients cannot read raises at the sender."""
+    with pytest.raises(MessageEncodeError, match="an event is a text"):
+        sequenced("msg", None, event=event, id="1")
+
+
+@pytest.mark.parametrize("data", [10**400, "x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\ud800", object()])
+def test_reply_that_clients_cannot_read_raises(data: Any) -> None:
+    """A reply beyond the limits of the clients raises at the sender."""
+    with pytest.raises(MessageEncodeError):
+        sequenced("reply", data, re="c1")
+
+
+@pytest.mark.parametrize("message", ["x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\x00" * (MAX_SENT_BYTES // 6)])
+def test_message_that_grows_over_the_limit_raises(message: Any) -> None:
+    """A message whose envelope is larger than clients take raises, and one that just fits does not."""
+    frame = encode(message)
+    with pytest.raises(MessageEncodeError, match="send it in parts"):
+        check_size(frame)
+    check_size(encode(message[: -len(message) // 100]))
+    assert encode(b"x" * ALWAYS_FITS).size == ALWAYS_FITS

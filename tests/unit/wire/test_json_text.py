@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import from_json
 
-from fastapi_ws_stabilizer.wire.json_text import MAX_DEPTH, MAX_NUMBER, BadJsonError, check_json, read_json
+from fastapi_ws_stabilizer.wire.json_text import (
+    MAX_DEPTH,
+    MAX_FRAME_DEPTH,
+    MAX_NUMBER,
+    MAX_SENT_DEPTH,
+    BadJsonError,
+    check_json,
+    check_sent,
+    read_json,
+)
 
 MIB = 1 << 20
 
@@ -42,6 +51,42 @@ def test_values_may_be_nested_to_a_limit(nested: Any, read: Any) -> None:
     read(nested(MAX_DEPTH))
     with pytest.raises(BadJsonError, match=f"nested deeper than {MAX_DEPTH} levels"):
         read(nested(MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize("nested", [lists, objects])
+@pytest.mark.parametrize("around", ["%s", '["]][[{",%s]', "[[],%s,{}]"])
+def test_sent_json_may_be_nested_to_a_limit(nested: Any, around: str) -> None:
+    """What the server sends may be nested to `MAX_SENT_DEPTH` levels, whatever stands beside the deepest one."""
+    outer = 0 if around == "%s" else 1
+    check_sent((around % nested(MAX_SENT_DEPTH - outer)).encode())
+    with pytest.raises(BadJsonError, match=f"nested deeper than {MAX_SENT_DEPTH} levels"):
+        check_sent((around % nested(MAX_SENT_DEPTH - outer + 1)).encode())
+
+
+def test_sent_json_may_be_deeper_than_received_json() -> None:
+    """An application can put what a client has said into objects of its own, and each client reads the frame."""
+    assert MAX_DEPTH < MAX_SENT_DEPTH < MAX_FRAME_DEPTH
+    read_json(lists(MAX_FRAME_DEPTH), MAX_FRAME_DEPTH)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**309), [{"x": 2**1024}], "Infinity is a word", "NaN", 1.7e308, 2**1023]
+)
+def test_sent_numbers_are_doubles(value: Any) -> None:
+    """A number beyond the largest double cannot be sent; words and the largest doubles can."""
+    text = json.dumps(value).encode()
+    if isinstance(value, (str, float)) or value == 2**1023:
+        check_sent(text)
+    else:
+        with pytest.raises(BadJsonError, match="a number in it is beyond"):
+            check_sent(text)
+
+
+def test_sent_json_has_no_nan() -> None:
+    """A NaN or an infinity, as a pydantic model may write it, cannot be sent."""
+    for text in (b"[NaN]", b'{"x":Infinity}', b"-Infinity"):
+        with pytest.raises(BadJsonError):
+            check_sent(text)
 
 
 @pytest.mark.parametrize("depth", [199, 200, 201, 202, 5000, MIB])

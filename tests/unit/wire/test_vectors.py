@@ -29,6 +29,7 @@ from fastapi_ws_stabilizer.wire.v1 import (
     parse,
 )
 from tests.simulation.virtual_time import run_virtually
+from tests.unit.client.fake_link import Scene, virtually
 from tests.unit.fake_websocket import FakeServer, with_deadline
 
 VECTORS = Path(__file__).parents[2] / "vectors"
@@ -89,10 +90,31 @@ def test_a_valid_frame_is_read(vector: dict[str, Any]) -> None:
 
 @by_name([vector for vector in FRAMES if not vector["valid"]])
 def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
-    """What the vectors call malformed is, and leads to the close code that they name."""
+    """What the vectors call malformed is, and that of a client leads to the close code that they name."""
     with pytest.raises(BadFrameError) as caught:
         read(vector["direction"], wire_of(vector))
-    assert caught.value.code == vector["close_code"]
+    if vector["direction"] == "client":
+        assert caught.value.code == vector["close_code"]
+
+
+@by_name([vector for vector in FRAMES if not vector["valid"] and vector["direction"] == "server"])
+def test_invalid_frame_of_a_server_does_not_end_the_client(vector: dict[str, Any]) -> None:
+    """The client leaves the frame out and goes on, or asks for a resynchronisation where it was the welcome."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            if "close_code" not in vector:
+                await scene.opened()
+            await scene.link.say(wire_of(vector))
+            assert scene.client.unreadable_frames == 1
+            if "close_code" in vector:
+                assert scene.link.closed is not None
+                assert (scene.client.state, scene.link.closed[0]) == ("waiting", vector["close_code"])
+            else:
+                assert (scene.client.state, scene.link.closed) == ("open", None)
+
+    play()
 
 
 @by_name([vector for vector in FRAMES if vector["valid"] and vector["frame"]["type"] in ("msg", "reply")])
