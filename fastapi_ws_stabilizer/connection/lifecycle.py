@@ -58,7 +58,6 @@ class Connection(Successor):
         "_pump",
         "_tied",
         "bad_messages",
-        "begun",
         "control_frames",
         "credential",
         "hooks_wanted",
@@ -103,7 +102,7 @@ class Connection(Successor):
         self._hooks_done = Latch()
         self.restored = ResumeOutcome.NONE
         self.before = ()
-        self.begun = False  # whether the connect or resume hooks have begun
+        self.begun = False
         self.inherits = False  # whether it has got what a plain connection before it has left
         self.told_of_session_end = False
         self.ending: Ending | None = None
@@ -248,13 +247,8 @@ class Connection(Successor):
         return self._finished.future
 
     async def wait_for_hooks(self) -> None:
-        """Wait until the disconnect hooks have run, as long as they may take. Cancelling is safe."""
+        """Wait until the hooks for its end have run, as long as they may take. Cancelling is safe."""
         await wait_for_all([self._hooks_done.future], 3 * self.config.disconnect_grace + LINGER)
-
-    @property
-    def hooks_done(self) -> bool:
-        """Whether its disconnect hooks have run, if there was something to tell them."""
-        return self._hooks_done.is_set
 
     async def wait_over(self) -> Ending:
         """Wait for the ending. Cancelling is safe."""
@@ -269,8 +263,8 @@ class Connection(Successor):
             await self._attempt_async(self.wait_for_those_before)
             async with self._parts.cleanups:
                 await self._attempt_async(self.run_disconnect_hooks)
-                self._hooks_done.set()
                 await self._attempt_async(self._parts.session_over, self)
+                self._hooks_done.set()
             await self._attempt_async(self._wait_for_endpoint, until)
             await self._attempt_async(self._wait_for_flush)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.conversation import Conversation
@@ -15,13 +16,20 @@ from fastapi_ws_stabilizer.tasks import Latch, wait_for_all, wait_for_first
 class Successor(Metered):
     """A connection that may have others before it, which are still busy for what is its own now."""
 
-    __slots__ = ("_finished", "_hooks_done", "before", "endpoint")
+    __slots__ = ("_finished", "_hooks_done", "before", "begun", "endpoint")
 
     _finished: Latch
     _hooks_done: Latch
     before: tuple[Successor, ...]
     """Those that are still busy for what is ours now."""
+    begun: bool
+    """Whether the connect or resume hooks have begun."""
     endpoint: Endpoint
+
+    @property
+    def hooks_done(self) -> bool:
+        """Whether the hooks for its end have run, if there was something to tell them."""
+        return self._hooks_done.is_set
 
     @property
     def is_finished(self) -> bool:
@@ -50,6 +58,15 @@ class Successor(Metered):
     def follow(self, last: Successor) -> None:
         """Nothing is done here until everything is done there, and where that one waits for in its turn."""
         self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
+
+    def wait_for_hooks_of(self, ended: Iterable[Successor]) -> None:
+        """Begin no hook here before the hooks for the end of these connections of the same client have run.
+
+        A connection whose connect hooks never began has none to wait for.
+        """
+        more = tuple(one for one in ended if one.begun and not one.hooks_done and one not in self.before)
+        if more:
+            self.before += more
 
     async def wait_for_those_before(self) -> None:
         """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""

@@ -19,6 +19,7 @@ class Endings:
 
     def __init__(self) -> None:
         self._connections: OrderedDict[str, Connection] = OrderedDict()
+        self._by_client: dict[str, dict[str, Connection]] = {}
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -26,10 +27,20 @@ class Endings:
     def begun(self, connection: Connection) -> None:
         """A connection has begun to end."""
         self._connections[connection.connection_id] = connection
+        self._by_client.setdefault(connection.client_id, {})[connection.connection_id] = connection
 
     def over(self, connection: Connection) -> None:
         """Everything is done for a connection."""
-        self._connections.pop(connection.connection_id, None)
+        if self._connections.pop(connection.connection_id, None) is None:
+            return
+        of_client = self._by_client[connection.client_id]
+        del of_client[connection.connection_id]
+        if not of_client:
+            del self._by_client[connection.client_id]
+
+    def of_client(self, client_id: str) -> list[Connection]:
+        """Return the connections of a client whose end is not done, the one that ended first comes first."""
+        return list(self._by_client.get(client_id, {}).values())
 
     def hurry(self, max_connections: int | None) -> None:
         """Let nobody's grace be a reason to keep others out: cut the longest one short, if there are many."""

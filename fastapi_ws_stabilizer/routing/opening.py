@@ -18,6 +18,7 @@ from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.server_side import LINGER
 from fastapi_ws_stabilizer.connection.socket import Services, StableSocket
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -362,8 +363,13 @@ class Opening(Leaving, Services):
             self.resumption.restore(connection, plain[-1] if plain else None)
         if policy is not DuplicatePolicy.ALLOW:
             self._replace(older, connection.client_id, session)
+            # An application that keeps a list of the clients that are online hears "gone" before it hears "come".
+            connection.wait_for_hooks_of(self._ending.of_client(connection.client_id))
         try:
             await connection.wait_for_those_before()
+            if policy is not DuplicatePolicy.ALLOW:
+                patience = self._config.disconnect_grace + LINGER
+                await self.resumption.wait_for_ends_of(connection.client_id, patience)
             if connection.ending is None:
                 with connection.endpoint.busy():
                     await self._begin_hooks(connection, session)

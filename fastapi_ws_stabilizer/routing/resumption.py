@@ -65,6 +65,7 @@ class Resumption:
         self._enabled = config.enable_reconnect
         self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
+        self._ends_of: dict[str, set[asyncio.Task[None]]] = {}  # by client id, as long as they run
         self._slots = asyncio.Semaphore(config.max_concurrent_cleanup)
         self._timer: asyncio.TimerHandle | None = None
         # What is told later must not carry the context variables of the connection that happened to end before.
@@ -285,7 +286,21 @@ class Resumption:
     def _tell_soon(self, face: StableSocket, reason: DisconnectReason | None) -> None:
         """Tell the hooks for the end of a session, a few at a time."""
         context = self._context.copy()
-        self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}", context=context)
+        task = self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}", context=context)
+        client_id = face.client_id
+        self._ends_of.setdefault(client_id, set()).add(task)
+        task.add_done_callback(lambda done: self._told(client_id, done))
+
+    def _told(self, client_id: str, task: asyncio.Task[None]) -> None:
+        running = self._ends_of[client_id]
+        running.discard(task)
+        if not running:
+            del self._ends_of[client_id]
+
+    async def wait_for_ends_of(self, client_id: str, patience: float) -> None:
+        """Wait until no hook for the end of a session of this client runs, as long as that. Cancelling is safe."""
+        if running := self._ends_of.get(client_id):
+            await wait_for_all(list(running), patience)
 
     async def _tell(self, face: StableSocket, reason: DisconnectReason | None) -> None:
         await face._connection.wait_for_hooks()

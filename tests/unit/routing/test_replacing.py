@@ -1,0 +1,172 @@
+"""Tests of the order of hooks when one client id connects again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from tests.unit.client.fake_link import soon, virtually
+from tests.unit.fake_websocket import FakeServer
+from tests.unit.routing.stage import Peer, Stage
+
+REPLACED = [
+    "connect ann",
+    "disconnect ann replaced",
+    "disconnect hook done",
+    "session_end ann replaced",
+    "connect ann",
+]
+
+
+def hold_disconnect_hooks(stage: Stage) -> None:
+    """Make the disconnect hooks wait for the gate of the stage."""
+
+    @stage.manager.on_disconnect
+    async def slow(ws: StableSocket) -> None:
+        await stage.gate.wait()
+        stage.events.append("disconnect hook done")
+
+
+async def manual_endpoint(stage: Stage, server: FakeServer) -> None:
+    """An endpoint that accepts and connects its WebSocket by itself."""
+    websocket = await server.accepted()
+    socket = await stage.manager.connect("ann", websocket)
+    await socket.wait_closed()
+
+
+async def dial(stage: Stage, kind: str, tasks: list[asyncio.Task[None]]) -> None:
+    """Open one more connection of the same client id."""
+    if kind == "v1":
+        await Peer(stage).dial()
+    elif kind == "manual":
+        task = asyncio.ensure_future(manual_endpoint(stage, FakeServer()))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        tasks.append(task)
+    else:
+        stage.plain()
+    await soon()
+
+
+kinds = pytest.mark.parametrize("kind", ["plain", "v1", "manual"])
+
+
+@kinds
+@virtually
+async def test_replacement_waits_for_disconnect_hook_of_old(kind: str) -> None:
+    """`on_connect` of a connection begins after `on_disconnect` of the connection that it replaces has returned."""
+    async with Stage() as stage:
+        tasks: list[asyncio.Task[None]] = []
+        hold_disconnect_hooks(stage)
+        await dial(stage, kind, tasks)
+        await dial(stage, kind, tasks)
+        await asyncio.sleep(5)
+        assert stage.events == ["connect ann", "disconnect ann replaced"]
+        stage.gate.set()
+        await soon()
+        assert stage.events == REPLACED
+
+
+@kinds
+@virtually
+async def test_hanging_disconnect_hook_holds_replacement_for_its_limit(kind: str) -> None:
+    """A disconnect hook that never returns delays the next connection by `disconnect_grace` and no more."""
+    async with Stage(disconnect_grace=2) as stage:
+        tasks: list[asyncio.Task[None]] = []
+        hold_disconnect_hooks(stage)
+        await dial(stage, kind, tasks)
+        await dial(stage, kind, tasks)
+        await asyncio.sleep(2.5)
+        assert stage.events.count("connect ann") == 2
+
+
+@pytest.mark.parametrize("policy", ["replace", "reject"])
+@virtually
+async def test_reconnect_waits_for_disconnect_hook_of_lost_connection(policy: str) -> None:
+    """A connection that broke before the client is back is told as gone before the next one is told as come."""
+    async with Stage(on_duplicate=policy) as stage:
+        hold_disconnect_hooks(stage)
+        line = stage.plain()
+        await soon()
+        await line.leaves()
+        stage.plain()
+        await soon()
+        assert stage.events == ["connect ann", "disconnect ann network_lost"]
+        stage.gate.set()
+        await soon()
+        assert stage.events[-2:] == ["session_end ann network_lost", "connect ann"]
+
+
+@virtually
+async def test_allowed_duplicates_do_not_wait_for_each_other() -> None:
+    """With `on_duplicate="allow"` the connections of a client are independent: none waits for hooks of another."""
+    async with Stage(on_duplicate="allow") as stage:
+        hold_disconnect_hooks(stage)
+        line = stage.plain()
+        await soon()
+        await line.leaves()
+        stage.plain()
+        await soon()
+        assert stage.events[-1] == "connect ann"
+
+
+@virtually
+async def test_connection_replaced_while_it_waits_runs_no_hooks() -> None:
+    """A connection that is replaced before its `on_connect` began gets no hooks; the last one gets `on_connect`."""
+    async with Stage() as stage:
+        hold_disconnect_hooks(stage)
+        for _ in range(4):
+            stage.plain()
+            await soon()
+        stage.gate.set()
+        await soon()
+        assert stage.events == REPLACED
+
+
+@virtually
+async def test_other_clients_do_not_wait_for_disconnect_hooks() -> None:
+    """A disconnect hook that takes long delays the same client id alone."""
+    async with Stage() as stage:
+        hold_disconnect_hooks(stage)
+        stage.plain()
+        await soon()
+        stage.plain()
+        stage.plain("bob")
+        await soon()
+        assert "connect bob" in stage.events
+
+
+@virtually
+async def test_client_that_leaves_while_it_waits_runs_no_hooks() -> None:
+    """A client that goes while its connection waits for the one before leaves nothing behind."""
+    async with Stage() as stage:
+        hold_disconnect_hooks(stage)
+        stage.plain()
+        await soon()
+        line: Any = stage.plain()
+        await soon()
+        await line.leaves()
+        stage.gate.set()
+        await soon()
+        assert stage.events == REPLACED[:-1]
+        assert stage.manager.get_connection_count() == 0
+
+
+@virtually
+async def test_new_session_waits_for_session_end_hook_of_detached_one() -> None:
+    """`on_session_end` of a detached session that a new one replaces has returned before `on_connect` begins."""
+    async with Stage() as stage:
+
+        @stage.manager.on_session_end
+        async def slow(ws: StableSocket) -> None:
+            await stage.gate.wait()
+            stage.events.append("session end hook done")
+
+        await (await Peer(stage).dial()).leaves()
+        await Peer(stage).dial()
+        assert stage.events[-1] == "session_end ann replaced"
+        stage.gate.set()
+        await soon()
+        assert stage.events[-2:] == ["session end hook done", "connect ann"]
