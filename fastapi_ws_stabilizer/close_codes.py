@@ -17,6 +17,9 @@ SESSION_OVER: Final = 4410
 SUPERSEDED: Final = 4409
 """Its place is taken: a client that gets it gives its session up."""
 
+DETACHED: Final = 4000
+"""A client of `stabilizer.v1.json` leaves with it and will be back: it was asked to, or its page goes to sleep."""
+
 NO_STATUS: Final = 1005
 ABNORMAL: Final = 1006
 UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
@@ -150,6 +153,14 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
         reason = DisconnectReason.NETWORK_LOST
         code = ABNORMAL if code == NO_STATUS else code
     return Ending(reason, code, cut_reason(text or ""), by_peer=True)
+
+
+def detaches(how: Ending) -> bool:
+    """Whether a client has left with the code by which it says that it will be back.
+
+    hypercorn keeps the codes of clients to itself.
+    """
+    return how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
 
 
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})

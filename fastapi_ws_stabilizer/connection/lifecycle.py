@@ -24,7 +24,7 @@ from typing import Any, Final
 from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, detaches, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
@@ -190,6 +190,9 @@ class Connection(Successor):
             return False
         if self.conversation is not None and how.code == 1000 and not how.by_peer:
             how = replace(how, code=SESSION_OVER)  # 1000 also comes from proxies, and is no reason to stay away
+        asked = self._parts.asked_to_leave.pop(self.connection_id, None)
+        if asked is not None and detaches(how):  # it did what we asked for: its application has not closed it
+            how = replace(how, reason=asked)
         self.ending = how
         attempt = self.attempt
         attempt(self._parts.left, self)

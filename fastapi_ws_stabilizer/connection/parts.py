@@ -48,9 +48,11 @@ class Parts:
         cleanups: How many may run their disconnect hooks at the same time.
         loop: The event loop of all connections.
         watches_input: Whether anybody wants to know of each message that comes in. Most often nobody does.
+        asked_to_leave: The open connections whose clients were asked to leave, by id, and the reason.
     """
 
     __slots__ = (
+        "asked_to_leave",
         "cleanups",
         "config",
         "disconnected",
@@ -120,4 +122,5 @@ class Parts:
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
         self.writers = Writers(tasks, Slots(config.max_concurrent_broadcast), Slots(config.max_concurrent_cleanup))
+        self.asked_to_leave: dict[str, DisconnectReason] = {}
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

@@ -171,18 +171,20 @@ class SendingHalf(abc.ABC):
         """Send a control frame, before what is queued."""
         self.outbox.put_urgent(frame)
 
-    def ask_to_leave(self, after: float, within: float, why: str) -> bool:
+    def ask_to_leave(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask the client to leave by itself, and to come back; `False` if it knows no such request.
 
         Args:
             after: Seconds until it is to leave.
             within: Seconds until it is closed if it has not left.
-            why: Why, for its log.
+            why: The reason with which its connection ends when it leaves.
         """
         if self.conversation is None:
             return False
         milliseconds = {"after": round(after * 1000), "within": round(within * 1000)}
-        self.answer(control("drain", **milliseconds, why=why))
+        self._parts.asked_to_leave[self.connection_id] = why
+        word = "restart" if why is DisconnectReason.SERVER_SHUTDOWN else why.value
+        self.answer(control("drain", **milliseconds, why=word))
         return True
 
     def was_used(self) -> bool:

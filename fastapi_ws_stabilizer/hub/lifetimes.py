@@ -111,7 +111,7 @@ class Lifetimes:
     def _look(self, term: Term, member: Member, now: float) -> None:
         """Look at a connection, and say in `due` when to look again."""
         if now >= term.ends:
-            if term.asked or not member.ask_to_leave(0.0, self._lead, "lifetime"):
+            if term.asked or not member.ask_to_leave(0.0, self._lead, DisconnectReason.LIFETIME):
                 member.end(DisconnectReason.LIFETIME)
                 return
             term.asked = True

@@ -92,7 +92,7 @@ class Member(Protocol):
     def was_used(self) -> bool:
         """Whether it has carried a message, either way, since this was asked last."""
 
-    def ask_to_leave(self, after: float, within: float, why: str) -> bool:
+    def ask_to_leave(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask its client to leave by itself after some seconds, and come back; `False` if it cannot be asked."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:

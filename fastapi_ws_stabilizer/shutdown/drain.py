@@ -103,7 +103,7 @@ class Drain:
         moments = []
         for number, connection in enumerate(everyone):
             after = step * (number + 0.5)
-            if connection.ask_to_leave(after, after + LEAVES_BY_ITSELF, "restart"):
+            if connection.ask_to_leave(after, after + LEAVES_BY_ITSELF, DisconnectReason.SERVER_SHUTDOWN):
                 after += LEAVES_BY_ITSELF
             moments.append((after, connection))
             if hold.held_long():

@@ -16,6 +16,7 @@ from fastapi_ws_stabilizer import WebSocketConnectionManager as Manager
 
 manager = Manager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
 counts = {"hooks": 0, "clean-ups": 0}
+reasons: list[str] = []
 ended_at: list[float] = []
 """When the end of each connection was told, on the clock that all processes share."""
 
@@ -25,6 +26,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with manager.lifespan(app) as state:
         yield state
     print("LIFESPAN over", json.dumps(counts), flush=True)
+    print("REASONS", json.dumps(reasons), flush=True)
     print("ENDED AT", json.dumps(ended_at), flush=True)
 
 
@@ -36,6 +38,14 @@ app.include_router(stats_router, prefix="/ws-stats")
 async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
     counts["hooks"] += 1
     ended_at.append(time.monotonic())
+    if len(reasons) < 10:
+        reasons.append(f"{ws.client_id} {reason.value}")
+
+
+@manager.on_session_end
+async def session_over(ws: StableSocket, reason: DisconnectReason) -> None:
+    if len(reasons) < 10:
+        reasons.append(f"{ws.client_id} session {reason.value}")
 
 
 @manager.reports.subscribe

@@ -101,6 +101,23 @@ async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind:
     assert not server.errors()
 
 
+@pytest.mark.parametrize("kind", [*UVICORN, "hypercorn"])
+async def test_drain_reason_reaches_hooks_of_every_kind_of_client(serve: Serve, kind: str) -> None:
+    """At SIGTERM a client that is asked to leave and a plain one both have the reason `server_shutdown`."""
+    server = serve(kind, app=APP, config={"drain_window": 0.5})
+    async with Client(server.url("/ws/session")), connect(server.url("/ws/plain")) as plain:
+        await plain.send('{"type":"say","message":1}')
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(server.process.wait, 10)
+    told = json.loads(re.findall(r"REASONS (.*)", server.log)[-1])
+    assert sorted(told) == [
+        "plain server_shutdown",
+        "plain session server_shutdown",
+        "session server_shutdown",
+        "session session server_shutdown",
+    ]
+
+
 @pytest.mark.parametrize(
     ("runner", "processes"),
     [

@@ -79,6 +79,16 @@ async def test_our_client_comes_back_unnoticed() -> None:
         assert world.gaps == []
 
 
+@virtually
+async def test_client_that_leaves_as_asked_has_reason_lifetime() -> None:
+    """A client that leaves because `max_lifetime` is over has the reason `lifetime` in hooks and counters."""
+    async with World(max_lifetime=20) as world, world.client() as client:
+        while client.dials < 3:
+            await asyncio.sleep(1)
+        gone = [event for event in world.events if event.startswith("disconnect")]
+        assert gone[:2] == ["disconnect ann lifetime"] * 2
+
+
 # ── idleness ──
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Peer, Stage
@@ -176,3 +178,44 @@ async def test_who_leaves_by_itself_is_not_waited_for() -> None:
         await line.leaves(4000)
         await draining
         assert loop.time() - since < 0.3
+
+
+@virtually
+async def test_client_that_leaves_as_asked_has_reason_server_shutdown() -> None:
+    """A client that leaves with 4000 because a drain asked it to is told, counted and ended as `server_shutdown`."""
+    async with Stage(drain_window=2) as stage:
+        line = await Peer(stage).dial()
+        draining = asyncio.ensure_future(stage.manager.drain(10))
+        await soon()
+        await line.leaves(4000)
+        await draining
+        await stage.manager.graceful_shutdown(1)
+        assert stage.events[1:] == ["disconnect ann server_shutdown", "session_end ann server_shutdown"]
+        endings = {reason.value: count for reason, count in stage.manager.totals.endings.items()}
+        assert endings == {"server_shutdown": 1}
+        assert line.socket is not None
+        assert line.socket.ending is not None
+        assert (line.socket.ending.code, line.socket.ending.by_peer) == (4000, True)
+
+
+@pytest.mark.parametrize(("code", "reason"), [(1000, "client_close"), (4321, "client_close"), (1006, "network_lost")])
+@virtually
+async def test_client_that_ends_otherwise_during_drain_keeps_its_reason(code: int, reason: str) -> None:
+    """A client that says goodbye, closes with its own code or is lost while a drain waits for it has that reason."""
+    async with Stage(drain_window=2) as stage:
+        line = await Peer(stage).dial()
+        draining = asyncio.ensure_future(stage.manager.drain(10))
+        await soon()
+        await line.leaves(code)
+        await draining
+        assert stage.events[1] == f"disconnect ann {reason}"
+
+
+@virtually
+async def test_client_that_leaves_unasked_has_reason_client_close() -> None:
+    """4000 from a client that was not asked to leave stays `client_close`, and its session goes on."""
+    async with Stage() as stage:
+        peer = Peer(stage)
+        await (await peer.dial()).leaves(4000)
+        assert stage.events[1] == "disconnect ann client_close"
+        assert (await peer.dial()).outcome == "full"
