@@ -5,7 +5,7 @@ Numbers below 3000 are RFC 6455 section 7.4.1 and the IANA registry; 4000 + an H
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
@@ -104,12 +104,14 @@ class Ending:
         code: Close code as it was sent or received; 1005 and 1006 where there was none on the wire.
         text: Close reason as it was sent or received, at most 123 bytes.
         by_peer: Whether the client, the network or the server in front of us ended it, so that nothing can be sent.
+        rooms: The rooms that it was in.
     """
 
     reason: DisconnectReason
     code: int
     text: str = ""
     by_peer: bool = False
+    rooms: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def rule(self) -> EndingRule:

@@ -33,7 +33,7 @@ class Services(Protocol):
         """Take a connection out of a room."""
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """The rooms that a connection is in."""
+        """The rooms that a connection is in, or was in when it ended."""
 
     def history(self, connection: Connection, room: str, count: int) -> None:
         """Send the last messages of a room to a connection."""
@@ -234,7 +234,10 @@ class StableSocket(SocketFacts):
 
     @property
     def rooms(self) -> tuple[str, ...]:
-        """The rooms that this connection is in, in the order in which it joined them."""
+        """The rooms that this connection is in, in the order in which it joined them.
+
+        After its end they are those that it was in then. Those of a session are live until that ends.
+        """
         return self._services.rooms_of(self._connection)
 
     # ── sending ──

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import anyio
 from fastapi import WebSocketException
@@ -92,6 +93,7 @@ class Leaving:
         """A connection has begun to end: it is found nowhere any more. Each step is taken whatever the others raise."""
         attempt = connection.attempt
         attempt(self._ending.begun, connection)
+        attempt(self._keep_rooms, connection)
         if connection.place is not None:
             attempt(connection.place.leave)
         attempt(self.heartbeat.remove, connection)
@@ -102,6 +104,11 @@ class Leaving:
             connection.remains = Remains(connection)
             attempt(self.ledger.has_ended, connection.remains)
         attempt(connection.face._let_go)
+
+    def _keep_rooms(self, connection: Connection) -> None:
+        """Keep the names of its rooms, since it is in none of them when its hooks ask."""
+        if connection.ending is not None and (rooms := self.delivery.rooms.of(connection.member)):
+            connection.ending = replace(connection.ending, rooms=rooms)
 
     def _finished(self, connection: Connection) -> None:
         self.unfinished.discard(connection)

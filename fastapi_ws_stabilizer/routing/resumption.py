@@ -11,6 +11,7 @@ import contextvars
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from fastapi import WebSocket
 
@@ -161,6 +162,8 @@ class Resumption:
 
     def _session_ended(self, session: Session, how: Ending) -> None:
         """A session is over: with its connection, or because its client has not come back."""
+        if session.over is not None and (rooms := self._delivery.rooms.of(session)):  # type: ignore[arg-type]
+            session.over = replace(session.over, rooms=rooms)
         self._delivery.end_session(session)  # type: ignore[arg-type]
         last: Connection | None = session.predecessor
         if last is not None and (last.is_finished or how.reason is DisconnectReason.MEMORY):

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi_ws_stabilizer.close_codes import Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
@@ -131,8 +132,9 @@ class Serving(Opening):
         return self.delivery.leave(connection.member, room)
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """The rooms that a connection is in."""
-        return self.delivery.rooms.of(connection.member)
+        """The rooms that a connection, or its session, is in, or was in when it ended."""
+        ended: Ending | None = connection.member.ending
+        return self.delivery.rooms.of(connection.member) if ended is None else ended.rooms
 
     def history(self, connection: Connection, room: str, count: int) -> None:
         """Send the last messages of a room to a connection."""
