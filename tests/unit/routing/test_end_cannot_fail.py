@@ -101,6 +101,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
+    "_keep_rooms": (Leaving,),
     "_keep": (Resumption,),
     "_leave_presence": (Resumption,),
     "_what_is_left": (Resumption,),
@@ -112,6 +113,7 @@ SAFE = {
     *("set", "set_result", "done", "max", "min", "wait_for_all", "ends_session", "give_up", "pending", "_discarded"),
     *("take_turn", "Remains", "isinstance", "_cancel_endpoint", "_close", "is_expected", "_forget", "_arm"),
     *("goes_away", "_end_outbox", "_leave_rooms", "stop_sending", "disconnected", "finished", "uncount", "detach"),
+    *("pop", "detaches"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
 step which is made to raise as a whole."""
