@@ -15,6 +15,10 @@ import pytest
 import pytest_asyncio
 from websockets.asyncio.client import ClientConnection, connect
 
+from fastapi_ws_stabilizer.client import connect as connect_client
+from tests.live.cutting_proxy import CuttingProxy
+from tests.live.server import until
+
 pytestmark = pytest.mark.live
 
 ROOT = Path(__file__).parents[2]
@@ -58,38 +62,67 @@ async def hear(client: ClientConnection, *kinds: str) -> Any:
     return await asyncio.wait_for(next_of_them(), DEADLINE)
 
 
-async def test_what_one_says_both_hear_and_who_is_killed_is_missed(address: str) -> None:
-    """Two tabs called Ann are both here; both hear what one says; when one is killed the other is told why."""
+async def test_message_reaches_both_and_killed_tab_is_reported(address: str) -> None:
+    """Two tabs called Ann are both members; both hear what one says; when one is killed the other hears why."""
     async with (
         connect(f"ws://{address}/ws/tab-1?name=Ann") as first,
         connect(f"ws://{address}/ws/tab-2?name=Ann") as second,
     ):
         one, two = (await hear(first, "welcome"))["you"], (await hear(second, "welcome"))["you"]
         assert one["id"] != two["id"]
+        await hear(first, "joined"), await hear(first, "joined")
 
         await first.send(json.dumps({"type": "say", "text": " hello "}))
         for client in (first, second):
-            assert await hear(client, "said") == {"type": "said", "who": one, "text": "hello"}
+            assert await hear(client, "said") == {"type": "said", "who": one, "text": "hello", "key": ""}
 
         first.transport.abort()
-        left = await hear(second, "left")
-        assert left == {"type": "left", "who": one, "why": "network_lost", "people": [two]}
+        away = await hear(second, "away")
+        assert away == {"type": "away", "who": {**one, "away": True}, "why": "network_lost", "people": [away["who"], two]}
+        left = await hear(second, "left")  # a plain client has no session to come back to
+        assert left == {"type": "left", "who": away["who"], "why": "network_lost", "people": [two]}
 
 
-async def test_a_tab_that_comes_back_unnoticed_is_not_announced(address: str) -> None:
-    """A newer connection of the same tab takes the place of the older one, and nobody joins or leaves by that."""
+async def test_second_dial_of_a_tab_replaces_the_first_unannounced(address: str) -> None:
+    """A newer connection of the same tab replaces the older one, and no member joins or leaves by that."""
     url = f"ws://{address}/ws/tab-1?name=Ann"
     async with connect(f"ws://{address}/ws/other?name=Ben") as other, connect(url) as old, connect(url) as new:
         await hear(new, "welcome")
         await asyncio.wait_for(old.wait_closed(), DEADLINE)
         assert old.close_code == 4409
         await new.close()
-        told = [await hear(other, "joined", "left") for _ in range(3)]
+        told = [await hear(other, "joined", "away", "left") for _ in range(4)]
         assert [(event["type"], event["who"]["name"]) for event in told] == [
             ("joined", "Ben"),
             ("joined", "Ann"),
+            ("away", "Ann"),
             ("left", "Ann"),
         ]
+
+
+async def test_tab_with_a_session_misses_nothing_while_its_link_is_cut(address: str) -> None:
+    """What the room says during an outage arrives once after the reconnect, and the room hears away and back."""
+    port = int(address.rpartition(":")[2])
+    async with CuttingProxy(port) as proxy, connect(f"ws://{address}/ws/other?name=Ben") as other:
+        async with connect_client(f"ws://127.0.0.1:{proxy.port}/ws/tab-1?name=Ann") as client:
+            heard: list[str] = []
+
+            @client.on("said")
+            def said(data: dict[str, str]) -> None:
+                heard.append(data["text"])
+
+            while (await hear(other, "joined"))["who"]["name"] != "Ann":
+                pass
+            proxy.refusing = True
+            proxy.streams[-1].cut()
+            assert (await hear(other, "away"))["who"]["name"] == "Ann"
+            for number in range(5):
+                await other.send(json.dumps({"type": "say", "text": f"missed {number}"}))
+            proxy.refusing = False
+            assert (await hear(other, "back"))["who"]["name"] == "Ann"
+            await client.send({"text": "I am back"}, event="say")
+            await until(lambda: len(heard) == 6, DEADLINE)
+            assert heard == [*(f"missed {number}" for number in range(5)), "I am back"]
 
 
 async def test_a_name_that_is_too_long_is_refused(address: str) -> None:
