@@ -142,7 +142,7 @@ def _excerpt(body: bytes, secret: str) -> str:
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.set_defaults(run=_run_doctor)
-    doctor.add_argument("app", metavar="module:app", help="the app as its server is told it")
+    doctor.add_argument("app", metavar="module:app", nargs="?", help="the app as its server is told it")
     doctor.add_argument("--server", default="uvicorn", choices=sorted(SERVERS), help="default: uvicorn")
     doctor.add_argument(
         "--option",
@@ -155,7 +155,12 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
         "--uvicorn-options", action="store_true", help="the server is run with manager.uvicorn_options()"
     )
     doctor.add_argument(
-        "--platform", nargs="+", action="extend", default=[], metavar="NAME", help="what stands before the server"
+        "--platform",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="what stands before the server, separated by blanks or commas",
     )
     seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
     doctor.add_argument("--idle-timeout", **seconds, help="the shortest on the way, if the default was changed")
@@ -171,13 +176,13 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
 
 def _run_doctor(asked: argparse.Namespace) -> int:
     try:
-        app, manager = _load(asked.app)
+        app, manager = _load(_app_of(asked))
         options = manager.uvicorn_options() if asked.uvicorn_options else {}
         findings = manager.check(
             app,
             server=asked.server,
             server_options={**options, **dict(_option(text) for text in asked.option)},
-            platform=asked.platform,
+            platform=[name for word in asked.platform for name in word.split(",") if name],
             idle_timeout=asked.idle_timeout,
             max_lifetime=asked.max_lifetime,
             grace=asked.grace,
@@ -191,6 +196,16 @@ def _run_doctor(asked: argparse.Namespace) -> int:
     findings = [finding for finding in findings if finding.code not in ignored]
     write_findings(findings, sys.stdout)
     return 1 if any(finding.severity == ERROR for finding in findings) else 0
+
+
+def _app_of(asked: argparse.Namespace) -> str:
+    """Return the app that was named; an option that takes several words may have swallowed it as its last one."""
+    if asked.app is not None:
+        return str(asked.app)
+    for words in (asked.platform, asked.ignore):
+        if words and ":" in words[-1]:
+            return str(words.pop())
+    raise ValueError("name the app as for a server, such as main:app")
 
 
 def _load(place: str) -> tuple[Any, WebSocketConnectionManager]:

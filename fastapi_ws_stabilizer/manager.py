@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -248,7 +247,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         does not serve, compression, and a bound to uvicorn's own shutdown. They leave `proxy_headers` alone, with which
         HTTP routes know their clients: `trusted_proxies` does not need it to be off.
         """
-        return uvicorn_options(self.config, math.ceil(self.config.drain_timeout))
+        return uvicorn_options(self.config)
 
     def check(
         self,

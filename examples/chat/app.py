@@ -16,7 +16,6 @@ from pydantic import BaseModel, StringConstraints
 
 from fastapi_ws_stabilizer import (
     DisconnectReason,
-    ResumeOutcome,
     StableSocket,
     WebSocketConfig,
     WebSocketConnectionManager,
@@ -87,7 +86,7 @@ async def go_away(ws: StableSocket, reason: DisconnectReason) -> None:
 
 
 @manager.on_resume  # the same session, with a new connection
-async def come_back(ws: StableSocket, outcome: ResumeOutcome) -> None:
+async def come_back(ws: StableSocket) -> None:
     members[ws.client_id].away = False
     await welcome(ws)
     await tell("back", members[ws.client_id])

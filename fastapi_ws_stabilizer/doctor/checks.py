@@ -1,4 +1,4 @@
-"""The checks D01 to D19: each looks at the surroundings and says what is wrong with them, or nothing."""
+"""The checks D01 to D22: each looks at the surroundings and says what is wrong with them, or nothing."""
 
 from __future__ import annotations
 
@@ -225,22 +225,47 @@ def proxies_not_trusted(s: Surroundings) -> Problem | None:
         )
         if most is not None
     ]
-    if not limits:
-        return None
     if EVERYBODY in s.config.trusted_proxies:
+        if not limits:
+            return None
         return Problem(
-            f"trusted_proxies holds '*', so a client may write its address itself, and {', '.join(limits)} binds "
-            "nobody who does",
+            f"trusted_proxies holds '*', so a client can write its address itself and evade {', '.join(limits)}",
             "name the addresses and networks of the proxies",
         )
     hops = [hop.name for hop in s.way.hops if hop.name in PLATFORMS and hop.name not in NO_PROXIES]
     if s.config.trusted_proxies or not hops:
         return None
+    effect = f"all clients share {', '.join(limits)}" if limits else "logs and stats show it for every client"
     return Problem(
-        f"{', '.join(hops)} stands before the server, and trusted_proxies is empty: all clients have its address, and "
-        f"share {', '.join(limits)}",
-        "set trusted_proxies to the addresses or networks of the proxies; where the server is told to put the client's "
-        "address in the place of its proxy's, as by uvicorn's --forwarded-allow-ips, leave this check out",
+        f"{', '.join(hops)} stands before the server, and trusted_proxies is empty: the server sees the "
+        f"proxy's address, and {effect}",
+        "set trusted_proxies to the addresses or networks of the proxies, as in WebSocketConfig.for_platform(..., "
+        "trusted_proxies=['10.0.0.0/8']); where the server is told to put the client's address in the place of its "
+        "proxy's, as by uvicorn's --forwarded-allow-ips, leave this check out",
+    )
+
+
+def stats_without_guard(s: Surroundings) -> Problem | None:
+    """D21."""
+    if not s.open_stats:
+        return None
+    return Problem(
+        f"{', '.join(s.open_stats)}: the stats router answers every caller, with client ids and addresses",
+        "include it with a dependency that rejects callers: app.include_router(stats_router, prefix=..., "
+        "dependencies=[Depends(admin)]); where a proxy keeps callers out, leave this check out",
+    )
+
+
+def workers_without_secret(s: Surroundings) -> Problem | None:
+    """D22."""
+    workers = s.option("workers")
+    if not workers or workers < 2 or s.config.reconnect_secret is not None:
+        return None
+    return Problem(
+        f"workers={workers}, and reconnect_secret is not set: each worker makes its own, so it rejects the reconnect "
+        "tokens and tickets of the others",
+        "set reconnect_secret, or WS_RECONNECT_SECRET; rooms, broadcasts and sessions still stay within one worker, so "
+        "let the load balancer send a client back to its worker",
     )
 
 
@@ -303,9 +328,9 @@ CHECKS: Final = (
     Check("D03", ERROR, "A connection lasts longer than the platform lets it", lifetime_over_platform),
     Check("D04", ERROR, "The platform's default timeout has to be raised", platform_default_too_short),
     Check("D05", ERROR, "Nobody pings", nobody_pings),
-    Check("D06", ERROR, "A WebSocket route is not read while its endpoint is busy", unread_routes),
-    Check("D07", ERROR, "The server's shutdown has no bound", shutdown_unbounded),
-    Check("D08", ERROR, "Going away takes longer than anybody waits", grace_too_short),
+    Check("D06", WARNING, "A WebSocket route is not read while its endpoint is busy", unread_routes),
+    Check("D07", WARNING, "The server's shutdown has no bound", shutdown_unbounded),
+    Check("D08", WARNING, "A shutdown can take longer than the platform waits", grace_too_short),
     Check("D09", ERROR, "hypercorn does not stop, or does not drain", hypercorn_never_stops, at_start=True),
     Check("D10", WARNING, "The drain at SIGTERM comes too late", drain_comes_too_late, at_start=True),
     Check("D11", WARNING, "WebSockets use up limit_concurrency", concurrency_limited),
@@ -315,8 +340,10 @@ CHECKS: Final = (
     Check("D15", ERROR, "The platform cannot host WebSockets", platform_hosts_no_sockets),
     Check("D16", ERROR, "The platform is set up so that no WebSocket passes", platform_breaks_the_upgrade),
     Check("D17", WARNING, "A login does not guard a WebSocket route", sockets_beside_a_login, at_start=True),
-    Check("D18", WARNING, "Limits by address do not see addresses", proxies_not_trusted),
+    Check("D18", WARNING, "The addresses of clients are those of a proxy", proxies_not_trusted),
     Check("D19", WARNING, "Who comes is asked before the socket", identities_before_their_door, at_start=True),
+    Check("D21", WARNING, "The stats router has no guard", stats_without_guard),
+    Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
 )
 """All checks, in order."""
 
@@ -328,5 +355,6 @@ def examine(surroundings: Surroundings, *, at_start: bool = False) -> list[Findi
         if at_start and not check.at_start:
             continue
         if (problem := check.look(surroundings)) is not None:
-            findings.append(Finding(check.code, check.severity, check.title, problem.what, problem.advice))
+            severity = problem.severity or check.severity
+            findings.append(Finding(check.code, severity, check.title, problem.what, problem.advice))
     return findings

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
-from fastapi_ws_stabilizer.doctor.findings import Problem
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Problem
 from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
-
-MARGIN: Final = 5.0
-"""Seconds that are kept free before SIGKILL."""
+from fastapi_ws_stabilizer.doctor.way import TOLD, Limit
+from fastapi_ws_stabilizer.platforms.path import MAX_MARGIN, margin
+from fastapi_ws_stabilizer.servers.options import shutdown_timeout
 
 ROOMY: Final = 30
 """Seconds that are advised for a server's own timeout, where nothing limits it."""
+
+DRAIN_PART: Final = 0.8
+"""The part of the available time that is advised for a drain; the rest is for the server's own timeout."""
+
+SHORTEST: Final = 2.0
+"""The least seconds in which a drain and the server after it can end at all."""
 
 
 def shutdown_unbounded(s: Surroundings) -> Problem | None:
@@ -21,25 +29,48 @@ def shutdown_unbounded(s: Surroundings) -> Problem | None:
         return None
     if s.option("timeout_graceful_shutdown") is not None:
         return None
-    fitting = _left_for_server(s)
-    advice = f"start it with --timeout-graceful-shutdown {fitting}"
-    if fitting == ROOMY:
-        advice += ", or with manager.uvicorn_options()"
+    grace = s.way.smallest("grace")
+    room = ROOMY if grace is None else math.floor(min(ROOMY, _available(s, grace.seconds) - _drain(s)))
     if s.server.name == "uvicorn-worker":
         advice = "gunicorn cannot set it: subclass UvicornWorker, with timeout_graceful_shutdown in its CONFIG_KWARGS"
+    elif grace is not None and room < 1:
+        advice = _fitting(s, grace)
+    else:
+        advice = f"start it with --timeout-graceful-shutdown {room}"
+        if shutdown_timeout(s.config) <= room:
+            advice += ", or with manager.uvicorn_options()"
     return Problem(
-        "timeout_graceful_shutdown of uvicorn is not set: it waits for ever for an endpoint that goes on, the lifespan "
-        "never ends, and the platform kills the process",
+        "timeout_graceful_shutdown of uvicorn is not set: if an endpoint does not return, uvicorn waits for it "
+        "without a limit, the lifespan does not end, and the platform kills the process",
         advice,
     )
 
 
-def _left_for_server(s: Surroundings) -> int:
-    """Seconds for the server's own timeout that leave D08 content; `ROOMY` where there is enough."""
-    grace = s.way.smallest("grace")
-    if grace is None:
-        return ROOMY
-    return max(1, min(ROOMY, math.floor(grace.seconds - s.pre_stop - _drain(s) - MARGIN)))
+def _available(s: Surroundings, grace: float) -> float:
+    """Seconds of a grace that a drain and the server's own timeout may take together."""
+    return grace - s.pre_stop - margin(grace)
+
+
+def _fitting(s: Surroundings, grace: Limit) -> str:
+    """Advise options with which D07 and D08 find nothing, or to raise the grace where there are none."""
+    room = _available(s, grace.seconds)
+    hops = [hop.name for hop in s.way.hops if hop.name != TOLD]
+    if grace.hop != TOLD and _platform_needs(hops) <= room:
+        names = ", ".join(f'"{name}"' for name in hops)
+        return f"use WebSocketConfig.for_platform({names}) and manager.uvicorn_options(), which fit"
+    if room < SHORTEST:
+        return f"raise the grace to {math.ceil(s.pre_stop + _drain(s) + ROOMY + MAX_MARGIN)} s, and pass it as --grace"
+    drain = math.floor(room * DRAIN_PART * 10) / 10
+    server = max(1, math.floor(room - drain))
+    return f"set drain_timeout={min(drain, room - server):g} and timeout_graceful_shutdown={server}"
+
+
+def _platform_needs(hops: Sequence[str]) -> float:
+    """Seconds that a drain and uvicorn take at most with `for_platform` and `uvicorn_options`."""
+    if not hops:
+        return math.inf
+    config = WebSocketConfig.for_platform(*hops)
+    return config.drain_timeout + shutdown_timeout(config)
 
 
 def grace_too_short(s: Surroundings) -> Problem | None:
@@ -47,7 +78,11 @@ def grace_too_short(s: Surroundings) -> Problem | None:
     problems = [problem for problem in (_killed_by_master(s), _killed_by_platform(s)) if problem is not None]
     if not problems:
         return None
-    return Problem("; and ".join(one.what for one in problems), "; and ".join(one.advice for one in problems))
+    return Problem(
+        "; and ".join(one.what for one in problems),
+        "; and ".join(one.advice for one in problems),
+        ERROR if any(one.severity == ERROR for one in problems) else WARNING,
+    )
 
 
 def _drain(s: Surroundings) -> float:
@@ -72,19 +107,24 @@ def _killed_by_platform(s: Surroundings) -> Problem | None:
         return None
     drain, limit = _drain(s), None if s.server is None else s.option(s.server.graceful_timeout)
     if s.server is not None and s.server.bounds_drain and limit is not None:
-        going, parts, shorten = limit, f"graceful_timeout {limit:g}, the drain included", "graceful_timeout"
+        going, parts = limit, f"graceful_timeout {limit:g}, the drain included"
     else:
         going = drain + (limit or 0.0)
         parts = f"drain_timeout {drain:g} + the server's own timeout {limit or 0.0:g}"
-        shorten = "drain_timeout and the server's timeout"
-    needed = s.pre_stop + going + MARGIN
+    spare = margin(grace.seconds)
+    needed = s.pre_stop + going + spare
     if needed <= grace.seconds:
         return None
+    if s.server is not None and s.server.bounds_drain:
+        shorter = "shorten drain_timeout and graceful_timeout"
+    else:
+        shorter = _fitting(s, grace)
+    raised = f"raise it to {math.ceil(needed)} s, where that can be done, and pass it as --grace"
     return Problem(
-        f"the process is killed after the grace, {grace}, and going away may take {needed:g} s: preStop "
-        f"{s.pre_stop:g} + {parts} + {MARGIN:g} to spare",
-        f"raise it to {math.ceil(needed)} s, where that can be done, and tell the doctor so (--grace); or shorten "
-        f"{shorten}",
+        f"the platform kills the process after its grace, {grace}, and a shutdown can take {needed:g} s: preStop "
+        f"{s.pre_stop:g} + {parts} + {spare:g} to spare",
+        shorter if shorter.startswith("raise") else f"{shorter}; or {raised}",
+        ERROR if _available(s, grace.seconds) <= 0 else WARNING,  # no time at all, or too little in the worst case
     )
 
 

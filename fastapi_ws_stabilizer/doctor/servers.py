@@ -53,6 +53,7 @@ class Server:
 
 
 _UVICORN: Final = {
+    "workers": 1,
     "ws": "auto",
     "ws_ping_interval": 20.0,
     "ws_ping_timeout": 20.0,
@@ -75,7 +76,7 @@ SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
             _server(
                 "granian",
                 ("granian",),
-                {"workers_lifetime": None, "workers_max_rss": None, "reload": False},
+                {"workers": 1, "workers_lifetime": None, "workers_max_rss": None, "reload": False},
                 recyclers=("workers_lifetime", "workers_max_rss", "reload"),
             ),
             _server(
@@ -115,7 +116,7 @@ SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
             _server(
                 "gunicorn",
                 ("gunicorn.workers.gasgi",),
-                {"graceful_timeout": 30.0, "max_requests": 0, "reload": False},
+                {"workers": 1, "graceful_timeout": 30.0, "max_requests": 0, "reload": False},
                 graceful_timeout="graceful_timeout",
                 bounds_drain=True,
                 recyclers=("max_requests", "reload"),

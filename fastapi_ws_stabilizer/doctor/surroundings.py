@@ -46,6 +46,7 @@ class Surroundings:
         logins: Names of HTTP middleware that looks like a login and does not run for WebSockets.
         unguarded: Paths of WebSocket routes behind it that do not ask who comes.
         early: Paths of WebSocket routes that ask it before the socket is there to hear a refusal.
+        open_stats: Where the stats router is mounted without a dependency that can reject a caller.
     """
 
     config: WebSocketConfig
@@ -63,6 +64,7 @@ class Surroundings:
     logins: tuple[str, ...] = ()
     unguarded: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
+    open_stats: tuple[str, ...] = ()
 
     def option(self, name: str | None) -> Any:
         """An option of the server; `None` if it has no such option, or if its options are not known."""

@@ -12,6 +12,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.checks import examine
 from fastapi_ws_stabilizer.doctor.doors import early_identities
 from fastapi_ws_stabilizer.doctor.logins import unguarded_routes
+from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
 from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, with_defaults
 from fastapi_ws_stabilizer.doctor.surroundings import Surroundings, bypassing_routes, version_of
 from fastapi_ws_stabilizer.doctor.way import way_of
@@ -72,6 +73,7 @@ def survey(
         logins=logins,
         unguarded=unguarded,
         early=early_identities(app),
+        open_stats=open_stats_routers(app),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -20,7 +21,16 @@ PART_OF_GRACE: Final = 1 / 3
 """The part of a grace that the closes of a drain may take. The rest is for hooks, for endpoints, and for the server."""
 
 PART_OF_GRACE_FOR_ALL: Final = 2 / 3
-"""The part of a grace that all of a drain may take. The rest is for the server, and for the lifespan of the app."""
+"""The part of a grace that all of a drain may take, unless that leaves too little for what follows."""
+
+MARGIN_PART: Final = 1 / 6
+"""The part of a grace that is kept free before SIGKILL, ..."""
+
+MAX_MARGIN: Final = 5.0
+"""... and the most seconds of that."""
+
+SERVER_LEAST: Final = 1.0
+"""The least seconds that the server has after a drain: uvicorn counts its own timeout in whole seconds."""
 
 MOST: Final = ("heartbeat_interval", "drain_window", "drain_timeout")
 """Options whose defaults are the most that a platform sets."""
@@ -100,8 +110,15 @@ def options_for(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str
         options["max_lifetime"] = max_lifetime - min(MAX_EARLY, max_lifetime * PART_OF_LIFETIME)
     if grace is not None:
         options["drain_window"] = min(most["drain_window"], round(grace * PART_OF_GRACE, 1))
-        options["drain_timeout"] = min(most["drain_timeout"], max(0.1, round(grace * PART_OF_GRACE_FOR_ALL, 1)))
+        left = math.floor((grace - margin(grace) - SERVER_LEAST) * 10) / 10
+        drain_timeout = min(round(grace * PART_OF_GRACE_FOR_ALL, 1), left)
+        options["drain_timeout"] = min(most["drain_timeout"], max(0.1, drain_timeout))
     return options
+
+
+def margin(grace: float) -> float:
+    """Seconds of a grace that a shutdown leaves free before SIGKILL."""
+    return min(MAX_MARGIN, grace * MARGIN_PART)
 
 
 def _smallest(values: Iterable[float | None]) -> float | None:

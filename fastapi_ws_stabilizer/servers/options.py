@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.config import CompressionMode, WebSocketConfig
 
 MODULE: Final = "fastapi_ws_stabilizer.servers.uvicorn"
 
+PART_OF_DRAIN: Final = 0.25
+"""The server's own timeout, as a part of `drain_timeout`. After a drain only HTTP requests are left to wait for."""
+
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 
-def uvicorn_options(config: WebSocketConfig, shutdown_timeout: int) -> dict[str, Any]:
-    """Keyword arguments of `uvicorn.run`.
+def shutdown_timeout(config: WebSocketConfig) -> int:
+    """Seconds that uvicorn may wait for its connections when it stops: after a drain, if the manager drains first."""
+    if not config.handle_signals:
+        return math.ceil(config.drain_timeout)  # no drain runs before, so uvicorn waits for the WebSockets too
+    return max(1, math.floor(config.drain_timeout * PART_OF_DRAIN))
 
-    Args:
-        config: The options of the manager.
-        shutdown_timeout: Seconds that uvicorn may wait for connections when it stops.
-    """
+
+def uvicorn_options(config: WebSocketConfig) -> dict[str, Any]:
+    """Keyword arguments of `uvicorn.run` that fit a manager's options."""
     return {
         "ws": _protocol(),
         "ws_max_size": config.max_message_size,
         "ws_ping_interval": config.heartbeat_interval,
         "ws_ping_timeout": config.heartbeat_timeout,
         "ws_per_message_deflate": config.compression is CompressionMode.DEFLATE,
-        "timeout_graceful_shutdown": shutdown_timeout,
+        "timeout_graceful_shutdown": shutdown_timeout(config),
     }
 
 

@@ -1,7 +1,7 @@
 """Clients that follow random schedules: `python -m tests.live.random_schedules PORT SEED SECONDS`.
 
-Each schedule opens one connection and then sends, waits, cuts, half-closes and resets at random: in the middle of the
-handshake, of a frame and of the closing handshake too. The process ends by itself and prints how often each step was taken.
+Each schedule opens one connection and then sends, waits, cuts, half-closes and resets at random, also in the middle of
+the handshake, of a frame and of the closing handshake. The process ends by itself and prints the count of each step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The app of the random schedules: endpoints and handlers that do anything, and a list of what is left when all is quiet."""
+"""The app of the random schedules: endpoints and handlers that do anything, and a list of what is left afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
 import os
 import random
@@ -63,7 +62,7 @@ async def divided(websocket: WebSocket, error: ZeroDivisionError) -> None:
 async def handshake(ws: StableSocket) -> None:
     if (what := chance.random()) < 0.05:
         raise HTTPException(403, "not you")
-    elif what < 0.15:
+    if what < 0.15:
         await asyncio.sleep(chance.uniform(0, 0.05))
 
 
@@ -147,7 +146,7 @@ async def misbehave(ws: StableSocket, how_often: float) -> None:
     what = chance.randrange(7)
     if what == 0:
         raise ExpectedBug
-    elif what == 1:
+    if what == 1:
         await asyncio.sleep(chance.uniform(0, 0.4))
     elif what == 2:
         raise HTTPException(chance.choice((401, 403, 404)), EXPECTED_BUG)

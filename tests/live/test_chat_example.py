@@ -78,7 +78,12 @@ async def test_message_reaches_both_and_killed_tab_is_reported(address: str) -> 
 
         first.transport.abort()
         away = await hear(second, "away")
-        assert away == {"type": "away", "who": {**one, "away": True}, "why": "network_lost", "people": [away["who"], two]}
+        assert away == {
+            "type": "away",
+            "who": {**one, "away": True},
+            "why": "network_lost",
+            "people": [away["who"], two],
+        }
         left = await hear(second, "left")  # a plain client has no session to come back to
         assert left == {"type": "left", "who": away["who"], "why": "network_lost", "people": [two]}
 

@@ -18,7 +18,7 @@ Serve = Callable[..., LiveServer]
 
 SECONDS = 6.0
 QUIET_WITHIN = 20.0
-"""Seconds within which everything has ended: the session ttl, the presence grace and the slowest user code, with time to spare."""
+"""Seconds within which everything has ended: session ttl, presence grace, slowest user code, with time to spare."""
 
 CONFIG = {
     "disconnect_grace": 1.0,

@@ -161,7 +161,7 @@ def test_the_options_for_uvicorn_go_with_the_managers(manager_with: Any) -> None
         "ws_ping_interval": 7,
         "ws_ping_timeout": 8,
         "ws_per_message_deflate": False,
-        "timeout_graceful_shutdown": 30,
+        "timeout_graceful_shutdown": 7,  # a quarter of drain_timeout
     }
 
 

@@ -54,14 +54,37 @@ def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_deployment_that_is_well_passes(doctor: Any) -> None:
     """The exit code is 0 if nothing is found."""
-    assert doctor(APP, "--server", "uvicorn", "--platform", "nginx", *BOUND) == (0, "nothing found\n", "")
+    assert doctor(APP, "--server", "uvicorn", "--platform", "aws-nlb", *BOUND) == (0, "nothing found\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (APP, "--platform", "nginx,kubernetes"),
+        ("--platform", "nginx,kubernetes", APP),
+        ("--platform", "nginx", "kubernetes", APP),
+        ("--platform", "nginx", "--platform", "kubernetes", "--", APP),
+    ],
+    ids=str,
+)
+def test_platforms_may_be_separated_by_commas_and_stand_before_the_app(doctor: Any, arguments: tuple[str, ...]) -> None:
+    """The app is found wherever it stands, and each platform is looked at."""
+    code, out, err = doctor("--ignore", "D07", *arguments) if arguments[0] == APP else doctor(*arguments)
+    assert (code, err) == (0, "")
+    assert "D08" in out
+    assert "D18" in out
+
+
+def test_missing_app_is_named(doctor: Any) -> None:
+    """Without an app the doctor cannot look, and says what to name."""
+    assert doctor("--platform", "nginx", "kubernetes") == (2, "", "name the app as for a server, such as main:app\n")
 
 
 def test_errors_fail_it(doctor: Any) -> None:
     """The exit code is 1 if there is an error, and all findings are printed."""
     code, out, err = doctor(APP, "--platform", "google-cloud-run", "nginx", "--http2", "--option", "reload=true")
     assert (code, err) == (1, "")
-    for word in ("D03", "D07", "D08", "D12", "D16", "errors: 4, warnings: 1"):
+    for word in ("D03", "D07", "D08", "D12", "D16", "D18", "errors: 2, warnings: 4"):
         assert word in out
 
 
@@ -89,7 +112,7 @@ def test_findings_can_be_left_out(doctor: Any) -> None:
 )
 def test_each_argument_is_heard(doctor: Any, arguments: tuple[str, ...], code: str) -> None:
     """What is told on the command line reaches the checks."""
-    _, out, _ = doctor(APP, *BOUND, *arguments)
+    _, out, _ = doctor(APP, *BOUND, *arguments, "--ignore", "D18")
     assert code in out
     assert "errors: 1, warnings: 0" in out or "errors: 0, warnings: 1" in out
 

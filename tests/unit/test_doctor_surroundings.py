@@ -12,13 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from starlette.endpoints import WebSocketEndpoint
 from starlette.routing import Mount, WebSocketRoute
 
-from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
+from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager, stats_router
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor import survey as survey_module
+from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
 from fastapi_ws_stabilizer.doctor.servers import SERVERS, find_server, running_server, with_defaults
 from fastapi_ws_stabilizer.doctor.surroundings import bypassing_routes, version_of
 from fastapi_ws_stabilizer.doctor.survey import survey
@@ -251,8 +252,8 @@ def test_a_manager_checks_itself(under: Any) -> None:
     own.install(app)
     app.add_api_websocket_route("/raw", raw)
     assert own.check() == []
-    assert [finding.code for finding in own.check(platform="nginx")] == ["D01"]
-    assert [finding.code for finding in own.check(platform=["nginx"], idle_timeout=300)] == []
+    assert [finding.code for finding in own.check(platform="nginx")] == ["D01", "D18"]
+    assert [finding.code for finding in own.check(platform=["nginx"], idle_timeout=300)] == ["D18"]
     assert [finding.code for finding in own.check(server="uvicorn")] == ["D06", "D07"]
     options = own.uvicorn_options()
     assert [finding.code for finding in own.check(FastAPI(), server="uvicorn", server_options=options)] == []
@@ -261,6 +262,52 @@ def test_a_manager_checks_itself(under: Any) -> None:
     under("uvicorn")
     assert own.check() == []
     assert [finding.code for finding in own.check(server_options={"reload": True})] == ["D06", "D07", "D12"]
+
+
+def admin(request: Request) -> None:
+    if request.headers.get("authorization") != "secret":
+        raise HTTPException(401)
+
+
+def app_with_stats(**options: Any) -> FastAPI:
+    app = FastAPI()
+    app.include_router(stats_router, prefix="/ws-stats", **options)
+    return app
+
+
+def test_stats_router_without_a_guard_is_found() -> None:
+    """D21 names the prefix of an unguarded stats router, in an included router and in a mounted app too."""
+    assert open_stats_routers(app_with_stats()) == ("/ws-stats",)
+    outer = FastAPI()
+    outer.mount("/admin", app_with_stats())
+    assert open_stats_routers(outer) == ("/admin/ws-stats",)
+    router = APIRouter(prefix="/v1")
+    router.include_router(stats_router, prefix="/stats")
+    including = FastAPI()
+    including.include_router(router)
+    assert open_stats_routers(including) == ("/v1/stats",)
+
+
+def test_guarded_stats_router_is_not_found() -> None:
+    """A dependency of the router, of a router around it, or of the app, that can reject a caller is a guard."""
+    assert open_stats_routers(app_with_stats(dependencies=[Depends(admin)])) == ()
+    router = APIRouter()
+    router.include_router(stats_router)
+    including = FastAPI()
+    including.include_router(router, prefix="/stats", dependencies=[Depends(admin)])
+    assert open_stats_routers(including) == ()
+    whole = FastAPI(dependencies=[Depends(admin)])
+    whole.include_router(stats_router, prefix="/ws-stats")
+    assert open_stats_routers(whole) == ()
+
+
+def test_dependency_that_rejects_no_caller_is_no_guard() -> None:
+    """A dependency that only provides something leaves the stats router open."""
+
+    def clock() -> float:
+        return 0.0
+
+    assert open_stats_routers(app_with_stats(dependencies=[Depends(clock)])) == ("/ws-stats",)
 
 
 async def test_a_start_tells_what_it_can_know(manager_with: Any, under: Any) -> None:

@@ -49,7 +49,7 @@ def test_where_the_protocol_cannot_be_imported_uvicorn_chooses(missing: str, cap
         for name in (MODULE, f"{MODULE}_internals", f"{MODULE}_reading"):
             patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, missing, None)
-        options = uvicorn_options(WebSocketConfig(), 10)
+        options = uvicorn_options(WebSocketConfig())
     assert options["ws"] == "auto"
     assert loaded(options).ws_protocol_class is not None
     (record,) = caplog.records

@@ -1,0 +1,35 @@
+"""Finds stats routers that an app includes without a dependency that can reject a caller (D21)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from fastapi.routing import APIRoute
+
+from fastapi_ws_stabilizer.doctor.logins import asks_who_comes, included_dependencies
+
+MODULE: Final = "fastapi_ws_stabilizer.stats.router"
+FIRST_ENDPOINT: Final = "overview"
+"""The endpoint whose path is the prefix of the router."""
+
+
+def open_stats_routers(app: Any) -> tuple[str, ...]:
+    """Return the prefixes under which the stats router answers every caller."""
+    return tuple(dict.fromkeys(path.rstrip("/") or "/" for path in _open_routes(getattr(app, "routes", ()), "")))
+
+
+def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            is_stats = getattr(route.endpoint, "__module__", "") == MODULE and route.endpoint.__name__ == FIRST_ENDPOINT
+            # The router's own dependency finds the manager, and is one of this library's.
+            own = [one for one in route.dependant.dependencies if getattr(one.call, "__module__", "") != MODULE]
+            if is_stats and not any(map(asks_who_comes, own)):
+                yield prefix + route.path
+        elif (router := getattr(route, "original_router", None)) is not None:
+            # Newer FastAPI keeps an included router whole, and what it was included with beside it.
+            if not any(map(asks_who_comes, included_dependencies(route))):
+                yield from _open_routes(router.routes, prefix + route.include_context.prefix)
+        elif inner := getattr(route, "routes", None):
+            yield from _open_routes(inner, prefix + str(getattr(route, "path", "")))
