@@ -60,7 +60,8 @@ class Loop:
 class Incoming:
     """The messages of a client, in the order in which they came.
 
-    One task calls the handlers, one after the other. Messages without a handler wait for who iterates.
+    One task calls the handlers, one after the other. Messages without a handler wait for who iterates; a request
+    without one is answered with the error `no_handler`.
 
     Args:
         tasks: Where that task is made.
@@ -98,6 +99,9 @@ class Incoming:
                 self._working = True
                 self._tasks.spawn(self._work(), name="ws-client-handlers")
             return
+        if message.id is not None:
+            text = f"the client has no handler for requests of type {event_of(message)!r}"
+            self._reply(message.id, None, {"code": "no_handler", "message": text})
         if len(self._to_read) >= MAX_UNREAD and not self._iterated:
             self._to_read.popleft()
             self.unhandled += 1

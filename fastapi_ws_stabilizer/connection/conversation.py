@@ -307,6 +307,18 @@ class Conversation:
         if message.key is not None:
             self._seen.failed(self.session.client_id, message.key)
 
+    def gave_up(self, message: Message, code: str, text: str) -> None:
+        """A handler is over without an answer. A request is answered with an error, which survives a reconnect."""
+        self.failed(message)
+        if message.id is not None:
+            self.session.reply(message.id, error={"code": code, "message": text})
+
+    def unanswerable(self, message: Message) -> None:
+        """A message was given to code that reads by itself and can answer no requests."""
+        if message.id is not None:
+            error = {"code": "no_handler", "message": "the endpoint reads messages itself, and answers no requests"}
+            self.session.reply(message.id, error=error)
+
     def unread(self, item: object) -> None:
         """A message was accepted, and nobody will ever read it: if it comes again, it is a new one."""
         if isinstance(item, Message):

@@ -36,8 +36,15 @@ class Messages(SendingHalf):
             SocketClosed: The connection is over and everything has been read.
             ConcurrentReceiveError: Another task is receiving.
         """
-        item = await self.receive_item()
-        return item.raw if isinstance(item, Message) else item
+        return self.read(await self.receive_item())
+
+    def read(self, item: Item) -> str | bytes:
+        """A message as code gets it that knows nothing of `stabilizer.v1.json`."""
+        if not isinstance(item, Message):
+            return item
+        if self.conversation is not None:
+            self.conversation.unanswerable(item)
+        return item.raw
 
     async def receive_item(self) -> Item:
         """Wait for the next message, with what a client of `stabilizer.v1.json` says of it.
@@ -168,7 +175,7 @@ class Messages(SendingHalf):
         except InboxClosed:
             how = self.ending or ending(DisconnectReason.NETWORK_LOST)
             return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
-        message = item.raw if isinstance(item, Message) else item
+        message = self.read(item)
         return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
 
     async def _asgi_send(self, message: Any) -> None:

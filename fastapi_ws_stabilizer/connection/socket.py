@@ -136,6 +136,7 @@ class StableSocket(SocketFacts):
         """
         message = await self._connection.receive_item()
         if isinstance(message, Message):
+            self._connection.read(message)
             if not isinstance(message.data, bytes):
                 return message.data
             message = message.data
@@ -158,7 +159,7 @@ class StableSocket(SocketFacts):
             item = await self._connection.inbox.get()
         except InboxClosed:
             raise StopAsyncIteration from None
-        return item.raw if isinstance(item, Message) else item
+        return self._connection.read(item)
 
     async def iter_text(self) -> AsyncIterator[str]:
         """Iterate over the messages, which must all be text, until the connection is over."""

@@ -12,10 +12,11 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import BroadcastFailedError, RequestError, SocketClosed
+from fastapi_ws_stabilizer.errors import BroadcastFailedError, MessageEncodeError, RequestError, SocketClosed
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.messages import BadMessage, MessageHandlers, Received, error_reply
 from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.names import MAX_CODE_CHARS, MAX_TEXT_CHARS, sendable
 from fastapi_ws_stabilizer.wire.payload import encode
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -127,14 +128,21 @@ class Dispatcher:
             except RequestError as refusal:
                 self._answer_error(connection, message, refusal.code, refusal.message)
                 return
+            except asyncio.CancelledError:
+                self._gave_up(connection, message, "interrupted", "the handler was cancelled")
+                raise
             except BaseException:
-                self._not_handled(connection, message)
+                self._gave_up(connection, message, "handler_failed", "the server could not handle this")
                 raise
         if message is not None and connection.conversation is not None:
             if interrupted and answer is None:
                 connection.conversation.interrupted(message)
             else:
-                connection.conversation.handled(message, answer)
+                try:
+                    connection.conversation.handled(message, answer)
+                except MessageEncodeError:
+                    self._gave_up(connection, message, "handler_failed", "the server's answer cannot be sent")
+                    raise
 
     @staticmethod
     def _not_handled(connection: Connection, message: Message | None) -> None:
@@ -142,8 +150,15 @@ class Dispatcher:
         if message is not None and connection.conversation is not None:
             connection.conversation.failed(message)
 
+    @staticmethod
+    def _gave_up(connection: Connection, message: Message | None, code: str, text: str) -> None:
+        """A handler is over without an answer: a request gets this one, so that its sender does not wait in vain."""
+        if message is not None and connection.conversation is not None:
+            connection.conversation.gave_up(message, code, text)
+
     def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
         self._not_handled(connection, message)
+        code, text = sendable(code, MAX_CODE_CHARS), sendable(text, MAX_TEXT_CHARS)
         if connection.conversation is not None:
             connection.conversation.refused(message, code, text)
         else:

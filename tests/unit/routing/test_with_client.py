@@ -16,8 +16,9 @@ from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, RequestError,
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.wire.v1 import parse
 from tests.simulation.network import Link, Network
-from tests.unit.client.fake_link import virtually
+from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import with_deadline
 from tests.unit.routing.stage import Peer, Stage
 
@@ -283,6 +284,112 @@ async def test_a_bug_does_not_loop() -> None:
         await asyncio.sleep(60)
         assert world.notes == ["y"]
         assert world.events == ["connect ann", "disconnect ann error", "resume ann full"]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(
+    "result",
+    [RuntimeError("secret"), HTTPException(403), {"x": object()}, 10**400, "x" * (17 * 1024 * 1024), KeyError("k")],
+    ids=lambda result: repr(result)[:16],
+)
+def test_request_to_a_failing_handler_is_answered(result: Any, concurrency: int) -> None:
+    """A handler that raises, or returns what cannot be sent, answers `handler_failed`, though the connection closes."""
+
+    @virtually
+    async def play() -> None:
+        async with World() as world, world.client() as client:
+            world.endpoint = lambda ws: ws.run(concurrency=concurrency)
+
+            @world.manager.on_message("fail")
+            async def fail(ws: StableSocket, data: Any) -> Any:
+                if isinstance(result, Exception):
+                    raise result
+                return result
+
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(RequestError) as caught:
+                await client.request("fail", 1, key="k")
+            assert (caught.value.code, "secret" in caught.value.message) == ("handler_failed", False)
+            assert asyncio.get_running_loop().time() - began < 3
+
+    play()
+
+
+@virtually
+async def test_request_of_a_cancelled_handler_is_answered() -> None:
+    """A handler that is cancelled, because another one fails beside it, answers `interrupted`."""
+    async with World() as world:
+        world.endpoint = lambda ws: ws.run(concurrency=4)
+        async with world.client() as client:
+            waiting = asyncio.ensure_future(client.request("wait", 1))
+            await asyncio.sleep(0.5)
+            with pytest.raises(RequestError, match="handler_failed"):
+                await client.request("bug", 1)
+            with pytest.raises(RequestError, match="interrupted"):
+                await with_deadline(waiting)
+
+
+@pytest.mark.parametrize("how", ["iterates", "receives", "starlette"])
+def test_request_to_an_endpoint_that_reads_itself_is_answered(how: str) -> None:
+    """An endpoint that reads messages itself answers no requests, and the client learns that at once."""
+
+    @virtually
+    async def play() -> None:
+        async with World() as world:
+
+            async def endpoint(ws: StableSocket) -> None:
+                if how == "iterates":
+                    async for message in ws:
+                        world.notes.append(message)
+                while True:
+                    world.notes.append(await (ws if how == "receives" else ws.websocket).receive_text())
+
+            world.endpoint = endpoint
+            async with world.client() as client:
+                with pytest.raises(RequestError, match="no_handler"):
+                    await client.request("ask", "me")
+                await client.send("x")
+                assert world.notes == ["me", "x"]
+
+    play()
+
+
+@virtually
+async def test_request_to_a_client_without_a_handler_is_answered() -> None:
+    """A client that has no handler for a request answers `no_handler`, and gives the message to the loop."""
+    async with World() as world, world.client():
+        with pytest.raises(RequestError, match="no_handler"):
+            await world.socket().request("ask", "me")
+        assert world.received == ["me"]
+
+
+@pytest.mark.parametrize("error", [RequestError("\ud800" * 99, "\ud800" * 9999), RequestError("x\x00", "y" * 9999)])
+def test_error_of_a_handler_can_always_be_sent(error: RequestError) -> None:
+    """A `RequestError` of a handler reaches the client, cut to what clients read, for requests and for messages."""
+
+    @virtually
+    async def play() -> None:
+        async with World() as world, world.client() as client:
+            refused: list[Exception] = []
+            client.on_error(refused.append)
+
+            @world.manager.on_message("no")
+            async def no(ws: StableSocket, data: Any) -> None:
+                raise error
+
+            with pytest.raises(RequestError) as caught:
+                await client.request("no", 1)
+            assert (len(caught.value.code), len(caught.value.message)) == (min(64, len(error.code)), 1024)
+            client.volatile(1, event="no")
+            await asyncio.sleep(1)
+            assert [str(one) for one in refused] == [str(caught.value)]
+            plain = world.plain("bob")
+            await soon()
+            await plain.say({"type": "no"})
+            assert parse(plain.server.data[-1])["message"] == caught.value.message
+            assert world.bugs == []
+
+    play()
 
 
 @virtually
