@@ -7,20 +7,20 @@ from typing import Any, Final
 
 from pydantic_core import to_json
 
-from fastapi_ws_stabilizer.client.errors import ClosedError, TooLargeError, UnreadableFrameError
+from fastapi_ws_stabilizer.client.errors import ClosedError, RefusedError, TooLargeError, UnreadableFrameError
 from fastapi_ws_stabilizer.client.listeners import logger
 from fastapi_ws_stabilizer.client.outgoing import checked
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap, Owner
 from fastapi_ws_stabilizer.client.timers import Timers
 from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH
 from fastapi_ws_stabilizer.wire.v1 import (
     ACK_EVERY,
     DEFLATE_CAP,
     MAX_SENT_BYTES,
+    RETRY_CAP,
     SUBPROTOCOL,
     VERSION,
     BadFrameError,
@@ -51,6 +51,9 @@ READER_MAY_KNOW: Final = 0.5
 
 _OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
 """Close codes that a client sends."""
+
+MAX_HOLD: Final = 300.0
+"""Seconds that a server can make us wait with our messages at most."""
 
 MAX_CONTROL: Final = 64
 """Control frames that wait to be sent at most."""
@@ -155,8 +158,9 @@ class Attempt:
             raise ClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
         client.dials += 1
         hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
+        hello["caps"] = [RETRY_CAP]
         if client.deflate and not transport.compresses:
-            hello["caps"] = [DEFLATE_CAP]
+            hello["caps"].append(DEFLATE_CAP)
         if credential is not None:
             hello["auth"] = credential
         if client.token is not None:
@@ -214,7 +218,20 @@ class Attempt:
             if not frame.get("ok"):
                 self._tasks.spawn(self._refresh(), name="ws-client-auth")
         elif kind == "error":
-            self._client.told("error", _server_error(frame))
+            self._refused(frame)
+
+    def _refused(self, frame: dict[str, Any]) -> None:
+        """The server has refused a message, for good or for some time."""
+        buffer, seq, retry = self._client.buffer, optional_number(frame, "seq"), optional_number(frame, "retry")
+        error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
+        if seq is not None and retry is not None:
+            if buffer.put_off(seq):
+                logger.info("the server has too much at the moment: %s", error)
+                self._timers.start("retry", min(retry / 1000, MAX_HOLD), self.wake)
+            return
+        if seq is not None:
+            error.event = buffer.refused(seq, error)
+        self._client.refused(error)
 
     def _message(self, kind: str, frame: dict[str, Any]) -> None:
         client = self._client
@@ -353,7 +370,7 @@ class Attempt:
     def _next_frame(self) -> str | bytes | None:
         if self._control:
             return self._control.pop(0)
-        if not self._open:
+        if not self._open or "retry" in self._timers:
             return None
         message = self._client.buffer.next()
         if message is None:
@@ -402,6 +419,7 @@ class Attempt:
         buffer = self._client.buffer
         oldest = buffer.oldest_sent
         buffer.accepted(seq)
+        self.wake()  # more may be on their way now
         if buffer.oldest_sent is not oldest:
             self._timers.stop("accept")
             self._doubt_if_not_accepted()
@@ -416,7 +434,3 @@ class Attempt:
             self.probe()
             left = UNACCEPTED_FOR
         self._timers.start("accept", left, self._doubt_if_not_accepted)
-
-
-def _server_error(frame: dict[str, Any]) -> Exception:
-    return RequestError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024])

@@ -12,7 +12,13 @@ from typing import Any, Final, Literal
 
 from fastapi_ws_stabilizer.client.attempt import Attempt
 from fastapi_ws_stabilizer.client.backoff import Backoff
-from fastapi_ws_stabilizer.client.errors import ClientError, ClosedError, TooLargeError, UnreadableFrameError
+from fastapi_ws_stabilizer.client.errors import (
+    ClientError,
+    ClosedError,
+    RefusedError,
+    TooLargeError,
+    UnreadableFrameError,
+)
 from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
 from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
 from fastapi_ws_stabilizer.client.open_requests import OpenRequests
@@ -105,7 +111,7 @@ class Client(Listeners):
         self._runner: asyncio.Task[None] | None = None
         self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ending: ClosedError | None = None
-        self._unreadable = 0
+        self._unreadable = self._refused = 0
         # What the session is: it outlives each attempt.
         self.instance = secrets.token_hex(8)
         self.session: str | None = None
@@ -225,7 +231,8 @@ class Client(Listeners):
             key: Idempotency key: a message whose key the server has handled already is not handled again.
 
         Returns:
-            A future, which fails with a `ClientError` if the message is not known to be accepted.
+            A future, which fails with a `ClientError` if the message is not known to be accepted: with a
+            `RefusedError` if the server refuses it, unless it has accepted it before; then `on_error` is told.
 
         Raises:
             ClosedError: The client is closed.
@@ -350,6 +357,14 @@ class Client(Listeners):
         """A frame of the server could not be read."""
         self._unreadable += 1
         logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
+        self.told("error", error)
+
+    def refused(self, error: RefusedError) -> None:
+        """The server has refused a message."""
+        self._refused += 1
+        logger.log(
+            logging.WARNING if self._refused == 1 else logging.INFO, "the server has refused a message: %s", error
+        )
         self.told("error", error)
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:

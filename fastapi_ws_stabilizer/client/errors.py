@@ -6,13 +6,14 @@ ClientError
 ├── SessionLostError     the session is gone, and whether the message was handled before is not known
 ├── BufferFullError      too much waits to be sent
 ├── TooLargeError        a message is larger than the server takes
+├── RefusedError         (also a RequestError)  the server has refused a message
 └── UnreadableFrameError the server has sent what this client cannot read, and it was left out
 ```
 """
 
 from __future__ import annotations
 
-from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
+from fastapi_ws_stabilizer.errors import RequestError, WebSocketStabilizerError
 
 
 class ClientError(WebSocketStabilizerError):
@@ -84,3 +85,25 @@ class UnreadableFrameError(ClientError):
 
     def __str__(self) -> str:
         return f"a frame of the server was left out, because it cannot be read: {self.why}"
+
+
+class RefusedError(ClientError, RequestError):
+    """The server has refused a message, and no handler has got it.
+
+    Attributes:
+        code: Why, as the server's word for it: `unknown_type`, `invalid_message`, ...
+        message: Why, in a sentence.
+        seq: The number of the message; `None` if it had none.
+        event: The event of the message; `None` if it had none, or is forgotten.
+    """
+
+    def __init__(self, code: str, message: str, seq: int | None = None, event: str | None = None) -> None:
+        RequestError.__init__(self, code, message)
+        self.seq = seq
+        self.event = event
+
+    def __str__(self) -> str:
+        which = "" if self.seq is None else f" (message {self.seq}"
+        if which:
+            which += ")" if self.event is None else f", event {self.event!r})"
+        return f"{RequestError.__str__(self)}{which}"

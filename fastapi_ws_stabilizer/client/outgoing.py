@@ -14,6 +14,13 @@ from fastapi_ws_stabilizer.wire.v1 import MAX_SEQ, envelope
 
 NO_LIMIT: Final = 2**62
 
+FIRST_WINDOW: Final = 128
+"""Messages that are on their way at most before the server has accepted any. With each that it accepts there may be one
+more, so that it takes a moment to send fast, and few are on their way when a server with a rate refuses one."""
+
+MAX_REMEMBERED: Final = 256
+"""Accepted messages of which it is known what they were, for a server that refuses one later."""
+
 SEQ_BYTES: Final = len(f',"seq":{MAX_SEQ}')
 """What its number adds to a frame at most."""
 
@@ -62,6 +69,12 @@ class Outgoing:
         if isinstance(self._encoded, bytes):
             return envelope(self.type, self._encoded, seq=self.seq, **self._fields)
         return f'{_head(self.type)},"seq":{self.seq}{self._encoded}'
+
+    @property
+    def event(self) -> str | None:
+        """What kind of message it is."""
+        event: str | None = self._fields.get("event")
+        return event
 
     def accept(self) -> None:
         """The server has it."""
@@ -117,6 +130,8 @@ class SendBuffer:
         self._again: deque[Outgoing] = deque()  # those of them that this connection has not sent yet
         self._fresh: deque[Outgoing] = deque()  # never sent
         self._bytes = 0
+        self._window = FIRST_WINDOW
+        self._accepted: deque[tuple[int, str | None]] = deque(maxlen=MAX_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._sent) + len(self._fresh)
@@ -151,7 +166,9 @@ class SendBuffer:
         return True
 
     def next(self) -> Outgoing | None:
-        """The next message to send, with its number; `None` if there is none."""
+        """The next message to send, with its number; `None` if there is none, or enough are on their way."""
+        if len(self._sent) - len(self._again) >= self._window:
+            return None
         while self._again:
             message = self._again.popleft()
             if self._sent and message.seq >= self._sent[0].seq:  # else it was accepted meanwhile
@@ -179,7 +196,31 @@ class SendBuffer:
         while self._sent and self._sent[0].seq <= seq:
             message = self._sent.popleft()
             self._bytes -= message.size
+            self._window += 1
+            self._accepted.append((message.seq, message.event))
             message.accept()
+
+    def put_off(self, seq: int) -> bool:
+        """The server has too much at the moment: it has not accepted a message, and what was sent behind it is ignored.
+
+        All of that is sent again, carefully: one message, and more when that is accepted.
+
+        Returns:
+            Whether there is such a message.
+        """
+        if not self._sent or not self._sent[0].seq <= seq <= self._sent[-1].seq:
+            return False
+        self._again = deque(message for message in self._sent if message.seq >= seq)
+        self._window = len(self._sent) - len(self._again) + 1
+        return True
+
+    def refused(self, seq: int, error: Exception) -> str | None:
+        """The server has accepted a message and refused it: it fails, if that is not too late. Returns its event."""
+        for message in self._sent:
+            if message.seq == seq:
+                message.fail(error)
+                return message.event
+        return next((event for number, event in self._accepted if number == seq), None)
 
     def resumed(self, accepted: int) -> None:
         """The session goes on in a new connection: what the server has not accepted is sent again."""
@@ -201,6 +242,7 @@ class SendBuffer:
         """
         before, self._sent, self._again = self._sent, deque(), deque()
         self._next = accepted + 1
+        self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]
         failed += [message for message in self._fresh if message.type == "reply"]
         kept = before if replay else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastapi_ws_stabilizer.client.errors import UnreadableFrameError
+from fastapi_ws_stabilizer.client.errors import RefusedError, UnreadableFrameError
 from fastapi_ws_stabilizer.client.incoming import Incoming
 from fastapi_ws_stabilizer.client.outgoing import SendBuffer
 
@@ -78,6 +78,9 @@ class Owner(Protocol):
 
     def left_out(self, error: UnreadableFrameError) -> None:
         """A frame of the server could not be read."""
+
+    def refused(self, error: RefusedError) -> None:
+        """The server has refused a message."""
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come."""

@@ -83,6 +83,9 @@ class Speaker(Protocol):
     def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
         """Whether its client may send a message now. If not, it is told so, or its connection ends."""
 
+    def came_too_soon(self, raw: str | bytes) -> None:
+        """A message has come behind one that was refused, and is not looked at. Too many end the connection."""
+
     def heard(self) -> None:
         """A message of its client has come."""
 
@@ -117,6 +120,7 @@ class Conversation:
         "_acknowledged",
         "_asking",
         "_connection",
+        "_refused",
         "_seen",
         "_unacknowledged",
         "credential",
@@ -134,6 +138,7 @@ class Conversation:
         self._seen = seen
         compresses = greeting.deflates and connection.config.compression is CompressionMode.DEFLATE
         self.max_inflated = connection.config.max_message_size if compresses else 0
+        self._refused = 0 if greeting.retries else -1  # the number that its client is to send again, if it can do that
         self._unacknowledged = 0
         self._acknowledged = -1  # the highest number that the client has acknowledged here
         self._ack_timer: asyncio.TimerHandle | None = None
@@ -195,7 +200,7 @@ class Conversation:
                 return self._message(message_of(frame), raw)
             if kind not in LONG_TYPES and is_longer(raw, MAX_CONTROL_BYTES):
                 raise BadFrameError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
-            self._other(kind, frame)
+            self._other(kind, frame, raw)
         except BadFrameError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
@@ -203,11 +208,13 @@ class Conversation:
         return None
 
     def _message(self, message: Message, raw: str | bytes) -> Message | None:
-        if message.seq is not None and not self._is_next(message.seq):
+        if message.seq is not None and not self._is_next(message.seq, raw):
             return None
         watches = self._connection.watches_input
         if watches and not self._connection.may_send(raw, message):
             return None
+        if message.seq is not None:
+            self._accept(message.seq)
         if message.key is not None:
             known = self._seen.look(self.session.client_id, message.key)
             if known is not None:
@@ -225,21 +232,26 @@ class Conversation:
             self._connection.heard()
         return message
 
-    def _is_next(self, seq: int) -> bool:
-        """Whether a message is the next one. It counts as accepted from here on, whatever its handler does."""
-        session = self.session
-        if seq == session.accepted + 1:
-            session.accepted = seq
-            self._owe_ack()
+    def _is_next(self, seq: int, raw: str | bytes) -> bool:
+        """Whether a message is the next one."""
+        next_one = self.session.accepted + 1
+        if seq == next_one:
             return True
-        if seq <= session.accepted:  # sent again, because our word did not reach the client
+        if seq < next_one:  # sent again, because our word did not reach the client
             self._owe_ack()
             self._connection.control_came()
+        elif self._refused == next_one:  # it was on its way already, and comes again behind the one that was refused
+            self._connection.came_too_soon(raw)
         else:
             self._connection.end(DisconnectReason.POLICY, code=4412, text="a message is missing")
         return False
 
-    def _other(self, kind: str, frame: dict[str, Any]) -> None:
+    def _accept(self, seq: int) -> None:
+        """A message counts as accepted from here on, whatever its handler does."""
+        self.session.accepted = seq
+        self._owe_ack()
+
+    def _other(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session, connection = self.session, self._connection
         if kind not in ("ack", "reply", "pong"):
             connection.control_came()
@@ -255,10 +267,12 @@ class Conversation:
             if (acknowledged := optional_number(frame, "ack")) is not None:
                 self._acknowledge(acknowledged)
         elif kind == "reply":
-            if self._is_next(number(frame, "seq", least=1)) and not session.requests.answered(
-                optional_name(frame, "re") or "", frame.get("data"), frame.get("error")
-            ):
-                connection.control_came()
+            if self._is_next(seq := number(frame, "seq", least=1), raw):
+                self._accept(seq)
+                if not session.requests.answered(
+                    optional_name(frame, "re") or "", frame.get("data"), frame.get("error")
+                ):
+                    connection.control_came()
         elif kind == "auth":
             token = optional_text(frame, "token", most=8192)
             self.credential.offered(token)
@@ -323,6 +337,22 @@ class Conversation:
         """A message was accepted, and nobody will ever read it: if it comes again, it is a new one."""
         if isinstance(item, Message):
             self.failed(item)
+
+    def too_much(self, message: Message | None, code: str, text: str, wait: float) -> None:
+        """Refuse a message because of a rate.
+
+        A client that can send it again in its turn is told when, and it is not accepted: so nothing is lost, and the
+        order stays. A request is answered instead, and the message of any other client is accepted and lost.
+        """
+        seq = None if message is None else message.seq
+        if message is None or seq is None or seq <= self.session.accepted:
+            self.refused(message, code, text)
+        elif self._refused < 0 or message.id is not None:
+            self._accept(seq)
+            self.refused(message, code, text)
+        else:
+            self._refused = seq
+            self._connection.answer(control("error", code=code, message=text, seq=seq, retry=milliseconds(wait)))
 
     def refused(self, message: Message | None, code: str, text: str) -> None:
         """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""

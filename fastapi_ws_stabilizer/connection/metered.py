@@ -89,8 +89,7 @@ class Metered(Messages):
         """Whether its client may send a message now. If not, it is told so, or its connection ends."""
         if not self._parts.traffic.limited:
             return True
-        size = len(raw if isinstance(raw, bytes) or raw.isascii() else raw.encode("utf-8", "surrogatepass"))
-        excess = self._parts.traffic.take(self.client_id, self.connection_id, size, monotonic())
+        excess = self._parts.traffic.take(self.client_id, self.connection_id, wire_size(raw), monotonic())
         if excess is not None:
             self.exceeded(excess, message)
         return excess is None
@@ -100,11 +99,18 @@ class Metered(Messages):
         self.reports.totals.messages_refused += 1
         self._tell_limit(excess.option, excess.message_type)
         text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
-        if self.conversation is not None:  # it counts as accepted, so nobody will send it again
-            self.conversation.refused(message, RATE_LIMITED, text)
+        if self.conversation is not None:
+            self.conversation.too_much(message, RATE_LIMITED, text, excess.wait)
         else:
             self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
         if excess.over:
+            self.end(DisconnectReason.POLICY, code=4429, text=text)
+
+    def came_too_soon(self, raw: str | bytes) -> None:
+        """A message has come behind one that was refused, and is not looked at. Too many end the connection."""
+        excess = self._parts.traffic.refuse(self.connection_id, wire_size(raw), monotonic())
+        if excess is not None:
+            text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
             self.end(DisconnectReason.POLICY, code=4429, text=text)
 
     def control_came(self) -> None:
@@ -126,3 +132,8 @@ class Metered(Messages):
     def delivered(self) -> None:
         """A message has gone out. Told only where somebody wants to know."""
         self._parts.ledger.delivered(self.member)
+
+
+def wire_size(raw: str | bytes) -> int:
+    """Bytes of a message on the wire, uncompressed."""
+    return len(raw if isinstance(raw, bytes) or raw.isascii() else raw.encode("utf-8", "surrogatepass"))

@@ -78,6 +78,18 @@ class Limit:
         over = bool(self._refused.take(connection_id, cost, now))
         return Excess(max(wait, self._full_after) if over else wait, over, self._option, self._message_type)
 
+    def refuse(self, connection_id: str, cost: float, now: float) -> Excess | None:
+        """Count what is refused because something before it was; `None` if its sender may go on.
+
+        Args:
+            connection_id: Over which connection it has come.
+            cost: How much it is.
+            now: The time, in monotonic seconds.
+        """
+        if not self._refused.take(connection_id, min(cost, self._burst), now):
+            return None
+        return Excess(self._full_after, True, self._option, self._message_type)
+
 
 def limit_of(
     per_second: float | None, burst: float | None = None, option: str = "max_rate", message_type: str | None = None
@@ -139,4 +151,17 @@ class Traffic:
         excess = None if self._messages is None else self._messages.take(client_id, connection_id, 1.0, now)
         if excess is None and self._bytes is not None:
             excess = self._bytes.take(client_id, connection_id, size, now)
+        return excess
+
+    def refuse(self, connection_id: str, size: int, now: float) -> Excess | None:
+        """Count one message that is refused because one before it was; `None` if its sender may go on.
+
+        Args:
+            connection_id: Over which connection it has come.
+            size: Its bytes.
+            now: The time, in monotonic seconds.
+        """
+        excess = None if self._messages is None else self._messages.refuse(connection_id, 1.0, now)
+        if excess is None and self._bytes is not None:
+            excess = self._bytes.refuse(connection_id, size, now)
         return excess

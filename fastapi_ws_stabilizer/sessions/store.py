@@ -42,6 +42,7 @@ class Greeting:
         why: Why it did not get all of that.
         cursor: Number of the last message before those that this connection is sent.
         deflates: Whether its client takes and sends compressed frames.
+        retries: Whether its client sends a message again that was refused with a time.
     """
 
     session: Session
@@ -49,6 +50,7 @@ class Greeting:
     why: str | None
     cursor: int
     deflates: bool = False
+    retries: bool = False
 
 
 class Sessions:
@@ -164,13 +166,13 @@ class Sessions:
         if why is None:
             self._reports.totals.sessions_resumed += 1
             session.acknowledged(hello.seq)
-            return Greeting(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates)
+            return Greeting(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
         missed = max(0, session.head - hello.seq)
         session.forget_all()  # never a part of what was missed
         session.requests.missed(0 if why == "epoch" else min(hello.seq, session.head))
         self._reports.totals.session_gaps += 1
         self._tell(session, "session_gap", logging.WARNING, why=why, missed_messages=missed)
-        return Greeting(session, ResumeOutcome.GAP, why, session.head, hello.deflates)
+        return Greeting(session, ResumeOutcome.GAP, why, session.head, hello.deflates, hello.retries)
 
     def _fresh(self, client_id: str, hello: Hello, outcome: ResumeOutcome, why: str | None) -> Greeting:
         before = self._of_instance.get((client_id, hello.instance or ""))
@@ -188,7 +190,7 @@ class Sessions:
         if outcome is ResumeOutcome.LOST:
             self._reports.totals.sessions_lost += 1
             self._tell(session, "session_lost", logging.INFO, why=why)
-        return Greeting(session, outcome, why, 0, hello.deflates)
+        return Greeting(session, outcome, why, 0, hello.deflates, hello.retries)
 
     # ── coming and going ──
 

@@ -53,6 +53,9 @@ KIND_DEFLATED: Final = 2
 DEFLATE_CAP: Final = "deflate-raw"
 """What both sides have to list before one may send binary frames of kind 2."""
 
+RETRY_CAP: Final = "retry"
+"""What a client lists that sends a message again which was refused with `retry`; of others it is accepted, and lost."""
+
 MAX_SENT_BYTES: Final = 16 * 1024 * 1024
 """Bytes of the largest frame that a client takes, compressed or not."""
 
@@ -364,9 +367,10 @@ class Hello:
         auth: Its credential, if it sends one.
         instance: What tells this client instance from others, if it says so.
         deflates: Whether it takes and sends compressed frames.
+        retries: Whether it sends a message again that was refused with a time.
     """
 
-    __slots__ = ("auth", "deflates", "dial", "instance", "seq", "token")
+    __slots__ = ("auth", "deflates", "dial", "instance", "retries", "seq", "token")
 
     def __init__(
         self,
@@ -377,9 +381,11 @@ class Hello:
         instance: str | None = None,
         *,
         deflates: bool = False,
+        retries: bool = False,
     ) -> None:
         self.instance = instance
         self.deflates = deflates
+        self.retries = retries
         self.dial = dial
         self.token = token
         self.seq = seq
@@ -417,4 +423,5 @@ def hello_of(raw: str | bytes) -> Hello:
     caps = frame.get("caps")
     if caps is not None and not isinstance(caps, list):
         raise BadFrameError("hello: caps is a list")
-    return Hello(number(frame, "n"), token, seq, auth, instance, deflates=DEFLATE_CAP in (caps or ()))
+    deflates, retries = (cap in (caps or ()) for cap in (DEFLATE_CAP, RETRY_CAP))
+    return Hello(number(frame, "n"), token, seq, auth, instance, deflates=deflates, retries=retries)

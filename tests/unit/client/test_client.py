@@ -14,6 +14,7 @@ from fastapi_ws_stabilizer.client import (
     Client,
     ClosedError,
     Gap,
+    RefusedError,
     RequestError,
     RequestTimeoutError,
     SessionLostError,
@@ -44,7 +45,7 @@ async def test_a_client_says_hello_and_is_open_when_it_is_welcomed() -> None:
     """The first frame says which dial this is and of which instance, and the welcome is acknowledged at once."""
     async with Scene() as scene:
         hello = scene.link.hello
-        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance}
+        assert hello == {"type": "hello", "v": 1, "n": 1, "client": scene.client.instance, "caps": ["retry"]}
         assert scene.offers == [("ws://server/ws", [SUBPROTOCOL])]
         assert scene.client.state == "connecting"
         await scene.opened(seq=5)
@@ -1282,8 +1283,66 @@ async def test_an_error_of_the_server_is_told() -> None:
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "error", "code": "unknown_type", "message": "no handler", "seq": 3})
-        assert [str(error) for error in scene.of("error")] == ["unknown_type: no handler"]
+        assert [str(error) for error in scene.of("error")] == ["unknown_type: no handler (message 3)"]
         assert scene.client.state == "open"
+
+
+@virtually
+async def test_refused_message_fails_its_future_and_is_named() -> None:
+    """The future of a message that the server refuses fails with its word, and `on_error` hears which one it was."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = [scene.client.send(number, event=f"e{number}") for number in (1, 2, 3)]
+        await soon()
+        await scene.link.say({"type": "ack", "seq": 1})
+        for seq in (1, 2):
+            await scene.link.say({"type": "error", "code": "unknown_type", "message": "no", "seq": seq})
+        await scene.link.say({"type": "ack", "seq": 3})
+        assert [one.exception() is None for one in sent] == [True, False, True]
+        error = sent[1].exception()
+        assert isinstance(error, RefusedError)
+        assert (error.code, error.seq, error.event) == ("unknown_type", 2, "e2")
+        assert [(one.seq, one.event) for one in scene.of("error")] == [(1, "e1"), (2, "e2")]
+        assert len(scene.client.buffer) == 0
+
+
+@virtually
+async def test_refused_message_with_a_time_is_sent_again_in_order() -> None:
+    """A message that the server has no room for, and those behind it, are sent again after the time, one at first."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = [scene.client.send(number) for number in range(1, 6)]
+        await soon()
+        await scene.link.say({"type": "ack", "seq": 2})
+        await scene.link.say({"type": "error", "code": "rate_limited", "message": "", "seq": 3, "retry": 2000})
+        await asyncio.sleep(1.9)
+        assert len(scene.link.of("msg")) == 5
+        await asyncio.sleep(0.2)
+        assert [frame["seq"] for frame in scene.link.of("msg")[5:]] == [3]
+        await scene.link.say({"type": "ack", "seq": 3})
+        assert [frame["seq"] for frame in scene.link.of("msg")[5:]] == [3, 4, 5]
+        await scene.link.say({"type": "error", "code": "rate_limited", "message": "", "seq": 5, "retry": 3000})
+        await scene.link.say({"type": "ack", "seq": 4}, {"type": "ping"})
+        await asyncio.sleep(3.1)
+        assert [frame["seq"] for frame in scene.link.of("msg")[8:]] == [5]
+        await scene.link.say({"type": "ack", "seq": 5})
+        assert [one.exception() for one in sent] == [None] * 5
+        assert scene.of("error") == []
+
+
+@virtually
+async def test_messages_on_their_way_are_few_until_some_are_accepted() -> None:
+    """The client has at most 128 messages on their way at first, and with each accepted one it may have one more."""
+    async with Scene() as scene:
+        await scene.opened()
+        for number in range(600):
+            scene.client.send(number)
+        await soon()
+        assert len(scene.link.of("msg")) == 128
+        await scene.link.say({"type": "ack", "seq": 100})
+        assert len(scene.link.of("msg")) == 328
+        await scene.link.say({"type": "ack", "seq": 328})
+        assert len(scene.link.of("msg")) == 600
 
 
 # ── listeners ──

@@ -222,11 +222,14 @@ class Peer:
         auth: str | None = None,
         token: str | None = None,
         subprotocols: tuple[str, ...] = (SUBPROTOCOL,),
+        caps: list[str] | None = None,
     ) -> Line:
         """Connect and say hello, with the token of the last welcome."""
         self.dials += 1
         line = Line(self.stage, self.client_id, subprotocols=subprotocols)
         hello: dict[str, Any] = {"type": "hello", "v": 1, "n": self.dials, "client": self.instance}
+        if caps is not None:
+            hello["caps"] = caps
         if auth is not None:
             hello["auth"] = auth
         if token or self.token:

@@ -314,6 +314,40 @@ async def test_a_refused_message_counts_as_accepted() -> None:
 
 
 @virtually
+async def test_refused_message_of_a_client_that_retries_is_not_accepted() -> None:
+    """The server says when to send it again, ignores what was on its way behind it, and takes both later, in order."""
+    async with Stage(**LIMIT) as stage:
+        peer = Peer(stage)
+        line = await peer.dial(caps=["retry"])
+        await line.message("note", *range(15))
+        (error,) = line.of("error")
+        assert (error["seq"], error["code"]) == (11, "rate_limited")
+        assert 0 < error["retry"] <= 1000
+        await line.say({"type": "reply", "seq": 16, "re": "x", "data": 1})
+        await asyncio.sleep(error["retry"] / 1000)
+        await line.message("note", 10, first=11)
+        assert stage.notes == [*range(11)]
+        await asyncio.sleep(1)
+        await line.message("note", 11, 12, 13, 14, first=12)
+        assert (stage.notes, line.close_code) == ([*range(15)], None)
+        await line.message("note", 99, first=18)
+        assert line.close_code == 4412, "after the number was accepted a gap is one"
+
+
+@virtually
+async def test_client_that_does_not_stop_at_a_refusal_is_closed_4429() -> None:
+    """What comes behind a refused message counts as refused too, and nothing of it is accepted."""
+    async with Stage(**LIMIT) as stage:
+        peer = Peer(stage)
+        line = await peer.dial(caps=["retry"])
+        await line.message("note", *range(100))
+        assert (line.close_code, stage.notes) == (4429, [*range(10)])
+        assert len(line.of("error")) == 1
+        await asyncio.sleep(3)
+        assert (await peer.dial()).welcome["ack"] == 10
+
+
+@virtually
 async def test_a_refused_request_is_answered() -> None:
     """With an error, among the messages, so that nobody waits in vain, also if the connection breaks before."""
     async with Stage(**LIMIT) as stage:

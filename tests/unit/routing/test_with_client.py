@@ -12,7 +12,15 @@ from fastapi import HTTPException, WebSocketException
 from pydantic import BaseModel
 from starlette.websockets import WebSocket
 
-from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, RequestError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.client import (
+    Client,
+    ClosedError,
+    Gap,
+    RefusedError,
+    RequestError,
+    SessionLostError,
+    TooLargeError,
+)
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MessageEncodeError
@@ -488,3 +496,52 @@ async def test_request_event_that_is_no_name_raises_at_the_sender() -> None:
             with pytest.raises(MessageEncodeError, match="event"):
                 await world.socket().request(event)
         assert client.state == "open"
+
+
+# ── what the server refuses ──
+
+
+@pytest.mark.parametrize("count", [150, 300, 900])
+@pytest.mark.parametrize("options", [{"max_message_rate": 20, "max_message_burst": 100}, {"max_byte_rate": 5000}])
+def test_messages_over_the_rate_arrive_once_and_in_order(count: int, options: dict[str, Any]) -> None:
+    """What the client sends faster than the server allows arrives later: each message once, and all in order."""
+
+    @virtually
+    async def play() -> None:
+        async with World(**options) as world:
+            client = world.client()
+            errors: list[Exception] = []
+            client.on_error(errors.append)
+            sent = [client.send(number, event="note") for number in range(count)]
+            async with client:
+                await asyncio.wait(sent)
+                await asyncio.sleep(0.1)
+                assert [one.exception() for one in sent] == [None] * count
+                assert (world.notes, errors, world.outcomes.count("lost")) == ([*range(count)], [], 0)
+
+    play()
+
+
+@pytest.mark.parametrize(
+    ("event", "code"), [("nothing", "unknown_type"), ("whole", "invalid_message"), ("no", "never")]
+)
+def test_send_of_a_refused_message_fails(event: str, code: str) -> None:
+    """`await client.send` raises what the server has said of a message that no handler takes."""
+
+    @virtually
+    async def play() -> None:
+        async with World() as world, world.client() as client:
+
+            @world.manager.on_message("whole")
+            async def whole(ws: StableSocket, number: int) -> None:
+                pass
+
+            @world.manager.on_message("no")
+            async def no(ws: StableSocket, data: Any) -> None:
+                raise RequestError("never", "no")
+
+            with pytest.raises(RefusedError) as caught:
+                await client.send("x", event=event)
+            assert (caught.value.code, caught.value.event) == (code, event)
+
+    play()
