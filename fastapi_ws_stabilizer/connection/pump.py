@@ -62,9 +62,6 @@ class Pumped(Protocol):
     def heard(self) -> None:
         """A message of its client has come."""
 
-    def holds(self) -> None:
-        """Something is held for it, where nothing may have been before."""
-
     def control_came(self) -> None:
         """A control frame of its client has come that we have not asked for. Too many end the connection."""
 
@@ -91,7 +88,7 @@ async def pump(connection: Pumped, receive: Receive) -> None:
             return
         try:
             if not _took(connection, event):
-                await _take_when_room(connection, event)
+                await _wait_for_room(connection)
         except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
             connection.reports.bug("internal_task_failed", error, task="ws-pump")
             connection.lost(error)
@@ -99,7 +96,11 @@ async def pump(connection: Pumped, receive: Receive) -> None:
 
 
 def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
-    """Deal with what was received; `False` if the inbox has no room for it, or for more."""
+    """Deal with what was received; `False` if reading is to pause, because the inbox was full before.
+
+    A message goes into the inbox at once, also over the mark. While the pump held it an ending could cancel the pump,
+    and the message would be neither delivered nor counted.
+    """
     if event["type"] != "websocket.receive":
         end_by_event(connection, event)
         return True
@@ -111,10 +112,13 @@ def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
         return True
     inbox = connection.inbox
     full = bool(inbox.held_bytes) and inbox.full and not connection.server_side.closing
-    if isinstance(item, Message):  # it is numbered and accepted, so it cannot wait outside
+    if isinstance(item, Message):  # it is numbered and accepted, so it is kept also where the connection ends
         inbox.put(item, item.size)
-    elif not full:
-        inbox.put(message)
+        return not full or refuse_more(connection)
+    if full and refuse_more(connection):
+        connection.reports.totals.messages_discarded += 1
+        return True
+    inbox.put(message)
     return not full
 
 
@@ -191,28 +195,13 @@ def nobody_reads(connection: Pumped) -> None:
     connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
-async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
-    """Wait for room, and take a message; or end the connection."""
-    await _overflow(connection)
-    if connection.conversation is not None:  # it is taken already
-        return
-    if connection.ending is not None:
-        connection.reports.totals.messages_discarded += 1
-        return
-    text: str | None = event.get("text")
-    connection.inbox.put((event.get("bytes") or b"") if text is None else text)
-    connection.holds()
-
-
-async def _overflow(connection: Pumped) -> None:
-    """Wait for room before one more message is taken.
+async def _wait_for_room(connection: Pumped) -> None:
+    """Wait for room before one more message is read.
 
     While we do not read, ASGI cannot tell us that the client has left. So the wait looks at the transport now and then,
     and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
     end is behind it. A pause that nobody relieves ends the connection.
     """
-    if refuse_more(connection):
-        return
     connection.reading_paused = True
     taken, since = connection.inbox.taken, monotonic()
     while not await connection.inbox.room(_LOOK_INTERVAL) and not connection.server_side.closing:

@@ -28,46 +28,77 @@ MAX_ADDRESSES: Final = 65_536
 """Addresses whose rate is remembered at most."""
 
 
+class _Released:
+    """The state of a reservation that was given back."""
+
+
+_RELEASED: Final = _Released()
+
+
 class Place:
-    """The place of one connection. It is given back by `leave`, once, whoever calls it first.
+    """The reservation of one connection. The first call of `leave` releases it, and a released one stays released.
+
+    Its state is in one attribute, so that it cannot be released and confirmed at the same time.
 
     Attributes:
         address: Where its client comes from.
-        client_id: Whose it is, from when it was decided that it may stay.
     """
 
-    __slots__ = ("_admission", "address", "client_id")
+    __slots__ = ("_admission", "_holder", "address")
 
-    def __init__(self, admission: Admission | None, address: str) -> None:
+    def __init__(self, admission: Admission, address: str) -> None:
         self._admission = admission
+        self._holder: str | _Released | None = None
         self.address = address
-        self.client_id: str | None = None
+
+    @property
+    def client_id(self) -> str | None:
+        """The client that it is confirmed for; `None` before, and when it is released."""
+        return self._holder if isinstance(self._holder, str) else None
 
     def settle(self, client_id: str, *, replaces: Iterable[Place] = ()) -> None:
-        """It is known who has come: let it stay, if there is room.
+        """Confirm the reservation for a client, if there is room.
 
         Args:
-            client_id: Who has come.
+            client_id: The client.
             replaces: Places whose connections are going to end as soon as this one is there.
 
         Raises:
-            ConnectionLimitExceededError: There is no room.
+            ConnectionLimitExceededError: There is no room, or the reservation was released before.
             TooManyConnectionsError: There is none for this client, or for its address.
         """
-        if self._admission is not None and self.client_id is None:
-            taken = [one for one in replaces if one._admission is not None and one.client_id is not None]
+        self.check()
+        if self._holder is None:
+            taken = [one for one in replaces if one.client_id is not None]
             self._admission._settle(self.address, client_id, taken)
-            self.client_id = client_id
+            self._holder = client_id
+
+    def check(self) -> None:
+        """Refuse to go on with a reservation that was released.
+
+        Raises:
+            ConnectionLimitExceededError: It was, and another client may have the room by now.
+        """
+        if self._holder is _RELEASED:
+            raise self._admission._taken_back()
 
     def leave(self) -> None:
-        """Give the place back. Nothing happens if that was done."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission._leave(self.address, self.client_id)
+        """Release the reservation. Nothing happens if that was done."""
+        if self._holder is not _RELEASED:
+            client_id, self._holder = self.client_id, _RELEASED
+            self._admission._leave(self.address, client_id)
 
 
-_UNCOUNTED: Final = Place(None, "")
-"""The place of everybody where there is no limit."""
+class _Uncounted(Place):
+    """The reservation that all connections share where there is no limit: it has no state."""
+
+    __slots__ = ()
+
+    def settle(self, client_id: str, *, replaces: Iterable[Place] = ()) -> None:
+        """Do nothing: there is room."""
+
+    def leave(self) -> None:
+        """Do nothing: nothing is counted."""
 
 
 class _Tally:
@@ -127,6 +158,7 @@ class Admission:
         self._rate = None if rate is None else RateTable(_burst(rate), 1)
         self._rates = None if rate_per_address is None else RateTable(_burst(rate_per_address), MAX_ADDRESSES)
         self._max_rates = (rate, rate_per_address)
+        self._uncounted = _Uncounted(self, "")
         self.by_address = max_per_address is not None or rate_per_address is not None
         self._on = any(
             limit is not None for limit in (max_connections, max_per_client, max_per_address, *self._max_rates)
@@ -153,7 +185,7 @@ class Admission:
             TooManyConnectionsError: There are too many from there, or too many came from there lately.
         """
         if not self._on:
-            return _UNCOUNTED
+            return self._uncounted
         if self.crowded:
             raise self._full()
         most = self._from_address.most
@@ -194,6 +226,18 @@ class Admission:
             self._inside -= 1
             self._from_address.remove(address)
             self._of_client.remove(client_id)
+
+    def _taken_back(self) -> ConnectionLimitExceededError:
+        """Why a reservation that was released cannot be confirmed: another client may have it by now."""
+        if self._max != math.inf:
+            return self._full()
+        by_address, by_client = self._from_address.most, self._of_client.most
+        if by_address is not None:
+            return self._too_many("max_connections_per_address", by_address)
+        if by_client is not None:
+            return self._too_many("max_connections_per_client", by_client)
+        limit = "max_connect_rate_per_address" if self._max_rates[0] is None else "max_connect_rate"
+        return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_when_full())
 
     def _full(self) -> ConnectionLimitExceededError:
         return ConnectionLimitExceededError("max_connections", int(self._max), retry_when_full())

@@ -89,14 +89,17 @@ class Visitor:
 
         Raises:
             WebSocketException: None came in time, or none that is good. It is closed already.
+            ConnectionLimitExceededError: It came when its place had been given to another client.
         """
         if self._hello is None:
             await self.let_in()
             try:
-                self._hello = await self._reception.hello(self.websocket, thrown_out=self.place.leave)
+                hello = await self._reception.hello(self.websocket, thrown_out=self.place.leave)
             except WebSocketException:
                 self.answered = True
                 raise
+            self.place.check()
+            self._hello = hello
         return self._hello
 
     async def credential(self) -> str | None:

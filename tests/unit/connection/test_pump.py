@@ -9,6 +9,7 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
+from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
@@ -117,13 +118,13 @@ async def test_a_message_at_the_limit_is_taken(bench: Any, message: str | bytes)
 
 
 async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
-    """With `inbox_overflow="pause"` reading stops at the mark, is told once, and goes on when there is room."""
+    """With `inbox_overflow="pause"` reading stops one message over the mark, is told once, and goes on below it."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3", "4", "5")
     await eventually(lambda: connection.reading_paused)
     await settle()
-    assert len(connection.inbox) == 2
+    assert len(connection.inbox) == 3
     assert [await with_deadline(connection.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
     await eventually(lambda: not connection.reading_paused)
     assert len(b.heard.of("reading_paused")) == 1
@@ -138,7 +139,7 @@ async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.
     await eventually(lambda: connection.reading_paused)
     connection.pulse.last_seen = 0.0
     connection.pulse.awaiting_since = 0.0
-    await connection.receive()
+    assert [await connection.receive(), await connection.receive()] == ["1", "2"]
     await eventually(lambda: not connection.reading_paused)
     assert connection.pulse.last_seen > 0.0
     assert connection.pulse.awaiting_since is None
@@ -156,6 +157,50 @@ async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
     assert b.server.close_frames == [(1012, "server shutdown")]
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        DisconnectReason.REPLACED,
+        DisconnectReason.LIFETIME,
+        DisconnectReason.SERVER_SHUTDOWN,
+        DisconnectReason.HEARTBEAT_TIMEOUT,
+    ],
+)
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+async def test_end_during_read_pause_delivers_every_read_message(
+    bench: Any, reason: DisconnectReason, tracked: bool
+) -> None:
+    """An ending that delivers what is unread delivers the message that filled the inbox too."""
+    b = bench(inbox_max_messages=2)
+    connection, _ = await b.open(cancellable=tracked)
+    b.server.feed_text("1", "2", "3")
+    await eventually(lambda: connection.reading_paused)
+    connection.end(reason)
+    read = [await with_deadline(connection.receive()) for _ in range(3)]
+    with pytest.raises(SocketClosed):
+        await with_deadline(connection.receive())
+    assert read == ["1", "2", "3"]
+    assert b.reports.totals.messages_received == 3
+    assert b.reports.totals.messages_discarded == 0
+    connection.endpoint.has_returned()
+
+
+@pytest.mark.parametrize("code", [None, 1000])
+async def test_end_during_read_pause_counts_every_discarded_message(bench: Any, code: int | None) -> None:
+    """Each message that was read is handled or counted as discarded, also where the endpoint reads only a part."""
+    b = bench(inbox_max_messages=2)
+    connection, _ = await b.open(cancellable=True)
+    b.server.feed_text("1", "2", "3")
+    await eventually(lambda: connection.reading_paused)
+    connection.end(DisconnectReason.SERVER_SHUTDOWN if code is None else DisconnectReason.APPLICATION, code=code)
+    handled = 1 if code is None else 0
+    if handled:
+        assert await with_deadline(connection.receive()) == "1"
+    connection.endpoint.has_returned()
+    await with_deadline(connection.finished)
+    assert b.reports.totals.messages_discarded + handled == b.reports.totals.messages_received == 3
+
+
 async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
     """With `inbox_overflow="close"` a client that sends faster than it is read is closed with 1013."""
     b = bench(inbox_max_messages=2, inbox_overflow="close")
@@ -170,9 +215,9 @@ async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
     """`inbox_max_bytes` pauses the reading like `inbox_max_messages`."""
     b = bench(inbox_max_bytes=1000)
     connection, _ = await b.open()
-    b.server.feed_text("x" * 2000, "next")
+    b.server.feed_text("x" * 2000, "next", "last")
     await eventually(lambda: connection.reading_paused)
-    assert len(connection.inbox) == 1
+    assert len(connection.inbox) == 2
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,41 @@ def test_settling_twice_counts_once() -> None:
 
 
 def test_a_place_that_was_given_back_is_not_settled() -> None:
-    """Who has left before it was known who it is takes no place any more."""
+    """A reservation that was released before it was confirmed counts no more."""
     admission = Admission(max_connections=1)
     place = admission.knock("1.1.1.1", 0.0)
     place.leave()
-    place.settle("ann")
+    with pytest.raises(ConnectionLimitExceededError):
+        place.settle("ann")
     assert len(admission) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "limit", "error"),
+    [
+        ({"max_connections": 2}, "max_connections", ConnectionLimitExceededError),
+        ({"max_per_address": 2}, "max_connections_per_address", TooManyConnectionsError),
+        ({"max_per_client": 2}, "max_connections_per_client", TooManyConnectionsError),
+        ({"rate": 2}, "max_connect_rate", ConnectionLimitExceededError),
+        ({"rate_per_address": 2}, "max_connect_rate_per_address", ConnectionLimitExceededError),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("confirmed_before", [False, True])
+def test_released_reservation_cannot_be_confirmed(
+    option: dict[str, float], limit: str, error: type[Exception], confirmed_before: bool
+) -> None:
+    """Under each limit a released reservation refuses its client with that limit, and is counted nowhere."""
+    admission = Admission(**option)  # type: ignore[arg-type]
+    place = admission.knock("1.1.1.1", 0.0)
+    if confirmed_before:
+        place.settle("ann")
+    place.leave()
+    for _ in range(2):
+        with pytest.raises(ConnectionLimitExceededError) as refused:
+            place.settle("ann")
+        assert (type(refused.value), refused.value.limit, refused.value.most) == (error, limit, 2)
+    assert (len(admission), admission._knocking, place.client_id) == (0, 0, None)
 
 
 # ── the lobby ──
@@ -356,6 +385,16 @@ class Counts(RuleBasedStateMachine):
             with pytest.raises(refused) as error:
                 place.settle(client_id, replaces=named)
             assert error.type is refused
+
+    @precondition(lambda self: len(self.came) > len(self.there))
+    @rule(pick=PICK, client_id=st.sampled_from(["ann", "bob"]), others=st.lists(PICK, max_size=2))
+    def settle_released(self, pick: int, client_id: str, others: list[int]) -> None:
+        """A client whose reservation was released says who it is after all."""
+        released = [place for place in self.came if place not in self.there]
+        with pytest.raises(ConnectionLimitExceededError):
+            released[pick % len(released)].settle(
+                client_id, replaces=[self.came[one % len(self.came)] for one in others]
+            )
 
     @precondition(lambda self: self.came)
     @rule(pick=PICK)

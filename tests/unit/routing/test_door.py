@@ -389,6 +389,38 @@ async def test_who_says_nothing_makes_room_for_who_comes(house_with: Make, monke
     assert not mute[1].server.close_frames
 
 
+@pytest.mark.parametrize("path", ["/path/late", "/who", "/first"])
+async def test_hello_after_lost_reservation_is_refused(
+    house_with: Make, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A hello that arrives as its reservation is given to another client does not get in past `max_connections`."""
+    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    house = house_with(max_connections=1, hello_timeout=60)
+    house.identify = lambda: "late"
+    credentials: list[str | None] = []
+
+    @house.manager.on_auth
+    async def look(ws: StableSocket, credential: str | None) -> None:
+        credentials.append(credential)
+
+    silent = [house.numbered(path)]
+    assert await silent[0].answered() == 101
+    silent += [house.numbered("/path/silent") for _ in range(MIN_LOBBY)]
+    for one in silent:
+        assert await one.answered() == 101
+    newcomer = house.numbered("/path/new")  # takes the reservation of the first one, in the same turn as its hello
+    silent[0].server.feed_text(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "late"}))
+    code, reason = await silent[0].closed()
+    assert code == 4503
+    assert "retry=" in reason
+    assert credentials == []
+    newcomer.server.feed_text(HELLO)
+    await eventually(lambda: house.served)
+    assert house.served == ["new"]
+    assert house.manager.get_connection_count() == house.counted[0] == 1
+    assert house.refusals["max_connections"] == 1
+
+
 async def test_a_hello_is_not_kept(house_with: Make) -> None:
     """Once its client is inside, the credential in it is nowhere."""
     house = house_with()
