@@ -7,7 +7,7 @@ WebSocketStabilizerError
 │   └── SessionEndedError                                     the session is over, and with it what was waited for
 ├── NotOpenError                (also a RuntimeError)         used before it was accepted
 ├── ConnectionNotFoundError     (also a LookupError)          no such client
-├── DuplicateClientError                                      on_duplicate="reject" refused this connection
+├── DuplicateClientError        (also a WebSocketException)   on_duplicate="reject" refused this connection
 ├── ConnectionLimitExceededError (also a WebSocketException)  there is no room for another connection
 │   └── TooManyConnectionsError                               ... of this client, or from its address
 ├── OriginNotAllowedError       (also a WebSocketException)   a page of somebody else's site has opened this connection
@@ -23,7 +23,7 @@ WebSocketStabilizerError
 ├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
 ├── RoomNameError               (also a ValueError)           no room can be called so
 ├── BroadcastFailedError                                      raise_for_failure(): a broadcast reached no client
-├── ShutdownError               (also a RuntimeError)         the manager is shutting down
+├── ShutdownError               (also a RuntimeError and a WebSocketException)  the manager is shutting down
 ├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
 ├── UnsuitablePlatformError     (also a ValueError)           a platform that cannot hold sockets
 ├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
@@ -125,8 +125,10 @@ class ConnectionNotFoundError(WebSocketStabilizerError, LookupError):
         return f"client {self.client_id!r} is not connected to this manager"
 
 
-class DuplicateClientError(WebSocketStabilizerError):
+class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
     """The client is connected already and `on_duplicate="reject"` refuses a second connection.
+
+    An endpoint that lets it escape closes with 4409.
 
     Attributes:
         client_id: The client id that is taken.
@@ -136,7 +138,7 @@ class DuplicateClientError(WebSocketStabilizerError):
     close_text = "connected already"
 
     def __init__(self, client_id: str) -> None:
-        super().__init__(client_id)
+        WebSocketException.__init__(self, self.close_code, self.close_text)
         self.client_id = client_id
 
     def __str__(self) -> str:
@@ -412,11 +414,24 @@ class BroadcastFailedError(WebSocketStabilizerError):
         return f"the broadcast could be queued for none of its {self.total} recipients"
 
 
-class ShutdownError(WebSocketStabilizerError, RuntimeError):
-    """The manager has been shut down and takes no new connections until `start()` is called again."""
+class ShutdownError(WebSocketStabilizerError, WebSocketException, RuntimeError):
+    """The manager drains or was shut down, and takes no new connections until `start()` is called again.
+
+    An endpoint that lets it escape closes with 1012 and `retry=`, also one that has not connected its socket yet.
+
+    Attributes:
+        retry_after: Seconds after which the client may try again: another server may be there by then.
+    """
 
     close_code = 1012
     close_text = "server shutdown"
+
+    def __init__(self, retry_after: float = 1.0) -> None:
+        WebSocketException.__init__(self, self.close_code, f"{self.close_text}; retry={math.ceil(retry_after * 1000)}")
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[ShutdownError], tuple[float]]:
+        return type(self), (self.retry_after,)
 
     def __str__(self) -> str:
         return "the manager is shut down: call start() before it can take connections again"

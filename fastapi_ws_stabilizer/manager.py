@@ -23,6 +23,7 @@ from fastapi_ws_stabilizer.errors import (
     WrongLoopError,
 )
 from fastapi_ws_stabilizer.identity.tickets import Tickets
+from fastapi_ws_stabilizer.limits.admission import retry_after_restart
 from fastapi_ws_stabilizer.logs import get_logger, write_report
 from fastapi_ws_stabilizer.metrics.histogram import Timings
 from fastapi_ws_stabilizer.reports import Reports, Totals
@@ -124,7 +125,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def _ensure_running(self) -> Serving:
         loop = asyncio.get_running_loop()
         if self._shut and self._loop in (None, loop):
-            raise ShutdownError
+            raise ShutdownError(retry_after_restart(self.config.drain_window))
         if self._loop is loop:
             return self._serving
         self._check_other_loop(loop)
@@ -375,7 +376,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Raises:
             ValueError: `client_id` is empty.
             RuntimeError: The WebSocket is not accepted.
-            ShutdownError: The manager is shut down.
+            ShutdownError: The manager drains or is shut down. The endpoint that lets it escape closes with 1012.
             SocketClosed: A connect hook refused it, or it is gone. It is a `WebSocketDisconnect`.
             DuplicateClientError: The client is connected and `on_duplicate="reject"`.
             ConnectionLimitExceededError: There is no room for it; `TooManyConnectionsError` if that is its own doing.
@@ -384,7 +385,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         """
         if not client_id or not isinstance(client_id, str):
             raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
-        connection = await self._ensure_running().open_by_hand(websocket, client_id, metadata)
+        try:
+            serving = self._ensure_running()
+        except ShutdownError as error:
+            self._serving.refused_by_hand(websocket, error, client_id)
+            raise
+        connection = await serving.open_by_hand(websocket, client_id, metadata)
         socket: StableSocket = connection.face
         return socket
 

@@ -20,6 +20,9 @@ from fastapi_ws_stabilizer.limits.rate import Rate, RateTable
 RETRY_WHEN_FULL: Final = 5.0
 """Seconds after which a client that found no room may try again, on average: half of that to half as much again."""
 
+COME_BACK_AFTER: Final = 1.0
+"""Seconds after which a client of a server that stops may come back at the earliest: another one is there by then."""
+
 MIN_LOBBY: Final = 16
 LOBBY: Final = 0.1
 """The part of `max_connections` that may come beyond it, while it is found out who they are."""
@@ -250,6 +253,15 @@ class Admission:
 def retry_when_full() -> float:
     """Seconds after which to try again, different for each who is told, so that they do not all come at once."""
     return random.uniform(0.5, 1.5) * RETRY_WHEN_FULL  # noqa: S311 (spreads load)
+
+
+def retry_after_restart(window: float) -> float:
+    """Seconds after which a client may try again that a stopping server does not take, different for each.
+
+    Args:
+        window: Seconds that the clients of that server are spread over.
+    """
+    return COME_BACK_AFTER + random.uniform(0.0, max(1.0, window))  # noqa: S311 (spreads load)
 
 
 def _burst(per_second: float) -> Rate:

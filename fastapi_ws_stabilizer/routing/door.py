@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fastapi import WebSocket, WebSocketException
 from starlette.websockets import WebSocketState
 
@@ -10,13 +12,20 @@ from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSo
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
 from fastapi_ws_stabilizer.limits.address import TrustedProxies, network_of
-from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_when_full
+from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_after_restart, retry_when_full
 from fastapi_ws_stabilizer.limits.origin import OriginPolicy
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
 from fastapi_ws_stabilizer.routing.greeting import Reception, credential_in
 from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol
 from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
+
+
+class _Unheard:
+    """In the place of a credential: no hello has come that could hold one."""
+
+
+_UNHEARD: Final = _Unheard()
 
 
 class Visitor:
@@ -35,6 +44,7 @@ class Visitor:
 
     __slots__ = (
         "_compresses",
+        "_credential",
         "_hello",
         "_reception",
         "answered",
@@ -65,6 +75,7 @@ class Visitor:
         self.place = place
         self._reception = reception
         self._hello: Hello | None = None
+        self._credential: str | _Unheard | None = _UNHEARD
         self.answered = self.inside = False
         self.revoked: frozenset[str] = frozenset()
 
@@ -79,7 +90,7 @@ class Visitor:
             await websocket.accept(answered_subprotocol(self.websocket))
 
     async def take_hello(self) -> Hello:
-        """As `hello`, for the last time: it is kept no longer, and neither is the credential in it."""
+        """As `hello`, for the last time: the hello is kept no longer. The credential in it is, as `credential` says."""
         hello = await self.hello()
         self._hello = None
         return hello
@@ -91,6 +102,8 @@ class Visitor:
             WebSocketException: None came in time, or none that is good. It is closed already.
             ConnectionLimitExceededError: It came when its place had been given to another client.
         """
+        if self.answered:
+            raise WebSocketException(1008, "refused already")
         if self._hello is None:
             await self.let_in()
             try:
@@ -100,17 +113,23 @@ class Visitor:
                 raise
             self.place.check()
             self._hello = hello
+            self._credential = credential_in(hello, self.websocket)
         return self._hello
 
     async def credential(self) -> str | None:
         """The credential in the first message of a client of `stabilizer.v1.json`; `None` of a plain one.
+
+        A dependency may ask for it again, also when the connection is open and the endpoint reads from it. So it is
+        kept, as long as the dependency lives that has let the client knock.
 
         Raises:
             WebSocketException: No such message came. It is closed already.
         """
         if not self.numbered:
             return None
-        return credential_in(await self.hello(), self.websocket)
+        if isinstance(self._credential, _Unheard):
+            self._credential = credential_in(await self.hello(), self.websocket)
+        return self._credential
 
 
 class Door:
@@ -136,6 +155,7 @@ class Door:
         self._reception = reception
         self._ending = ending
         self._max = config.max_connections
+        self._drain_window = config.drain_window
         self._max_cleanups = config.max_concurrent_cleanup
         self._compresses = config.compression is CompressionMode.DEFLATE
         self._proxies = TrustedProxies(config.trusted_proxies)
@@ -198,7 +218,7 @@ class Door:
             TooManyConnectionsError: There are too many from its address, or it comes too often.
         """
         if self.closed:
-            raise ShutdownError
+            raise ShutdownError(retry_after_restart(self._drain_window))
         self._check_origin(websocket)
         if len(self._ending) >= MAX_ENDING:  # the option by which more hooks run at the same time
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_when_full())

@@ -13,6 +13,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import ShutdownError
+from fastapi_ws_stabilizer.limits.admission import retry_after_restart
 from fastapi_ws_stabilizer.routing.refusing import Refusing, leave_alone
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
@@ -41,6 +42,7 @@ class Reception:
         address_of: Callable[[WebSocket], str],
     ) -> None:
         self._timeout = config.hello_timeout
+        self._drain_window = config.drain_window
         self._address_of = address_of
         self._sessions = sessions
         self._refusing = refusing
@@ -93,7 +95,7 @@ class Reception:
         if refused is not None:
             raise await self._refuse(websocket, refused, who)
         if self._closed.is_set:
-            raise await self._refuse(websocket, ShutdownError(), who)
+            raise await self._refuse(websocket, self._stopping(), who)
         its_own = self._sessions.proven(hello) or self._sessions.begun_anew(hello, who)
         refused = lets_in(who, its_own)  # before anything of its session is touched
         if refused is not None:
@@ -146,7 +148,7 @@ class Reception:
             if not waiting.done():
                 waiting.cancel()
         if self._closed.is_set:
-            raise await self._refuse(websocket, ShutdownError())
+            raise await self._refuse(websocket, self._stopping())
         if not waiting.done():
             raise await self._refuse(websocket, WebSocketException(4408, "no hello came"))
         gone = waiting.cancelled() or waiting.exception() is not None
@@ -159,6 +161,9 @@ class Reception:
             return hello_of((message.get("bytes") or b"") if text is None else text)
         except BadFrameError as problem:
             raise await self._refuse(websocket, WebSocketException(problem.code, str(problem))) from problem
+
+    def _stopping(self) -> ShutdownError:
+        return ShutdownError(retry_after_restart(self._drain_window))
 
     async def _refuse(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close a client that has no session yet; the exception ends its endpoint, and nothing else."""

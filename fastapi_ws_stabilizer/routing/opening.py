@@ -30,7 +30,7 @@ from fastapi_ws_stabilizer.errors import (
     SocketClosed,
 )
 from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.limits.admission import Place
+from fastapi_ws_stabilizer.limits.admission import Place, retry_after_restart
 from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.door import Visitor
 from fastapi_ws_stabilizer.routing.greeting import Reception
@@ -123,7 +123,7 @@ class Opening(Leaving, Services):
             await connection.bug("handshake_hook_failed", error)
             raise HTTPException(500) from error
         if self.closing:
-            raise ShutdownError
+            raise self._stopping()
 
     def _settle(self, place: Place, client_id: str, *, session: Session | None = None, has_token: bool = False) -> None:
         """Let a client stay, if there is room for it.
@@ -210,6 +210,9 @@ class Opening(Leaving, Services):
         connection.credential.begins(good_for[0], left)
         self.sessions.returned(greeting.session)
 
+    def _stopping(self) -> ShutdownError:
+        return ShutdownError(retry_after_restart(self._config.drain_window))
+
     def _others(self, client_id: str, session: Session | None) -> list[Connection]:
         """The connections of a client but those of one session: taking one's own session over is no duplicate."""
         everyone = self.registry.of_client(client_id)
@@ -252,6 +255,7 @@ class Opening(Leaving, Services):
             ConnectionLimitExceededError: There is no room.
             OriginNotAllowedError: A page of somebody else's site has opened it.
             InvalidTokenError: The token that it has proven itself with was revoked since.
+            ShutdownError: The manager drains.
             MemoryLimitExceededError: The metadata is more than may be kept.
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
@@ -266,14 +270,19 @@ class Opening(Leaving, Services):
             connection = Connection(websocket, client_id, self._parts, control_frames=True, endpoint=endpoint)
             with self.resumption.sparing(client_id if self.resumption.has_proof(client_id) else None):
                 connection.face = StableSocket(connection, self, metadata=metadata)
-        except BaseException:
+            proven = self._take_proof(connection)
+        except BaseException as error:
             place.leave()
+            if stack is not None and isinstance(error, MemoryLimitExceededError):
+                stack.push(functools.partial(_close_quietly, error))
             raise
         connection.place = place
         task = asyncio.current_task()
         if stack is not None:
 
             async def leave(_: Any, error: BaseException | None, __: Any) -> bool:
+                if not connection.opened:
+                    return False
                 failure = await self.leave(connection, error)
                 if failure is None:
                     return True
@@ -284,14 +293,25 @@ class Opening(Leaving, Services):
             stack.push_async_exit(leave)
         elif task is not None:
             task.add_done_callback(lambda done: self._task_ended(connection, done))
-        try:
-            proven = self.resumption.take_proof(client_id)
-        except InvalidTokenError:  # revoked since it was validated
-            connection.face._let_go()
-            place.leave()
-            raise
         await self._enter(connection, proven=proven)
         return connection
+
+    def _take_proof(self, connection: Connection) -> bool:
+        """Whether the current task has proven who the client is.
+
+        Raises:
+            InvalidTokenError: Its token was revoked since it was validated.
+        """
+        try:
+            return self.resumption.take_proof(connection.client_id)
+        except InvalidTokenError as error:
+            connection.face._let_go()
+            self.refused_by_hand(connection.websocket, error, connection.client_id)
+            raise
+
+    def refused_by_hand(self, websocket: WebSocket, error: Exception, client_id: str) -> None:
+        """Count and report that `connect()` refuses a client."""
+        self.door.refusing.tell(websocket, error, self.door.address_of(websocket), client_id)
 
     def _place_by_hand(self, websocket: WebSocket, client_id: str) -> Place:
         try:
@@ -303,15 +323,15 @@ class Opening(Leaving, Services):
             except ConnectionLimitExceededError:
                 place.leave()
                 raise
-        except (ConnectionLimitExceededError, OriginNotAllowedError) as error:
-            self.door.refusing.tell(websocket, error, self.door.address_of(websocket), client_id)
+        except (ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError) as error:
+            self.refused_by_hand(websocket, error, client_id)
             raise
         return place
 
     @staticmethod
     def _task_ended(connection: Connection, task: asyncio.Task[Any]) -> None:
         """The task that has connected a socket by hand is over, and no exit stack has told us before."""
-        if connection.ending is None:
+        if connection.opened and connection.ending is None:
             how = ending_for(asyncio.CancelledError() if task.cancelled() else task.exception())
             connection.end(how.reason, code=how.code, text=how.text)
 
@@ -347,7 +367,7 @@ class Opening(Leaving, Services):
             await self.leave(connection, error)
             raise error
         if self.closing:
-            connection.end(DisconnectReason.SERVER_SHUTDOWN)
+            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=self._stopping().reason)
             await self.leave(connection, None)
             raise self._closed(connection)
         self.registry.add(connection, mailbox=session is None)
@@ -415,3 +435,16 @@ class Opening(Leaving, Services):
             self._reports.tell("link_wrapped", logging.WARNING)
         if self._config.compression is CompressionMode.NONE:
             self._reports.tell("compression_left_to_server", logging.WARNING)
+
+
+def _close_quietly(
+    refusal: MemoryLimitExceededError, _: type[BaseException] | None, error: BaseException | None, __: Any
+) -> bool:
+    """At the end of an endpoint: exchange a refusal of `connect()` that escapes for one that Starlette closes with.
+
+    `MemoryLimitExceededError` cannot be a `WebSocketException` itself, because it is raised in HTTP routes too.
+    """
+    if error is not refusal:
+        return False
+    how = ending_for(refusal)
+    raise WebSocketException(how.code, how.text) from refusal

@@ -81,7 +81,9 @@ def as_http(error: WebSocketStabilizerError | WebSocketException) -> HTTPExcepti
         wait = {"Retry-After": str(max(1, round(error.retry_after)))}
         return HTTPException(status, type(error).close_text, headers=wait)
     if isinstance(error, ShutdownError):
-        return HTTPException(503, type(error).close_text, headers={"Retry-After": "1"})
+        return HTTPException(
+            503, type(error).close_text, headers={"Retry-After": str(max(1, round(error.retry_after)))}
+        )
     how = ending_for(error)
     return HTTPException(_STATUS_OF.get(how.code, 403), how.text or None)
 

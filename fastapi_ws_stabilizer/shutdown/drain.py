@@ -16,8 +16,10 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.server_side import LINGER
+from fastapi_ws_stabilizer.errors import ShutdownError
 from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
 from fastapi_ws_stabilizer.hub.turns import HoldTimer
+from fastapi_ws_stabilizer.limits.admission import retry_after_restart
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
@@ -27,9 +29,6 @@ CLOSES_PER_SECOND: Final = 100.0
 
 PART_OF_TIMEOUT: Final = 0.6
 """The part of the whole time that the closes may be spread over. The rest is for hooks, and for who is slow."""
-
-COME_BACK_AFTER: Final = 1.0
-"""Seconds after its close at which a plain client may come back at the earliest; it is told a random moment later."""
 
 LOOK_INTERVAL: Final = 0.25
 """Seconds between two looks for clients that take nothing."""
@@ -119,8 +118,8 @@ class Drain:
             await self._wait_until(after, connection)
             if self._abandoned:
                 break
-            retry = COME_BACK_AFTER + random.uniform(0.0, max(1.0, self._window))  # noqa: S311 (spreads load)
-            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=f"server shutdown; retry={round(retry * 1000)}")
+            text = ShutdownError(retry_after_restart(self._window)).reason
+            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=text)
             done.append(connection)
             if hold.held_long():
                 await hold.let_go()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer import errors
@@ -84,6 +85,8 @@ def test_all_errors_are_tested_here() -> None:
         (errors.MessageEncodeError, ValueError),
         (errors.MessageFormatError, ValueError),
         (errors.ShutdownError, RuntimeError),
+        (errors.ShutdownError, WebSocketException),
+        (errors.DuplicateClientError, WebSocketException),
         (errors.UnknownPlatformError, ValueError),
         (errors.UnsuitablePlatformError, ValueError),
         (errors.ManagerNotFoundError, RuntimeError),

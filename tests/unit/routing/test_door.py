@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -92,6 +93,7 @@ class House:
         self.identify: Callable[[], Any] = lambda: "ann"
         self.served: list[str] = []
         self.errors: list[Exception] = []
+        self.polite = False
         self.calls: list[Call] = []
         manager.install(app)
 
@@ -123,13 +125,17 @@ class House:
         @app.websocket("/hand/{client_id}")
         async def by_hand(websocket: WebSocket, client_id: str) -> None:
             await websocket.accept()
+            metadata = {"much": "x" * int(websocket.query_params.get("much", 0))}
             try:
                 if token := websocket.query_params.get("token"):
                     await manager.validate_reconnect_token(token)
-                ws = await manager.connect(client_id, websocket)
+                ws = await manager.connect(client_id, websocket, metadata)
             except Exception as error:
                 self.errors.append(error)
-                raise
+                if not self.polite:
+                    raise
+                await websocket.close(4000, "polite")
+                return
             await self._serve(ws)
 
     async def _serve(self, ws: StableSocket) -> None:
@@ -422,7 +428,7 @@ async def test_hello_after_lost_reservation_is_refused(
 
 
 async def test_a_hello_is_not_kept(house_with: Make) -> None:
-    """Once its client is inside, the credential in it is nowhere."""
+    """Once its client is inside, only the credential of it is kept, for dependencies that ask again."""
     house = house_with()
     call = house.call("/first", subprotocols=[SUBPROTOCOL])
     assert await call.answered() == 101
@@ -430,6 +436,42 @@ async def test_a_hello_is_not_kept(house_with: Make) -> None:
     await eventually(lambda: house.served)
     (visitor,) = [value for key, value in call.server.websocket.scope.items() if "door" in str(key)]
     assert visitor._hello is None
+    assert visitor._credential == "a-secret"
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+@pytest.mark.parametrize("where", ["hello", "subprotocol", "nowhere"])
+async def test_second_first_message_repeats_credential_without_reading(
+    house_with: Make, asked_before: bool, where: str
+) -> None:
+    """Asked again when the connection is open, `first_message()` says the same, and takes no message of the client."""
+    house = house_with(hello_timeout=0.2)
+    found: list[str | None] = []
+    one, two = Credential(first_message(), required=False), Credential(first_message(), required=False)
+
+    async def user(websocket: WebSocket) -> str:
+        if asked_before:
+            found.append(await one(websocket))
+        return "ann"
+
+    @house.app.websocket("/twice")
+    async def endpoint(
+        ws: StableSocket = Depends(house.manager.socket_for(user)), again: str | None = Depends(two)
+    ) -> None:
+        found.append(again)
+        found.append(await ws.receive())
+
+    offered = [SUBPROTOCOL, "stabilizer.auth.YS1zZWNyZXQ"] if where == "subprotocol" else [SUBPROTOCOL]
+    call = house.call("/twice", subprotocols=offered)
+    assert await call.answered() == 101
+    call.server.feed_text(
+        json.dumps({"type": "hello", "v": 1, "n": 1, **({"auth": "a-secret"} if where == "hello" else {})})
+    )
+    call.server.feed_text('{"type":"msg","seq":1,"data":"hi"}')
+    await call.over()
+    credential = None if where == "nowhere" else "a-secret"
+    assert found == [credential] * (1 + asked_before) + ["hi"]
+    assert await call.closed() == (4410, "")
 
 
 async def test_headers_are_not_kept(house_with: Make) -> None:
@@ -830,6 +872,57 @@ async def test_a_refusal_after_the_drain_is_counted(house_with: Make, path: str)
     await call.over()
     assert house.refusals == {"1012": 1}
     assert len(house.heard.of("connection_refused")) == 1
+
+
+# ── what connect() raises ──
+
+
+def revoked(house: House) -> str:
+    """A token that is validated, and revoked before it is used."""
+    token = house.manager.generate_reconnect_token("bob")
+    validate = house.manager.validate_reconnect_token
+
+    async def validated(token: str) -> str:
+        client_id = await validate(token)
+        await house.manager.revoke(client_id)
+        return client_id
+
+    house.manager.validate_reconnect_token = validated  # type: ignore[method-assign]
+    return f"token={token}"
+
+
+REFUSED_BY_HAND: dict[str, tuple[dict[str, Any], int, str, Callable[[House], Any]]] = {
+    "drain": ({}, 1012, r"server shutdown; retry=\d{4,5}", lambda house: house.manager.drain(0.1)),
+    "shut down": ({}, 1012, r"server shutdown; retry=\d{4,5}", lambda house: house.manager.graceful_shutdown(0.1)),
+    "full": ({"max_connections": 1}, 4503, r"the server is full; retry=\d+", lambda house: house.let_in("/hand/ann")),
+    "duplicate": ({"on_duplicate": "reject"}, 4409, "connected already", lambda house: house.let_in("/hand/bob")),
+    "revoked token": ({}, 4401, "invalid reconnect token", revoked),
+    "memory": ({"max_memory_per_connection": 10_000}, 4503, "too much is kept", lambda house: "much=20000"),
+}
+
+
+@pytest.mark.parametrize("polite", [False, True], ids=["raised", "caught"])
+@pytest.mark.parametrize("case", REFUSED_BY_HAND)
+async def test_refusal_of_connect_closes_without_traceback(house_with: Make, case: str, polite: bool) -> None:
+    """What `connect()` refuses a client with closes it, whether the endpoint lets it escape or closes by itself."""
+    options, code, reason, begin = REFUSED_BY_HAND[case]
+    house = house_with(**options)
+    house.polite = polite
+    query = begin(house)
+    query = await query if asyncio.iscoroutine(query) else query
+    call = house.call("/hand/bob", query=query if isinstance(query, str) else "")
+    closed = await call.closed()
+    await call.over()  # which raises what the server would log
+    if polite and case != "duplicate":  # that connection was open already
+        assert closed == (4000, "polite")
+    else:
+        assert closed[0] == code
+        assert re.fullmatch(reason, closed[1])
+    assert len(house.errors) == 1
+    assert [one.event for one in house.heard.reports if one.error is not None] == []
+    expected = 1 if case in ("full", "duplicate") else 0
+    assert house.counted == (expected, 0) if "max_connections" in options else house.counted == (0, 0)
+    assert len(house.manager._serving.unfinished) == expected
 
 
 # ── two managers ──
