@@ -127,15 +127,17 @@ class Inbox:
         if reader is not None and not reader.done():
             reader.set_result(None)
 
-    async def room(self, timeout: float | None = None) -> bool:
+    async def room(self, timeout: float | None = None, take: Callable[[], None] | None = None) -> bool:
         """Wait until the mark is no longer reached or the inbox is closed; tell whether it is so. Cancelling is safe.
 
         Args:
             timeout: Seconds to wait at most; for ever when left out.
+            take: Called at the very moment that ends the wait, unless that is the timeout: before what closes the inbox
+                goes on, and may cancel whoever waits.
         """
         if self.full and not self._closed:
             room = asyncio.get_running_loop().create_future()
-            relief = self._relief = functools.partial(_wake, room)
+            relief = self._relief = functools.partial(_wake, room, take)
             try:
                 await asyncio.wait({room}, timeout=timeout)
             finally:
@@ -245,6 +247,8 @@ class Inbox:
         return discarded
 
 
-def _wake(future: asyncio.Future[None]) -> None:
+def _wake(future: asyncio.Future[None], first: Callable[[], None] | None = None) -> None:
+    if first is not None:
+        first()
     if not future.done():
         future.set_result(None)

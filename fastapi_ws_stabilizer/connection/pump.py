@@ -62,6 +62,9 @@ class Pumped(Protocol):
     def heard(self) -> None:
         """A message of its client has come."""
 
+    def holds(self) -> None:
+        """Something is held for it, where nothing may have been before."""
+
     def control_came(self) -> None:
         """A control frame of its client has come that we have not asked for. Too many end the connection."""
 
@@ -88,7 +91,7 @@ async def pump(connection: Pumped, receive: Receive) -> None:
             return
         try:
             if not _took(connection, event):
-                await _wait_for_room(connection)
+                await _take_when_room(connection, event)
         except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
             connection.reports.bug("internal_task_failed", error, task="ws-pump")
             connection.lost(error)
@@ -96,11 +99,7 @@ async def pump(connection: Pumped, receive: Receive) -> None:
 
 
 def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
-    """Deal with what was received; `False` if reading is to pause, because the inbox was full before.
-
-    A message goes into the inbox at once, also over the mark. While the pump held it an ending could cancel the pump,
-    and the message would be neither delivered nor counted.
-    """
+    """Deal with what was received; `False` if the inbox has no room for it, or for more."""
     if event["type"] != "websocket.receive":
         end_by_event(connection, event)
         return True
@@ -112,13 +111,10 @@ def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
         return True
     inbox = connection.inbox
     full = bool(inbox.held_bytes) and inbox.full and not connection.server_side.closing
-    if isinstance(item, Message):  # it is numbered and accepted, so it is kept also where the connection ends
+    if isinstance(item, Message):  # it is numbered and accepted, so it cannot wait outside
         inbox.put(item, item.size)
-        return not full or refuse_more(connection)
-    if full and refuse_more(connection):
-        connection.reports.totals.messages_discarded += 1
-        return True
-    inbox.put(message)
+    elif not full:
+        inbox.put(message)
     return not full
 
 
@@ -195,20 +191,54 @@ def nobody_reads(connection: Pumped) -> None:
     connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
-async def _wait_for_room(connection: Pumped) -> None:
-    """Wait for room before one more message is read.
+class _InHand:
+    """A message that was read while the inbox was full. It waits outside until there is room, or until the end.
+
+    The inbox calls it, so that it is delivered or counted before an ending cancels the pump.
+
+    Attributes:
+        taken: Whether it is in hand no more.
+    """
+
+    def __init__(self, connection: Pumped, event: Mapping[str, Any]) -> None:
+        text: str | None = event.get("text")
+        self._message: str | bytes = (event.get("bytes") or b"") if text is None else text
+        self._connection = connection
+        self.taken = False
+
+    def __call__(self) -> None:
+        connection = self._connection
+        if self.taken:
+            return
+        self.taken = True
+        if connection.conversation is not None:  # it is in the inbox already
+            return
+        how = connection.ending
+        if how is not None and not how.rule.deliver:
+            connection.reports.totals.messages_discarded += 1
+        else:
+            connection.inbox.put(self._message)
+            connection.holds()
+
+
+async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
+    """Wait for room, and take a message; or end the connection.
 
     While we do not read, ASGI cannot tell us that the client has left. So the wait looks at the transport now and then,
     and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
     end is behind it. A pause that nobody relieves ends the connection.
     """
-    connection.reading_paused = True
-    taken, since = connection.inbox.taken, monotonic()
-    while not await connection.inbox.room(_LOOK_INTERVAL) and not connection.server_side.closing:
-        if connection.inbox.taken != taken:
-            taken, since = connection.inbox.taken, monotonic()
-        elif monotonic() - since >= connection.config.inbox_pause_timeout:
-            nobody_reads(connection)
-            break
-    connection.reading_paused = False
-    connection.pulse.seen(monotonic())
+    in_hand = _InHand(connection, event)
+    if not refuse_more(connection):
+        connection.reading_paused = True
+        inbox = connection.inbox
+        taken, since = inbox.taken, monotonic()
+        while not (await inbox.room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_side.closing):
+            if inbox.taken != taken:
+                taken, since = inbox.taken, monotonic()
+            elif monotonic() - since >= connection.config.inbox_pause_timeout:
+                nobody_reads(connection)
+                break
+        connection.reading_paused = False
+        connection.pulse.seen(monotonic())
+    in_hand()

@@ -172,7 +172,7 @@ async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> Non
         async with manager.serve(server.websocket, "ann"):
             pass
     assert server.taken[0]["status"] == 503
-    assert dict(server.taken[0]["headers"])[b"retry-after"] == b"1"
+    assert dict(server.taken[0]["headers"])[b"retry-after"].isdigit()
     assert manager.totals.refusals == {"1012": 1}
     with pytest.raises(ShutdownError):
         await manager.connect("ann", await FakeServer().accepted())

@@ -118,13 +118,13 @@ async def test_a_message_at_the_limit_is_taken(bench: Any, message: str | bytes)
 
 
 async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
-    """With `inbox_overflow="pause"` reading stops one message over the mark, is told once, and goes on below it."""
+    """With `inbox_overflow="pause"` reading stops at the mark, is told once, and goes on when there is room."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3", "4", "5")
     await eventually(lambda: connection.reading_paused)
     await settle()
-    assert len(connection.inbox) == 3
+    assert len(connection.inbox) == 2
     assert [await with_deadline(connection.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
     await eventually(lambda: not connection.reading_paused)
     assert len(b.heard.of("reading_paused")) == 1
@@ -139,7 +139,7 @@ async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.
     await eventually(lambda: connection.reading_paused)
     connection.pulse.last_seen = 0.0
     connection.pulse.awaiting_since = 0.0
-    assert [await connection.receive(), await connection.receive()] == ["1", "2"]
+    await connection.receive()
     await eventually(lambda: not connection.reading_paused)
     assert connection.pulse.last_seen > 0.0
     assert connection.pulse.awaiting_since is None
@@ -215,9 +215,9 @@ async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
     """`inbox_max_bytes` pauses the reading like `inbox_max_messages`."""
     b = bench(inbox_max_bytes=1000)
     connection, _ = await b.open()
-    b.server.feed_text("x" * 2000, "next", "last")
+    b.server.feed_text("x" * 2000, "next")
     await eventually(lambda: connection.reading_paused)
-    assert len(connection.inbox) == 2
+    assert len(connection.inbox) == 1
 
 
 @pytest.mark.parametrize(
