@@ -16,6 +16,9 @@ from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HEARD: Final = (signal.SIGTERM, signal.SIGINT)
 
+STILL_RUNNING_AFTER: Final = 5.0
+"""Seconds after a signal was handed on: if the lifespan has not ended by then, that is told."""
+
 SAME_STOP: Final = 0.5
 """Seconds in which a second signal is the first one again: a process group gets it, and then the master of a server
 passes it on to its workers."""
@@ -46,10 +49,17 @@ class Signals:
         self._first_at: float | None = None
         self._told_twice = self._handed_on = False
         self._told_deaf = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def listen(self) -> None:
         """Take the signals. Only where that can be done: in the main thread, and over handlers that can be called."""
         self._loop = asyncio.get_running_loop()
+        self._stop_timer()
         self._first_at, self._told_twice, self._handed_on = None, False, False
         if threading.current_thread() is threading.main_thread():
             for number in HEARD:
@@ -64,6 +74,7 @@ class Signals:
     def stop(self) -> None:
         """Give the handlers back, where they are still ours. Where a library has put its own before them, hand on."""
         self._loop = None
+        self._stop_timer()
         if threading.current_thread() is not threading.main_thread():
             return
         if self._first_at is None or self._handed_on:
@@ -119,4 +130,27 @@ class Signals:
         if self._loop is None:
             self._give_back()
         if callable(before):
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._watch_end, number, before)
             before(number, None)
+
+    def _watch_end(self, number: int, handler: Handler) -> None:
+        """A handler of yours may do nothing: then the process lives on, and refuses every socket."""
+        self._stop_timer()
+        if (loop := self._loop) is not None and self._handed_on:
+            self._timer = loop.call_later(STILL_RUNNING_AFTER, self._tell_still_running, number, handler)
+
+    def _tell_still_running(self, number: int, handler: Handler) -> None:
+        self._timer = None
+        name = f"{getattr(handler, '__module__', '')}.{getattr(handler, '__qualname__', repr(handler))}"
+        self._reports.tell(
+            "still_running",
+            logging.WARNING,
+            signal=signal.Signals(number).name,
+            handler=name,
+            seconds=STILL_RUNNING_AFTER,
+            problem="the connections are drained and the signal was handed on, but the lifespan has not ended; every "
+            "new socket is refused",
+            advice="a signal handler of your own has to call the one that it replaced, which stops the server; "
+            "requests that take long delay the end too",
+        )

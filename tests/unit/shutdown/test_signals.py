@@ -193,3 +193,44 @@ def test_off_the_main_thread_it_is_said_once() -> None:
     thread.start()
     thread.join()
     assert [report.event for report in heard.reports] == ["signals_not_heard"]
+
+
+async def test_handler_that_swallows_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
+    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
+    heard = Heard()
+
+    def swallow(number: int, _: Any) -> None:
+        server.append(number)
+
+    signal.signal(signal.SIGTERM, swallow)
+    drain = Draining()
+    drain.signals._reports.subscribe(heard)
+    drain.over.set()
+    drain.signals.listen()
+    await tell()
+    await asyncio.sleep(0.2)
+    assert server == [signal.SIGTERM]
+    (report,) = heard.of("still_running")
+    assert report.facts["signal"] == "SIGTERM"
+    assert "swallow" in report.facts["handler"]
+    drain.signals.stop()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["stopped", "started again"])
+async def test_end_after_handed_on_signal_is_not_reported(
+    server: list[int], monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
+    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
+    heard = Heard()
+    drain = Draining()
+    drain.signals._reports.subscribe(heard)
+    drain.over.set()
+    drain.signals.listen()
+    await tell()
+    assert server == [signal.SIGTERM]
+    drain.signals.listen() if again else drain.signals.stop()
+    await asyncio.sleep(0.2)
+    assert heard.of("still_running") == []
+    drain.signals.stop()
