@@ -269,7 +269,8 @@ class WebSocketConfig(BaseModel):
     max_sessions_away: _Count = Field(default=10_000, description="Most sessions that wait for their clients.")
     hello_timeout: _Seconds = Field(
         default=10.0,
-        description="Seconds that a client of `stabilizer.v1.json` has for its first frame, and `on_auth` for it.",
+        description="Seconds that a client of `stabilizer.v1.json` has for its first frame, and each `on_auth` and "
+        "`on_handshake` hook.",
     )
     replay_max_messages: _Count = Field(default=512, description="Most unacknowledged messages kept for one session.")
     replay_max_bytes: _Count = Field(default=256 * 1024, description="Most bytes of them.")

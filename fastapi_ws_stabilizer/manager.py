@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Set
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from fastapi import WebSocket
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.doctor.checks import examine
 from fastapi_ws_stabilizer.doctor.findings import Finding
@@ -166,13 +167,23 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self._serving.delivery.check_loop()
         timeout = self.config.drain_timeout if timeout is None else timeout
         until = monotonic() + timeout
+        mine = self._serving.served_here()
         try:
-            report = await (self._drain_before_exit(timeout) if exits_at_once() else self.drain(timeout))
+            window = 0.0 if exits_at_once() else self.config.drain_window
+            report = await self._drained_within(timeout, window, mine)
         finally:
             self._signals.stop()
-            await self._serving.stop(max(1.0, until - monotonic()))
+            if mine:  # else it would cut the end of the socket whose code has called this
+                self._tasks.spawn(self._stop_after_drain(self._serving, until), name="ws-stop")
+            else:
+                await self._serving.stop(max(1.0, until - monotonic()))
         self.reports.tell("shutdown", logging.INFO, **vars(report))
         return report
+
+    async def _stop_after_drain(self, serving: Serving, until: float) -> None:
+        if self._drained is not None:
+            await wait_for_all([self._drained], max(0.0, until - monotonic()))
+        await serving.stop(max(1.0, until - monotonic()))
 
     async def drain(self, timeout: float | None = None) -> ShutdownReport:
         """Take no new connections, let those that are open come back elsewhere, spread over a while, and wait for them.
@@ -182,26 +193,34 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         and SIGINT do this by themselves, before the server hears of them (`handle_signals`). Calling it again waits for
         the same drain, makes it quicker if its time is shorter, and returns what that did. `start()` ends it.
 
+        In an endpoint, handler or hook of a socket it does not wait for that socket, which ends when your code goes on.
+
         Args:
             timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
         self._serving.delivery.check_loop()
-        return await self._drained_within(timeout, self.config.drain_window)
+        return await self._drained_within(timeout, self.config.drain_window, self._serving.served_here())
 
-    async def _drain_before_exit(self, timeout: float | None = None) -> ShutdownReport:
+    async def _drain_before_exit(self) -> ShutdownReport:
         """Drain, at once where the server does not wait: then that reaches more clients than none."""
-        return await self._drained_within(timeout, 0.0 if exits_at_once() else self.config.drain_window)
+        # A signal may be heard in the middle of any connection's code, which is not to be spared for that.
+        return await self._drained_within(None, 0.0 if exits_at_once() else self.config.drain_window)
 
-    async def _drained_within(self, timeout: float | None, window: float) -> ShutdownReport:
+    async def _drained_within(
+        self, timeout: float | None, window: float, mine: Set[Connection] = frozenset()
+    ) -> ShutdownReport:
         timeout = self.config.drain_timeout if timeout is None else timeout
         self._shut = True
         self._serving.close()
         running = self._drained
         if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
             self._drain = Drain(self.reports, window, timeout, self._serving.sessions.__len__)
-            running = self._drained = self._tasks.spawn(self._drain.run(self._serving.unfinished), name="ws-drain")
+            work = self._drain.run(self._serving.unfinished, self._serving.door)
+            running = self._drained = self._tasks.spawn(work, name="ws-drain")
         else:
             self._drain.hasten(timeout)
+        if mine and not running.done():
+            return await self._drain.wait_for_others(self._serving.unfinished, mine)
         await wait_for_all([running], None)
         return running.result()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from fastapi import WebSocket, WebSocketException
@@ -9,6 +10,7 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
 from fastapi_ws_stabilizer.limits.address import TrustedProxies, network_of
@@ -18,7 +20,11 @@ from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
 from fastapi_ws_stabilizer.routing.greeting import Reception, credential_in
 from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol
+from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
+
+LOOK_INTERVAL: Final = 1.0
+"""Seconds between two looks whether the client of a handshake is still there."""
 
 
 class _Unheard:
@@ -39,6 +45,8 @@ class Visitor:
         inside: Whether it has a connection.
         door: The door where it has knocked.
         outer: The same client at another manager's door, where it has knocked before.
+        endpoint: The task that serves it. Its connection takes it over.
+        gone: Whether its client has left during the handshake.
         revoked: Clients whose right was taken away since it came: who it is may have been found out before that.
     """
 
@@ -47,8 +55,11 @@ class Visitor:
         "_credential",
         "_hello",
         "_reception",
+        "_timer",
         "answered",
         "door",
+        "endpoint",
+        "gone",
         "inside",
         "numbered",
         "outer",
@@ -76,8 +87,36 @@ class Visitor:
         self._reception = reception
         self._hello: Hello | None = None
         self._credential: str | _Unheard | None = _UNHEARD
-        self.answered = self.inside = False
+        self.answered = self.inside = self.gone = False
+        self.endpoint = Endpoint(cancellable=True)
+        self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
+
+    def watch(self) -> None:
+        """Look now and then whether the client is still there, as long as the handshake takes.
+
+        Nothing is read meanwhile: your code may accept the WebSocket, and what comes then is its own.
+        """
+        self._timer = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if ServerSide(self.websocket._receive, self.websocket._send).closing:
+            self.gone = True
+            self.cut()
+        elif not self.inside and not self.answered:
+            self.watch()
+
+    def stop_watching(self) -> None:
+        """The handshake is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def cut(self) -> None:
+        """Go on with the handshake no longer: cancel what it waits for. It is turned away then, unless it was."""
+        if not self.inside and not self.answered:
+            self.endpoint.cancel()
 
     async def let_in(self) -> None:
         """Accept its WebSocket. Nothing happens if that was done."""
@@ -171,15 +210,47 @@ class Door:
         )
         self.closed = False
         self._visitors: set[Visitor] = set()
+        self._empty: Latch | None = None
 
     def revoke(self, client_id: str) -> None:
         """Let in nobody as that client who stands at the door now."""
         for visitor in self._visitors:
             visitor.revoked |= {client_id}
 
+    def close(self) -> None:
+        """Let nobody in any more, and turn those away who stand at the door."""
+        self.closed = True
+        for visitor in list(self._visitors):
+            visitor.cut()
+
+    def reopen(self) -> None:
+        """Let clients in again."""
+        self.closed = False
+
+    async def wait_until_empty(self, timeout: float) -> bool:
+        """Wait until all handshakes are over, at most `timeout` seconds; tell whether they are. Cancelling is safe."""
+        if not self._visitors:
+            return True
+        if self._empty is None:
+            self._empty = Latch()
+        return await wait_for_all([self._empty.future], timeout)
+
+    def abort(self) -> None:
+        """Cut the connections whose handshakes do not come to an end."""
+        for visitor in list(self._visitors):
+            ServerSide(visitor.websocket._receive, visitor.websocket._send).abort()
+
+    def stopping(self) -> ShutdownError:
+        """Why nobody is let in any more, and when to come back."""
+        return ShutdownError(retry_after_restart(self._drain_window))
+
     def left(self, visitor: Visitor) -> None:
         """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""
         self._visitors.discard(visitor)
+        visitor.stop_watching()
+        if self._empty is not None and not self._visitors:
+            self._empty.set()
+            self._empty = None
 
     def address_of(self, websocket: WebSocket) -> str:
         """Where a client comes from: what a trusted proxy says, else the other end of the connection."""
@@ -218,7 +289,7 @@ class Door:
             TooManyConnectionsError: There are too many from its address, or it comes too often.
         """
         if self.closed:
-            raise ShutdownError(retry_after_restart(self._drain_window))
+            raise self.stopping()
         self._check_origin(websocket)
         if len(self._ending) >= MAX_ENDING:  # the option by which more hooks run at the same time
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_when_full())

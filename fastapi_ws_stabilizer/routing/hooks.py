@@ -112,7 +112,7 @@ class Hooks:
     Args:
         reports: Where failures are told.
         limit: Seconds that a disconnect or error hook may take.
-        auth_limit: Seconds that a hook may take that looks at a credential.
+        auth_limit: Seconds that a hook may take that looks at a handshake or at a credential.
     """
 
     def __init__(self, reports: Reports, limit: float = 10.0, auth_limit: float = 10.0) -> None:
@@ -137,9 +137,9 @@ class Hooks:
         return any(self._hooks[event] for event in events)
 
     async def handshake(self, socket: StableSocket) -> None:
-        """Run the handshake hooks; what one raises refuses the connection."""
+        """Run the handshake hooks; what one raises refuses the connection, and so does one that takes too long."""
         for hook in self._hooks["handshake"]:
-            await hook(socket)
+            await self._in_this_context(hook, socket)
 
     async def connect(self, socket: StableSocket) -> None:
         """Run the connect hooks; what one raises ends the connection."""

@@ -30,7 +30,7 @@ from fastapi_ws_stabilizer.errors import (
     SocketClosed,
 )
 from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.limits.admission import Place, retry_after_restart
+from fastapi_ws_stabilizer.limits.admission import Place
 from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.door import Visitor
 from fastapi_ws_stabilizer.routing.greeting import Reception
@@ -83,7 +83,7 @@ class Opening(Leaving, Services):
         who = client_id or claimed or fresh_client_id()
         if not numbered:  # else it can still prove to have a session
             self._settle(visitor.place, who, has_token=claimed is not None)
-        endpoint = Endpoint(cancellable=True)
+        endpoint = visitor.endpoint
         connection = Connection(
             websocket, who, self._parts, control_frames=control_frames, endpoint=endpoint, numbered=numbered
         )
@@ -123,7 +123,7 @@ class Opening(Leaving, Services):
             await connection.bug("handshake_hook_failed", error)
             raise HTTPException(500) from error
         if self.closing:
-            raise self._stopping()
+            raise self.door.stopping()
 
     def _settle(self, place: Place, client_id: str, *, session: Session | None = None, has_token: bool = False) -> None:
         """Let a client stay, if there is room for it.
@@ -187,9 +187,11 @@ class Opening(Leaving, Services):
             return None
 
         hello = await visitor.take_hello()
-        visitor.answered = True  # whoever is refused from here on is told so here
-        greeting = await self._reception.greet(connection.websocket, hello, whose, authenticate, lets_in)
-        visitor.answered = False
+        try:
+            greeting = await self._reception.greet(connection.websocket, hello, whose, authenticate, lets_in)
+        except WebSocketException:  # it was told so there
+            visitor.answered = True
+            raise
         if (kept := connection.face._user_data) is not None:  # a handshake hook has set it
             if greeting.session.user_data is None:
                 kept.owner = greeting.session
@@ -209,9 +211,6 @@ class Opening(Leaving, Services):
         left = None if until is None else max(0.0, until - monotonic())
         connection.credential.begins(good_for[0], left)
         self.sessions.returned(greeting.session)
-
-    def _stopping(self) -> ShutdownError:
-        return ShutdownError(retry_after_restart(self._config.drain_window))
 
     def _others(self, client_id: str, session: Session | None) -> list[Connection]:
         """The connections of a client but those of one session: taking one's own session over is no duplicate."""
@@ -367,7 +366,7 @@ class Opening(Leaving, Services):
             await self.leave(connection, error)
             raise error
         if self.closing:
-            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=self._stopping().reason)
+            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=self.door.stopping().reason)
             await self.leave(connection, None)
             raise self._closed(connection)
         self.registry.add(connection, mailbox=session is None)

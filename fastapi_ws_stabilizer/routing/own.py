@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
@@ -15,6 +16,14 @@ _own: contextvars.ContextVar[_Own | None] = contextvars.ContextVar("own_connecti
 def remember(connection: Connection) -> None:
     """The current task has opened a connection. Its child tasks and hooks inherit that."""
     _own.set((connection.client_id, connection, _own.get()))
+
+
+def all_own() -> Iterator[Connection]:
+    """The connections that the current task, or the one that has started it, has opened, the last one first."""
+    known = _own.get()
+    while known is not None:
+        yield known[1]
+        known = known[2]
 
 
 def own(client_id: str) -> Connection | None:

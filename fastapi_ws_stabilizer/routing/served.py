@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, WebSocket
+from fastapi import Depends, WebSocket, WebSocketException
 
 from fastapi_ws_stabilizer.connection.endpoint import is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
@@ -66,11 +67,18 @@ async def at_the_door(serving: Serving, websocket: WebSocket) -> AsyncIterator[V
         return
     try:
         visitor = websocket.scope[DOOR_KEY] = door.knock(websocket, outer)
+        visitor.watch()
         yield visitor
     except REFUSALS as error:
         if is_bug(error) or (visitor is not None and (visitor.inside or visitor.answered)):
             raise
         raise await turned_away(door, websocket, error) from error
+    except asyncio.CancelledError as error:
+        if visitor is None or visitor.inside or not visitor.endpoint.is_own_cancellation(error):
+            raise
+        if visitor.gone:  # Starlette closes, which the server refuses in silence
+            raise WebSocketException(1000) from error
+        raise await turned_away(door, websocket, door.stopping()) from error
     finally:
         websocket.scope[DOOR_KEY] = outer
         if visitor is not None:

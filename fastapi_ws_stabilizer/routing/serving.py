@@ -165,6 +165,10 @@ class Serving(Opening):
             return None  # its endpoint is over: this is a task that outlives it, and means whoever is connected now
         return connection
 
+    def served_here(self) -> set[Connection]:
+        """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
+        return {one for one in own.all_own() if one.belongs_to(self._parts) and not one.is_finished}
+
     def meant(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""
         connection = self.own_connection(client_id)
@@ -172,13 +176,15 @@ class Serving(Opening):
 
     def reopen(self) -> None:
         """Take connections again."""
-        self.closing = self.door.closed = False
+        self.closing = False
+        self.door.reopen()
         self._reception.reopen()
 
     def close(self) -> None:
         """Take no more connections, and refuse those that are being opened."""
-        self.closing = self.door.closed = True
+        self.closing = True
         self._reception.close()
+        self.door.close()
 
     async def stop(self, patience: float) -> None:
         """Let go of the heartbeat, of the sessions, and of tasks that are left over.
@@ -189,6 +195,7 @@ class Serving(Opening):
         self.heartbeat.stop()
         self.lifetimes.stop()
         await wait_for_all(self._reception.guests, 1.0)
+        await self.door.wait_until_empty(1.0)
         left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
         if left_out:  # their time is over, but nobody's disconnect goes untold
             hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]

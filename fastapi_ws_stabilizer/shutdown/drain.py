@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Set
+from typing import Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
@@ -32,6 +32,16 @@ PART_OF_TIMEOUT: Final = 0.6
 
 LOOK_INTERVAL: Final = 0.25
 """Seconds between two looks for clients that take nothing."""
+
+
+class Handshakes(Protocol):
+    """What it needs of the handshakes in progress."""
+
+    async def wait_until_empty(self, timeout: float) -> bool:
+        """Wait until all are over; tell whether they are."""
+
+    def abort(self) -> None:
+        """Cut their connections."""
 
 
 class Drain:
@@ -60,6 +70,19 @@ class Drain:
             self._until = until
             self._wake()
 
+    async def wait_for_others(self, everyone: Iterable[Connection], mine: Set[Connection]) -> ShutdownReport:
+        """Wait for all connections but those whose own code has called this: they cannot end before it returns.
+
+        Args:
+            everyone: The connections that are open or ending.
+            mine: Those whose code has called this. Their close frames are waited for.
+        """
+        others = [connection for connection in everyone if connection not in mine]
+        await wait_for_all([*(one.finished for one in others), *(one.over for one in mine)], self._left)
+        await wait_for_all([one.outbox.done for one in mine], self._left)
+        closed = sum(connection.is_finished for connection in others)
+        return ShutdownReport(closed, 0, monotonic() - self._started, resumable_count=self._resumable())
+
     def abandon(self) -> None:
         """Leave alone who has not been closed yet."""
         self._abandoned = True
@@ -73,11 +96,12 @@ class Drain:
     def _left(self) -> float:
         return max(0.0, self._until - monotonic())
 
-    async def run(self, connections: Iterable[Connection]) -> ShutdownReport:
+    async def run(self, connections: Iterable[Connection], handshakes: Handshakes | None = None) -> ShutdownReport:
         """Close all connections, and wait for their ends: hooks, endpoints, dependencies.
 
         Args:
             connections: Those that are open or ending.
+            handshakes: Those that are in progress: they have been refused, and are cut when the time is over.
         """
         everyone = list(connections)
         open_ones = [connection for connection in everyone if connection.ending is None]
@@ -86,6 +110,8 @@ class Drain:
         random.shuffle(open_ones)
         closed = await self._close_in_turn(await self._announce(open_ones, window))
         forced = await self._wait_for_goodbyes(closed)
+        if handshakes is not None:
+            await self._wait_for_refusals(handshakes)
         report = ShutdownReport()
         if not self._abandoned:
             report = await close_all(everyone, self._left)
@@ -94,6 +120,13 @@ class Drain:
         report.resumable_count = self._resumable()
         report.duration_seconds = monotonic() - self._started
         return report
+
+    async def _wait_for_refusals(self, handshakes: Handshakes) -> None:
+        """Wait until no handshake is in progress; cut those that are when the time is over."""
+        while not self._abandoned and not await handshakes.wait_until_empty(min(LOOK_INTERVAL, self._left)):
+            if self._left <= 0:
+                handshakes.abort()
+                break
 
     async def _announce(self, everyone: list[Connection], window: float) -> list[tuple[float, Connection]]:
         """Give each its moment, evenly, and tell those that can be told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import re
 from collections.abc import AsyncIterator, Callable
@@ -860,6 +861,156 @@ async def test_during_a_drain_everybody_gets_503(house_with: Make, headers: list
         assert int(call.headers["retry-after"]) >= 1
     with pytest.raises(ShutdownError):
         house.manager._serving.door.knock(house.call("/nowhere").server.websocket)
+
+
+@pytest.mark.parametrize("where", ["hook", "identity", "hello", "auth"])
+@pytest.mark.parametrize("headers", [[], BROWSER], ids=["a program", "a browser"])
+async def test_drain_refuses_pending_handshake(house_with: Make, where: str, headers: list[Any]) -> None:
+    """A drain cancels what a handshake waits for, refuses its client, counts it once, and is over soon."""
+    house = house_with(hello_timeout=60)
+    cancelled = asyncio.Event()
+    entered = asyncio.Event()
+
+    async def hang() -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def identify() -> str:
+        await hang()
+        return "ann"
+
+    async def hook(ws: StableSocket) -> None:
+        if where in ("hook", "auth"):
+            await hang()
+
+    house.identify = identify
+    (house.manager.on_auth if where == "auth" else house.manager.on_handshake)(hook)
+    await house.manager.start()
+    call = {
+        "hook": lambda: house.call("/path/ann", headers=headers),
+        "identity": lambda: house.call("/who", headers=headers),
+        "hello": lambda: house.numbered("/path/ann", headers=headers),
+        "auth": lambda: house.numbered("/path/ann", headers=headers),
+    }[where]()
+    if where == "auth":
+        call.server.feed_text(HELLO)
+    await (call.answered() if where == "hello" else with_deadline(entered.wait()))
+    await with_deadline(house.manager.drain(30))
+    await call.over()
+    if where in ("hook", "identity"):
+        assert call.status == 503
+        assert int(call.headers["retry-after"]) >= 1
+    else:
+        code, reason = await call.closed()
+        assert (code, reason.split("=")[0]) == (1012, "server shutdown; retry")
+    assert where == "hello" or cancelled.is_set()
+    assert house.refusals == {"1012": 1}
+    assert house.served == []
+    assert [one.event for one in house.heard.reports if one.error is not None] == []
+
+
+async def test_drain_cuts_handshake_that_ignores_cancellation(house_with: Make) -> None:
+    """A drain waits for a handshake no longer than its time, and the client is refused when your code goes on."""
+    house = house_with()
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def identify() -> str:
+        entered.set()
+        while not go_on.is_set():
+            try:
+                await go_on.wait()
+            except asyncio.CancelledError:
+                continue
+        return "ann"
+
+    house.identify = identify
+    await house.manager.start()
+    call = house.call("/who")
+    await with_deadline(entered.wait())
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    await with_deadline(house.manager.drain(0.5))
+    assert 0.4 <= loop.time() - since < 2
+    go_on.set()
+    assert await call.answered() == 503
+    await call.over()
+    assert house.served == []
+
+
+async def test_handshake_hook_over_time_limit_refuses(house_with: Make) -> None:
+    """A handshake hook that takes longer than `hello_timeout` is cancelled and reported, and its client gets 500."""
+    house = house_with(hello_timeout=0.1)
+    cancelled = asyncio.Event()
+
+    @house.manager.on_handshake
+    async def hang(ws: StableSocket) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    call = house.call()
+    assert await call.answered() == 500
+    await call.over()
+    await with_deadline(cancelled.wait())
+    (report,) = [one for one in house.heard.reports if one.error is not None]
+    assert report.event == "handshake_hook_failed"
+    assert "hello_timeout" in str(report.error)
+
+
+async def test_handshake_hook_sets_context_variables_for_endpoint(house_with: Make) -> None:
+    """What a handshake hook sets in a context variable is there in the endpoint."""
+    house = house_with()
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="")
+    seen: list[str] = []
+
+    @house.manager.on_handshake
+    async def choose(ws: StableSocket) -> None:
+        tenant.set("blue")
+
+    @house.app.websocket("/tenant")
+    async def endpoint(ws: StableSocketDep) -> None:
+        seen.append(tenant.get())
+
+    await house.call("/tenant").over()
+    assert seen == ["blue"]
+
+
+@pytest.mark.parametrize("way", ["/path/ann", "/who"])
+async def test_gone_client_ends_pending_handshake(house_with: Make, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Where the server shows that its client has gone, what a handshake waits for is cancelled, in silence."""
+    monkeypatch.setattr(door_module, "LOOK_INTERVAL", 0.01)
+    house = house_with()
+    entered, cancelled = asyncio.Event(), asyncio.Event()
+    gone = False
+
+    async def hang() -> str:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        return "ann"
+
+    @house.manager.on_handshake
+    async def hook(ws: StableSocket) -> None:
+        await hang()
+
+    house.identify = hang
+    monkeypatch.setattr(door_module.ServerSide, "closing", property(lambda _: gone))
+    call = house.call(way)
+    await with_deadline(entered.wait())
+    await asyncio.sleep(0.05)
+    assert not cancelled.is_set()
+    gone = True
+    await with_deadline(cancelled.wait())
+    await call.over()
+    assert house.counted == (0, 0)
+    assert house.refusals == {}
+    assert [one.event for one in house.heard.reports if one.error is not None] == []
 
 
 @pytest.mark.parametrize("path", ["/path/bob", "/who"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -219,3 +220,34 @@ async def test_client_that_leaves_unasked_has_reason_client_close() -> None:
         await (await peer.dial()).leaves(4000)
         assert stage.events[1] == "disconnect ann client_close"
         assert (await peer.dial()).outcome == "full"
+
+
+@pytest.mark.parametrize("call", ["drain", "graceful_shutdown"])
+@virtually
+async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
+    """In a socket's own code a drain returns when the others have ended; that socket ends when its code goes on."""
+    async with Stage(drain_window=1, disconnect_grace=20) as stage:
+        reports: list[Any] = []
+        loop = asyncio.get_running_loop()
+
+        async def endpoint(ws: StableSocket) -> None:
+            if ws.client_id != "admin":
+                await ws.run()
+                return
+            await ws.receive()
+            since = loop.time()
+            reports.append(await getattr(stage.manager, call)(30))
+            reports.append(loop.time() - since)
+
+        stage.endpoint = endpoint
+        others = [stage.plain(f"client {number}") for number in range(50)]
+        admin = stage.plain("admin")
+        await soon()
+        await admin.say("drain")
+        await asyncio.sleep(5)
+        report, took = reports
+        assert (report.closed_count, report.failed_count) == (50, 0)
+        assert took < 2
+        assert {line.close_code for line in [*others, admin]} == {1012}
+        assert stage.events.count("disconnect admin server_shutdown") == 1
+        assert not stage.manager._serving.unfinished
