@@ -125,6 +125,16 @@ class Endpoint(Latch):
         task.cancel(_CANCEL_MESSAGE)
         return True
 
+    @property
+    def task(self) -> asyncio.Task[Any] | None:
+        """The task that serves the connection, while it runs."""
+        return None if self._task is None else self._task()
+
+    @property
+    def has_swallowed_cancellation(self) -> bool:
+        """Whether the current task is the endpoint's, and goes on after it was cancelled."""
+        return self._cancelled and not self.has_ended and self.task is asyncio.current_task()
+
     def is_cancelled_by_others(self, error: BaseException) -> bool:
         """Whether `error` is a cancellation of this task that did not come from `cancel`.
 

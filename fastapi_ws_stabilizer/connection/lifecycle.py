@@ -22,10 +22,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, detaches, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
+from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, becomes_ended, repeated
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -211,11 +213,18 @@ class Connection(Successor):
             attempt(self.abort)
             self.outbox.give_up()
         attempt(self.endpoint.watch, self.websocket.scope)
+        attempt(self._end_websocket)
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
         if not attempt(self._parts.turns.soon, self._parts.turns.pending(self.shard), self):
             self.take_turn()
         return True
+
+    def _end_websocket(self) -> None:
+        """Let Starlette's `WebSocket` say that the client has left, as soon as everything that it has sent is read."""
+        becomes_ended(self.websocket)
+        if not len(self.inbox):
+            self.websocket.client_state = WebSocketState.DISCONNECTED
 
     def _end_outbox(self, how: Ending) -> None:
         if how.by_peer:
@@ -255,6 +264,8 @@ class Connection(Successor):
 
     async def wait_over(self) -> Ending:
         """Wait for the ending. Cancelling is safe."""
+        if self.ending is not None:
+            await self.told_again()
         while self.ending is None:
             await asyncio.shield(self.over)
         return self.ending
@@ -305,6 +316,33 @@ class Connection(Successor):
         if self.endpoint.cancel():
             self.tell("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
 
+    def _leave_endpoint_behind(self) -> None:
+        """The endpoint did not end when it was cancelled: say so, and let the server stop without it."""
+        name = self.endpoint_name
+        self.tell_now_and_then("endpoint_does_not_end", logging.WARNING, name, endpoint=name)
+        self.server_side.forget_task(self.endpoint.task)
+
+    @property
+    def endpoint_name(self) -> str:
+        """The name of the application's function that serves this connection, as far as the framework tells it."""
+        function = self.websocket.scope.get("endpoint")
+        return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+
+    async def told_again(self) -> None:
+        """Your code is told that the connection has ended. From the second time on the event loop has a turn first.
+
+        Code that goes on and on is told of in the log. An endpoint that goes on after it was cancelled is slowed down.
+        """
+        if self.ending is not None:
+            self.websocket.client_state = WebSocketState.DISCONNECTED
+        times = await repeated(self.connection_id)
+        if times == IGNORED and self.ending is not None:
+            name, task = self.endpoint_name, asyncio.current_task()
+            facts = {"endpoint": name, "task": "" if task is None else task.get_name()}
+            self.tell_now_and_then("end_ignored", logging.WARNING, name, **facts)
+        if times > IGNORED and self.endpoint.has_swallowed_cancellation:
+            await asyncio.sleep(PAUSE)
+
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""
         self._close(self.ending or ending(DisconnectReason.SERVER_SHUTDOWN))
@@ -321,6 +359,8 @@ class Connection(Successor):
             self._abort_timer = None
         attempt(self._stop_reading)
         attempt(self._cancel_endpoint)
+        if not self.endpoint.has_ended:
+            attempt(self._leave_endpoint_behind)
         self.before = ()
         self._pump = self._context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from asyncio import _get_running_loop as running_loop
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, Item
 from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.errors import (
+    ConcurrentReceiveError,
     NotOpenError,
     PlainClientError,
     RequestTimeoutError,
@@ -58,7 +60,10 @@ class Messages(SendingHalf):
         try:
             return await self.inbox.get()
         except InboxClosed:
-            raise self._closed_error() from None
+            raise await self._closed() from None
+        except ConcurrentReceiveError:
+            await self.told_again()
+            raise
 
     async def send(self, frame: Frame) -> None:
         """Queue a frame; wait while the outbox is full.
@@ -74,7 +79,7 @@ class Messages(SendingHalf):
         else:
             queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
         if not queued:
-            raise self._closed_error()
+            raise await self._closed()
 
     def put_if_calm(self, frame: Frame) -> bool:
         """Queue a frame if there is nothing to think about; `False` says nothing but that there is. Hot path."""
@@ -97,7 +102,7 @@ class Messages(SendingHalf):
         if frame.volatile:
             raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
         if self.conversation is None:
-            self.check_open()
+            await self.still_open()
             raise PlainClientError
         seq = await self._numbered(self.conversation.session, frame)
         self.conversation.ask_for_ack()
@@ -114,7 +119,7 @@ class Messages(SendingHalf):
             PlainClientError: The client answers no requests.
             MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
-        self.check_open()
+        await self.still_open()
         if self.conversation is None:
             raise PlainClientError
         session = self.conversation.session
@@ -132,7 +137,7 @@ class Messages(SendingHalf):
         numbers: list[int] = []
         queued = self.ending is None and await session.put_wait(self, frame, numbers.append)
         if not queued:
-            raise self._closed_error()
+            raise await self._closed()
         return numbers[0] if numbers else session.head
 
     def check_loop(self) -> None:
@@ -164,6 +169,27 @@ class Messages(SendingHalf):
         if not self.opened or self.ending is not None:
             raise self._closed_error()
 
+    async def still_open(self) -> None:
+        """As `check_open`, for code that can wait: a loop that catches every error gives the event loop its turns.
+
+        Raises:
+            SocketClosed: It is over.
+            NotOpenError: It is not accepted yet.
+            WrongLoopError: This is not the event loop of the connection.
+        """
+        self.check_loop()
+        if not self.opened or self.ending is not None:
+            raise await self._closed()
+
+    @abc.abstractmethod
+    async def told_again(self) -> None:
+        """Your code is told that the connection has ended. From the second time on the event loop has a turn first."""
+
+    async def _closed(self) -> Exception:
+        """The error for code that goes on after the end."""
+        await self.told_again()
+        return self._closed_error()
+
     def _closed_error(self) -> Exception:
         return NotOpenError() if self.ending is None else socket_closed(self.ending)
 
@@ -173,6 +199,7 @@ class Messages(SendingHalf):
         try:
             item = await self.inbox.get()
         except InboxClosed:
+            await self.told_again()
             how = self.ending or ending(DisconnectReason.NETWORK_LOST)
             return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
         message = self.read(item)

@@ -127,6 +127,13 @@ class ServerSide:
             return None
         return int.from_bytes(answer, sys.byteorder)
 
+    def forget_task(self, task: asyncio.Task[Any] | None) -> None:
+        """Let the server not wait for a task that does not end: uvicorn would wait for it before it stops."""
+        for protocol in (self._receiver, self._sender):
+            tasks = getattr(protocol, "tasks", None)
+            if isinstance(tasks, set):
+                tasks.discard(task)
+
     @property
     def unflushed_bytes(self) -> int | None:
         """How much the transport has not yet given to the network; `None` where it cannot be seen."""

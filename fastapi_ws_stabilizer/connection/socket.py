@@ -11,7 +11,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.errors import MessageFormatError, SocketClosed
+from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
@@ -158,7 +158,11 @@ class StableSocket(SocketFacts):
         try:  # not by receive(), which an idle connection would hold a frame of
             item = await self._connection.inbox.get()
         except InboxClosed:
+            await self._connection.told_again()
             raise StopAsyncIteration from None
+        except ConcurrentReceiveError:
+            await self._connection.told_again()
+            raise
         return self._connection.read(item)
 
     async def iter_text(self) -> AsyncIterator[str]:
@@ -222,7 +226,7 @@ class StableSocket(SocketFacts):
             SocketClosed: The connection is over.
             NotOpenError: The connection is not accepted yet.
         """
-        self._connection.check_open()
+        await self._connection.still_open()
         roster = self._services.join(self._connection, room, metadata)
         if history > 0:
             self._services.history(self._connection, room, history)
@@ -325,6 +329,8 @@ class StableSocket(SocketFacts):
 
         An exception in it ends the connection as one in the endpoint would: a bug is reported and closes 1011, an
         `HTTPException` closes 4000 + its status. `SocketClosed` is no news.
+
+        It does not wait, so a loop that only calls this and catches `SocketClosed` holds the event loop for ever.
 
         Raises:
             SocketClosed: The connection is over.

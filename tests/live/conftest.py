@@ -35,6 +35,7 @@ SHARING = (
     "test_seed_readme.py",
     "test_sessions.py",
     "test_stable_protocol.py",
+    "test_stubborn_endpoints.py",
 )
 """Files whose tests have time to spare, but for those that say otherwise. So others may run beside them."""
 

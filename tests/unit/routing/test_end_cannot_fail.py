@@ -46,6 +46,7 @@ END = {
     "connection/lifecycle.py": (
         "_begin_end",
         "_end_outbox",
+        "_end_websocket",
         "_close_inbox",
         "_finish",
         "_wait_for_work",
@@ -95,6 +96,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_stop_reading": (Connection,),
     "_close_inbox": (Connection,),
     "_end_outbox": (Connection,),
+    "_end_websocket": (Connection,),
     "_wait_for_work": (Connection,),
     "wait_for_those_before": (Connection,),
     "run_disconnect_hooks": (Connection,),
@@ -114,6 +116,7 @@ SAFE = {
     *("take_turn", "Remains", "isinstance", "_cancel_endpoint", "_close", "is_expected", "_forget", "_arm"),
     *("goes_away", "_end_outbox", "_leave_rooms", "stop_sending", "disconnected", "finished", "uncount", "detach"),
     *("pop", "detaches"),
+    *("_leave_endpoint_behind", "len", "becomes_ended"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
 step which is made to raise as a whole."""
