@@ -401,7 +401,14 @@ class Connection(Successor):
     def _tied_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
         if isinstance(error, WebSocketDisconnect):
             return
-        if is_bug(error):
-            self._parts.tasks.spawn(self.bug("tied_task_failed", error), name=f"ws-error-{self.connection_id}")
-        how = ending_for(error)
+        self._parts.tasks.spawn(self._end_by(error), name=f"ws-error-{self.connection_id}")
+
+    async def _end_by(self, error: BaseException) -> None:
+        """End the connection by what a tied task has raised, as the application's handler says if it has one."""
+        how: Ending = ending_for(error)
+        bug = error if is_bug(error) else None
+        if self._parts.judge is not None:
+            how, bug = await self._parts.judge(self, error)
         self.end(how.reason, code=how.code, text=how.text)
+        if bug is not None:
+            await self.bug("tied_task_failed", bug)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import Writers
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
@@ -38,6 +38,7 @@ class Parts:
         session_over: Runs the hooks for the end of a connection's session, if it has ended with it.
         slow: Called, without waiting, when a client has become slow.
         failed: Told of a bug in user code, after it has been reported.
+        judge: Finds out how a connection ends by an error of user code, and what of it is a bug.
 
     Attributes:
         inbox_limits: What all inboxes share.
@@ -60,6 +61,7 @@ class Parts:
         "failed",
         "finished",
         "inbox_limits",
+        "judge",
         "ledger",
         "left",
         "loop",
@@ -94,6 +96,7 @@ class Parts:
         session_over: Callable[[Any], Awaitable[None]],
         slow: Callable[[Any, SlowClient], None],
         failed: Callable[[Any, BaseException], Awaitable[None]],
+        judge: Callable[[Any, BaseException], Awaitable[tuple[Ending, BaseException | None]]] | None = None,
     ) -> None:
         self.config = config
         self.reports = reports
@@ -109,6 +112,7 @@ class Parts:
         self.session_over = session_over
         self.slow = slow
         self.failed = failed
+        self.judge = judge
         self.ledger = ledger
         self.traffic = traffic
         self.watches_input = traffic.limited or ledger.watches_input

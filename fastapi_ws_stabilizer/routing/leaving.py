@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
+from typing import Any
 
 import anyio
-from fastapi import WebSocketException
+from fastapi import HTTPException, WebSocketException
 from starlette.websockets import WebSocketState
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug, meaning
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.remains import Remains
@@ -25,11 +26,36 @@ from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
 from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.app_handlers import Handler, call, handler_for_endpoint, handler_of, known_handlers
 from fastapi_ws_stabilizer.routing.door import Door
 from fastapi_ws_stabilizer.routing.endings import Endings
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.resumption import Resumption
+from fastapi_ws_stabilizer.routing.under_test import test_client_wants_errors
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+
+
+class _Handled(WebSocketException):
+    """A `WebSocketException` that nothing is left to do for, where the application has a handler for those."""
+
+
+async def _nothing(_: object, __: object) -> None:
+    pass
+
+
+async def _quietly(handler: Handler, connection: Connection, error: BaseException) -> tuple[Any, Exception | None]:
+    try:
+        return await call(handler, connection.websocket, error), None
+    except Exception as failure:
+        return None, failure
+
+
+def _as_answered(answer: Any) -> Ending:
+    """How a connection ends whose handler has not closed it: a response stands for its status."""
+    status = getattr(answer, "status_code", None)
+    if not isinstance(status, int) or not 400 <= status < 600:
+        return ending(DisconnectReason.ERROR)
+    return ending_for(HTTPException(status))
 
 
 class Leaving:
@@ -52,9 +78,10 @@ class Leaving:
     async def leave(self, connection: Connection, error: BaseException | None) -> BaseException | None:
         """End a connection whose endpoint has returned (`None`) or let `error` escape, and wait until that is done.
 
-        Dependencies that were entered before ours must learn that something failed, or they would commit what should
-        be rolled back. So an error is not swallowed but exchanged for a `WebSocketException`, which Starlette handles
-        in silence because the connection is closed by then. A bug was logged here before, once.
+        Dependencies that were entered before ours must learn that the endpoint has stopped half-way, or they would
+        commit what should be rolled back. So an error is not swallowed but exchanged for a `WebSocketException`, which
+        Starlette handles in silence because the connection is closed by then. A bug was logged here before, once.
+        Under Starlette's TestClient it goes on as it is, so that the test sees it.
 
         Returns:
             What has to be raised instead of `error`; `error` itself if it is not ours to touch; `None` if nothing is.
@@ -70,17 +97,76 @@ class Leaving:
                 with anyio.CancelScope(shield=True):
                     await wait_for_all([connection.finished], None)
             return error
-        bug = error is not None and not cancelled_by_us and (is_bug(error) or not isinstance(error, Exception))
-        how = ending(DisconnectReason.ERROR) if bug else ending_for(error)
+        how, bug = ending_for(error), None
+        if error is not None and not cancelled_by_us:
+            try:
+                how, bug = await self.judge(connection, error)
+            except BaseException:  # cancelled while the application's handler was at work
+                connection.end(DisconnectReason.SERVER_SHUTDOWN)
+                raise
         connection.end(how.reason, code=how.code, text=how.text)
-        if bug and error is not None:
-            await connection.bug("endpoint_failed", error)
-        await wait_for_all([connection.finished], None)
-        if error is None or isinstance(meaning(error), SocketClosed):
+        raises = bug is not None and test_client_wants_errors()
+        with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as its test has left
+            if bug is not None:
+                await connection.bug("endpoint_failed", bug)
+            await wait_for_all([connection.finished], None)
+        if error is None:
             return None
+        if raises:
+            return bug
+        return self._seen_by_dependencies(connection)
+
+    async def judge(self, connection: Connection, error: BaseException) -> tuple[Ending, BaseException | None]:
+        """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
+
+        The handler can close the connection. Where it does not, what it returns stands for its HTTP status.
+
+        Returns:
+            The ending, and the bug in it: `error`, or what the handler has raised; `None` if there is none.
+        """
+        is_mistake = is_bug(error) or not isinstance(error, Exception)
+        handler = handler_for_endpoint(connection.websocket, error)
+        if handler is None:
+            return (ending(DisconnectReason.ERROR), error) if is_mistake else (ending_for(error), None)
+        try:
+            answer = await self._ask(handler, connection, error)
+        except Exception as second:
+            return ending(DisconnectReason.ERROR), second
+        return (_as_answered(answer) if is_mistake else ending_for(error)), None
+
+    async def _ask(self, handler: Handler, connection: Connection, error: BaseException) -> Any:
+        """Call a handler of the application, in a task so that its time is bounded."""
+        limit = self._config.disconnect_grace
+        task = self._tasks.spawn(_quietly(handler, connection, error), name="ws-exception-handler")
+        try:
+            in_time = await wait_for_all([task], limit)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not in_time:
+            task.cancel()
+            raise TimeoutError(f"an exception handler took longer than disconnect_grace, {limit} seconds")
+        if task.cancelled():
+            raise RuntimeError("an exception handler was cancelled by something that it waited for")
+        answer, failure = task.result()
+        if failure is not None:
+            raise failure
+        return answer
+
+    @staticmethod
+    def _seen_by_dependencies(connection: Connection) -> WebSocketException | None:
+        """What the dependencies before the socket see in place of what has ended the endpoint."""
+        websocket = connection.websocket
+        known = known_handlers(websocket)
+        if known is None:
+            return None  # nothing would handle it, and there are no dependencies
         # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
-        connection.websocket.application_state = WebSocketState.CONNECTED
-        return WebSocketException(connection.ending.code if connection.ending else 1000)
+        websocket.application_state = WebSocketState.CONNECTED
+        seen = WebSocketException(connection.ending.code if connection.ending else 1000)
+        if handler_of(websocket, seen) is None:
+            return seen
+        known[0].setdefault(_Handled, _nothing)  # the application's handler was asked
+        return _Handled(seen.code)
 
     @staticmethod
     def _is_foreign(endpoint: Endpoint, error: BaseException) -> bool:

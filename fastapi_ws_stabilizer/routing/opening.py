@@ -32,6 +32,7 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.hub.registry import Registry
 from fastapi_ws_stabilizer.limits.admission import Place
 from fastapi_ws_stabilizer.routing import own
+from fastapi_ws_stabilizer.routing.app_handlers import handler_for_endpoint
 from fastapi_ws_stabilizer.routing.door import Visitor
 from fastapi_ws_stabilizer.routing.greeting import Reception
 from fastapi_ws_stabilizer.routing.identity import fresh_client_id
@@ -118,7 +119,7 @@ class Opening(Leaving, Services):
         try:
             await self._hooks.handshake(connection.face)
         except Exception as error:
-            if not is_bug(error):
+            if not is_bug(error) or handler_for_endpoint(connection.websocket, error) is not None:
                 raise
             await connection.bug("handshake_hook_failed", error)
             raise HTTPException(500) from error

@@ -16,7 +16,6 @@ import starlette
 from fastapi import HTTPException, WebSocket, WebSocketException
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import WebSocketRequestValidationError
-from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -36,6 +35,7 @@ from fastapi_ws_stabilizer.limits.address import network_of
 from fastapi_ws_stabilizer.limits.admission import MAX_ADDRESSES
 from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, TokenBucket
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.app_handlers import handler_of
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, offers_v1
 
@@ -199,15 +199,7 @@ def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:
 
     Before 0.41 it does not: the handshake gets no answer at all.
     """
-    known: tuple[dict[Any, Any], dict[int, Any]] = websocket.scope.get("starlette.exception_handlers", ({}, {}))
-    handlers, by_status = known
-    handler = by_status.get(error.status_code)
-    if handler is None:
-        handler = next((handlers[one] for one in type(error).__mro__ if one in handlers), http_exception_handler)
-    its_own = handler is not http_exception_handler and not isinstance(
-        getattr(handler, "__self__", None), ExceptionMiddleware
-    )
-    return its_own and _STARLETTE >= (0, 41)
+    return _STARLETTE >= (0, 41) and handler_of(websocket, error) is not None
 
 
 def _always_over_http(error: Exception) -> bool:

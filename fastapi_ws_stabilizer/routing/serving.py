@@ -115,6 +115,7 @@ class Serving(Opening):
             session_over=self.resumption.session_over,
             slow=self._slow,
             failed=hooks.error,
+            judge=self.judge,
         )
 
     # ── what sockets ask for ──

@@ -23,6 +23,7 @@ ON_ONE_KIND = ("test_drain.py", "test_handshakes.py", "test_identity.py", "test_
 
 SHARING = (
     "test_admission.py",
+    "test_app_handlers.py",
     "test_chat_example.py",
     "test_duplicates.py",
     "test_endings.py",

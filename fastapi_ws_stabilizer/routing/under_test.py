@@ -1,0 +1,26 @@
+"""Whether an endpoint runs under Starlette's TestClient, whose tests want to see what the endpoint has raised."""
+
+from __future__ import annotations
+
+import sys
+
+
+def test_client_wants_errors() -> bool:
+    """Whether the current task serves a TestClient, and `raise_server_exceptions` is not switched off.
+
+    The TestClient tells nothing of itself to the application, but it runs the endpoint in a method of its session,
+    which stands in the call stack.
+    """
+    session_kind = getattr(sys.modules.get("starlette.testclient"), "WebSocketTestSession", None)
+    if session_kind is None:  # no test has imported it
+        return False
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name != "_run":
+            continue
+        session = frame.f_locals.get("self")
+        if isinstance(session, session_kind):
+            client = getattr(getattr(session, "portal_factory", None), "__self__", None)
+            return bool(getattr(getattr(client, "_transport", None), "raise_server_exceptions", True))
+    return False

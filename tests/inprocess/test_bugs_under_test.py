@@ -1,0 +1,94 @@
+"""Under Starlette's TestClient a test sees what an endpoint has raised, as it does without this library."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI, HTTPException, WebSocket
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConnectionManager
+
+WAYS = ("endpoint", "assertion", "handler", "hand", "serve", "connect")
+
+
+def made() -> FastAPI:
+    """An app whose endpoints fail in each way."""
+    manager = WebSocketConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @manager.on_message
+    async def handle(ws: StableSocket, message: str) -> None:
+        raise ZeroDivisionError("a bug")
+
+    @manager.on_connect
+    async def connected(ws: StableSocket) -> None:
+        if ws.url.path == "/connect":
+            raise ZeroDivisionError("a bug")
+
+    @app.websocket("/endpoint")
+    @app.websocket("/connect")
+    async def endpoint(ws: StableSocketDep) -> None:
+        await ws.receive_text()
+        raise ZeroDivisionError("a bug")
+
+    @app.websocket("/assertion")
+    async def assertion(ws: StableSocketDep) -> None:
+        assert await ws.receive_text() == "something else"
+
+    @app.websocket("/handler")
+    async def handler(ws: StableSocketDep) -> None:
+        await ws.run()
+
+    @app.websocket("/hand")
+    async def hand(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await manager.connect("ann", websocket)
+        await websocket.receive_text()
+        raise ZeroDivisionError("a bug")
+
+    @app.websocket("/serve")
+    async def serve(websocket: WebSocket) -> None:
+        async with manager.serve(websocket) as ws:
+            await ws.receive_text()
+            raise ZeroDivisionError("a bug")
+
+    @app.websocket("/refuses")
+    async def refuses(ws: StableSocketDep) -> None:
+        await ws.receive_text()
+        raise HTTPException(404, "no such room")
+
+    return app
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_test_client_raises_bug_of_endpoint(way: str) -> None:
+    """A bug of an endpoint, of a message handler or of a connect hook is raised into the test."""
+    kind = AssertionError if way == "assertion" else ZeroDivisionError
+    with TestClient(made()) as client, pytest.raises(kind), client.websocket_connect(f"/{way}") as ws:
+        ws.send_text("do it")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_test_client_without_raise_server_exceptions_sees_close_code(way: str) -> None:
+    """With `raise_server_exceptions=False` a test sees what a client sees: 1011."""
+    with TestClient(made(), raise_server_exceptions=False) as client, client.websocket_connect(f"/{way}") as ws:
+        ws.send_text("do it")
+        with pytest.raises(WebSocketDisconnect) as closed:
+            ws.receive_text()
+        assert closed.value.code == 1011
+
+
+def test_test_client_does_not_raise_refusals() -> None:
+    """What an endpoint raises to close its client with a code is no bug, and raised into no test."""
+    with TestClient(made()) as client, client.websocket_connect("/refuses") as ws:
+        ws.send_text("do it")
+        with pytest.raises(WebSocketDisconnect) as closed:
+            ws.receive_text()
+    assert (closed.value.code, closed.value.reason) == (4404, "no such room")
+
+
+def test_test_client_does_not_raise_when_the_client_leaves() -> None:
+    """An endpoint that its client has left raises nothing into the test."""
+    with TestClient(made()) as client, client.websocket_connect("/endpoint"):
+        pass
