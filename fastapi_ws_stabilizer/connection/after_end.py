@@ -12,8 +12,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 IGNORED: Final = 10
 """Errors in a row after which a task is said to ignore the end of its connection. Clean-ups try a few sends."""
 
+SPINS: Final = 1000
+"""Errors in a row after which a task is a loop that ends by nothing, and is slowed down so that others can work."""
+
 PAUSE: Final = 0.05
-"""Seconds that each further call waits in an endpoint that has swallowed its cancellation."""
+"""Seconds that each further call waits in such a task, and in an endpoint that has swallowed its cancellation."""
 
 _last: weakref.WeakKeyDictionary[asyncio.Task[Any], tuple[str, int]] = weakref.WeakKeyDictionary()
 """The tasks that were told of an end: of which connection last, and how many times in a row."""

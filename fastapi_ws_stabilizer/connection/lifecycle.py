@@ -27,7 +27,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, detaches, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
-from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, becomes_ended, repeated
+from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, SPINS, becomes_ended, repeated
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -331,7 +331,7 @@ class Connection(Successor):
     async def told_again(self) -> None:
         """Your code is told that the connection has ended. From the second time on the event loop has a turn first.
 
-        Code that goes on and on is told of in the log. An endpoint that goes on after it was cancelled is slowed down.
+        Code that goes on is named in the log, and slowed down if it does not stop, or was cancelled.
         """
         if self.ending is not None:
             self.websocket.client_state = WebSocketState.DISCONNECTED
@@ -340,7 +340,7 @@ class Connection(Successor):
             name, task = self.endpoint_name, asyncio.current_task()
             facts = {"endpoint": name, "task": "" if task is None else task.get_name()}
             self.tell_now_and_then("end_ignored", logging.WARNING, name, **facts)
-        if times > IGNORED and self.endpoint.has_swallowed_cancellation:
+        if times > SPINS or (times > IGNORED and self.endpoint.has_swallowed_cancellation):
             await asyncio.sleep(PAUSE)
 
     def give_up(self) -> None:

@@ -1,0 +1,122 @@
+"""Tests of calls on a connection that has ended: each raises again, and the event loop has its turns."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.after_end import IGNORED, SPINS
+from fastapi_ws_stabilizer.errors import SocketClosed
+from tests.unit.fake_websocket import settle, with_deadline
+
+
+async def ended(bench: Any, **options: Any) -> Any:
+    """A connection that has ended."""
+    b = bench(**options)
+    await b.open()
+    b.connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(b.connection.finished)
+    return b
+
+
+async def turns_of(*calls: Any) -> list[int]:
+    """How many turns of the event loop each call took."""
+    turns = 0
+    over = False
+
+    async def count() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def make() -> list[int]:
+        taken = []
+        for call in calls:
+            before = turns
+            with pytest.raises(SocketClosed):
+                await call()
+            taken.append(turns - before)
+        return taken
+
+    counting = asyncio.ensure_future(count())
+    taken = await asyncio.ensure_future(make())
+    over = True
+    await counting
+    return taken
+
+
+async def test_first_error_after_end_is_raised_at_once(bench: Any) -> None:
+    """A task is told of the end without a turn of the event loop the first time, and with one from then on."""
+    b = await ended(bench)
+    socket = b.connection.face
+    assert await turns_of(socket.receive, lambda: socket.send("x"), socket.receive_json) == [0, 1, 1]
+
+
+async def test_each_task_is_told_of_the_end_at_once(bench: Any) -> None:
+    """What one task was told does not slow another one down."""
+    b = await ended(bench)
+    for _ in range(3):
+        assert await turns_of(b.connection.face.receive) == [0]
+
+
+async def test_task_that_ignores_the_end_is_slowed_down(bench: Any) -> None:
+    """A loop that no error ends leaves the event loop to others after many errors."""
+    b = await ended(bench)
+    count = 0
+
+    async def spin() -> None:
+        nonlocal count
+        while True:
+            try:
+                await b.connection.face.receive()
+            except SocketClosed:
+                count += 1
+
+    task = asyncio.ensure_future(spin())
+    await asyncio.wait({task}, timeout=0.5)
+    task.cancel()
+    await settle()
+    assert IGNORED < SPINS <= count < SPINS + 50
+    assert len(b.heard.of("end_ignored")) == 1
+
+
+async def test_ended_websocket_reads_what_is_unread_then_disconnects(bench: Any) -> None:
+    """Starlette's WebSocket gives unread messages after the end, then raises `WebSocketDisconnect` each time."""
+    b = bench()
+    await b.open()
+    b.server.feed_text("1", "2")
+    b.server.feed_disconnect(1001)
+    await with_deadline(b.connection.finished)
+    websocket = b.connection.websocket
+    assert isinstance(websocket, WebSocket)
+    assert websocket.client_state is WebSocketState.CONNECTED
+    assert [await websocket.receive_text(), await websocket.receive_text()] == ["1", "2"]
+    for _ in range(3):
+        with pytest.raises(WebSocketDisconnect) as caught:
+            await websocket.receive_text()
+        assert caught.value.code == 1001
+        assert websocket.client_state is WebSocketState.DISCONNECTED
+
+
+async def test_ended_websocket_is_still_of_its_own_class(bench: Any) -> None:
+    """A WebSocket of a class of the application keeps it after the end."""
+
+    class Own(WebSocket):
+        """One with something of its own."""
+
+        name = "own"
+
+    b = bench()
+    await b.server.accepted()
+    b.server.websocket.__class__ = Own
+    await b.open(accept=False)
+    b.connection.open()
+    b.connection.end(DisconnectReason.APPLICATION)
+    await with_deadline(b.connection.finished)
+    assert isinstance(b.connection.websocket, Own)
+    assert b.connection.websocket.client_state is WebSocketState.DISCONNECTED
