@@ -112,7 +112,8 @@ class Opening(Leaving, Services):
         try:
             await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
-            raise WebSocketException(connection.ending.code if connection.ending else error.close_code) from error
+            code = connection.ending.code if connection.ending else error.close_code
+            raise (self._seen_by_dependencies(connection) or WebSocketException(code)) from error
         return connection
 
     async def _ask_handshake_hooks(self, connection: Connection) -> None:

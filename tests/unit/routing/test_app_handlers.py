@@ -1,0 +1,135 @@
+"""Tests of the application's exception handlers: which one is found, and what follows when it hangs or fails."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, HTTPException, WebSocketException
+from fastapi.exception_handlers import http_exception_handler
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import PlainTextResponse
+
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.routing.app_handlers import handler_for_endpoint, handler_of
+from tests.unit.client.fake_link import soon, virtually
+from tests.unit.fake_websocket import FakeServer
+from tests.unit.routing.stage import Line, Stage
+
+KNOWN = "starlette.exception_handlers"
+
+
+class AppError(Exception):
+    """An error of the application."""
+
+
+class Special(AppError):
+    """A subclass of it."""
+
+
+async def handler(connection: Any, error: Any) -> None:
+    """One of the application."""
+
+
+def websocket_with(handlers: dict[Any, Any], by_status: dict[int, Any] | None = None) -> Any:
+    """A WebSocket of an application with these handlers."""
+    return FakeServer(**{KNOWN: (handlers, by_status or {})}).websocket
+
+
+def test_handler_is_found_by_the_classes_of_the_error() -> None:
+    """A handler for a base class takes its subclasses; one for the class itself comes first."""
+
+    async def special(connection: Any, error: Any) -> None:
+        """Another one."""
+
+    assert handler_for_endpoint(websocket_with({AppError: handler}), Special()) is handler
+    assert handler_for_endpoint(websocket_with({AppError: handler, Special: special}), Special()) is special
+    assert handler_for_endpoint(websocket_with({Special: special}), AppError()) is None
+    assert handler_for_endpoint(FakeServer().websocket, AppError()) is None
+
+
+@pytest.mark.parametrize("kind", [HTTPException, StarletteHTTPException])
+def test_handler_for_http_errors_is_not_asked_by_an_endpoint(kind: Any) -> None:
+    """A handler for `HTTPException` itself, or for a status, answers handshakes, and no open connection."""
+    websocket = websocket_with({kind: handler}, {404: handler})
+    assert handler_for_endpoint(websocket, HTTPException(404)) is None
+    assert handler_of(websocket, HTTPException(404)) is handler
+
+
+def test_handlers_of_the_framework_are_not_the_applications() -> None:
+    """What FastAPI and Starlette register themselves counts as no handler."""
+    app = FastAPI()
+    app.build_middleware_stack()
+    websocket = websocket_with({StarletteHTTPException: http_exception_handler, **app.exception_handlers})
+    for error in (HTTPException(404), WebSocketException(4321)):
+        assert handler_of(websocket, error) is None
+        assert handler_for_endpoint(websocket, error) is None
+
+
+async def fails(ws: StableSocket) -> None:
+    """An endpoint."""
+    raise Special
+
+
+async def outcome(answer: Any, *, disconnect_grace: float = 2) -> tuple[Line, list[str]]:
+    """What becomes of a connection whose application answers an error so."""
+    async with Stage(disconnect_grace=disconnect_grace) as stage:
+        stage.endpoint = fails
+        line = Line(stage, **{KNOWN: ({AppError: answer}, {})})
+        await asyncio.wait({line.task}, timeout=60)
+        await soon()
+        return line, stage.bugs
+
+
+@virtually
+async def test_handler_that_hangs_is_a_bug_after_the_grace() -> None:
+    """A handler that does not return is cancelled after `disconnect_grace`, and reported; the client gets 1011."""
+
+    async def hangs(connection: Any, error: Any) -> None:
+        await asyncio.Event().wait()
+
+    line, bugs = await outcome(hangs)
+    assert (line.close_code, bugs) == (1011, ["endpoint_failed"])
+
+
+@virtually
+async def test_handler_that_is_cancelled_by_what_it_awaits_is_a_bug() -> None:
+    """A cancellation that comes out of a handler, and not from outside, is reported as a bug."""
+
+    async def cancelled(connection: Any, error: Any) -> None:
+        raise asyncio.CancelledError
+
+    line, bugs = await outcome(cancelled)
+    assert (line.close_code, bugs) == (1011, ["endpoint_failed"])
+
+
+@pytest.mark.parametrize(("status", "code"), [(409, 4409), (503, 4503), (200, 1011), (302, 1011)])
+@virtually
+async def test_response_of_a_handler_stands_for_its_status(status: int, code: int) -> None:
+    """A handler that returns an error response closes with 4000 + its status; any other response tells nothing."""
+
+    async def responds(connection: Any, error: Any) -> PlainTextResponse:
+        return PlainTextResponse("no", status)
+
+    line, bugs = await outcome(responds)
+    assert (line.close_code, bugs) == (code, [])
+
+
+@virtually
+async def test_cancellation_during_a_handler_ends_the_connection() -> None:
+    """An endpoint that is cancelled from outside while its handler is at work closes with 1012, and is cancelled."""
+
+    async def hangs(connection: Any, error: Any) -> None:
+        await asyncio.Event().wait()
+
+    async with Stage(disconnect_grace=10) as stage:
+        stage.endpoint = fails
+        line = Line(stage, **{KNOWN: ({AppError: hangs}, {})})
+        await soon()
+        line.task.cancel()
+        await asyncio.wait({line.task}, timeout=60)
+        await soon()
+        assert line.task.cancelled()
+        assert line.close_code == 1012
+        stage.lines.remove(line)
