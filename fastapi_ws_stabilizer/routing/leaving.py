@@ -13,7 +13,7 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug, meaning
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.parts import Parts
 from fastapi_ws_stabilizer.connection.remains import Remains
@@ -114,7 +114,7 @@ class Leaving:
             return None
         if raises:
             return bug
-        return self._seen_by_dependencies(connection)
+        return self._seen_by_dependencies(connection, error)
 
     async def judge(self, connection: Connection, error: BaseException) -> tuple[Ending, BaseException | None]:
         """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
@@ -154,16 +154,16 @@ class Leaving:
         return answer
 
     @staticmethod
-    def _seen_by_dependencies(connection: Connection) -> WebSocketException | None:
+    def _seen_by_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
         """What the dependencies before the socket see in place of what has ended the endpoint."""
         websocket = connection.websocket
         known = known_handlers(websocket)
-        if known is None:
-            return None  # nothing would handle it, and there are no dependencies
+        if known is None and isinstance(meaning(error), SocketClosed):
+            return None  # outside of Starlette nothing would handle it, and there are no dependencies
         # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
         websocket.application_state = WebSocketState.CONNECTED
         seen = WebSocketException(connection.ending.code if connection.ending else 1000)
-        if handler_of(websocket, seen) is None:
+        if known is None or handler_of(websocket, seen) is None:
             return seen
         known[0].setdefault(_Handled, _nothing)  # the application's handler was asked
         return _Handled(seen.code)

@@ -113,7 +113,7 @@ class Opening(Leaving, Services):
             await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
             code = connection.ending.code if connection.ending else error.close_code
-            raise (self._seen_by_dependencies(connection) or WebSocketException(code)) from error
+            raise (self._seen_by_dependencies(connection, error) or WebSocketException(code)) from error
         return connection
 
     async def _ask_handshake_hooks(self, connection: Connection) -> None:

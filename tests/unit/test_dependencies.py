@@ -218,7 +218,7 @@ def test_dependencies_that_the_endpoint_uses_are_closed() -> None:
         await ws.send(db)
         raise ValueError("bug")
 
-    with TestClient(app) as client:
+    with TestClient(app, raise_server_exceptions=False) as client:
         for path, code in (("/good", 1000), ("/bad", 1011)):
             with client.websocket_connect(path) as ws:
                 assert ws.receive_text() == "db"
