@@ -47,6 +47,7 @@ from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.shutdown.drain import Drain
 from fastapi_ws_stabilizer.shutdown.signals import Signals
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.names import check_client_id
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
@@ -377,9 +378,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
 
         Raises:
+            ValueError: `client_id` is empty, or breaks the rule for names.
             HTTPException: The manager is shut down (503), or a handshake hook refused.
             WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
         """
+        if client_id is not None:
+            check_client_id(client_id)
         return Served(self, websocket, client_id, identity=identity, good_for=good_for, control_frames=control_frames)
 
     # ── connections by hand ──
@@ -393,7 +397,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         endpoint it is closed with an honest code when the endpoint ends.
 
         Raises:
-            ValueError: `client_id` is empty.
+            ValueError: `client_id` is empty, or breaks the rule for names: see `docs/concepts/security.md`.
             RuntimeError: The WebSocket is not accepted.
             ShutdownError: The manager drains or is shut down. The endpoint that lets it escape closes with 1012.
             SocketClosed: A connect hook refused it, or it is gone. It is a `WebSocketDisconnect`.
@@ -402,8 +406,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             OriginNotAllowedError: A page of somebody else's site has opened it.
             MemoryLimitExceededError: The metadata is more than may be kept.
         """
-        if not client_id or not isinstance(client_id, str):
-            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        check_client_id(client_id)
         try:
             serving = self._ensure_running()
         except ShutdownError as error:

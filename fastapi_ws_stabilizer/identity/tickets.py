@@ -26,16 +26,6 @@ class Tickets(SignedTokens):
     context = b"fastapi-ws-stabilizer ticket 1\x00"
     kind = "ticket"
 
-    def issue(self, client_id: str) -> str:
-        """Make a ticket for a client. It is good whatever has been revoked before.
-
-        Raises:
-            ValueError: Its id is empty, or too long.
-        """
-        if not client_id or not isinstance(client_id, str):
-            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
-        return super().issue(client_id)
-
     def redeem(self, ticket: str) -> str:
         """Use a ticket up, and return the client id that it was issued for.
 

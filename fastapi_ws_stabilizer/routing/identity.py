@@ -47,10 +47,14 @@ def client_id_from(identity: Any, key: Callable[[Any], object] | None) -> str:
 
     Raises:
         TypeError: There is no telling; the error says how to.
+        HTTPException: 401: the credential names a client that cannot be called so.
     """
     chosen = identity if key is None else key(identity)
     if isinstance(chosen, (str, int, UUID)) and not isinstance(chosen, bool) and str(chosen):
-        return str(chosen)
+        client_id = str(chosen)
+        if not is_name(client_id):
+            raise HTTPException(401, f"the client id of this credential: {NAME_RULE}")
+        return client_id
     if key is None:
         raise TypeError(
             f"a {type(identity).__name__} is no client id: say which part of it is one, "

@@ -19,6 +19,7 @@ from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.servers.workers import several_workers
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
+from fastapi_ws_stabilizer.wire.names import check_client_id
 
 
 class Passes:
@@ -41,11 +42,10 @@ class Passes:
         in this process only. A client of `stabilizer.v1.json` needs none: it has its own, in each welcome.
 
         Raises:
-            ValueError: `client_id` is empty.
+            ValueError: `client_id` is empty, or breaks the rule for names.
             InvalidTokenError: `enable_reconnect` is False.
         """
-        if not client_id or not isinstance(client_id, str):
-            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        check_client_id(client_id)
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
         self._tell_of_workers()
@@ -82,7 +82,7 @@ class Passes:
         It is good for `ticket_ttl` seconds. Without `reconnect_secret` it is good in this process only.
 
         Raises:
-            ValueError: `client_id` is empty, or too long.
+            ValueError: `client_id` is empty, or breaks the rule for names.
         """
         self._tell_of_workers()
         return self._tickets.issue(client_id)

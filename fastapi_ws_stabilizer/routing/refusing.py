@@ -16,6 +16,7 @@ import starlette
 from fastapi import HTTPException, WebSocket, WebSocketException
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import WebSocketRequestValidationError
+from starlette.responses import Response
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -125,7 +126,7 @@ class Refusing:
         if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
             if _is_answered_by_app(error, websocket):
                 return error
-            answer = await http_exception_handler(None, error)  # type: ignore[arg-type]  # it does not look at it
+            answer = await _answer(error)
             await self._last_words(websocket, websocket.send_denial_response(answer))
             return WebSocketException(how.code, how.text)
         return await self.close(websocket, how.code, how.text, accept=False)
@@ -192,6 +193,15 @@ class Refusing:
         await wait_for_all([telling], PATIENCE)
         telling.cancel()
         leave_alone(websocket)
+
+
+async def _answer(error: HTTPException) -> Response:
+    """What FastAPI answers; without its detail where that, which may repeat what a client calls itself, is no JSON."""
+    try:
+        return await http_exception_handler(None, error)  # type: ignore[arg-type]  # it does not look at it
+    except (TypeError, ValueError):
+        bare = HTTPException(error.status_code, headers=error.headers)
+        return await http_exception_handler(None, bare)  # type: ignore[arg-type]
 
 
 def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:

@@ -19,14 +19,13 @@ from typing import ClassVar, Final
 
 from fastapi_ws_stabilizer.clock import wall
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError, TokenKind
+from fastapi_ws_stabilizer.wire.names import check_client_id, is_name
 
 PREFIX: Final = "wsr1."
 """What every reconnect token of this version begins with, so that somebody else's token is not taken for a bad one."""
 
 MAX_TOKEN_CHARS: Final = 8192
 """Longer ones are refused before anything is decoded."""
-
-MAX_CLIENT_ID_BYTES: Final = 4096
 
 MAX_USED: Final = 100_000
 """Used tokens that are remembered at most."""
@@ -91,11 +90,10 @@ class SignedTokens:
         """Make a token for a client. It is good whatever has been revoked before.
 
         Raises:
-            ValueError: Its id is too long.
+            ValueError: No client can be called so.
         """
-        name = client_id.encode("utf-8", "surrogatepass")
-        if len(name) > MAX_CLIENT_ID_BYTES:
-            raise ValueError(f"a client id of {len(name)} bytes is too long for a token: at most {MAX_CLIENT_ID_BYTES}")
+        check_client_id(client_id)
+        name = client_id.encode()
         now = _now()
         # After what was revoked or forgotten, also in the same millisecond, or when the clock was set back since.
         issued = max(now, self._revoked.get(client_id, -1) + 1, self._floor + 1)
@@ -131,7 +129,10 @@ class SignedTokens:
             raise InvalidTokenError("malformed", kind=self.kind)
         if until <= _now():
             raise TokenExpiredError(kind=self.kind)
-        return Claim(name.decode("utf-8", "surrogatepass"), issued, until, number)
+        client_id = name.decode("utf-8", "surrogatepass")
+        if not is_name(client_id):  # another version, which shares the secret, has taken such a name
+            raise InvalidTokenError("malformed", kind=self.kind)
+        return Claim(client_id, issued, until, number)
 
     def check(self, token: str, client_id: str | None = None) -> Claim:
         """Verify a token that is going to be used, without using it up.

@@ -30,3 +30,18 @@ def sendable(text: object, most: int) -> str:
 def is_name(text: str) -> bool:
     """Whether a text may be a name: it is no longer than `MAX_NAME_CHARS` and has no control character."""
     return len(text) <= MAX_NAME_CHARS and (text.isprintable() or _CONTROL.search(text) is None)
+
+
+def check_client_id(client_id: object) -> None:
+    """Raise unless a client can be called so.
+
+    Raises:
+        ValueError: It is empty, no `str`, or breaks the rule for names. The error says what to do.
+    """
+    if not isinstance(client_id, str) or not client_id:
+        raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+    if not is_name(client_id):
+        raise ValueError(
+            f"client_id must have {NAME_RULE}, and {client_id[:40]!r} of {len(client_id)} characters is not that: use "
+            "another key of this client, or a hash of the name"
+        )

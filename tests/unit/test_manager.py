@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -713,6 +714,25 @@ async def test_only_an_accepted_websocket_can_be_connected(manager_with: Any) ->
     manager, _ = manager_with()
     with pytest.raises(RuntimeError, match=r"await websocket\.accept\(\)"):
         await manager.connect("ann", FakeServer().websocket)
+
+
+@pytest.mark.parametrize("client_id", ["\ud800", "a\nb", "x" * 257, "\x1b[2J"], ids=ascii)
+async def test_client_id_that_breaks_the_rule_for_names_is_refused_by_every_call_that_takes_one(
+    manager_with: Any, client_id: str
+) -> None:
+    """By hand, with `serve`, and for tokens and tickets it is a `ValueError` that says what a client may be called."""
+    manager, _ = manager_with()
+    websocket = await FakeServer().accepted()
+    with pytest.raises(ValueError, match=r"at most 256 characters.*use another key"):
+        await manager.connect(client_id, websocket)
+    for call in (
+        manager.generate_reconnect_token,
+        manager.issue_ticket,
+        functools.partial(manager.serve, websocket),
+    ):
+        with pytest.raises(ValueError, match=r"at most 256 characters.*use another key"):
+            call(client_id)
+    assert manager.get_connection_count() == 0
 
 
 @pytest.mark.parametrize("client_id", ["", None, 7])

@@ -21,7 +21,7 @@ def problem_with(tickets: Tickets, ticket: str) -> str:
     return caught.value.problem
 
 
-@pytest.mark.parametrize("client_id", ["ann", "ann@example.com", "🦊", "x" * 200, "a\x00b\n", "wst1."])
+@pytest.mark.parametrize("client_id", ["ann", "ann@example.com", "🦊", "x" * 200, "wst1."])
 def test_a_ticket_says_whose_it_is(client_id: str) -> None:
     """Who redeems a ticket is who it was issued for."""
     tickets = Tickets([SECRET], 30)

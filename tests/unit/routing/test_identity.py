@@ -88,6 +88,18 @@ def test_a_key_says_which_part_of_an_identity_is_the_client_id() -> None:
     assert client_id_from(SimpleNamespace(id=7), lambda user: user.id) == "7"
 
 
+NO_NAMES = ["\ud800", "a\nb", "x" * 257, "\x1b[2J", "a\u2028b", 10**300]
+
+
+@pytest.mark.parametrize("identity", NO_NAMES, ids=lambda identity: ascii(identity)[:12])
+def test_identity_that_breaks_the_rule_for_names_is_refused_with_401(identity: Any) -> None:
+    """What a credential says of its owner is held to the rule for client ids, with a key and without."""
+    for what, key in ((identity, None), (SimpleNamespace(id=identity), lambda user: user.id)):
+        with pytest.raises(HTTPException) as refused:
+            client_id_from(what, key)
+        assert (refused.value.status_code, "at most 256 characters" in refused.value.detail) == (401, True)
+
+
 @pytest.mark.parametrize("identity", [None, True, "", 1.5, SimpleNamespace(id=7)], ids=repr)
 def test_an_identity_that_is_no_client_id_is_an_error_that_says_how(identity: Any) -> None:
     """There is no guessing who somebody is."""

@@ -123,6 +123,7 @@ ANSWERS: dict[str, tuple[Exception, int, bytes, dict[bytes, bytes]]] = {
     "json": (HTTPException(409, {"why": ["no"]}), 409, b'{"detail":{"why":["no"]}}', {}),
     "full": (FULL, 503, b'{"detail":"the server is full"}', {b"retry-after": b"4"}),
     "no body": (HTTPException(304), 304, b"", {}),
+    "no JSON": (HTTPException(403, "not \ud800", {"X-Why": "no"}), 403, b'{"detail":"Forbidden"}', {b"x-why": b"no"}),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException, WebSocketException
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
@@ -74,6 +74,28 @@ def test_the_connections_a_page_at_a_time(client: TestClient) -> None:
         assert of_client["total"] == 1
         nobody = client.get("/ws-stats/connections", params={"client_id": "nobody"}).json()
         assert nobody == {"total": 0, "offset": 0, "connections": []}
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 3000], ids=["surrogate", "line break", "long"])
+def test_identity_that_is_no_name_is_refused_and_breaks_no_statistics(
+    manager: WebSocketConnectionManager, name: str
+) -> None:
+    """A credential whose owner cannot be called so is refused with 401, and the stats, and others, never see it."""
+    app = make(manager)
+
+    def current_user() -> str:
+        return name
+
+    @app.websocket("/mine")
+    async def mine(ws: Any = Depends(manager.socket_for(current_user))) -> None:
+        await ws.run()
+
+    with TestClient(app) as client, client.websocket_connect("/ws/ann"):
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/mine"):
+            pass
+        assert refused.value.status_code == 401
+        answer = client.get("/ws-stats/connections")
+    assert [one["client_id"] for one in answer.json()["connections"]] == ["ann"]
 
 
 def test_one_connection(client: TestClient) -> None:
@@ -193,8 +215,8 @@ async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
 
 
 async def test_what_a_client_chooses_stands_in_the_stats_as_json(manager: WebSocketConnectionManager) -> None:
-    """Markup and control characters of a client id are text of a JSON string, in the page and in the answer's type."""
-    hostile = '</script><script>alert(1)</script>\r\n\x1b[2J\u2028"'
+    """Markup of a client id is text of a JSON string, in the page and in the answer's type."""
+    hostile = '</script><script>alert(1)</script>\\"\u202e\U000e0001'
     server = FakeServer()
     socket = await manager.connect(hostile, await server.accepted())
     await socket.join("<b>lobby</b>")
