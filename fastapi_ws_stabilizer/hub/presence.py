@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, overload
+from typing import Any, Final, NamedTuple, overload
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet
 
 AT_ONCE: Final = 256
 """How many departures, or announcements of one room, are handled before the event loop gets a turn."""
+
+BLOCK: Final = 64
+"""People whose states rosters share or renew together."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +46,100 @@ class Presence:
     present_seconds: float = field(compare=False)
 
 
+class _State(NamedTuple):
+    """One client in one room, as it is until something about it changes. All rosters of that time share it."""
+
+    client_id: str
+    metadata: Mapping[str, Any]
+    connections: int
+    since: float
+
+
+_States = tuple[tuple[_State, ...], ...]
+"""All clients of a room, in parts of `BLOCK`, which rosters of different moments share as long as nothing changes."""
+
+
+class _Block:
+    """Some of the people of a room, and their states if a roster of this moment has asked for them."""
+
+    __slots__ = ("people", "states")
+
+    def __init__(self) -> None:
+        self.people: list[_Person] = []
+        self.states: tuple[_State, ...] | None = None
+
+
 class _Room:
     """The people of a room, and those of whom something may have to be said, in order."""
 
-    __slots__ = ("name", "people", "talking", "unlooked", "unsaid")
+    __slots__ = ("blocks", "name", "people", "states", "talking", "unlooked", "unsaid")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.people: dict[str, _Person] = {}
+        self.blocks: list[_Block] = []  # the same people
+        self.states: _States | None = None
         self.unsaid: OrderedDict[str, _Person] = OrderedDict()  # a plain dict is slow to empty from its front
         self.talking = False
         self.unlooked: list[weakref.ref[Roster]] = []  # rosters of the state that is now
 
-    def about_to_change(self) -> None:
-        """Let those who keep a roster of this moment have it."""
+    def about_to_change(self, person: _Person | None = None) -> None:
+        """Let those who keep a roster of this moment have it.
+
+        Args:
+            person: The person whose state changes; `None` if one arrives.
+        """
         for reference in self.unlooked:
             roster = reference()
             if roster is not None:
                 roster.take()
         self.unlooked.clear()
+        self.states = None
+        if person is not None:
+            person.state = person.block.states = None
+
+    def arrives(self, person: _Person) -> _Block:
+        """Put a person at the end of the last block, and return that."""
+        self.people[person.client_id] = person
+        if not self.blocks or len(self.blocks[-1].people) >= BLOCK:
+            self.blocks.append(_Block())
+        block = self.blocks[-1]
+        block.people.append(person)
+        block.states = None
+        return block
+
+    def departs(self, person: _Person) -> None:
+        """Take a person out."""
+        del self.people[person.client_id]
+        person.block.people.remove(person)
+        if not person.block.people:
+            self.blocks.remove(person.block)
+
+    def all_states(self) -> _States:
+        """The states of all people at this moment, made if no roster has asked for them since the last change."""
+        if self.states is None:
+            for block in self.blocks:
+                if block.states is None:
+                    block.states = tuple(person.now() for person in block.people)
+            self.states = tuple(block.states or () for block in self.blocks)
+        return self.states
 
 
 class _Person:
     """One stay of a client in a room, from its arrival to its departure."""
 
-    __slots__ = ("announced", "client_id", "connections", "expected_until", "metadata", "room", "since", "until")
+    __slots__ = (
+        "announced",
+        "block",
+        "client_id",
+        "connections",
+        "expected_until",
+        "metadata",
+        "room",
+        "since",
+        "state",
+        "until",
+    )
 
     def __init__(self, room: _Room, client_id: str, metadata: Mapping[str, Any], since: float) -> None:
         self.room = room
@@ -77,6 +150,14 @@ class _Person:
         self.until: float | None = None  # when it had gone
         self.expected_until = 0.0  # until when one of its connections, which broke, may be back
         self.announced = False
+        self.state: _State | None = None
+        self.block = room.arrives(self)
+
+    def now(self) -> _State:
+        """Its state, the same object until something about it changes."""
+        if self.state is None:
+            self.state = _State(self.client_id, self.metadata, len(self.connections), self.since)
+        return self.state
 
     def look(self, now: float) -> Presence:
         seconds = (now if self.until is None else self.until) - self.since
@@ -135,10 +216,10 @@ class PresenceBoard:
         here = self._rooms.get(room)
         if here is None:
             here = self._rooms[room] = _Room(room)
-        here.about_to_change()
         person = here.people.get(client_id)
+        here.about_to_change(person)
         if person is None:
-            person = here.people[client_id] = _Person(here, client_id, metadata or {}, monotonic())
+            person = _Person(here, client_id, metadata or {}, monotonic())
             person.connections.add(connection_id)
             if here.unsaid.pop(client_id, None) is not None:  # it is back before its departure was said
                 person.announced = True
@@ -163,7 +244,7 @@ class PresenceBoard:
         person = self._find(room, client_id)
         if person is None or connection_id not in person.connections:
             return
-        person.room.about_to_change()
+        person.room.about_to_change(person)
         person.connections.discard(connection_id)
         now = monotonic()
         if not at_once and self._grace > 0:
@@ -189,7 +270,7 @@ class PresenceBoard:
 
     def roster(self, room: str) -> Roster:
         """Who is in a room at this moment."""
-        roster = Roster(self, room)
+        roster = Roster(room, self._rooms.get(room), monotonic())
         here = self._rooms.get(room)
         if here is not None:
             here.unlooked = [reference for reference in here.unlooked if reference() is not None]
@@ -218,7 +299,7 @@ class PresenceBoard:
         person = self._find(room, client_id)
         if person is None:
             return False
-        person.room.about_to_change()
+        person.room.about_to_change(person)
         person.metadata = dict(metadata)
         return True
 
@@ -239,8 +320,8 @@ class PresenceBoard:
 
     def _depart(self, person: _Person, until: float) -> None:
         room = person.room
-        room.about_to_change()
-        del room.people[person.client_id]
+        room.about_to_change(person)
+        room.departs(person)
         person.until = until
         if person.announced:
             self._say(person)
@@ -314,32 +395,46 @@ class PresenceBoard:
 class Roster(Sequence[Presence]):
     """Who is present in a room, in order of arrival, in the moment in which it was made.
 
-    The list is made when it is looked at, or when the room is about to change and somebody still holds it. Everybody
-    who joins gets one, and most do not keep it, so that a room of thousands costs its members nothing.
+    What it holds it shares with the rosters of other moments, and a `Presence` is made when it is looked at: in a room
+    of thousands in which each endpoint keeps its roster, most of them hold the same.
     """
 
-    __slots__ = ("__weakref__", "_board", "_people", "_room")
+    __slots__ = ("__weakref__", "_moment", "_name", "_room", "_states")
 
-    def __init__(self, board: PresenceBoard, room: str) -> None:
-        self._board = board
-        self._room = room
-        self._people: list[Presence] | None = None
+    def __init__(self, name: str, room: _Room | None, moment: float) -> None:
+        self._name = name
+        self._room = room  # until its states are taken
+        self._moment = moment
+        self._states: _States = ()
 
-    def take(self) -> list[Presence]:
-        """The list, made if it is not yet."""
-        if self._people is None:
-            self._people = self._board.present(self._room)
-        return self._people
+    def take(self) -> None:
+        """Take the states of this moment: they are looked at, or the room is about to change."""
+        room, self._room = self._room, None
+        if room is not None:
+            self._states = room.all_states()
+
+    def _look(self, state: _State) -> Presence:
+        seconds = self._moment - state.since
+        return Presence(state.client_id, self._name, state.metadata, state.connections, seconds)
 
     def __len__(self) -> int:
-        return len(self.take())
+        self.take()
+        return sum(len(states) for states in self._states)
+
+    def __iter__(self) -> Iterator[Presence]:
+        self.take()
+        return map(self._look, itertools.chain.from_iterable(self._states))
 
     @overload
     def __getitem__(self, index: int) -> Presence: ...
     @overload
     def __getitem__(self, index: slice) -> list[Presence]: ...
     def __getitem__(self, index: int | slice) -> Presence | list[Presence]:
-        return self.take()[index]
+        self.take()
+        states = list(itertools.chain.from_iterable(self._states))
+        if isinstance(index, slice):
+            return [self._look(state) for state in states[index]]
+        return self._look(states[index])
 
     def __repr__(self) -> str:
-        return f"<Roster {self._room!r} {self.take()!r}>"
+        return f"<Roster {self._name!r} {list(self)!r}>"

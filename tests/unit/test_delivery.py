@@ -10,6 +10,7 @@ import pytest
 
 from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowClient, SocketClosed
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.hub import presence as presence_module
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
@@ -183,10 +184,9 @@ async def test_a_roster_is_a_snapshot_that_costs_nothing_if_nobody_keeps_it(
     """A join whose roster is thrown away makes no list; one that is kept shows who was there when it was given."""
     manager, _ = manager_with()
     await manager.start()
-    board = manager._serving.delivery.presence
     looks: list[str] = []
-    present = board.present
-    monkeypatch.setattr(type(board), "present", lambda self, room: looks.append(room) or present(room))
+    states = presence_module._Room.all_states
+    monkeypatch.setattr(presence_module._Room, "all_states", lambda room: looks.append(room.name) or states(room))
     for number in range(50):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     assert looks == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -282,6 +284,62 @@ def test_a_presence_can_be_sent_and_kept() -> None:
         "present_seconds": 3.0,
     }
     assert len({first, second}) == 1
+
+
+async def test_rosters_that_two_thousand_people_keep_share_what_they_hold(watched: Any) -> None:
+    """Each roster shows its own moment, and 2,000 that are looked at and kept make a few objects for each person."""
+    w = watched()
+    members = [FakeMember(f"c{number}") for number in range(2_000)]
+    gc.collect()
+    before = len(gc.get_objects())
+    tracemalloc.start()
+    try:
+        rosters = []
+        for member in members:
+            w.enter(member, metadata={"name": member.client_id})
+            rosters.append(w.board.roster("lobby"))
+            if len(rosters) % 2:  # others are looked at when the next one comes
+                assert len(rosters[-1]) == len(rosters)
+        gc.collect()
+        objects, (size, _) = len(gc.get_objects()) - before, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert objects < 20 * len(members)
+    assert size < 4_000 * len(members)
+    for place, roster in enumerate(rosters[::97]):
+        assert [who.client_id for who in roster] == [f"c{number}" for number in range(97 * place + 1)]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "describe", "wait"]), st.integers(0, 150)), max_size=300))
+def test_roster_shows_the_people_of_its_moment_whatever_comes_after(steps: list[tuple[str, int]]) -> None:
+    """A roster is what `present` said in its moment, whether it was looked at then or only kept."""
+
+    async def play() -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            w = Watched(monkeypatch, 0.0)
+            members = [FakeMember(f"c{number}") for number in range(151)]
+            kept: list[tuple[Any, list[Presence], list[float]]] = []
+            for act, number in steps:
+                member = members[number]
+                if act == "wait":
+                    w.now += 1.0
+                elif act == "describe":
+                    w.board.update("lobby", member.client_id, {"n": w.now})
+                elif act == "enter":
+                    w.enter(member)
+                else:
+                    w.leave(member, at_once=True)
+                there = w.board.present("lobby")
+                kept.append((w.board.roster("lobby"), there, [who.present_seconds for who in there]))
+            for roster, there, seconds in kept:
+                assert list(roster) == there
+                assert [who.present_seconds for who in roster] == seconds
+                assert (len(roster), roster[-1:], roster[2:5]) == (len(there), there[-1:], there[2:5])
+            w.board.close()
+            await settle()
+
+    run(play())
 
 
 # ── graces ──
