@@ -50,7 +50,8 @@ class Metered(Messages):
         """Bytes that are held for it, or for its session."""
         if self.conversation is not None:
             return self.conversation.session.held_memory
-        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.face._kept_bytes)
+        described = self._parts.ledger.described.get(self.connection_id, 0)
+        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.face._kept_bytes) + described
 
     def evict(self) -> None:
         """End it, because room is needed for others."""

@@ -69,9 +69,13 @@ class Room:
         return self._delivery.presence.present(self.name)
 
     def describe(self, client_id: str, **metadata: Any) -> bool:
-        """Replace the presence metadata of a client; `False` if it is not here."""
+        """Replace the presence metadata of a client; `False` if it is not here.
+
+        Raises:
+            MemoryLimitExceededError: It is more than may be held for the client. What was there stays.
+        """
         self._delivery.check_loop()
-        return self._delivery.presence.update(self.name, client_id, metadata)
+        return self._delivery.describe(client_id, self.name, metadata)
 
     async def send(
         self, message: Any, *, exclude: Any = None, coalesce_key: Any = None, volatile: bool = False

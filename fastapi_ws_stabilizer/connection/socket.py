@@ -223,6 +223,7 @@ class StableSocket(SocketFacts):
             TypeError: The metadata is no mapping.
             RoomNameError: It is empty, too long, or has a control character.
             RoomLimitError: The connection is in `max_rooms_per_connection` rooms.
+            MemoryLimitExceededError: The metadata is more than may be held for the connection. It is not in the room.
             SocketClosed: The connection is over.
             NotOpenError: The connection is not accepted yet.
         """

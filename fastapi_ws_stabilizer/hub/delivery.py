@@ -8,13 +8,16 @@ from typing import Any, Final, Generic, TypeVar
 
 from fastapi_ws_stabilizer.close_codes import NO_STATUS, DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import RoomLimitError
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
 from fastapi_ws_stabilizer.hub.history import History
 from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
 from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard, Roster
 from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.hub.rooms import Rooms
+from fastapi_ws_stabilizer.hub.rooms import Rooms, check_room_name
 from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
+from fastapi_ws_stabilizer.limits.described import Descriptions
+from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.envelope import again, check_size
@@ -43,6 +46,7 @@ class Delivery(Generic[M]):
         left: Told of a client that has gone from one.
         wanted: Whether anybody wants to be told.
         away_of: The sessions of a client that is away.
+        ledger: Where presence metadata is counted.
 
     Attributes:
         registry: The open connections.
@@ -62,6 +66,7 @@ class Delivery(Generic[M]):
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
         away_of: Callable[[str], Sequence[Any]] = lambda _: (),
+        ledger: Ledger | None = None,
     ) -> None:
         self._turns = turns
         self._num_shards = config.num_shards
@@ -71,6 +76,7 @@ class Delivery(Generic[M]):
         self.registry: Registry[M] = Registry(config.num_shards)
         self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
         self.presence = PresenceBoard(grace=config.presence_grace, joined=joined, left=left, wanted=wanted, tasks=tasks)
+        self._descriptions = Descriptions(Ledger() if ledger is None else ledger)
         self.check_loop = turns.check_loop
 
     # ── sending ──
@@ -153,12 +159,47 @@ class Delivery(Generic[M]):
             TypeError: The metadata is no mapping.
             RoomNameError: No room can be called so.
             RoomLimitError: The connection is in as many rooms as it may be.
+            MemoryLimitExceededError: The metadata is more than may be held.
         """
         if metadata is not None and not isinstance(metadata, Mapping):
             raise TypeError(f"presence metadata is a mapping of names to values, not a {type(metadata).__name__}")
-        self.rooms.join(member, room)
+        if metadata is not None:
+            check_room_name(room)
+            self._descriptions.put(member, room, metadata)
+        try:
+            self.rooms.join(member, room)
+        except RoomLimitError:
+            self._descriptions.let_go(member.connection_id, room)
+            raise
+        if metadata is not None:
+            self._is_described_by(member.connection_id, room, member.client_id)
         self.presence.enter(room, member.client_id, member.connection_id, metadata)
         return self.presence.roster(room)
+
+    def describe(self, client_id: str, room: str, metadata: Mapping[str, Any]) -> bool:
+        """Describe a client anew in a room; `False` if it is not present.
+
+        Raises:
+            MemoryLimitExceededError: The metadata is more than may be held. What was there stays.
+        """
+        connection_id = next(iter(self.presence.connections(room, client_id)), None)
+        member = None if connection_id is None else self.rooms.get(room, connection_id)
+        if member is not None:
+            self._descriptions.put(member, room, metadata)
+            self._is_described_by(member.connection_id, room, client_id)
+        return self.presence.update(room, client_id, metadata)
+
+    def _is_described_by(self, connection_id: str, room: str, client_id: str) -> None:
+        """What the other connections of a client have said of it in a room is replaced."""
+        for other in self.presence.connections(room, client_id):
+            if other != connection_id:
+                self._descriptions.let_go(other, room)
+
+    def _leaves(self, member: M, room: str, *, at_once: bool) -> None:
+        """A member has left a room: if other connections of its client are there, they go on with its description."""
+        self.presence.leave(room, member.client_id, member.connection_id, at_once=at_once)
+        heir = next(iter(self.presence.connections(room, member.client_id)), None)
+        self._descriptions.let_go(member.connection_id, room, heir)
 
     def recall(self, member: M, room: str, count: int) -> None:
         """Send a member the last messages of a room."""
@@ -169,7 +210,7 @@ class Delivery(Generic[M]):
         """Take a connection out of a room; `False` if it is not in."""
         if not self.rooms.leave(member, room):
             return False
-        self.presence.leave(room, member.client_id, member.connection_id, at_once=True)
+        self._leaves(member, room, at_once=True)
         return True
 
     async def empty_room(self, room: str) -> int:
@@ -239,9 +280,10 @@ class Delivery(Generic[M]):
         failure: Exception | None = None
         for room in self.rooms.leave_all(member):
             try:
-                self.presence.leave(room, member.client_id, member.connection_id, at_once=_is_final(member.ending))
+                self._leaves(member, room, at_once=_is_final(member.ending))
             except Exception as error:  # the other rooms must not keep it
                 failure = error
+        self._descriptions.let_go_all(member.connection_id)
         if failure is not None:
             raise failure
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.hub.pulse import Pulse
+from fastapi_ws_stabilizer.limits.ledger import Client
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 
@@ -47,10 +48,9 @@ class Mailbox(Protocol):
         """Whether more than half of it is used, and its client seems to read."""
 
 
-class Member(Protocol):
+class Member(Client, Protocol):
     """One connection, as the hub handles it. Nothing here waits."""
 
-    connection_id: str
     client_id: str
     shard: int
     pulse: Pulse

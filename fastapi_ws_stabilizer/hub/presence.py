@@ -289,6 +289,11 @@ class PresenceBoard:
         """Whether a client is in a room, or expected back there."""
         return self._find(room, client_id) is not None
 
+    def connections(self, room: str, client_id: str) -> list[str]:
+        """The ids of the connections by which a client is present in a room."""
+        person = self._find(room, client_id)
+        return [] if person is None else list(person.connections)
+
     def metadata(self, room: str, client_id: str) -> Mapping[str, Any]:
         """How a client is described in a room."""
         person = self._find(room, client_id)

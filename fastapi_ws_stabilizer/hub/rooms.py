@@ -99,6 +99,10 @@ class Rooms(Generic[M]):
         """The rooms of a connection, in the order in which it joined them."""
         return tuple(self._names.get(member.connection_id, ()))
 
+    def get(self, name: str, connection_id: str) -> M | None:
+        """The member of a room with that connection id."""
+        return self._members.get(name, {}).get(connection_id)
+
     def members(self, name: str) -> list[M]:
         """The connections in a room, in the order in which they joined it; none if there is no such room."""
         return list(self._members.get(name, {}).values())

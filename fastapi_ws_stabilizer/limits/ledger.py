@@ -125,6 +125,7 @@ class Ledger:
         limit: `max_total`, or infinity.
         orders: Whether anybody may have to go for others.
         watches_input: Whether `heard` is to be called.
+        described: Bytes of presence metadata, by the connection id of the member that they belong to.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Ledger:
         check_interval: float = 60.0,
     ) -> None:
         self.total = 0
+        self.described: dict[str, int] = {}
         self.limit: float = math.inf if max_total is None else max_total
         self.max_each = max_each
         self.orders = max_total is not None
@@ -185,6 +187,13 @@ class Ledger:
         self.total += size
         if self.total > self.limit:
             self.relieve_soon()
+
+    def describe(self, member_id: str, size: int) -> None:
+        """A member holds so much more presence metadata; or less, where `size` is negative."""
+        self.described[member_id] = held = self.described.get(member_id, 0) + size
+        if not held:
+            del self.described[member_id]
+        self.add(size)
 
     # ── who stands where ──
 

@@ -111,6 +111,8 @@ class Resumption:
         left = self._what_is_left(connection)
         connection.told_of_session_end = True  # it goes on for a while
         left.user_data.owner = left
+        left.described_bytes = self._ledger.described.get(connection.connection_id, 0)
+        self._ledger.add(left.described_bytes)
         self._forget(self.luggage.leave(connection.client_id, left))
         self._ledger.goes_away(left)
         self._arm()
@@ -221,6 +223,7 @@ class Resumption:
         left = self.luggage.take(client_id)
         if left is not None:
             self._ledger.leave(left)
+            self._ledger.add(-left.described_bytes)
             connection.inherits = True
             connection.follow(left.face._connection)
         elif last is not None and self._both_stay:
@@ -251,6 +254,9 @@ class Resumption:
                 self._delivery.join(connection, room, described or None)
             except RoomLimitError:  # the limit was lowered meanwhile
                 break
+            except MemoryLimitExceededError as error:
+                connection.tell("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
+                self._delivery.join(connection, room, None)
 
     def prove(self, claim: Claim) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""
@@ -283,6 +289,7 @@ class Resumption:
     def _forget(self, gone: Sequence[LeftBehind]) -> None:
         for left in gone:
             self._ledger.leave(left)
+            self._ledger.add(-left.described_bytes)
             left.user_data.let_go()
             self._tell_soon(left.face, left.face.reason)
 

@@ -63,6 +63,12 @@ class Serving(Opening):
         self._dispatcher = dispatcher
         self._tasks = TaskSet(self._task_failed)
         turns = Turns(config.num_shards, reports, loop)
+        self.ledger = Ledger(
+            config.max_total_memory,
+            config.max_memory_per_connection,
+            config.memory_eviction_policy.value,
+            config.memory_check_interval,
+        )
         self.delivery: Delivery[Connection] = Delivery(
             config,
             reports,
@@ -72,14 +78,9 @@ class Serving(Opening):
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
             away_of=lambda client_id: self.sessions.away_of(client_id),
+            ledger=self.ledger,
         )
         self.registry = self.delivery.registry
-        self.ledger = Ledger(
-            config.max_total_memory,
-            config.max_memory_per_connection,
-            config.memory_eviction_policy.value,
-            config.memory_check_interval,
-        )
         self.resumption = Resumption(config, reports, hooks, self.delivery, tokens, self.ledger)
         self.sessions = self.resumption.sessions
         self.unfinished: set[Connection] = set()

@@ -24,6 +24,7 @@ class LeftBehind:
         until: Until when it is kept.
         face: The socket that has left it.
         forget: Called when it can be kept no longer, because room is needed.
+        described_bytes: How much presence metadata is in `rooms`.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
@@ -31,6 +32,7 @@ class LeftBehind:
     until: float
     face: Any
     forget: Callable[[LeftBehind], None]
+    described_bytes: int = 0
 
     @property
     def connection_id(self) -> str:
@@ -40,7 +42,7 @@ class LeftBehind:
     @property
     def held_memory(self) -> int:
         """Bytes that it holds."""
-        return self.user_data.held_bytes
+        return self.user_data.held_bytes + self.described_bytes
 
     def evict(self) -> None:
         """Forget it, because room is needed for others."""

@@ -265,8 +265,9 @@ class Session(ReplayLog):
         queued = 0 if self._outlet is None else self._outlet.counted_bytes
         unread = 0 if self.inbox is None else int(self.inbox.counted_bytes)
         kept = 0 if self.user_data is None else self.user_data.held_bytes
-        described = 0 if self.connection is None else int(self.connection.face._metadata_bytes)
-        return max(self.counted_bytes, queued) + unread + kept + described
+        metadata = 0 if self.connection is None else int(self.connection.face._metadata_bytes)
+        described = self._limits.ledger.described.get(self.connection_id, 0)
+        return max(self.counted_bytes, queued) + unread + kept + metadata + described
 
     def evict(self) -> None:
         """End it, because room is needed for others."""

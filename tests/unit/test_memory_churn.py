@@ -248,6 +248,7 @@ def check_nothing_is_held(stage: Stage) -> None:
     assert (resumption.sessions._away, resumption.sessions._of_instance) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(serving.delivery.presence) == 0
+    assert (ledger.described, list(serving.delivery._descriptions)) == ({}, [])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

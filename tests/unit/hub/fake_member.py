@@ -41,6 +41,15 @@ class FakeMember:
         self.pressed = pressed
         self.backlog = False
         self.verdict = Offered.QUEUED
+        self.held_memory = 0
+
+    def evict(self) -> None:
+        """End, because room is needed."""
+        self.end(DisconnectReason.MEMORY)
+
+    def holds_too_much(self, _: int) -> None:
+        """End, because more is held than may be."""
+        self.end(DisconnectReason.MEMORY)
 
     @property
     def owner(self) -> FakeMember:

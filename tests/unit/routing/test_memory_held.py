@@ -14,7 +14,13 @@ from fastapi import HTTPException
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError, SocketClosed
+from fastapi_ws_stabilizer.errors import (
+    ConnectionNotFoundError,
+    MemoryLimitExceededError,
+    RoomLimitError,
+    RoomNameError,
+    SocketClosed,
+)
 from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
@@ -83,6 +89,106 @@ async def test_metadata_counts() -> None:
         assert held(stage) > 20_000
         await socket.close()
         assert held(stage) == 0
+
+
+@virtually
+async def test_presence_metadata_counts_for_as_long_as_its_member_is_in_the_room() -> None:
+    """What a client is described with counts once, by its newest size, and goes when it leaves the room or ends."""
+    async with Stage(presence_grace=5.0) as stage:
+        line = await opened(stage)
+        assert line.socket is not None
+        await line.socket.join("lobby", {"about": BIG})
+        await line.socket.join("garden", {"about": BIG})
+        assert 20_000 < held(stage) == line.socket.held_bytes < 21_000
+        await line.socket.join("garden", {"about": "small"})
+        await line.socket.join("lobby")
+        assert 10_000 < held(stage) < 11_000
+        assert stage.manager.room("garden").describe("ann", about=BIG * 2)
+        assert 30_000 < held(stage) == line.socket.held_bytes < 31_000
+        await line.socket.leave("garden")
+        assert 10_000 < held(stage) < 11_000
+        await line.leaves()
+        assert held(stage) == 0
+
+
+@virtually
+async def test_presence_metadata_beyond_what_a_connection_may_hold_is_refused_whole() -> None:
+    """`join` and `describe` raise `MemoryLimitExceededError`; rooms, presence and the sum are as they were."""
+    async with Stage(max_memory_per_connection=15_000, max_rooms_per_connection=2) as stage:
+        line = await opened(stage)
+        assert line.socket is not None
+        room = stage.manager.room("lobby")
+        await line.socket.join("lobby", {"about": BIG})
+        before = held(stage)
+        with pytest.raises(MemoryLimitExceededError, match="max_memory_per_connection"):
+            await line.socket.join("garden", {"about": BIG})
+        with pytest.raises(MemoryLimitExceededError):
+            await line.socket.join("lobby", {"about": BIG * 2})
+        with pytest.raises(MemoryLimitExceededError):
+            room.describe("ann", about=BIG * 2)
+        with pytest.raises(RoomNameError):
+            await line.socket.join("\n", {"about": "x"})
+        assert (line.socket.rooms, room.presence[0].metadata, held(stage)) == (("lobby",), {"about": BIG}, before)
+        await line.socket.join("garden")
+        with pytest.raises(RoomLimitError):
+            await line.socket.join("attic", {"about": "x"})
+        assert held(stage) == before
+
+
+@virtually
+async def test_presence_metadata_of_a_client_with_two_tabs_counts_once() -> None:
+    """The newest tab that describes the client answers for it; when that leaves, another one does."""
+    async with Stage(on_duplicate="allow") as stage:
+        first, second = await opened(stage), await opened(stage)
+        assert first.socket is not None
+        assert second.socket is not None
+        await first.socket.join("lobby", {"about": BIG})
+        await second.socket.join("lobby", {"about": BIG})
+        assert (first.socket.held_bytes, second.socket.held_bytes) == (0, held(stage))
+        await second.leaves(1000)
+        assert 10_000 < first.socket.held_bytes == held(stage) < 11_000
+        await first.leaves(1000)
+        assert held(stage) == 0
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["a session", "a reconnect token"])
+@virtually
+async def test_presence_metadata_counts_while_its_client_is_away(numbered: bool) -> None:
+    """It is kept for the client's return, counts until then, and counts once afterwards."""
+    async with Stage(session_ttl=60.0, presence_grace=1.0) as stage:
+        peer = Peer(stage)
+        line = await peer.dial() if numbered else await opened(stage)
+        assert line.socket is not None
+        await line.socket.join("lobby", {"about": BIG})
+        before = held(stage)
+        token = None if numbered else stage.manager.generate_reconnect_token("ann")
+        await line.leaves()
+        await asyncio.sleep(10)
+        assert held(stage) == before
+        line = await peer.dial() if numbered else stage.plain(token=token)
+        await soon()
+        assert line.socket is not None
+        assert (line.socket.rooms, held(stage), line.socket.held_bytes) == (("lobby",), before, before)
+        assert stage.manager.room("lobby").presence[0].metadata == {"about": BIG}
+        if not numbered:
+            stage.manager.generate_reconnect_token("ann")
+        await line.leaves()
+        await asyncio.sleep(70)
+        assert held(stage) == 0
+
+
+@virtually
+async def test_client_that_holds_presence_metadata_goes_when_room_is_needed() -> None:
+    """Under `max_total_memory` presence metadata makes others go, and the one who joined last stays."""
+    async with Stage(max_total_memory=35_000, presence_grace=60.0) as stage:
+        lines = [await opened(stage, client_id) for client_id in ("ann", "bob", "cid", "dan")]
+        for line in lines:
+            assert line.socket is not None
+            await line.socket.join("lobby", {"about": BIG})
+            await soon()
+        assert reasons(stage) == ["memory"]
+        assert stage.manager.get_active_connections() == ["bob", "cid", "dan"]
+        assert held(stage) < 35_000
 
 
 @virtually
