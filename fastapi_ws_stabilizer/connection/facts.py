@@ -62,12 +62,11 @@ class SocketFacts:
         It is measured as it is filled: a write that would be more than `max_memory_per_connection` raises
         `MemoryLimitExceededError`, and changes nothing.
         """
-        conversation = self._connection.conversation
-        if conversation is not None:
-            if conversation.session.user_data is None:
-                counts = self._connection.ledger if conversation.session.over is None else None
-                conversation.session.user_data = Kept(counts, conversation.session)
-            return conversation.session.user_data
+        session = self._connection.session
+        if session is not None:
+            if session.user_data is None:
+                session.user_data = Kept(self._connection.ledger if session.over is None else None, session)
+            return session.user_data
         if self._user_data is None:
             self._user_data = Kept(self._counts, self._connection)
         return self._user_data
@@ -136,14 +135,13 @@ class SocketFacts:
     @property
     def session_id(self) -> str | None:
         """The session of a `stabilizer.v1.json` client, the same over all its connections; `None` of a plain client."""
-        conversation = self._connection.conversation
-        return None if conversation is None else conversation.session.connection_id
+        session = self._connection.session
+        return None if session is None else session.connection_id
 
     @property
     def resumed(self) -> ResumeOutcome:
         """What the client has got back that asked for its session: `none` if it asked for nothing."""
-        conversation = self._connection.conversation
-        return self._connection.restored if conversation is None else conversation.greeting.outcome
+        return self._connection.outcome
 
     @property
     def websocket(self) -> WebSocket:

@@ -160,6 +160,11 @@ class Connection(Successor):
         self.reports.bug(event, error, client_id=self.client_id, connection_id=self.connection_id)
         await self._parts.failed(self.face, error)
 
+    @property
+    def outcome(self) -> ResumeOutcome:
+        """What its client has got back."""
+        return self.restored if self.conversation is None else self.conversation.greeting.outcome
+
     def belongs_to(self, parts: Parts) -> bool:
         """Whether this connection was opened with these parts, and not by another manager."""
         return self._parts is parts

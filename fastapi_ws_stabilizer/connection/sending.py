@@ -20,6 +20,7 @@ from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import wait_for_all
 from fastapi_ws_stabilizer.wire.payload import Frame
 from fastapi_ws_stabilizer.wire.v1 import control
@@ -198,6 +199,11 @@ class SendingHalf(abc.ABC):
             used, self._numbers = used or count != self._numbers, count
         self.used = outbox.used = False
         return used
+
+    @property
+    def session(self) -> Session | None:
+        """Its session; `None` of a plain client."""
+        return None if self.conversation is None else self.conversation.session
 
     @property
     def member(self) -> Any:

@@ -43,10 +43,12 @@ class Successor(Metered):
         """
         session = conversation.session
         last: Successor | None = session.predecessor
-        if last is not None:
+        if session.inbox is not None:
             rest = session.inbox.hand_over()
-            self.inbox, last.inbox = session.inbox, rest
-            self.follow(last)
+            self.inbox = session.inbox
+            if last is not None:  # else everything was done for it
+                last.inbox = rest
+                self.follow(last)
         session.inbox, session.predecessor = self.inbox, self
         if conversation.max_inflated:
             self.outbox.deflate_frames()

@@ -202,6 +202,7 @@ class Leaving:
             connection.attempt(self.ledger.leave, connection.remains)
             connection.remains = None
         connection.attempt(self._ending.over, connection)
+        connection.attempt(self.resumption.finished, connection)
 
     def _evicted(self, connection: Connection) -> None:
         self._reports.totals.evictions += 1

@@ -12,12 +12,15 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_session
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection.ended import socket_after_end
+from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
@@ -31,11 +34,13 @@ from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.sessions.idempotency import Seen
 from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
 from fastapi_ws_stabilizer.sessions.tokens import Claim, ReconnectTokens, looks_like_token
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.v1 import Message
 
 _proven: contextvars.ContextVar[Claim | None] = contextvars.ContextVar("proven_claim", default=None)
 """What the token says that the current task has validated."""
@@ -57,12 +62,14 @@ class Resumption:
         delivery: Delivery[Connection],
         tokens: ReconnectTokens,
         ledger: Ledger,
+        seen: Seen,
     ) -> None:
         self._reports = reports
         self._hooks = hooks
         self._delivery = delivery
         self._tokens = tokens
         self._ledger = ledger
+        self._seen = seen
         self._enabled = config.enable_reconnect
         self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
@@ -154,6 +161,23 @@ class Resumption:
         if how is not None:
             await self._hooks.session_end(connection.face, how.reason)
 
+    def finished(self, connection: Connection) -> None:
+        """Everything is done for a connection. What waits for its client's return holds nothing of the server's."""
+        session = connection.session
+        if session is None:
+            left = self.luggage.of(connection.client_id)
+            if left is not None and left.face is connection.face:
+                left.face = socket_after_end(connection.face)
+            return
+        if session.predecessor is not connection:
+            return  # another connection has taken it over
+        session.predecessor = None
+        if session.over is not None:
+            session.face = None
+            return
+        session.face = socket_after_end(connection.face)
+        connection.inbox = session.inbox.hand_over()
+
     @staticmethod
     def _is_news(session: Session) -> bool:
         """Whether the end of a session is still to be told. After this it is told."""
@@ -174,6 +198,25 @@ class Resumption:
             last.holds()
         if last is not None and last.hooks_done and self._is_news(session):
             self._tell_soon(last.face, how.reason)
+        if last is None:
+            self._discard_unread(session)
+            face, session.face = session.face, None  # which knows the session
+            if face is not None and self._is_news(session):
+                self._tell_soon(face, how.reason)
+
+    def _discard_unread(self, session: Session) -> None:
+        """Throw away what the client of a session has sent and nobody will read any more."""
+        inbox: Inbox | None = session.inbox
+        if inbox is None:
+            return
+        for item in inbox.unread():
+            if isinstance(item, Message) and item.key is not None:  # if it comes again, it is a new one
+                self._seen.failed(session.client_id, item.key)
+        discarded = inbox.close(discard=True)
+        self._reports.totals.messages_discarded += discarded
+        if discarded:
+            facts: dict[str, Any] = {"client_id": session.client_id, "session_id": session.connection_id}
+            self._reports.tell("messages_discarded", logging.DEBUG, count=discarded, **facts)
 
     # ── coming back ──
 

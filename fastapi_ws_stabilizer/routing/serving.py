@@ -81,7 +81,8 @@ class Serving(Opening):
             ledger=self.ledger,
         )
         self.registry = self.delivery.registry
-        self.resumption = Resumption(config, reports, hooks, self.delivery, tokens, self.ledger)
+        self._seen = Seen()
+        self.resumption = Resumption(config, reports, hooks, self.delivery, tokens, self.ledger, self._seen)
         self.sessions = self.resumption.sessions
         self.unfinished: set[Connection] = set()
         self._ending = Endings()
@@ -90,7 +91,6 @@ class Serving(Opening):
             config, self.sessions, refusing, address_of=lambda websocket: self.door.address_of(websocket)
         )
         self.door = Door(config, reports, refusing, self._reception, ending=self._ending)
-        self._seen = Seen()
         self.heartbeat = Heartbeat(config, reports)
         self.lifetimes = Lifetimes(config)
         self.closing = False
