@@ -36,7 +36,7 @@ async def go_on(ws: StableSocket, outcome: ResumeOutcome) -> None:
         await ws.send({"type": "reload"})  # some messages are gone: the client was told, and so are you
 
 
-@manager.on_session_end  # goodbye, or not back within session_ttl
+@manager.on_session_end  # goodbye, or not back within session_ttl; a plain client without a token: at once
 async def end(ws: StableSocket, reason: DisconnectReason) -> None:
     print(f"{ws.client_id} has placed {ws.user_data.get('orders', 0)} orders and is gone: {reason.value}")
 

@@ -154,7 +154,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
 
     def _make_serving(self) -> Serving:
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
-        return Serving(self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop)
+        return Serving(
+            self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop, self._tell_of_workers
+        )
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.

@@ -41,6 +41,9 @@ class Services(Protocol):
     def address_of(self, connection: Connection) -> str:
         """Where the client of a connection comes from."""
 
+    def reconnect_token(self, connection: Connection) -> str:
+        """Make a reconnect token for a connection."""
+
 
 class StableSocket(SocketFacts):
     """An accepted, registered WebSocket that looks after itself.
@@ -306,6 +309,20 @@ class StableSocket(SocketFacts):
             raise ValueError(f"mode must be 'text' or 'binary', not {mode!r}")
         frame = encode_json(data)
         await self._connection.send(frame if mode == "text" else encode((frame.text or "").encode("utf-8")))
+
+    def reconnect_token(self) -> str:
+        """Make a token by which a plain client gets this connection's rooms and user data back after a disconnect.
+
+        Send it, and let the client present it as `?reconnect_token=` of its next connection. It is good once. As
+        `manager.generate_reconnect_token(ws)`.
+
+        Raises:
+            InvalidTokenError: `enable_reconnect` is False.
+            SocketClosed: The connection is over.
+            NotOpenError: The connection is not accepted yet.
+        """
+        self._connection.check_open()
+        return self._services.reconnect_token(self._connection)
 
     # ── ending ──
 

@@ -97,7 +97,7 @@ class Opening(Leaving, Services):
                 await self._begin_conversation(connection, visitor, until, is_known=client_id is not None)
             elif who in visitor.revoked:
                 raise WebSocketException(SESSION_OVER, "revoked")
-            proven = claimed is not None and self.resumption.redeem(websocket, claimed)
+            proven = claimed is not None and self.resumption.redeem(connection, claimed)
             if claimed is not None and not proven and client_id is None:  # and the hooks took it for that client
                 raise WebSocketException(4401, "the token was used meanwhile")
         except BaseException:
@@ -304,7 +304,7 @@ class Opening(Leaving, Services):
             InvalidTokenError: Its token was revoked since it was validated.
         """
         try:
-            return self.resumption.take_proof(connection.client_id)
+            return self.resumption.take_proof(connection)
         except InvalidTokenError as error:
             connection.face._let_go()
             self.refused_by_hand(connection.websocket, error, connection.client_id)
@@ -381,7 +381,7 @@ class Opening(Leaving, Services):
             self.delivery.back(session, left)  # type: ignore[arg-type]
         elif proven:
             plain = [one for one in older if one.conversation is None]  # what a session has is its own
-            self.resumption.restore(connection, plain[-1] if plain else None)
+            self.resumption.restore(connection, plain)
         if policy is not DuplicatePolicy.ALLOW:
             self._replace(older, connection.client_id, session)
             # An application that keeps a list of the clients that are online hears "gone" before it hears "come".

@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     InvalidTokenError,
     TokenExpiredError,
@@ -34,23 +35,30 @@ class Passes:
 
     # ── coming back ──
 
-    def generate_reconnect_token(self, client_id: str) -> str:
-        """Make a token by which a plain client gets its rooms and user data back after a disconnect.
+    def generate_reconnect_token(self, client: str | StableSocket) -> str:
+        """Make a token by which a plain client gets the rooms and user data of a connection back after a disconnect.
 
-        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as `?token=` of its
-        next connection, or in any way that leads to `validate_reconnect_token`. Without `reconnect_secret` it is good
-        in this process only. A client of `stabilizer.v1.json` needs none: it has its own, in each welcome.
+        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as
+        `?reconnect_token=` of its next connection, or in any way that leads to `validate_reconnect_token`. Without
+        `reconnect_secret` it is good in this process only. A client of `stabilizer.v1.json` needs none: it has its own,
+        in each welcome.
+
+        Args:
+            client: The socket whose rooms and user data it is for: `ws.reconnect_token()` says the same. Or a client
+                id, which means the connection of the current endpoint, handler or hook if that has this id, else the
+                client's newest one; if none is open, what the client has left last.
 
         Raises:
-            ValueError: `client_id` is empty, or breaks the rule for names.
+            ValueError: The client id is empty, or breaks the rule for names.
             InvalidTokenError: `enable_reconnect` is False.
+            SocketClosed: The socket is closed.
         """
-        check_client_id(client_id)
-        if not self.config.enable_reconnect:
-            raise InvalidTokenError("disabled")
+        if isinstance(client, StableSocket):
+            return client.reconnect_token()
+        check_client_id(client)
         self._tell_of_workers()
-        self._serving.resumption.luggage.expect(client_id)
-        return self._tokens.issue(client_id)
+        newest = next(reversed(self._serving.meant(client)), None)
+        return self._serving.resumption.issue_token(client, newest)
 
     def _tell_of_workers(self) -> None:
         if self.config.reconnect_secret is None and not self._told_of_workers and several_workers():

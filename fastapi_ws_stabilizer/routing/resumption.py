@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from fastapi import WebSocket
 
@@ -35,7 +36,7 @@ from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
-from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
+from fastapi_ws_stabilizer.sessions.left import MAX_EXPECTED, LeftBehind, LeftLuggage, key_of_connection
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
 from fastapi_ws_stabilizer.sessions.tokens import Claim, ReconnectTokens, looks_like_token
@@ -44,6 +45,17 @@ from fastapi_ws_stabilizer.wire.v1 import Message
 
 _proven: contextvars.ContextVar[Claim | None] = contextvars.ContextVar("proven_claim", default=None)
 """What the token says that the current task has validated."""
+
+
+TOKEN_PARAMETERS: Final = ("reconnect_token", "token")
+"""Query parameters in which a reconnect token is looked for. `token` is also what a login may be called: what does not
+begin as a reconnect token is left alone."""
+
+
+def token_in(websocket: WebSocket) -> str | None:
+    """The reconnect token of a handshake."""
+    found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
+    return next((token for token in found if looks_like_token(token)), None)
 
 
 class Resumption:
@@ -72,6 +84,8 @@ class Resumption:
         self._seen = seen
         self._enabled = config.enable_reconnect
         self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
+        self._named: OrderedDict[bytes, str] = OrderedDict()  # number of a token → key of what its connection leaves
+        self._keys: dict[str, str] = {}  # id of a connection → key, where it goes on for another one
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
         self._ends_of: dict[str, set[asyncio.Task[None]]] = {}  # by client id, as long as they run
         self._slots = asyncio.Semaphore(config.max_concurrent_cleanup)
@@ -107,7 +121,7 @@ class Resumption:
         expected = (
             how is not None
             and (connection.begun or connection.inherits)
-            and self.luggage.is_expected(connection.client_id)
+            and self.luggage.is_expected(connection.client_id, self._key_of(connection))
         )
         if expected and how is not None and not ends_session(how):
             connection.attempt(self._keep, connection)
@@ -120,7 +134,7 @@ class Resumption:
         left.user_data.owner = left
         left.described_bytes = self._ledger.described.get(connection.connection_id, 0)
         self._ledger.add(left.described_bytes)
-        self._forget(self.luggage.leave(connection.client_id, left))
+        self._forget(self.luggage.leave(self._expected_as(connection), left))
         self._ledger.goes_away(left)
         self._arm()
 
@@ -143,9 +157,7 @@ class Resumption:
 
     def forget(self, client_id: str) -> None:
         """Keep nothing of what a client has left."""
-        left = self.luggage.drop_of(client_id)
-        if left is not None:
-            self._forget([left])
+        self._forget(self.luggage.drop_of(client_id))
 
     async def session_over(self, connection: Connection) -> None:
         """The disconnect hooks of a connection have run: tell the hooks for the end of its session, if that is over."""
@@ -165,9 +177,10 @@ class Resumption:
         """Everything is done for a connection. What waits for its client's return holds nothing of the server's."""
         session = connection.session
         if session is None:
-            left = self.luggage.of(connection.client_id)
-            if left is not None and left.face is connection.face:
-                left.face = socket_after_end(connection.face)
+            for left in self.luggage.all_of(connection.client_id):
+                if left.face is connection.face:
+                    left.face = socket_after_end(connection.face)
+            self._keys.pop(connection.connection_id, None)
             return
         if session.predecessor is not connection:
             return  # another connection has taken it over
@@ -220,14 +233,43 @@ class Resumption:
 
     # ── coming back ──
 
-    def claim(self, websocket: WebSocket, client_id: str | None) -> str | None:
-        """Read the reconnect token of a handshake, `?token=`: whose it is, if it is good; `None` if it has none.
+    def issue_token(self, client_id: str, connection: Connection | None) -> str:
+        """Make a reconnect token for one connection of a client; for whichever it leaves last, without a connection.
 
-        A token that is not good gets its client nothing, and costs it nothing either: it comes in as a new one. A
-        credential of the application's own under that name is left alone.
+        Raises:
+            ValueError: No client can be called so.
+            InvalidTokenError: `enable_reconnect` is False.
         """
-        token = websocket.query_params.get("token")
-        if not self._enabled or token is None or not looks_like_token(token):
+        if not self._enabled:
+            raise InvalidTokenError("disabled")
+        token = self._tokens.issue(client_id)
+        key = client_id if connection is None or connection.session is not None else self._key_of(connection)
+        self.luggage.expect(key)
+        if key != client_id:
+            self._named[self._tokens.read(token).number] = key
+            while len(self._named) > MAX_EXPECTED:
+                self._named.popitem(last=False)
+        return token
+
+    def _expected_as(self, connection: Connection) -> str:
+        """The key under which a connection's things are kept: its own if a token names it, else that of its client."""
+        key = self._key_of(connection)
+        return key if self.luggage.is_expected(key) else connection.client_id
+
+    def _key_of(self, connection: Connection) -> str:
+        """The key under which what a plain connection leaves is kept: that of the connection that it goes on for."""
+        if not self._both_stay:
+            return connection.client_id
+        own = key_of_connection(connection.client_id, connection.connection_id)
+        return self._keys.get(connection.connection_id, own)
+
+    def claim(self, websocket: WebSocket, client_id: str | None) -> str | None:
+        """Read the reconnect token of a handshake: whose it is, if it is good; `None` if it has none.
+
+        A token that is not good gets its client nothing, and costs it nothing either: it comes in as a new one.
+        """
+        token = token_in(websocket)
+        if not self._enabled or token is None:
             return None
         try:
             claimed = self._tokens.check(token, client_id).client_id
@@ -236,34 +278,50 @@ class Resumption:
             return None
         return claimed
 
-    def sparing(self, client_id: str | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def sparing(self, client_id: str | None) -> Iterator[None]:
         """Let nothing that a client has left go for others meanwhile: it has proven who it is, and is on its way."""
-        return self._ledger.sparing(None if client_id is None else self.luggage.of(client_id))
+        with ExitStack() as stack:
+            for left in () if client_id is None else self.luggage.all_of(client_id):
+                stack.enter_context(self._ledger.sparing(left))
+            yield
 
-    def redeem(self, websocket: WebSocket, client_id: str) -> bool:
+    def redeem(self, connection: Connection, client_id: str) -> bool:
         """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
         try:
-            self._tokens.use(websocket.query_params["token"], client_id)
+            claim = self._tokens.use(token_in(connection.websocket) or "", client_id)
         except (InvalidTokenError, TokenExpiredError) as problem:
             self._lost(client_id, problem)
             return False
+        self._goes_on_for(connection, claim)
         return True
+
+    def _goes_on_for(self, connection: Connection, claim: Claim) -> None:
+        """A connection has presented a token: what that names is what it wants back."""
+        key = self._named.pop(claim.number, None)
+        if key is not None:
+            self._keys[connection.connection_id] = key
 
     def _lost(self, client_id: str | None, problem: InvalidTokenError | TokenExpiredError) -> None:
         self._reports.totals.sessions_lost += 1
         why = getattr(problem, "problem", "expired")
         self._reports.tell("session_lost", logging.INFO, client_id=client_id or "", why=why)
 
-    def restore(self, connection: Connection, last: Connection | None) -> None:
+    def restore(self, connection: Connection, open_ones: Sequence[Connection]) -> None:
         """Give a plain client that has proven who it was what it had.
 
         Args:
             connection: Its new connection.
-            last: One of its that is still open: it is half-open, and goes; or another tab's, and stays.
+            open_ones: Others of it that are open: they are half-open, and go; or other tabs', and stay.
         """
         client_id = connection.client_id
         self._forget(self.luggage.collect())
-        left = self.luggage.take(client_id)
+        key = self._keys.pop(connection.connection_id, None)  # what its token names
+        newest = self.luggage.of(client_id)
+        left = self.luggage.take(key) if key else None if newest is None else self.luggage.take(newest.key)
+        last = next((one for one in reversed(open_ones) if key is None or self._key_of(one) == key), None)
+        if left is not None and self._both_stay:
+            self._keys[connection.connection_id] = left.key  # so that what is left later is found by older tokens too
         if left is not None:
             self._ledger.leave(left)
             self._ledger.add(-left.described_bytes)
@@ -304,8 +362,7 @@ class Resumption:
     def prove(self, claim: Claim) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""
         _proven.set(claim)
-        left = self.luggage.of(claim.client_id)
-        if left is not None:  # nobody knows when it connects, if it does: it is the last that goes
+        for left in self.luggage.all_of(claim.client_id):  # it is not known when it connects: it is the last that goes
             self._ledger.enter(left)
 
     @staticmethod
@@ -314,17 +371,18 @@ class Resumption:
         claim = _proven.get()
         return claim is not None and claim.client_id == client_id
 
-    def take_proof(self, client_id: str) -> bool:
-        """Whether the current task has validated a token of a client. It proves one connection.
+    def take_proof(self, connection: Connection) -> bool:
+        """Whether the current task has validated a token of a connection's client. It proves one connection.
 
         Raises:
             InvalidTokenError: It was revoked since.
         """
         claim = _proven.get()
-        if claim is None or claim.client_id != client_id:
+        if claim is None or claim.client_id != connection.client_id:
             return False
         _proven.set(None)
         self._tokens.check_right(claim)
+        self._goes_on_for(connection, claim)
         return True
 
     # ── time ──

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import Ending
@@ -56,8 +56,10 @@ class Serving(Opening):
         dispatcher: Dispatcher,
         tokens: ReconnectTokens,
         loop: asyncio.AbstractEventLoop | None = None,
+        before_token: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
+        self._before_token = before_token
         self._reports = reports
         self._hooks = hooks
         self._dispatcher = dispatcher
@@ -145,6 +147,15 @@ class Serving(Opening):
     def address_of(self, connection: Connection) -> str:
         """Where the client of a connection comes from."""
         return self.door.address_of(connection.websocket)
+
+    def reconnect_token(self, connection: Connection) -> str:
+        """Make a reconnect token for a connection.
+
+        Raises:
+            InvalidTokenError: `enable_reconnect` is False.
+        """
+        self._before_token()
+        return self.resumption.issue_token(connection.client_id, connection)
 
     async def _presence(self, event: str, who: Presence) -> None:
         async with self._hook_slots:

@@ -25,6 +25,7 @@ class LeftBehind:
         face: The socket that has left it.
         forget: Called when it can be kept no longer, because room is needed.
         described_bytes: How much presence metadata is in `rooms`.
+        key: Under which it is kept.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
@@ -33,6 +34,7 @@ class LeftBehind:
     face: Any
     forget: Callable[[LeftBehind], None]
     described_bytes: int = 0
+    key: str = ""
 
     @property
     def connection_id(self) -> str:
@@ -53,11 +55,25 @@ class LeftBehind:
         self.forget(self)
 
 
+MAX_KEPT_OF_ONE: Final = 16
+"""Connections of one client of which something is kept at most; the one that left first is forgotten first."""
+
+_BETWEEN: Final = "\n"
+"""Stands in keys, and in no client id."""
+
+
+def key_of_connection(client_id: str, connection_id: str) -> str:
+    """The key under which what one of several connections of a client leaves is kept."""
+    return f"{client_id}{_BETWEEN}{connection_id}"
+
+
 class LeftLuggage:
     """Keeps it.
 
     A plain client has no session that the server could know it by, so only those that were given a token are expected
     back, and only for `ttl` seconds.
+
+    What is kept has a key: the client id where a client has one connection, else the client id and a connection.
 
     Args:
         ttl: Seconds that it is kept.
@@ -68,62 +84,71 @@ class LeftLuggage:
         self._ttl = ttl
         self._max_kept = max_kept
         self._expected: OrderedDict[str, None] = OrderedDict()
-        self._kept: OrderedDict[str, LeftBehind] = OrderedDict()  # by client id, the one that left first comes first
+        self._kept: OrderedDict[str, LeftBehind] = OrderedDict()  # by key, the one that left first comes first
+        self._of_client: dict[str, dict[str, LeftBehind]] = {}  # the same, by client id and key
 
     def __len__(self) -> int:
         """Of how many connections something is kept."""
         return len(self._kept)
 
-    def expect(self, client_id: str) -> None:
+    def expect(self, key: str) -> None:
         """A client has been given a token."""
-        self._expected[client_id] = None
-        self._expected.move_to_end(client_id)
+        self._expected[key] = None
+        self._expected.move_to_end(key)
         while len(self._expected) > MAX_EXPECTED:
             self._expected.popitem(last=False)
 
-    def is_expected(self, client_id: str) -> bool:
-        """Whether a client may come back with a token."""
-        return self._ttl > 0 and client_id in self._expected
+    def is_expected(self, *keys: str) -> bool:
+        """Whether a client may come back with a token for one of these keys."""
+        return self._ttl > 0 and any(key in self._expected for key in keys)
 
-    def leave(self, client_id: str, left: LeftBehind) -> list[LeftBehind]:
-        """Keep what a connection has left. Of several of one client the last one is kept.
+    def leave(self, key: str, left: LeftBehind) -> list[LeftBehind]:
+        """Keep what a connection has left. Of several with one key the last one is kept.
 
         Returns:
             What is kept no longer, because it is too old or too much.
         """
         gone = self.collect()
-        before = self._kept.pop(client_id, None)
-        if before is not None:
-            gone.append(before)
-        left.until = monotonic() + self._ttl
-        self._kept[client_id] = left
+        if key in self._kept:
+            gone.append(self._take_out(key))
+        left.until, left.key = monotonic() + self._ttl, key
+        self._kept[key] = left
+        of_client = self._of_client.setdefault(_client_of(key), {})
+        of_client[key] = left
+        if len(of_client) > MAX_KEPT_OF_ONE:
+            gone.append(self._take_out(next(iter(of_client))))
         while len(self._kept) > self._max_kept:
-            gone.append(self._kept.popitem(last=False)[1])
+            gone.append(self._take_out(next(iter(self._kept))))
         return gone
 
     def of(self, client_id: str) -> LeftBehind | None:
-        """What is kept for a client, which stays where it is."""
-        return self._kept.get(client_id)
+        """What is kept for a client, which stays where it is; of several, what was left last."""
+        return next(reversed(self.all_of(client_id)), None)
 
-    def take(self, client_id: str) -> LeftBehind | None:
+    def all_of(self, client_id: str) -> list[LeftBehind]:
+        """All that is kept for a client, which stays where it is; what was left first comes first."""
+        return list(self._of_client.get(client_id, {}).values())
+
+    def take(self, key: str) -> LeftBehind | None:
         """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
-        left = self._kept.get(client_id)
+        left = self._kept.get(key)
         if left is None or left.until <= monotonic():  # `collect` takes it out, and its end is told
             return None
-        del self._kept[client_id]
-        return left
+        return self._take_out(key)
 
     def drop(self, left: LeftBehind) -> bool:
         """Keep something no longer; `False` if it was not kept."""
-        if self._kept.get(left.face.client_id) is not left:
+        if self._kept.get(left.key) is not left:
             return False
-        del self._kept[left.face.client_id]
+        self._take_out(left.key)
         return True
 
-    def drop_of(self, client_id: str) -> LeftBehind | None:
+    def drop_of(self, client_id: str) -> list[LeftBehind]:
         """Keep no longer what a client has left, and expect it no more."""
-        self._expected.pop(client_id, None)
-        return self._kept.pop(client_id, None)
+        gone = [self._take_out(left.key) for left in self.all_of(client_id)]
+        for key in (client_id, *(left.key for left in gone)):
+            self._expected.pop(key, None)
+        return gone
 
     def next_due(self) -> float | None:
         """When the first of it is kept no longer."""
@@ -133,14 +158,27 @@ class LeftLuggage:
         """Take out what is kept no longer."""
         now, gone = monotonic(), []
         while self._kept:
-            client_id, left = next(iter(self._kept.items()))
+            key, left = next(iter(self._kept.items()))
             if left.until > now:
                 break
-            gone.append(self._kept.pop(client_id))
+            gone.append(self._take_out(key))
         return gone
 
     def clear(self) -> list[LeftBehind]:
         """Take all of it out."""
         gone = list(self._kept.values())
         self._kept.clear()
+        self._of_client.clear()
         return gone
+
+    def _take_out(self, key: str) -> LeftBehind:
+        client_id = _client_of(key)
+        of_client = self._of_client[client_id]
+        del of_client[key]
+        if not of_client:
+            del self._of_client[client_id]
+        return self._kept.pop(key)
+
+
+def _client_of(key: str) -> str:
+    return key.partition(_BETWEEN)[0]

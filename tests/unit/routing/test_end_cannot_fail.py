@@ -115,6 +115,8 @@ SAFE = {
     *("set", "set_result", "done", "max", "min", "wait_for_all", "ends_session", "give_up", "pending", "_discarded"),
     *("take_turn", "Remains", "isinstance", "_cancel_endpoint", "_close", "is_expected", "_forget", "_arm"),
     *(
+        "_key_of",
+        "_expected_as",
         "add",
         "get",
         "goes_away",

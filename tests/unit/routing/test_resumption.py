@@ -1,4 +1,4 @@
-"""Tests of reconnect tokens: what a plain client gets for one, by `?token=` and by hand."""
+"""Tests of reconnect tokens: what a plain client gets for one, in its query and by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import InvalidTokenError, SocketClosed, TokenExpiredError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.sessions import tokens as tokens_module
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
@@ -477,3 +478,132 @@ async def test_sessions_in_the_stats() -> None:
         of_client = {one.client_id: one.session_id for one in page.connections}
         assert of_client["ann"] == stage.socket().session_id
         assert of_client["sue"] is None
+
+
+# ── tokens of several connections ──
+
+
+async def tabs(stage: Stage, *rooms: str) -> list[Line]:
+    """Connections of one client, each in a room of its own and with something kept."""
+    lines = []
+    for room in rooms:
+        line = stage.plain()
+        await soon()
+        assert line.socket is not None
+        await line.socket.join(room)
+        line.socket.user_data["room"] = room
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("leaving", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("by_socket", [True, False], ids=["ws.reconnect_token()", "generate_reconnect_token(ws)"])
+@virtually
+async def test_token_of_a_tab_brings_back_the_rooms_of_that_tab(leaving: tuple[int, int], by_socket: bool) -> None:
+    """A token names a connection: whichever tab leaves last, each token brings what its own tab had."""
+    async with Stage(on_duplicate="allow") as stage:
+        lines = await tabs(stage, "one", "two")
+        sockets = [line.socket for line in lines if line.socket is not None]
+        generate = stage.manager.generate_reconnect_token
+        tokens = [socket.reconnect_token() if by_socket else generate(socket) for socket in sockets]
+        for place in leaving:
+            await lines[place].leaves()
+        back = [stage.plain(token=token) for token in tokens]
+        await soon()
+        assert [line.socket and (line.socket.rooms, line.socket.user_data["room"]) for line in back] == [
+            (("one",), "one"),
+            (("two",), "two"),
+        ]
+
+
+@virtually
+async def test_token_of_a_tab_goes_on_for_the_connection_that_took_its_place() -> None:
+    """A second token of a connection brings what the connection leaves that came back with the first."""
+    async with Stage(on_duplicate="allow") as stage:
+        first, other = await tabs(stage, "one", "two")
+        assert first.socket is not None
+        assert other.socket is not None
+        tokens = [first.socket.reconnect_token(), first.socket.reconnect_token(), other.socket.reconnect_token()]
+        await first.leaves()
+        again = stage.plain(token=tokens[0])
+        await soon()
+        assert again.socket is not None
+        again.socket.user_data["more"] = 1
+        await again.leaves()
+        await other.leaves()
+        third = stage.plain(token=tokens[1])
+        await soon()
+        assert third.socket is not None
+        assert (third.socket.rooms, third.socket.user_data) == (("one",), {"room": "one", "more": 1})
+
+
+@virtually
+async def test_token_for_a_client_id_means_the_current_connection_else_the_newest() -> None:
+    """In an endpoint it is that connection's; elsewhere that of the connection which came last."""
+    async with Stage(on_duplicate="allow") as stage:
+        own: list[str] = []
+
+        async def endpoint(ws: StableSocket) -> None:
+            await stage.gate.wait()
+            own.append(stage.manager.generate_reconnect_token("ann"))
+            await ws.run()
+
+        stage.endpoint = endpoint
+        lines = await tabs(stage, "one", "two", "three")
+        elsewhere = stage.manager.generate_reconnect_token("ann")
+        stage.gate.set()
+        await soon()
+        for line in lines:
+            await line.leaves()
+        back = [stage.plain(token=token) for token in (elsewhere, *own[:2])]
+        await soon()
+        assert [line.socket and line.socket.rooms for line in back] == [("three",), ("one",), ("two",)]
+
+
+@virtually
+async def test_tab_without_a_token_is_not_waited_for_beside_one_that_has_one() -> None:
+    """`on_session_end` comes after `session_ttl` where a token was given out, and at once where none was."""
+    async with Stage(on_duplicate="allow", session_ttl=60) as stage:
+        first, second = await tabs(stage, "one", "two")
+        assert first.socket is not None
+        first.socket.reconnect_token()
+        await second.leaves()
+        await asyncio.sleep(5)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 1
+        await first.leaves()
+        await asyncio.sleep(50)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 1
+        await asyncio.sleep(20)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 2
+
+
+@pytest.mark.parametrize("query", ["token=login&reconnect_token={}", "reconnect_token={}", "token={}"])
+@virtually
+async def test_reconnect_token_has_a_query_parameter_of_its_own(query: str) -> None:
+    """`?reconnect_token=` is the manager's, beside a login's `?token=`; that is read too if it is a reconnect token."""
+    async with Stage() as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        token = line.socket.reconnect_token()
+        await line.leaves()
+        back = Line(stage, query=query.format(token))
+        await soon()
+        assert back.socket is not None
+        assert (back.socket.rooms, back.socket.resumed.value) == (("one",), "gap")
+
+
+@virtually
+async def test_reconnect_token_of_a_closed_socket_is_refused() -> None:
+    """A connection that is over has left what it had: a token for it would bring nothing."""
+    async with Stage() as stage:
+        (line,) = await tabs(stage, "one")
+        await line.leaves()
+        assert line.socket is not None
+        for call in (line.socket.reconnect_token, lambda: stage.manager.generate_reconnect_token(line.socket)):  # type: ignore[arg-type]
+            with pytest.raises(SocketClosed):
+                call()
+    async with Stage(enable_reconnect=False) as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        with pytest.raises(InvalidTokenError, match="enable_reconnect"):
+            line.socket.reconnect_token()
