@@ -373,7 +373,8 @@ class Connection(Successor):
         elif self.conversation is None:
             attempt(self.inbox.uncount)
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
-        attempt(self.server_side.abort_unless_flushed, self.config.send_timeout if patient else None)
+        timeout = self.config.send_timeout if patient else LINGER
+        attempt(self.server_side.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if patient else 0.0)
         if not how.by_peer:
             attempt(self.server_side.abort_unless_answered)
         self.tell(

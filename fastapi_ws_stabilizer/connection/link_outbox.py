@@ -41,7 +41,8 @@ class LinkOutbox(Outbox):
 
     def attached(self, *, compress: bool) -> None:
         """The link is ours now, and has negotiated what it has."""
-        self._paused = self._link.write_paused
+        if self._link.write_paused:
+            self.write_paused()
         self._window_bits = self._link.window_bits if compress else 0
 
     def take_turn(self) -> None:
@@ -94,7 +95,8 @@ class LinkOutbox(Outbox):
             self._limits.totals.messages_sent += len(frames)
             if delivers and self._limits.tells_delivery:
                 self.owner.delivered()
-        self._calm_down()
+        if not self._paused:
+            self._calm_down()
         if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
             close, self._close = self._close, None
             try:
@@ -112,8 +114,14 @@ class LinkOutbox(Outbox):
         return discarded
 
     def write_paused(self) -> None:
-        """The transport holds more than it should."""
+        """The transport holds more than it should.
+
+        The watch begins, even if nothing waits: a client that has stopped reading in the middle of its only message
+        would be found by nothing else, since no ping can be written behind it.
+        """
         self._paused = True
+        if not self._shut:
+            self._block()
 
     def writable(self) -> None:
         """The transport takes more again."""

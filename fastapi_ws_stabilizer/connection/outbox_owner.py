@@ -43,8 +43,8 @@ class OutboxOwner(Protocol):
     def caught_up(self) -> None:
         """The client is slow no longer."""
 
-    def unflushed_bytes(self) -> int | None:
-        """What the transport still holds; `None` where it cannot be seen."""
+    def send_progress(self) -> int | None:
+        """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
 
     def send_stuck(self) -> None:
         """A send has made no progress for `send_timeout`."""

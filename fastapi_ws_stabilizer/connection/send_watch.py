@@ -13,6 +13,9 @@ from fastapi_ws_stabilizer.tasks import Latch
 LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a send that waits."""
 
+LOOKS: Final = 4
+"""Looks within `send_timeout` at least. The first has nothing to compare with."""
+
 HEALTHY_SEND: Final = 0.05
 """Seconds that a send to a client which reads may wait."""
 
@@ -24,7 +27,7 @@ class WatchedBacklog(Backlog):
     message, and there is none as long as nothing waits.
     """
 
-    __slots__ = ("_blocked_since", "_broken", "_done", "_due", "_unflushed", "_watch", "owner")
+    __slots__ = ("_blocked_since", "_broken", "_done", "_due", "_progress", "_watch", "owner")
 
     def __init__(self, owner: OutboxOwner, limits: OutboxLimits) -> None:
         super().__init__(limits)
@@ -33,7 +36,7 @@ class WatchedBacklog(Backlog):
         self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
         self._done: Latch | None = None  # made when somebody waits, or when it happens
         self._blocked_since: float | None = None
-        self._unflushed: int | None = None
+        self._progress: int | None = None  # of the transport, at the last look
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -65,7 +68,7 @@ class WatchedBacklog(Backlog):
         self._count()
         if self._blocked_since is None:
             self._blocked_since = monotonic()
-            self._unflushed = None
+            self._progress = None
             self._due = True
             if self._watch is None:
                 self._set_watch(0.0)
@@ -75,7 +78,8 @@ class WatchedBacklog(Backlog):
         self._due = self._broken
 
     def _set_watch(self, waited: float) -> None:
-        delay = min(LOOK_INTERVAL, self._limits.send_timeout - waited)
+        timeout = self._limits.send_timeout
+        delay = min(LOOK_INTERVAL, timeout / LOOKS, timeout - waited)
         self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look)
 
     def _look(self) -> None:
@@ -84,10 +88,9 @@ class WatchedBacklog(Backlog):
         since = self._blocked_since
         if since is None:
             return
-        left = self.owner.unflushed_bytes()
-        if left is not None and self._unflushed is not None and left < self._unflushed:
+        before, self._progress = self._progress, self.owner.send_progress()
+        if before is not None and self._progress is not None and self._progress > before:
             self._blocked_since = since = monotonic()  # the client reads, if slowly
-        self._unflushed = left
         waited = monotonic() - since
         if waited >= self._limits.send_timeout:
             self.owner.send_stuck()
@@ -106,6 +109,7 @@ class WatchedBacklog(Backlog):
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+        self._blocked_since = None
         self._done_latch().set()
 
     def give_up(self) -> None:

@@ -249,6 +249,10 @@ class SendingHalf(abc.ABC):
         """What the transport has not yet given to the network."""
         return self.server_side.unflushed_bytes
 
+    def send_progress(self) -> int | None:
+        """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
+        return self.server_side.progress()
+
     # ── what the outbox tells ──
 
     def unsent(self, count: int) -> None:

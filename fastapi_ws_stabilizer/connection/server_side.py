@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
 from fastapi_ws_stabilizer.servers.link import Link, offers_link
-
-if sys.platform == "linux":
-    import fcntl
-    import termios
+from fastapi_ws_stabilizer.tcp import (
+    progress,
+    seconds_since_received,
+    unacknowledged_bytes,
+    unflushed_bytes,
+    unsent_bytes,
+)
 
 LINGER: Final = 1.0
 """Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
@@ -89,17 +91,28 @@ class ServerSide:
             return False
         return True
 
-    def abort_unless_flushed(self, linger: float | None = None) -> None:
+    def abort_unless_flushed(self, linger: float | None = None, most: float = 0.0) -> None:
         """Cut the connection if it still holds bytes after `linger` seconds, `LINGER` when left out.
 
         A transport that closes waits for its buffer to empty, which a client that reads nothing prevents for ever, and
         uvicorn waits for its transports before it exits.
+
+        Args:
+            linger: Seconds in which nothing is taken before it is cut.
+            most: Seconds in all for a client that takes something.
         """
         if self.unflushed_bytes:
-            asyncio.get_running_loop().call_later(LINGER if linger is None else linger, self._abort_if_unflushed)
+            delay = LINGER if linger is None else linger
+            asyncio.get_running_loop().call_later(delay, self._abort_if_unflushed, delay, most - delay, self.progress())
 
-    def _abort_if_unflushed(self) -> None:
-        if self.unflushed_bytes:
+    def _abort_if_unflushed(self, linger: float, left: float, before: int | None) -> None:
+        if not self.unflushed_bytes:
+            return
+        progress = self.progress()
+        if left > 0 and before is not None and progress is not None and progress > before:
+            delay = min(linger, left)
+            asyncio.get_running_loop().call_later(delay, self._abort_if_unflushed, linger, left - delay, progress)
+        else:
             self.abort()
 
     def abort_unless_answered(self, *, taken: bool = True) -> None:
@@ -118,14 +131,7 @@ class ServerSide:
 
     def _untaken_bytes(self) -> int | None:
         """How much the client's machine has not acknowledged; `None` where the system does not say."""
-        if sys.platform != "linux":
-            return None
-        try:
-            connection = self._transport().get_extra_info("socket")
-            answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
-        except Exception:  # a transport that is gone, or has no socket
-            return None
-        return int.from_bytes(answer, sys.byteorder)
+        return unacknowledged_bytes(self._transport())
 
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
         """Let the server not wait for a task that does not end: uvicorn would wait for it before it stops."""
@@ -137,11 +143,19 @@ class ServerSide:
     @property
     def unflushed_bytes(self) -> int | None:
         """How much the transport has not yet given to the network; `None` where it cannot be seen."""
-        size = getattr(self._transport(), "get_write_buffer_size", None)
-        try:
-            return int(size()) if callable(size) else None
-        except Exception:  # a transport that is gone may refuse the question
-            return None
+        return unflushed_bytes(self._transport())
+
+    def progress(self) -> int | None:
+        """A number that has grown if the client's machine has taken bytes since; `None` where that cannot be seen."""
+        return progress(self._transport())
+
+    def unsent_bytes(self) -> int | None:
+        """How much was written that the client's machine has not acknowledged; `None` where it cannot be seen."""
+        return unsent_bytes(self._transport())
+
+    def seconds_since_received(self) -> float | None:
+        """Seconds since bytes last came from the client, whole message or not; `None` where it cannot be seen."""
+        return seconds_since_received(self._transport())
 
     def _transport(self) -> Any:
         for protocol in (self._receiver, self._sender):  # a middleware may wrap one of them

@@ -385,3 +385,35 @@ async def test_close_that_the_server_refuses_does_not_stop_the_end(linked: Any, 
     b.connection.end(reason)
     await asyncio.wait({b.connection.finished}, timeout=5)
     assert b.connection.is_finished
+
+
+async def test_full_transport_with_nothing_queued_is_watched(linked: Any) -> None:
+    """A client that takes nothing of its only message ends as a slow consumer after `send_timeout`."""
+    b = await linked(send_timeout=0.05)
+    offer(b, "large")
+    b.connection.outbox._write = lambda data: (b.server.writes.append(data), b.server.stall())
+    await settle()
+    assert len(b.connection.outbox) == 0
+    await eventually(lambda: b.connection.ending is not None)
+    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+
+
+async def test_full_transport_that_empties_is_not_watched(linked: Any) -> None:
+    """The watch ends with what it watches, and messages go the short way again."""
+    b = await linked(send_timeout=0.05)
+    b.server.stall()
+    b.server.drain()
+    await asyncio.sleep(0.1)
+    assert b.connection.ending is None
+    assert b.connection.outbox._watch is None
+    assert b.connection.outbox.put_if_calm(encode("a"))
+
+
+async def test_transport_full_before_the_link_is_attached_is_watched(linked: Any, bench: Any) -> None:
+    """What the server has written before counts too."""
+    b = bench(send_timeout=0.05)
+    b.server = LinkServer()
+    b.server.write_paused = True
+    await b.open()
+    await eventually(lambda: b.connection.ending is not None)
+    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER

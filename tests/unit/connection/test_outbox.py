@@ -75,11 +75,11 @@ class Owner:
         """Count messages that the server was given and did not take."""
         self.discarded += count
 
-    unflushed: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
+    progress: list[int] = []  # noqa: RUF012 (replaced by the tests that use it)
 
-    def unflushed_bytes(self) -> int | None:
-        """What the transport holds at each look; nothing is known of it without a list."""
-        return self.unflushed.pop(0) if self.unflushed else None
+    def send_progress(self) -> int | None:
+        """What the client has taken at each look; nothing is known of it without a list."""
+        return self.progress.pop(0) if self.progress else None
 
     def send_waits(self) -> None:
         """Count a send that waits."""
@@ -442,13 +442,13 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
     assert p.owner.taken == 0
 
 
-async def test_a_send_whose_buffer_shrinks_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
-    p.owner.unflushed = list(range(20, 0, -1))
+    p.owner.progress = list(range(20))
     await p.stuck_with("sending")
-    await eventually(lambda: not p.owner.unflushed)
+    await eventually(lambda: not p.owner.progress)
     assert p.owner.stuck == 0
     await eventually(lambda: p.owner.stuck == 1)
 

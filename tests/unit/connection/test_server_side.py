@@ -129,6 +129,18 @@ async def test_a_transport_is_cut_only_if_it_does_not_flush(
     assert transport.aborted == aborted
 
 
+@pytest.mark.parametrize(("most", "looks"), [(0.0, 2), (0.045, 4)])
+async def test_a_transport_that_flushes_slowly_has_its_time(most: float, looks: int) -> None:
+    """A client that takes something between two looks is not cut, but for a limit in all."""
+    held = iter(range(100, 0, -1))
+    transport = Transport(100)
+    asked: list[int] = []
+    transport.get_write_buffer_size = lambda: asked.append(1) or next(held)  # type: ignore[method-assign]
+    side(transport=transport).abort_unless_flushed(0.02, most)
+    await eventually(lambda: transport.aborted == 1)
+    assert len(asked) == 2 * looks  # one look asks whether there is anything, and how much
+
+
 async def test_a_transport_that_flushes_in_time_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look decides, after the client had its moment."""
     monkeypatch.setattr(server_side_module, "LINGER", 0.0)

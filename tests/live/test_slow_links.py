@@ -1,0 +1,83 @@
+"""Bytes prove life, in both directions: a slow link is no dead one, and a client that takes nothing is always found."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.live.raw import RawClient
+from tests.live.server import UVICORN, LiveServer
+
+Serve = Callable[..., LiveServer]
+
+NO_UVICORN_PINGS = ("--ws-ping-interval", "0")
+"""uvicorn's own pings wait behind a large message too, and it closes a client that does not answer in time."""
+
+
+def read_at(client: RawClient, rate: int, seconds: float) -> int:
+    """Read so many bytes a second, steadily; return how many have come."""
+    began, got = time.monotonic(), 0
+    while (passed := time.monotonic() - began) < seconds:
+        if got >= rate * passed:
+            time.sleep(0.01)
+            continue
+        data = client.socket.recv(min(16384, rate // 20))
+        if not data:
+            raise ConnectionError(f"cut after {passed:.1f} s and {got} bytes")
+        got += len(data)
+    return got
+
+
+@pytest.mark.parametrize("size", [40_000, 20_000_000])
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_client_stalled_in_one_message_is_ended(serve: Serve, kind: str, size: int) -> None:
+    """A client that stops reading is found though one message is on its way to it and nothing waits behind that."""
+    config = {
+        "heartbeat_interval": 0.5,
+        "heartbeat_timeout": 1,
+        "send_timeout": 1,
+        "require_pong": True,
+        "compression": "none",
+    }
+    server = serve(kind, config=config, args=NO_UVICORN_PINGS)
+    with RawClient(server.port, "/idle/stalled", receive_buffer=4096) as client:
+        client.handshake()
+        await server.until_event("connect stalled")
+        await asyncio.to_thread(server.post, f"/broadcast?count=1&size={size}")
+        await server.until_event("disconnect stalled", 5)
+    assert server.probe()["connections"] == 0
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_steady_slow_reader_is_not_stuck(serve: Serve, kind: str) -> None:
+    """What leaves the kernel's queue is progress: a client that reads for longer than send_timeout stays."""
+    server = serve(kind, config={"send_timeout": 1, "compression": "none"}, args=NO_UVICORN_PINGS)
+    with RawClient(server.port, "/flood/slow", receive_buffer=65536) as client:
+        client.handshake()
+        assert await asyncio.to_thread(read_at, client, 400_000, 5) > 1_000_000
+        assert not server.events("disconnect")
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_slow_reader_gets_the_last_message_and_the_close_frame(serve: Serve, kind: str) -> None:
+    """A client that takes bytes all the time gets all that an endpoint has sent before it returned."""
+    server = serve(kind, config={"send_timeout": 1, "compression": "none"}, args=NO_UVICORN_PINGS)
+    size = 6_000_000
+    with RawClient(server.port, f"/return/slow?size={size}", receive_buffer=65536) as client:
+        client.handshake()
+        got = await asyncio.to_thread(read_at, client, 1_500_000, size / 1_500_000 - 0.5)
+        rest = await asyncio.to_thread(read_rest, client)
+    assert got + len(rest) >= 10 + size + 4
+    assert rest[-4:] == b"\x88\x02\x03\xe8"
+
+
+def read_rest(client: RawClient) -> bytes:
+    """Read until nothing more comes."""
+    rest = b""
+    while not rest.endswith(b"\x88\x02\x03\xe8") and (data := client.socket.recv(1 << 20)):
+        rest += data
+    return rest
