@@ -32,7 +32,7 @@ class LinkReader:
 
     def heard(self) -> bool:
         """Bytes have come in, be it only a part of a message."""
-        self._connection.pulse.seen(monotonic())
+        self._connection.pulse.last_seen = monotonic()  # what is owed is paid by a whole message
         return self._connection.ending is None
 
     def received(self, message: str | bytes) -> None:
@@ -42,6 +42,7 @@ class LinkReader:
             if connection.ending is not None:
                 connection.reports.totals.messages_discarded += 1
                 return
+            connection.pulse.awaiting_since = None
             item = for_inbox(connection, message)
             if item is None:
                 return
@@ -59,10 +60,12 @@ class LinkReader:
 
     def pinged(self) -> None:
         """A ping frame has come in."""
+        self._connection.pulse.awaiting_since = None
         self._connection.control_came()
 
     def ponged(self, payload: bytes) -> None:
         """A pong frame has come in."""
+        self._connection.pulse.awaiting_since = None
         if not self._connection.pulse.ponged_by_protocol(payload, monotonic()):
             self._connection.control_came()
 

@@ -253,6 +253,14 @@ class SendingHalf(abc.ABC):
         """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
         return self.server_side.progress()
 
+    def unsent_bytes(self) -> int | None:
+        """Bytes that were written and that the client's machine has not acknowledged."""
+        return self.server_side.unsent_bytes()
+
+    def seconds_since_received(self) -> float | None:
+        """Seconds since bytes last came from the client, whole message or not; `None` where that cannot be seen."""
+        return self.server_side.seconds_since_received()
+
     # ── what the outbox tells ──
 
     def unsent(self, count: int) -> None:

@@ -34,6 +34,41 @@ ping."""
 SECOND_LOOK: Final = 1.0
 """Seconds for that chance."""
 
+SLOWEST_UPLOAD: Final = 4096
+"""Bytes a second of the slowest client that is waited for while it sends one message. A client that sends a byte now
+and then, and never completes a message, is closed when the largest message would have come at this rate."""
+
+
+MUCH: Final = 16 * 1024
+"""Bytes before a ping that delay it so much that they are watched: what a slow link carries in a second."""
+
+
+class Debt:
+    """What is remembered of a client that owes an answer, while bytes show that it lives.
+
+    Attributes:
+        since: When it was pinged.
+        progress: What its machine had taken at the last look; `None` if not much was on its way before the ping.
+        before_ping: What it will have taken when the ping is next.
+    """
+
+    __slots__ = ("before_ping", "progress", "since")
+
+    def __init__(self, since: float, progress: int | None = None, unsent: int = 0) -> None:
+        self.since = since
+        self.progress = progress
+        self.before_ping = unsent + (progress or 0)
+
+    def has_shrunk(self, member: Member) -> bool:
+        """Whether the client has taken bytes since the last look that stand before its ping."""
+        if self.progress is None or self.progress >= self.before_ping:
+            return False
+        before, now = self.progress, member.send_progress()
+        if now is None or now <= before:
+            return False
+        self.progress = now
+        return True
+
 
 class Heartbeat:
     """Pings each connection once per interval and ends those that fall silent.
@@ -49,6 +84,8 @@ class Heartbeat:
         self._require_pong = config.require_pong
         self._payload = config.heartbeat_payload
         self._on = config.heartbeat_type is not HeartbeatType.OFF
+        self._longest_upload = config.max_message_size / SLOWEST_UPLOAD
+        self._debts: dict[Pulse, Debt] = {}
         self._constant: Frame | None = None
         if config.heartbeat_type is HeartbeatType.PING:
             self._constant = PING
@@ -74,6 +111,7 @@ class Heartbeat:
 
     def remove(self, member: Member) -> None:
         """Stop beating for a connection and let go of it at once."""
+        self._debts.pop(member.pulse, None)
         if member.pulse.member is not None:
             member.pulse.member = None
             self._count -= 1
@@ -89,6 +127,7 @@ class Heartbeat:
         for pulse in self._heap:
             pulse.member = None
         self._heap.clear()
+        self._debts.clear()
         self._count = 0
 
     def beat_due(self, now: float, late: float = 0.0) -> None:
@@ -120,7 +159,7 @@ class Heartbeat:
         if member.reading_paused or member.has_backlog():  # what we have not read or sent is no debt of the client
             pulse.forgive()
         deadline = self._deadline(member)
-        if deadline is not None and now >= deadline:
+        if deadline is not None and now >= deadline and not self._shows_life(member, now):
             if late < LATE:
                 self._end(member, now)
                 return None
@@ -139,6 +178,42 @@ class Heartbeat:
         if not enforced or pulse.awaiting_since is None:
             return None
         return pulse.awaiting_since + self._timeout
+
+    def _shows_life(self, member: Member, now: float) -> bool:
+        """Whether bytes have gone to or come from the client since it was pinged. Then its time begins anew.
+
+        A pong waits behind a large message that the client is sending, and a ping behind one that it is reading.
+        """
+        pulse = member.pulse
+        since = shown = pulse.awaiting_since or 0.0
+        debt = self._debts.setdefault(pulse, Debt(since))
+        silent = member.seconds_since_received()
+        received = pulse.last_seen if silent is None else max(pulse.last_seen, now - silent)
+        if received > since:
+            pulse.last_seen = received
+            shown = min(received, debt.since + self._longest_upload)
+        if debt.has_shrunk(member):
+            shown = now
+        if shown + self._timeout <= now:
+            return False
+        pulse.awaiting_since = shown
+        return True
+
+    def _look_at_queue(self, member: Member, now: float) -> None:
+        """A ping is about to be queued: remember what the client has taken, if much is on its way before it."""
+        pulse = member.pulse
+        since = pulse.awaiting_since
+        debt = self._debts.get(pulse)
+        if since is None and debt is not None:  # it has answered
+            del self._debts[pulse]
+            debt = None
+        if debt is not None:
+            if debt.has_shrunk(member):
+                pulse.awaiting_since = now
+            return
+        unsent = member.unsent_bytes()
+        if unsent is not None and unsent >= MUCH:
+            self._debts[pulse] = Debt(now if since is None else since, member.send_progress(), unsent)
 
     def _end(self, member: Member, now: float) -> None:
         silent = now - member.pulse.last_seen
@@ -164,6 +239,7 @@ class Heartbeat:
                 )
                 self._reports.bug(name, error, client_id=member.client_id, connection_id=member.connection_id)
                 return
+        self._look_at_queue(member, now)
         if member.ping(frame, now):  # a client that takes nothing is under another watch; a ping would prove nothing
             self._reports.totals.pings_sent += 1
 

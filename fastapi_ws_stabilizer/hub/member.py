@@ -89,6 +89,15 @@ class Member(Client, Protocol):
     def has_backlog(self) -> bool:
         """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
 
+    def unsent_bytes(self) -> int | None:
+        """Bytes that were written and that its machine has not acknowledged; `None` where they cannot be seen."""
+
+    def send_progress(self) -> int | None:
+        """A number that has grown if its machine has taken bytes since; `None` where that cannot be seen."""
+
+    def seconds_since_received(self) -> float | None:
+        """Seconds since bytes last came from it, whole message or not; `None` where that cannot be seen."""
+
     def was_used(self) -> bool:
         """Whether it has carried a message, either way, since this was asked last."""
 

@@ -21,8 +21,9 @@ class Pulse:
         round_trips: Where round trips are counted, if they are.
 
     Attributes:
-        last_seen: Time of the last frame from the client, on the monotonic clock.
-        awaiting_since: Time of the first ping since then; `None` when nothing is owed.
+        last_seen: Time of the last bytes from the client that were seen, on the monotonic clock.
+        awaiting_since: Time of the first ping since its last message, or of a later sign of life; `None` when nothing
+            is owed.
         answers: Whether the client has ever answered a ping.
         rtt: Seconds from the last answered ping to its pong; `None` before the first.
         next_ping: Time of the next ping.

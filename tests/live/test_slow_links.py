@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Callable
 
@@ -73,6 +74,61 @@ async def test_slow_reader_gets_the_last_message_and_the_close_frame(serve: Serv
         rest = await asyncio.to_thread(read_rest, client)
     assert got + len(rest) >= 10 + size + 4
     assert rest[-4:] == b"\x88\x02\x03\xe8"
+
+
+HEARTBEAT = {"heartbeat_interval": 0.5, "heartbeat_timeout": 1, "require_pong": True, "compression": "none"}
+
+
+def binary_head(size: int) -> bytes:
+    """The head of a binary frame of a client, whose mask changes nothing."""
+    return b"\x82\xff" + struct.pack("!Q", size) + bytes(4)
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_slow_upload_is_not_silence(serve: Serve, kind: str) -> None:
+    """A client that needs longer than heartbeat_interval + heartbeat_timeout for one message stays, and is answered."""
+    server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
+    with RawClient(server.port, "/echo/slow") as client:
+        client.handshake()
+        client.socket.sendall(binary_head(400_000))
+        for _ in range(40):
+            client.socket.sendall(bytes(10_000))
+            await asyncio.sleep(0.08)
+        opcode, payload = 1, b""
+        while opcode != 2:
+            opcode, payload = await asyncio.to_thread(client.frame)
+            assert opcode != 8, payload
+    assert len(payload) == 400_000
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_message_that_never_ends_is_silence(serve: Serve, kind: str) -> None:
+    """A byte now and then holds a connection as long as the largest message takes at 4 KiB a second, and no longer."""
+    server = serve(kind, config={**HEARTBEAT, "max_message_size": 4096}, args=NO_UVICORN_PINGS)
+    with RawClient(server.port, "/echo/drip") as client:
+        client.handshake()
+        client.socket.sendall(binary_head(4096))
+        began = time.monotonic()
+        while not server.events("disconnect drip") and time.monotonic() - began < 6:
+            client.socket.sendall(b"x")
+            await asyncio.sleep(0.1)
+        took = time.monotonic() - began
+    assert server.events("disconnect drip") == ["disconnect drip heartbeat_timeout 4408"]
+    assert 2 <= took < 5
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_ping_behind_a_large_message_is_not_owed(serve: Serve, kind: str) -> None:
+    """A client that needs longer than heartbeat_interval + heartbeat_timeout to read one message stays."""
+    server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
+    with RawClient(server.port, "/echo/slow", receive_buffer=65536) as client:
+        client.handshake()
+        await server.until_event("connect slow")
+        client.send(1, b"pong")
+        await asyncio.to_thread(server.post, "/broadcast?count=1&size=3000000")
+        assert await asyncio.to_thread(read_at, client, 600_000, 4.5) > 2_000_000
+        client.send(1, b"pong")
+        assert not server.events("disconnect")
 
 
 def read_rest(client: RawClient) -> bytes:

@@ -303,12 +303,27 @@ async def test_pongs_that_answer_our_pings_are_not_counted(linked: Any) -> None:
     assert b.connection.ending.code == 4429
 
 
-async def test_bytes_of_half_a_message_prove_life(linked: Any) -> None:
-    """A large message over a slow line is no silence."""
+async def test_bytes_of_half_a_message_are_seen(linked: Any) -> None:
+    """A large message over a slow line is no silence, and its end pays what is owed."""
     b = await linked()
-    b.connection.pulse.last_seen = b.connection.pulse.awaiting_since = -1.0
+    pulse = b.connection.pulse
+    pulse.last_seen = pulse.awaiting_since = -1.0
     b.server.sink.heard()
-    assert b.connection.pulse.last_seen > 0
+    assert pulse.last_seen > 0
+    assert pulse.awaiting_since == -1.0
+    b.server.sink.received("whole")
+    assert pulse.awaiting_since is None
+
+
+@pytest.mark.parametrize("frame", ["ping", "pong"])
+async def test_control_frame_pays_what_is_owed(linked: Any, frame: str) -> None:
+    """A ping or pong of the client is a whole frame."""
+    b = await linked()
+    b.connection.pulse.awaiting_since = -1.0
+    if frame == "ping":
+        b.server.sink.pinged()
+    else:
+        b.server.sink.ponged(b"unasked")
     assert b.connection.pulse.awaiting_since is None
 
 

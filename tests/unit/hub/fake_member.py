@@ -40,6 +40,9 @@ class FakeMember:
         self.room = room
         self.pressed = pressed
         self.backlog = False
+        self.unsent: int | None = None
+        self.taken: int | None = None
+        self.silent: float | None = None
         self.verdict = Offered.QUEUED
         self.held_memory = 0
 
@@ -90,6 +93,18 @@ class FakeMember:
     def has_backlog(self) -> bool:
         """Whether something waits to be sent."""
         return self.backlog
+
+    def unsent_bytes(self) -> int | None:
+        """What its machine has not acknowledged."""
+        return self.unsent
+
+    def send_progress(self) -> int | None:
+        """What its machine has taken."""
+        return self.taken
+
+    def seconds_since_received(self) -> float | None:
+        """For how long no bytes have come from it."""
+        return self.silent
 
     def under_pressure(self) -> bool:
         """Whether more than half of the outbox is used."""

@@ -502,3 +502,107 @@ async def test_stopping_twice_is_fine(beating: Any) -> None:
     assert len(clock.heartbeat) == 0
     clock.heartbeat._on_timer()
     assert clock.heartbeat._timer is None
+
+
+# ── bytes ──
+
+
+async def test_client_that_sends_part_of_a_message_is_not_silent(beating: Any) -> None:
+    """Bytes that have come since the ping begin the time anew, from the last of them."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    member = clock.add()
+    clock.at(10)
+    member.silent = 2.0
+    clock.at(25)
+    assert member.ending is None
+    assert clock.now - member.pulse.last_seen == 2.0
+    member.silent = 16.9
+    clock.at(37.9)
+    assert member.ending is None
+    member.silent = 17.0
+    clock.at(38)
+    assert member.ending is not None
+    assert member.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+
+
+async def test_client_that_never_completes_a_message_is_closed(beating: Any) -> None:
+    """A byte now and then holds a connection no longer than the largest message takes at the slowest rate."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
+    member = clock.add()
+    member.silent = 1.0
+    for second in range(10, 65):
+        clock.at(second)
+        assert member.ending is None, second
+    clock.at(65)  # the ping, 40 s, and the timeout
+    assert member.ending is not None
+
+
+async def test_client_that_completes_messages_has_time_for_the_next(beating: Any) -> None:
+    """The bound is one of each message, and not of a connection."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
+    member = clock.add()
+    member.silent = 1.0
+    for second in range(10, 300):
+        if second % 50 == 0:
+            member.pulse.seen(1000.0 + second)
+        clock.at(second)
+        assert member.ending is None, second
+
+
+async def test_client_that_takes_bytes_before_its_ping_is_not_silent(beating: Any) -> None:
+    """A ping behind a large message is owed from the last look at which its client had taken more of that."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    member = clock.add()
+    member.unsent, member.taken = 100_000, 5_000
+    clock.at(10)
+    for second in range(11, 60):
+        member.taken += 2_000
+        clock.at(second)
+        assert member.ending is None, second
+    clock.at(60)
+    clock.at(74.9)
+    assert member.ending is None
+    clock.at(75)
+    assert member.ending is not None
+
+
+@pytest.mark.parametrize(("unsent", "taken"), [(16 * 1024 - 1, 100_000), (20_000, 0), (None, None)])
+async def test_client_that_takes_nothing_before_its_ping_is_silent(
+    beating: Any, unsent: int | None, taken: int | None
+) -> None:
+    """Little before a ping delays no pong, and bytes that nobody takes are no sign of life."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    member = clock.add()
+    member.unsent, member.taken = unsent, 0 if taken is not None else None
+    clock.at(10)
+    member.taken = taken
+    clock.at(25)
+    assert member.ending is not None
+
+
+async def test_bytes_behind_a_ping_are_no_sign_of_life(beating: Any) -> None:
+    """A client whose machine takes more and more, and that answers nothing, is closed one timeout later at most."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    member = clock.add()
+    member.unsent, member.taken = 20_000, 0
+    for second in range(10, 41):
+        clock.at(second)
+        member.taken += 10_000
+    assert member.ending is not None
+
+
+async def test_ended_client_leaves_no_debt(beating: Any) -> None:
+    """What is remembered of a client goes with it, and what it has paid at its next ping."""
+    clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
+    members = [clock.add(str(number)) for number in range(3)]
+    for member in members:
+        member.unsent, member.taken = 20_000, 0
+    clock.at(10)
+    assert len(clock.heartbeat._debts) == 3
+    clock.heartbeat.remove(members[0])
+    clock.pong(members[1])
+    members[1].unsent = 0
+    clock.at(20)
+    assert list(clock.heartbeat._debts) == [members[2].pulse]
+    clock.heartbeat.stop()
+    assert not clock.heartbeat._debts
