@@ -43,6 +43,9 @@ UNACCEPTED_FOR: Final = 10.0
 SLOWEST_UPLINK: Final = 16 * 1024
 """Bytes in a second of the slowest link that is not taken for a dead one while it carries a large message."""
 
+UNFINISHED_BYTES: Final = 16 * 1024
+"""Bytes of an incomplete message that make it a large one. A smaller one is not what ends a connection."""
+
 CLOSE_WITHIN: Final = 5.0
 """Seconds that a close frame may take on a connection that nobody waits for any more."""
 
@@ -86,7 +89,11 @@ class Attempt:
         self._timers = Timers()
         self._heard_at = monotonic()
         self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
+        self._whole_bytes = 0  # bytes that had come in when the last whole frame was read
+        self._progress: int | None = None  # of what we send, when an answer was last waited for
+        self._asked_at = 0.0
         self._silence = 0.0
+        self._beat = 0.0  # seconds after which we say that we live while a large message comes in
         self._deflates = False  # whether the server takes compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0
@@ -115,8 +122,23 @@ class Attempt:
     def lose(self, code: int, reason: str, *, at_once: bool = False) -> None:
         """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
         if not self._lost.done():
+            self._note_unfinished(code)
             self._lost.set_result(ConnectionLost(code, reason, self._open, at_once))
             self._open = False
+
+    def _note_unfinished(self, code: int) -> None:
+        """Tell the client if the connection ends in the middle of a large message."""
+        unfinished = self._received()[0] - self._whole_bytes
+        if self._open and not self._pausing and code != 1000 and unfinished >= UNFINISHED_BYTES:
+            self._client.broke_off()
+
+    def _received(self) -> tuple[int, float]:
+        ask = getattr(self._transport, "received", None)
+        return (0, 0.0) if ask is None else ask()
+
+    def _send_progress(self) -> int | None:
+        ask = getattr(self._transport, "send_progress", None)
+        return None if ask is None else ask()
 
     async def _close(self, transport: Transport, code: int, reason: str) -> None:
         closing = self._tasks.spawn(transport.close(code, reason[:40]), name="ws-client-close-frame")
@@ -170,6 +192,7 @@ class Attempt:
 
     def _heard(self) -> None:
         self._heard_at = monotonic()
+        self._whole_bytes = self._received()[0]
         self._timers.stop("probe")
 
     def _receive(self, raw: str | bytes) -> None:
@@ -291,6 +314,7 @@ class Attempt:
         client.buffer.max_frame = optional_number(frame, "max", least=1) or client.buffer.max_frame
         ping, timeout = number(frame, "ping") / 1000, number(frame, "timeout") / 1000
         self._silence = ping + timeout if ping else 0.0
+        self._beat = min(ping, timeout) / 2
         if outcome in ("none", "lost"):
             client.lost_session(accepted)
         else:
@@ -387,13 +411,18 @@ class Attempt:
         """Look whether the server has been silent for too long."""
         if not self._silence:
             return
+        now = monotonic()
         if self._pausing:
-            self._heard_at = monotonic()
-        silent = monotonic() - self._heard_at
+            self._heard_at = now
+        heard = max(self._heard_at, self._received()[1])
+        silent = now - heard
         if silent >= self._silence:
             self.lose(4408, "heartbeat timeout")
-        else:
-            self._timers.start("watch", max(0.05, self._silence - silent), self._watch)
+            return
+        if silent < self._beat <= now - self._heard_at:
+            # A large message is on its way, and the server's ping behind it: the server has to know that we live.
+            self._send_ack()
+        self._timers.start("watch", max(0.05, min(self._beat, self._silence - silent)), self._watch)
 
     def probe(self) -> None:
         """Ask the server for a sign of life."""
@@ -405,14 +434,20 @@ class Attempt:
     def _await_answer(self) -> None:
         """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
         oldest = self._client.buffer.oldest_sent
+        self._asked_at, self._progress = monotonic(), self._send_progress()
         on_its_way = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
         self._timers.start("probe", self._client.probe_timeout + on_its_way, self._unanswered)
 
     def _unanswered(self) -> None:
-        if self._pausing:  # it may have answered, and it is we who do not read
+        if self._pausing or self._bytes_pass():  # it may have answered, and it is we who do not read
             self._await_answer()
         else:
             self.lose(4408, "no answer", at_once=True)
+
+    def _bytes_pass(self) -> bool:
+        """Whether bytes have come or gone since an answer was last waited for: it is behind a large message."""
+        before, now = self._progress, self._send_progress()
+        return self._received()[1] > self._asked_at or (before is not None and now is not None and now > before)
 
     def _accepted(self, seq: int) -> None:
         """The server has everything up to a number. What waits longest now is looked at when its own time is over."""

@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
 from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
 from fastapi_ws_stabilizer.client.open_requests import OpenRequests
 from fastapi_ws_stabilizer.client.outgoing import Outgoing, SendBuffer
-from fastapi_ws_stabilizer.client.owner import ConnectionLost
+from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap
 from fastapi_ws_stabilizer.client.redial import Redial
 from fastapi_ws_stabilizer.client.transport import Dial, dialler
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
@@ -35,6 +35,9 @@ State = Literal["idle", "connecting", "open", "waiting", "closed"]
 
 STABLE_AFTER: Final = 5.0
 """Seconds of an open connection after which earlier failures are forgotten."""
+
+MAX_UNFINISHED: Final = 2
+"""Connections that may be lost in the middle of the same message before it is given up. It is begun again each time."""
 
 
 class Client(Listeners):
@@ -118,6 +121,7 @@ class Client(Listeners):
         self.token: str | None = None
         self.last = 0
         self.dials = 0
+        self._unfinished = (0, 0)  # number of the message before one that broke off, and how often
 
     def __repr__(self) -> str:
         return f"<Client {self._state} session={self.session}>"
@@ -380,8 +384,22 @@ class Client(Listeners):
         """A connection has been open for long enough to forget what was before."""
         self._redial.stable()
 
+    def broke_off(self) -> None:
+        """The connection is lost in the middle of a large message of the server.
+
+        The next connection begins the message anew. What happens to it each time would hold up all that comes behind
+        it for ever, so it is left out at last, and told as a gap.
+        """
+        before, times = self._unfinished
+        self._unfinished = (self.last, times + 1 if before == self.last else 1)
+        if self._unfinished[1] >= MAX_UNFINISHED:
+            self.last += 1
+            self._unfinished = (0, 0)
+            self.told("gap", Gap(False, "unfinished", self.last, self.last))
+
     def lost_session(self, accepted: int) -> None:
         """The server has begun a new session in place of the one that was asked for."""
+        self._unfinished = (0, 0)
         self.buffer.begun_anew(accepted, replay=self._replay)
         self.incoming.begun_anew()
         self._requests.session_lost()

@@ -6,15 +6,35 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidURI
 
 from fastapi_ws_stabilizer.client.errors import ClosedError
 from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.tcp import progress
 from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES
 
 UNDIALLABLE: Final = 4400
 """Stands for a URL or options with which no dial can succeed, however often it is tried."""
+
+
+class CountingConnection(ClientConnection):
+    """A connection of the library that counts what comes in, be it only a part of a message.
+
+    Attributes:
+        received_bytes: Bytes that have come in so far.
+        received_at: When the last of them came, on the monotonic clock.
+    """
+
+    received_bytes = 0
+    received_at = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it."""
+        self.received_bytes += len(data)
+        self.received_at = monotonic()
+        super().data_received(data)
 
 
 class WebSocketsTransport:
@@ -48,6 +68,15 @@ class WebSocketsTransport:
         except Exception as error:
             raise self._lost(error) from error
         return message
+
+    def received(self) -> tuple[int, float]:
+        """As `Transport`. Nothing is known of a connection that the options have put in the place of ours."""
+        connection = self._connection
+        return getattr(connection, "received_bytes", 0), getattr(connection, "received_at", 0.0)
+
+    def send_progress(self) -> int | None:
+        """As `Transport`."""
+        return progress(getattr(self._connection, "transport", None))
 
     async def close(self, code: int, reason: str) -> None:
         """As `Transport`."""
@@ -84,6 +113,7 @@ def dialler(options: dict[str, Any]) -> Dial:
                     "open_timeout": None,
                     "close_timeout": 5,
                     "max_size": MAX_SENT_BYTES,
+                    "create_connection": CountingConnection,
                     **options,
                 },
             )

@@ -16,7 +16,8 @@ class Gap:
 
     Attributes:
         session_lost: Whether the session is a new one, in which nothing of the old one is known.
-        why: The server's word for it: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...
+        why: The server's word for it: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...; or the client's:
+            `unfinished` for a message in whose middle the connection was lost twice.
         first: Number of the first message that was missed.
         last: Number of the last one; `None` if the session is a new one.
     """
@@ -84,6 +85,9 @@ class Owner(Protocol):
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come."""
+
+    def broke_off(self) -> None:
+        """The connection is lost in the middle of a large message of the server."""
 
     def lost_session(self, accepted: int) -> None:
         """It is a new session."""

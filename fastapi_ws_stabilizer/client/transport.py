@@ -29,7 +29,10 @@ class UnreadableMessageError(TransportLostError):
 
 
 class Transport(Protocol):
-    """A WebSocket that is open."""
+    """A WebSocket that is open.
+
+    One may do without `received` and `send_progress`: then only whole messages are seen.
+    """
 
     @property
     def subprotocol(self) -> str | None:
@@ -52,6 +55,12 @@ class Transport(Protocol):
         Raises:
             TransportLostError: It is over.
         """
+
+    def received(self) -> tuple[int, float]:
+        """Bytes that have come in so far, and when the last came, on the monotonic clock; zeros if not known."""
+
+    def send_progress(self) -> int | None:
+        """A number that has grown if the other machine has taken bytes since; `None` where that cannot be seen."""
 
     async def close(self, code: int, reason: str) -> None:
         """Close it. Cancelling cuts it."""

@@ -144,3 +144,46 @@ async def idle_cutting_proxy(target: int, idle: float) -> AsyncIterator[int]:
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def slow_link(target: int, rate: int, *, upload: bool) -> AsyncIterator[int]:
+    """A TCP proxy that carries `rate` bytes a second in one direction, and all in the other; yields its port."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, slow: bool) -> None:
+        while data := await source.read(rate // 20 if slow else 65536):
+            sink.write(data)
+            await sink.drain()
+            if slow:
+                await asyncio.sleep(len(data) / rate)
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        near = socket.socket()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        near.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(near, ("127.0.0.1", target))
+        up_reader, up_writer = await asyncio.open_connection(sock=near)
+        try:
+            await asyncio.gather(
+                copy(reader, up_writer, upload), copy(up_reader, writer, not upload), return_exceptions=True
+            )
+        finally:
+            writer.transport.abort()
+            up_writer.transport.abort()
+            tasks.discard(task)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    server = await asyncio.start_server(serve, sock=listener)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

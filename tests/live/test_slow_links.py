@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.live.raw import RawClient
+from fastapi_ws_stabilizer.client import connect
+from tests.live.raw import RawClient, slow_link
 from tests.live.server import UVICORN, LiveServer
 
 Serve = Callable[..., LiveServer]
@@ -137,3 +138,26 @@ def read_rest(client: RawClient) -> bytes:
     while not rest.endswith(b"\x88\x02\x03\xe8") and (data := client.socket.recv(1 << 20)):
         rest += data
     return rest
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_large_message_reaches_the_python_client_on_a_slow_link(serve: Serve, kind: str) -> None:
+    """A message that takes longer than heartbeat_interval + heartbeat_timeout arrives in the first connection."""
+    server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
+    size = 2_000_000
+    async with slow_link(server.port, 500_000, upload=False) as port:
+        async with connect(f"ws://127.0.0.1:{port}/idle/slow", compression=None) as client:
+            await asyncio.to_thread(server.post, f"/broadcast?count=1&size={size}")
+            message = await asyncio.wait_for(anext(client), 8)
+            assert len(message.data) == size
+            assert client.dials == 1
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_large_message_of_the_python_client_arrives_on_a_slow_link(serve: Serve, kind: str) -> None:
+    """The same the other way: the server takes it, and says so, in the first connection."""
+    server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
+    async with slow_link(server.port, 200_000, upload=True) as port:
+        async with connect(f"ws://127.0.0.1:{port}/idle/slow", compression=None, probe_timeout=0.5) as client:
+            await asyncio.wait_for(client.send("x" * 800_000), 8)
+            assert client.dials == 1

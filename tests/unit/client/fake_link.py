@@ -36,6 +36,8 @@ class FakeLink:
         sent: What the client has sent.
         closed: The close frame of the client.
         broken: Whether nothing can be sent, though nothing says that it is over.
+        came: Bytes that have come in so far, and when the last came.
+        taken: What the server's machine has taken; `None` if that is not known.
     """
 
     def __init__(self, subprotocol: str | None) -> None:
@@ -45,6 +47,8 @@ class FakeLink:
         self.raw: list[str | bytes] = []
         self.closed: tuple[int, str] | None = None
         self.broken = False
+        self.came = (0, 0.0)
+        self.taken: int | None = None
         self.may_send = asyncio.Event()
         self.may_send.set()
         self.may_close = asyncio.Event()
@@ -75,7 +79,22 @@ class FakeLink:
         await self.may_close.wait()
         self.lose(1006)
 
+    def received(self) -> tuple[int, float]:
+        """As `Transport`."""
+        return self.came
+
+    def send_progress(self) -> int | None:
+        """As `Transport`."""
+        return self.taken
+
     # ── what the server does ──
+
+    async def trickle(self, count: int, seconds: float) -> None:
+        """Let so many bytes of an incomplete message come in, some each second."""
+        began = asyncio.get_running_loop().time()
+        for second in range(1, int(seconds) + 1):
+            await asyncio.sleep(began + second - asyncio.get_running_loop().time())
+            self.came = (self.came[0] + int(count // seconds), asyncio.get_running_loop().time())
 
     async def say(self, *frames: dict[str, Any] | str | bytes) -> None:
         """Send frames to the client, and let it deal with them."""

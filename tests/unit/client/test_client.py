@@ -1036,6 +1036,139 @@ async def test_a_large_message_on_a_slow_link_has_its_time() -> None:
         assert scene.of("close") == [(4408, "no answer")]
 
 
+# ── a large message of the server ──
+
+
+@virtually
+async def test_bytes_of_an_incomplete_message_are_heard() -> None:
+    """A large message on a slow link is no silence, which begins with the last of its bytes."""
+    async with Scene() as scene:
+        link = await scene.opened(ping=25_000, timeout=20_000)
+        await link.trickle(1_000_000, 200)
+        await asyncio.sleep(44.5)
+        assert scene.client.state == "open"
+        await asyncio.sleep(1)
+        assert scene.of("close") == [(4408, "heartbeat timeout")]
+
+
+@virtually
+async def test_client_says_that_it_lives_while_a_large_message_comes_in() -> None:
+    """The server's ping is behind the message, perhaps in a proxy, so the client says something within its timeout."""
+    async with Scene() as scene:
+        link = await scene.opened(ping=25_000, timeout=20_000)
+        before = len(link.sent)
+        await link.trickle(1_000_000, 100)
+        assert [frame["type"] for frame in link.sent[before:]] == ["ack"] * 10
+        await asyncio.sleep(15)
+        after = len(link.sent)
+        await asyncio.sleep(25)
+        assert len(link.sent) == after
+
+
+@virtually
+@pytest.mark.parametrize("what", ["come", "gone"])
+async def test_bytes_that_pass_are_an_answer_to_a_probe(what: str) -> None:
+    """An answer is behind what is on its way, in both directions, and is waited for as long as that moves."""
+    async with Scene(probe_timeout=5.0) as scene:
+        link = await scene.opened(ping=0)
+        link.taken = 0
+        scene.client.check()
+        for _ in range(20):
+            await asyncio.sleep(4)
+            if what == "come":
+                link.came = (link.came[0] + 1000, now())
+            else:
+                link.taken += 1000
+        assert scene.client.state == "open"
+        await asyncio.sleep(10.1)
+        assert scene.of("close") == [(4408, "no answer")]
+
+
+async def breaks_off(link: FakeLink, count: int = 100_000) -> None:
+    """Lose a connection after so many bytes of a message."""
+    link.came = (link.came[0] + count, now())
+    await link.closes(1006)
+
+
+@virtually
+async def test_message_that_breaks_off_twice_is_a_gap() -> None:
+    """It would be begun again for ever, so the client goes on behind it, and says so."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": "first"})
+        await breaks_off(scene.link)
+        again = await scene.redialled()
+        assert again.hello["resume"]["seq"] == 1
+        await again.welcome("full", seq=1)
+        assert scene.of("gap") == []
+        await breaks_off(again)
+        assert scene.of("gap") == [Gap(False, "unfinished", 2, 2)]
+        third = await scene.redialled(3)
+        assert third.hello["resume"]["seq"] == 2
+        await third.welcome("full", seq=2)
+        await third.say({"type": "msg", "data": "third"})
+        assert scene.client.last == 3
+        assert scene.of("gap") == [Gap(False, "unfinished", 2, 2)]
+
+
+@virtually
+@pytest.mark.parametrize("count", [0, 16 * 1024 - 1])
+async def test_small_message_is_never_given_up(count: int) -> None:
+    """What ends the connections again and again is not that."""
+    async with Scene() as scene:
+        for dial in range(1, 6):
+            link = await scene.redialled(dial)
+            await link.welcome("none" if dial == 1 else "full")
+            await breaks_off(link, count)
+        assert scene.of("gap") == []
+
+
+@virtually
+async def test_message_that_breaks_off_is_counted_by_its_number() -> None:
+    """Another message, or another session, begins the count anew."""
+    async with Scene() as scene:
+        await scene.opened()
+        await breaks_off(scene.link)
+        second = await scene.redialled()
+        await second.welcome("full")
+        await second.say({"type": "msg", "data": "arrived"})
+        await breaks_off(second)
+        third = await scene.redialled(3)
+        await third.welcome("lost", session="t", seq=1)
+        await breaks_off(third)
+        assert [gap.why for gap in scene.of("gap")] == [None]
+
+
+@virtually
+async def test_messages_that_are_not_read_do_not_break_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come in while a handler held up the reading may be whole."""
+    async with Scene() as scene:
+        for dial in range(1, 4):
+            link = await scene.redialled(dial)
+            await link.welcome("none" if dial == 1 else "full", seq=scene.client.last)
+            if dial == 1:
+                reader = SlowReader(scene, monkeypatch)
+                await reader.is_told(3)
+            else:
+                await link.say({"type": "later"})
+            await breaks_off(link)
+            scene.client.reconnect()
+        assert scene.of("gap") == []
+
+
+@virtually
+async def test_goodbye_in_the_middle_of_a_message_is_no_gap() -> None:
+    """A client that is closed misses nothing that it would tell."""
+    async with Scene() as scene:
+        await scene.opened()
+        await breaks_off(scene.link)
+        link = await scene.redialled()
+        await link.welcome("full")
+        link.came = (100_000, now())
+        await scene.client.close()
+        assert scene.of("gap") == []
+
+
 @virtually
 async def test_what_is_sent_again_late_has_its_time_from_then() -> None:
     """And from when it is sent again. When it was sent in the connection before says nothing of this one."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import http
 import ssl
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
 
 from fastapi_ws_stabilizer.client import over_websockets
@@ -17,8 +19,9 @@ from fastapi_ws_stabilizer.client.backoff import Verdict, verdict
 from fastapi_ws_stabilizer.client.errors import ClosedError
 from fastapi_ws_stabilizer.client.over_websockets import dialler
 from fastapi_ws_stabilizer.client.transport import TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
-from tests.unit.fake_websocket import with_deadline
+from tests.unit.fake_websocket import eventually, with_deadline
 
 
 @asynccontextmanager
@@ -45,6 +48,42 @@ async def test_texts_and_bytes_go_both_ways() -> None:
         await transport.close(1000, "bye")
         with pytest.raises(TransportLostError):
             await transport.send("late")
+
+
+async def test_bytes_of_an_incomplete_message_are_counted() -> None:
+    """A transport knows what has come of a message before it is whole, and what the server has taken."""
+    may_end = asyncio.Event()
+
+    async def parts() -> Any:
+        yield "a" * 1000
+        await may_end.wait()
+        yield "b"
+
+    async def slow(connection: ServerConnection) -> None:
+        await connection.send(parts())
+        await connection.wait_closed()
+
+    async with served(slow) as url:
+        transport: Any = await with_deadline(dialler({"compression": None})(url, [SUBPROTOCOL]))
+        await eventually(lambda: transport.received()[0] >= 1000)
+        count, at = transport.received()
+        assert 0.0 < at <= monotonic()
+        may_end.set()
+        assert await with_deadline(transport.receive()) == "a" * 1000 + "b"
+        assert transport.received()[0] > count
+        before = transport.send_progress()
+        await transport.send("x" * 1000)
+        await eventually(lambda: transport.send_progress() > before or sys.platform != "linux")
+        await transport.close(1000, "")
+
+
+async def test_connection_of_the_options_counts_nothing() -> None:
+    """`create_connection` is an option as any other; then whole messages are all that is seen."""
+    async with served(echo) as url:
+        dial = dialler({"create_connection": ClientConnection})
+        transport: Any = await with_deadline(dial(url, [SUBPROTOCOL]))
+        assert transport.received() == (0, 0.0)
+        await transport.close(1000, "")
 
 
 async def test_a_server_without_the_subprotocol_has_chosen_none() -> None:
