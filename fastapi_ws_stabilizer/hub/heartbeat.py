@@ -239,7 +239,8 @@ class Heartbeat:
                 )
                 self._reports.bug(name, error, client_id=member.client_id, connection_id=member.connection_id)
                 return
-        self._look_at_queue(member, now)
+        if member.ending is None:  # else the function has ended it, and nothing is remembered of it any more
+            self._look_at_queue(member, now)
         if member.ping(frame, now):  # a client that takes nothing is under another watch; a ping would prove nothing
             self._reports.totals.pings_sent += 1
 

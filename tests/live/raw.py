@@ -172,6 +172,8 @@ async def slow_link(target: int, rate: int, *, upload: bool) -> AsyncIterator[in
             await asyncio.gather(
                 copy(reader, up_writer, upload), copy(up_reader, writer, not upload), return_exceptions=True
             )
+        except asyncio.CancelledError:  # by us, at the end; the streams would log it
+            pass
         finally:
             writer.transport.abort()
             up_writer.transport.abort()

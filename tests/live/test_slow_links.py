@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from fastapi_ws_stabilizer.client import connect
+from fastapi_ws_stabilizer.client import Gap, connect
 from tests.live.raw import RawClient, slow_link
-from tests.live.server import UVICORN, LiveServer
+from tests.live.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -161,3 +161,23 @@ async def test_large_message_of_the_python_client_arrives_on_a_slow_link(serve: 
         async with connect(f"ws://127.0.0.1:{port}/idle/slow", compression=None, probe_timeout=0.5) as client:
             await asyncio.wait_for(client.send("x" * 800_000), 8)
             assert client.dials == 1
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_message_that_breaks_off_twice_is_told_and_holds_up_no_other(serve: Serve, kind: str) -> None:
+    """The third connection begins behind it, and what was sent after it arrives."""
+    server = serve(kind, config={"replay_max_bytes": 8_000_000})
+    gaps: list[Gap] = []
+    async with slow_link(server.port, 200_000, upload=False) as port:
+        async with connect(f"ws://127.0.0.1:{port}/idle/ann", compression=None, min_delay=0.05) as client:
+            client.on_gap(gaps.append)
+            await asyncio.to_thread(server.post, "/broadcast?count=1&size=2000000")
+            await asyncio.to_thread(server.post, "/send/ann?text=behind")
+            for _ in range(2):
+                dials = client.dials
+                await asyncio.sleep(0.5)  # some of it is there, and the rest takes ten seconds
+                client.reconnect()
+                await until(lambda dials=dials: client.dials > dials and client.state == "open")
+            message = await asyncio.wait_for(anext(client), 5)
+    assert message.data == "behind"
+    assert gaps == [Gap(False, "unfinished", 1, 1)]

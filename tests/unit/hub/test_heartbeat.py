@@ -606,3 +606,19 @@ async def test_ended_client_leaves_no_debt(beating: Any) -> None:
     assert list(clock.heartbeat._debts) == [members[2].pulse]
     clock.heartbeat.stop()
     assert not clock.heartbeat._debts
+
+
+async def test_payload_function_that_ends_its_connection_leaves_no_debt(beating: Any) -> None:
+    """Much on its way to a client that has just ended is not remembered."""
+    members: list[FakeMember] = []
+
+    def payload(_: object) -> str:
+        clock.heartbeat.remove(members[0])
+        members[0].end(DisconnectReason.APPLICATION)
+        return "ping"
+
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
+    members.append(clock.add())
+    members[0].unsent, members[0].taken = 20_000, 0
+    clock.at(10)
+    assert not clock.heartbeat._debts
