@@ -269,6 +269,10 @@ class AsgiOutbox(Outbox):
         """As every outbox; or it has to wait for others."""
         return self._in_line or super().stuck
 
+    def lingers(self) -> bool:
+        """As every outbox; what the server has been given and has not taken waits too."""
+        return (self._any or self._in_flight > 0) and not self.send_waits
+
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(HEALTHY_SEND, self._look_at_slot)
 

@@ -154,6 +154,7 @@ class Connection(Successor):
         else:
             # One name for all: every idle connection would keep one of its own.
             self._pump = start(pump(self, receive), name="ws-pump", context=self._context)
+        self.outbox.flush()  # the welcome: the endpoint may begin with a long computation
 
     async def bug(self, event: str, error: BaseException) -> None:
         """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from asyncio import _get_running_loop as running_loop
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi_ws_stabilizer.errors import (
     RequestTimeoutError,
     socket_closed,
 )
+from fastapi_ws_stabilizer.hub.fanout import MAX_TURNS
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import wait_for_all
 from fastapi_ws_stabilizer.wire.envelope import sequenced
@@ -66,28 +68,44 @@ class Messages(SendingHalf):
             raise
 
     async def send(self, frame: Frame) -> None:
-        """Queue a frame; wait while the outbox is full.
+        """Send a frame at once, behind what is queued; wait while the outbox is full.
+
+        The event loop gets a turn where that helps: when it was held for long, and when the network has not taken all.
 
         Raises:
             SocketClosed: The connection is over.
             WrongLoopError: This is not the event loop of the connection.
         """
-        if running_loop() is not self._parts.loop:
-            self.check_loop()
-        if self.conversation is None:
-            queued = await self.outbox.put_wait(frame)
-        else:
-            queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
-        if not queued:
-            raise await self._closed()
+        if not self.put_now(frame):
+            if self.conversation is None:
+                queued = await self.outbox.put_wait(frame)
+            else:
+                queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
+            if not queued:
+                raise await self._closed()
+            self.outbox.flush()
+        if self.should_yield():
+            await self.let_it_leave()
 
-    def put_if_calm(self, frame: Frame) -> bool:
-        """Queue a frame if there is nothing to think about; `False` says nothing but that there is. Hot path."""
+    def put_now(self, frame: Frame) -> bool:
+        """Send a frame at once if there is nothing to think about; `False` says nothing but that there is. Hot path."""
         if running_loop() is not self._parts.loop:
             self.check_loop()
         if self.conversation is None:
-            return self.outbox.put_if_calm(frame)
-        return self.ending is None and self.conversation.session.put_if_calm(self, frame)
+            return self.outbox.put_now(frame)
+        return self.ending is None and self.conversation.session.put_now(self, frame)
+
+    def should_yield(self) -> bool:
+        """Whether the event loop should turn now, for what user code has just sent, or for everybody else. Hot path."""
+        outbox = self.outbox
+        return (outbox._due and outbox.lingers()) or self._parts.turns.held_long()
+
+    async def let_it_leave(self) -> None:
+        """Let the event loop turn, more than once if what was sent has not left yet, and not for a slow client."""
+        for _ in range(MAX_TURNS):
+            await asyncio.sleep(0)
+            if not self.outbox.lingers():
+                break
 
     async def send_acknowledged(self, frame: Frame) -> None:
         """Queue a frame, and wait until the client has acknowledged it, in this connection or a later one.

@@ -126,6 +126,37 @@ class Outbox(WatchedBacklog, abc.ABC):
             pending.append(self)
         return True
 
+    def put_now(self, frame: Frame) -> bool:
+        """Queue a frame and send it at once; `False` if something waits already, or there is anything to think about.
+
+        What the user's code sends must not wait for the end of the turn: the code may go on computing for long. Hot
+        path. Where no turn is booked, nothing waits.
+        """
+        if self._due or self._shut or self._counted or frame.key is not None or self._waiters:
+            return False
+        self._alone = frame
+        self.held_bytes = frame.size
+        self.used = True
+        self.take_turn()
+        return True
+
+    def offer_now(self, frame: Frame) -> Offered:
+        """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
+        if self.put_now(frame):
+            return Offered.QUEUED
+        offered = self.offer(frame)
+        self.flush()
+        return offered
+
+    def flush(self) -> None:
+        """Send what is queued now, and not at the end of the turn, as far as the network takes it."""
+        if self._any and not self.blocked:
+            self._carry()
+
+    def lingers(self) -> bool:
+        """Whether something waits that the network may take as soon as the event loop turns."""
+        return self._any and not self.send_waits
+
     def _offer_with_care(self, frame: Frame) -> Offered:
         if self._shut:
             return Offered.REFUSED

@@ -48,8 +48,9 @@ class Services(Protocol):
 class StableSocket(SocketFacts):
     """An accepted, registered WebSocket that looks after itself.
 
-    It is read by one task at a time and written by any task of its event loop. Sending only queues: it waits while the
-    client's outbox is full, and a client that stays stuck is disconnected after `send_timeout`. When the connection is
+    It is read by one task at a time and written by any task of its event loop. What it sends leaves
+    at once, or is queued while the network takes nothing; it waits while the client's outbox is full, and a client that
+    stays stuck is disconnected after `send_timeout`. When the connection is
     over, senders get `SocketClosed` at once, and readers after they have read what had come in. Another thread writes
     `manager.from_thread.run(ws.send, message)`; without that, the call raises `WrongLoopError`.
 
@@ -254,7 +255,8 @@ class StableSocket(SocketFacts):
     async def send(self, message: Any, *, coalesce_key: Any = None, volatile: bool = False, ack: bool = False) -> None:
         """Send anything: `str` as text, bytes as binary, all else as JSON. Waits while the outbox is full.
 
-        Messages of one task arrive in the order of their calls. Cancelling while it waits leaves the message out.
+        It leaves when it is sent, also if the code that sends it then computes for long without an `await`. Messages of
+        one task arrive in the order of their calls. Cancelling while it waits for room leaves the message out.
 
         Args:
             message: What to send.
@@ -274,8 +276,10 @@ class StableSocket(SocketFacts):
         frame = encode(message, coalesce_key, volatile=volatile)
         if ack:
             await self._connection.send_acknowledged(frame)
-        elif not self._connection.put_if_calm(frame):
+        elif not self._connection.put_now(frame):
             await self._connection.send(frame)
+        elif self._connection.should_yield():
+            await self._connection.let_it_leave()
 
     async def request(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
         """Ask the client something, and return its answer. Survives a reconnect in between. Cancelling is safe.

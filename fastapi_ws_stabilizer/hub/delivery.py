@@ -129,10 +129,10 @@ class Delivery(Generic[M]):
         check_size(frame)
         mailboxes: list[Mailbox] = [one.member.outbox for one in self.registry.of_client(client_id)]
         mailboxes += [session.outbox for session in self._away_of(client_id)]
-        offered = [mailbox.offer(frame) for mailbox in mailboxes]
+        offered = [mailbox.offer_now(frame) for mailbox in mailboxes]
         if Offered.PRESSED in offered:
             await let_writers_work([mailbox for mailbox in mailboxes if mailbox.under_pressure()])
-        elif self._turns.overdue():  # the caller sends in a loop to one after the other
+        elif self._turns.held_long() or any(mailbox.lingers() for mailbox in mailboxes):
             await asyncio.sleep(0)
         return any(how not in _NOT_QUEUED for how in offered)
 
@@ -205,6 +205,7 @@ class Delivery(Generic[M]):
         """Send a member the last messages of a room."""
         for frame in self._history.last(room, count):
             member.outbox.offer(again(frame))
+        member.outbox.flush()
 
     def leave(self, member: M, room: str) -> bool:
         """Take a connection out of a room; `False` if it is not in."""

@@ -44,6 +44,15 @@ class Mailbox(Protocol):
     def offer(self, frame: Frame) -> Offered:
         """Queue a frame, as far as the bounds and the policy for slow clients allow."""
 
+    def offer_now(self, frame: Frame) -> Offered:
+        """As `offer`; and it is sent now, and not at the end of the turn, as far as the network takes it."""
+
+    def flush(self) -> None:
+        """Send what is queued now, and not at the end of the turn, as far as the network takes it."""
+
+    def lingers(self) -> bool:
+        """Whether something waits that the network may take as soon as the event loop turns."""
+
     def under_pressure(self) -> bool:
         """Whether more than half of it is used, and its client seems to read."""
 

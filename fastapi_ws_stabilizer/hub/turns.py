@@ -45,7 +45,7 @@ class Turns:
         loop: That event loop.
     """
 
-    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "loop")
+    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "_turned_at", "loop")
 
     def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
@@ -55,6 +55,7 @@ class Turns:
         self._reports = reports
         self._scheduled = False
         self._since = 0.0
+        self._turned_at = monotonic()  # when the event loop is known to have turned
 
     def check_loop(self) -> None:
         """Raise unless this is the event loop that the connections belong to.
@@ -88,13 +89,26 @@ class Turns:
         """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
         return self._scheduled and monotonic() - self._since > MAX_HOLD
 
+    def held_long(self) -> bool:
+        """Whether the event loop may have been held for longer than `MAX_HOLD`: whoever asks lets it turn then.
+
+        A sender that computes between two messages gives it no other occasion, and transports and other connections
+        need one. Asked for each message that user code sends, so it is one look at the clock.
+        """
+        now = monotonic()
+        if now - self._turned_at < MAX_HOLD:
+            return False
+        self._turned_at = now
+        return True
+
     def _schedule(self) -> None:
         self._scheduled = True
         self._since = monotonic()
         asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
-        until = monotonic() + MAX_HOLD
+        self._turned_at = monotonic()
+        until = self._turned_at + MAX_HOLD
         self._scheduled = False
         waiting, self._ready = self._ready, []
         try:

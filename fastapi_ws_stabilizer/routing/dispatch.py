@@ -163,6 +163,7 @@ class Dispatcher:
             connection.conversation.refused(message, code, text)
         else:
             connection.enqueue(encode(error_reply(BadMessage(code, text))))
+            connection.outbox.flush()
 
     def _refuse(self, connection: Connection, problem: BadMessage, message: Message | None) -> None:
         self._reports.totals.bad_messages += 1

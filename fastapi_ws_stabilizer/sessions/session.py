@@ -62,6 +62,15 @@ class Outlet(Protocol):
     def counted_bytes(self) -> int:
         """Bytes that wait, and what the messages take beside them."""
 
+    def put_now(self, frame: Frame) -> bool:
+        """Queue a frame and send it at once, if nothing waits and there is nothing to think about."""
+
+    def flush(self) -> None:
+        """Send what is queued now, as far as the network takes it."""
+
+    def lingers(self) -> bool:
+        """Whether something waits that the network may take as soon as the event loop turns."""
+
     def under_pressure(self) -> bool:
         """Whether more than half of it is used, and its client seems to read."""
 
@@ -207,6 +216,17 @@ class Session(ReplayLog):
         self.record(frame)
         return Offered.QUEUED
 
+    def offer_now(self, frame: Frame) -> Offered:
+        """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
+        outlet = self._outlet
+        enveloped = frame.enveloped or envelop(frame)
+        if outlet is not None and not enveloped.volatile and outlet.put_now(enveloped):
+            self.record(enveloped)
+            return Offered.QUEUED
+        offered = self.offer(frame)
+        self.flush()
+        return offered
+
     def _offer_with_care(self, frame: Frame) -> Offered:
         if self.over is not None:
             return Offered.REFUSED
@@ -233,6 +253,15 @@ class Session(ReplayLog):
             return Offered.QUEUED
         self._totals.messages_dropped += 1
         return Offered.DROPPED
+
+    def flush(self) -> None:
+        """Send what is queued now, if there is a connection."""
+        if self._outlet is not None:
+            self._outlet.flush()
+
+    def lingers(self) -> bool:
+        """Whether something waits that the network may take as soon as the event loop turns."""
+        return self._outlet is not None and self._outlet.lingers()
 
     def under_pressure(self) -> bool:
         """Whether more than half of its outbox is used, and its client seems to read."""
@@ -311,13 +340,13 @@ class Session(ReplayLog):
 
         return await connection.outbox.put_wait(frame, record)
 
-    def put_if_calm(self, connection: Attachment, frame: Frame) -> bool:
-        """Number, keep and queue a message if there is nothing to think about; `False` says nothing but that there is.
+    def put_now(self, connection: Attachment, frame: Frame) -> bool:
+        """Number, keep and send a message if there is nothing to think about; `False` says nothing but that there is.
 
         Hot path.
         """
         frame = frame.enveloped or envelop(frame)
-        if frame.volatile or connection is not self.connection or not connection.outbox.put_if_calm(frame):
+        if frame.volatile or connection is not self.connection or not connection.outbox.put_now(frame):
             return False
         self.record(frame)
         return True
@@ -329,7 +358,7 @@ class Session(ReplayLog):
             MessageEncodeError: The answer cannot be JSON that the client reads, or is too large.
         """
         frame = sequenced("reply", data, re=to) if error is None else sequenced("reply", None, re=to, error=error)
-        self.offer(frame)
+        self.offer_now(frame)
 
     # ── tokens ──
 

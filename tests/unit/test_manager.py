@@ -31,6 +31,7 @@ from fastapi_ws_stabilizer.errors import (
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
+from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.unit.own_loop import run
 
@@ -1121,7 +1122,7 @@ async def test_what_is_queued_for_many_is_sent_shard_by_shard(
     manager, _ = manager_with(num_shards=num_shards)
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
-        await client.socket.send("hi")
+        client.socket._connection.enqueue(encode("hi"))
     assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == turns
     for client in clients:
         await client.gone()

@@ -11,6 +11,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.servers.link import EXTENSION
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle
@@ -432,3 +433,60 @@ async def test_transport_full_before_the_link_is_attached_is_watched(linked: Any
     await b.open()
     await eventually(lambda: b.connection.ending is not None)
     assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+
+
+# ── what user code sends ──
+
+
+async def test_what_user_code_sends_is_written_before_the_event_loop_turns(linked: Any) -> None:
+    """A message of the endpoint is at the transport when the call is over, whatever the endpoint does then."""
+    b = await linked()
+    assert b.connection.put_now(encode("now"))
+    assert b.connection.put_now(encode("too"))
+    assert b.server.writes == [b"\x81\x03now", b"\x81\x03too"]
+    assert b.reports.totals.messages_sent == 2
+    assert len(b.connection.outbox) == b.connection.outbox.held_bytes == 0
+
+
+async def test_what_user_code_sends_takes_along_what_was_queued_before(
+    linked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a broadcast has queued in the same turn goes first, and nothing goes twice."""
+    b = await linked()
+    monkeypatch.setattr(turns_module, "monotonic", lambda: 0.0)  # the loop is not held for long
+    offer(b, "first")
+    sending = b.connection.send(encode("then"))
+    with pytest.raises(StopIteration):
+        sending.send(None)
+    assert b.server.writes == [b"\x81\x05first\x81\x04then"]
+    await settle()
+    assert len(b.server.writes) == 1
+
+
+async def test_what_user_code_sends_waits_in_the_outbox_while_the_transport_has_had_enough(linked: Any) -> None:
+    """A client that takes nothing gets nothing more written, and what waits is sent in order when it does."""
+    b = await linked()
+    b.server.stall()
+    for text in ("a", "b"):
+        await b.connection.send(encode(text))
+    assert b.server.writes == []
+    b.server.drain()
+    await settle()
+    assert b"".join(b.server.writes) == b"\x81\x01a\x81\x01b"
+
+
+async def test_a_sender_that_holds_the_event_loop_lets_it_turn_now_and_then(
+    linked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A send gives the loop a turn when it was held for longer than MAX_HOLD, and else it does not."""
+    b = await linked()
+    now = [1e9]
+    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    await b.connection.send(encode("first"))
+    turned: list[str] = []
+    asyncio.get_running_loop().call_soon(turned.append, "turned")
+    await b.connection.send(encode("second"))
+    assert turned == []
+    now[0] += 2 * turns_module.MAX_HOLD
+    await b.connection.send(encode("third"))
+    assert turned == ["turned"]

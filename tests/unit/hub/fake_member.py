@@ -106,6 +106,17 @@ class FakeMember:
         """For how long no bytes have come from it."""
         return self.silent
 
+    def offer_now(self, frame: Frame) -> Offered:
+        """As `offer`."""
+        return self.offer(frame)
+
+    def flush(self) -> None:
+        """Send what is queued: nothing waits here."""
+
+    def lingers(self) -> bool:
+        """Whether something waits: nothing does."""
+        return False
+
     def under_pressure(self) -> bool:
         """Whether more than half of the outbox is used."""
         return self.pressed

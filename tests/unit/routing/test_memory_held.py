@@ -197,7 +197,7 @@ async def test_messages_in_a_turn_are_held_by_nobody() -> None:
     async with Stage() as stage:
         line = await opened(stage)
         for _ in range(3):
-            await line.socket.send(BIG)  # type: ignore[union-attr]
+            await stage.manager.broadcast(BIG)
             assert held(stage) == 0
         await soon()
         assert (len(line.server.data), held(stage)) == (3, 0)

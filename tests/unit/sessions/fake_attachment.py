@@ -47,6 +47,17 @@ class FakeAttachment:
             self.frames.append(frame)
         return self.calm
 
+    def put_now(self, frame: Frame) -> bool:
+        """Send a frame at once."""
+        return self.put_if_calm(frame)
+
+    def flush(self) -> None:
+        """Send what is queued: nothing waits here."""
+
+    def lingers(self) -> bool:
+        """Whether something waits: nothing does."""
+        return False
+
     def offer(self, frame: Frame) -> Offered:
         """Queue a frame on the slow path."""
         if self.meanwhile is not None:

@@ -126,7 +126,7 @@ async def test_a_send_that_waits_is_numbered_when_it_is_queued() -> None:
     session, connection, numbers = Owned().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
     assert await session.put_wait(connection, encode("a"), numbers.append)
-    assert session.put_if_calm(connection, encode("b"))
+    assert session.put_now(connection, encode("b"))
     assert await session.put_wait(connection, encode("v", volatile=True), numbers.append)
     assert (numbers, session.head) == ([1], 2)
     connection.room = False
@@ -139,9 +139,9 @@ def test_only_the_connection_that_has_the_session_sends_on_the_fast_path() -> No
     session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     assert session.attach(new, 0, WELCOME) is old
-    assert not session.put_if_calm(old, encode("late"))
+    assert not session.put_now(old, encode("late"))
     assert session.head == 0
-    assert not session.put_if_calm(new, encode("v", volatile=True))
+    assert not session.put_now(new, encode("v", volatile=True))
 
 
 def test_the_end_of_an_old_connection_detaches_nothing() -> None:

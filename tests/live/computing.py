@@ -1,0 +1,3 @@
+"""What the app and the tests of computing endpoints agree on."""
+
+STEPS = 4

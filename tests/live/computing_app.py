@@ -1,0 +1,89 @@
+"""Endpoints and handlers that hold the event loop between what they send, as a model does that makes one token."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, WebSocket
+
+from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from tests.live.computing import STEPS
+
+FOLDER = Path(os.environ["COMPUTING_FOLDER"])
+
+manager = WebSocketConnectionManager(WebSocketConfig(heartbeat_type="off", room_history=10))
+app = FastAPI(lifespan=manager.lifespan)
+
+
+def compute(step: int) -> None:
+    """Hold the event loop until the client says that it has got what was sent before, for three seconds at most."""
+    deadline = time.monotonic() + 3
+    while not (FOLDER / str(step)).exists():
+        if time.monotonic() > deadline:
+            (FOLDER / "late").touch()
+            return
+        time.sleep(0.002)
+
+
+async def speak(ws: StableSocket, how: str) -> None:
+    for step in range(STEPS):
+        if how == "send":
+            await ws.send({"step": step})
+        elif how == "send_json":
+            await ws.send_json({"step": step})
+        elif how == "send_text":
+            await ws.send_text(f'{{"step":{step}}}')
+        elif how == "send_bytes":
+            await ws.send_bytes(b'{"step":%d}' % step)
+        elif how == "keyed":
+            await ws.send({"step": step}, coalesce_key="progress")
+        elif how == "volatile":
+            await ws.send({"step": step}, volatile=True)
+        elif how == "to_client":
+            await manager.send_to_client(ws.client_id, {"step": step})
+        elif how == "two":
+            await ws.send({"before": step})
+            await ws.send({"step": step})
+        elif how == "behind a broadcast":
+            await manager.broadcast({"before": step})
+            await ws.send({"step": step})
+        elif how == "websocket":
+            await ws.websocket.send_json({"step": step})
+        elif how == "history":
+            await manager.broadcast({"step": step}, room=f"room-{step}")
+            await ws.join(f"room-{step}", history=1)
+        compute(step)
+
+
+@manager.on_message("speak")
+async def handler(ws: StableSocket, message: dict[str, Any]) -> None:
+    await speak(ws, message["how"])
+
+
+@manager.on_message("ask")
+async def asked(ws: StableSocket, message: dict[str, Any]) -> dict[str, int]:
+    if message["step"]:  # the answer to the message before has left
+        compute(message["step"] - 1)
+    return {"step": message["step"]}
+
+
+@app.websocket("/endpoint/{client_id}")
+async def endpoint(ws: StableSocketDep, how: str) -> None:
+    await speak(ws, how)
+
+
+@app.websocket("/handler/{client_id}")
+async def run(ws: StableSocketDep) -> None:
+    await ws.run()
+
+
+@app.websocket("/by-hand/{client_id}")
+async def by_hand(websocket: WebSocket, client_id: str) -> None:
+    await websocket.accept()
+    await manager.connect(client_id, websocket)
+    for step in range(STEPS):
+        await websocket.send_json({"step": step})
+        compute(step)
