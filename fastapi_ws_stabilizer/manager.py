@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Set
 from contextlib import asynccontextmanager
@@ -86,6 +87,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         super().__init__(
             Hooks(self.reports, self.config.disconnect_grace, self.config.hello_timeout), MessageHandlers()
         )
+        # What it does for all connections must not run with the context variables of the first one, which may start it.
+        self._context = contextvars.copy_context()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shut = False
         self._started_at = 0.0
@@ -115,6 +118,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             WrongLoopError: There are open connections on another event loop.
         """
         self._check_other_loop(asyncio.get_running_loop())
+        self._context = contextvars.copy_context()
         self._shut = False
         if self._drain is not None:
             self._drain.abandon()
@@ -136,7 +140,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self._shut = False
         self._started_at = monotonic()
         self._drain = self._drained = None
-        self._serving = self._make_serving()
+        self._serving = self._context.run(self._make_serving)
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
             logger.setLevel(self.config.log_level)  # a default does not undo what configure_logging() was told
@@ -219,7 +223,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
             self._drain = Drain(self.reports, window, timeout, self._serving.sessions.__len__)
             work = self._drain.run(self._serving.unfinished, self._serving.door)
-            running = self._drained = self._tasks.spawn(work, name="ws-drain")
+            running = self._drained = self._tasks.spawn(work, name="ws-drain", context=self._context.copy())
         else:
             self._drain.hasten(timeout)
         if mine and not running.done():

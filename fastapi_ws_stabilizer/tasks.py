@@ -12,6 +12,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def copied(context: contextvars.Context | None) -> contextvars.Context | None:
+    """A copy of a context, for a task that may be started while the context itself is in use; `None` of `None`."""
+    return None if context is None else context.copy()
+
+
 def start(
     coroutine: Coroutine[Any, Any, T], *, name: str, context: contextvars.Context | None = None
 ) -> asyncio.Task[T]:
@@ -92,7 +97,7 @@ class TaskSet:
         else:
             task = start(coroutine, name=name, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._ended, context=context)  # else it holds the context of whoever has started it
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
@@ -117,12 +122,38 @@ class TaskSet:
 async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | None) -> bool:
     """Wait until all futures are done, at most `timeout` seconds; tell whether they are.
 
-    Neither the timeout nor a cancellation of the caller touches the futures.
+    Neither the timeout nor a cancellation of the caller touches the futures. Unlike that of `asyncio.wait`, the timer
+    holds nothing of the caller: one that was cancelled stays in the event loop until its time, with its context.
     """
     pending = {future for future in futures if not future.done()}
-    if pending:
-        _, pending = await asyncio.wait(pending, timeout=timeout)
-    return not pending
+    if not pending:
+        return True
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+    left = len(pending)
+
+    def one_is_done(_: asyncio.Future[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            _set(over)
+
+    for future in pending:
+        future.add_done_callback(one_is_done)
+    timer = None if timeout is None else loop.call_later(max(0.0, timeout), _set, over, context=contextvars.Context())
+    try:
+        await over
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for future in pending:
+            future.remove_done_callback(one_is_done)
+    return all(future.done() for future in pending)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float | None = None) -> bool:

@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
 from fastapi_ws_stabilizer.connection.send_watch import HEALTHY_SEND
 from fastapi_ws_stabilizer.hub.slots import Slots
 from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.tasks import Suspended, TaskSet, begin
+from fastapi_ws_stabilizer.tasks import Suspended, TaskSet, begin, copied
 from fastapi_ws_stabilizer.wire.envelope import deflate_frame
 from fastapi_ws_stabilizer.wire.payload import close_message
 
@@ -198,8 +198,9 @@ class AsgiOutbox(Outbox):
 
     def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""
+        context = copied(self.owner.context)  # not that of whoever has sent to this client first
         task = self._writers.tasks.spawn(
-            self._go_on(begun), name=f"ws-writer-{self.owner.connection_id}", eager=begun is None
+            self._go_on(begun), name=f"ws-writer-{self.owner.connection_id}", context=context, eager=begun is None
         )
         if task.done():  # it began at once, and did not wait
             return
@@ -208,7 +209,7 @@ class AsgiOutbox(Outbox):
         slots.take()
         self._slot = slots
         self._watch_slot()
-        task.add_done_callback(self._task_over)
+        task.add_done_callback(self._task_over, context=context)
 
     async def _go_on(self, sending: Awaitable[None] | None) -> None:
         """Send until nothing is left, or others wait for the slot."""
@@ -274,7 +275,9 @@ class AsgiOutbox(Outbox):
         return (self._any or self._in_flight > 0) and not self.send_waits
 
     def _watch_slot(self) -> None:
-        self._slot_timer = asyncio.get_running_loop().call_later(HEALTHY_SEND, self._look_at_slot)
+        self._slot_timer = asyncio.get_running_loop().call_later(
+            HEALTHY_SEND, self._look_at_slot, context=self._limits.context
+        )
 
     def _look_at_slot(self) -> None:
         if self.send_waits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -24,6 +25,7 @@ class OutboxLimits:
     __slots__ = (
         "calm_bytes",
         "calm_messages",
+        "context",
         "ledger",
         "max_bytes",
         "max_messages",
@@ -41,6 +43,7 @@ class OutboxLimits:
         self.send_timeout = config.send_timeout
         self.totals = totals
         self.ledger = Ledger() if ledger is None else ledger
+        self.context = contextvars.copy_context()  # what timers run in: one that is cancelled is held until its time
         self.tells_delivery = self.ledger.output_counts
 
     def bound(self, max_messages: int, max_bytes: int) -> None:

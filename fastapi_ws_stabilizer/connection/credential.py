@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -75,7 +76,9 @@ class CredentialTerm:
             self._timer = None
         if seconds is not None:
             lead = min(MAX_LEAD, max(seconds * LEAD, min(MIN_LEAD, seconds / 2)))
-            self._timer = asyncio.get_running_loop().call_later(seconds - lead, self._ask, lead)
+            self._timer = asyncio.get_running_loop().call_later(
+                seconds - lead, self._ask, lead, context=contextvars.Context()
+            )
 
     def taken(self, good_for: float | None) -> None:
         """A new credential was looked at, and is good."""
@@ -96,7 +99,7 @@ class CredentialTerm:
 
     def _ask(self, within: float) -> None:
         self._holder.answer(control("auth", **{"in": milliseconds(within)}))
-        self._timer = asyncio.get_running_loop().call_later(within, self._expired)
+        self._timer = asyncio.get_running_loop().call_later(within, self._expired, context=contextvars.Context())
 
     def _expired(self) -> None:
         self._timer = None

@@ -41,7 +41,7 @@ from fastapi_ws_stabilizer.errors import NotOpenError
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.limits.admission import Place
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, start, wait_for_all
+from fastapi_ws_stabilizer.tasks import Latch, TaskSet, copied, start, wait_for_all
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
@@ -56,10 +56,10 @@ class Connection(Successor):
 
     __slots__ = (
         "_abort_timer",
-        "_context",
         "_pump",
         "_tied",
         "bad_messages",
+        "context",
         "control_frames",
         "credential",
         "hooks_wanted",
@@ -119,7 +119,7 @@ class Connection(Successor):
         self._parts = parts
         self.watches_input = parts.watches_input
         self._tied: TaskSet | None = None
-        self._context: contextvars.Context | None = None
+        self.context: contextvars.Context | None = None  # what is done for it, and only that, runs in this one
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
         self.place: Place | None = None
@@ -137,7 +137,7 @@ class Connection(Successor):
         websocket._receive = self._asgi_receive
         websocket._send = self._asgi_send
         self.opened = True
-        self._context = contextvars.copy_context()
+        self.context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
         self.outbox.open()
         if self.conversation is not None:
@@ -153,7 +153,7 @@ class Connection(Successor):
             self.outbox.attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
             # One name for all: every idle connection would keep one of its own.
-            self._pump = start(pump(self, receive), name="ws-pump", context=self._context)
+            self._pump = start(pump(self, receive), name="ws-pump", context=self.context)
         self.outbox.flush()  # the welcome: the endpoint may begin with a long computation
 
     async def bug(self, event: str, error: BaseException) -> None:
@@ -213,7 +213,9 @@ class Connection(Successor):
         if not how.by_peer:
             # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
             patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
-            self._abort_timer = asyncio.get_running_loop().call_later(patience, self.attempt, self.abort)
+            self._abort_timer = asyncio.get_running_loop().call_later(
+                patience, self.attempt, self.abort, context=self._parts.outbox_limits.context
+            )
             attempt(self._stop_reading)
         if not attempt(self._end_outbox, how):
             attempt(self.abort)
@@ -257,7 +259,7 @@ class Connection(Successor):
         """Begin with the rest of the end. Called soon after it was decided, with those of others, shard by shard."""
         if self.ending is not None and not self._finished.is_set:
             end = self._finish(self.ending)
-            self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self._context)
+            self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self.context)
 
     @property
     def finished(self) -> asyncio.Future[None]:
@@ -368,7 +370,7 @@ class Connection(Successor):
         if not self.endpoint.has_ended:
             attempt(self._leave_endpoint_behind)
         self.before = ()
-        self._pump = self._context = None  # they know this connection, and would keep it until the next collection
+        self._pump = self.context = None  # they know this connection, and would keep it until the next collection
         if self.endpoint.tracked:  # it has ended, so nobody will read any more
             attempt(self.close_unread)
         elif self.conversation is None:
@@ -408,7 +410,8 @@ class Connection(Successor):
     def _tied_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
         if isinstance(error, WebSocketDisconnect):
             return
-        self._parts.tasks.spawn(self._end_by(error), name=f"ws-error-{self.connection_id}")
+        ending_it = self._end_by(error)
+        self._parts.tasks.spawn(ending_it, name=f"ws-error-{self.connection_id}", context=copied(self.context))
 
     async def _end_by(self, error: BaseException) -> None:
         """End the connection by what a tied task has raised, as the application's handler says if it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from enum import Enum
 from typing import Protocol
 
@@ -21,6 +22,7 @@ class OutboxOwner(Protocol):
     """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
 
     connection_id: str
+    context: contextvars.Context | None
 
     def delivered(self) -> None:
         """The server, or its transport, has taken a message. Told only where somebody wants to know."""

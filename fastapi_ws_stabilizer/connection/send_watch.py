@@ -80,7 +80,7 @@ class WatchedBacklog(Backlog):
     def _set_watch(self, waited: float) -> None:
         timeout = self._limits.send_timeout
         delay = min(LOOK_INTERVAL, timeout / LOOKS, timeout - waited)
-        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look)
+        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look, context=self._limits.context)
 
     def _look(self) -> None:
         """See whether the send that waits has waited too long."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -21,7 +22,7 @@ from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.servers.link import Link
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.tasks import wait_for_all
+from fastapi_ws_stabilizer.tasks import copied, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import Frame
 from fastapi_ws_stabilizer.wire.v1 import control
 
@@ -63,6 +64,8 @@ class SendingHalf(abc.ABC):
     _parts: Parts
     client_id: str
     config: WebSocketConfig
+    context: contextvars.Context | None
+    """The context variables of its handshake, from the accept to its end."""
     conversation: Conversation | None
     """What a client of `stabilizer.v1.json` and we say to each other; `None` with a plain client."""
     connection_id: str
@@ -313,7 +316,8 @@ class SendingHalf(abc.ABC):
 
     def send_failed(self, error: BaseException) -> None:
         """The server refused a message: give it a moment to say why, then take the network for lost."""
-        self._parts.tasks.spawn(self._why_failed(error), name=f"ws-lost-{self.connection_id}")
+        why = self._why_failed(error)
+        self._parts.tasks.spawn(why, name=f"ws-lost-{self.connection_id}", context=copied(self.context))
 
     async def _why_failed(self, error: BaseException) -> None:
         if not self.reading_paused:

@@ -8,6 +8,7 @@ otherwise, and everything works without it.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections.abc import Mapping
 from typing import Any, Final
@@ -103,7 +104,9 @@ class ServerSide:
         """
         if self.unflushed_bytes:
             delay = LINGER if linger is None else linger
-            asyncio.get_running_loop().call_later(delay, self._abort_if_unflushed, delay, most - delay, self.progress())
+            asyncio.get_running_loop().call_later(
+                delay, self._abort_if_unflushed, delay, most - delay, self.progress(), context=contextvars.Context()
+            )
 
     def _abort_if_unflushed(self, linger: float, left: float, before: int | None) -> None:
         if not self.unflushed_bytes:
@@ -123,7 +126,9 @@ class ServerSide:
                 slow has the time that the server gives it.
         """
         if self.can_abort and not self.closing:
-            asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, self._abort_if_unanswered, taken)
+            asyncio.get_running_loop().call_later(
+                ANSWER_TIMEOUT, self._abort_if_unanswered, taken, context=contextvars.Context()
+            )
 
     def _abort_if_unanswered(self, taken: bool) -> None:
         if not self.closing and not (taken and (self.unflushed_bytes != 0 or self._untaken_bytes() != 0)):

@@ -7,6 +7,7 @@ first. An idle connection costs a place in the heap, no task and no timer of its
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import heapq
 import logging
 import random
@@ -94,6 +95,7 @@ class Heartbeat:
         self._reports = reports
         self._heap: list[Pulse] = []
         self._count = 0
+        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
 
@@ -232,7 +234,9 @@ class Heartbeat:
             frame = None
         elif frame is None:
             try:
-                frame = encode(self._payload(member.face))
+                context = member.context
+                value = self._payload(member.face) if context is None else context.run(self._payload, member.face)
+                frame = encode(value)
             except Exception as error:  # the user's function or what it returned; the next beat tries again
                 name = (
                     "heartbeat_payload_invalid" if isinstance(error, MessageEncodeError) else "heartbeat_payload_failed"
@@ -261,7 +265,9 @@ class Heartbeat:
                 return
             self._timer.cancel()
         self._timer_due = due + self._together
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, self._timer_due - monotonic()), self._on_timer)
+        self._timer = asyncio.get_running_loop().call_later(
+            max(0.0, self._timer_due - monotonic()), self._on_timer, context=self._context
+        )
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -7,6 +7,7 @@ before that, at a moment of its own and with a code that says so, comes back unn
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import heapq
 import math
 import random
@@ -69,6 +70,7 @@ class Lifetimes:
         self._on = self._max_lifetime is not None or self._idle_timeout is not None
         self._terms: dict[str, Term] = {}
         self._heap: list[Term] = []
+        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
 
@@ -136,7 +138,9 @@ class Lifetimes:
                 return
             self._timer.cancel()
         self._timer_due = due + TOGETHER
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, self._timer_due - monotonic()), self._on_timer)
+        self._timer = asyncio.get_running_loop().call_later(
+            max(0.0, self._timer_due - monotonic()), self._on_timer, context=self._context
+        )
 
     def _on_timer(self) -> None:
         self._timer = None

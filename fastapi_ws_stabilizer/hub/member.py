@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from enum import Enum
 from typing import Any, Protocol
 
@@ -83,6 +84,10 @@ class Member(Client, Protocol):
     @property
     def reading_paused(self) -> bool:
         """Whether we, not the client, are the reason that nothing is received."""
+
+    @property
+    def context(self) -> contextvars.Context | None:
+        """The context variables of its handshake, while it is open."""
 
     @property
     def pings_by_protocol(self) -> bool:

@@ -345,7 +345,9 @@ class PresenceBoard:
         """Set the one timer to the end of the first grace. One that is set already comes no later than that."""
         if self._timer is None and self._graces:
             due = next(iter(self._graces.values()))
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic()), self._on_timer)
+            self._timer = asyncio.get_running_loop().call_later(
+                max(0.0, due - monotonic()), self._on_timer, context=self._context
+            )
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -370,7 +372,7 @@ class PresenceBoard:
     def _talk(self, room: _Room) -> None:
         room.talking = True  # before the task is made: an eager one begins at once
         task = self._tasks.spawn(self._announce(room), name="ws-presence", context=self._context.copy())
-        task.add_done_callback(lambda task: self._fell_silent(room, task))
+        task.add_done_callback(lambda task: self._fell_silent(room, task), context=self._context.copy())
 
     def _fell_silent(self, room: _Room, task: asyncio.Task[None]) -> None:
         room.talking = False

@@ -9,6 +9,7 @@ shards mean finer cuts; with one shard there are none. A shard of very many is c
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from asyncio import _get_running_loop as running_loop  # None where no loop runs, and no exception
 from typing import Final, Protocol
 
@@ -45,7 +46,7 @@ class Turns:
         loop: That event loop.
     """
 
-    __slots__ = ("_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "_turned_at", "loop")
+    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "_turned_at", "loop")
 
     def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
@@ -53,6 +54,7 @@ class Turns:
         self._divided = num_shards > 1
         self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
         self._reports = reports
+        self._context = contextvars.copy_context()  # not that of the connection that happens to book a turn first
         self._scheduled = False
         self._since = 0.0
         self._turned_at = monotonic()  # when the event loop is known to have turned
@@ -104,7 +106,7 @@ class Turns:
     def _schedule(self) -> None:
         self._scheduled = True
         self._since = monotonic()
-        asyncio.get_running_loop().call_soon(self._run)
+        asyncio.get_running_loop().call_soon(self._run, context=self._context)
 
     def _run(self) -> None:
         self._turned_at = monotonic()

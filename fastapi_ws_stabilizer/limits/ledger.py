@@ -352,7 +352,7 @@ class Ledger:
         if not self.is_elsewhere:
             self._settle(measured)
         elif self._loop is not None:
-            self._loop.call_soon_threadsafe(self._settle_later, measured)
+            self._loop.call_soon_threadsafe(self._settle_later, measured, context=self._context)
 
     def _settle_later(self, measured: Measured) -> None:
         """A thread has written, for which room could not be made there: the writer is spared here too."""

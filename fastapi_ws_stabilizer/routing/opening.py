@@ -41,6 +41,7 @@ from fastapi_ws_stabilizer.servers.link import offers_link
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
+from fastapi_ws_stabilizer.tasks import copied
 
 
 class Opening(Leaving, Services):
@@ -221,7 +222,9 @@ class Opening(Leaving, Services):
 
     def _renew(self, connection: Connection, credential: str | None) -> None:
         """A client has sent a new credential."""
-        self._tasks.spawn(self._look_at(connection, credential), name=f"ws-auth-{connection.connection_id}")
+        looking = self._look_at(connection, credential)
+        context = copied(connection.context)
+        self._tasks.spawn(looking, name=f"ws-auth-{connection.connection_id}", context=context)
 
     async def _look_at(self, connection: Connection, credential: str | None) -> None:
         if connection.credential is None:

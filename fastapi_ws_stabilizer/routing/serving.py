@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import Ending
@@ -33,7 +33,7 @@ from fastapi_ws_stabilizer.routing.refusing import Refusing
 from fastapi_ws_stabilizer.routing.resumption import Resumption
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
 class Serving(Opening):
@@ -163,7 +163,8 @@ class Serving(Opening):
 
     def _slow(self, socket: StableSocket, how: SlowClient) -> None:
         if self._hooks.has("slow"):
-            self._tasks.spawn(self._tell_slow(socket, how), name="ws-slow-hooks")
+            context = copied(socket._connection.context)
+            self._tasks.spawn(self._tell_slow(socket, how), name="ws-slow-hooks", context=context)
 
     async def _tell_slow(self, socket: StableSocket, how: SlowClient) -> None:
         async with self._hook_slots:
@@ -209,12 +210,9 @@ class Serving(Opening):
         self.lifetimes.stop()
         await wait_for_all(self._reception.guests, 1.0)
         await self.door.wait_until_empty(1.0)
-        left_out = [connection.run_disconnect_hooks() for connection in self.unfinished]
-        if left_out:  # their time is over, but nobody's disconnect goes untold
-            hooks = [self._tasks.spawn(hook, name="ws-last-hooks") for hook in left_out]
-            await wait_for_all(hooks, 1.0)
-        ends = [self.resumption.session_over(connection) for connection in self.unfinished]
-        await wait_for_all([self._tasks.spawn(end, name="ws-last-ends") for end in ends], patience)
+        # Their time is over, but nobody's disconnect goes untold.
+        await wait_for_all(self._for_unfinished(Connection.run_disconnect_hooks, "ws-last-hooks"), 1.0)
+        await wait_for_all(self._for_unfinished(self.resumption.session_over, "ws-last-ends"), patience)
         for connection in list(self.unfinished):
             connection.give_up()
         await self.resumption.stop(patience)
@@ -222,6 +220,15 @@ class Serving(Opening):
         self.ledger.stop()
         if left_over := self._tasks.cancel():
             await wait_for_all(left_over, 1.0)
+
+    def _for_unfinished(
+        self, what: Callable[[Connection], Coroutine[Any, Any, None]], name: str
+    ) -> list[asyncio.Task[None]]:
+        """Do something for each connection that is not finished, each in a task with its own context variables."""
+        return [
+            self._tasks.spawn(what(connection), name=name, context=copied(connection.context))
+            for connection in self.unfinished
+        ]
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         self._reports.bug("internal_task_failed", error, task=task.get_name())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import signal
 import threading
@@ -44,6 +45,7 @@ class Signals:
         self._reports = reports
         self._drain = drain
         self._before: dict[int, Handler] = {}
+        self._context = contextvars.copy_context()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-drain"))
         self._first_at: float | None = None
@@ -60,6 +62,7 @@ class Signals:
         """Take the signals. Only where that can be done: in the main thread, and over handlers that can be called."""
         self._loop = asyncio.get_running_loop()
         self._stop_timer()
+        self._context = contextvars.copy_context()  # not that of the code that a signal interrupts
         self._first_at, self._told_twice, self._handed_on = None, False, False
         if threading.current_thread() is threading.main_thread():
             for number in HEARD:
@@ -99,7 +102,7 @@ class Signals:
             self._told_twice = True
         elif (loop := self._loop) is not None and loop.is_running():
             self._first_at = now
-            loop.call_soon_threadsafe(self._start, loop, number)
+            loop.call_soon_threadsafe(self._start, loop, number, context=self._context)
             return
         self._hand_on(number)
 

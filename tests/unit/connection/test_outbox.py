@@ -31,6 +31,7 @@ class Owner:
     """Who is told what happens to the messages."""
 
     connection_id = "test"
+    context = None
 
     def __init__(self) -> None:
         self.totals = Totals()

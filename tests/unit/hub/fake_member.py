@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 from typing import Any
 
@@ -32,6 +33,7 @@ class FakeMember:
         self.pulse = Pulse(0.0)
         self.ending: Ending | None = None
         self.reading_paused = False
+        self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
         self.face: Any = f"face of {self.connection_id}"
         self.frames: list[Frame] = []

@@ -1,0 +1,167 @@
+"""Tests of the context variables that the timers, tasks and hooks of a manager run with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.hub import lifetimes as lifetimes_module
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from tests.unit.fake_websocket import eventually, with_deadline
+from tests.unit.test_manager import Client
+
+tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="nobody")
+
+
+class Tenant:
+    """What a middleware puts into a context variable for one connection."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def client_of(manager: WebSocketConnectionManager, name: str, value: Any = None) -> Client:
+    """A client whose handshake has a context variable of its own."""
+
+    def dial() -> Client:
+        tenant.set(name if value is None else value)
+        return Client(manager, name)
+
+    return contextvars.copy_context().run(dial)
+
+
+async def has(client: Client, message: str) -> None:
+    """Wait until a client has got a message."""
+    await client.server.until(lambda: message in client.server.data)
+
+
+async def test_the_heartbeat_payload_of_a_connection_sees_its_own_context_variables(manager_with: Any) -> None:
+    """`heartbeat_payload` is called with the context variables of the connection that it is made for."""
+    manager, _ = manager_with(
+        heartbeat_type="custom",
+        heartbeat_interval=0.02,
+        heartbeat_timeout=5,
+        heartbeat_payload=lambda ws: f"{ws.client_id} of {tenant.get()}",
+    )
+    clients = [client_of(manager, name) for name in ("ann", "bob", "cid")]
+    for client in clients:
+        await client.connected()
+    for client in clients:
+        await client.server.until(lambda server=client.server: len(server.data) >= 2)  # type: ignore[misc]
+        assert set(client.server.data) == {f"{client.client_id} of {client.client_id}"}
+        await client.gone()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the heartbeat": {"heartbeat_interval": 0.02, "heartbeat_timeout": 5, "heartbeat_type": "ping"},
+    "max_lifetime": {"max_lifetime": 60},
+    "idle_timeout": {"idle_timeout": 60},
+    "presence_grace": {"presence_grace": 60},
+    "max_total_memory": {"max_total_memory": 10_000_000},
+}
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started before", "started by the first connection"])
+@pytest.mark.parametrize("option", OPTIONS)
+async def test_the_timers_of_a_manager_do_not_hold_what_the_first_connection_knew(option: str, started: bool) -> None:
+    """Nothing holds the context of a connection that has ended, while others are connected and timers run."""
+    manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **OPTIONS[option]}))
+    if started:
+        await manager.start()
+    value = Tenant("ann")
+    gone = weakref.ref(value)
+    first = client_of(manager, "ann", value)
+    del value
+    ws = await first.connected()
+    await ws.join("lobby")
+    await ws.send("hello")
+    await has(first, "hello")
+    second = client_of(manager, "bob")
+    await second.connected()
+    await manager.broadcast("all")
+    await has(first, "all")
+    await first.gone()
+    await eventually(lambda: not any(one.client_id == "ann" for one in manager._serving.unfinished))
+    del first, ws
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert gone() is None
+    await second.gone()
+    await manager.graceful_shutdown(1.0)
+
+
+async def test_what_is_told_of_a_slow_client_is_told_in_its_own_context(manager_with: Any) -> None:
+    """on_slow sees the context variables of the slow client, and not those of the code that has sent to it."""
+    manager, _ = manager_with(outbox_max_messages=2)
+    seen: list[tuple[str, Any]] = []
+
+    @manager.on_slow
+    async def slow(ws: StableSocket) -> None:
+        seen.append((ws.client_id, tenant.get()))
+
+    ann = client_of(manager, "ann")
+    await ann.connected()
+    ann.server.block()
+    tenant.set("publisher")
+    for _ in range(6):
+        await manager.broadcast("x")
+        await asyncio.sleep(0)
+    await eventually(lambda: bool(seen))
+    assert set(seen) == {("ann", "ann")}
+    ann.server.release()
+    await with_deadline(ann.task)
+
+
+async def test_a_client_that_is_slow_holds_no_context_of_a_publisher(manager_with: Any) -> None:
+    """The task and the timers that wait for a slow client do not hold the context of the code that has sent to it."""
+    manager, _ = manager_with()
+    ann = client_of(manager, "ann")
+    await ann.connected()
+    ann.server.block()
+    value = Tenant("publisher")
+    gone = weakref.ref(value)
+
+    async def publish(value: Tenant) -> None:
+        tenant.set(value)
+        for _ in range(3):
+            await manager.broadcast("x")
+            await manager.send_to_client("ann", "y")
+
+    await asyncio.ensure_future(publish(value))
+    del value
+    await ann.server.until(lambda: bool(ann.server.offered))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert gone() is None
+    ann.server.release()
+    await ann.gone()
+
+
+async def test_a_client_that_is_asked_to_leave_is_so_in_the_context_of_the_manager(
+    manager_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end that a timer decides runs the disconnect hooks with the connection's own context variables."""
+    monkeypatch.setattr(lifetimes_module, "TOGETHER", 0.0)
+    manager, _ = manager_with(max_lifetime=0.05)
+    seen: list[tuple[str, Any]] = []
+
+    @manager.on_disconnect
+    async def left(ws: StableSocket) -> None:
+        seen.append((ws.client_id, tenant.get()))
+
+    clients = [client_of(manager, name) for name in ("ann", "bob")]
+    for client in clients:
+        await client.connected()
+    for client in clients:
+        await with_deadline(client.task)
+    await eventually(lambda: len(seen) == 2)
+    assert sorted(seen) == [("ann", "ann"), ("bob", "bob")]
