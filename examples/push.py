@@ -14,6 +14,7 @@ app = FastAPI(lifespan=manager.lifespan)
 
 @app.websocket("/clock/{client_id}")
 async def clock(ws: StableSocketDep) -> None:
+    ws.ignore_messages()  # this endpoint only sends
     while True:  # when the client has left, send raises SocketClosed, and that is a normal end
         await ws.send({"type": "tick", "time": time.time()})
         await asyncio.sleep(1)

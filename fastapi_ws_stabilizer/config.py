@@ -227,7 +227,7 @@ class WebSocketConfig(BaseModel):
 
     inbox_pause_timeout: _Seconds = Field(
         default=300.0,
-        description="Seconds that a full inbox may go unread before the connection is closed with 1013.",
+        description="Seconds that a full inbox may go unread before a hanging endpoint is closed with 1013.",
     )
 
     # messages out

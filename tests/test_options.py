@@ -209,8 +209,13 @@ async def a_flood(stage: Stage) -> Any:
 
 
 async def nobody_ever_reads(stage: Stage) -> int | None:
-    """Seconds until a full inbox ends the connection."""
-    stage.endpoint = parked
+    """Seconds until a full inbox ends the connection of an endpoint that has read one message and hangs."""
+
+    async def hangs(ws: StableSocket) -> None:
+        await ws.receive()
+        await asyncio.Event().wait()
+
+    stage.endpoint = hangs
     line = stage.plain()
     await line.say(*["x"] * 8)
     return await lasting(lambda: line.close_code == 1013, 400)

@@ -338,6 +338,12 @@ class Conversation:
         if isinstance(item, Message):
             self.failed(item)
 
+    def dropped(self, message: Message) -> None:
+        """A message was accepted and goes unread, because the endpoint does not read. A request is answered so."""
+        self.failed(message)
+        if message.id is not None:
+            self.refused(message, "not_read", "the endpoint does not read messages")
+
     def too_much(self, message: Message | None, code: str, text: str, wait: float) -> None:
         """Refuse a message because of a rate.
 

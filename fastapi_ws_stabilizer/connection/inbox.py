@@ -36,14 +36,20 @@ class InboxLimits:
         max_messages: Most messages that wait.
         max_bytes: Most bytes of them.
         ledger: Where they are counted.
+        drops: Whether the oldest messages make room for new ones, because the endpoint does not read.
+
+    Attributes:
+        dropping: The same bounds, for inboxes that drop.
     """
 
-    __slots__ = ("ledger", "max_bytes", "max_messages")
+    __slots__ = ("dropping", "drops", "ledger", "max_bytes", "max_messages")
 
-    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None, *, drops: bool = False) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.ledger = Ledger() if ledger is None else ledger
+        self.drops = drops
+        self.dropping: InboxLimits = self if drops else InboxLimits(max_messages, max_bytes, self.ledger, drops=True)
 
 
 _UNCOUNTED: Final = InboxLimits(0, 0)
@@ -91,6 +97,32 @@ class Inbox:
         """Whether the mark is reached."""
         limits = self._limits
         return len(self) >= limits.max_messages or self.held_bytes >= limits.max_bytes
+
+    @property
+    def drops(self) -> bool:
+        """Whether the oldest messages make room for new ones, because the endpoint has said that it does not read."""
+        return self._limits.drops
+
+    def drop_when_full(self) -> None:
+        """Let the oldest messages make room for new ones from now on. A reader that comes gets those that are left."""
+        self._limits = self._limits.dropping
+
+    def drop_oldest(self) -> list[Item]:
+        """Take out the oldest messages until the mark is no longer reached, and return them."""
+        dropped: list[Item] = []
+        while self.full and len(self):
+            if self._alone is not None:
+                message, size = self._alone
+                self._alone = None
+            else:
+                message, size = self._items.popleft()
+            self.held_bytes -= size
+            self._limits.ledger.total -= size + UNREAD_OVERHEAD_BYTES
+            dropped.append(message)
+        if not self._items:
+            self._items = _NOTHING
+        self._relieve()
+        return dropped
 
     @property
     def awaited(self) -> bool:

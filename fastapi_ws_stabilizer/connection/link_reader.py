@@ -8,7 +8,15 @@ from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.pump import Pumped, end_by_event, for_inbox, nobody_reads, refuse_more
+from fastapi_ws_stabilizer.connection.pump import (
+    Pumped,
+    begin_pause,
+    drop_unread,
+    end_by_event,
+    end_pause,
+    for_inbox,
+    refuse_more,
+)
 from fastapi_ws_stabilizer.servers.link import Link
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -47,7 +55,7 @@ class LinkReader:
             if item is None:
                 return
             inbox = connection.inbox
-            full = bool(inbox.held_bytes) and inbox.full
+            full = bool(inbox.held_bytes) and inbox.full and not drop_unread(connection)
             if full and refuse_more(connection) and item is message:
                 connection.reports.totals.messages_discarded += 1
                 return
@@ -96,7 +104,7 @@ class LinkReader:
 
     def _pause(self) -> None:
         connection = self._connection
-        connection.reading_paused = True
+        begin_pause(connection)
         self._link.pause_reading()
         self._taken, self._since = connection.inbox.taken, monotonic()
         connection.inbox.call_when_room(self._resume)
@@ -120,8 +128,10 @@ class LinkReader:
         now, timeout = monotonic(), connection.config.inbox_pause_timeout
         if connection.inbox.taken != self._taken:
             self._taken, self._since = connection.inbox.taken, now
+        if drop_unread(connection):  # there is room, so reading goes on
+            return
         if now - self._since >= timeout:
-            nobody_reads(connection)
+            end_pause(connection)
         else:
             self._watch(timeout - (now - self._since))
 

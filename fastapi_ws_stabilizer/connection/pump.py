@@ -13,9 +13,11 @@ from typing import Any, Final, Protocol
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending_by_peer
 from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm, renewal_in
 from fastapi_ws_stabilizer.connection.inbox import Inbox, Item
+from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.hub.pulse import Pulse
 from fastapi_ws_stabilizer.reports import Reports
@@ -25,6 +27,11 @@ from fastapi_ws_stabilizer.wire.v1 import Message
 
 _LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a transport that is not read from."""
+
+ADVICE: Final = (
+    "read them (async for message in ws, or ws.run()); an endpoint that only sends calls ws.ignore_messages()"
+)
+"""What to do where messages are not read."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -40,6 +47,8 @@ class Pumped(Protocol):
     control_frames: bool
     conversation: Conversation | None
     reading_paused: bool
+    opened_at: float
+    outbox: AsgiOutbox | LinkOutbox
     told_of_pause: bool
     used: bool
     watches_input: bool
@@ -182,13 +191,54 @@ def refuse_more(connection: Pumped) -> bool:
         return True
     if not connection.told_of_pause:
         connection.told_of_pause = True
-        connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox))
+        connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox), advice=ADVICE)
     return False
 
 
-def nobody_reads(connection: Pumped) -> None:
-    """End a connection whose full inbox has not been touched for `inbox_pause_timeout`."""
-    connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+def drop_unread(connection: Pumped) -> bool:
+    """Make room in a full inbox whose endpoint does not read; tell whether that was done.
+
+    It does not where it has said so, and where it has read nothing for `inbox_pause_timeout` since the connection was
+    opened: it only sends, and its client is well. An endpoint that has read is waited for.
+    """
+    inbox = connection.inbox
+    waits = not inbox.drops and monotonic() - connection.opened_at < connection.config.inbox_pause_timeout
+    if inbox.taken or waits:
+        return False
+    _drop(connection)
+    return True
+
+
+def _drop(connection: Pumped) -> None:
+    """Let the oldest messages go, now and whenever the inbox is full, until one is read. Each of them is counted."""
+    inbox = connection.inbox
+    if not inbox.drops:
+        connection.tell("messages_not_read", logging.WARNING, advice=ADVICE)
+        inbox.drop_when_full()
+    inbox.taken = 0
+    for item in inbox.drop_oldest():
+        connection.reports.totals.messages_discarded += 1
+        if connection.conversation is not None and isinstance(item, Message):
+            connection.conversation.dropped(item)
+
+
+def begin_pause(connection: Pumped) -> None:
+    """The inbox is full, and reading pauses. From here on it is noted whether anything is sent to the client."""
+    connection.reading_paused = True
+    connection.used = connection.used or connection.outbox.used
+    connection.outbox.used = False
+
+
+def end_pause(connection: Pumped) -> None:
+    """Nothing of a full inbox has been read for `inbox_pause_timeout`.
+
+    Where messages were sent to the client meanwhile, or the endpoint waits for the end, the client is well, and only
+    what it sends goes unread. Else the endpoint hangs, and the connection ends.
+    """
+    if connection.inbox.drops or connection.outbox.used:
+        _drop(connection)
+    else:
+        connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
 class _InHand:
@@ -229,15 +279,17 @@ async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
     end is behind it. A pause that nobody relieves ends the connection.
     """
     in_hand = _InHand(connection, event)
-    if not refuse_more(connection):
-        connection.reading_paused = True
+    if not drop_unread(connection) and not refuse_more(connection):
+        begin_pause(connection)
         inbox = connection.inbox
         taken, since = inbox.taken, monotonic()
         while not (await inbox.room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_side.closing):
             if inbox.taken != taken:
                 taken, since = inbox.taken, monotonic()
+            elif drop_unread(connection):
+                break
             elif monotonic() - since >= connection.config.inbox_pause_timeout:
-                nobody_reads(connection)
+                end_pause(connection)
                 break
         connection.reading_paused = False
         connection.pulse.seen(monotonic())

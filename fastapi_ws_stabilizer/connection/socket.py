@@ -11,6 +11,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.pump import drop_unread
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
@@ -89,11 +90,37 @@ class StableSocket(SocketFacts):
         return self._services.address_of(self._connection)
 
     async def wait_closed(self) -> Ending:
-        """Wait until the connection is over or ending, and return how. Cancelling is safe."""
+        """Wait until the connection is over or ending, and return how. Cancelling is safe.
+
+        An endpoint that waits here and has not read a message is one that does not read, as by `ignore_messages()`. One
+        that has read is waited for, for `inbox_pause_timeout`.
+        """
         self._connection.check_loop()
-        return await self._connection.wait_over()
+        connection = self._connection
+        connection.inbox.drop_when_full()
+        if connection.inbox.full:
+            drop_unread(connection)
+        return await connection.wait_over()
 
     # ── receiving ──
+
+    def ignore_messages(self) -> None:
+        """Say that this endpoint reads no more: what the client sends then holds up nothing, and is counted.
+
+        Without it the messages wait in the inbox until that is full, and reading pauses. Pings, pongs and
+        acknowledgements are dealt with in any case. The newest messages stay in the inbox, and what goes counts in
+        `messages_discarded`. It holds until the endpoint reads a message again.
+
+        Raises:
+            NotOpenError: The connection is not accepted yet.
+        """
+        connection = self._connection
+        connection.check_opened()
+        connection.check_loop()
+        connection.inbox.drop_when_full()
+        connection.inbox.taken = 0
+        if connection.inbox.full:
+            drop_unread(connection)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message, text or bytes. Cancelling is safe: no message is lost.

@@ -247,8 +247,10 @@ async def test_a_full_inbox_stops_reading_until_there_is_room(linked: Any) -> No
 
 
 async def test_a_full_inbox_that_nobody_reads_ends_the_connection(linked: Any) -> None:
-    """After inbox_pause_timeout, counted from the last message that was read."""
+    """An endpoint that has read, reads no more and sends nothing is cut after inbox_pause_timeout."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
+    b.server.sink.received("first")
+    await b.connection.receive()
     b.server.sink.received("a")
     b.server.sink.received("b")
     await eventually(lambda: b.connection.ending is not None)
@@ -490,3 +492,91 @@ async def test_a_sender_that_holds_the_event_loop_lets_it_turn_now_and_then(
     now[0] += 2 * turns_module.MAX_HOLD
     await b.connection.send(encode("third"))
     assert turned == ["turned"]
+
+
+# ── an endpoint that does not read ──
+
+
+def say(b: Any, *texts: str) -> None:
+    """The client sends some messages."""
+    for text in texts:
+        b.server.sink.received(text)
+
+
+async def test_an_inbox_that_was_never_read_drops_its_oldest_messages_after_the_timeout(linked: Any) -> None:
+    """An endpoint that only sends is not cut for what its client says: the oldest go, are counted, and it is told."""
+    b = await linked(inbox_max_messages=2, inbox_pause_timeout=0.05)
+    say(b, "1", "2", "3")
+    assert b.connection.reading_paused
+    assert not b.server.reading
+    await eventually(lambda: b.server.reading)
+    assert not b.connection.reading_paused
+    say(b, "4", "5")
+    assert b.server.reading
+    assert b.connection.inbox.unread() == ["4", "5"]
+    assert b.reports.totals.messages_discarded == 3
+    (told,) = b.heard.of("messages_not_read")
+    assert "ignore_messages" in told.facts["advice"]
+    assert b.connection.ending is None
+
+
+async def test_an_endpoint_that_ignores_messages_is_never_paused(linked: Any) -> None:
+    """`ws.ignore_messages()` holds at once, also after a message was read, and until one is read again."""
+    b = await linked(inbox_max_messages=2)
+    ws = b.connection.face
+    say(b, "subscribe")
+    assert await ws.receive() == "subscribe"
+    ws.ignore_messages()
+    say(b, *"123456")
+    assert b.server.reading
+    assert b.reports.totals.messages_discarded == 4
+    assert [await ws.receive() for _ in range(2)] == ["5", "6"]
+    say(b, *"789")
+    assert not b.server.reading
+    assert b.heard.of("messages_not_read") == []
+
+
+async def test_ignoring_messages_ends_a_pause_that_has_begun(linked: Any) -> None:
+    """A full inbox is emptied as far as needed when the endpoint says that it does not read."""
+    b = await linked(inbox_max_messages=2)
+    say(b, *"123")
+    assert not b.server.reading
+    b.connection.face.ignore_messages()
+    assert b.server.reading
+
+
+async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> None:
+    """`wait_closed` in an endpoint that has not read lets the oldest messages go at once."""
+    b = await linked(inbox_max_messages=2)
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    say(b, *"12345")
+    assert b.server.reading
+    assert b.reports.totals.messages_discarded == 3
+    waiting.cancel()
+
+
+async def test_a_reader_beside_a_task_that_waits_for_the_end_loses_nothing(linked: Any) -> None:
+    """Where one task waits for the end and another reads slowly, reading pauses and no message is dropped."""
+    b = await linked(inbox_max_messages=2)
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    say(b, "1")
+    assert await b.connection.face.receive() == "1"
+    say(b, *"234")
+    assert not b.server.reading
+    assert b.reports.totals.messages_discarded == 0
+    waiting.cancel()
+
+
+async def test_an_endpoint_that_has_read_and_goes_on_sending_is_not_cut(linked: Any) -> None:
+    """After a first message, an endpoint that only sends keeps its connection when its inbox is full."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"123")
+    assert not b.server.reading
+    await b.connection.face.send("news")
+    await eventually(lambda: b.server.reading)
+    assert b.connection.ending is None
+    assert len(b.heard.of("messages_not_read")) == 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection import pump as pump_module
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
 from fastapi_ws_stabilizer.errors import SocketClosed
@@ -304,3 +305,45 @@ async def test_a_message_is_looked_at_only_where_somebody_wants_to_know(
     server.feed_text("one")
     assert await with_deadline(ws.receive_text()) == "one"
     assert told == (["may", "heard"] if watches else [])
+
+
+async def test_the_pump_drops_the_oldest_messages_of_an_endpoint_that_never_reads(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After inbox_pause_timeout without a read, reading goes on, and the oldest messages go and are counted."""
+    monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
+    b = bench(inbox_max_messages=2, inbox_pause_timeout=0.05)
+    connection, _ = await b.open()
+    b.server.feed_text("1", "2", "3")
+    await eventually(lambda: connection.reading_paused)
+    await eventually(lambda: not connection.reading_paused)
+    b.server.feed_text("4", "5")
+    await eventually(lambda: connection.inbox.unread() == ["4", "5"])
+    assert b.reports.totals.messages_discarded == 3
+    assert len(b.heard.of("messages_not_read")) == 1
+    assert connection.ending is None
+
+
+async def test_the_pump_ends_the_connection_of_an_endpoint_that_hangs(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endpoint that has read, and neither reads nor sends any more, is cut after inbox_pause_timeout."""
+    monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
+    b = bench(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    connection, _ = await b.open()
+    b.server.feed_text("first")
+    await with_deadline(connection.receive())
+    b.server.feed_text("1", "2")
+    await with_deadline(connection.finished)
+    assert b.server.close_frames == [(1013, "nobody reads the messages")]
+
+
+async def test_the_pump_does_not_pause_for_an_endpoint_that_ignores_messages(bench: Any) -> None:
+    """With `ignore_messages` reading goes on at once."""
+    b = bench(inbox_max_messages=2)
+    connection, _ = await b.open()
+    connection.face.ignore_messages()
+    b.server.feed_text(*"123456")
+    await eventually(lambda: connection.inbox.unread() == ["5", "6"])
+    assert b.reports.totals.messages_discarded == 4
+    assert b.heard.of("reading_paused") == []
