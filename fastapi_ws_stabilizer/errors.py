@@ -524,6 +524,10 @@ _LOOP_PROBLEMS: Final = {
         "manager.from_thread.run(ws.send, message), without asyncio.run(). "
         "In tests, let everything share one loop: with TestClient(app) as client: ..."
     ),
+    "no_asyncio": (
+        "no asyncio event loop runs here, and this library needs one. hypercorn runs another one with "
+        "--worker-class trio: leave that option out, or write --worker-class uvloop"
+    ),
     "own_loop": (
         "manager.from_thread was used on the manager's own event loop, which would wait for itself for ever. "
         "Here, write await manager.broadcast(...); manager.from_thread is for other threads"
@@ -535,7 +539,8 @@ class WrongLoopError(WebSocketStabilizerError, RuntimeError):
     """A manager, a room or a socket is used on an event loop, or in a thread, that it does not belong to.
 
     Attributes:
-        problem: `two_loops`, `other_loop`, or `own_loop` (`manager.from_thread` on the manager's own loop).
+        problem: `two_loops`, `other_loop`, `no_asyncio`, or `own_loop` (`manager.from_thread` on the manager's own
+            loop).
     """
 
     def __init__(self, problem: str = "other_loop") -> None:

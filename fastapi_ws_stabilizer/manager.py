@@ -54,6 +54,18 @@ STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
 
 
+def _running_loop() -> asyncio.AbstractEventLoop:
+    """The running event loop.
+
+    Raises:
+        WrongLoopError: None of asyncio's runs: the server may run one of another library.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise WrongLoopError("no_asyncio") from None
+
+
 class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     """All WebSockets of one application: who is connected, what they are sent, what their messages mean.
 
@@ -115,9 +127,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Nobody has to call it: `lifespan`, `install` and the first connection do.
 
         Raises:
-            WrongLoopError: There are open connections on another event loop.
+            WrongLoopError: There are open connections on another event loop, or no asyncio event loop runs.
         """
-        self._check_other_loop(asyncio.get_running_loop())
+        self._check_other_loop(_running_loop())
         self._context = contextvars.copy_context()
         self._shut = False
         if self._drain is not None:
@@ -129,7 +141,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             self._signals.listen()
 
     def _ensure_running(self) -> Serving:
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if self._shut and self._loop in (None, loop):
             raise ShutdownError(retry_after_restart(self.config.drain_window))
         if self._loop is loop:

@@ -1,4 +1,4 @@
-"""The checks D01 to D22: each looks at the surroundings and says what is wrong with them, or nothing."""
+"""The checks D01 to D23: each looks at the surroundings and says what is wrong with them, or nothing."""
 
 from __future__ import annotations
 
@@ -281,6 +281,18 @@ def identities_before_their_door(s: Surroundings) -> Problem | None:
     )
 
 
+def background_tasks_never_run(s: Surroundings) -> Problem | None:
+    """D23."""
+    if not s.background:
+        return None
+    return Problem(
+        f"{', '.join(s.background)} takes BackgroundTasks, which FastAPI runs after an HTTP response: a WebSocket has "
+        "none, so that no task added there ever runs",
+        "await the work in the endpoint, or write ws.create_task(work()), which is cancelled when the connection ends; "
+        "work for the time after the connection belongs into an on_disconnect hook",
+    )
+
+
 # ── platforms ──
 
 
@@ -344,6 +356,7 @@ CHECKS: Final = (
     Check("D19", WARNING, "Who comes is asked before the socket", identities_before_their_door, at_start=True),
     Check("D21", WARNING, "The stats router has no guard", stats_without_guard),
     Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
+    Check("D23", ERROR, "BackgroundTasks of a WebSocket never run", background_tasks_never_run, at_start=True),
 )
 """All checks, in order."""
 

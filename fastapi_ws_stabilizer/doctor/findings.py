@@ -32,7 +32,7 @@ class Finding:
     """A problem, and the check that has found it.
 
     Attributes:
-        code: `D01` to `D22`, stable.
+        code: `D01` to `D23`, stable.
         severity: `"error"` or `"warning"`.
         title: The rule that is broken, the same for every finding of this code.
         problem: What is wrong, with the numbers that make it so.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.background import routes_with_background_tasks
 from fastapi_ws_stabilizer.doctor.checks import examine
 from fastapi_ws_stabilizer.doctor.doors import early_identities
 from fastapi_ws_stabilizer.doctor.logins import unguarded_routes
@@ -73,6 +74,7 @@ def survey(
         logins=logins,
         unguarded=unguarded,
         early=early_identities(app),
+        background=routes_with_background_tasks(app),
         open_stats=open_stats_routers(app),
     )
 
@@ -109,6 +111,7 @@ def tell_at_start(
             logins=logins,
             unguarded=unguarded,
             early=early_identities(app),
+            background=routes_with_background_tasks(app),
         )
         for finding in examine(surroundings, at_start=True):
             if finding.code not in told:

@@ -274,6 +274,12 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         Place({"reconnect_secret": SECRET}, options={"workers": 4}),
         ("workers=4", "WS_RECONNECT_SECRET", "within one worker"),
     ),
+    (
+        "D23",
+        Place(server=None, rest={"background": ("/ws",)}),
+        Place(server=None),
+        ("/ws takes BackgroundTasks", "no task added there ever runs", "ws.create_task"),
+    ),
     ("D22", Place(server="granian", options={"workers": 2}), Place(server="granian", options={"workers": 1}), ()),
     ("D22", Place(server="uvicorn-worker", options={"workers": 2}), Place(server="hypercorn"), ()),
 ]

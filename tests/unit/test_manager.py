@@ -228,6 +228,15 @@ def test_one_manager_can_be_used_on_one_loop_after_the_other() -> None:
     assert [run(once()), run(once())] == [1, 1]
 
 
+def test_start_without_asyncio_says_what_is_wrong() -> None:
+    """Where a server runs an event loop of another library, the start and the first socket name the option of it."""
+    manager = WebSocketConnectionManager()
+    server = FakeServer()
+    for call in (manager.lifespan(FastAPI()).__aenter__, manager.start, manager.serve(server.websocket).__aenter__):
+        with pytest.raises(WrongLoopError, match="--worker-class trio"):
+            call().send(None)  # as any event loop would begin it
+
+
 async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any, clients_of: Any) -> None:
     """While there are open connections, another event loop is an error that says what to do."""
     manager, _ = manager_with()
