@@ -86,6 +86,7 @@ class Attempt:
         self._open = False
         self._control: list[str | bytes] = []
         self._wanted: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
         self._timers = Timers()
         self._heard_at = monotonic()
         self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
@@ -373,11 +374,19 @@ class Attempt:
         if self._wanted is not None and not self._wanted.done():
             self._wanted.set_result(None)
 
+    async def flushed(self, timeout: float) -> None:
+        """Wait until everything is written that may be, some seconds at most."""
+        if self._open and (self._wanted is None or self._wanted.done()):
+            self._idle = self._loop.create_future()
+            await wait_for_first([self._idle, self._lost], timeout)
+
     async def _write(self, transport: Transport) -> None:
         try:
             while not self._lost.done():
                 frame = self._next_frame()
                 if frame is None:
+                    if self._idle is not None and not self._idle.done():
+                        self._idle.set_result(None)
                     self._wanted = self._loop.create_future()
                     await wait_for_first([self._wanted, self._lost])
                     continue

@@ -6,15 +6,17 @@ import asyncio
 import inspect
 import itertools
 import logging
+import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import Any, Final, Literal, NoReturn
 
 from fastapi_ws_stabilizer.client.attempt import Attempt
 from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.client.errors import (
     ClientError,
     ClosedError,
+    NotStartedError,
     RefusedError,
     TooLargeError,
     UnreadableFrameError,
@@ -26,6 +28,7 @@ from fastapi_ws_stabilizer.client.outgoing import Outgoing, SendBuffer
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap
 from fastapi_ws_stabilizer.client.redial import Redial
 from fastapi_ws_stabilizer.client.transport import Dial, dialler
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Message
@@ -67,6 +70,9 @@ class Client(Listeners):
         base_delay: Seconds of the first random delay at most; it doubles with each failure.
         max_delay: Seconds of a random delay at most.
         stable_after: Seconds of an open connection after which earlier failures are forgotten.
+        first_connect_timeout: Seconds after which a client that was never connected is closed for good, with 4408; it
+            tries for ever when left out.
+        flush_timeout: Seconds that `close` gives the server to accept what is queued.
         probe_timeout: Seconds for an answer when the link is doubted.
         dial: Opens connections; by default the `websockets` library.
         options: For `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ...
@@ -87,18 +93,33 @@ class Client(Listeners):
         base_delay: float = 1.0,
         max_delay: float = 30.0,
         stable_after: float = STABLE_AFTER,
+        first_connect_timeout: float | None = None,
+        flush_timeout: float = 5.0,
         probe_timeout: float = 5.0,
         dial: Dial | None = None,
         **options: Any,
     ) -> None:
         if overflow not in ("reject", "drop_oldest"):
             raise ValueError(f"overflow is 'reject' or 'drop_oldest', not {overflow!r}")
+        if not (isinstance(url, str) or callable(url)):
+            raise TypeError(f"url is a text like 'wss://example.com/ws', or a function that returns one, not {url!r}")
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "a client is made inside a running event loop: call connect() in an `async def` that asyncio.run() runs"
+            ) from None
         self._url = url
         self._auth = auth
         self._connect_timeout = connect_timeout
         self._replay = replay_on_lost
         self.deflate = deflate
         self._stable_after = stable_after
+        self._first_connect_timeout = first_connect_timeout
+        self._flush_timeout = flush_timeout
+        self._first_timer: asyncio.TimerHandle | None = None
+        self._failed_dials = 0
+        self._last_failure = ""
         self.probe_timeout = probe_timeout
         self._dial = dial or dialler(**options)
         self._redial = Redial(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
@@ -112,7 +133,7 @@ class Client(Listeners):
         self._state: State = "idle"
         self._attempt: Attempt | None = None
         self._runner: asyncio.Task[None] | None = None
-        self._hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hurry: asyncio.Future[None] = loop.create_future()
         self._ending: ClosedError | None = None
         self._unreadable = self._refused = 0
         # What the session is: it outlives each attempt.
@@ -139,6 +160,11 @@ class Client(Listeners):
         return None if self._attempt is None else self._attempt.rtt
 
     @property
+    def closed(self) -> ClosedError | None:
+        """How it was closed for good, with its `code` and `reason`; `None` while it is not."""
+        return self._ending
+
+    @property
     def unreadable_frames(self) -> int:
         """How many frames of the server were left out, because they could not be read."""
         return self._unreadable
@@ -153,7 +179,33 @@ class Client(Listeners):
             raise self._ending
         if self._runner is None:
             self._runner = self._tasks.spawn(self._run(), name="ws-client")
+            if self._first_connect_timeout is not None:
+                loop = asyncio.get_running_loop()
+                self._first_timer = loop.call_later(self._first_connect_timeout, self._never_connected)
         return self
+
+    def _never_connected(self) -> None:
+        last = f"; the last dial: {self._last_failure}" if self._last_failure else ""
+        self._finish(ClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
+
+    def _check_started(self) -> None:
+        if self._runner is None and self._ending is None:
+            raise NotStartedError
+
+    def __await__(self) -> Generator[Any, None, NoReturn]:
+        """Say how a client is used: it is not awaited."""
+        raise TypeError(f"a client cannot be awaited: {_HOW_TO_USE}")
+
+    def __enter__(self) -> NoReturn:
+        """Say how a client is used: its block is `async`."""
+        raise TypeError(f"a client needs `async with`: {_HOW_TO_USE}")
+
+    def __exit__(self, *_: object) -> None:
+        """Never called: `__enter__` raises."""
+
+    def __iter__(self) -> NoReturn:
+        """Say how a client is used: its loop is `async`."""
+        raise TypeError("a client needs `async for message in client:`")
 
     async def __aenter__(self) -> Client:
         """Connect; returns when the first connection is open. If that fails or is cancelled the client is closed.
@@ -165,6 +217,7 @@ class Client(Listeners):
             self.start()
             await self.wait_open()
         except BaseException:  # nobody calls `__aexit__` then
+            self._finish(ClosedError(1000), ours=True)
             await self.close()
             raise
         return self
@@ -177,7 +230,9 @@ class Client(Listeners):
 
         Raises:
             ClosedError: There will be none.
+            NotStartedError: It is not started.
         """
+        self._check_started()
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look(*_: object) -> None:
@@ -194,15 +249,28 @@ class Client(Listeners):
             raise self._ending
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Say goodbye: the session ends, and everything that is not accepted yet fails. Calling it again is quiet."""
-        self._finish(ClosedError(code, reason))
+        """Send what is queued, and say goodbye: the session ends. Calling it again is quiet.
+
+        The server has `flush_timeout` seconds to accept what was sent before. What it has not accepted then fails, and
+        a warning in the log says how much that is. Cancelling says goodbye without waiting.
+        """
         runner = self._runner
         try:
+            if self._ending is None and runner is not None:
+                await self._flush()
+            self._finish(ClosedError(code, reason), ours=True)
             if runner is not None and runner is not asyncio.current_task():
                 await wait_for_all([runner], 10.0)
         finally:  # also if the goodbye is not waited for
+            self._finish(ClosedError(code, reason), ours=True)
             left = self._tasks.cancel()
         await wait_for_all(left, 1.0)
+
+    async def _flush(self) -> None:
+        deadline = monotonic() + self._flush_timeout
+        await wait_for_all(self.buffer.undecided(), self._flush_timeout)
+        if self._attempt is not None:  # what is volatile is only written
+            await self._attempt.flushed(max(0.0, deadline - monotonic()))
 
     def reconnect(self) -> None:
         """Leave the connection, or the wait for one, and dial now. The session goes on."""
@@ -267,7 +335,9 @@ class Client(Listeners):
             ClosedError: The client is closed.
             SessionLostError: The session was lost, and it is not known whether the request was handled.
             BufferFullError: Too much is waiting.
+            NotStartedError: The client is not started.
         """
+        self._check_started()
         request_id = f"c{next(self._ids)}"
         message = self._queue("msg", data, event=event, id=request_id, key=key or self._key())
         future = self._requests.open(request_id, message)
@@ -336,15 +406,19 @@ class Client(Listeners):
         return register
 
     def __aiter__(self) -> AsyncIterator[Message]:
-        """Iterate over the messages that no handler takes, until the client is closed for good.
+        """Iterate over the messages that no handler takes, until the client is closed.
+
+        The loop ends after your own `close()`. It raises `ClosedError` when the client is closed for good otherwise.
 
         A loop that is slow holds up what comes behind the 1,024 messages that wait for it. Ten seconds after a loop
         was left, handlers and answers are held up by it no longer: then the oldest messages that wait are thrown away,
         until somebody iterates again.
         """
+        self._check_started()
         return self.incoming.loop()
 
     async def __anext__(self) -> Message:
+        self._check_started()
         message = await self.incoming.get()
         if message is None:
             raise StopAsyncIteration
@@ -377,6 +451,11 @@ class Client(Listeners):
 
     def opened(self, outcome: str) -> None:
         """A connection is open."""
+        if self._first_timer is not None:
+            self._first_timer.cancel()
+        if self._failed_dials:
+            logger.info("connected to %s after %d failed dials", self._where, self._failed_dials)
+            self._failed_dials = 0
         self._set_state("open")
         self.told("open", outcome)
 
@@ -440,6 +519,7 @@ class Client(Listeners):
                     break
                 if self._ending is not None:  # a listener has closed it
                     break
+                self._log_lost(lost, delay)
                 self._set_state("waiting")
                 self._hurry = asyncio.get_running_loop().create_future()
                 if delay > 0:
@@ -454,23 +534,53 @@ class Client(Listeners):
         finally:
             self._attempt = None
 
-    def _finish(self, how: ClosedError) -> None:
+    def _log_lost(self, lost: ConnectionLost, delay: float) -> None:
+        """Say that a connection is lost, or that there is none. Of dials that fail in a row the first is a warning."""
+        how = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
+        if lost.was_open:
+            logger.info("the connection to %s is lost: %s; the next dial is in %.1f s", self._where, how, delay)
+            return
+        self._failed_dials += 1
+        self._last_failure = how
+        level = logging.WARNING if self._failed_dials == 1 else logging.INFO
+        logger.log(level, "cannot connect to %s: %s; the next dial is in %.1f s", self._where, how, delay)
+
+    @property
+    def _where(self) -> str:
+        """The URL, without what may be secret in it."""
+        if not isinstance(self._url, str):
+            return "the server"
+        return _SECRET.sub("", self._url)
+
+    def _finish(self, how: ClosedError, *, ours: bool = False) -> None:
         if self._ending is not None:
             return
         self._ending = how
+        if self._first_timer is not None:
+            self._first_timer.cancel()
+        if not ours:
+            logger.warning("the client of %s is closed for good: code %d (%s)", self._where, how.code, how.reason)
+        if left := sum(not done.done() for done in self.buffer.undecided()):
+            logger.warning("the client is closed, and the server has not accepted %d messages", left)
         if self._attempt is not None:
             self._attempt.lose(how.code if how.code in (1000, 4000) else 1000, how.reason)
         self._dial_now()
         self.token = None
         self.buffer.give_up(how)
         self._requests.give_up(how)
-        self.incoming.close()
+        self.incoming.close(None if ours else lambda: ClosedError(how.code, how.reason))
         self._set_state("closed")
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         logger.error("%s failed", task.get_name(), exc_info=error)
         if task is self._runner:
             self._finish(ClosedError(1006, f"a bug in the client: {error!r}"))
+
+
+_HOW_TO_USE: Final = "write `async with connect(url) as client:`, or `client = connect(url).start()`"
+
+_SECRET: Final = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
+"""The credentials and the query of a URL."""
 
 
 def connect(url: str | Provider, **options: Any) -> Client:

@@ -3,6 +3,7 @@
 ```
 ClientError
 ├── ClosedError          the client is closed for good: by its user, or because the server's answer was final
+├── NotStartedError      (also a RuntimeError)  the client was made and not started
 ├── SessionLostError     the session is gone, and whether the message was handled before is not known
 ├── BufferFullError      too much waits to be sent
 ├── TooLargeError        a message is larger than the server takes
@@ -35,6 +36,16 @@ class ClosedError(ClientError):
 
     def __str__(self) -> str:
         return f"the client is closed for good: code {self.code}{f' ({self.reason})' if self.reason else ''}"
+
+
+class NotStartedError(ClientError, RuntimeError):
+    """The client was made and not started, so that nothing would ever come."""
+
+    def __str__(self) -> str:
+        return (
+            "the client is not started: write `async with connect(url) as client:`, or call `client.start()` first "
+            "and `await client.close()` at the end"
+        )
 
 
 class SessionLostError(ClientError):

@@ -84,6 +84,7 @@ class Incoming:
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         self._changed = asyncio.Event()
         self._over = False
+        self._error: Callable[[], Exception] | None = None
         self._told = False
         self.unhandled = 0
 
@@ -93,6 +94,8 @@ class Incoming:
 
     def put(self, message: Message) -> None:
         """Take a message."""
+        if message.event is None:
+            message.event = event_of(message)
         if self._handlers_for(message):
             self._to_handle.append((message, self._session))
             if not self._working:
@@ -138,10 +141,16 @@ class Incoming:
         return loop
 
     async def get(self) -> Message | None:
-        """Wait for the next message without a handler; `None` when nothing more will come. Cancelling is safe."""
+        """Wait for the next message without a handler; `None` when nothing more will come. Cancelling is safe.
+
+        Raises:
+            Exception: Nothing more will come, for this reason.
+        """
         self._iterated = True
         while not self._to_read:
             if self._over:
+                if self._error is not None:
+                    raise self._error()
                 return None
             self._changed.clear()
             await self._changed.wait()
@@ -154,9 +163,13 @@ class Incoming:
         """It is a new session: requests of the old one are handled, and not answered."""
         self._session += 1
 
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._over = True
+    def close(self, error: Callable[[], Exception] | None = None) -> None:
+        """Nothing more will come.
+
+        Args:
+            error: Makes the error by which those who iterate learn why; their loop just ends when left out.
+        """
+        self._over, self._error = True, error
         self._changed.set()
 
     def _handlers_for(self, message: Message) -> list[Handler]:

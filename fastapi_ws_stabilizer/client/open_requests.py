@@ -38,7 +38,9 @@ class OpenRequests:
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come. One that nobody waits for is ignored."""
-        future, _ = self._open.pop(request_id, (None, None))
+        future, message = self._open.pop(request_id, (None, None))
+        if message is not None:
+            message.accept()  # the acknowledgement may never come
         if future is None or future.done():
             return
         if error is None:

@@ -141,6 +141,10 @@ class SendBuffer:
         """The message that has waited longest for the server's word."""
         return self._sent[0] if self._sent else None
 
+    def undecided(self) -> list[asyncio.Future[None]]:
+        """The futures of all messages that are not accepted yet."""
+        return [message.done for message in (*self._sent, *self._fresh)]
+
     def add(self, message: Outgoing) -> None:
         """Take a message.
 

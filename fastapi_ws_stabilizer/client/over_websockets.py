@@ -142,4 +142,4 @@ def _refused(error: Exception) -> TransportLostError:
         wait = response.headers.get("Retry-After", "") if response is not None else ""
         hint = f"; retry={int(wait) * 1000}" if wait.isdigit() and len(wait) < 5 else ""
         return TransportLostError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
-    return TransportLostError(1006, f"HTTP {status}" if status else str(error))
+    return TransportLostError(1006, f"HTTP {status}" if status else str(error) or repr(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+import reprlib
 import struct
 from collections.abc import Iterable
 from typing import Any, Final
@@ -66,6 +67,9 @@ _BINARY_HEAD: Final = struct.Struct(">BH")
 _DEFLATED_HEAD: Final = _BINARY_HEAD.pack(KIND_DEFLATED, 0)
 _DEFLATED: Final = _DEFLATED_HEAD[:1]
 _MESSAGE: Final = bytes([KIND_MESSAGE])
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 80
+_shortened: Final = _shorten.repr
 _HEAD_BYTES: Final = 128
 _numbered: Final = re.compile(r'\s*\{\s*"type"\s*:\s*"(?:msg|reply)"(?!\s*,\s*"volatile"\s*:\s*true)').match
 MAX_META_BYTES: Final = 0xFFFF
@@ -117,7 +121,7 @@ class Message:
         self.size = 0
 
     def __repr__(self) -> str:
-        return f"<Message event={self.event!r} id={self.id!r} seq={self.seq}>"
+        return f"<Message event={self.event!r} id={self.id!r} seq={self.seq} data={_shortened(self.data)}>"
 
     @property
     def raw(self) -> str | bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastapi_ws_stabilizer.client import (
     Client,
     ClosedError,
     Gap,
+    NotStartedError,
     RefusedError,
     RequestError,
     RequestTimeoutError,
@@ -232,7 +234,10 @@ def test_a_final_code_closes_the_client(code: int) -> None:
                 assert (caught.value.code, caught.value.reason) == (code, "so there")
             with pytest.raises(ClosedError):
                 scene.client.send("y")
-            assert [message async for message in scene.client] == []
+            with pytest.raises(ClosedError, match="so there"):
+                await anext(aiter(scene.client))
+            assert scene.client.closed is not None
+            assert scene.client.closed.code == code
 
     play()
 
@@ -1553,7 +1558,7 @@ async def test_closing_settles_everything() -> None:
 
 @pytest.mark.parametrize("moment", ["idle", "dialling", "greeted", "waiting"])
 def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
-    """Closing ends a dial, a greeting and a wait as well, and leaves no task."""
+    """Closing ends a dial, a greeting and a wait within `flush_timeout`, and leaves no task."""
 
     @virtually
     async def play() -> None:
@@ -1568,7 +1573,7 @@ def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
         waiting = scene.client.send("x")
         at = now()
         await scene.client.close()
-        assert now() - at < 1
+        assert now() - at < 6
         assert scene.client.state == "closed"
         assert isinstance(waiting.exception(), ClosedError)
         await asyncio.sleep(200)
@@ -1641,3 +1646,229 @@ async def test_connect_makes_a_client() -> None:
         client.send(2)
     await client.close()
     assert json.dumps(client.state) == '"closed"'
+
+
+# ── leaving ──
+
+
+@virtually
+async def test_close_sends_what_is_queued_first() -> None:
+    """Closing sends numbered and volatile messages, waits for the server's word, and then says goodbye."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = [scene.client.send(number) for number in range(300)]
+        assert all(scene.client.volatile(number) for number in range(50))
+        closing = asyncio.ensure_future(scene.client.close())
+        for seq in (128, 300):
+            await soon()
+            assert not closing.done()
+            await scene.link.say({"type": "ack", "seq": seq})
+        await closing
+        assert [one.exception() for one in sent] == [None] * 300
+        assert len(scene.link.of("msg")) == 350
+        assert scene.link.closed == (1000, "")
+
+
+@virtually
+async def test_close_writes_volatile_messages_first() -> None:
+    """What `volatile` has taken is written before the goodbye, though no acknowledgement is waited for."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.volatile("x")
+        await scene.client.close()
+        assert [frame["data"] for frame in scene.link.of("msg")] == ["x"]
+
+
+@virtually
+async def test_close_sends_what_is_queued_in_a_later_connection() -> None:
+    """A connection that breaks while the client leaves is replaced, and the messages arrive."""
+    async with Scene() as scene:
+        await scene.opened()
+        sent = scene.client.send("x")
+        closing = asyncio.ensure_future(scene.client.close())
+        await soon()
+        await scene.link.closes(1006)
+        await scene.redialled(2)
+        await scene.link.welcome("full", ack=1)
+        await closing
+        assert sent.exception() is None
+
+
+@pytest.mark.parametrize("flush_timeout", [0.5, 3.0])
+def test_flush_timeout_bounds_the_close(flush_timeout: float, caplog: pytest.LogCaptureFixture) -> None:
+    """What the server has not accepted in time fails, and a warning says how much that is."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene(flush_timeout=flush_timeout) as scene:
+            await scene.opened()
+            sent = [scene.client.send(number) for number in range(7)]
+            at = now()
+            await scene.client.close()
+            assert flush_timeout <= now() - at < flush_timeout + 0.2
+            assert all(isinstance(one.exception(), ClosedError) for one in sent)
+
+    play()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the client is closed, and the server has not accepted 7 messages"
+    ]
+
+
+@virtually
+async def test_cancelled_close_ends_the_client_at_once() -> None:
+    """A close that is cancelled while it waits for the server ends the client all the same."""
+    async with Scene() as scene:
+        await scene.opened()
+        scene.client.send("x")
+        closing = asyncio.ensure_future(scene.client.close())
+        await soon()
+        closing.cancel()
+        await soon()
+        assert scene.client.state == "closed"
+        await asyncio.sleep(10)
+        assert len(scene.client._tasks) == 0
+
+
+# ── what is told ──
+
+
+def test_failed_dials_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The first failed dial of a row is a warning, the others are not, and a new row begins after a connection."""
+    caplog.set_level(logging.INFO, "fastapi_ws_stabilizer.client")
+
+    @virtually
+    async def play() -> None:
+        scene = Scene(url="ws://me:secret@server/ws?token=secret")
+        scene.failures = [TransportLostError(1006, "refused") for _ in range(3)]
+        async with scene:
+            await scene.redialled(1)
+            await scene.opened()
+            scene.failures = [TransportLostError(1006, "refused")]
+            await scene.link.closes(1006, "cable")
+            await scene.redialled(2)
+
+    play()
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in told] == ["WARNING", "INFO", "INFO", "INFO", "INFO", "WARNING"]
+    assert told[0][1].startswith("cannot connect to ws://server/ws: code 1006 (refused); the next dial is in ")
+    assert told[3][1] == "connected to ws://server/ws after 3 failed dials"
+    assert told[4][1].startswith("the connection to ws://server/ws is lost: code 1006 (cable)")
+    assert "secret" not in caplog.text
+
+
+def test_final_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A close that is final, and not ours, is a warning; our own close is none."""
+
+    @virtually
+    async def play() -> None:
+        async with Scene() as scene:
+            await scene.opened()
+            await scene.link.closes(4403, "banned")
+        async with Scene() as scene:
+            await scene.opened()
+
+    play()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the client of ws://server/ws is closed for good: code 4403 (banned)"
+    ]
+
+
+@virtually
+async def test_loop_ends_with_an_error_unless_it_was_our_close() -> None:
+    """`async for` gives the messages that have come, then ends after our `close()` and raises after any other end."""
+    for code in (None, 4410):
+        async with Scene() as scene:
+            await scene.opened()
+            await scene.link.say({"type": "msg", "data": 1})
+            loop = aiter(scene.client)
+            if code is None:
+                await scene.client.close()
+            else:
+                await scene.link.closes(code, "out")
+            assert (await anext(loop)).data == 1
+            with pytest.raises(StopAsyncIteration if code is None else ClosedError):
+                await anext(loop)
+            with pytest.raises(StopAsyncIteration if code is None else ClosedError):
+                await anext(scene.client)
+
+
+@virtually
+async def test_closed_says_how_the_client_was_closed() -> None:
+    """`closed` is `None` until the client is closed for good, and has the code and the reason then."""
+    async with Scene() as scene:
+        await scene.opened()
+        assert scene.client.closed is None
+        await scene.client.close(1000, "done")
+        closed = scene.client.closed
+        assert closed is not None
+        assert (closed.code, closed.reason) == (1000, "done")
+
+
+@pytest.mark.parametrize("timeout", [3.0, 20.0])
+def test_first_connect_timeout_closes_a_client_that_never_connected(timeout: float) -> None:
+    """A client without a first connection in time is closed for good, and its error names the last failed dial."""
+
+    @virtually
+    async def play() -> None:
+        scene = Scene(first_connect_timeout=timeout)
+        scene.failures = [TransportLostError(1006, "refused") for _ in range(99)]
+        at = now()
+        with pytest.raises(ClosedError, match=r"no connection within .* code 1006 \(refused\)") as caught:
+            await scene.client.__aenter__()
+        assert (now() - at, caught.value.code) == (pytest.approx(timeout, abs=0.1), 4408)
+        assert len(scene.client._tasks) == 0
+
+    play()
+
+
+@virtually
+async def test_first_connect_timeout_does_not_end_a_client_that_was_connected() -> None:
+    """A client that has had a connection dials for ever."""
+    async with Scene(first_connect_timeout=2) as scene:
+        await scene.opened()
+        scene.failures = [TransportLostError(1006, "refused") for _ in range(3)]
+        await scene.link.closes(1006)
+        await asyncio.sleep(60)
+        assert scene.client.closed is None
+
+
+# ── misuse ──
+
+
+@virtually
+async def test_misuse_of_a_client_says_what_to_write() -> None:
+    """Each wrong way to use `connect()` raises an error that names the right one."""
+    with pytest.raises(TypeError, match="async with connect"):
+        await connect("ws://server")
+    with pytest.raises(TypeError, match="async with connect"):
+        with connect("ws://server"):
+            pass
+    with pytest.raises(TypeError, match="async for message in client"):
+        list(connect("ws://server"))
+    with pytest.raises(TypeError, match="url is a text like"):
+        connect(None)  # type: ignore[arg-type]  # that is the mistake
+    client = connect("ws://server")
+    for wrong in (client.wait_open(), client.request("x"), anext(client)):
+        with pytest.raises(NotStartedError, match=r"client\.start"):
+            await wrong
+    with pytest.raises(NotStartedError):
+        aiter(client)
+    await client.close()
+
+
+def test_client_outside_of_a_loop_says_where_it_is_made() -> None:
+    """A client that is made outside of a running event loop says how it is made."""
+    with pytest.raises(RuntimeError, match=r"asyncio\.run"):
+        connect("ws://server")
+
+
+@virtually
+async def test_event_of_a_message_is_its_type_too() -> None:
+    """`message.event` is the `type` of the object where the message has no event, and `repr` shows the data, cut."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": {"type": "done", "text": "x" * 5000}}, {"type": "msg", "data": 1})
+        message = await anext(scene.client)
+        assert (message.event, (await anext(scene.client)).event) == ("done", None)
+        assert "data={'text': 'xxx" in repr(message)
+        assert len(repr(message)) < 300
