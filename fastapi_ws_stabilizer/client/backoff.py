@@ -58,11 +58,15 @@ class Backoff:
     attempt: int = 0
 
     def delay(self, code: int, reason: str) -> float:
-        """Seconds until the next dial, after a connection or a dial that ended so. Counts it."""
+        """Seconds until the next dial, after a connection or a dial that ended so. Counts it.
+
+        A hint of the server is kept to, and up to a tenth of it and `least` is added at random.
+        """
         hint = _RETRY.search(reason)
         attempt, self.attempt = self.attempt, self.attempt + 1
         if hint is not None and attempt < _HINTED_ATTEMPTS:
-            return min(int(hint.group(1)) / 1000, _MAX_HINT)
+            hinted = min(int(hint.group(1)) / 1000, _MAX_HINT)
+            return hinted + random.uniform(0.0, self.least + hinted / 10)  # noqa: S311 (others were told the same)
         window = self.base * (_SLOWER if code in _SLOW else 1) * 2 ** min(attempt, 30)
         return self.least + random.uniform(0.0, min(self.most, window))  # noqa: S311 (spreads load, guards nothing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -140,6 +141,8 @@ def _refused(error: Exception) -> TransportLostError:
         return TransportLostError(_FINAL_STATUS[status], f"HTTP {status}")
     if status in _PASSING_STATUS:
         wait = response.headers.get("Retry-After", "") if response is not None else ""
-        hint = f"; retry={int(wait) * 1000}" if wait.isdigit() and len(wait) < 5 else ""
+        # The header tells whole seconds, to many clients the same: the part of the second is chosen here.
+        part = random.randrange(1000)  # noqa: S311 (spreads load)
+        hint = f"; retry={int(wait) * 1000 + part}" if wait.isdigit() and len(wait) < 5 else ""
         return TransportLostError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
     return TransportLostError(1006, f"HTTP {status}" if status else str(error) or repr(error))

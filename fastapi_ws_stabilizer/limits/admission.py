@@ -14,14 +14,18 @@ import random
 from collections.abc import Collection, Iterable
 from typing import Final
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, TooManyConnectionsError
-from fastapi_ws_stabilizer.limits.rate import Rate, RateTable
+from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, RetryQueue
 
 RETRY_WHEN_FULL: Final = 5.0
 """Seconds after which a client that found no room may try again, on average: half of that to half as much again."""
 
 COME_BACK_AFTER: Final = 1.0
 """Seconds after which a client of a server that stops may come back at the earliest: another one is there by then."""
+
+BACK_PER_SECOND: Final = 100.0
+"""How many that found no room are asked back in a second."""
 
 MIN_LOBBY: Final = 16
 LOBBY: Final = 0.1
@@ -128,6 +132,21 @@ class _Tally:
             self._counts.pop(key, None)
 
 
+class _DialRate:
+    """How often clients may dial, and when those that are refused may try again."""
+
+    __slots__ = ("_dials", "_queue")
+
+    def __init__(self, per_second: float, max_keys: int) -> None:
+        self._dials = RateTable(Rate(per_second, max(1.0, per_second)), max_keys)
+        self._queue = RetryQueue(per_second, max_keys)
+
+    def take(self, key: str, now: float) -> float:
+        """0.0 if one more may dial; otherwise the seconds after which it is its turn."""
+        wait = self._dials.take(key, 1.0, now)
+        return self._queue.wait(key, wait, now) if wait else 0.0
+
+
 class Admission:
     """Counts connections, and those that are on their way to be one.
 
@@ -158,8 +177,9 @@ class Admission:
         self._of_client = _Tally(max_per_client)
         self._from_address = _Tally(max_per_address)
         self._knocking_from = _Tally(max_per_address)
-        self._rate = None if rate is None else RateTable(_burst(rate), 1)
-        self._rates = None if rate_per_address is None else RateTable(_burst(rate_per_address), MAX_ADDRESSES)
+        self._rate = None if rate is None else _DialRate(rate, 1)
+        self._rates = None if rate_per_address is None else _DialRate(rate_per_address, MAX_ADDRESSES)
+        self._retry_when_full = RetryQueue(BACK_PER_SECOND)
         self._max_rates = (rate, rate_per_address)
         self._uncounted = _Uncounted(self, "")
         self.by_address = max_per_address is not None or rate_per_address is not None
@@ -194,9 +214,9 @@ class Admission:
         most = self._from_address.most
         if most is not None and self._from_address.of(address) + self._knocking_from.of(address) >= 2 * most:
             raise self._too_many("max_connections_per_address", most)
-        if self._rates is not None and (wait := self._rates.take(address, 1.0, now)):
+        if self._rates is not None and (wait := self._rates.take(address, now)):
             raise TooManyConnectionsError("max_connect_rate_per_address", self._max_rates[1] or 0, wait)
-        if self._rate is not None and (wait := self._rate.take("", 1.0, now)):
+        if self._rate is not None and (wait := self._rate.take("", now)):
             raise ConnectionLimitExceededError("max_connect_rate", self._max_rates[0] or 0, wait)
         self._knocking += 1
         self._knocking_from.add(address)
@@ -243,7 +263,8 @@ class Admission:
         return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_when_full())
 
     def _full(self) -> ConnectionLimitExceededError:
-        return ConnectionLimitExceededError("max_connections", int(self._max), retry_when_full())
+        wait = retry_when_full() + self._retry_when_full.wait("", 0.0, monotonic())
+        return ConnectionLimitExceededError("max_connections", int(self._max), wait)
 
     @staticmethod
     def _too_many(limit: str, most: int) -> TooManyConnectionsError:
@@ -262,7 +283,3 @@ def retry_after_restart(window: float) -> float:
         window: Seconds that the clients of that server are spread over.
     """
     return COME_BACK_AFTER + random.uniform(0.0, max(1.0, window))  # noqa: S311 (spreads load)
-
-
-def _burst(per_second: float) -> Rate:
-    return Rate(per_second, max(1.0, per_second))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
@@ -144,3 +145,49 @@ class RateTable:
             del self._buckets[first]
         if len(self._buckets) >= self._max_keys:
             self._buckets.popitem(last=False)
+
+
+MAX_QUEUE: Final = 60.0
+"""Seconds over which those who are refused are spread at most."""
+
+
+class RetryQueue:
+    """When refused clients may try again: one after the other, as fast as they can be let in.
+
+    Without that all of them would come back in the same moment, and be refused again.
+
+    Args:
+        per_second: How many come back in a second.
+        max_keys: How many queues there are at most. The one used longest ago makes room.
+    """
+
+    def __init__(self, per_second: float, max_keys: int = 1) -> None:
+        self._step = 1 / per_second
+        self._max_keys = max_keys
+        self._free: OrderedDict[str, float] = OrderedDict()  # the time from which on nobody is expected back
+
+    def __len__(self) -> int:
+        """How many queues there are."""
+        return len(self._free)
+
+    def wait(self, key: str, least: float, now: float) -> float:
+        """Seconds after which one more may try again.
+
+        Args:
+            key: In which queue it stands.
+            least: Seconds that the first one in it waits.
+            now: The time.
+        """
+        free = max(now + least, self._free.pop(key, now))
+        wait = free - now
+        if wait < least + MAX_QUEUE:
+            free += self._step
+        else:  # it is full, so the newest are spread over all of it
+            wait = random.uniform(least, least + MAX_QUEUE)  # noqa: S311 (spreads load)
+        for _ in range(LOOKED_AT):
+            first = next(iter(self._free), None)
+            if first is None or (self._free[first] > now and len(self._free) < self._max_keys):
+                break
+            del self._free[first]
+        self._free[key] = free
+        return wait

@@ -8,6 +8,7 @@ or there are too many of them. Everybody else gets the HTTP answer.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Coroutine
 from http import HTTPStatus
 from typing import Any, Final
@@ -79,12 +80,11 @@ def as_http(error: WebSocketStabilizerError | WebSocketException) -> HTTPExcepti
     """A refusal as the HTTP answer that says the same."""
     if isinstance(error, ConnectionLimitExceededError):
         status = 429 if isinstance(error, TooManyConnectionsError) else 503
-        wait = {"Retry-After": str(max(1, round(error.retry_after)))}
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return HTTPException(status, type(error).close_text, headers=wait)
     if isinstance(error, ShutdownError):
-        return HTTPException(
-            503, type(error).close_text, headers={"Retry-After": str(max(1, round(error.retry_after)))}
-        )
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return HTTPException(503, type(error).close_text, headers=wait)
     how = ending_for(error)
     return HTTPException(_STATUS_OF.get(how.code, 403), how.text or None)
 

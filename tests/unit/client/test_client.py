@@ -325,7 +325,7 @@ async def test_a_hint_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) ->
         await scene.link.closes(4503, "draining; retry=3471")
         at = now()
         await scene.redialled()
-        assert 3.4 < scene.dials[1] - at < 3.5
+        assert 3.4 < scene.dials[1] - at < 4.1  # the hint, and the part that is chosen at random
 
 
 @virtually

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http
+import re
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
@@ -144,7 +145,7 @@ async def test_message_over_the_limit_is_unreadable_and_not_final() -> None:
         (401, {}, 4401, "HTTP 401"),
         (403, {}, 4403, "HTTP 403"),
         (404, {}, 4404, "HTTP 404"),
-        (429, {"Retry-After": "7"}, 4429, "HTTP 429; retry=7000"),
+        (429, {"Retry-After": "7"}, 4429, r"HTTP 429; retry=7\d\d\d"),
         (503, {"Retry-After": "soon"}, 4503, "HTTP 503"),
         (503, {}, 4503, "HTTP 503"),
         (500, {}, 1006, "HTTP 500"),
@@ -163,7 +164,8 @@ async def test_a_refused_handshake_is_a_close_code(
     async with served(echo, process_request=refuse) as url:
         with pytest.raises(TransportLostError) as caught:
             await with_deadline(dialler({"proxy": None})(url, [SUBPROTOCOL]))
-    assert (caught.value.code, caught.value.reason) == (code, reason)
+    assert caught.value.code == code
+    assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
 
 
 async def test_a_server_that_is_not_there_is_a_lost_connection() -> None:

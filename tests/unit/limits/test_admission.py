@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import settings
@@ -38,7 +40,7 @@ def test_as_many_as_may_be_are_inside() -> None:
         enter(admission, "cem")
     assert type(refused.value) is ConnectionLimitExceededError
     assert (refused.value.limit, refused.value.most) == ("max_connections", 2)
-    assert 0.5 * RETRY_WHEN_FULL <= refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL
+    assert 0.5 * RETRY_WHEN_FULL <= refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
     assert len(admission) == 2
 
 
@@ -422,3 +424,46 @@ class Counts(RuleBasedStateMachine):
 
 TestCounts = Counts.TestCase
 TestCounts.settings = settings(max_examples=60, stateful_step_count=60)
+
+
+@pytest.mark.parametrize("option", ["rate", "rate_per_address"])
+def test_refused_dials_are_told_different_times(option: str) -> None:
+    """Those that come too often are asked back one after the other, over the time that the rate needs for all."""
+    admission = Admission(**{option: 10.0})
+    told = []
+    for number in range(120):
+        now = 100.0 + number * 1e-4
+        try:
+            admission.knock("1.1.1.1", now)
+        except (ConnectionLimitExceededError, TooManyConnectionsError) as refused:
+            told.append(now + refused.retry_after)
+    assert len(told) == 110
+    assert min(after - before for before, after in pairwise(told)) > 0.09
+    assert told[-1] == pytest.approx(111.0, abs=0.2)
+    for when in told:  # each of them comes when it was told, and is let in
+        admission.knock("1.1.1.1", when)
+
+
+def test_refused_dials_of_one_address_delay_no_other() -> None:
+    """Each address has a queue of its own, and an empty queue is forgotten."""
+    admission = Admission(rate_per_address=1.0)
+    for _ in range(50):
+        with contextlib.suppress(TooManyConnectionsError):
+            admission.knock("1.1.1.1", 0.0)
+    admission.knock("2.2.2.2", 0.0)
+    with pytest.raises(TooManyConnectionsError) as refused:
+        admission.knock("2.2.2.2", 0.0)
+    assert refused.value.retry_after == pytest.approx(1.0)
+
+
+def test_clients_without_room_are_told_times_that_spread_them() -> None:
+    """Of those that find no room no more than a hundred are asked back in each second."""
+    admission = Admission(max_connections=1)
+    told = []
+    for _ in range(3000):
+        try:
+            admission.knock("1.1.1.1", 0.0)
+        except ConnectionLimitExceededError as refused:
+            told.append(refused.retry_after)
+    assert max(told) > 25
+    assert max(Counter(round(wait) for wait in told).values()) < 200

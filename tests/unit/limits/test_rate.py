@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.rate import MIN_WAIT, Rate, RateTable, TokenBucket
+from fastapi_ws_stabilizer.limits.rate import MIN_WAIT, Rate, RateTable, RetryQueue, TokenBucket
 
 RATE = Rate(per_second=2.0, burst=10.0)
 
@@ -307,3 +307,24 @@ def test_a_table_is_never_too_big(steps: list[tuple[int, float, float]], max_key
         now += passed
         assert (table.take(str(sender), cost, now) == math.inf) == (cost > RATE.burst)
         assert 1 <= len(table) <= max_keys
+
+
+def test_retry_queue_is_bounded() -> None:
+    """No wait grows beyond a minute, however many wait, and the newest are spread over all of it."""
+    queue = RetryQueue(1.0)
+    waits = [queue.wait("", 0.5, 0.0) for _ in range(2000)]
+    assert waits[:60] == [0.5 + number for number in range(60)]
+    assert max(waits) <= 60.5
+    assert len({round(wait) for wait in waits[60:]}) > 50
+    assert queue.wait("", 0.5, 1000.0) == 0.5, "the queue is empty after that time"
+
+
+def test_retry_queues_are_few() -> None:
+    """Empty queues are forgotten, and the one used longest ago makes room for one more."""
+    queue = RetryQueue(1.0, max_keys=10)
+    for number in range(100):
+        queue.wait(f"{number}", 1.0, 0.0)
+    assert len(queue) == 10
+    for number in range(100, 110):
+        queue.wait(f"{number}", 1.0, 100.0)
+    assert len(queue) <= 10

@@ -58,9 +58,9 @@ FULL = ConnectionLimitExceededError("max_connections", 10, 4.2)
 MANY = TooManyConnectionsError("max_connections_per_address", 10, 4.2)
 
 STATUSES: dict[str, tuple[Any, int, str, str | None]] = {
-    "full": (FULL, 503, "the server is full", "4"),
+    "full": (FULL, 503, "the server is full", "5"),
     "at once": (ConnectionLimitExceededError("max_connect_rate", 10, 0.01), 503, "the server is full", "1"),
-    "too many": (MANY, 429, "too many connections", "4"),
+    "too many": (MANY, 429, "too many connections", "5"),
     "draining": (ShutdownError(), 503, ShutdownError.close_text, "1"),
     "origin": (OriginNotAllowedError("foreign"), 403, "origin not allowed", None),
     "token": (InvalidTokenError("used"), 401, "invalid reconnect token", None),
@@ -121,7 +121,7 @@ async def test_who_is_accepted_to_be_told(error: Exception, policy: str, who: di
 ANSWERS: dict[str, tuple[Exception, int, bytes, dict[bytes, bytes]]] = {
     "text": (HTTPException(401, "bad token", {"X-Why": "no"}), 401, b'{"detail":"bad token"}', {b"x-why": b"no"}),
     "json": (HTTPException(409, {"why": ["no"]}), 409, b'{"detail":{"why":["no"]}}', {}),
-    "full": (FULL, 503, b'{"detail":"the server is full"}', {b"retry-after": b"4"}),
+    "full": (FULL, 503, b'{"detail":"the server is full"}', {b"retry-after": b"5"}),
     "no body": (HTTPException(304), 304, b"", {}),
     "no JSON": (HTTPException(403, "not \ud800", {"X-Why": "no"}), 403, b'{"detail":"Forbidden"}', {b"x-why": b"no"}),
 }
