@@ -169,7 +169,8 @@ class Dispatcher:
         self._reports.totals.bad_messages += 1
         connection.bad_messages += 1
         connection.tell("bad_message", logging.INFO, code=problem.code)
-        if self._max_bad is not None and connection.bad_messages > self._max_bad:
-            connection.end(DisconnectReason.POLICY, text="too many bad messages")
-        else:
+        over = self._max_bad is not None and connection.bad_messages > self._max_bad
+        if not over or message is not None:  # what was accepted is answered in any case
             self._answer_error(connection, message, problem.code, problem.message)
+        if over:
+            connection.end(DisconnectReason.POLICY, text="too many bad messages")

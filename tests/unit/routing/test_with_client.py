@@ -547,3 +547,15 @@ def test_send_of_a_refused_message_fails(event: str, code: str) -> None:
             assert (caught.value.code, caught.value.event) == (code, event)
 
     play()
+
+
+@virtually
+async def test_request_that_is_one_bad_message_too_many_is_answered() -> None:
+    """The request that ends a connection after `max_bad_messages` is answered before the close frame."""
+    async with World(max_bad_messages=1) as world, world.client() as client:
+        for _ in range(2):
+            with pytest.raises(RequestError, match="unknown_type"):
+                await client.request("nothing")
+        await soon()
+        assert client.closed is not None
+        assert client.closed.code == 1008
