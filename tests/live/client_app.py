@@ -1,0 +1,44 @@
+"""The app of the tests of the Python client: a handler passes things on, one fails, one throws clients out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+
+manager = WebSocketConnectionManager(WebSocketConfig(max_message_rate=100, max_message_burst=100))
+app = FastAPI(lifespan=manager.lifespan)
+
+heard: dict[str, list[Any]] = {}
+
+
+@manager.on_message("say")
+async def say(ws: StableSocket, message: Any) -> None:
+    heard.setdefault(ws.client_id, []).append(message)
+
+
+@manager.on_message("relay")
+async def relay(ws: StableSocket, message: dict[str, Any]) -> None:
+    await manager.broadcast({"type": "relayed", "doc": message}, exclude=ws)
+
+
+@manager.on_message("divide")
+async def divide(ws: StableSocket, message: int) -> float:
+    return 1 / message
+
+
+@manager.on_message("leave")
+async def leave(ws: StableSocket) -> None:
+    await ws.close(4403, "banned")
+
+
+@app.get("/heard/{client_id}")
+async def what_was_heard(client_id: str) -> list[Any]:
+    return heard.get(client_id, [])
+
+
+@app.websocket("/ws/{client_id}")
+async def endpoint(ws: StableSocketDep) -> None:
+    await ws.run()

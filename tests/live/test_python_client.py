@@ -1,0 +1,51 @@
+"""What the Python client promises, on each real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect as plain_connect
+
+from fastapi_ws_stabilizer.client import ClosedError, RefusedError, RequestError, connect
+from tests.live.server import SERVERS, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+APP = "tests.live.client_app:app"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_client_loses_nothing_and_learns_what_was_refused(serve: Serve, kind: str) -> None:
+    """Leaving flushes, the rate delays, bugs answer, refusals are named, and a stranger's data ends nothing."""
+    server = serve(kind, app=APP)
+    async with connect(server.url("/ws/cron")) as client:
+        sent = [client.send(number, event="say") for number in range(150)]
+    assert [one.exception() for one in sent] == [None] * 150
+    assert server.get("/heard/cron") == list(range(150))
+
+    async with connect(server.url("/ws/ann")) as client:
+        document: Any = "x"
+        for _ in range(62):
+            document = [document]
+        async with plain_connect(server.url("/ws/stranger")) as stranger:
+            await stranger.send(json.dumps({"type": "relay", "doc": document}))
+            message = await asyncio.wait_for(anext(client), 5)
+            assert (message.event, message.data["doc"]["doc"]) == ("relayed", document)
+        with pytest.raises(RefusedError, match="unknown_type"):
+            await asyncio.wait_for(client.send(1, event="nothing"), 5)
+        with pytest.raises(RequestError, match="handler_failed"):
+            await asyncio.wait_for(client.request("divide", 0), 5)
+        await until(lambda: client.state == "open")
+        assert await client.request("divide", 2) == 0.5
+
+        client.send(None, event="leave")
+        with pytest.raises(ClosedError, match="banned"):
+            await asyncio.wait_for(anext(client), 5)
+        assert client.closed is not None
+        assert client.closed.code == 4403
+    bugs = [line for line in server.errors() if "ZeroDivisionError" not in line]
+    assert len(bugs) <= 1, bugs
