@@ -440,14 +440,17 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         In the task that has registered a connection under this client id it means that one and never a newer one, and
         is quiet if that is over already.
 
+        A client that is away is treated as connected: its session, or what is kept for its reconnect token, ends, and
+        it is closed with this code when it comes back for that.
+
         Raises:
-            ConnectionNotFoundError: No such client is connected.
+            ConnectionNotFoundError: No such client is connected or away.
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
         self._serving.delivery.check_loop()
         connections = self._serving.meant(client_id)
-        away = [] if self._serving.own_connection(client_id) else self._serving.sessions.away_of(client_id)
+        away = [] if self._serving.own_connection(client_id) else self._serving.resumption.away_of(client_id)
         if not connections and not away:
             raise ConnectionNotFoundError(client_id)
         ending: list[Any] = [*connections, *away]

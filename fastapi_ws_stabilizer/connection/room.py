@@ -16,17 +16,20 @@ from fastapi_ws_stabilizer.wire.payload import encode
 
 
 class Room:
-    """A name, and whoever is there when you look. It needs no creating, and is gone when the last one leaves.
+    """A name, and the clients that are there when you look. It needs no creating, and ends when the last one leaves.
+
+    A client that is away, and may come back to its session or with its reconnect token, is in the room as others are.
 
     Attributes:
         name: Its name.
     """
 
-    __slots__ = ("_delivery_now", "name")
+    __slots__ = ("_delivery_now", "_history", "name")
 
-    def __init__(self, name: str, delivery: Callable[[], Delivery[Connection]]) -> None:
+    def __init__(self, name: str, delivery: Callable[[], Delivery[Connection]], *, history: bool = True) -> None:
         check_room_name(name)
         self.name = name
+        self._history = history  # whether what is sent by this object is remembered where the call does not say
         self._delivery_now = delivery  # not the delivery: a manager that is started anew has another one
 
     def __repr__(self) -> str:
@@ -40,25 +43,27 @@ class Room:
         return self._delivery.rooms.count(self.name)
 
     def __bool__(self) -> bool:
-        return self.name in self._delivery.rooms
+        """Whether a client is in the room, is away, or is expected back there."""
+        return self._delivery.room_exists(self.name)
 
     def __contains__(self, whom: object) -> bool:
-        """Whether a socket, or a connection of a client id, is in the room now."""
-        delivery = self._delivery
+        """Whether a socket, or a client id with any of its connections, is in the room now, present or away."""
         if isinstance(whom, StableSocket):
-            return self.name in delivery.rooms.of(whom._connection.member)
-        connections = delivery.registry.of_client(whom) if isinstance(whom, str) else ()
-        return any(self.name in delivery.rooms.of(connection.member) for connection in connections)
+            return self.name in self._delivery.rooms.of(whom._connection.member)
+        return isinstance(whom, str) and self._delivery.is_in(whom, self.name)
 
     @property
     def members(self) -> list[StableSocket]:
-        """The connections in the room, in the order in which they joined. Who is away is in it, and is not here."""
-        return [member.face for member in self._delivery.rooms.members(self.name) if member.here]
+        """The sockets of all members, in the order in which they joined.
+
+        The socket of a member that is away is its last one, and is `closed`. `send` reaches its session all the same.
+        """
+        return [member.face for member in self._delivery.rooms.members(self.name)]
 
     @property
     def clients(self) -> list[str]:
-        """The ids of the clients that are present, each once."""
-        return [who.client_id for who in self.presence]
+        """The ids of the clients in the room, each once: those that are present, then those that are away."""
+        return self._delivery.clients_in(self.name)
 
     @property
     def presence(self) -> list[Presence]:
@@ -78,23 +83,50 @@ class Room:
         return self._delivery.describe(client_id, self.name, metadata)
 
     async def send(
-        self, message: Any, *, exclude: Any = None, coalesce_key: Any = None, volatile: bool = False
+        self,
+        message: Any,
+        *,
+        exclude: Any = None,
+        coalesce_key: Any = None,
+        volatile: bool = False,
+        history: bool | None = None,
     ) -> BroadcastResult:
-        """Queue a message for everybody in the room. As `manager.broadcast(message, room=name)`.
+        """Queue a message for all members of the room. As `manager.broadcast(message, room=name)`.
 
-        Slow clients never make it raise.
+        Args:
+            message: `str`, bytes, or anything that can be JSON.
+            exclude: Who does not get it: a client id, a socket, or several of them.
+            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
+            history: Whether the room remembers it for newcomers (`room_history`). When left out it does, except for
+                what `on_join` and `on_leave` send with the room that they are given.
         """
-        return await self._delivery.broadcast(encode(message, coalesce_key, volatile=volatile), self.name, exclude)
+        frame = encode(message, coalesce_key, volatile=volatile)
+        kept = self._history if history is None else history
+        return await self._delivery.broadcast(frame, self.name, exclude, history=kept)
+
+    async def remove(self, client_id: str) -> bool:
+        """Take a client out of the room, with all its connections, present or away. They stay open.
+
+        Its presence ends at once. Needs no waiting: it is awaitable so that it can become so where rooms span several
+        processes.
+
+        Returns:
+            Whether it was in the room, or expected back there.
+        """
+        return self._delivery.remove_client(client_id, self.name)
 
     async def close(self) -> int:
-        """Let everybody leave the room; connections stay open. Return how many connections were in it.
+        """Take all members out of the room, those that are away too; connections stay open. Return how many there were.
 
         Cancelling leaves the others in.
         """
         return await self._delivery.empty_room(self.name)
 
     async def disconnect(self, code: int = 1000, reason: str = "") -> int:
-        """Close the connections of everybody in the room, and return how many. Waits for none of them.
+        """Close the connections of all members, and return how many there were. Waits for none of them.
+
+        What is kept of a member that is away ends, and its client is closed with this code when it comes back.
 
         Cancelling leaves the others connected.
 

@@ -36,8 +36,8 @@ class Services(Protocol):
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that a connection is in, or was in when it ended."""
 
-    def history(self, connection: Connection, room: str, count: int) -> None:
-        """Send the last messages of a room to a connection."""
+    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
+        """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
 
     def address_of(self, connection: Connection) -> str:
         """Where the client of a connection comes from."""
@@ -248,7 +248,8 @@ class StableSocket(SocketFacts):
             room: Its name. It is made by the first who joins.
             metadata: What the others see of this client in the room: a name, a colour, a status.
             history: How many of the room's last messages are sent to this connection first, as far as the room
-                remembers them (`room_history`).
+                remembers them (`room_history`). Only a newcomer gets them: a member that joins again gets none. A plain
+                client that is back in its rooms with a reconnect token gets what was said since it left.
 
         Raises:
             TypeError: The metadata is no mapping.
@@ -259,9 +260,10 @@ class StableSocket(SocketFacts):
             NotOpenError: The connection is not accepted yet.
         """
         await self._connection.still_open()
+        newcomer = history > 0 and room not in self._services.rooms_of(self._connection)
         roster = self._services.join(self._connection, room, metadata)
         if history > 0:
-            self._services.history(self._connection, room, history)
+            self._services.history(self._connection, room, history, newcomer=newcomer)
         return roster
 
     async def leave(self, room: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
@@ -45,7 +46,7 @@ class Delivery(Generic[M]):
         joined: Told of a client that has come to a room.
         left: Told of a client that has gone from one.
         wanted: Whether anybody wants to be told.
-        away_of: The sessions of a client that is away.
+        away_of: The sessions of a client that are away, and what is kept of its plain connections.
         ledger: Where presence metadata is counted.
 
     Attributes:
@@ -75,14 +76,22 @@ class Delivery(Generic[M]):
         self._history = History(config.room_history, config.room_history_max_age)
         self.registry: Registry[M] = Registry(config.num_shards)
         self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
-        self.presence = PresenceBoard(grace=config.presence_grace, joined=joined, left=left, wanted=wanted, tasks=tasks)
+        self.presence = PresenceBoard(
+            grace=config.presence_grace,
+            joined=joined,
+            left=left,
+            wanted=wanted,
+            tasks=tasks,
+            emptied=self.end_if_empty,
+        )
         self._descriptions = Descriptions(Ledger() if ledger is None else ledger)
+        self._away_since: dict[str, dict[str, float]] = {}  # connection id → rooms of which it has missed something
         self.check_loop = turns.check_loop
 
     # ── sending ──
 
     async def broadcast(
-        self, frame: Frame, rooms: str | Iterable[str] | None = None, exclude: Any = None
+        self, frame: Frame, rooms: str | Iterable[str] | None = None, exclude: Any = None, *, history: bool = True
     ) -> BroadcastResult:
         """Queue a frame for everybody, or for the members of some rooms, each once.
 
@@ -90,6 +99,7 @@ class Delivery(Generic[M]):
             frame: What to send.
             rooms: Names of rooms, or the name of one; everybody when left out.
             exclude: Who does not get it: a client id, a socket, or several of them.
+            history: Whether the rooms remember it.
 
         Raises:
             TypeError: `exclude` is nothing of that kind.
@@ -106,10 +116,13 @@ class Delivery(Generic[M]):
         check_size(frame)
 
         def audience() -> tuple[Iterable[Sequence[Mailbox]], frozenset[str]]:
-            for room in () if rooms is None else (rooms,) if isinstance(rooms, str) else rooms:
-                self._history.add(room, frame)
+            excluded = self.connections_of(exclude)
+            if rooms is not None and history and self._history.enabled:
+                hidden = excluded | _client_ids_in(exclude)
+                for room in (rooms,) if isinstance(rooms, str) else rooms:
+                    self._history.add(room, frame, hidden)
             groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
-            return groups, self.connections_of(exclude)
+            return groups, excluded
 
         return await self._fan_out.send(frame, audience)
 
@@ -167,10 +180,12 @@ class Delivery(Generic[M]):
             check_room_name(room)
             self._descriptions.put(member, room, metadata)
         try:
-            self.rooms.join(member, room)
+            newcomer = self.rooms.join(member, room)
         except RoomLimitError:
             self._descriptions.let_go(member.connection_id, room)
             raise
+        if newcomer:
+            self._history.begin(room)
         if metadata is not None:
             self._is_described_by(member.connection_id, room, member.client_id)
         self.presence.enter(room, member.client_id, member.connection_id, metadata)
@@ -195,24 +210,74 @@ class Delivery(Generic[M]):
             if other != connection_id:
                 self._descriptions.let_go(other, room)
 
-    def _leaves(self, member: M, room: str, *, at_once: bool) -> None:
-        """A member has left a room: if other connections of its client are there, they go on with its description."""
-        self.presence.leave(room, member.client_id, member.connection_id, at_once=at_once)
+    def _leaves(self, member: M, room: str, *, at_once: bool) -> bool:
+        """A member has left a room: if other connections of its client are there, they go on with its description.
+
+        Returns:
+            Whether it was present there, and not away.
+        """
+        was_here = self.presence.leave(room, member.client_id, member.connection_id, at_once=at_once)
         heir = next(iter(self.presence.connections(room, member.client_id)), None)
         self._descriptions.let_go(member.connection_id, room, heir)
+        return was_here
 
-    def recall(self, member: M, room: str, count: int) -> None:
-        """Send a member the last messages of a room."""
-        for frame in self._history.last(room, count):
+    def recall(self, member: M, room: str, count: int, *, newcomer: bool) -> None:
+        """Send a member the last messages of a room: a newcomer all of them, others what they have missed, once.
+
+        Only a plain connection whose client came back with a token has missed something: a session gets what it missed
+        by itself.
+        """
+        since = -math.inf if newcomer else self._away_since.get(member.connection_id, {}).pop(room, math.inf)
+        for frame in self._history.last(room, count, (member.client_id, member.connection_id), since):
             member.outbox.offer(again(frame))
         member.outbox.flush()
+
+    def has_missed(self, member: M, rooms: Iterable[str], since: float) -> None:
+        """The client of a connection was away since a moment: it has missed what was said in these rooms."""
+        if self._history.enabled and (missed := dict.fromkeys(rooms, since)):
+            self._away_since[member.connection_id] = missed
+
+    def end_if_empty(self, room: str) -> None:
+        """End a room, and forget what was said in it, if no client is in it or expected back."""
+        if not self.room_exists(room):
+            self._history.end(room)
 
     def leave(self, member: M, room: str) -> bool:
         """Take a connection out of a room; `False` if it is not in."""
         if not self.rooms.leave(member, room):
             return False
         self._leaves(member, room, at_once=True)
+        if room not in self.rooms:
+            self.end_if_empty(room)
         return True
+
+    def remove_client(self, client_id: str, room: str) -> bool:
+        """Take a client out of a room, with all its connections and sessions; `False` if it is neither in nor expected.
+
+        It is not expected back there any more.
+        """
+        self.check_loop()
+        here = [connection.member for connection in self.registry.of_client(client_id)]
+        left = [self.leave(member, room) for member in (*here, *self._away_of(client_id))]
+        return self.presence.give_up(room, client_id) or any(left)
+
+    def is_in(self, client_id: str, room: str) -> bool:
+        """Whether a connection or session of a client is in a room."""
+        here = [connection.member for connection in self.registry.of_client(client_id)]
+        return any(room in self.rooms.of(member) for member in (*here, *self._away_of(client_id)))
+
+    def room_exists(self, room: str) -> bool:
+        """Whether a member is in a room, or a client is expected back there."""
+        return room in self.rooms or self.presence.is_present(room)
+
+    def room_names(self) -> list[str]:
+        """The rooms that exist: those with members, oldest first, then those where clients are only expected back."""
+        return list(dict.fromkeys((*self.rooms.names(), *self.presence.rooms())))
+
+    def clients_in(self, room: str) -> list[str]:
+        """The ids of the clients in a room, each once: those that are present first, then those that are away."""
+        present = [who.client_id for who in self.presence.present(room)]
+        return list(dict.fromkeys((*present, *(member.client_id for member in self.rooms.members(room)))))
 
     async def empty_room(self, room: str) -> int:
         """Let everybody leave a room, those who are expected back included; return how many connections were in it."""
@@ -247,7 +312,7 @@ class Delivery(Generic[M]):
         try:
             self.registry.remove_mailbox(session.outbox, session.shard)
         finally:
-            self._leave_rooms(session)
+            self.leave_rooms(session)
 
     def described(self, member: M) -> dict[str, Mapping[str, Any]]:
         """The rooms of a member, and how its client is described in each."""
@@ -270,18 +335,33 @@ class Delivery(Generic[M]):
             gone = not self.presence.knows(room, session.client_id)
             self.presence.enter(room, session.client_id, session.connection_id, described.get(room) if gone else None)
 
+    def keep_rooms(self, member: M, left: M) -> None:
+        """Leave the rooms of a plain connection that is ending to what is kept of it. It is present for the grace."""
+        rooms = self.rooms.of(member)
+        self.rooms.hand_over(member, left)
+        self._leave_presence(member, rooms, final=False)
+
     def remove(self, member: M) -> None:
         """Take a connection that is over out of everything that it was in by itself."""
+        self._away_since.pop(member.connection_id, None)
         try:
             self.registry.remove(member, mailbox=member.member is member)
         finally:
-            self._leave_rooms(member)
+            self.leave_rooms(member)
 
-    def _leave_rooms(self, member: M) -> None:
+    def leave_rooms(self, member: M) -> None:
+        """Take a member that is over out of its rooms."""
+        self._leave_presence(member, self.rooms.leave_all(member), final=_is_final(member.ending))
+
+    def _leave_presence(self, member: M, rooms: Iterable[str], *, final: bool) -> None:
         failure: Exception | None = None
-        for room in self.rooms.leave_all(member):
+        for room in rooms:
             try:
-                self._leaves(member, room, at_once=_is_final(member.ending))
+                was_here = self._leaves(member, room, at_once=final)
+                if final and not was_here:  # it was away, and is not expected back any more
+                    self.presence.give_up(room, member.client_id)
+                if room not in self.rooms:
+                    self.end_if_empty(room)
             except Exception as error:  # the other rooms must not keep it
                 failure = error
         self._descriptions.let_go_all(member.connection_id)
@@ -291,6 +371,13 @@ class Delivery(Generic[M]):
     def stop(self) -> None:
         """Say nothing more about who is where."""
         self.presence.close()
+
+
+def _client_ids_in(whom: Any) -> frozenset[str]:
+    """The client ids among what `exclude` may be."""
+    if isinstance(whom, str):
+        return frozenset((whom,))
+    return frozenset().union(*map(_client_ids_in, whom)) if isinstance(whom, Iterable) else frozenset()
 
 
 def _is_final(how: Ending | None) -> bool:

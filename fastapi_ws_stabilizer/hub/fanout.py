@@ -29,7 +29,7 @@ class BroadcastResult:
         failed: Connections that it could not be queued for: they were over, or ended because they were too slow.
         errors: Client id and reason of each failure.
         dropped: Messages that the policy for slow clients threw away to make room, or this one where it found none.
-        missed: Clients that are away, and to whom a volatile message is worth nothing later.
+        missed: Clients that are away and do not get it later: plain ones, and all where the message is volatile.
         slow: Connections that lag: more than half of their outbox is used and they take nothing, or it overflowed.
     """
 

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from typing import Final
+from collections.abc import Collection
+from typing import Final, NamedTuple
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.payload import Frame
 
 MAX_BYTES: Final = 1024 * 1024
-"""Bytes of messages that one room remembers at most."""
+"""Bytes of messages that one room remembers at most, with the names of those that they were not for."""
 
 MAX_ROOMS: Final = 10_000
 """Rooms that are remembered at most. The one in which nothing was said for longest goes first."""
 
+NAME_BYTES: Final = 64
+"""What a name beside a message counts."""
 
-class _Said:
+
+class _Said(NamedTuple):
+    """One message: when it was sent, and to which clients and connections it was not."""
+
+    at: float
+    frame: Frame
+    excluded: frozenset[str]
+
+    @property
+    def size(self) -> int:
+        return self.frame.size + NAME_BYTES * len(self.excluded)
+
+
+class _Room:
     """What was said in one room."""
 
-    __slots__ = ("bytes", "messages")
+    __slots__ = ("bytes", "ended", "messages")
 
     def __init__(self) -> None:
-        self.messages: deque[tuple[float, Frame]] = deque()
+        self.messages: deque[_Said] = deque()
         self.bytes = 0
+        self.ended: float | None = None  # when its last member has left, if none has come since
 
     def drop_first(self) -> None:
-        self.bytes -= self.messages.popleft()[1].size
+        self.bytes -= self.messages.popleft().size
+
+    def latest(self) -> float:
+        """When something happened in it last."""
+        return self.messages[-1].at if self.messages else -math.inf if self.ended is None else self.ended
 
 
 class History:
-    """The last messages of each room. A room that is empty is remembered as long as its messages are.
+    """The last messages of each room, until the room ends.
+
+    What is sent to a room before its first member comes is remembered for that one. What is sent to one that has ended
+    is not, for as long as a message would be remembered.
 
     Args:
         max_messages: Messages of one room; 0 remembers nothing.
@@ -39,43 +64,81 @@ class History:
     __slots__ = ("_max_age", "_max_messages", "_rooms")
 
     def __init__(self, max_messages: int, max_age: float) -> None:
-        self._max_messages = max_messages
         self._max_age = max_age
-        self._rooms: OrderedDict[str, _Said] = OrderedDict()  # the one in which somebody spoke last comes last
+        self._max_messages = max_messages
+        self._rooms: OrderedDict[str, _Room] = OrderedDict()  # the one in which something happened last comes last
 
     def __len__(self) -> int:
         """How many rooms are remembered."""
         return len(self._rooms)
 
-    def add(self, room: str, frame: Frame) -> None:
-        """Remember a message."""
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is remembered."""
+        return self._max_messages > 0
+
+    def add(self, room: str, frame: Frame, excluded: frozenset[str] = frozenset()) -> None:
+        """Remember a message.
+
+        Args:
+            room: The room.
+            frame: The message.
+            excluded: The ids of the clients and connections that it was not for.
+        """
         if not self._max_messages or frame.volatile:
             return
         now = monotonic()
         said = self._rooms.get(room)
+        if said is not None and said.ended is not None:
+            if now - said.ended < self._max_age:
+                return
+            said = None
         if said is None:
-            said = self._rooms[room] = _Said()
+            said = self._rooms[room] = _Room()
         self._rooms.move_to_end(room)
-        said.messages.append((now, frame))
-        said.bytes += frame.size
+        said.messages.append(_Said(now, frame, excluded))
+        said.bytes += said.messages[-1].size
         while len(said.messages) > self._max_messages or (len(said.messages) > 1 and said.bytes > MAX_BYTES):
             said.drop_first()
         self._forget_silent(now - self._max_age)
 
-    def last(self, room: str, count: int) -> list[Frame]:
-        """The last messages of a room, at most `count`, oldest first."""
+    def last(self, room: str, count: int, names: Collection[str] = (), since: float = -math.inf) -> list[Frame]:
+        """The last messages of a room, at most `count`, oldest first.
+
+        Args:
+            room: The room.
+            count: How many.
+            names: The ids of the client and the connection that they are for: messages that excluded one are left out.
+            since: The moment after which they were sent, on the monotonic clock.
+        """
         said = self._rooms.get(room)
         if said is None or count <= 0:
             return []
         oldest = monotonic() - self._max_age
-        while said.messages and said.messages[0][0] < oldest:
+        while said.messages and said.messages[0].at < oldest:
             said.drop_first()
-        return [frame for _, frame in list(said.messages)[-count:]]
+        found = [one.frame for one in said.messages if one.at >= since and one.excluded.isdisjoint(names)]
+        return found[-count:]
+
+    def begin(self, room: str) -> None:
+        """A member has come to a room."""
+        said = self._rooms.get(room)
+        if said is not None and said.ended is not None:
+            del self._rooms[room]
+
+    def end(self, room: str) -> None:
+        """The last member of a room has left: forget what was said in it."""
+        if not self._max_messages:
+            return
+        said = self._rooms[room] = _Room()
+        said.ended = monotonic()
+        self._rooms.move_to_end(room)
+        self._forget_silent(said.ended - self._max_age)
 
     def _forget_silent(self, oldest: float) -> None:
-        """Forget rooms in which nothing was said since."""
+        """Forget rooms in which nothing has happened since."""
         while self._rooms:
             said = next(iter(self._rooms.values()))
-            if len(self._rooms) <= MAX_ROOMS and said.messages and said.messages[-1][0] >= oldest:
+            if len(self._rooms) <= MAX_ROOMS and said.latest() >= oldest:
                 break
             self._rooms.popitem(last=False)

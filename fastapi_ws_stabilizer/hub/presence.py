@@ -177,6 +177,7 @@ class PresenceBoard:
         left: Called when a client has gone; the same holds.
         wanted: Whether anybody listens, asked at each arrival. A client that has come unsaid goes unsaid.
         tasks: Where the tasks that call `joined` and `left` are made.
+        emptied: Called, without waiting, when no client is in a room or expected back there any more.
     """
 
     def __init__(
@@ -187,12 +188,14 @@ class PresenceBoard:
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
         tasks: TaskSet,
+        emptied: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._grace = grace
         self._joined = joined
         self._left = left
         self._wanted = wanted
         self._tasks = tasks
+        self._emptied = emptied
         # What a room says must not carry the context variables of the one connection that happened to come first.
         self._context = contextvars.copy_context()
         self._rooms: dict[str, _Room] = {}
@@ -232,8 +235,8 @@ class PresenceBoard:
             if metadata is not None:
                 person.metadata = metadata
 
-    def leave(self, room: str, client_id: str, connection_id: str, *, at_once: bool) -> None:
-        """A connection of a client has left a room; nothing happens if it was not in.
+    def leave(self, room: str, client_id: str, connection_id: str, *, at_once: bool) -> bool:
+        """A connection of a client has left a room; `False`, and nothing happens, if it was not in.
 
         Args:
             room: The room.
@@ -243,7 +246,7 @@ class PresenceBoard:
         """
         person = self._find(room, client_id)
         if person is None or connection_id not in person.connections:
-            return
+            return False
         person.room.about_to_change(person)
         person.connections.discard(connection_id)
         now = monotonic()
@@ -252,21 +255,28 @@ class PresenceBoard:
         elif self._grace <= 0:
             at_once = True
         if person.connections:
-            return
+            return True
         if at_once and person.expected_until <= now:
             self._depart(person, now)
         else:
             self._graces[person] = now + self._grace
             self._arm()
+        return True
+
+    def give_up(self, room: str, client_id: str) -> bool:
+        """Expect a client back in a room no more; `False` if it was not expected, or is there."""
+        person = self._find(room, client_id)
+        if person is None or person.connections:
+            return False
+        self._graces.pop(person, None)
+        self._depart(person, monotonic())
+        return True
 
     def give_up_waiting(self, room: str) -> None:
         """Nobody who has left a room is expected back any more."""
         here = self._rooms.get(room)
-        now = monotonic()
-        for person in list(here.people.values()) if here is not None else ():
-            if not person.connections:
-                self._graces.pop(person, None)
-                self._depart(person, now)
+        for client_id in list(here.people) if here is not None else ():
+            self.give_up(room, client_id)
 
     def roster(self, room: str) -> Roster:
         """Who is in a room at this moment."""
@@ -284,6 +294,15 @@ class PresenceBoard:
             return []
         now = monotonic()
         return [person.look(now) for person in list(here.people.values())]  # which another thread may ask for
+
+    def is_present(self, room: str) -> bool:
+        """Whether a client is in a room, or expected back there."""
+        here = self._rooms.get(room)
+        return here is not None and bool(here.people)
+
+    def rooms(self) -> list[str]:
+        """The rooms in which clients are, or are expected back."""
+        return [name for name, here in self._rooms.items() if here.people]
 
     def knows(self, room: str, client_id: str) -> bool:
         """Whether a client is in a room, or expected back there."""
@@ -333,6 +352,8 @@ class PresenceBoard:
         else:
             room.unsaid.pop(person.client_id, None)
             self._forget_if_idle(room)
+        if not room.people:
+            self._emptied(room.name)
 
     def _forget_if_idle(self, room: _Room) -> None:
         # After close() its name may belong to another room.

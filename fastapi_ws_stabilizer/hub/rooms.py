@@ -83,11 +83,22 @@ class Rooms(Generic[M]):
         return True
 
     def leave_all(self, member: M) -> tuple[str, ...]:
-        """Take a connection out of all its rooms and return their names, in the order in which it joined them."""
-        names = tuple(self._names.pop(member.connection_id, ()))
+        """Take a connection out of all its rooms and return their names, in the order in which it joined them.
+
+        Nothing happens if its place in them was handed over.
+        """
+        names = self.of(member)
+        if names and self._members[names[0]][member.connection_id] is not member:
+            return ()
+        self._names.pop(member.connection_id, None)
         for name in names:
             self._take_out(member.connection_id, name)
         return names
+
+    def hand_over(self, member: M, other: M) -> None:
+        """Put another member with the same connection id in the place of one, in all its rooms."""
+        for name in self.of(member):
+            self._members[name][member.connection_id] = other
 
     def _take_out(self, connection_id: str, name: str) -> None:
         members = self._members[name]

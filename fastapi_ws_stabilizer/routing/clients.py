@@ -48,6 +48,7 @@ class Clients:
         exclude: Any = None,
         coalesce_key: Any = None,
         volatile: bool = False,
+        history: bool = True,
     ) -> BroadcastResult:
         """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
 
@@ -61,6 +62,7 @@ class Clients:
             exclude: Who else does not get it: a client id, a socket, or several of them.
             coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
             volatile: Whether it is worth nothing later: it is not kept for clients that are away.
+            history: Whether the rooms remember it for newcomers, as far as `room_history` says.
 
         Raises:
             MessageEncodeError: The message cannot be encoded; no client got anything.
@@ -69,7 +71,7 @@ class Clients:
         frame = encode(message, coalesce_key, volatile=volatile)
         if exclude_client is not None:
             exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        return await self._serving.delivery.broadcast(frame, room, exclude)
+        return await self._serving.delivery.broadcast(frame, room, exclude, history=history)
 
     def room(self, name: str) -> Room:
         """A room: who is in it, to send to it, to close it. It need not exist.
@@ -80,8 +82,8 @@ class Clients:
         return Room(name, lambda: self._serving.delivery)
 
     def get_rooms(self) -> list[str]:
-        """The names of the rooms that somebody is in, oldest first."""
-        return self._serving.delivery.rooms.names()
+        """The names of the rooms that exist: a client is in them, is away, or is expected back there."""
+        return self._serving.delivery.room_names()
 
     # ── looking ──
 

@@ -33,6 +33,7 @@ class Callee(Protocol):
         exclude: Any = None,
         coalesce_key: Any = None,
         volatile: bool = False,
+        history: bool = True,
     ) -> BroadcastResult:
         """Queue a message for all connections, or for those in a room."""
 
@@ -72,6 +73,7 @@ class FromThread:
         exclude: Any = None,
         coalesce_key: Any = None,
         volatile: bool = False,
+        history: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> BroadcastResult:
         """As `manager.broadcast`, from another thread.
@@ -83,6 +85,7 @@ class FromThread:
             exclude: Who else does not get it: a client id, a socket, or several of them.
             coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
             volatile: Whether it is worth nothing later: it is not kept for clients that are away.
+            history: Whether the rooms remember it for newcomers, as far as `room_history` says.
             timeout: Seconds to wait for the event loop.
 
         Raises:
@@ -91,7 +94,13 @@ class FromThread:
 
         async def broadcast() -> BroadcastResult:
             return await self._manager.broadcast(
-                message, exclude_client, room=room, exclude=exclude, coalesce_key=coalesce_key, volatile=volatile
+                message,
+                exclude_client,
+                room=room,
+                exclude=exclude,
+                coalesce_key=coalesce_key,
+                volatile=volatile,
+                history=history,
             )
 
         return self.run(broadcast, timeout=timeout)

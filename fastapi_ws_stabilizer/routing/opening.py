@@ -39,6 +39,7 @@ from fastapi_ws_stabilizer.routing.identity import fresh_client_id
 from fastapi_ws_stabilizer.routing.leaving import Leaving
 from fastapi_ws_stabilizer.servers.link import offers_link
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
+from fastapi_ws_stabilizer.sessions.left import LeftBehind
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
 from fastapi_ws_stabilizer.tasks import copied
@@ -181,6 +182,8 @@ class Opening(Leaving, Services):
         def lets_in(client_id: str, session: Session | None) -> Exception | None:
             if client_id in visitor.revoked:
                 return WebSocketException(SESSION_OVER, "revoked")
+            if (how := self.sessions.ended_by_application(hello, client_id)) is not None:
+                return WebSocketException(how.code, how.text)
             if self._config.on_duplicate is DuplicatePolicy.REJECT and self._others(client_id, session):
                 return DuplicateClientError(client_id)
             try:
@@ -364,6 +367,10 @@ class Opening(Leaving, Services):
             await self.leave(connection, None)
             raise self._closed(connection)
         session = None if connection.conversation is None else connection.conversation.session
+        if proven and (how := self.resumption.ended_by_application(connection)) is not None:
+            connection.end(how.reason, code=how.code, text=how.text)
+            await self.leave(connection, None)
+            raise self._closed(connection)
         older = self._others(connection.client_id, session)
         policy = self._config.on_duplicate
         if older and policy is DuplicatePolicy.REJECT and not proven:  # else the older one is half-open
@@ -412,8 +419,10 @@ class Opening(Leaving, Services):
             # A client with a session must not come back for it, or two devices would throw each other out for ever.
             code = SESSION_OVER if connection.conversation is not None else None
             connection.end(DisconnectReason.REPLACED, code=code)
-        for away in self.sessions.away_of(client_id):
-            if away is not session:
+        for away in self.resumption.away_of(client_id):
+            if isinstance(away, LeftBehind):
+                away.end(DisconnectReason.REPLACED)
+            elif away is not session:
                 self.sessions.supersede(away)
 
     async def _begin_hooks(self, connection: Connection, session: Session | None) -> None:

@@ -137,10 +137,10 @@ class Passes:
         self._tokens.revoke(client_id)
         self._tickets.revoke(client_id)
         serving = self._serving
-        serving.resumption.forget(client_id)
         serving.door.revoke(client_id)
-        ended: list[Any] = [*serving.registry.of_client(client_id), *serving.sessions.away_of(client_id)]
+        ended: list[Any] = [*serving.registry.of_client(client_id), *serving.resumption.away_of(client_id)]
         for one in ended:
             one.end(DisconnectReason.APPLICATION, code=SESSION_OVER, text=reason)
+        serving.resumption.forget(client_id)
         self.reports.tell("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
         return len(ended)

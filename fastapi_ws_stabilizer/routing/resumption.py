@@ -18,7 +18,7 @@ from typing import Any, Final
 from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_session
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_session, is_final
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.ended import socket_after_end
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -35,6 +35,7 @@ from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.sessions.ended import EndedSessions
 from fastapi_ws_stabilizer.sessions.idempotency import Seen
 from fastapi_ws_stabilizer.sessions.left import MAX_EXPECTED, LeftBehind, LeftLuggage, key_of_connection
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
@@ -100,6 +101,7 @@ class Resumption:
             began=delivery.begin_session,  # type: ignore[arg-type]  # a session is a member as a connection is
             ended=self._session_ended,
         )
+        self._ended_by_application = EndedSessions(config.session_ttl)
         self.luggage = LeftLuggage(config.session_ttl if config.enable_reconnect else 0.0, config.max_sessions_away)
 
     # ── going ──
@@ -125,6 +127,10 @@ class Resumption:
         )
         if expected and how is not None and not ends_session(how):
             connection.attempt(self._keep, connection)
+        elif expected and how is not None and how.reason is DisconnectReason.APPLICATION and is_final(how.code):
+            # The close frame may be lost with a network that is dead already.
+            key = self._expected_as(connection)
+            connection.attempt(self._ended_by_application.add, key, connection.client_id, how)
         self._delivery.remove(connection)
 
     def _keep(self, connection: Connection) -> None:
@@ -137,6 +143,7 @@ class Resumption:
         self._forget(self.luggage.leave(self._expected_as(connection), left))
         self._ledger.goes_away(left)
         self._arm()
+        self._delivery.keep_rooms(connection, left)  # type: ignore[arg-type]  # it is a member as a session is
 
     def _leave_presence(self, session: Session) -> None:
         described = self._delivery.away(session)  # type: ignore[arg-type]
@@ -146,14 +153,27 @@ class Resumption:
         face = connection.face
         if face._user_data is None:  # it would be counted nowhere: the connection is over
             face._user_data = Kept(self._ledger, connection)
-        return LeftBehind(self._delivery.described(connection), face._user_data, 0.0, face, self._evict)
+        return LeftBehind(self._delivery.described(connection), face._user_data, 0.0, face, self._forget_early)
 
-    def _evict(self, left: LeftBehind) -> None:
-        """What a client has left is forgotten, because room is needed."""
-        if self.luggage.drop(left):
+    def _forget_early(self, left: LeftBehind) -> None:
+        """What a client has left is forgotten: room is needed, it was ended, or a new connection takes its place."""
+        if not self.luggage.drop(left):
+            return
+        if left.ending is not None and left.ending.reason is DisconnectReason.APPLICATION:
+            self._ended_by_application.add(left.key, left.client_id, left.ending)
+        if left.ending is None:
             self._reports.totals.evictions += 1
             self._reports.tell("session_evicted", logging.WARNING, client_id=left.face.client_id, why="memory")
-            self._forget([left])
+        self._forget([left])
+
+    def away_of(self, client_id: str) -> list[Session | LeftBehind]:
+        """What there is of a client without a connection: sessions, and what is kept of its plain connections."""
+        return [*self.sessions.away_of(client_id), *self.luggage.all_of(client_id)]
+
+    def ended_by_application(self, connection: Connection) -> Ending | None:
+        """Return how the application has ended what a plain client with a token wants back; `None` if it has not."""
+        key = self._keys.get(connection.connection_id, connection.client_id)
+        return self._ended_by_application.find(key, connection.client_id)
 
     def forget(self, client_id: str) -> None:
         """Keep nothing of what a client has left."""
@@ -244,6 +264,7 @@ class Resumption:
             raise InvalidTokenError("disabled")
         token = self._tokens.issue(client_id)
         key = client_id if connection is None or connection.session is not None else self._key_of(connection)
+        self._ended_by_application.forget(key)  # the application wants it back
         self.luggage.expect(key)
         if key != client_id:
             self._named[self._tokens.read(token).number] = key
@@ -287,9 +308,18 @@ class Resumption:
             yield
 
     def redeem(self, connection: Connection, client_id: str) -> bool:
-        """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
+        """Use the token up that `claim` has found good; `False` if somebody else was quicker.
+
+        The token of a client that the application has sent away gets it nothing, and stays: each dial is told.
+        """
+        token = token_in(connection.websocket) or ""
         try:
-            claim = self._tokens.use(token_in(connection.websocket) or "", client_id)
+            key = self._named.get(self._tokens.check(token, client_id).number)
+            if (key or client_id) in self._ended_by_application:
+                if key is not None:
+                    self._keys[connection.connection_id] = key
+                return True
+            claim = self._tokens.use(token, client_id)
         except (InvalidTokenError, TokenExpiredError) as problem:
             self._lost(client_id, problem)
             return False
@@ -322,7 +352,11 @@ class Resumption:
         last = next((one for one in reversed(open_ones) if key is None or self._key_of(one) == key), None)
         if left is not None and self._both_stay:
             self._keys[connection.connection_id] = left.key  # so that what is left later is found by older tokens too
+        since = 0.0
         if left is not None:
+            since = self.luggage.left_at(left)
+            rooms = self._delivery.rooms.leave_all(left)  # type: ignore[arg-type]
+            left.rooms = {room: left.rooms.get(room, {}) for room in rooms}  # it may have been taken out of some
             self._ledger.leave(left)
             self._ledger.add(-left.described_bytes)
             connection.inherits = True
@@ -333,6 +367,7 @@ class Resumption:
             connection.inherits = last.told_of_session_end = True  # it goes on
             connection.follow(last)
             left = self._what_is_left(last)
+            since = last.pulse.last_seen  # what was sent after that may have been lost
         if left is None:
             connection.restored = ResumeOutcome.LOST
             self._reports.totals.sessions_lost += 1
@@ -354,10 +389,12 @@ class Resumption:
             try:
                 self._delivery.join(connection, room, described or None)
             except RoomLimitError:  # the limit was lowered meanwhile
-                break
+                self._delivery.end_if_empty(room)
             except MemoryLimitExceededError as error:
                 connection.tell("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
                 self._delivery.join(connection, room, None)
+        if connection.inherits:
+            self._delivery.has_missed(connection, left.rooms, since)
 
     def prove(self, claim: Claim) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""
@@ -392,7 +429,11 @@ class Resumption:
             self._ledger.leave(left)
             self._ledger.add(-left.described_bytes)
             left.user_data.let_go()
-            self._tell_soon(left.face, left.face.reason)
+            last: Connection = left.face._connection
+            if last.ending is not None:  # it may have been taken out of rooms since
+                last.ending = replace(last.ending, rooms=self._delivery.rooms.of(left))  # type: ignore[arg-type]
+            self._delivery.leave_rooms(left)  # type: ignore[arg-type]
+            self._tell_soon(left.face, left.face.reason if left.ending is None else left.ending.reason)
 
     def _tell_soon(self, face: StableSocket, reason: DisconnectReason | None) -> None:
         """Tell the hooks for the end of a session, a few at a time."""

@@ -79,7 +79,7 @@ class Serving(Opening):
             joined=functools.partial(self._presence, "join"),
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
-            away_of=lambda client_id: self.sessions.away_of(client_id),
+            away_of=lambda client_id: self.resumption.away_of(client_id),
             ledger=self.ledger,
         )
         self.registry = self.delivery.registry
@@ -140,9 +140,9 @@ class Serving(Opening):
         ended: Ending | None = connection.member.ending
         return self.delivery.rooms.of(connection.member) if ended is None else ended.rooms
 
-    def history(self, connection: Connection, room: str, count: int) -> None:
-        """Send the last messages of a room to a connection."""
-        self.delivery.recall(connection.member, room, count)
+    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
+        """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
+        self.delivery.recall(connection.member, room, count, newcomer=newcomer)
 
     def address_of(self, connection: Connection) -> str:
         """Where the client of a connection comes from."""
@@ -159,7 +159,7 @@ class Serving(Opening):
 
     async def _presence(self, event: str, who: Presence) -> None:
         async with self._hook_slots:
-            await self._hooks.presence(event, Room(who.room, lambda: self.delivery), who)
+            await self._hooks.presence(event, Room(who.room, lambda: self.delivery, history=False), who)
 
     def _slow(self, socket: StableSocket, how: SlowClient) -> None:
         if self._hooks.has("slow"):

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.limits.kept import Kept
+from fastapi_ws_stabilizer.wire.payload import Frame
 
 MAX_EXPECTED: Final = 100_000
 """Clients that are expected back at most, because they hold a token. The one that got it first is forgotten first."""
@@ -16,16 +19,17 @@ MAX_EXPECTED: Final = 100_000
 
 @dataclass(eq=False)
 class LeftBehind:
-    """What one connection has left. To the ledger it is a client that is away.
+    """What one connection has left. To the ledger it is a client that is away, and in its rooms it is their member.
 
     Attributes:
-        rooms: Its rooms, and how its client is described in each.
+        rooms: The rooms that it was in, and how its client is described in each.
         user_data: The application's.
         until: Until when it is kept.
         face: The socket that has left it.
-        forget: Called when it can be kept no longer, because room is needed.
+        forget: Called when it is to be kept no longer: room is needed, it was ended, or another takes its place.
         described_bytes: How much presence metadata is in `rooms`.
         key: Under which it is kept.
+        ending: How it was ended; `None` while it is kept, and where room was needed.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
@@ -35,6 +39,7 @@ class LeftBehind:
     forget: Callable[[LeftBehind], None]
     described_bytes: int = 0
     key: str = ""
+    ending: Ending | None = None
 
     @property
     def connection_id(self) -> str:
@@ -42,9 +47,54 @@ class LeftBehind:
         return str(self.face.connection_id)
 
     @property
+    def client_id(self) -> str:
+        """The client that it belongs to."""
+        return str(self.face.client_id)
+
+    @property
     def held_memory(self) -> int:
         """Bytes that it holds."""
         return self.user_data.held_bytes + self.described_bytes
+
+    # ── as a member of rooms ──
+
+    @property
+    def member(self) -> LeftBehind:
+        """Itself."""
+        return self
+
+    @property
+    def owner(self) -> LeftBehind:
+        """Itself: it is its own mailbox."""
+        return self
+
+    @property
+    def outbox(self) -> LeftBehind:
+        """Itself."""
+        return self
+
+    @property
+    def here(self) -> bool:
+        """Whether there is a connection: there is none."""
+        return False
+
+    def offer(self, _: Frame) -> Offered:
+        """Take no message: a plain client gets none later."""
+        return Offered.MISSED
+
+    def under_pressure(self) -> bool:
+        """Whether something waits in it: nothing does."""
+        return False
+
+    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """Keep it no longer; `False` if it was ended before."""
+        if self.ending is not None:
+            return False
+        self.ending = ending(reason, code=code, text=text)
+        self.forget(self)
+        return True
+
+    # ── memory ──
 
     def evict(self) -> None:
         """Forget it, because room is needed for others."""
@@ -149,6 +199,10 @@ class LeftLuggage:
         for key in (client_id, *(left.key for left in gone)):
             self._expected.pop(key, None)
         return gone
+
+    def left_at(self, left: LeftBehind) -> float:
+        """When something was left, on the monotonic clock."""
+        return left.until - self._ttl
 
     def next_due(self) -> float | None:
         """When the first of it is kept no longer."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
 from fastapi_ws_stabilizer.hub.member import Offered
 from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.reports import Totals
@@ -283,7 +284,10 @@ class Session(ReplayLog):
             return self.connection.end(reason, code=code, text=text)
         if self.over is not None:
             return False
-        self._end_away(self, ending(reason, code=code, text=text))
+        how = ending(reason, code=code, text=text)
+        if how.code == 1000:  # as where it has a connection: 1000 also comes from proxies, and keeps no client away
+            how = replace(how, code=SESSION_OVER)
+        self._end_away(self, how)
         return True
 
     # ── memory ──
@@ -366,6 +370,12 @@ class Session(ReplayLog):
         """Make the token of the next welcome. The one presented last stays good until this one is confirmed."""
         self._issued = (secrets.token_urlsafe(24), self.epoch)
         return f"{self.connection_id}.{self._issued[0]}"
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens that its client may present: the last one that it is known to have, and a newer one."""
+        known = {token[0] for token in (self._confirmed, self._issued) if token is not None}
+        return [f"{self.connection_id}.{secret}" for secret in known]
 
     def knows(self, secret: str) -> bool:
         """Whether a token is good, without presenting it."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending, is_final
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.sessions.ended import EndedSessions
 from fastapi_ws_stabilizer.sessions.log import LogLimits
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.wire.v1 import Hello
@@ -90,6 +91,7 @@ class Sessions:
         self._of_instance: dict[tuple[str, str], Session] = {}  # client id, and what tells its instances apart
         self._away: OrderedDict[str, Session] = OrderedDict()  # all may stay away equally long: the first goes first
         self._away_of: dict[str, dict[str, Session]] = {}  # client id → sessions
+        self._ended_by_application = EndedSessions(self._ttl)
         self._timer: asyncio.TimerHandle | None = None
         self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
 
@@ -127,6 +129,10 @@ class Sessions:
         if session is None or hello.token is None or not session.knows(hello.token.partition(".")[2]):
             return None
         return session
+
+    def ended_by_application(self, hello: Hello, client_id: str) -> Ending | None:
+        """Return how the application has ended the session that a client wants back; `None` if it has not."""
+        return None if hello.token is None else self._ended_by_application.find(hello.token, client_id)
 
     def sparing(self, session: Session | None) -> AbstractContextManager[None]:
         """Let a session not go for others meanwhile: its client has proven to have it, and is on its way."""
@@ -235,6 +241,9 @@ class Sessions:
             unacknowledged = session.finish(how)
             self._reports.totals.messages_discarded += unacknowledged
             self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
+            if how.reason is DisconnectReason.APPLICATION and is_final(how.code) and how.code != SESSION_OVER:
+                # A kick. Its close frame may be lost with a network that is dead already.
+                self._answer_later(session, how)
         finally:  # whatever raises, it gets no more messages, and is in no room
             self._ended(session, how)
 
@@ -242,7 +251,13 @@ class Sessions:
         if how.reason is DisconnectReason.MEMORY:
             self._reports.totals.evictions += 1
             self._tell(session, "session_evicted", logging.WARNING, why="memory")
+        elif how.reason is DisconnectReason.APPLICATION:
+            self._answer_later(session, how)
         self.end(session, how)
+
+    def _answer_later(self, session: Session, how: Ending) -> None:
+        for token in session.tokens:
+            self._ended_by_application.add(token, session.client_id, how)
 
     def _evict(self, session: Session, **limit: int) -> None:
         self._tell(session, "session_evicted", logging.WARNING, **limit)

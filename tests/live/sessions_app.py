@@ -104,8 +104,30 @@ async def get_reconnect_token(client_id: str) -> dict[str, str]:
     return {"token": manager.generate_reconnect_token(client_id)}
 
 
+@app.post("/end/{what}/{client_id}")
+async def end(what: str, client_id: str) -> int:
+    room = manager.room("lobby")
+    if what == "client":
+        await manager.disconnect(client_id, 4403, "banned")
+        return 1
+    if what == "members":
+        return await room.disconnect(4403, "banned")
+    return await room.close() if what == "room" else int(await room.remove(client_id))
+
+
+@app.post("/say/{room}")
+async def say_in(room: str, text: str) -> int:
+    return (await manager.room(room).send(text)).succeeded
+
+
 @app.websocket("/ws/{client_id}")
 async def endpoint(ws: StableSocketDep) -> None:
+    await ws.run()
+
+
+@app.websocket("/history/{client_id}")
+async def endpoint_with_history(ws: StableSocketDep) -> None:
+    await ws.join("lobby", history=10)
     await ws.run()
 
 

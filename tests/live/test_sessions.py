@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect as plain_connect
 
-from fastapi_ws_stabilizer.client import Client, Gap, connect
+from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, connect
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.live.cutting_proxy import CuttingProxy
 from tests.live.server import SERVERS, UVICORN, LiveServer, until
@@ -291,7 +291,7 @@ async def test_a_token_in_the_query_gives_rooms_and_user_data_back(serve: Serve,
             await first.send('{"type":"note","text":"x"}')
             await until(lambda: "connect ann none" in server.get("/events"))
             proxy.streams[-1].cut_near()
-        async with plain_connect(server.url(f"/ws/ann?token={token}")) as ws:
+        async with plain_connect(server.url(f"/ws/ann?reconnect_token={token}")) as ws:
             await until(lambda: any(event.startswith("resume ann gap rooms=lobby") for event in server.get("/events")))
             assert await asyncio.wait_for(ws.ping(), 5)
         token = server.post("/reconnect-token/ann")["token"]
@@ -321,3 +321,65 @@ async def test_a_client_compresses_where_the_server_does_not(serve: Serve, kind:
     answers = [raw for raw in received if isinstance(raw, bytes)]
     assert [raw[0] for raw in answers] == [2]
     assert len(answers[0]) < 1000
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+@pytest.mark.parametrize("what", ["room", "remove", "members", "client"])
+async def test_plain_client_that_was_away_finds_what_was_decided(serve: Serve, kind: str, what: str) -> None:
+    """A plain client comes back to no room that was closed to it, and hears the code with which it was kicked."""
+    server = serve(kind, app=APP)
+    token = server.post("/reconnect-token/ann")["token"]
+    first = await plain_connect(server.url("/ws/ann?room=lobby"))
+    await until(lambda: "connect ann none" in server.get("/events"))
+    first.transport.abort()
+    await until(lambda: server.get("/count")["connections"] == 0)
+    assert await asyncio.to_thread(server.post, f"/end/{what}/ann") == 1
+    async with plain_connect(server.url(f"/ws/ann?reconnect_token={token}")) as ws:
+        if what in ("members", "client"):
+            await asyncio.wait_for(ws.wait_closed(), 5)
+            assert (ws.close_code, ws.close_reason) == (4403, "banned")
+        else:
+            await until(lambda: server.get("/events")[-1] == "resume ann gap rooms= data=None")
+            assert await asyncio.to_thread(server.post, "/say/lobby?text=secret") == 0
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+@pytest.mark.parametrize("what", ["members", "client"])
+async def test_session_client_that_was_kicked_while_away_hears_its_code(serve: Serve, kind: str, what: str) -> None:
+    """A client with a session that was kicked while its network was gone ends with the code and reason of the kick."""
+    server = serve(kind, app=APP)
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
+        with pytest.raises(ClosedError) as closed:
+            async with client:
+                proxy.refusing = True
+                proxy.streams[-1].cut()
+                await until(lambda: server.get("/count")["away"] == 1, 5)
+                assert await asyncio.to_thread(server.post, f"/end/{what}/ann") == 1
+                proxy.refusing = False
+                await asyncio.wait_for(client.request("add", [1, 2], timeout=5), 5)
+    assert (closed.value.code, closed.value.reason) == (4403, "banned")
+    assert server.get("/events").count("connect ann none") == 1
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
+async def test_history_is_not_repeated_after_a_cut(serve: Serve, kind: str) -> None:
+    """An endpoint that joins with history in each connection of a session sends it once, however often it is cut."""
+    server = serve(kind, app=APP, config={"room_history": 50})
+    got: list[Any] = []
+    async with CuttingProxy(server.port) as proxy:
+        client = connect(f"ws://127.0.0.1:{proxy.port}/history/ann", **QUICK_DIALS)
+        outcomes: list[str] = []
+        client.on_open(outcomes.append)
+        async with client:
+            reader = asyncio.ensure_future(collect(client, got))
+            for number, text in enumerate("abc"):
+                await until(lambda number=number: len(outcomes) == number + 1)  # type: ignore[misc]
+                assert await asyncio.to_thread(server.post, f"/say/lobby?text={text}") == 1
+                proxy.streams[-1].cut()
+            await until(lambda: len(outcomes) == 4)
+            assert await client.request("add", [1, 2]) == 3
+            reader.cancel()
+    assert got == ["a", "b", "c"]
+    assert outcomes == ["none", "full", "full", "full"]

@@ -123,7 +123,7 @@ class Bench:
         self.rooms.remove(room)
         return True
 
-    def history(self, connection: Connection, room: str, count: int) -> None:
+    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
         """Note whose history was wanted."""
         self.rooms.append(f"history of {room}")
 

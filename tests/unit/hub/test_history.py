@@ -163,3 +163,62 @@ def test_whatever_is_said_a_room_remembers_a_tail_of_it(
         assert last(history, room, count) == texts[-min(count, max_messages) :]
         if texts:
             assert history._rooms[room].bytes == sum(map(len, texts[-max_messages:]))
+
+
+def test_ended_room_forgets_and_remembers_nothing_until_it_begins(clock: Clock) -> None:
+    """The end of a room drops its messages and those that are sent to it since, until a member has come."""
+    history = History(10, 60)
+    say(history, "lobby", "private")
+    history.end("lobby")
+    say(history, "lobby", "said to no member")
+    assert last(history, "lobby") == []
+    history.begin("lobby")
+    say(history, "lobby", "new")
+    history.begin("lobby")
+    assert last(history, "lobby") == ["new"]
+
+
+def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> None:
+    """After `max_age` a room that has ended is one that nobody has joined yet; other rooms drop it by then."""
+    history = History(10, 60)
+    history.end("lobby")
+    clock.now += 59
+    say(history, "lobby", "too early")
+    say(history, "attic", "x")
+    assert len(history) == 2
+    clock.now += 2
+    say(history, "lobby", "for the first who joins")
+    assert last(history, "lobby") == ["for the first who joins"]
+    history.end("cellar")
+    clock.now += 61
+    say(history, "attic", "y")
+    assert len(history) == 1
+
+
+def test_disabled_history_does_not_remember_ends() -> None:
+    """A limit of 0 costs nothing when a room ends either."""
+    history = History(0, 60)
+    history.end("lobby")
+    assert (len(history), history.enabled) == (0, False)
+
+
+def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message is left out for the names that it excluded, which count as bytes of the room."""
+    history = History(10, 60)
+    history.add("lobby", encode("a"), frozenset({"ann", "connection 1"}))
+    history.add("lobby", encode("b"))
+    assert [frame.text for frame in history.last("lobby", 1, ("ann", "x"))] == ["b"]
+    assert [frame.text for frame in history.last("lobby", 2, ("bob", "connection 1"))] == ["b"]
+    assert [frame.text for frame in history.last("lobby", 2, ("bob", "connection 2"))] == ["a", "b"]
+    monkeypatch.setattr(history_module, "MAX_BYTES", 1000)
+    history.add("lobby", encode("c"), frozenset(f"client {number}" for number in range(100)))
+    assert last(history, "lobby") == ["c"]
+
+
+def test_messages_since_a_moment(clock: Clock) -> None:
+    """What was sent before a moment is left out."""
+    history = History(10, 60)
+    say(history, "lobby", "before")
+    clock.now += 1
+    say(history, "lobby", "after")
+    assert [frame.text for frame in history.last("lobby", 10, (), clock.now)] == ["after"]

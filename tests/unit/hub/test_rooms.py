@@ -287,3 +287,18 @@ def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int
         assert set(rooms.names()) == {where for _, where in pairs}
         assert len(rooms) == len(rooms.names())
         assert set(rooms._names) == {who.connection_id for who, _ in pairs}
+
+
+def test_handed_over_place_is_not_left_by_the_old_member() -> None:
+    """A member with the same id takes the place of another in all its rooms, and that one's end changes nothing."""
+    rooms: Rooms[Any] = Rooms(None)
+    old, new = FakeMember(), FakeMember()
+    new.connection_id = old.connection_id
+    rooms.hand_over(old, new)
+    for name in ("lobby", "kitchen"):
+        rooms.join(old, name)
+    rooms.hand_over(old, new)
+    assert rooms.leave_all(old) == ()
+    assert (rooms.members("lobby"), rooms.of(new)) == ([new], ("lobby", "kitchen"))
+    assert rooms.leave_all(new) == ("lobby", "kitchen")
+    assert len(rooms) == 0

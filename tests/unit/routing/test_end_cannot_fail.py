@@ -33,6 +33,7 @@ from fastapi_ws_stabilizer.routing.endings import Endings
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.leaving import Leaving
 from fastapi_ws_stabilizer.routing.resumption import Resumption
+from fastapi_ws_stabilizer.sessions.ended import EndedSessions
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
@@ -107,6 +108,8 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_keep": (Resumption,),
     "_leave_presence": (Resumption,),
     "_what_is_left": (Resumption,),
+    "keep_rooms": (Delivery,),
+    "add": (EndedSessions,),
 }
 """The calls that these functions make, by name, and the classes in which each is made to raise."""
 
@@ -121,14 +124,14 @@ SAFE = {
         "get",
         "goes_away",
         "_end_outbox",
-        "_leave_rooms",
+        "leave_rooms",
         "stop_sending",
         "disconnected",
         "finished",
         "uncount",
         "detach",
     ),
-    *("pop", "detaches"),
+    *("pop", "detaches", "is_final"),
     *("_leave_endpoint_behind", "len", "becomes_ended"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
@@ -226,7 +229,13 @@ def end_by_endpoint(line: Line) -> None:
     line.socket._connection.end(DisconnectReason.APPLICATION)
 
 
-ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_by_server, end_by_endpoint)
+def end_by_kick(line: Line) -> None:
+    """The application closes it with a code that tells the client to stay away."""
+    assert line.socket is not None
+    line.socket._connection.end(DisconnectReason.APPLICATION, code=4403)
+
+
+ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_by_server, end_by_endpoint, end_by_kick)
 
 
 def left_over(stage: Stage) -> dict[str, int]:
@@ -238,7 +247,7 @@ def left_over(stage: Stage) -> dict[str, int]:
         "ending": len(serving._ending),
         "registry": len(serving.registry),
         "outboxes": sum(len(shard) for shard in serving.registry.outboxes()) - serving.sessions.away,
-        "rooms": len(serving.delivery.rooms) - serving.sessions.away,
+        "rooms": len(serving.delivery.rooms) - serving.sessions.away - len(serving.resumption.luggage),
         "present": len(serving.delivery.presence),
         "lifetimes": len(serving.lifetimes),
         "places": len(admission),

@@ -52,6 +52,7 @@ CALLS: dict[str, Call] = {
     "manager.graceful_shutdown": lambda manager, ws: manager.graceful_shutdown(),
     "room.send": lambda manager, ws: manager.room("lobby").send("hi"),
     "room.close": lambda manager, ws: manager.room("lobby").close(),
+    "room.remove": lambda manager, ws: manager.room("lobby").remove("ann"),
     "room.disconnect": lambda manager, ws: manager.room("lobby").disconnect(),
     "room.describe": describe,
     "ws.send": lambda manager, ws: ws.send("hi"),
@@ -151,6 +152,22 @@ async def test_a_call_from_a_thread_returns_what_the_call_returned(manager_with:
     await ann.server.until(lambda: ann.server.data == ["all", "room", '{"to":"ann"}', "by run"])
     await bob.server.until(lambda: bob.server.close_frames == [(4001, "bye")])
     assert bob.server.data == ["all", "bob"]
+    await ann.gone()
+    await bob.gone()
+
+
+async def test_message_from_a_thread_without_history_is_not_remembered(manager_with: Any) -> None:
+    """`history=False` of `from_thread.broadcast` keeps a message from those who join later."""
+    manager, _ = manager_with(room_history=10)
+    ann, bob = Client(manager, "ann"), Client(manager, "bob")
+    await ann.connected()
+    await bob.connected()
+    await manager.get_sockets("ann")[0].join("lobby")
+    await in_a_thread(lambda: manager.from_thread.broadcast("kept", room="lobby"))
+    await in_a_thread(lambda: manager.from_thread.broadcast("not kept", room="lobby", history=False))
+    await manager.get_sockets("bob")[0].join("lobby", history=10)
+    await bob.server.until(lambda: bob.server.data)
+    assert bob.server.data == ["kept"]
     await ann.gone()
     await bob.gone()
 

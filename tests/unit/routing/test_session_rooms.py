@@ -56,22 +56,22 @@ async def test_who_is_away_can_be_excluded() -> None:
 
 @virtually
 async def test_a_room_with_somebody_who_is_away() -> None:
-    """It exists and counts the session, which is in it and not among those who are here."""
+    """A session that is away is in its room, for `len()`, `in`, `members` and `get_rooms()`."""
     async with Stage() as stage:
         peer = Peer(stage)
         line = await peer.dial()
         socket, room = stage.socket(), stage.manager.room("lobby")
         await socket.join("lobby")
         await line.leaves()
-        assert (len(room), bool(room), socket in room, "ann" in room) == (1, True, True, False)
-        assert (room.members, stage.manager.get_rooms()) == ([], ["lobby"])
+        assert (len(room), bool(room), socket in room, "ann" in room) == (1, True, True, True)
+        assert ([one.client_id for one in room.members], stage.manager.get_rooms()) == (["ann"], ["lobby"])
         await peer.dial()
         assert (len(room), "ann" in room, socket in room, room.members) == (1, True, True, [stage.socket()])
 
 
 @virtually
 async def test_disconnecting_a_room_ends_sessions_that_are_away() -> None:
-    """`Room.disconnect` means those too; they cannot come back."""
+    """`Room.disconnect` means those too; they hear its code when they come back."""
     async with Stage() as stage:
         peers = [Peer(stage), Peer(stage, "bob")]
         lines = [await peer.dial() for peer in peers]
@@ -85,7 +85,7 @@ async def test_disconnecting_a_room_ends_sessions_that_are_away() -> None:
         assert stage.events.count("session_end bob application") == 1
         assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
         assert len(stage.manager.room("lobby")) == 0
-        assert (await peers[0].dial()).outcome == "lost"
+        assert (await peers[0].dial()).close_code == 4410
 
 
 @virtually
@@ -103,7 +103,7 @@ async def test_closing_a_room_lets_those_leave_who_are_away() -> None:
 
 @virtually
 async def test_disconnecting_a_client_ends_its_session() -> None:
-    """`manager.disconnect` means sessions that are away as well; afterwards there is no such client."""
+    """`manager.disconnect` means sessions that are away as well; their clients hear its code when they come back."""
     async with Stage() as stage:
         peer = Peer(stage)
         await (await peer.dial()).leaves()
@@ -112,7 +112,7 @@ async def test_disconnecting_a_client_ends_its_session() -> None:
         assert stage.events[2:] == ["session_end ann application"]
         with pytest.raises(ConnectionNotFoundError):
             await stage.manager.disconnect("ann")
-        assert (await peer.dial()).outcome == "lost"
+        assert (await peer.dial()).close_code == 4410
 
 
 # ── presence ──
@@ -145,7 +145,7 @@ async def test_presence_of_a_session() -> None:
         assert (room.clients, [event for event, *_ in seen]) == (["ann"], ["join"])
         await line.leaves()
         await asyncio.sleep(6)
-        assert (room.clients, len(room), [event for event, *_ in seen]) == ([], 1, ["join", "leave"])
+        assert (room.presence, room.clients, [event for event, *_ in seen]) == ([], ["ann"], ["join", "leave"])
         await peer.dial()
         assert [dict(who.metadata) for who in room.presence] == [{"name": "Ann", "colour": "red"}]
         assert seen[2:] == [("join", "ann", {"name": "Ann", "colour": "red"})]

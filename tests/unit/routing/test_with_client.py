@@ -185,7 +185,7 @@ async def test_a_server_that_has_forgotten_is_a_gap() -> None:
         await asyncio.sleep(0.5)
         world.cut()
         await asyncio.sleep(0)
-        await world.manager.disconnect("ann")
+        world.manager._serving.sessions.away_of("ann")[0].evict()
         with pytest.raises(SessionLostError):
             await with_deadline(unknown)
         await client.send("new", event="note")

@@ -1,0 +1,290 @@
+"""Tests of clients that are away: the calls that end, remove and list clients treat them as present."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, SocketClosed
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from tests.unit.client.fake_link import soon, virtually
+from tests.unit.fake_websocket import FakeServer
+from tests.unit.routing.stage import Line, Peer, Stage
+
+kinds = pytest.mark.parametrize("kind", ["plain", "v1"])
+
+Return = Callable[[], Awaitable[Line]]
+
+
+async def away(stage: Stage, kind: str, client_id: str = "ann", *, lost: bool = True) -> Return:
+    """Let a client join the lobby and lose its network; return how it comes back."""
+    if kind == "v1":
+        peer = Peer(stage, client_id)
+        line = await peer.dial()
+        back: Return = peer.dial
+    else:
+        line = stage.plain(client_id)
+        await soon()
+        token = stage.manager.generate_reconnect_token(client_id)
+
+        async def back() -> Line:
+            line = stage.plain(client_id, token=token)
+            await soon()
+            return line
+
+    await stage.socket(client_id).join("lobby")
+    await soon()
+    if lost:
+        await line.leaves()
+    return back
+
+
+def rooms_of(line: Line) -> tuple[str, ...]:
+    """The rooms of a connection."""
+    assert line.socket is not None
+    return line.socket.rooms
+
+
+@kinds
+@virtually
+async def test_closed_room_is_closed_to_clients_that_are_away(kind: str) -> None:
+    """`room.close()` takes away clients out too, and counts them: a client that comes back is not in the room."""
+    async with Stage() as stage:
+        back = await away(stage, kind)
+        room = stage.manager.room("lobby")
+        assert await room.close() == 1
+        assert (bool(room), room.clients, room.members) == (False, [], [])
+        assert rooms_of(await back()) == ()
+
+
+KICKS: dict[str, Callable[[WebSocketConnectionManager], Awaitable[object]]] = {
+    "room.disconnect": lambda manager: manager.room("lobby").disconnect(4403, "banned"),
+    "manager.disconnect": lambda manager: manager.disconnect("ann", 4403, "banned"),
+}
+
+
+@kinds
+@pytest.mark.parametrize("kick", KICKS)
+@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@virtually
+async def test_kicked_client_hears_its_code_when_it_comes_back(kick: str, kind: str, lost: bool) -> None:
+    """A client that was kicked while it could not hear it is closed with that code and reason at each dial."""
+    async with Stage() as stage:
+        back = await away(stage, kind, lost=lost)
+        result = await KICKS[kick](stage.manager)
+        assert result in (1, None)
+        await soon()
+        assert stage.events[-1] == "session_end ann application"
+        assert not stage.manager.room("lobby")
+        for _ in range(2):
+            line = await back()
+            assert line.server.close_frames == [(4403, "banned")]
+        assert stage.events.count("connect ann") == 1
+
+
+@kinds
+@virtually
+async def test_kick_is_forgotten_when_the_session_would_have_ended(kind: str) -> None:
+    """After `session_ttl` the token of a kicked client is one of a session that is over, and no more than that."""
+    async with Stage(session_ttl=20) as stage:
+        back = await away(stage, kind)
+        await stage.manager.disconnect("ann", 4403, "banned")
+        await asyncio.sleep(30)
+        line = await back()
+        assert line.server.close_frames == []
+        assert rooms_of(line) == ()
+
+
+@kinds
+@pytest.mark.parametrize(("code", "told"), [(1000, {"plain": 1000, "v1": 4410}), (4321, {"plain": 4321, "v1": 4321})])
+@virtually
+async def test_code_after_which_clients_return_is_told_once(kind: str, code: int, told: dict[str, int]) -> None:
+    """A kick with a code that does not tell a client to stay away answers its next dial, and not the one after it."""
+    async with Stage() as stage:
+        back = await away(stage, kind)
+        await stage.manager.disconnect("ann", code)
+        assert (await back()).close_code == told[kind]
+        if told[kind] != 4410:
+            assert (await back()).close_code is None
+
+
+@virtually
+async def test_new_reconnect_token_lifts_a_kick() -> None:
+    """A client that the application gives a new token after a kick comes in with it."""
+    async with Stage() as stage:
+        await away(stage, "plain")
+        await stage.manager.disconnect("ann", 4403)
+        line = stage.plain(token=stage.manager.generate_reconnect_token("ann"))
+        await soon()
+        assert line.close_code is None
+
+
+@virtually
+async def test_kicked_client_that_connects_explicitly_hears_its_code() -> None:
+    """`connect()` after `validate_reconnect_token()` closes with the code of the kick and raises `SocketClosed`."""
+    async with Stage() as stage:
+        manager = stage.manager
+        line = stage.plain()
+        await soon()
+        token = manager.generate_reconnect_token("ann")
+        await line.leaves()
+        await manager.disconnect("ann", 4403, "banned")
+        server = FakeServer()
+        websocket = await server.accepted()
+        await manager.validate_reconnect_token(token)
+        with pytest.raises(SocketClosed):
+            await manager.connect("ann", websocket)
+        assert server.close_frames == [(4403, "banned")]
+
+
+@virtually
+async def test_client_that_nothing_is_kept_of_is_not_found() -> None:
+    """`manager.disconnect()` of a client that is neither connected nor away raises."""
+    async with Stage(session_ttl=20) as stage:
+        await away(stage, "plain")
+        await asyncio.sleep(30)
+        with pytest.raises(ConnectionNotFoundError):
+            await stage.manager.disconnect("ann")
+
+
+@kinds
+@virtually
+async def test_members_and_clients_list_clients_that_are_away(kind: str) -> None:
+    """A client that is away is in `members`, `clients`, `len()`, `in` and `get_rooms()` until its session ends."""
+    async with Stage(session_ttl=20, presence_grace=1) as stage:
+        await away(stage, kind)
+        await asyncio.sleep(5)
+        room = stage.manager.room("lobby")
+        assert ([one.client_id for one in room.members], room.clients, len(room)) == (["ann"], ["ann"], 1)
+        assert room.members[0].closed
+        assert ("ann" in room, room.members[0] in room, bool(room), stage.manager.get_rooms()) == (
+            True,
+            True,
+            True,
+            ["lobby"],
+        )
+        assert room.presence == []
+        await asyncio.sleep(30)
+        assert (room.members, room.clients, bool(room), stage.manager.get_rooms()) == ([], [], False, [])
+
+
+@kinds
+@pytest.mark.parametrize("lost", [True, False], ids=["away", "present"])
+@virtually
+async def test_removed_client_is_out_of_the_room(kind: str, lost: bool) -> None:
+    """`room.remove()` takes a client out of a room and ends its presence there; its connection and session go on."""
+    async with Stage() as stage:
+        left: list[str] = []
+
+        @stage.manager.on_leave
+        async def leave(room: object, who: object) -> None:
+            left.append("left")
+
+        back = await away(stage, kind, lost=lost)
+        room = stage.manager.room("lobby")
+        assert await room.remove("ann") is True
+        await soon()
+        assert (bool(room), room.clients, left) == (False, [], ["left"])
+        assert await room.remove("ann") is False
+        if lost:
+            line = await back()
+            assert rooms_of(line) == ()
+            assert stage.events[-1].startswith("resume ann")
+        else:
+            assert stage.socket().rooms == ()
+            assert not stage.socket().closed
+
+
+@virtually
+async def test_room_with_presence_alone_is_there() -> None:
+    """A room of a client in its presence grace is truthy and listed; `remove()` ends the grace."""
+    async with Stage(presence_grace=10) as stage:
+        line = stage.plain()
+        await soon()
+        await stage.socket().join("lobby")
+        await line.leaves()
+        room = stage.manager.room("lobby")
+        assert (room.clients, bool(room), stage.manager.get_rooms()) == (["ann"], True, ["lobby"])
+        assert await room.remove("ann") is True
+        assert (room.clients, bool(room), stage.manager.get_rooms()) == ([], False, [])
+
+
+@kinds
+@virtually
+async def test_kick_of_a_client_that_is_away_ends_its_presence(kind: str) -> None:
+    """A kicked client is not expected back, so `presence_grace` does not keep it present."""
+    async with Stage(presence_grace=60) as stage:
+        await away(stage, kind)
+        await stage.manager.disconnect("ann", 4403)
+        assert stage.manager.room("lobby").presence == []
+
+
+@virtually
+async def test_message_to_a_room_is_missed_by_a_plain_client_that_is_away() -> None:
+    """Nothing is kept for a plain client: a broadcast to its room counts it as `missed`, and not when excluded."""
+    async with Stage() as stage:
+        await away(stage, "plain")
+        result = await stage.manager.room("lobby").send("news")
+        assert (result.total, result.succeeded, result.missed, result.failed) == (1, 0, 1, 0)
+        assert (await stage.manager.room("lobby").send("news", exclude="ann")).total == 0
+
+
+@kinds
+@virtually
+async def test_revoke_ends_what_is_kept_of_a_client_that_is_away(kind: str) -> None:
+    """`revoke()` counts a client that is away, and takes it out of its rooms."""
+    async with Stage() as stage:
+        await away(stage, kind)
+        assert await stage.manager.revoke("ann") == 1
+        assert not stage.manager.room("lobby")
+
+
+@virtually
+async def test_on_session_end_names_the_rooms_that_a_client_was_still_in() -> None:
+    """A room that a client was removed from while it was away is not among its rooms at the end of its session."""
+    async with Stage(session_ttl=20) as stage:
+        rooms: list[tuple[str, ...]] = []
+
+        @stage.manager.on_session_end
+        async def ended(ws: StableSocket) -> None:
+            rooms.append(ws.rooms)
+
+        line = stage.plain()
+        await soon()
+        await stage.socket().join("lobby")
+        await stage.socket().join("kitchen")
+        stage.manager.generate_reconnect_token("ann")
+        await line.leaves()
+        await stage.manager.room("lobby").remove("ann")
+        await asyncio.sleep(30)
+        assert rooms == [("kitchen",)]
+
+
+@kinds
+@virtually
+async def test_new_connection_takes_the_place_of_a_client_that_is_away(kind: str) -> None:
+    """With `on_duplicate="replace"` a client that connects anew is in its rooms once: what was kept of it ends."""
+    async with Stage() as stage:
+        await away(stage, kind)
+        if kind == "v1":
+            await Peer(stage).dial()
+        else:
+            stage.plain()
+            await soon()
+        await stage.socket().join("lobby")
+        assert stage.events[-2:] == ["session_end ann replaced", "connect ann"]
+        assert stage.manager.room("lobby").members == [stage.socket()]
+
+
+@virtually
+async def test_allowed_duplicate_leaves_what_is_kept_of_another_connection() -> None:
+    """With `on_duplicate="allow"` a connection ends nothing of another one of the client that is away."""
+    async with Stage(on_duplicate="allow") as stage:
+        back = await away(stage, "plain")
+        stage.plain()
+        await soon()
+        assert len(stage.manager.room("lobby")) == 1
+        assert rooms_of(await back()) == ("lobby",)

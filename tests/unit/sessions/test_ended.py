@@ -1,0 +1,73 @@
+"""Tests of what is remembered of sessions that the application has ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.sessions import ended as ended_module
+from fastapi_ws_stabilizer.sessions.ended import EndedSessions
+
+BANNED = ending(DisconnectReason.APPLICATION, code=4403, text="banned")
+MAINTENANCE = ending(DisconnectReason.APPLICATION, code=4321)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test moves."""
+    now = [1000.0]
+    monkeypatch.setattr(ended_module, "monotonic", lambda: now[0])
+    return now
+
+
+def test_final_code_answers_each_return() -> None:
+    """A code that tells a client to stay away is found as often as the client comes."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", BANNED)
+    assert [ended.find("token", "ann") for _ in range(2)] == [BANNED, BANNED]
+
+
+def test_other_code_answers_one_return() -> None:
+    """A code after which a client comes back is found once."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", MAINTENANCE)
+    assert [ended.find("token", "ann") for _ in range(2)] == [MAINTENANCE, None]
+
+
+def test_other_client_finds_nothing() -> None:
+    """What one client presents says nothing to another one, and stays."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", MAINTENANCE)
+    assert (ended.find("token", "bob"), ended.find("unknown", "ann")) == (None, None)
+    assert "token" in ended
+
+
+def test_ending_is_forgotten_after_its_time(clock: list[float]) -> None:
+    """It is remembered for the ttl, counted anew where a session with the same key is ended again."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", BANNED)
+    ended.add("other", "bob", BANNED)
+    clock[0] += 30
+    ended.add("token", "ann", BANNED)
+    clock[0] += 31
+    assert ("token" in ended, "other" in ended, len(ended)) == (True, False, 1)
+    clock[0] += 30
+    assert ended.find("token", "ann") is None
+
+
+def test_number_of_endings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of too many the one that ended first is forgotten first."""
+    monkeypatch.setattr(ended_module, "MAX_ENDED", 2)
+    ended = EndedSessions(60)
+    for name in ("a", "b", "c"):
+        ended.add(name, "ann", BANNED)
+    assert [name in ended for name in "abc"] == [False, True, True]
+
+
+def test_forgotten_ending_is_not_found() -> None:
+    """A client that may come back again is answered nothing."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", BANNED)
+    ended.forget("token")
+    ended.forget("token")
+    assert ended.find("token", "ann") is None
