@@ -268,6 +268,7 @@ class Client(Listeners):
 
     async def _flush(self) -> None:
         deadline = monotonic() + self._flush_timeout
+        self.incoming.read_on()  # the server's word comes behind the messages that nobody may read any more
         await wait_for_all(self.buffer.undecided(), self._flush_timeout)
         if self._attempt is not None:  # what is volatile is only written
             await self._attempt.flushed(max(0.0, deadline - monotonic()))

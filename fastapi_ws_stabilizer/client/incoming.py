@@ -159,6 +159,11 @@ class Incoming:
         self._changed.set()
         return message
 
+    def read_on(self) -> None:
+        """The client is about to leave: what waits to be read holds nothing up any more."""
+        self._iterated = False
+        self._changed.set()
+
     def begun_anew(self) -> None:
         """It is a new session: requests of the old one are handled, and not answered."""
         self._session += 1

@@ -1872,3 +1872,21 @@ async def test_event_of_a_message_is_its_type_too() -> None:
         assert (message.event, (await anext(scene.client)).event) == ("done", None)
         assert "data={'text': 'xxx" in repr(message)
         assert len(repr(message)) < 300
+
+
+@virtually
+async def test_close_reads_on_behind_messages_that_are_not_read() -> None:
+    """Unread messages that hold up the reading do not keep the server's word from a client that leaves."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": 0})
+        loop = aiter(scene.client)
+        await anext(loop)
+        await scene.link.say(*({"type": "msg", "data": number} for number in range(1500)))
+        sent = scene.client.send("x")
+        await soon()
+        closing = asyncio.ensure_future(scene.client.close())
+        await scene.link.say({"type": "ack", "seq": 1})
+        at = now()
+        await closing
+        assert (sent.exception(), now() - at < 1) == (None, True)
