@@ -20,6 +20,11 @@ UNDIALLABLE: Final = 4400
 """Stands for a URL or options with which no dial can succeed, however often it is tried."""
 
 
+LINGER: Final = 0.5
+"""Seconds that a server which has sent its close frame has to close the network connection. The library waits until
+then, and hypercorn does not close it while messages come in."""
+
+
 class CountingConnection(ClientConnection):
     """A connection of the library that counts what comes in, be it only a part of a message.
 
@@ -30,12 +35,16 @@ class CountingConnection(ClientConnection):
 
     received_bytes = 0
     received_at = 0.0
+    _leaves = False
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it."""
         self.received_bytes += len(data)
         self.received_at = monotonic()
         super().data_received(data)
+        if self.protocol.close_rcvd is not None and not self._leaves:
+            self._leaves = True
+            self.loop.call_later(LINGER, self.transport.close)
 
 
 class WebSocketsTransport:

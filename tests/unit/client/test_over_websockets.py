@@ -224,3 +224,18 @@ async def test_a_close_that_takes_too_long_is_cut() -> None:
         with pytest.raises(TransportLostError):
             await with_deadline(transport.receive())
         held.set()
+
+
+async def test_close_frame_counts_though_the_server_keeps_the_network_open() -> None:
+    """A server that says goodbye and closes nothing is left after half a second, with its code."""
+
+    async def close_and_stay(connection: ServerConnection) -> None:
+        connection.transport.write(b"\x88\x05" + (4429).to_bytes(2, "big") + b"why")
+        connection.transport.pause_reading()
+        await connection.wait_closed()
+
+    async with served(close_and_stay, close_timeout=0.1) as url:
+        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportLostError) as caught:
+            await asyncio.wait_for(transport.receive(), 3)
+        assert (caught.value.code, caught.value.reason) == (4429, "why")
