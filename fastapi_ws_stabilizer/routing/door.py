@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import Final
 
 from fastapi import WebSocket, WebSocketException
@@ -97,7 +98,11 @@ class Visitor:
 
         Nothing is read meanwhile: your code may accept the WebSocket, and what comes then is its own.
         """
-        self._timer = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look)
+        self._timer = asyncio.get_running_loop().call_later(
+            LOOK_INTERVAL,
+            self._look,
+            context=contextvars.Context(),  # it may outlive its connection in the event loop
+        )
 
     def _look(self) -> None:
         self._timer = None

@@ -441,7 +441,7 @@ class Resumption:
         task = self._ends.spawn(self._tell(face, reason), name=f"ws-session-end-{face.connection_id}", context=context)
         client_id = face.client_id
         self._ends_of.setdefault(client_id, set()).add(task)
-        task.add_done_callback(lambda done: self._told(client_id, done))
+        task.add_done_callback(lambda done: self._told(client_id, done), context=context)
 
     def _told(self, client_id: str, task: asyncio.Task[None]) -> None:
         running = self._ends_of[client_id]
