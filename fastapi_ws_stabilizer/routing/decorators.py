@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
+from pydantic import BaseModel
+
 from fastapi_ws_stabilizer.limits.traffic import limit_of
 from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
@@ -16,7 +18,8 @@ class EventDecorators:
     """What a manager offers as `@manager.on_...`.
 
     Each works with and without parentheses, several functions can be registered for one event and are called in that
-    order, and functions that are not async run in the thread pool.
+    order (a type of message has one), and functions that are not async run in the thread pool. A function that could
+    not be called rightly is a `TypeError` when it is registered, which names its place and says what to write.
     """
 
     def __init__(self, hooks: Hooks, handlers: MessageHandlers) -> None:
@@ -179,8 +182,10 @@ class EventDecorators:
 
         Raises:
             TypeError: The function cannot be called with a socket and a message.
-            ValueError: A rate is not above zero, a burst is below one, or there is a burst without a rate.
+            ValueError: A rate is not above zero, a burst is below one, or there is a burst without a rate; or the type
+                has a handler already.
         """
+        _check_decorated(handler)
         message_type = handler if isinstance(handler, str) else None
         limit = limit_of(max_rate, max_burst, message_type=message_type)
 
@@ -189,3 +194,21 @@ class EventDecorators:
             return function
 
         return register(handler) if callable(handler) else register
+
+
+def _check_decorated(handler: Any) -> None:
+    """Refuse what is neither a type of message nor a function for messages.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(handler, type) and issubclass(handler, BaseModel):
+        example = handler.__name__.lower()
+        raise TypeError(
+            f"{handler.__name__} is a model, and on_message takes the type of a message: "
+            f'write @manager.on_message("{example}") above a function with message: {handler.__name__}'
+        )
+    if handler is not None and not isinstance(handler, str) and not callable(handler):
+        raise TypeError(
+            f'on_message takes the type of a message, a text, not {handler!r}: write @manager.on_message("chat")'
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import inspect
 import logging
 import math
@@ -22,6 +21,7 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.signatures import Signature, is_async
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
@@ -46,41 +46,6 @@ _FAILED: Final = {
     "join": "join_hook_failed",
     "leave": "leave_hook_failed",
 }
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling `function` gives a coroutine; sees through partials and objects with `async __call__`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 (it is the method itself that is looked at)
-
-
-def positional_parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """The parameters that can be given by position; `None` if any number of them can."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return None
-    return [parameter for parameter in parameters if parameter.kind in kinds]
-
-
-def check_parameters(function: Callable[..., Any], event: str, most: int, shape: str) -> int:
-    """Return how many arguments `function` takes, `most` at most.
-
-    Raises:
-        TypeError: It cannot be called with them. The error says what is expected.
-    """
-    name = getattr(function, "__qualname__", repr(function))
-    parameters = positional_parameters(function)
-    wanted = f"{name} cannot be an {event} function: it must take {shape}"
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is inspect.Parameter.empty:
-            raise TypeError(f"{wanted}, and needs the keyword argument {parameter.name!r}")
-    if parameters is None:
-        return most
-    if sum(1 for parameter in parameters if parameter.default is inspect.Parameter.empty) > most:
-        raise TypeError(wanted)
-    return min(most, len(parameters))
 
 
 _NOTHING: Final = object()
@@ -128,9 +93,8 @@ class Hooks:
         Raises:
             TypeError: It cannot be called with what the event gives.
         """
-        shape = HOOK_SHAPES[event]
-        arguments = check_parameters(function, f"on_{event}", len(shape), " and ".join(shape))
-        self._hooks[event].append(Hook(function, arguments))
+        signature = Signature(function, f"on_{event}", HOOK_SHAPES[event])
+        self._hooks[event].append(Hook(function, signature.arguments))
 
     def has(self, *events: str) -> bool:
         """Whether a function is registered for one of these events."""

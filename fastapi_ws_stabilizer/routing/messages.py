@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import typing
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,7 +12,8 @@ from pydantic_core import to_json
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.limits.traffic import Limit
-from fastapi_ws_stabilizer.routing.hooks import Hook, check_parameters, positional_parameters
+from fastapi_ws_stabilizer.routing.hooks import Hook
+from fastapi_ws_stabilizer.routing.signatures import Signature, described
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, check_json, read_json
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -109,13 +108,13 @@ class MessageHandler:
     __slots__ = ("_adapter", "_hook", "_wants", "function", "limit")
 
     def __init__(self, function: Callable[..., Any], *, typed: bool, limit: Limit | None = None) -> None:
-        arguments = check_parameters(function, "on_message", 2, "the socket, and the message if it wants it")
+        signature = Signature(function, "on_message", ("the socket", "the message"))
         self.function = function
         self.limit = limit
-        self._hook = Hook(function, arguments)
+        self._hook = Hook(function, signature.arguments)
         self._adapter: TypeAdapter[Any] | None = None
-        annotation: Any = _message_annotation(function) if arguments == 2 else inspect.Parameter.empty
-        if arguments < 2:
+        annotation = signature.message_annotation
+        if signature.arguments < 2:
             self._wants = "nothing"
         elif annotation in (inspect.Parameter.empty, Any):
             self._wants = "json" if typed else "raw"
@@ -127,7 +126,10 @@ class MessageHandler:
             self._wants = "raw"
         else:
             self._wants = "what the adapter makes"
-            self._adapter = TypeAdapter(annotation)
+            try:
+                self._adapter = TypeAdapter(annotation)
+            except Exception as error:
+                raise signature.cannot_be_read(annotation, error) from error
 
     def prepare(self, received: Received) -> Any:
         """Turn a message into what the function wants.
@@ -173,12 +175,19 @@ class MessageHandlers:
 
         Raises:
             TypeError: It cannot be called with a socket and a message.
+            ValueError: The type has a function already.
         """
         handler = MessageHandler(function, typed=message_type is not None, limit=limit)
         if message_type is None:
             self._others.append(handler)
+        elif message_type in self._typed:
+            (first,) = self._typed[message_type]
+            raise ValueError(
+                f"messages of type {message_type!r} are handled by {described(first.function)} already, and cannot be "
+                f"handled by {described(function)} too: give one of them another type, or call one from the other"
+            )
         else:
-            self._typed.setdefault(message_type, []).append(handler)
+            self._typed[message_type] = [handler]
 
     def __bool__(self) -> bool:
         return bool(self._typed or self._others)
@@ -210,19 +219,6 @@ class MessageHandlers:
 def _type_of(value: Any) -> str | None:
     message_type = value.get("type") if isinstance(value, dict) else None
     return message_type if isinstance(message_type, str) else None
-
-
-def _message_annotation(function: Callable[..., Any]) -> Any:
-    parameters = positional_parameters(function)
-    if parameters is None:
-        return inspect.Parameter.empty
-    target: Any = function
-    while isinstance(target, functools.partial):
-        target = target.func
-    if not inspect.isroutine(target):
-        target = getattr(target, "__call__", target)  # noqa: B004 (it is the method itself that is looked at)
-    hints = typing.get_type_hints(target, include_extras=True)
-    return hints.get(parameters[1].name, inspect.Parameter.empty)
 
 
 def _problems(error: ValidationError, value: Any) -> str:

@@ -112,8 +112,8 @@ async def test_all_handlers_of_a_message_are_called(bench: Any) -> None:
     async def as_text(ws: Any, message: str) -> None:
         seen.append(message)
 
-    handlers.add("chat", as_model)
-    handlers.add("chat", as_text)
+    handlers.add(None, as_model)
+    handlers.add(None, as_text)
     run = Run(b, handlers)
     b.server.feed_text(chat(1))
     await run.end()
@@ -158,8 +158,8 @@ async def test_one_bad_handler_keeps_all_from_being_called(bench: Any) -> None:
     async def strict(ws: Any, message: Chat) -> None:
         seen.append(message)
 
-    handlers.add("chat", lambda ws, message: seen.append(message))
-    handlers.add("chat", strict)
+    handlers.add(None, lambda ws, message: seen.append(message))
+    handlers.add(None, strict)
     run = Run(b, handlers)
     b.server.feed_text('{"type":"chat"}')
     await b.server.until(lambda: b.server.data)

@@ -14,7 +14,8 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
 from fastapi_ws_stabilizer.errors import socket_closed
 from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.hooks import Hook, Hooks, check_parameters, is_async
+from fastapi_ws_stabilizer.routing.hooks import Hook, Hooks
+from fastapi_ws_stabilizer.routing.signatures import Signature, is_async
 from tests.unit.conftest import Heard
 
 SOCKET: Any = SimpleNamespace(client_id="ann", connection_id="5f3a")
@@ -78,7 +79,7 @@ def test_async_functions_are_told_from_others(function: Any, expected: bool) -> 
 )
 def test_a_function_gets_as_many_arguments_as_it_takes(function: Any, arguments: int) -> None:
     """A function that takes fewer arguments gets the first ones, and defaults beyond them stay."""
-    assert check_parameters(function, "on_disconnect", 2, "the socket and the reason") == arguments
+    assert Signature(function, "on_disconnect", ("the socket", "the reason")).arguments == arguments
 
 
 def test_a_function_that_wants_too_much_is_refused_with_what_it_can_have() -> None:

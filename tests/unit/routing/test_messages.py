@@ -269,7 +269,8 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages_module, "read_json", counting)
     handlers = MessageHandlers()
     for _ in range(3):
-        handlers.add("chat", takes_any)
+        handlers.add(None, takes_dict)
+    handlers.add("move", takes_any)
     received = Received(TEXT)
     for handler in handlers.find(received):
         handler.prepare(received)
@@ -418,14 +419,13 @@ def test_without_handlers_there_is_nothing_to_find() -> None:
     assert found(handlers, "anything") == []
 
 
-def test_the_type_of_a_message_finds_its_handlers() -> None:
-    """All handlers of a type are called, in their order, and no others."""
+def test_the_type_of_a_message_finds_its_handler() -> None:
+    """The handler of a type is called, and no other."""
     handlers = MessageHandlers()
     handlers.add("chat", takes_chat)
-    handlers.add("chat", takes_dict)
     handlers.add("move", takes_any)
     assert handlers
-    assert found(handlers, TEXT) == [takes_chat, takes_dict]
+    assert found(handlers, TEXT) == [takes_chat]
     assert found(handlers, b'{"type":"move"}') == [takes_any]
 
 

@@ -187,12 +187,12 @@ async def test_the_other_handlers_of_a_message_run_all_the_same() -> None:
     """One that could not answer any more stops none of those behind it."""
     async with Stage() as stage:
 
-        @stage.manager.on_message("two")
+        @stage.manager.on_message
         async def first(ws: StableSocket, data: Any) -> None:
             await stage.gate.wait()
             await ws.send("ok")
 
-        @stage.manager.on_message("two")
+        @stage.manager.on_message
         async def second(ws: StableSocket, data: Any) -> None:
             stage.notes.append(data)
 
@@ -201,7 +201,7 @@ async def test_the_other_handlers_of_a_message_run_all_the_same() -> None:
         await line.leaves()
         stage.gate.set()
         await soon()
-        assert stage.notes == [5]
+        assert stage.notes == ["5"]
 
 
 @virtually
