@@ -7,7 +7,7 @@ import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Set
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import WebSocket
 
@@ -49,6 +49,7 @@ from fastapi_ws_stabilizer.shutdown.drain import Drain
 from fastapi_ws_stabilizer.shutdown.signals import Signals
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.names import check_client_id
+from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, missing
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
 """Where an app's state, and the lifespan state of its server, hold the manager."""
@@ -91,6 +92,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     """
 
     def __init__(self, config: WebSocketConfig | None = None) -> None:
+        if config is not None and not isinstance(config, WebSocketConfig):
+            raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
         self.config = config or WebSocketConfig()
         self.reports = Reports()
         self.reports.subscribe(write_report)
@@ -115,6 +118,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self._drained: asyncio.Task[ShutdownReport] | None = None
         self._signals = Signals(self.reports, self._drain_before_exit)
         self._serving = self._make_serving()
+
+    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to write instead of a name that it does not have."""
+            return missing(self, name, OF_MANAGER)
 
     def __repr__(self) -> str:
         return f"<WebSocketConnectionManager {self.get_connection_count()} connections>"
@@ -491,3 +500,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def uptime_seconds(self) -> float:
         """Seconds since it was started; 0 before."""
         return monotonic() - self._started_at if self._loop is not None else 0.0
+
+
+def _what_to_write(config: Any) -> str:
+    """What to write instead of making a manager of something that is no config."""
+    if isinstance(config, Mapping):
+        return "write WebSocketConnectionManager(WebSocketConfig(**options))"
+    if hasattr(config, "router"):
+        return "write WebSocketConnectionManager(), and then manager.install(app)"
+    return "write WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=30))"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi_ws_stabilizer.close_codes import check_close_code
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
@@ -13,6 +13,7 @@ from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.hub.rooms import check_room_name
 from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wrong_names import OF_ROOM, missing
 
 
 class Room:
@@ -31,6 +32,12 @@ class Room:
         self.name = name
         self._history = history  # whether what is sent by this object is remembered where the call does not say
         self._delivery_now = delivery  # not the delivery: a manager that is started anew has another one
+
+    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to write instead of a name that it does not have."""
+            return missing(self, name, OF_ROOM)
 
     def __repr__(self) -> str:
         return f"<Room {self.name!r} {len(self)} connections>"

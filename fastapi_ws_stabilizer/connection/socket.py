@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from asyncio import _get_running_loop as running_loop
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import CoreSchema
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
@@ -17,6 +21,7 @@ from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
 from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 
 T = TypeVar("T")
 
@@ -79,6 +84,27 @@ class StableSocket(SocketFacts):
         super().__init__(connection, metadata)
         self._services = services
         self.identity = identity
+
+    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to write instead of a name that it does not have."""
+            return missing(self, name, OF_SOCKET)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Say what an endpoint has to write that asks for a socket as if it were a query parameter.
+
+        Raises:
+            TypeError: A socket is no data. Models that allow arbitrary types may have one.
+        """
+        try:
+            return handler(source)
+        except PydanticSchemaGenerationError:
+            raise TypeError(
+                "an endpoint gets a StableSocket from a dependency: write `ws: StableSocketDep`, "
+                "or `ws: StableSocket = Depends(manager.socket)`"
+            ) from None
 
     def __repr__(self) -> str:
         how = "open" if self.ending is None else self.ending.reason.value

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, WebSocket
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import dependencies
@@ -297,3 +298,34 @@ def test_an_endless_chain_of_lifespans_is_given_up() -> None:
     for _ in range(100):
         lifespan = around(lifespan)
     assert dependencies._manager_in(lifespan) is None
+
+
+# ── a socket that no dependency gives ──
+
+
+@pytest.mark.parametrize("annotation", [StableSocket, StableSocket | None, Annotated[StableSocket, "a note"]])
+@pytest.mark.parametrize("decorate", [lambda app: app.websocket("/ws"), lambda app: app.get("/page")])
+def test_socket_without_dependency_says_what_to_write(annotation: Any, decorate: Any) -> None:
+    """`ws: StableSocket` alone is refused with the name of the dependency."""
+
+    async def endpoint(ws: Any) -> None:
+        """Ask for a socket as if it were a query parameter."""
+
+    endpoint.__annotations__["ws"] = annotation
+    with pytest.raises(TypeError, match=r"write `ws: StableSocketDep`, or `ws: StableSocket = Depends\("):
+        decorate(FastAPI())(endpoint)
+
+
+def test_socket_in_a_model_of_arbitrary_types_is_allowed() -> None:
+    """A model or dataclass of the application can hold sockets."""
+
+    class Player(BaseModel):
+        """A player of a game."""
+
+        model_config = ConfigDict(arbitrary_types_allowed=True)
+        ws: StableSocket
+
+    socket = object.__new__(StableSocket)
+    assert Player(ws=socket).ws is socket
+    with pytest.raises(ValidationError):
+        Player(ws=5)  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""Tests of what is said about names that a manager, a socket or a room does not have."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.room import Room
+from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, OF_ROOM, OF_SOCKET
+from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
+
+EMPTY_ROOM = Room("lobby", lambda: None)  # type: ignore[arg-type, return-value]
+SOCKET = object.__new__(StableSocket)
+OWNERS: dict[str, Any] = {"manager": WebSocketConnectionManager(), "ws": SOCKET, "room": EMPTY_ROOM}
+CASES = [
+    (owner, name) for owner, names in (("manager", OF_MANAGER), ("ws", OF_SOCKET), ("room", OF_ROOM)) for name in names
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), CASES)
+def test_wrong_name_says_the_right_one(owner: str, name: str) -> None:
+    """A name that people guess raises an `AttributeError` which says what to write, with names that exist."""
+    thing = OWNERS[owner]
+    assert not hasattr(thing, name)
+    with pytest.raises(AttributeError) as caught:
+        getattr(thing, name)
+    told = str(caught.value)
+    assert f"{type(thing).__name__} has no {name!r}: " in told
+    kinds = {"manager": WebSocketConnectionManager, "ws": StableSocket, "room": Room}
+    for other, right in re.findall(r"\b(manager|ws|room)\.(\w+)", told):
+        assert right in dir(kinds[other]), told
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "right"),
+    [
+        ("manager", "accept", "StableSocketDep"),
+        ("manager", "rooms", "manager.get_rooms()"),
+        ("manager", "kick", "manager.disconnect("),
+        ("manager", "send", "manager.send_to_client("),
+        ("manager", "connections", "manager.get_sockets()"),
+        ("manager", "broadcast_to_room", "manager.broadcast(message, room=...)"),
+        ("manager", "emit", "manager.broadcast("),
+        ("ws", "accept", "delete"),
+        ("ws", "kick", "ws.close("),
+        ("ws", "emit", "ws.send("),
+        ("ws", "broadcast", "manager.broadcast("),
+        ("ws", "id", "ws.connection_id"),
+    ],
+)
+def test_common_guess_is_answered(owner: str, name: str, right: str) -> None:
+    """The names of Starlette, FastAPI's tutorial and Socket.IO lead to those of this library."""
+    with pytest.raises(AttributeError, match=re.escape(right)):
+        getattr(OWNERS[owner], name)
+
+
+@pytest.mark.parametrize("owner", list(OWNERS))
+def test_unknown_name_is_an_ordinary_error(owner: str) -> None:
+    """A name that is in no table raises what Python raises."""
+    thing = OWNERS[owner]
+    with pytest.raises(AttributeError) as caught:
+        _ = thing.nonsense
+    assert str(caught.value) == f"{type(thing).__name__!r} object has no attribute 'nonsense'"
+    assert (caught.value.name, caught.value.obj) == ("nonsense", thing)
+    assert getattr(thing, "nonsense", 5) == 5
+
+
+def test_error_within_a_property_stays_as_it_is() -> None:
+    """An `AttributeError` that a property raises is not taken for a missing name."""
+    with pytest.raises(AttributeError, match="'_connection'"):
+        _ = SOCKET.client_id
+
+
+def test_tools_that_look_at_objects_are_not_disturbed() -> None:
+    """Copies, mocks and inspection see a socket as they did without the tables."""
+    assert isinstance(copy.copy(SOCKET), StableSocket)
+    assert isinstance(copy.copy(EMPTY_ROOM), Room)
+    with pytest.raises(AttributeError):
+        mock.create_autospec(StableSocket, instance=True).accept  # noqa: B018 (reading it is the test)
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        pickle.dumps(EMPTY_ROOM)  # its lambda cannot be pickled, and nothing else is said
+    assert not set(OF_SOCKET) & set(dir(StableSocket))
+    assert inspect.unwrap(WebSocketConnectionManager().broadcast)
+
+
+async def test_socket_that_is_open_is_copied() -> None:
+    """A copy of an open socket is the same connection."""
+    manager, server = WebSocketConnectionManager(), FakeServer(path_params={"client_id": "ann"})
+    async with manager.serve(server.websocket, "ann") as ws:
+        assert copy.copy(ws).connection_id == ws.connection_id
+        server.feed_disconnect(1000)
+        await with_deadline(ws.wait_closed())
+    await eventually(lambda: manager.get_connection_count() == 0)
+
+
+@pytest.mark.parametrize("options", [{"heartbeat_interval": 5.0}, {}])
+def test_manager_with_a_dict_says_to_write_a_config(options: dict[str, Any]) -> None:
+    """Options as a dict are refused with what to write."""
+    with pytest.raises(TypeError, match=re.escape("WebSocketConnectionManager(WebSocketConfig(**options))")):
+        WebSocketConnectionManager(options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["redis://localhost", 5, WebSocketConfig, object()])
+def test_manager_with_something_else_says_what_it_takes(wrong: Any) -> None:
+    """Anything but a config is refused by name."""
+    with pytest.raises(TypeError, match=r"takes a WebSocketConfig, not"):
+        WebSocketConnectionManager(wrong)
+
+
+def test_manager_with_an_app_says_install() -> None:
+    """An app is given to `install`, or given the manager's lifespan."""
+    from fastapi import FastAPI
+
+    with pytest.raises(TypeError, match=r"manager\.install\(app\)"):
+        WebSocketConnectionManager(FastAPI())  # type: ignore[arg-type]
