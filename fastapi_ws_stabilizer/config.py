@@ -11,7 +11,17 @@ from datetime import timedelta
 from enum import Enum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
 from fastapi_ws_stabilizer.limits.address import TrustedProxies
@@ -128,7 +138,22 @@ def _no_bool(value: object) -> object:
 _Seconds = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, allow_inf_nan=False)]
 _PerSecond = Annotated[float, BeforeValidator(_no_bool), Field(ge=0.001, le=1e12, allow_inf_nan=False)]
 _Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
-_Lower = BeforeValidator(_lower)
+
+
+class _Choice:
+    """Makes one of an enumeration's members of its value, however it is spelt.
+
+    The type of such an option names the values too, so that type checkers let them be given; what the config holds is
+    always the member.
+    """
+
+    def __init__(self, kind: type[Enum]) -> None:
+        self._kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read the member alone."""
+        return core_schema.no_info_before_validator_function(_lower, handler.generate_schema(self._kind))
+
 
 MIN_SECRET_BYTES: Final = 16
 
@@ -150,7 +175,7 @@ class WebSocketConfig(BaseModel):
     heartbeat_timeout: _Seconds = Field(
         default=60.0, description="Seconds that a client may stay silent after a ping before it is closed with 4408."
     )
-    heartbeat_type: Annotated[HeartbeatType, _Lower] = Field(
+    heartbeat_type: Annotated[HeartbeatType | Literal["ping", "custom", "off"], _Choice(HeartbeatType)] = Field(
         default=HeartbeatType.PING, description="What a heartbeat sends: the ping, `heartbeat_payload`, or nothing."
     )
     heartbeat_payload: Any = Field(
@@ -180,7 +205,7 @@ class WebSocketConfig(BaseModel):
         default=(),
         description="Addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Host` are believed.",
     )
-    reject: Annotated[RejectPolicy, _Lower] = Field(
+    reject: Annotated[RejectPolicy | Literal["auto", "close", "http"], _Choice(RejectPolicy)] = Field(
         default=RejectPolicy.AUTO, description="How a client is told that it may not come in."
     )
     allowed_origins: Sequence[str | re.Pattern[str]] | None = Field(
@@ -191,7 +216,7 @@ class WebSocketConfig(BaseModel):
     require_origin: bool = Field(
         default=False, description="Whether handshakes without an `Origin`, which no browser sends, are refused."
     )
-    on_duplicate: Annotated[DuplicatePolicy, _Lower] = Field(
+    on_duplicate: Annotated[DuplicatePolicy | Literal["replace", "reject", "allow"], _Choice(DuplicatePolicy)] = Field(
         default=DuplicatePolicy.REPLACE, description="What happens when a connected client id connects again."
     )
     disconnect_grace: _Seconds = Field(
@@ -221,7 +246,7 @@ class WebSocketConfig(BaseModel):
     )
     inbox_max_messages: _Count = Field(default=256, description="Most received messages that wait to be read.")
     inbox_max_bytes: _Count = Field(default=4 * 1024 * 1024, description="Most bytes of received messages that wait.")
-    inbox_overflow: Annotated[InboxOverflow, _Lower] = Field(
+    inbox_overflow: Annotated[InboxOverflow | Literal["pause", "close"], _Choice(InboxOverflow)] = Field(
         default=InboxOverflow.PAUSE, description="What happens when the inbox is full."
     )
 
@@ -235,7 +260,9 @@ class WebSocketConfig(BaseModel):
     outbox_max_bytes: _Count = Field(
         default=4 * 1024 * 1024, description="Most bytes that wait; one message of any size fits into an empty outbox."
     )
-    outbox_overflow: Annotated[OutboxOverflow, _Lower] = Field(
+    outbox_overflow: Annotated[
+        OutboxOverflow | Literal["disconnect", "drop_oldest", "drop_newest"], _Choice(OutboxOverflow)
+    ] = Field(
         default=OutboxOverflow.DISCONNECT,
         description="What happens when an outbox is full: the client is disconnected (4507), or messages are dropped.",
     )
@@ -302,7 +329,7 @@ class WebSocketConfig(BaseModel):
     handle_signals: bool = Field(default=True, description="Whether SIGTERM and SIGINT start a drain.")
 
     # compression
-    compression: Annotated[CompressionMode, _Lower] = Field(
+    compression: Annotated[CompressionMode | Literal["deflate", "none"], _Choice(CompressionMode)] = Field(
         default=CompressionMode.DEFLATE,
         description="Compression of messages on the wire, where the client offers it and the server can be told.",
     )
@@ -335,9 +362,9 @@ class WebSocketConfig(BaseModel):
     # memory
     max_memory_per_connection: _Count | None = Field(default=None, description="Most bytes held for one connection.")
     max_total_memory: _Count | None = Field(default=None, description="Most bytes held for all connections.")
-    memory_eviction_policy: Annotated[MemoryEvictionPolicy, _Lower] = Field(
-        default=MemoryEvictionPolicy.LRU, description="Which connection goes first."
-    )
+    memory_eviction_policy: Annotated[
+        MemoryEvictionPolicy | Literal["lru", "fifo", "oldest"], _Choice(MemoryEvictionPolicy)
+    ] = Field(default=MemoryEvictionPolicy.LRU, description="Which connection goes first.")
     memory_check_interval: _Seconds = Field(default=60.0, description="Seconds between two checks.")
 
     @model_validator(mode="before")

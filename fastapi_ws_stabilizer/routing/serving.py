@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import Ending
-from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
@@ -68,7 +68,7 @@ class Serving(Opening):
         self.ledger = Ledger(
             config.max_total_memory,
             config.max_memory_per_connection,
-            config.memory_eviction_policy.value,
+            MemoryEvictionPolicy(config.memory_eviction_policy).value,
             config.memory_check_interval,
         )
         self.delivery: Delivery[Connection] = Delivery(
@@ -88,7 +88,7 @@ class Serving(Opening):
         self.sessions = self.resumption.sessions
         self.unfinished: set[Connection] = set()
         self._ending = Endings()
-        refusing = Refusing(config.reject, reports)
+        refusing = Refusing(RejectPolicy(config.reject), reports)
         self._reception = Reception(
             config, self.sessions, refusing, address_of=lambda websocket: self.door.address_of(websocket)
         )
