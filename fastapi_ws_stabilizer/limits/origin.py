@@ -16,8 +16,7 @@ OriginProblem = Literal["missing", "null", "malformed", "several", "foreign"]
 """Why an origin may not come in."""
 
 MAX_ORIGIN_CHARS: Final = 512
-"""An origin as long as that is malformed, before anything else looks at it: an application's regular expression never
-sees it."""
+"""An origin as long as that is malformed: an application's regular expression never sees it."""
 
 MAX_HOST_CHARS: Final = 253
 
@@ -51,11 +50,12 @@ class OriginPolicy:
     - `"https://app.example.com"`, with `:8443` behind it where the port is not the scheme's own; and other schemes, as
       in `"chrome-extension://abcdefgh"`.
     - `"https://*.example.com"`: every host below `example.com`, at any depth; not `example.com` itself.
-    - A `re.Pattern`, or a text that begins with `^`, which has to match the whole origin in its normal spelling: lower
-      case, no port where it is the scheme's own, no dot at the end of the host, and an international name as `xn--`.
-      One that takes exponential time on 511 characters takes it here, too.
-    - `"*"`: every origin but `null`.
-    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so that lets everybody in.
+    - A `re.Pattern`, or a text that begins with `^`, which has to match the whole origin, as it came or in its normal
+      spelling: lower case, no port where it is the scheme's own, no dot at the end of the host, and an international
+      name as `xn--`. Some devices send a path behind it: only a pattern sees that. One that takes exponential time on
+      511 characters takes it here, too.
+    - `"*"`: every client, whatever its Origin header says.
+    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so that lets all pages in.
 
     Same origin trusts the Host header, which a page whose name has been rebound to our address brings along. Against
     that, on a server in a private network, helps Starlette's `TrustedHostMiddleware`.
@@ -89,16 +89,23 @@ class OriginPolicy:
         """
         if not origins:
             return "missing" if self._required else None
+        if self._any:  # an origin that is none is no more dangerous than a foreign one
+            return None
         if len(origins) > 1:
             return "several"
-        if origins[0] == "null":
-            return None if self._null else "null"
-        origin = _origin_of(origins[0])
-        if origin is None:
-            return "malformed"
-        if self._any or _is_same(origin, hosts) or self._is_listed(origin):
+        text = origins[0]
+        if text == "null":
+            return None if self._null or self._matches(text) else "null"
+        origin = _origin_of(text)
+        if origin is not None and (_is_same(origin, hosts) or self._is_listed(origin)):
             return None
-        return "foreign"
+        if self._matches(text):
+            return None
+        return "malformed" if origin is None else "foreign"
+
+    def _matches(self, text: str) -> bool:
+        """Whether a pattern matches a whole text."""
+        return len(text) < MAX_ORIGIN_CHARS and any(pattern.fullmatch(text) for pattern in self._patterns)
 
     def _is_listed(self, origin: _Origin) -> bool:
         if origin in self._exact:
@@ -106,8 +113,7 @@ class OriginPolicy:
         scheme, (host, port) = origin
         if any(scheme == s and host.endswith(suffix) and port == p for s, suffix, p in self._below):
             return True
-        text = str(origin)
-        return any(pattern.fullmatch(text) for pattern in self._patterns)
+        return self._matches(str(origin))
 
     def _add(self, entry: str | re.Pattern[str]) -> None:
         if isinstance(entry, re.Pattern):

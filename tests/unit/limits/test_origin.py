@@ -95,22 +95,30 @@ def test_no_origin_may_come_in_unless_one_is_required() -> None:
     assert OriginPolicy(None, required=True).problem(["https://app.example.com"], HERE) is None
 
 
-@pytest.mark.parametrize("allowed", [[], ["*"], [re.compile(".*")], ["^.*"]], ids=str)
+@pytest.mark.parametrize(
+    "allowed", [[], ["https://app.example.com"], [re.compile("https?://.*")], ["^https://.*"]], ids=str
+)
 def test_null_stays_outside(allowed: list[str | re.Pattern[str]]) -> None:
-    """A page without an origin, which any page can make, is let in by nothing but its own word."""
+    """A page without an origin, which any page can make, is refused unless something in the list means it."""
     assert OriginPolicy(allowed).problem(["null"], ["null"]) == "null"
 
 
 def test_null_comes_in_when_it_is_listed() -> None:
-    """`"null"` lets pages without an origin in, and no others."""
+    """`"null"` lets pages without an origin in, and no others; `"*"` and a pattern that matches it let it in too."""
     assert problem("null", "null") is None
+    assert problem("null", "*") is None
+    assert problem("null", "^null$") is None
+    assert problem("null", re.compile(".*")) is None
     assert problem("https://evil.example", "null") == "foreign"
 
 
 @pytest.mark.parametrize("second", ["https://app.example.com", "https://evil.example"])
 def test_several_headers_stay_outside(second: str) -> None:
-    """Two Origin headers are no browser's doing, even if they are the same or every origin is welcome."""
-    assert OriginPolicy(["*"]).problem(["https://app.example.com", second], HERE) == "several"
+    """Two Origin headers are refused, even if they are the same, unless every client is let in."""
+    origins = ["https://app.example.com", second]
+    assert OriginPolicy(None).problem(origins, HERE) == "several"
+    assert OriginPolicy(["^.*$"]).problem(origins, HERE) == "several"
+    assert OriginPolicy(["*"]).problem(origins, HERE) is None
 
 
 @pytest.mark.parametrize(
@@ -172,15 +180,51 @@ def test_several_headers_stay_outside(second: str) -> None:
     ],
 )
 def test_what_is_no_origin_is_malformed(origin: str) -> None:
-    """What no browser would send as an origin stays outside, even if every origin is welcome."""
-    assert OriginPolicy(["*"]).problem([origin], [origin, *HERE]) == "malformed"
+    """What no browser would send as an origin is refused, even if it begins with one that is listed."""
+    policy = OriginPolicy(["https://app.example.com", "https://*.example.com", "null"])
+    assert policy.problem([origin], [origin, *HERE]) == "malformed"
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://github.com/gilmaimon/TinyWebsockets",
+        "file://",
+        "null",
+        "",
+        "app.example.com",
+        "https://b\xfccher.example",
+        "https://app.example.com:443:443",
+        pytest.param("https://a" + "a" * 1_000_000, id="megabyte"),
+    ],
+)
+def test_every_origin_comes_in_by_an_asterisk(origin: str) -> None:
+    """`"*"` means every client, whatever its Origin header says."""
+    assert problem(origin, "*", hosts=HERE) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "origin"),
+    [
+        (r"^https://github\.com/gilmaimon/TinyWebsockets$", "https://github.com/gilmaimon/TinyWebsockets"),
+        (r"^https://[^/]+/device/[0-9]+$", "https://Vendor.example/device/5"),
+        (r"^https://APP\.example\.com:443$", "https://APP.example.com:443"),
+        (r"^file:///[a-z_]+t$", "file:///android_asset"),
+        (r"^$", ""),
+    ],
+)
+def test_pattern_sees_the_origin_as_it_came(pattern: str, origin: str) -> None:
+    """A pattern that matches the whole text of an Origin header lets it in, also where that is no origin."""
+    assert problem(origin, pattern, hosts=HERE) is None
+    assert problem(origin, re.compile(pattern), hosts=HERE) is None
+    assert problem(f"{origin}x", pattern, hosts=HERE) in ("malformed", "foreign")
 
 
 @pytest.mark.parametrize("piece", ["a", ".a", ".", ":1", " ", "\x00"])
 def test_a_megabyte_of_origin_is_malformed(piece: str) -> None:
     """An origin of a megabyte is refused by its length."""
     tail = piece * 1_000_000
-    assert problem(f"https://a{tail}", "*", hosts=[f"a{tail}"]) == "malformed"
+    assert problem(f"https://a{tail}", "^.*$", hosts=[f"a{tail}"]) == "malformed"
 
 
 def test_the_longest_origin_is_one() -> None:
