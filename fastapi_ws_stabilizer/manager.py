@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,7 +37,7 @@ from fastapi_ws_stabilizer.routing.hooks import Hooks
 from fastapi_ws_stabilizer.routing.identity import Moment
 from fastapi_ws_stabilizer.routing.messages import MessageHandlers
 from fastapi_ws_stabilizer.routing.passes import Passes
-from fastapi_ws_stabilizer.routing.served import Served, identified
+from fastapi_ws_stabilizer.routing.served import Served, identified, unidentified
 from fastapi_ws_stabilizer.routing.serving import Serving
 from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
@@ -48,6 +48,7 @@ from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.shutdown.drain import Drain
 from fastapi_ws_stabilizer.shutdown.signals import Signals
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.handshake import served_subprotocols
 from fastapi_ws_stabilizer.wire.names import check_client_id
 from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, missing
 
@@ -366,23 +367,37 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
 
     def socket_for(
         self,
-        identify: Callable[..., Any],
+        identify: Callable[..., Any] | None = None,
         *,
         key: Callable[[Any], object] | None = None,
         expires_at: Callable[[Any], Moment] | None = None,
         control_frames: bool = True,
+        subprotocols: str | Sequence[str] = (),
     ) -> Callable[..., AsyncIterator[StableSocket]]:
         """Make a dependency that takes the client id from another one: `Depends(manager.socket_for(current_user))`.
 
         Args:
             identify: Any FastAPI dependency. What it returns is `ws.identity`; what it raises refuses the connection.
+                Left out, the client id is that of the path or the query, as with `manager.socket`.
             key: Makes the client id of what `identify` returned. Not needed for `str`, `int` and `UUID`.
             expires_at: Says until when that is good: a `datetime` with its time zone, seconds since 1970 as in a JWT's
                 `exp`, or `None`. The client is asked for a new credential before, which `on_auth` looks at, and is
                 closed with 4401 if none has come.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
+            subprotocols: What the endpoint speaks, such as `("ocpp2.1", "ocpp1.6")`. The handshake is answered with the
+                first of them that the client offers, which is `ws.subprotocol`; with none, and a warning, where it
+                offers only others.
+
+        Raises:
+            TypeError: There is a `key` or `expires_at` without an identity.
+            ValueError: A subprotocol is no name of one.
         """
-        return identified(self, self.serve, identify, key, expires_at, control_frames)
+        served = served_subprotocols(subprotocols)
+        if identify is not None:
+            return identified(self, self.serve, identify, key, expires_at, control_frames, served)
+        if key is not None or expires_at is not None:
+            raise TypeError("socket_for with key or expires_at needs a dependency that says who comes")
+        return unidentified(self.serve, control_frames, served)
 
     def serve(
         self,
@@ -392,6 +407,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         identity: Any = None,
         good_for: float | None = None,
         control_frames: bool = True,
+        subprotocols: str | Sequence[str] = (),
     ) -> Served:
         """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
 
@@ -403,15 +419,24 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             identity: What `ws.identity` is.
             good_for: For how many seconds that is good; for ever when left out.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
+            subprotocols: What the endpoint speaks: the first that the client offers is answered.
 
         Raises:
-            ValueError: `client_id` is empty, or breaks the rule for names.
+            ValueError: `client_id` is empty, or breaks the rule for names; or a subprotocol is no name of one.
             HTTPException: The manager is shut down (503), or a handshake hook refused.
             WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
         """
         if client_id is not None:
             check_client_id(client_id)
-        return Served(self, websocket, client_id, identity=identity, good_for=good_for, control_frames=control_frames)
+        return Served(
+            self,
+            websocket,
+            client_id,
+            identity=identity,
+            good_for=good_for,
+            control_frames=control_frames,
+            subprotocols=served_subprotocols(subprotocols),
+        )
 
     # ── connections by hand ──
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import WebSocket
-from starlette.datastructures import URL, Address, Headers, QueryParams, State
+from starlette.datastructures import URL, Address, Headers, MutableHeaders, QueryParams, State
+from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
@@ -15,6 +16,7 @@ from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 from fastapi_ws_stabilizer.limits.kept import Kept
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY
 
 
 class SocketFacts:
@@ -187,6 +189,27 @@ class SocketFacts:
     def client(self) -> Address | None:
         """The address of the other end, which may be a proxy."""
         return self.websocket.client
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The subprotocol that the handshake was answered with.
+
+        `None` before that, where there is none, and where your code has accepted the WebSocket itself.
+        """
+        subprotocol: str | None = self.scope.get(ANSWERED_KEY)
+        return subprotocol
+
+    @property
+    def accept_headers(self) -> MutableHeaders:
+        """Headers that go with the answer to the handshake, such as `Set-Cookie`. For `on_handshake` functions.
+
+        Raises:
+            RuntimeError: It is answered. So it is before those functions where an identity reads the first message.
+        """
+        if self.websocket.application_state is not WebSocketState.CONNECTING:
+            raise RuntimeError("the handshake is answered: set ws.accept_headers in an on_handshake function")
+        headers: MutableHeaders = self.scope.setdefault(HEADERS_KEY, MutableHeaders())
+        return headers
 
     @property
     def state(self) -> State:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from fastapi_ws_stabilizer.connection.endpoint import meaning
-from fastapi_ws_stabilizer.routing.hooks import is_async
+from fastapi_ws_stabilizer.routing.signatures import is_async
 
 Handler = Callable[[Any, Any], Any]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from typing import Final
 
 from fastapi import WebSocket, WebSocketException
+from starlette.datastructures import MutableHeaders
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
@@ -22,7 +24,11 @@ from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
 from fastapi_ws_stabilizer.routing.greeting import Reception, credential_in
 from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol
 from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
+from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY, SERVED_KEY
 from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
+
+MAX_ROUTES: Final = 64
+"""Routes for which it is told that subprotocols are answered by none."""
 
 LOOK_INTERVAL: Final = 1.0
 """Seconds between two looks whether the client of a handshake is still there."""
@@ -131,7 +137,14 @@ class Visitor:
                 link = ServerSide(websocket._receive, websocket._send).link(websocket.scope)
                 if link is not None:
                     link.refuse_compression()
-            await websocket.accept(answered_subprotocol(self.websocket))
+            scope = websocket.scope
+            subprotocol = answered_subprotocol(websocket)
+            headers: MutableHeaders | None = scope.pop(HEADERS_KEY, None)
+            await websocket.accept(subprotocol, None if headers is None else headers.raw)
+            if subprotocol is not None:
+                scope[ANSWERED_KEY] = subprotocol
+            elif scope.get("subprotocols"):
+                self.door.left_unanswered(websocket)
 
     async def take_hello(self) -> Hello:
         """As `hello`, for the last time: the hello is kept no longer. The credential in it is, as `credential` says."""
@@ -216,6 +229,7 @@ class Door:
         self.closed = False
         self._visitors: set[Visitor] = set()
         self._empty: Latch | None = None
+        self._unanswered: set[str] = set()
 
     def revoke(self, client_id: str) -> None:
         """Let in nobody as that client who stands at the door now."""
@@ -256,6 +270,27 @@ class Door:
         if self._empty is not None and not self._visitors:
             self._empty.set()
             self._empty = None
+
+    def left_unanswered(self, websocket: WebSocket) -> None:
+        """Report, once for a route, that a client has offered subprotocols and was answered none.
+
+        RFC 6455 lets a server do so, and browsers close the connection then. What was offered may be a credential, and
+        is not told.
+        """
+        scope = websocket.scope
+        route = str(getattr(scope.get("route"), "path", scope.get("path")))
+        if route in self._unanswered or len(self._unanswered) >= MAX_ROUTES:
+            return
+        self._unanswered.add(route)
+        self._reports.tell(
+            "subprotocol_unanswered",
+            logging.WARNING,
+            route=route,
+            offered=len(scope["subprotocols"]),
+            served=", ".join(scope.get(SERVED_KEY, ())) or "none",
+            advice="browsers and many devices close a connection whose subprotocols are answered by none: name those "
+            "that the endpoint speaks with Depends(manager.socket_for(subprotocols=(...)))",
+        )
 
     def address_of(self, websocket: WebSocket) -> str:
         """Where a client comes from: what a trusted proxy says, else the other end of the connection."""

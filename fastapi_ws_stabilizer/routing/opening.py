@@ -43,6 +43,7 @@ from fastapi_ws_stabilizer.sessions.left import LeftBehind
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import Sessions
 from fastapi_ws_stabilizer.tasks import copied
+from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 
 
 class Opening(Leaving, Services):
@@ -121,6 +122,8 @@ class Opening(Leaving, Services):
     async def _ask_handshake_hooks(self, connection: Connection) -> None:
         try:
             await self._hooks.handshake(connection.face)
+            if (headers := connection.websocket.scope.get(HEADERS_KEY)) is not None:
+                check_headers(headers.raw)
         except Exception as error:
             if not is_bug(error) or handler_for_endpoint(connection.websocket, error) is not None:
                 raise

@@ -39,6 +39,7 @@ from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, TokenBucket
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.app_handlers import handler_of
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY, first_offered
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, offers_v1
 
 DENIAL: Final = "websocket.http.response"
@@ -70,9 +71,16 @@ PATIENCE: Final = 5.0
 
 
 def answered_subprotocol(websocket: WebSocket) -> str | None:
-    """The subprotocol that a handshake is answered with: a browser that offers some takes no answer without one."""
+    """The subprotocol that a handshake is answered with: a browser that offers some takes no answer without one.
+
+    Ours, else the first that the endpoint speaks, else the marker beside a credential; `None` where none is offered.
+    """
     offered: Collection[str] = websocket.scope.get("subprotocols") or ()
-    chosen: str | None = SUBPROTOCOL if offers_v1(offered) else websocket.scope.get(SUBPROTOCOL_KEY)
+    if offers_v1(offered):
+        return SUBPROTOCOL
+    chosen = first_offered(websocket.scope.get(SERVED_KEY, ()), offered)
+    if chosen is None:
+        chosen = websocket.scope.get(SUBPROTOCOL_KEY)
     return chosen if chosen in offered else None
 
 

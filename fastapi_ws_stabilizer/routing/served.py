@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Annotated, Any, Protocol
@@ -19,6 +19,7 @@ from fastapi_ws_stabilizer.routing.door import Door, Visitor
 from fastapi_ws_stabilizer.routing.identity import Moment, client_id_from, client_id_of, seconds_until
 from fastapi_ws_stabilizer.routing.refusing import REFUSALS
 from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
 
 
 class Manager(Protocol):
@@ -107,7 +108,10 @@ class Served:
         identity: Any,
         good_for: float | None,
         control_frames: bool,
+        subprotocols: tuple[str, ...] = (),
     ) -> None:
+        if subprotocols:
+            websocket.scope[SERVED_KEY] = subprotocols
         self._manager = manager
         self._opening: tuple[WebSocket, str | None, Any, float | None, bool] | None
         self._opening = websocket, client_id, identity, good_for, control_frames
@@ -151,8 +155,21 @@ class Serve(Protocol):
         identity: Any = None,
         good_for: float | None = None,
         control_frames: bool = True,
+        subprotocols: Sequence[str] = (),
     ) -> Served:
         """Serve a WebSocket."""
+
+
+def unidentified(
+    serve: Serve, control_frames: bool, subprotocols: tuple[str, ...]
+) -> Callable[..., AsyncIterator[StableSocket]]:
+    """Make a dependency that takes the client id from the path or the query."""
+
+    async def socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:
+        async with serve(websocket, control_frames=control_frames, subprotocols=subprotocols) as socket:
+            yield socket
+
+    return socket
 
 
 def identified(
@@ -162,18 +179,28 @@ def identified(
     key: Callable[[Any], object] | None,
     expires_at: Callable[[Any], Moment] | None,
     control_frames: bool,
+    subprotocols: tuple[str, ...],
 ) -> Callable[..., AsyncIterator[StableSocket]]:
     """Make a dependency that takes the client id from another one."""
 
     async def knocked(websocket: WebSocket) -> AsyncIterator[None]:
         """Stands before the identity, so that it need not be asked of everybody, and hears what it raises."""
+        if subprotocols:
+            websocket.scope[SERVED_KEY] = subprotocols
         async with at_the_door(await running(manager, websocket), websocket):
             yield
 
     async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
         client_id = client_id_from(identity, key)
         good_for = None if expires_at is None else seconds_until(expires_at(identity))
-        served = serve(websocket, client_id, identity=identity, good_for=good_for, control_frames=control_frames)
+        served = serve(
+            websocket,
+            client_id,
+            identity=identity,
+            good_for=good_for,
+            control_frames=control_frames,
+            subprotocols=subprotocols,
+        )
         async with served as socket:
             yield socket
 

@@ -1,0 +1,46 @@
+"""The subprotocol and the headers of the answer to a handshake, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
+
+from tests.live.server import SERVERS, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+OFFER = [Subprotocol("ocpp2.0.1"), Subprotocol("ocpp1.6")]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, kind: str) -> None:
+    """Every server answers the subprotocol that the endpoint speaks, and all but granian the headers of a hook."""
+    server = serve(kind, app="tests.live.subprotocol_app:app")
+    async with connect(server.url("/speaks/cp1"), subprotocols=OFFER) as client:
+        assert client.subprotocol == "ocpp1.6"
+        assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"subprotocol": "ocpp1.6"}
+        assert client.response is not None
+        cookies = [] if kind == "granian" else ["seen=cp1; HttpOnly", "node=n1"]  # it sends no headers with an accept
+        assert client.response.headers.get_all("set-cookie") == cookies
+        await client.send("ping me")
+        assert await asyncio.wait_for(client.recv(), 5) == "ping me"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) -> None:
+    """A client whose subprotocols have no answer is accepted without, and the log says once what to write."""
+    server = serve(kind, app="tests.live.subprotocol_app:app")
+    for number in range(3):
+        async with connect(server.url(f"/speaks-none/cp{number}"), subprotocols=OFFER) as client:
+            assert client.subprotocol is None
+            assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"subprotocol": None}
+    await until(lambda: "subprotocol_unanswered" in server.log, what="the warning")
+    lines = [line for line in server.log.splitlines() if "subprotocol_unanswered" in line]
+    assert len(lines) == 1
+    assert "route=/speaks-none/{client_id}" in lines[0]
+    assert "socket_for(subprotocols=" in lines[0]
+    assert "ocpp" not in lines[0]
