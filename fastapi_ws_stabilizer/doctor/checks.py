@@ -281,6 +281,17 @@ def identities_before_their_door(s: Surroundings) -> Problem | None:
     )
 
 
+def routes_never_reached(s: Surroundings) -> Problem | None:
+    """D20."""
+    if not s.shadowed:
+        return None
+    routes = "; ".join(f"{path} is never reached, because {by} stands before it" for path, by in s.shadowed)
+    return Problem(
+        f"{routes}: its clients get what that answers, such as 403",
+        "declare WebSocket routes first, a fixed path before one with a parameter, and mount static files last",
+    )
+
+
 def background_tasks_never_run(s: Surroundings) -> Problem | None:
     """D23."""
     if not s.background:
@@ -354,6 +365,7 @@ CHECKS: Final = (
     Check("D17", WARNING, "A login does not guard a WebSocket route", sockets_beside_a_login, at_start=True),
     Check("D18", WARNING, "The addresses of clients are those of a proxy", proxies_not_trusted),
     Check("D19", WARNING, "Who comes is asked before the socket", identities_before_their_door, at_start=True),
+    Check("D20", ERROR, "A WebSocket route is never reached", routes_never_reached, at_start=True),
     Check("D21", WARNING, "The stats router has no guard", stats_without_guard),
     Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
     Check("D23", ERROR, "BackgroundTasks of a WebSocket never run", background_tasks_never_run, at_start=True),

@@ -46,6 +46,7 @@ class Surroundings:
         logins: Names of HTTP middleware that looks like a login and does not run for WebSockets.
         unguarded: Paths of WebSocket routes behind it that do not ask who comes.
         early: Paths of WebSocket routes that ask it before the socket is there to hear a refusal.
+        shadowed: Paths of WebSocket routes that are never reached, each with what takes its clients before.
         background: Paths of WebSocket routes that take `BackgroundTasks`.
         open_stats: Where the stats router is mounted without a dependency that can reject a caller.
     """
@@ -65,6 +66,7 @@ class Surroundings:
     logins: tuple[str, ...] = ()
     unguarded: tuple[str, ...] = ()
     early: tuple[str, ...] = ()
+    shadowed: tuple[tuple[str, str], ...] = ()
     background: tuple[str, ...] = ()
     open_stats: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from fastapi_ws_stabilizer.doctor.surroundings import Surroundings, bypassing_ro
 from fastapi_ws_stabilizer.doctor.way import way_of
 from fastapi_ws_stabilizer.platforms.platform import Platform
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.paths import shadowed_routes
 
 
 def survey(
@@ -74,6 +75,7 @@ def survey(
         logins=logins,
         unguarded=unguarded,
         early=early_identities(app),
+        shadowed=shadowed_routes(app),
         background=routes_with_background_tasks(app),
         open_stats=open_stats_routers(app),
     )
@@ -111,6 +113,7 @@ def tell_at_start(
             logins=logins,
             unguarded=unguarded,
             early=early_identities(app),
+            shadowed=shadowed_routes(app),
             background=routes_with_background_tasks(app),
         )
         for finding in examine(surroundings, at_start=True):

@@ -1,30 +1,33 @@
 """Say in the log why a WebSocket handshake got a 403: no route has its path.
 
 Starlette answers a WebSocket for which there is no route with a bare 403, which looks like a refusal. The first few
-such paths are logged together with the paths that exist.
+such paths are logged together with the paths that exist. A mount takes all paths below it: one of files fails on a
+WebSocket, and one of another app answers by itself.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any, Final
 
 from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing.paths import Place, taken_by
 
 MAX_TOLD: Final = 10
 """How many different unmatched paths are told. A scanner must not fill the log."""
 
 
 class UnmatchedSockets:
-    """Stands before a router's default app and tells which WebSocket paths nobody serves."""
+    """Stands before a router and its default app, and tells which WebSocket paths no route serves."""
 
     def __init__(self, router: Any, reports: Reports) -> None:
         self._router = router
         self._default = router.default
+        self._routed: Any = getattr(router, "middleware_stack", None)
         self._reports = reports
         self._told: set[str] = set()
 
@@ -34,16 +37,56 @@ class UnmatchedSockets:
         router: Any = getattr(app, "router", None)
         default = getattr(router, "default", None)
         if callable(default) and not isinstance(default, cls):
-            router.default = cls(router, reports)
+            watch = router.default = cls(router, reports)
+            if callable(watch._routed):
+                router.middleware_stack = watch.route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell, and let the router's own default answer."""
-        path = str(scope.get("path"))
-        if scope["type"] == "websocket" and path not in self._told and len(self._told) < MAX_TOLD:
-            self._told.add(path)
-            known = sorted(set(websocket_paths(self._router.routes)))
-            self._reports.tell("no_websocket_route", logging.WARNING, path=path, known=", ".join(known) or "none")
+        if scope["type"] == "websocket":
+            self._tell(scope)
         await self._default(scope, receive, send)
+
+    def route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Hand a request to the router; a WebSocket that a mount of files would take gets the router's default.
+
+        It is no coroutine function: an open connection would hold a frame of it.
+        """
+        if scope["type"] == "websocket":
+            place, behind = taken_by(self._router.routes, _path_in(scope))
+            if place is not None and place.kind in ("files", "routes") and not _is_watched(place):
+                self._tell(scope, place, behind)
+                if place.kind == "files":
+                    default: Awaitable[None] = self._default(scope, receive, send)
+                    return default
+        routed: Awaitable[None] = self._routed(scope, receive, send)
+        return routed
+
+    def _tell(self, scope: Scope, place: Place | None = None, behind: Place | None = None) -> None:
+        path = str(scope.get("path"))
+        if path in self._told or len(self._told) >= MAX_TOLD:
+            return
+        self._told.add(path)
+        known = sorted(set(websocket_paths(self._router.routes)))
+        facts: dict[str, Any] = {"path": path, "known": ", ".join(known) or "none"}
+        if place is not None:
+            facts["taken_by"] = str(place)
+        if behind is not None:
+            facts["advice"] = f"{behind} stands behind {place}: put the mount last"
+        self._reports.tell("no_websocket_route", logging.WARNING, **facts)
+
+
+def _path_in(scope: Scope) -> str:
+    """The path that the app's routes see, without the one that the app itself is mounted at."""
+    path, root = str(scope.get("path")), str(scope.get("root_path") or "")
+    below = path.removeprefix(root)
+    return below if below.startswith("/") else path
+
+
+def _is_watched(place: Place) -> bool:
+    """Whether a mounted app has a manager of its own, which tells what no route of it takes."""
+    router = getattr(place.target, "router", place.target)
+    return isinstance(getattr(router, "default", None), UnmatchedSockets)
 
 
 def websocket_paths(routes: Iterable[Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The subprotocol and the headers of the answer to a handshake, on real servers."""
+"""What a handshake is answered, on real servers: a subprotocol, headers, or 403 behind files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from tests.live.server import SERVERS, LiveServer, until
@@ -19,7 +20,7 @@ OFFER = [Subprotocol("ocpp2.0.1"), Subprotocol("ocpp1.6")]
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, kind: str) -> None:
     """Every server answers the subprotocol that the endpoint speaks, and all but granian the headers of a hook."""
-    server = serve(kind, app="tests.live.subprotocol_app:app")
+    server = serve(kind, app="tests.live.handshake_app:app")
     async with connect(server.url("/speaks/cp1"), subprotocols=OFFER) as client:
         assert client.subprotocol == "ocpp1.6"
         assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"subprotocol": "ocpp1.6"}
@@ -33,7 +34,7 @@ async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) -> None:
     """A client whose subprotocols have no answer is accepted without, and the log says once what to write."""
-    server = serve(kind, app="tests.live.subprotocol_app:app")
+    server = serve(kind, app="tests.live.handshake_app:app")
     for number in range(3):
         async with connect(server.url(f"/speaks-none/cp{number}"), subprotocols=OFFER) as client:
             assert client.subprotocol is None
@@ -44,3 +45,19 @@ async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) 
     assert "route=/speaks-none/{client_id}" in lines[0]
     assert "socket_for(subprotocols=" in lines[0]
     assert "ocpp" not in lines[0]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_wrong_path_behind_static_files_is_logged(serve: Serve, kind: str) -> None:
+    """A WebSocket on a path that a mount of files takes is refused, and the log has a line instead of a traceback."""
+    server = serve(kind, app="tests.live.handshake_app:app")
+    with pytest.raises(InvalidStatus) as refused:
+        async with connect(server.url("/wrong/cp1")):
+            pass
+    assert refused.value.response.status_code == 403
+    await until(lambda: "no_websocket_route" in server.log, what="the line")
+    (line,) = [line for line in server.log.splitlines() if "no_websocket_route" in line]
+    assert "path=/wrong/cp1" in line
+    assert 'taken_by="the mount at /"' in line
+    assert "Traceback" not in server.log
+    assert "D20" not in server.log

@@ -267,6 +267,12 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         Place(server=None, rest={"bypassing": ("/ws", "/chat")}),
         ("/ws, /chat", "put the socket first", "dependencies="),
     ),
+    (
+        "D20",
+        Place(server=None, rest={"shadowed": (("/ws", "the mount at /"),)}),
+        Place(server=None, rest={"early": ("/ws",)}),
+        ("/ws is never reached", "the mount at / stands before it", "mount static files last"),
+    ),
     ("D21", Place(rest={"open_stats": ("/ws-stats",)}), Place(), ("/ws-stats", "dependencies=[Depends(admin)]")),
     (
         "D22",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI, WebSocket
 from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.unmatched import MAX_TOLD, UnmatchedSockets, websocket_paths
@@ -105,3 +107,86 @@ def test_an_app_of_another_kind_is_left_alone(app: Any) -> None:
     before = vars(app).copy()
     UnmatchedSockets.watch(app, Reports())
     assert vars(app) == before
+
+
+# ── behind mounts ──
+
+
+def watched(app: FastAPI) -> Heard:
+    """Watch an app, and hear what is told."""
+    reports, heard = Reports(), Heard()
+    reports.subscribe(heard)
+    UnmatchedSockets.watch(app, reports)
+    return heard
+
+
+async def test_path_that_static_files_take_is_told_and_answered() -> None:
+    """Behind a mount of files, a WebSocket gets the 403 of the router and a line in the log, not an AssertionError."""
+    app = FastAPI()
+    app.add_api_websocket_route("/ws", endpoint)
+    app.mount("/", StaticFiles(directory=Path(__file__).parent))
+    app.add_api_websocket_route("/late", endpoint)
+    heard = watched(app)
+    for path in ("/wss", "/late"):
+        server = await knock(app, path)
+        assert [message["type"] for message in server.taken] == ["websocket.close"]
+    first, second = heard.of("no_websocket_route")
+    assert first.facts == {"path": "/wss", "known": "/late, /ws", "taken_by": "the mount at /"}
+    assert second.facts["advice"] == "the WebSocket route /late stands behind the mount at /: put the mount last"
+
+
+async def test_path_that_a_mounted_app_does_not_serve_is_told() -> None:
+    """A path below a mounted app is told by the manager of the app around it."""
+    app = make_app()
+    heard = watched(app)
+    server = await knock(app, "/sub/no")
+    assert [message["type"] for message in server.taken] == ["websocket.close"]
+    (report,) = heard.of("no_websocket_route")
+    assert (report.facts["path"], report.facts["taken_by"]) == ("/sub/no", "the mount at /sub")
+
+
+async def test_mounted_app_with_a_manager_tells_by_itself() -> None:
+    """One line is written, by the manager of the mounted app."""
+    app, sub = FastAPI(), FastAPI()
+    app.mount("/sub", sub)
+    outer, inner = watched(app), watched(sub)
+    await knock(app, "/sub/no")
+    assert (len(outer.reports), len(inner.reports)) == (0, 1)
+
+
+async def test_paths_that_are_served_are_not_told() -> None:
+    """Routes, those of mounted apps and of apps that show no routes are left alone, and requests too."""
+    served: list[str] = []
+
+    async def serves(websocket: WebSocket) -> None:
+        served.append(websocket.scope["path"])
+        await websocket.close()
+
+    async def other_app(scope: Any, receive: Any, send: Any) -> None:
+        served.append(scope["path"])
+        await send({"type": "websocket.close", "code": 1000})
+
+    app, sub, router = FastAPI(), FastAPI(), APIRouter()
+    app.add_api_websocket_route("/ws", serves)
+    sub.add_api_websocket_route("/deep", serves)
+    router.add_api_websocket_route("/{room}", serves)
+    app.include_router(router, prefix="/rooms")
+    app.mount("/sub", sub)
+    app.mount("/socket.io", other_app)
+    app.mount("/static", StaticFiles(directory=Path(__file__).parent))
+    heard = watched(app)
+    paths = ["/ws", "/sub/deep", "/rooms/lobby", "/socket.io/5"]
+    for path in paths:
+        await knock(app, path)
+    assert served == paths
+    assert heard.reports == []
+
+
+async def test_app_behind_a_root_path_finds_its_routes() -> None:
+    """Where a proxy or a server has put a path before those of the app, that does not count."""
+    app = FastAPI()
+    app.mount("/", StaticFiles(directory=Path(__file__).parent))
+    heard = watched(app)
+    server = FakeServer("/api/ws", root_path="/api")
+    await app(server.websocket.scope, server.receive, server.send)
+    assert heard.of("no_websocket_route")[0].facts["taken_by"] == "the mount at /"

@@ -1,0 +1,122 @@
+"""The WebSocket routes of an app in the order in which its router tries them, and what takes paths from them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Literal, NamedTuple
+
+from starlette.convertors import FloatConvertor, IntegerConvertor, PathConvertor, StringConvertor, UUIDConvertor
+from starlette.routing import Host, Mount, WebSocketRoute, compile_path
+from starlette.staticfiles import StaticFiles
+
+_MAX_MIDDLEWARE: Final = 32
+"""How much middleware round a mounted app is looked through."""
+
+_SAMPLES: Final = {
+    StringConvertor: "a-sample-of-the-doctor",
+    PathConvertor: "a-sample/of-the-doctor",
+    IntegerConvertor: "4711471147",
+    FloatConvertor: "4711.4711",
+    UUIDConvertor: "6f9b2d0e-4c1a-4a58-9f3e-0d6f1d6b7c11",
+}
+"""A value of each kind of path parameter, such as no route has as a fixed part."""
+
+
+class Place(NamedTuple):
+    """What a router tries a path on.
+
+    Attributes:
+        kind: A WebSocket route; a mount of files; a mount whose routes are known, behind these; a mount of another app,
+            which may serve WebSockets or not; or what takes its clients by their `Host`.
+        path: Its whole path.
+        target: The route, or the mounted app.
+    """
+
+    kind: Literal["socket", "files", "routes", "app", "host"]
+    path: str
+    target: Any
+
+    def __str__(self) -> str:
+        if self.kind == "socket":
+            return f"the WebSocket route {self.path}"
+        return f"the mount at {self.path or '/'}"
+
+    def takes(self, path: str) -> bool:
+        """Whether a path matches it."""
+        if self.kind == "host":
+            return True
+        return _regex(self.path if self.kind == "socket" else f"{self.path}/{{path:path}}").match(path) is not None
+
+
+def places(routes: Iterable[Any], prefix: str = "") -> Iterator[Place]:
+    """All places of these routes, those of included routers and mounted apps too, in order."""
+    for route in routes:
+        if isinstance(route, WebSocketRoute):
+            yield Place("socket", prefix + route.path, route)
+        elif (included := getattr(route, "original_router", None)) is not None:  # newer FastAPI keeps it whole
+            yield from places(included.routes, prefix + str(getattr(route.include_context, "prefix", "")))
+        elif isinstance(route, Mount):
+            path = prefix + route.path
+            app = _inside(route)
+            inner = getattr(app, "routes", None)
+            if inner is not None:
+                yield from places(inner, path)
+                yield Place("routes", path, app)
+            else:
+                yield Place("files" if isinstance(app, StaticFiles) else "app", path, app)
+        elif isinstance(route, Host):
+            yield Place("host", prefix, route.app)
+
+
+def taken_by(routes: Iterable[Any], path: str) -> tuple[Place | None, Place | None]:
+    """What takes a path, and a WebSocket route of that path behind it which is never reached; `None` for none."""
+    first: Place | None = None
+    for place in places(routes):
+        if not place.takes(path):
+            continue
+        if first is None:
+            first = place
+            if place.kind in ("socket", "app", "host"):
+                return place, None
+        elif place.kind == "socket":
+            return first, place
+    return first, None
+
+
+def shadowed_routes(app: Any) -> tuple[tuple[str, str], ...]:
+    """The WebSocket routes that are never reached, each with what takes its clients before."""
+    before: list[Place] = []
+    shadowed: list[tuple[str, str]] = []
+    for place in places(getattr(app, "routes", None) or ()):
+        if place.kind == "socket" and (sample := _sample(place.path)) is not None:
+            first = next((one for one in before if one.takes(sample)), None)
+            if first is not None:
+                shadowed.append((place.path, str(first)))
+        if place.kind != "host":
+            before.append(place)
+    return tuple(shadowed)
+
+
+def _inside(route: Mount) -> Any:
+    """The app of a mount, without the middleware round it."""
+    app = getattr(route, "_base_app", route.app)
+    for _ in range(_MAX_MIDDLEWARE):
+        inner = getattr(app, "app", None)
+        if inner is None or isinstance(app, StaticFiles) or hasattr(app, "routes"):
+            break
+        app = inner
+    return app
+
+
+@functools.lru_cache(maxsize=1024)
+def _regex(path: str) -> re.Pattern[str]:
+    return compile_path(path)[0]
+
+
+def _sample(path: str) -> str | None:
+    """A path that a route takes; `None` if it has a parameter of a kind that is not known."""
+    _, form, convertors = compile_path(path)
+    values = {name: _SAMPLES.get(type(convertor)) for name, convertor in convertors.items()}
+    return None if None in values.values() else form.format(**values)
