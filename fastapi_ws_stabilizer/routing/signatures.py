@@ -50,7 +50,24 @@ _FIRST: Final[Mapping[str, type]] = {"the socket": StableSocket, "the room": Roo
 """What a function gets first."""
 
 _SECOND_NAMES: Final = frozenset(
-    {"message", "msg", "payload", "data", "reason", "outcome", "credential", "token", "error", "exc", "exception"}
+    {
+        "message",
+        "msg",
+        "payload",
+        "data",
+        "event",
+        "text",
+        "body",
+        "content",
+        "json",
+        "reason",
+        "outcome",
+        "credential",
+        "token",
+        "error",
+        "exc",
+        "exception",
+    }
 )
 """Names without an annotation that say that a parameter is meant for what comes second."""
 

@@ -129,6 +129,45 @@ def test_message_handler_with_fastapi_parameter_is_refused(function: Any, parame
     assert "functools.wraps" in told
 
 
+class Wants:
+    """An object that wants a dependency, however it is called."""
+
+    def __call__(self, ws: StableSocket, message: Say, db: Session = Depends(get_db)) -> None:
+        """Want a dependency."""
+
+    async def method(self, ws: StableSocket, message: Say, db: SessionDep) -> None:
+        """Want a dependency."""
+
+    @classmethod
+    def of_class(cls, ws: StableSocket, message: Say, db: SessionDep) -> None:
+        """Want a dependency."""
+
+    @staticmethod
+    def static(ws: StableSocket, message: Say, db: SessionDep) -> None:
+        """Want a dependency."""
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Wants(),
+        Wants().method,
+        Wants.of_class,
+        Wants.static,
+        functools.partial(default_dependency),
+        functools.partial(Wants().method),
+        functools.lru_cache(Wants.static),
+        lambda ws, message, db=Depends(get_db): None,
+    ],
+)
+@pytest.mark.parametrize("event", ["message", "connect", "disconnect"])
+def test_every_kind_of_function_with_a_dependency_is_refused(function: Any, event: str) -> None:
+    """Objects, methods, partials and functions that are not async are held to the same rule, with their place."""
+    told = refusal(function, event)
+    assert "'db'" in told
+    assert re.search(r"test_signatures\.py:\d+\)", told)
+
+
 @pytest.mark.parametrize(
     ("annotation", "advice"),
     [
@@ -212,6 +251,10 @@ async def bare_message_only(message) -> None:  # type: ignore[no-untyped-def]
     """Want the message only, without an annotation."""
 
 
+def bare_event_only(event) -> None:  # type: ignore[no-untyped-def]
+    """Want the message only, by another name."""
+
+
 async def bare_message_first(message, ws) -> None:  # type: ignore[no-untyped-def]
     """Want the message first, without annotations."""
 
@@ -241,6 +284,7 @@ class Unbound:
         message_only,
         message_first,
         bare_message_only,
+        bare_event_only,
         bare_message_first,
         dict_only,
         text_or_bytes_only,
