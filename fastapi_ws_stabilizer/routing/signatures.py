@@ -162,25 +162,31 @@ class Signature:
         return f"write {_name(self._function)}({', '.join(_WRITTEN[word] for word in self._shape)})"
 
     def _check_what_fastapi_gives(self) -> None:
-        """Refuse what only FastAPI could give, in the function and in all that it wraps."""
+        """Refuse what only FastAPI could give.
+
+        A decorator that takes its own parameters may give the function below what that names in an annotation; a
+        default such as `Depends(...)` would stay there unnoticed if it did not.
+        """
+        given = False
         for function, parameters in self._chain:
             first = True
             for parameter in parameters:
                 annotation = self._evaluated_or_none(parameter.annotation)
                 is_first, first = first, False
-                marker = _marker(parameter.default) or _marker(annotation)
+                marker = _marker(parameter.default) or (None if given else _marker(annotation))
                 if marker is not None and not (is_first and self._is_first_thing(annotation)):
                     raise TypeError(
                         f"{described(function)} cannot be an {self._event} function: its parameter {parameter.name!r} "
                         f"is {type(marker).__name__}(...). {_NO_DEPENDENCIES}"
                     )
                 for kinds, advice in _ELSEWHERE:
-                    if inspect.isclass(annotation) and issubclass(annotation, kinds):
+                    if not given and inspect.isclass(annotation) and issubclass(annotation, kinds):
                         raise TypeError(
                             f"{described(function)} cannot be an {self._event} function: its parameter "
                             f"{parameter.name!r} is a {annotation.__name__}, which FastAPI gives to endpoints only: "
                             f"{advice}; {self._advice}"
                         )
+            given = given or not _takes_any_number(parameters)
 
     def _check_keywords(self) -> None:
         for parameter in self._chain[0][1]:
@@ -191,7 +197,7 @@ class Signature:
         """The parameters that count, where among them the first argument goes, and how many arguments there are."""
         most = len(self._shape)
         for depth, (_, parameters) in enumerate(self._chain):
-            if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+            if _takes_any_number(parameters):
                 continue
             positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
             if depth == 0:
@@ -372,6 +378,10 @@ def _beneath(function: Any) -> Any:
     if inspect.isroutine(function) or inspect.isclass(function):
         return None
     return _beneath(function.__call__) if inspect.ismethod(function.__call__) else None
+
+
+def _takes_any_number(parameters: list[inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
 
 
 def _marker(value: Any) -> Any:

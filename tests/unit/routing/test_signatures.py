@@ -594,6 +594,27 @@ def test_decorated_handler_with_dependency_is_refused(decorator: Any) -> None:
     assert line_of(default_dependency) in told
 
 
+async def test_decorated_handler_may_annotate_what_its_decorator_gives() -> None:
+    """A decorator that takes socket and message may give the function below what only FastAPI gives to endpoints."""
+
+    def gives(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        async def wrapper(ws: Any, message: Any) -> Any:
+            return await handler(ws, message, Session())
+
+        return wrapper
+
+    @gives
+    async def with_alias(websocket: WebSocket, message: Say, db: SessionDep) -> Any:
+        """Name the type by the alias that endpoints use."""
+        return message, db
+
+    handler = MessageHandler(with_alias, typed=True)
+    message, db = await handler(None, handler.prepare(Received(TEXT)))  # type: ignore[arg-type]
+    assert message == Say(text="hi")
+    assert isinstance(db, Session)
+
+
 def test_decorated_handler_of_the_message_alone_is_refused() -> None:
     """A decorator that changes nothing gives the socket first."""
     assert "ws: StableSocket" in refusal(passes_on(message_only))
