@@ -32,8 +32,6 @@ class Finding:
     """A problem, and the check that has found it.
 
     Attributes:
-        code: `D01` to `D20`, stable.
-        code: `D01` to `D22`, stable.
         code: `D01` to `D23`, stable.
         severity: `"error"` or `"warning"`.
         title: The rule that is broken, the same for every finding of this code.

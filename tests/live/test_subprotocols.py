@@ -20,7 +20,7 @@ OFFER = [Subprotocol("ocpp2.0.1"), Subprotocol("ocpp1.6")]
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, kind: str) -> None:
     """Every server answers the subprotocol that the endpoint speaks, and all but granian the headers of a hook."""
-    server = serve(kind, app="tests.live.handshake_app:app")
+    server = serve(kind, app="tests.live.subprotocol_app:app")
     async with connect(server.url("/speaks/cp1"), subprotocols=OFFER) as client:
         assert client.subprotocol == "ocpp1.6"
         assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"subprotocol": "ocpp1.6"}
@@ -34,7 +34,7 @@ async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) -> None:
     """A client whose subprotocols have no answer is accepted without, and the log says once what to write."""
-    server = serve(kind, app="tests.live.handshake_app:app")
+    server = serve(kind, app="tests.live.subprotocol_app:app")
     for number in range(3):
         async with connect(server.url(f"/speaks-none/cp{number}"), subprotocols=OFFER) as client:
             assert client.subprotocol is None
@@ -50,7 +50,7 @@ async def test_unanswered_subprotocols_are_logged_once(serve: Serve, kind: str) 
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_wrong_path_behind_static_files_is_logged(serve: Serve, kind: str) -> None:
     """A WebSocket on a path that a mount of files takes is refused, and the log has a line instead of a traceback."""
-    server = serve(kind, app="tests.live.handshake_app:app")
+    server = serve(kind, app="tests.live.subprotocol_app:app")
     with pytest.raises(InvalidStatus) as refused:
         async with connect(server.url("/wrong/cp1")):
             pass

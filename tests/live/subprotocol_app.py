@@ -1,0 +1,51 @@
+"""An app whose sockets speak subprotocols, and set cookies with the accept, beside a mount of files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI
+from starlette.staticfiles import StaticFiles
+
+from fastapi_ws_stabilizer import (
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    configure_logging,
+)
+
+configure_logging()
+manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
+app = FastAPI(lifespan=manager.lifespan)
+
+
+@manager.on_handshake
+async def cookies(ws: StableSocket) -> None:
+    ws.accept_headers.append("set-cookie", f"seen={ws.client_id}; HttpOnly")
+    ws.accept_headers.append("set-cookie", "node=n1")
+
+
+@app.websocket("/speaks/{client_id}")
+async def speaks(
+    ws: Annotated[StableSocket, Depends(manager.socket_for(subprotocols=("ocpp2.1", "ocpp1.6")))],
+) -> None:
+    await ws.send({"subprotocol": ws.subprotocol})
+    await ws.run()
+
+
+@app.websocket("/speaks-none/{client_id}")
+async def speaks_none(ws: StableSocketDep) -> None:
+    await ws.send({"subprotocol": ws.subprotocol})
+    await ws.run()
+
+
+app.mount("/", StaticFiles(directory=Path(__file__).parent))
+
+
+@manager.on_message
+async def echo(ws: StableSocket, message: Any) -> None:
+    await ws.send(message)
