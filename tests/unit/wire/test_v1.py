@@ -238,9 +238,11 @@ def test_a_message_is_shown_as_a_plain_client_would_have_sent_it(data: Any, raw:
     assert Message(data).raw == raw
 
 
-def test_the_repr_of_a_message_has_none_of_its_data() -> None:
-    """What users say does not end in logs."""
-    assert repr(Message({"password": "x"}, event="login", id="c1", seq=3)) == "<Message event='login' id='c1' seq=3>"
+def test_message_repr_shows_its_data_cut() -> None:
+    """The `repr` of a message shows what it carries, cut to a few values and 80 characters of a text."""
+    assert repr(Message({"a": 1}, event="b", id="c1", seq=3)) == "<Message event='b' id='c1' seq=3 data={'a': 1}>"
+    assert len(repr(Message(["x" * 10_000] * 100))) < 700
+    assert len(repr(Message(b"x" * 10_000))) < 200
 
 
 # ── writing ──
