@@ -120,7 +120,7 @@ class _Room:
         if self.states is None:
             for block in self.blocks:
                 if block.states is None:
-                    block.states = tuple(person.now() for person in block.people)
+                    block.states = tuple(person.snapshot() for person in block.people)
             self.states = tuple(block.states or () for block in self.blocks)
         return self.states
 
@@ -153,7 +153,7 @@ class _Person:
         self.state: _State | None = None
         self.block = room.arrives(self)
 
-    def now(self) -> _State:
+    def snapshot(self) -> _State:
         """Its state, the same object until something about it changes."""
         if self.state is None:
             self.state = _State(self.client_id, self.metadata, len(self.connections), self.since)
