@@ -126,7 +126,9 @@ class Churn:
             self.stage.lines.append(line)
 
     async def asks_for_a_token(self) -> None:
-        client_id = self._name()
+        ws, client_id = self._socket(), self._name()
+        if ws is not None and self.dice.random() < 0.5:
+            self.tokens[ws.client_id] = ws.reconnect_token()
         self.tokens[client_id] = self.stage.manager.generate_reconnect_token(client_id)
 
     async def leaves(self) -> None:
@@ -233,8 +235,9 @@ class Churn:
             line.server.feed_disconnect(1006)
             line.server.release()
         await asyncio.sleep(300)
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        self.stage.lines = [line for line in self.stage.lines if hasattr(line, "task")]
+        endpoints = [line.task for line in self.stage.lines if hasattr(line, "task")]  # some servers fail in the accept
+        await asyncio.gather(*self.tasks, *endpoints, return_exceptions=True)
+        self.stage.lines.clear()
 
 
 def check_nothing_is_held(stage: Stage) -> None:
@@ -246,6 +249,7 @@ def check_nothing_is_held(stage: Stage) -> None:
     assert [entry for entry in ledger._line if entry is entry[2].entry] == []
     assert (len(serving.unfinished), len(resumption.luggage), resumption.sessions._by_id) == (0, 0, {})
     assert (resumption.sessions._away, resumption.sessions._of_instance) == ({}, {})
+    assert (resumption._keys, resumption.luggage._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(serving.delivery.presence) == 0
     assert (ledger.described, list(serving.delivery._descriptions)) == ({}, [])
