@@ -26,6 +26,9 @@ class _NoOutbox:
     def put_if_calm(self, _: Frame) -> bool:
         return False
 
+    def put_now(self, _: Frame) -> bool:
+        return False
+
     async def put_wait(self, *_: object) -> bool:
         return False
 
