@@ -83,6 +83,11 @@ class Endpoint(Latch):
         return self.is_set
 
     @property
+    def is_running(self) -> bool:
+        """Whether the user's code has not ended, or is at work on what the connection has received."""
+        return not self.is_set or self._at_work > 0
+
+    @property
     def returned(self) -> asyncio.Future[None]:
         """A future that is done when the user's code has ended."""
         return self.future

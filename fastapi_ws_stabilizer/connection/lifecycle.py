@@ -262,6 +262,14 @@ class Connection(Successor):
             self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self.context)
 
     @property
+    def waits_for_user_code(self) -> bool:
+        """Whether its end has to wait for its endpoint, for a handler or connect hook, or for its disconnect hooks."""
+        if self._finished.is_set:
+            return False
+        in_hooks = self.ending is not None and not self.hooks_wanted and not self._hooks_done.is_set
+        return in_hooks or self.endpoint.is_running
+
+    @property
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when everything is done for this connection."""
         return self._finished.future

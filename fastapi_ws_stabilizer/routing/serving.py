@@ -181,7 +181,7 @@ class Serving(Opening):
 
     def served_here(self) -> set[Connection]:
         """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
-        return {one for one in own.all_own() if one.belongs_to(self._parts) and not one.is_finished}
+        return {one for one in own.all_own() if one.belongs_to(self._parts) and one.waits_for_user_code}
 
     def meant(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""

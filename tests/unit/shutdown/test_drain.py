@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from tests.unit.client.fake_link import soon, virtually
+from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Peer, Stage
 
 
@@ -251,3 +254,37 @@ async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
         assert {line.close_code for line in [*others, admin]} == {1012}
         assert stage.events.count("disconnect admin server_shutdown") == 1
         assert not stage.manager._serving.unfinished
+
+
+async def test_shutdown_after_untracked_connection_waits_for_it() -> None:
+    """A task that has connected by hand outside of FastAPI, and shuts down, waits: that end needs no code of it."""
+    manager = WebSocketConnectionManager(WebSocketConfig(disconnect_grace=0.1))
+    server = FakeServer()
+    await manager.connect("ann", await server.accepted())
+    report = await manager.graceful_shutdown(5)
+    assert report.closed_count == 1
+    assert not manager._serving.unfinished
+    assert manager._tasks.tasks == []
+
+
+@virtually
+async def test_drain_from_disconnect_hook_does_not_wait_for_itself() -> None:
+    """A disconnect hook that drains goes on when the other connections have ended."""
+    async with Stage(drain_window=1, disconnect_grace=20) as stage:
+        loop = asyncio.get_running_loop()
+        took: list[float] = []
+
+        @stage.manager.on_disconnect
+        async def last_one(ws: StableSocket) -> None:
+            if ws.client_id == "admin":
+                since = loop.time()
+                await stage.manager.drain(30)
+                took.append(loop.time() - since)
+
+        other, admin = stage.plain("other"), stage.plain("admin")
+        await soon()
+        await admin.leaves()
+        await asyncio.sleep(5)
+        assert len(took) == 1
+        assert took[0] < 2
+        assert other.close_code == 1012
