@@ -56,7 +56,7 @@ members: dict[str, Person] = {}
 async def tell(kind: str, person: Person, **more: object) -> None:
     """Tell the room about a member. Newcomers get the list of members, so this need not be in the room's history."""
     event = {"type": kind, "who": person, "people": list(members.values()), **more}
-    await manager.broadcast(event, room=ROOM)
+    await manager.broadcast(event, room=ROOM, history=False)
 
 
 async def welcome(ws: StableSocket) -> None:

@@ -1,0 +1,262 @@
+"""Three apps that people build, without a line that works around the library."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from fastapi_ws_stabilizer.client import ClosedError
+from fastapi_ws_stabilizer.client import connect as connect_client
+from tests.apps.answers import TOKENS
+from tests.live.cutting_proxy import CuttingProxy
+from tests.live.raw import RawClient
+from tests.live.server import LiveServer, until
+
+Serve = Callable[..., LiveServer]
+KINDS = ("uvicorn-sansio", "uvicorn-stable")
+DEADLINE = 15.0
+
+ANSWER = "".join(f"why{number} " for number in range(TOKENS))
+
+
+async def hear(client: ClientConnection, *kinds: str) -> Any:
+    """Return the next message of these types, leaving out all others."""
+
+    async def next_of_them() -> Any:
+        while True:
+            message = json.loads(await client.recv())
+            if message["type"] in kinds:
+                return message
+
+    return await asyncio.wait_for(next_of_them(), DEADLINE)
+
+
+# ── answers ──
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_answers_reach_a_python_client_whole_across_cuts(serve: Serve, kind: str) -> None:
+    """Each token of an answer arrives once and in order, though the link is cut three times."""
+    server = serve(kind, app="tests.apps.answers:app")
+    tokens: list[str] = []
+    async with CuttingProxy(server.port) as proxy:
+        url = f"ws://127.0.0.1:{proxy.port}/ws?token=secret-of-ann"
+        async with connect_client(url) as client:
+            await client.send({"type": "ask", "question": "why"}, event="ask")
+            async for message in client:
+                if message.event == "done":
+                    break
+                if message.event == "token":
+                    tokens.append(message.data["text"])
+                    if len(tokens) in (20, 80, 140):
+                        proxy.streams[-1].cut()
+    assert "".join(tokens) == ANSWER
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_answers_go_on_while_a_page_is_away(serve: Serve, kind: str) -> None:
+    """A page that logs in by `?token=` resumes by its reconnect token and ends with the whole text."""
+    server = serve(kind, app="tests.apps.answers:app")
+    url = server.url("/ws?token=secret-of-ann")
+    async with connect(url) as first:
+        reconnect_token = (await hear(first, "hello"))["reconnect_token"]
+        await first.send(json.dumps({"type": "ask", "question": "why"}))
+        for _ in range(20):
+            await hear(first, "token")
+        first.transport.abort()
+    await asyncio.sleep(0.3)
+    async with connect(f"{url}&reconnect_token={reconnect_token}") as second:
+        text = (await hear(second, "so far"))["text"]
+        while (message := await hear(second, "token", "done"))["type"] == "token":
+            text += message["text"]
+    assert text == ANSWER
+    assert server.get("/ended") in ([], ["client_close"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_reconnect_token_brings_back_the_tab_that_it_was_given_to(serve: Serve, kind: str) -> None:
+    """Of two tabs of one user, each gets its own answer back."""
+    server = serve(kind, app="tests.apps.answers:app")
+    url = server.url("/ws?token=secret-of-ann")
+    async with connect(url) as one, connect(url) as two:
+        tokens = [(await hear(tab, "hello"))["reconnect_token"] for tab in (one, two)]
+        for tab, question in ((one, "first"), (two, "second")):
+            await tab.send(json.dumps({"type": "ask", "question": question}))
+            await hear(tab, "token")
+        one.transport.abort()
+        two.transport.abort()
+    for token, question in zip(tokens, ("first", "second"), strict=True):
+        async with connect(f"{url}&reconnect_token={token}") as back:
+            assert (await hear(back, "so far"))["text"].startswith(f"{question}0 ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_thoughts_leave_while_the_handler_computes(serve: Serve, kind: str) -> None:
+    """What a handler sends arrives when it is sent, though the handler blocks the event loop between two sends."""
+    server = serve(kind, app="tests.apps.answers:app")
+    async with connect(server.url("/ws?token=secret-of-ann")) as client:
+        await hear(client, "hello")
+        await client.send('{"type": "think"}')
+        arrivals = []
+        for _ in range(4):
+            await hear(client, "thought")
+            arrivals.append(time.monotonic())
+    assert arrivals[-1] - arrivals[0] > 0.6  # all at once would be the end of 1.2 s of computing
+
+
+# ── prices ──
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_prices_go_on_for_others_when_the_only_client_stops_reading(serve: Serve, kind: str) -> None:
+    """A client that does not read is disconnected; the publisher goes on, and a later client gets prices."""
+    server = serve(kind, app="tests.apps.prices:app")
+    with RawClient(server.port, "/ws/stuck", receive_buffer=4096) as stuck:
+        stuck.handshake()
+        await until(lambda: stats(server)["connections"] == 1)
+        await until(lambda: stats(server)["connections"] == 0, DEADLINE, "the client that does not read is let go")
+    async with connect(server.url("/ws/late")) as late:
+        first, second = await hear(late, "price"), await hear(late, "price")
+    assert second["number"] > first["number"]
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_prices_keep_a_client_that_sends_what_no_endpoint_reads(serve: Serve, kind: str) -> None:
+    """An endpoint that waits for the end of its connection reads nothing; its client may send keepalives."""
+    server = serve(kind, app="tests.apps.prices:app", config={})
+    async with connect(server.url("/ws/page")) as page:
+        for _ in range(600):
+            await page.send("keepalive")
+        for _ in range(50):
+            await hear(page, "price")
+        await page.ping()
+    assert "reading_paused" not in server.log
+
+
+def stats(server: LiveServer, path: str = "/") -> Any:
+    password = base64.b64encode(b"admin:password of the admin").decode()
+    address = f"http://127.0.0.1:{server.port}/ws-stats{path}"
+    with urllib.request.urlopen(urllib.request.Request(address, headers={"Authorization": f"Basic {password}"})) as got:
+        body = got.read().decode()
+    return json.loads(body) if path == "/" else body
+
+
+async def test_prices_show_their_statistics_to_the_admin_only(serve: Serve) -> None:
+    """The stats router behind HTTP Basic answers the admin, with metrics that Prometheus can read."""
+    server = serve("uvicorn-stable", app="tests.apps.prices:app")
+    async with connect(server.url("/ws/page")) as page:
+        await hear(page, "price")
+        metrics = list(text_string_to_metric_families(stats(server, "/metrics")))
+    assert {"ws_connections"} & {metric.name for metric in metrics} or len(metrics) > 10
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.get("/ws-stats/")
+    with refused.value as answer:
+        assert answer.code == 401
+
+
+# ── tables ──
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tables_give_each_message_a_database_session(serve: Serve, kind: str) -> None:
+    """A handler in a `functools.wraps` decorator gets its session: committed on return, rolled back on a bug."""
+    server = serve(kind, app="tests.apps.tables:app")
+    async with connect(server.url("/ws/ann")) as ann:
+        await ann.send('{"type": "join", "room": "red"}')
+        await hear(ann, "here")
+        await ann.send('{"type": "say", "room": "red", "line": "hello"}')
+        assert (await hear(ann, "said"))["line"] == "hello"
+        await ann.send('{"type": "say", "room": "red", "line": "fail"}')
+        with pytest.raises(ConnectionClosed):
+            await hear(ann, "said")
+    assert server.get("/lines") == ["hello"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tables_show_newcomers_what_was_said_and_nothing_else(serve: Serve, kind: str) -> None:
+    """The history of a room holds what was said, not who came, went or typed, and ends with the room."""
+    server = serve(kind, app="tests.apps.tables:app")
+    async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
+        await ann.send('{"type": "join", "room": "red"}')
+        await hear(ann, "here")
+        await ann.send('{"type": "say", "room": "red", "line": "hello"}')
+        await ann.send('{"type": "typing", "room": "red"}')
+        await hear(ann, "said")
+        await bob.send('{"type": "join", "room": "red"}')
+        seen = []
+        while (message := json.loads(await asyncio.wait_for(bob.recv(), DEADLINE)))["type"] != "here":
+            seen.append(message["type"])
+        assert seen == ["said"]
+        assert (await hear(ann, "came"))["who"] == "bob"
+    await until(lambda: is_gone(server, "red"), DEADLINE)
+    async with connect(server.url("/ws/eve")) as eve:
+        await eve.send('{"type": "join", "room": "red"}')
+        assert json.loads(await asyncio.wait_for(eve.recv(), DEADLINE))["type"] == "here"
+
+
+def is_gone(server: LiveServer, room: str) -> bool:
+    try:
+        server.get(f"/rooms/{room}")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == 404
+    return False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tables_kick_a_member_that_is_away(serve: Serve, kind: str) -> None:
+    """A member kicked while away is out of the room when it comes back, and gets nothing of what was said then."""
+    server = serve(kind, app="tests.apps.tables:app")
+    heard: list[str] = []
+    async with CuttingProxy(server.port) as proxy, connect(server.url("/ws/bob")) as bob:
+        async with connect_client(f"ws://127.0.0.1:{proxy.port}/ws/ann") as ann:
+
+            @ann.on("said")
+            def said(data: dict[str, str]) -> None:
+                heard.append(data["line"])
+
+            await ann.send({"type": "join", "room": "red"})
+            await bob.send('{"type": "join", "room": "red"}')
+            await until(lambda: set(server.get("/rooms/red")) == {"ann", "bob"})
+            proxy.refusing = True
+            proxy.streams[-1].cut()
+            await asyncio.to_thread(server.post, "/rooms/red/kick/ann")
+            await bob.send('{"type": "say", "room": "red", "line": "after the kick"}')
+            await hear(bob, "said")
+            assert server.get("/rooms/red") == ["bob"]
+            proxy.refusing = False
+            await asyncio.wait_for(ann.wait_open(), DEADLINE)
+            await ann.send({"type": "say", "room": "red", "line": "let me in"})
+            await until(lambda: ann.state == "open")
+            assert "after the kick" not in heard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_tables_ban_a_client_that_is_away(serve: Serve, kind: str) -> None:
+    """A client banned while away hears 4403 when it comes back."""
+    server = serve(kind, app="tests.apps.tables:app")
+    async with CuttingProxy(server.port) as proxy:
+        client = connect_client(f"ws://127.0.0.1:{proxy.port}/ws/ann").start()
+        await asyncio.wait_for(client.wait_open(), DEADLINE)
+        proxy.refusing = True
+        proxy.streams[-1].cut()
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(server.post, "/ban/ann")
+        proxy.refusing = False
+        with pytest.raises(ClosedError) as closed:
+            async for _ in client:
+                pass
+        assert (closed.value.code, closed.value.reason) == (4403, "banned")
+        await client.close()
