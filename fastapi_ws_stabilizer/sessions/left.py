@@ -82,6 +82,17 @@ class LeftBehind:
         """Take no message: a plain client gets none later."""
         return Offered.MISSED
 
+    def offer_now(self, frame: Frame) -> Offered:
+        """As `offer`."""
+        return self.offer(frame)
+
+    def flush(self) -> None:
+        """Send what is queued: nothing is."""
+
+    def lingers(self) -> bool:
+        """Whether something waits that the network may take: nothing does."""
+        return False
+
     def under_pressure(self) -> bool:
         """Whether something waits in it: nothing does."""
         return False

@@ -607,3 +607,15 @@ async def test_reconnect_token_of_a_closed_socket_is_refused() -> None:
         assert line.socket is not None
         with pytest.raises(InvalidTokenError, match="enable_reconnect"):
             line.socket.reconnect_token()
+
+
+async def test_sending_to_a_plain_client_that_is_away_queues_nothing() -> None:
+    """`send_to_client` is False for a plain client that may come back with a token, and raises nothing."""
+    async with Stage() as stage:
+        line = stage.plain("ann")
+        await line.server.until(lambda: bool(stage.manager.get_sockets("ann")))
+        stage.manager.generate_reconnect_token("ann")
+        line.server.feed_disconnect(1006)
+        await asyncio.wait_for(line.task, 5)
+        assert stage.manager.get_active_connections() == []
+        assert await stage.manager.send_to_client("ann", "hi") is False
