@@ -32,6 +32,9 @@ from tests.live.wire_client import (
     request,
 )
 
+EXPECTED_BUG = "expected by the test"
+"""Text of the bugs that the app has on purpose: its log may show no other."""
+
 ACTORS = 24
 """Clients at a time."""
 

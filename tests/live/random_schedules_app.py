@@ -26,6 +26,7 @@ from fastapi_ws_stabilizer import (
     WebSocketStabilizerError,
     configure_logging,
 )
+from tests.live.random_schedules import EXPECTED_BUG
 
 configure_logging()
 manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
@@ -33,9 +34,6 @@ app = FastAPI(lifespan=manager.lifespan)
 chance = random.Random(os.environ.get("TEST_SEED", "0"))
 
 ROOMS = ("red", "green", "blue")
-EXPECTED_BUG = "expected by the test"
-"""Text of the bugs that this app has on purpose: the log may tell of no other."""
-
 connects: Counter[str] = Counter()
 disconnects: Counter[str] = Counter()
 session_ends: Counter[str] = Counter()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.random_schedules_app import EXPECTED_BUG
+from tests.live.random_schedules import EXPECTED_BUG
 from tests.live.server import ROOT, LiveServer
 
 Serve = Callable[..., LiveServer]

@@ -129,7 +129,7 @@ def _can_be_used(made: WebSocketConfig) -> None:
     for name in NAMES:
         value = getattr(made, name)
         assert name == "heartbeat_payload" or not isinstance(value, float) or math.isfinite(value)
-    assert uvicorn_options(made, 1)["ws_max_size"] > 0
+    assert uvicorn_options(made)["timeout_graceful_shutdown"] > 0
     try:
         assert WebSocketConnectionManager(made).config is made
     except MessageEncodeError:  # any object can be the payload, and the manager says at once if it cannot be sent
