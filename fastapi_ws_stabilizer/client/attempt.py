@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final
 
 from pydantic_core import to_json
@@ -98,6 +99,7 @@ class Attempt:
         self._deflates = False  # whether the server takes compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0
+        self._put_off = False  # whether the server has asked once for a message again
         self._leave_at: float | None = None
         self.rtt: float | None = None
 
@@ -250,7 +252,9 @@ class Attempt:
         error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
         if seq is not None and retry is not None:
             if buffer.put_off(seq):
-                logger.info("the server has too much at the moment: %s", error)
+                level = logging.DEBUG if self._put_off else logging.INFO
+                logger.log(level, "the server has too much at the moment: %s", error)
+                self._put_off = True
                 self._timers.start("retry", min(retry / 1000, MAX_HOLD), self.wake)
             return
         if seq is not None:

@@ -15,6 +15,9 @@ _SLOW: Final = frozenset({1012, 1013, 1014, 4429, 4503})
 
 _SLOWER: Final = 5
 _HINTED_ATTEMPTS: Final = 3
+_TOO_MUCH: Final = 4429
+"""The code of a limit of this very client, which knows how long it lasts: its hint counts each time."""
+
 _MAX_HINT: Final = 300.0
 _RETRY: Final = re.compile(r"\bretry=(\d{1,7})\b")
 
@@ -60,12 +63,15 @@ class Backoff:
     def delay(self, code: int, reason: str) -> float:
         """Seconds until the next dial, after a connection or a dial that ended so. Counts it.
 
-        A hint of the server is kept to, and up to a tenth of it and `least` is added at random.
+        A hint of the server is kept to, three times in a row, and after 4429 always. Up to a tenth of it and `least` is
+        added at random.
         """
         hint = _RETRY.search(reason)
         attempt, self.attempt = self.attempt, self.attempt + 1
-        if hint is not None and attempt < _HINTED_ATTEMPTS:
+        if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _TOO_MUCH):
             hinted = min(int(hint.group(1)) / 1000, _MAX_HINT)
+            if attempt >= _HINTED_ATTEMPTS:  # a hint of no time is no reason to dial without a pause for ever
+                hinted = max(hinted, self.least)
             return hinted + random.uniform(0.0, self.least + hinted / 10)  # noqa: S311 (others were told the same)
         window = self.base * (_SLOWER if code in _SLOW else 1) * 2 ** min(attempt, 30)
         return self.least + random.uniform(0.0, min(self.most, window))  # noqa: S311 (spreads load, guards nothing)

@@ -512,6 +512,8 @@ class Client(Listeners):
                 if self._ending is not None:
                     break
                 self.told("close", lost.code, lost.reason)
+                if lost.code == 4429:
+                    self.buffer.cut_off()
                 delay = self._redial.after(lost)
                 if self._redial.gives_session_up:
                     self.token = None

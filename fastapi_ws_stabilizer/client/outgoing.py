@@ -10,13 +10,20 @@ from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, Se
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.json_text import check_json
 from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
-from fastapi_ws_stabilizer.wire.v1 import MAX_SEQ, envelope
+from fastapi_ws_stabilizer.wire.v1 import ACK_EVERY, MAX_SEQ, envelope
 
 NO_LIMIT: Final = 2**62
 
 FIRST_WINDOW: Final = 128
 """Messages that are on their way at most before the server has accepted any. With each that it accepts there may be one
 more, so that it takes a moment to send fast, and few are on their way when a server with a rate refuses one."""
+
+RESUMED_WINDOW: Final = ACK_EVERY
+"""The same at the beginning of each later connection: so many are acknowledged at once."""
+
+MAX_WINDOW: Final = 512
+"""The same at most, however many were accepted. So much comes behind a refused message without that the server ends the
+connection."""
 
 MAX_REMEMBERED: Final = 256
 """Accepted messages of which it is known what they were, for a server that refuses one later."""
@@ -200,7 +207,7 @@ class SendBuffer:
         while self._sent and self._sent[0].seq <= seq:
             message = self._sent.popleft()
             self._bytes -= message.size
-            self._window += 1
+            self._window = min(self._window + 1, MAX_WINDOW)
             self._accepted.append((message.seq, message.event))
             message.accept()
 
@@ -218,6 +225,10 @@ class SendBuffer:
         self._window = len(self._sent) - len(self._again) + 1
         return True
 
+    def cut_off(self) -> None:
+        """The server has ended the connection because it was sent too much: begin carefully in the next one."""
+        self._window = 1
+
     def refused(self, seq: int, error: Exception) -> str | None:
         """The server has accepted a message and refused it: it fails, if that is not too late. Returns its event."""
         for message in self._sent:
@@ -229,6 +240,7 @@ class SendBuffer:
     def resumed(self, accepted: int) -> None:
         """The session goes on in a new connection: what the server has not accepted is sent again."""
         self.accepted(accepted)
+        self._window = min(self._window, RESUMED_WINDOW)
         self._next = max(self._next, accepted + 1)
         self._again = deque(self._sent)
         now = monotonic()
@@ -245,6 +257,8 @@ class SendBuffer:
             Those that failed.
         """
         before, self._sent, self._again = self._sent, deque(), deque()
+        if before:
+            self._window = min(self._window, RESUMED_WINDOW)
         self._next = accepted + 1
         self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]

@@ -4,6 +4,9 @@ There are two buckets for a rate. What the first one has no room for is refused,
 again. The second one, of the same size, is for refusals: who goes on until that is empty too is cut off. So a client
 that sends up to twice as fast as it may only hears of it, and one that floods is gone after a moment.
 
+What comes behind a message that is to be sent again was on its way before its sender could hear of that. It is counted
+in a third bucket, which has room for all that a client of ours has on its way at once.
+
 The first bucket belongs to the client: several tabs share it, and dialling again does not fill it. The second one
 belongs to the connection, so that none is cut off for what another one sends: somebody who has taken another's client
 id can have its messages refused, and no more. Who comes without an id gets a fresh one with each dial, and full buckets
@@ -19,6 +22,12 @@ from fastapi_ws_stabilizer.limits.rate import Rate, RateTable
 
 MAX_REMEMBERED: Final = 65_536
 """Clients, and connections, whose buckets are remembered at most, beside those that are full."""
+
+ON_THE_WAY: Final = 512
+"""Messages that a client may have sent before it hears that the first of them is refused."""
+
+BYTES_ON_THE_WAY: Final = 1024 * 1024
+"""Bytes of them: as many as our client keeps, if its own option does not say more."""
 
 MAX_AWAY: Final = 60.0
 """Seconds that a client which was cut off is asked to stay away at most, if it need not wait longer for a message."""
@@ -49,10 +58,17 @@ class Limit:
         burst: How much at once.
         option: The name of the option that says so.
         message_type: The type of message that it is said of; all when left out.
+        on_the_way: How much may come behind a refused message, beside the burst, before that ends the connection.
     """
 
     def __init__(
-        self, per_second: float, burst: float, option: str = "max_rate", message_type: str | None = None
+        self,
+        per_second: float,
+        burst: float,
+        option: str = "max_rate",
+        message_type: str | None = None,
+        *,
+        on_the_way: float = 0.0,
     ) -> None:
         rate = Rate(per_second, burst)
         self._burst = burst
@@ -61,6 +77,7 @@ class Limit:
         self._full_after = min(burst / per_second, MAX_AWAY)
         self._allowed = RateTable(rate, MAX_REMEMBERED)
         self._refused = RateTable(rate, MAX_REMEMBERED)
+        self._behind = RateTable(Rate(per_second, burst + on_the_way), MAX_REMEMBERED)
 
     def take(self, client_id: str, connection_id: str, cost: float, now: float) -> Excess | None:
         """Take what a client sends; `None` if it may.
@@ -75,24 +92,31 @@ class Limit:
         wait = self._allowed.take(client_id, cost, now)
         if not wait:
             return None
-        over = bool(self._refused.take(connection_id, cost, now))
+        # The bucket has room for two at least: with room for one, a client that is refused once in the time of each
+        # message would be cut off when it is early by a moment.
+        over = bool(self._refused.take(connection_id, min(cost, self._burst / 2), now))
         return Excess(max(wait, self._full_after) if over else wait, over, self._option, self._message_type)
 
     def refuse(self, connection_id: str, cost: float, now: float) -> Excess | None:
-        """Count what is refused because something before it was; `None` if its sender may go on.
+        """Count what is ignored because something before it was refused; `None` if its sender may go on.
 
         Args:
             connection_id: Over which connection it has come.
             cost: How much it is.
             now: The time, in monotonic seconds.
         """
-        if not self._refused.take(connection_id, min(cost, self._burst), now):
+        if not self._behind.take(connection_id, min(cost, self._burst), now):
             return None
         return Excess(self._full_after, True, self._option, self._message_type)
 
 
 def limit_of(
-    per_second: float | None, burst: float | None = None, option: str = "max_rate", message_type: str | None = None
+    per_second: float | None,
+    burst: float | None = None,
+    option: str = "max_rate",
+    message_type: str | None = None,
+    *,
+    on_the_way: float = 0.0,
 ) -> Limit | None:
     """The limit that goes with a rate; `None` without one.
 
@@ -101,6 +125,7 @@ def limit_of(
         burst: How much at once; as much as in a second when left out, and one at least.
         option: The name of the option that says so.
         message_type: The type of message that it is said of; all when left out.
+        on_the_way: How much may come behind a refused message, beside the burst, before that ends the connection.
 
     Raises:
         ValueError: The rate is not a number above zero, the burst is below one, or there is a burst without a rate.
@@ -113,7 +138,7 @@ def limit_of(
         burst = max(1.0, math.ceil(Rate(per_second, 1.0).per_second))
     if not burst >= 1:  # a message is one: with room for less, less than one would be taken for it
         raise ValueError(f"a burst is at least 1, not {burst!r}")
-    return Limit(per_second, burst, option, message_type)
+    return Limit(per_second, burst, option, message_type, on_the_way=on_the_way)
 
 
 class Traffic:
@@ -134,9 +159,9 @@ class Traffic:
         *,
         max_message_size: int = 1,
     ) -> None:
-        self._messages = limit_of(message_rate, message_burst, "max_message_rate")
+        self._messages = limit_of(message_rate, message_burst, "max_message_rate", on_the_way=ON_THE_WAY)
         byte_burst = None if byte_rate is None else max(byte_rate, max_message_size)
-        self._bytes = limit_of(byte_rate, byte_burst, "max_byte_rate")
+        self._bytes = limit_of(byte_rate, byte_burst, "max_byte_rate", on_the_way=BYTES_ON_THE_WAY)
         self.limited = self._messages is not None or self._bytes is not None
 
     def take(self, client_id: str, connection_id: str, size: int, now: float) -> Excess | None:
@@ -154,7 +179,7 @@ class Traffic:
         return excess
 
     def refuse(self, connection_id: str, size: int, now: float) -> Excess | None:
-        """Count one message that is refused because one before it was; `None` if its sender may go on.
+        """Count one message that is ignored because one before it was refused; `None` if its sender may go on.
 
         Args:
             connection_id: Over which connection it has come.

@@ -115,6 +115,13 @@ def test_hint_has_jitter() -> None:
     assert len(set(found)) > 400
 
 
+def test_hint_of_a_limit_is_kept_to_each_time() -> None:
+    """After 4429 the client comes back when it is told to, however often that was; and never without any pause."""
+    backoff = Backoff()
+    assert all(2.0 <= backoff.delay(4429, "too many messages; retry=2000") <= 2.4 for _ in range(20))
+    assert min(backoff.delay(4429, "retry=0") for _ in range(20)) >= 0.2
+
+
 @pytest.mark.parametrize("reason", ["", "retry", "retry=", "retry=-5", "retry=soon", "noretry=100", "retry=99999999"])
 def test_what_is_no_hint_is_ignored(reason: str) -> None:
     """Nothing but digits after `retry=` is a hint."""

@@ -84,6 +84,24 @@ async def test_a_resumed_session_is_sent_what_it_has_not_accepted() -> None:
     assert sent(out) == []
 
 
+async def test_window_has_an_end_and_is_small_in_a_later_connection() -> None:
+    """So many messages are on their way at most, fewer at the beginning of a later connection, one after 4429."""
+    out = buffer(10_000)
+    put(out, *range(3000))
+    last, on_the_way = 0, []
+    for _ in range(5):
+        batch = sent(out)
+        on_the_way.append(len(batch))
+        last = batch[-1][0]
+        out.accepted(last)
+    assert on_the_way == [128, 256, 512, 512, 512]
+    out.resumed(last)
+    assert len(sent(out)) == 32
+    out.cut_off()
+    out.resumed(last)
+    assert len(sent(out)) == 1
+
+
 async def test_a_reconnect_in_the_middle_of_sending_again_starts_over() -> None:
     """Sending again begins at the server's number each time, however far the last time went."""
     out = buffer()

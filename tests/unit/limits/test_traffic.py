@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastapi_ws_stabilizer.client.outgoing import MAX_WINDOW
 from fastapi_ws_stabilizer.limits.traffic import Excess, Limit, Traffic, limit_of
 
 
@@ -44,6 +45,26 @@ def test_a_flood_is_told_as_often_as_a_burst_and_then_cut_off() -> None:
     assert first == pytest.approx(11, abs=1)
     assert over == pytest.approx(23, abs=3)
     assert all(excess.wait > 0 for excess in told(answers))
+
+
+def test_what_was_on_its_way_behind_a_refused_message_is_no_reason_to_cut_off() -> None:
+    """A client hears of a refusal late: the messages that it has sent by then end nothing, and many more do."""
+    traffic = Traffic(message_rate=10)
+    while traffic.take("ann", "tab of ann", 10, 0.0) is None:
+        pass
+    assert [traffic.refuse("tab of ann", 10, 0.0) for _ in range(MAX_WINDOW)] == [None] * MAX_WINDOW
+    excess = traffic.take("ann", "tab of ann", 10, 0.0)
+    assert excess is not None
+    assert not excess.over
+    assert any(traffic.refuse("tab of ann", 10, 0.0) for _ in range(20))
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_refusal_that_is_early_by_a_moment_does_not_cut_off_where_one_message_is_the_burst(size: float) -> None:
+    """A client that is refused once for each accepted message stays, also when a refusal comes a moment sooner."""
+    limit = Limit(size, size)
+    answers = [limit.take("ann", "tab of ann", size, at) for at in (0.0, 0.05, 1.0, 1.049, 2.0, 2.048)]
+    assert [None if answer is None else answer.over for answer in answers] == [None, False] * 3
 
 
 def test_who_waits_as_long_as_told_may_send() -> None:

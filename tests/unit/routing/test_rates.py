@@ -12,6 +12,7 @@ import pytest
 
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.limits.traffic import ON_THE_WAY
 from fastapi_ws_stabilizer.reports import TOLD_EVERY
 from fastapi_ws_stabilizer.wire.v1 import ACK_EVERY, SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import soon, virtually
@@ -336,11 +337,11 @@ async def test_refused_message_of_a_client_that_retries_is_not_accepted() -> Non
 
 @virtually
 async def test_client_that_does_not_stop_at_a_refusal_is_closed_4429() -> None:
-    """What comes behind a refused message counts as refused too, and nothing of it is accepted."""
+    """Of what comes behind a refused message nothing is accepted, and more than can be on its way ends all."""
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial(caps=["retry"])
-        await line.message("note", *range(100))
+        await line.message("note", *range(ON_THE_WAY + 30))
         assert (line.close_code, stage.notes) == (4429, [*range(10)])
         assert len(line.of("error")) == 1
         await asyncio.sleep(3)

@@ -524,6 +524,33 @@ def test_messages_over_the_rate_arrive_once_and_in_order(count: int, options: di
     play()
 
 
+@pytest.mark.parametrize("rate", [1, 2, 10])
+@pytest.mark.parametrize("cut", [False, True])
+def test_client_far_over_a_small_rate_is_never_closed_for_it(rate: int, cut: bool) -> None:
+    """All messages are accepted in order at the rate, and no 4429 comes, also after the connection has broken."""
+    count = 10 * rate + 200
+
+    @virtually
+    async def play() -> None:
+        async with World(max_message_rate=rate) as world:
+            client = world.client()
+            closes: list[int] = []
+            client.on_close(lambda code, reason: closes.append(code))
+            sent = [client.send(number, event="note") for number in range(count)]
+            async with client:
+                started = asyncio.get_running_loop().time()
+                if cut:
+                    await asyncio.sleep(3)
+                    client.reconnect()
+                await asyncio.wait(sent)
+                took = asyncio.get_running_loop().time() - started
+                await asyncio.sleep(0.1)
+            assert (closes, world.notes) == ([4000] * cut, [*range(count)])
+            assert took == pytest.approx(count / rate, rel=0.2)
+
+    play()
+
+
 @pytest.mark.parametrize(
     ("event", "code"), [("nothing", "unknown_type"), ("whole", "invalid_message"), ("no", "never")]
 )
