@@ -26,6 +26,7 @@ from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
 from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
 from fastapi_ws_stabilizer.limits.ledger import Ledger
 from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.app_handlers import Handler, call, handler_for_endpoint, handler_of, known_handlers
 from fastapi_ws_stabilizer.routing.door import Door
 from fastapi_ws_stabilizer.routing.endings import Endings
@@ -198,6 +199,7 @@ class Leaving:
 
     def _finished(self, connection: Connection) -> None:
         self.unfinished.discard(connection)
+        connection.attempt(own.finished, connection)
         if connection.remains is not None:
             connection.attempt(self.ledger.leave, connection.remains)
             connection.remains = None

@@ -113,6 +113,7 @@ class Opening(Leaving, Services):
         visitor.inside = True
         self.door.left(visitor)
         try:
+            own.remember(connection)
             await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
             code = connection.ending.code if connection.ending else error.close_code
@@ -287,6 +288,7 @@ class Opening(Leaving, Services):
                 stack.push(functools.partial(_close_quietly, error))
             raise
         connection.place = place
+        opened = own.remember(connection)
         task = asyncio.current_task()
         if stack is not None:
 
@@ -302,7 +304,7 @@ class Opening(Leaving, Services):
 
             stack.push_async_exit(leave)
         elif task is not None:
-            task.add_done_callback(lambda done: self._task_ended(connection, done))
+            task.add_done_callback(lambda done: self._task_ended(opened, done))
         await self._enter(connection, proven=proven)
         return connection
 
@@ -339,11 +341,13 @@ class Opening(Leaving, Services):
         return place
 
     @staticmethod
-    def _task_ended(connection: Connection, task: asyncio.Task[Any]) -> None:
+    def _task_ended(opened: own.Opened, task: asyncio.Task[Any]) -> None:
         """The task that has connected a socket by hand is over, and no exit stack has told us before."""
-        if connection.opened and connection.ending is None:
+        connection = opened.connection
+        if connection is not None and connection.opened and connection.ending is None:
             how = ending_for(asyncio.CancelledError() if task.cancelled() else task.exception())
             connection.end(how.reason, code=how.code, text=how.text)
+        opened.task_is_over()
 
     async def _enter(self, connection: Connection, *, proven: bool) -> None:
         """Open a connection, register it, run its connect hooks; whatever fails on the way, it is ended.
@@ -352,7 +356,6 @@ class Opening(Leaving, Services):
             SocketClosed: It was refused by a connect hook, or is gone already.
             DuplicateClientError: `on_duplicate="reject"` refused it.
         """
-        own.remember(connection)
         self.unfinished.add(connection)
         try:
             await self._begin(connection, proven=proven)

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub import lifetimes as lifetimes_module
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from tests.unit.fake_websocket import eventually, with_deadline
+from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
 from tests.unit.test_manager import Client
 
 tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="nobody")
@@ -165,3 +165,71 @@ async def test_a_client_that_is_asked_to_leave_is_so_in_the_context_of_the_manag
         await with_deadline(client.task)
     await eventually(lambda: len(seen) == 2)
     assert sorted(seen) == [("ann", "ann"), ("bob", "bob")]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+async def test_a_task_that_an_endpoint_leaves_running_does_not_keep_its_connection(
+    manager_with: Any, *, by_hand: bool
+) -> None:
+    """A task that outlives the endpoint that has started it holds neither the connection nor its WebSocket."""
+    manager, _ = manager_with()
+    left_running: list[asyncio.Task[None]] = []
+
+    @manager.on_connect
+    async def start(ws: StableSocket) -> None:
+        left_running.append(asyncio.ensure_future(asyncio.sleep(60)))
+
+    client = Client(manager, "ann", by_hand=by_hand)
+    ws = await client.connected()
+    gone = weakref.ref(ws.websocket)
+    await client.gone()
+    await eventually(lambda: not manager._serving.unfinished)
+    del client, ws
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert gone() is None
+    left_running[0].cancel()
+
+
+async def test_a_task_that_serves_one_socket_after_the_other_keeps_only_the_last_connection(manager_with: Any) -> None:
+    """What a task remembers of the connections that it has opened shrinks when it opens the next one."""
+    manager, _ = manager_with()
+    alive: list[weakref.ref[Any]] = []
+    for number in range(5):
+        server = FakeServer()
+        async with manager.serve(server.websocket, f"client-{number}") as ws:
+            alive.append(weakref.ref(ws.websocket))
+            server.feed_disconnect(1001)
+            await ws.wait_closed()
+        await eventually(lambda: not manager._serving.unfinished)
+        del server, ws
+    gc.collect()
+    assert sum(one() is not None for one in alive) <= 1
+
+
+async def test_a_task_that_has_opened_a_connection_by_hand_lets_it_go_with_its_own_end(manager_with: Any) -> None:
+    """Without FastAPI around it a connection is remembered until its task is over, whichever of the two ends first."""
+    manager, _ = manager_with()
+    alive: list[weakref.ref[Any]] = []
+    left_running: list[asyncio.Task[None]] = []
+
+    async def serve_one(*, leave_first: bool) -> None:
+        server = FakeServer()
+        websocket = await server.accepted()
+        alive.append(weakref.ref(websocket))
+        await manager.connect(f"client-{leave_first}", websocket)
+        left_running.append(asyncio.ensure_future(asyncio.sleep(60)))
+        if leave_first:
+            server.feed_disconnect(1001)
+            await eventually(lambda: not manager._serving.unfinished)
+
+    for leave_first in (True, False):
+        await asyncio.ensure_future(serve_one(leave_first=leave_first))
+        await eventually(lambda: not manager._serving.unfinished)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert [one() for one in alive] == [None, None]
+    for task in left_running:
+        task.cancel()
