@@ -514,7 +514,7 @@ class ThreadCallTimeoutError(WebSocketStabilizerError, TimeoutError):
 
 _LOOP_PROBLEMS: Final = {
     "two_loops": (
-        "this manager has open connections on another event loop. In tests, let all sockets share one loop: "
+        "this manager serves on another event loop. In tests, let all sockets share one loop: "
         "with TestClient(app) as client: ..."
     ),
     "other_loop": (

@@ -137,7 +137,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Nobody has to call it: `lifespan`, `install` and the first connection do.
 
         Raises:
-            WrongLoopError: There are open connections on another event loop, or no asyncio event loop runs.
+            WrongLoopError: It serves on another event loop, which still runs or has open connections; or no asyncio
+                event loop runs.
         """
         self._check_other_loop(_running_loop())
         self._context = contextvars.copy_context()
@@ -173,9 +174,11 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         return self._serving
 
     def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Raise if there are connections on another event loop than this one, which is still to be used."""
+        """Raise if another event loop than this one is in use: it runs, or it has connections and may run again."""
         known = self._loop
-        if known is not None and known is not loop and not known.is_closed() and self._serving.registry:
+        if known is None or known is loop or known.is_closed():
+            return
+        if known.is_running() or self._serving.registry:
             raise WrongLoopError("two_loops")
 
     def _make_serving(self) -> Serving:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import sys
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Protocol, TypeVar, overload
@@ -17,6 +18,10 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT: Final = 30.0
 """Seconds that a thread waits for the event loop. A loop that is blocked for as long is broken anyway."""
+
+
+class _CallCancelledError(Exception):
+    """The call has let a cancellation out that was none of the task that runs it."""
 
 
 class Callee(Protocol):
@@ -166,11 +171,18 @@ class FromThread:
 
         Raises:
             Exception: Whatever the function raised.
+            concurrent.futures.CancelledError: The function has awaited something that was cancelled. On Python 3.10
+                that cannot be told from the end of the event loop, and is a ManagerNotRunningError.
         """
 
         async def run() -> Any:
-            result = call(*args)
-            return await result if inspect.isawaitable(result) else result
+            try:
+                result = call(*args)
+                return await result if inspect.isawaitable(result) else result
+            except asyncio.CancelledError:
+                if _is_cancelled_from_outside():
+                    raise
+                raise _CallCancelledError from None
 
         loop = self._running_loop()
         try:
@@ -179,6 +191,8 @@ class FromThread:
             raise ManagerNotRunningError from error
         try:
             return future.result(timeout)
+        except _CallCancelledError:
+            raise concurrent.futures.CancelledError from None
         except concurrent.futures.CancelledError:  # by the end of the loop
             raise ManagerNotRunningError from None
         except concurrent.futures.TimeoutError:
@@ -197,3 +211,9 @@ class FromThread:
         if running_loop() is loop:
             raise WrongLoopError("own_loop")
         return loop
+
+
+def _is_cancelled_from_outside() -> bool:
+    """Whether the current task was asked to stop, as the end of an event loop asks all tasks."""
+    task = asyncio.current_task()
+    return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

@@ -52,10 +52,12 @@ class Passes:
             ValueError: The client id is empty, or breaks the rule for names.
             InvalidTokenError: `enable_reconnect` is False.
             SocketClosed: The socket is closed.
+            WrongLoopError: This is another thread or event loop than the manager's.
         """
         if isinstance(client, StableSocket):
             return client.reconnect_token()
         check_client_id(client)
+        self._serving.delivery.check_loop()
         self._tell_of_workers()
         newest = next(reversed(self._serving.meant(client)), None)
         return self._serving.resumption.issue_token(client, newest)

@@ -247,6 +247,16 @@ async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any
     await client.gone()
 
 
+async def test_a_second_loop_takes_no_manager_from_the_one_that_runs_it(manager_with: Any) -> None:
+    """Also without open connections: sessions, histories and handshakes belong to the event loop that still runs."""
+    manager, _ = manager_with()
+    await manager.start()
+    serving = manager._serving
+    with pytest.raises(WrongLoopError, match="serves on another event loop"):
+        await asyncio.to_thread(lambda: asyncio.run(manager.start()))
+    assert manager._serving is serving
+
+
 async def test_the_lifespan_starts_and_stops(manager_with: Any, clients_of: Any) -> None:
     """Within the lifespan the manager runs and is found in the app's state; after it all are closed."""
     manager, _ = manager_with()

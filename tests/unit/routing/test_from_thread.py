@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -274,3 +276,31 @@ async def test_a_function_handler_in_the_thread_pool_sends_by_from_thread() -> N
         line = stage.plain()
         line.server.feed_text('{"type":"ask"}')
         await line.server.until(lambda: line.server.data == ["answer"])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell it from the end of the event loop")
+async def test_a_call_from_a_thread_that_lets_a_cancellation_out_raises_it(manager_with: Any) -> None:
+    """A function that awaits something that was cancelled raises `CancelledError`: the manager runs all the same."""
+    manager, _ = manager_with()
+    await manager.start()
+
+    async def work() -> None:
+        cancelled = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        await cancelled
+
+    def call() -> None:
+        with pytest.raises(concurrent.futures.CancelledError):
+            manager.from_thread.run(work)
+
+    await in_a_thread(call)
+
+
+async def test_a_token_by_client_id_from_another_thread_is_refused(manager_with: Any) -> None:
+    """`generate_reconnect_token` with a client id changes what the manager knows, and so belongs to its event loop."""
+    manager, _ = manager_with()
+    await manager.start()
+    with pytest.raises(WrongLoopError, match="from_thread"):
+        await in_a_thread(lambda: manager.generate_reconnect_token("ann"))
+    token = await in_a_thread(lambda: manager.from_thread.run(manager.generate_reconnect_token, "ann"))
+    assert await manager.validate_reconnect_token(token) == "ann"
