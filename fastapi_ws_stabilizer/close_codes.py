@@ -105,6 +105,7 @@ class Ending:
         text: Close reason as it was sent or received, at most 123 bytes.
         by_peer: Whether the client, the network or the server in front of us ended it, so that nothing can be sent.
         rooms: The rooms that it was in.
+        from_outside: Whether the manager, or a room, was told to end it, and not its socket by its own endpoint.
     """
 
     reason: DisconnectReason
@@ -112,6 +113,7 @@ class Ending:
     text: str = ""
     by_peer: bool = False
     rooms: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    from_outside: bool = field(default=False, compare=False, repr=False)
 
     @property
     def rule(self) -> EndingRule:
@@ -119,7 +121,9 @@ class Ending:
         return ENDING_RULES[self.reason]
 
 
-def ending(reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> Ending:
+def ending(
+    reason: DisconnectReason, *, code: int | None = None, text: str | None = None, from_outside: bool = False
+) -> Ending:
     """Make an ending that this side decides, with the table's code and text where none is named.
 
     Raises:
@@ -130,6 +134,7 @@ def ending(reason: DisconnectReason, *, code: int | None = None, text: str | Non
         reason,
         rule.code if code is None else check_close_code(code),
         cut_reason(rule.text if text is None else text),
+        from_outside=from_outside,
     )
 
 

@@ -492,7 +492,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             raise ConnectionNotFoundError(client_id)
         ending: list[Any] = [*connections, *away]
         for one in ending:
-            one.end(DisconnectReason.APPLICATION, code=code, text=reason)
+            one.end(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
 
     async def handle_pong(self, client_id: str) -> None:
         """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""

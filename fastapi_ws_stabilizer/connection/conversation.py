@@ -74,7 +74,14 @@ class Speaker(Protocol):
     def answer(self, frame: Frame) -> None:
         """Send a control frame, before what is queued."""
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """End the connection from our side."""
 
     def control_came(self) -> None:

@@ -172,7 +172,14 @@ class Connection(Successor):
 
     # ── the end ──
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """End the connection from our side; `False` if it was ending already. Waits for nothing.
 
         Raises:
@@ -182,7 +189,7 @@ class Connection(Successor):
             raise NotOpenError
         if self.ending is not None:
             return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
-        return self._begin_end(ending(reason, code=code, text=text))
+        return self._begin_end(ending(reason, code=code, text=text, from_outside=from_outside))
 
     def ended_by_peer(self, how: Ending) -> None:
         """The connection is gone: the client, the network or the server in front of us has ended it."""

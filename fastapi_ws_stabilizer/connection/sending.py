@@ -83,7 +83,14 @@ class SendingHalf(abc.ABC):
     """Whether a message has come in, or one without a number gone out, since that was asked."""
 
     @abc.abstractmethod
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """End the connection from our side."""
 
     @abc.abstractmethod

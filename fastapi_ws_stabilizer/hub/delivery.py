@@ -297,7 +297,7 @@ class Delivery(Generic[M]):
         hold = HoldTimer()
         ended = 0
         for member in self.rooms.members(room):
-            if member.end(DisconnectReason.APPLICATION, code=code, text=reason):
+            if member.end(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True):
                 ended += 1
             if hold.held_long():
                 await hold.let_go()

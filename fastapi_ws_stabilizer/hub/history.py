@@ -16,6 +16,9 @@ MAX_BYTES: Final = 1024 * 1024
 MAX_ROOMS: Final = 10_000
 """Rooms that are remembered at most. The one in which nothing was said for longest goes first."""
 
+MAX_ENDED: Final = 10_000
+"""Rooms of which it is remembered at most that they have ended. The one that ended first is forgotten first."""
+
 NAME_BYTES: Final = 64
 """What a name beside a message counts."""
 
@@ -35,19 +38,18 @@ class _Said(NamedTuple):
 class _Room:
     """What was said in one room."""
 
-    __slots__ = ("bytes", "ended", "messages")
+    __slots__ = ("bytes", "messages")
 
     def __init__(self) -> None:
         self.messages: deque[_Said] = deque()
         self.bytes = 0
-        self.ended: float | None = None  # when its last member has left, if none has come since
 
     def drop_first(self) -> None:
         self.bytes -= self.messages.popleft().size
 
     def latest(self) -> float:
-        """When something happened in it last."""
-        return self.messages[-1].at if self.messages else -math.inf if self.ended is None else self.ended
+        """When something was said in it last."""
+        return self.messages[-1].at if self.messages else -math.inf
 
 
 class History:
@@ -61,12 +63,15 @@ class History:
         max_age: Seconds that a message is remembered.
     """
 
-    __slots__ = ("_max_age", "_max_messages", "_rooms")
+    __slots__ = ("_ended", "_max_age", "_max_messages", "_rooms")
 
     def __init__(self, max_messages: int, max_age: float) -> None:
         self._max_age = max_age
         self._max_messages = max_messages
-        self._rooms: OrderedDict[str, _Room] = OrderedDict()  # the one in which something happened last comes last
+        self._rooms: OrderedDict[str, _Room] = OrderedDict()  # the one in which something was said last comes last
+        self._ended: OrderedDict[str, float] = (
+            OrderedDict()
+        )  # when the last member left; the one that ended first is first
 
     def __len__(self) -> int:
         """How many rooms are remembered."""
@@ -88,11 +93,10 @@ class History:
         if not self._max_messages or frame.volatile:
             return
         now = monotonic()
+        self._forget_ended(now)
+        if room in self._ended:
+            return
         said = self._rooms.get(room)
-        if said is not None and said.ended is not None:
-            if now - said.ended < self._max_age:
-                return
-            said = None
         if said is None:
             said = self._rooms[room] = _Room()
         self._rooms.move_to_end(room)
@@ -122,21 +126,28 @@ class History:
 
     def begin(self, room: str) -> None:
         """A member has come to a room."""
-        said = self._rooms.get(room)
-        if said is not None and said.ended is not None:
-            del self._rooms[room]
+        self._ended.pop(room, None)
 
     def end(self, room: str) -> None:
         """The last member of a room has left: forget what was said in it."""
         if not self._max_messages:
             return
-        said = self._rooms[room] = _Room()
-        said.ended = monotonic()
-        self._rooms.move_to_end(room)
-        self._forget_silent(said.ended - self._max_age)
+        now = monotonic()
+        self._rooms.pop(room, None)
+        self._ended[room] = now
+        self._ended.move_to_end(room)
+        self._forget_ended(now)
+
+    def _forget_ended(self, now: float) -> None:
+        """Forget that rooms have ended, where no message of that time would be remembered any more."""
+        while self._ended:
+            ended = next(iter(self._ended.values()))
+            if len(self._ended) <= MAX_ENDED and now - ended < self._max_age:
+                break
+            self._ended.popitem(last=False)
 
     def _forget_silent(self, oldest: float) -> None:
-        """Forget rooms in which nothing has happened since."""
+        """Forget rooms in which nothing was said since."""
         while self._rooms:
             said = next(iter(self._rooms.values()))
             if len(self._rooms) <= MAX_ROOMS and said.latest() >= oldest:

@@ -118,5 +118,12 @@ class Member(Client, Protocol):
     def ask_to_leave(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask its client to leave by itself after some seconds, and come back; `False` if it cannot be asked."""
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Begin its end; `False` if it has begun already."""

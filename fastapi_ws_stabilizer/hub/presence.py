@@ -302,7 +302,7 @@ class PresenceBoard:
 
     def rooms(self) -> list[str]:
         """The rooms in which clients are, or are expected back."""
-        return [name for name, here in self._rooms.items() if here.people]
+        return [name for name, here in list(self._rooms.items()) if here.people]  # in other threads too
 
     def knows(self, room: str, client_id: str) -> bool:
         """Whether a client is in a room, or expected back there."""

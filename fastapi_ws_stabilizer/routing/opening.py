@@ -186,7 +186,7 @@ class Opening(Leaving, Services):
         def lets_in(client_id: str, session: Session | None) -> Exception | None:
             if client_id in visitor.revoked:
                 return WebSocketException(SESSION_OVER, "revoked")
-            if (how := self.sessions.ended_by_application(hello, client_id)) is not None:
+            if (how := self.sessions.ended_by_application(hello, client_id if is_known else None)) is not None:
                 return WebSocketException(how.code, how.text)
             if self._config.on_duplicate is DuplicatePolicy.REJECT and self._others(client_id, session):
                 return DuplicateClientError(client_id)

@@ -70,6 +70,8 @@ class Passes:
     async def validate_reconnect_token(self, token: str) -> str:
         """Use a token up, and return the client id that it was issued for.
 
+        The token of a client that you have kicked stays good for `session_ttl`: `connect()` tells it so at each dial.
+
         The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
         returns with the client id that you connect, if that one comes from somewhere else.
 
@@ -80,7 +82,7 @@ class Passes:
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
         self._serving.delivery.check_loop()
-        claim = self._tokens.use(token)
+        claim = self._serving.resumption.use(token)
         self._serving.resumption.prove(claim)
         return claim.client_id
 
@@ -142,7 +144,7 @@ class Passes:
         serving.door.revoke(client_id)
         ended: list[Any] = [*serving.registry.of_client(client_id), *serving.resumption.away_of(client_id)]
         for one in ended:
-            one.end(DisconnectReason.APPLICATION, code=SESSION_OVER, text=reason)
+            one.end(DisconnectReason.APPLICATION, code=SESSION_OVER, text=reason, from_outside=True)
         serving.resumption.forget(client_id)
         self.reports.tell("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
         return len(ended)

@@ -308,29 +308,42 @@ class Resumption:
             yield
 
     def redeem(self, connection: Connection, client_id: str) -> bool:
-        """Use the token up that `claim` has found good; `False` if somebody else was quicker.
-
-        The token of a client that the application has sent away gets it nothing, and stays: each dial is told.
-        """
-        token = token_in(connection.websocket) or ""
+        """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
         try:
-            key = self._named.get(self._tokens.check(token, client_id).number)
-            if (key or client_id) in self._ended_by_application:
-                if key is not None:
-                    self._keys[connection.connection_id] = key
-                return True
-            claim = self._tokens.use(token, client_id)
+            claim = self.use(token_in(connection.websocket) or "", client_id)
         except (InvalidTokenError, TokenExpiredError) as problem:
             self._lost(client_id, problem)
             return False
         self._goes_on_for(connection, claim)
         return True
 
+    def use(self, token: str, client_id: str | None = None) -> Claim:
+        """Use a token up, and return what it says.
+
+        The token of a client that the application has sent away gets it nothing, and stays: each dial is told.
+
+        Args:
+            token: What the client sent.
+            client_id: Whose it must be; anybody's when left out.
+
+        Raises:
+            InvalidTokenError: It is not good, or was used before.
+            TokenExpiredError: Its time is over.
+        """
+        claim = self._tokens.check(token, client_id)
+        return claim if self._is_sent_away(claim) else self._tokens.use(token, client_id)
+
+    def _is_sent_away(self, claim: Claim) -> bool:
+        """Whether the application has ended what a token names."""
+        return self._named.get(claim.number, claim.client_id) in self._ended_by_application
+
     def _goes_on_for(self, connection: Connection, claim: Claim) -> None:
         """A connection has presented a token: what that names is what it wants back."""
-        key = self._named.pop(claim.number, None)
+        key = self._named.get(claim.number)
         if key is not None:
             self._keys[connection.connection_id] = key
+            if not self._is_sent_away(claim):
+                del self._named[claim.number]
 
     def _lost(self, client_id: str | None, problem: InvalidTokenError | TokenExpiredError) -> None:
         self._reports.totals.sessions_lost += 1

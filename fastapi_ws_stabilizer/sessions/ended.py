@@ -37,14 +37,16 @@ class EndedSessions:
         while len(self._endings) > MAX_ENDED:
             self._endings.popitem(last=False)
 
-    def find(self, key: str, client_id: str) -> Ending | None:
+    def find(self, key: str, client_id: str | None) -> Ending | None:
         """Return how a session of a client was ended; `None` if the application has not ended it.
+
+        Without a client id the key alone proves whose it is.
 
         A code after which clients come back answers one of them. A code that tells them to stay away answers each.
         """
         self._collect()
         _, owner, how = self._endings.get(key, (0.0, "", None))
-        if how is None or owner != client_id:
+        if how is None or client_id not in (None, owner):
             return None
         if not is_final(how.code):
             del self._endings[key]

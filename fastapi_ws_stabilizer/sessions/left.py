@@ -97,11 +97,18 @@ class LeftBehind:
         """Whether something waits in it: nothing does."""
         return False
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Keep it no longer; `False` if it was ended before."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text)
+        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
         self.forget(self)
         return True
 

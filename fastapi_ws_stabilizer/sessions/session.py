@@ -90,7 +90,14 @@ class Attachment(Protocol):
     def ending(self) -> Ending | None:
         """How it ended; `None` while it is open."""
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Begin its end."""
 
     def evict(self) -> None:
@@ -278,13 +285,20 @@ class Session(ReplayLog):
         """Whether it has a connection."""
         return self.connection is not None
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Begin the end of its connection; without one it is over at once. `False` if it was."""
         if self.connection is not None:
-            return self.connection.end(reason, code=code, text=text)
+            return self.connection.end(reason, code=code, text=text, from_outside=from_outside)
         if self.over is not None:
             return False
-        how = ending(reason, code=code, text=text)
+        how = ending(reason, code=code, text=text, from_outside=from_outside)
         if how.code == 1000:  # as where it has a connection: 1000 also comes from proxies, and keeps no client away
             how = replace(how, code=SESSION_OVER)
         self._end_away(self, how)

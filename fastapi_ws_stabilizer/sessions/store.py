@@ -130,8 +130,13 @@ class Sessions:
             return None
         return session
 
-    def ended_by_application(self, hello: Hello, client_id: str) -> Ending | None:
-        """Return how the application has ended the session that a client wants back; `None` if it has not."""
+    def ended_by_application(self, hello: Hello, client_id: str | None) -> Ending | None:
+        """Return how the application has ended the session that a client wants back; `None` if it has not.
+
+        Args:
+            hello: What the client has said.
+            client_id: Who it is; `None` where only its session would tell, which is gone: its token is a secret.
+        """
         return None if hello.token is None else self._ended_by_application.find(hello.token, client_id)
 
     def sparing(self, session: Session | None) -> AbstractContextManager[None]:
@@ -241,8 +246,9 @@ class Sessions:
             unacknowledged = session.finish(how)
             self._reports.totals.messages_discarded += unacknowledged
             self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
-            if how.reason is DisconnectReason.APPLICATION and is_final(how.code) and how.code != SESSION_OVER:
-                # A kick. Its close frame may be lost with a network that is dead already.
+            kicked = how.reason is DisconnectReason.APPLICATION and is_final(how.code)
+            if kicked and (how.from_outside or how.code != SESSION_OVER):
+                # Its close frame may be lost with a network that is dead already.
                 self._answer_later(session, how)
         finally:  # whatever raises, it gets no more messages, and is in no room
             self._ended(session, how)

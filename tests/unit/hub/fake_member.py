@@ -123,9 +123,16 @@ class FakeMember:
         """Whether more than half of the outbox is used."""
         return self.pressed
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Begin the end."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text)
+        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
         return True

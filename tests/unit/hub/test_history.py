@@ -185,7 +185,7 @@ def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> N
     clock.now += 59
     say(history, "lobby", "too early")
     say(history, "attic", "x")
-    assert len(history) == 2
+    assert len(history) == 1
     clock.now += 2
     say(history, "lobby", "for the first who joins")
     assert last(history, "lobby") == ["for the first who joins"]
@@ -195,11 +195,24 @@ def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> N
     assert len(history) == 1
 
 
+def test_ended_rooms_do_not_push_living_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rooms end, what was said in others stays, and of the ends only the last are remembered."""
+    monkeypatch.setattr(history_module, "MAX_ROOMS", 3)
+    monkeypatch.setattr(history_module, "MAX_ENDED", 3)
+    history = History(10, 60)
+    say(history, "lobby", "precious")
+    for number in range(10):
+        history.begin(f"room {number}")
+        history.end(f"room {number}")
+    assert last(history, "lobby") == ["precious"]
+    assert list(history._ended) == ["room 7", "room 8", "room 9"]
+
+
 def test_disabled_history_does_not_remember_ends() -> None:
     """A limit of 0 costs nothing when a room ends either."""
     history = History(0, 60)
     history.end("lobby")
-    assert (len(history), history.enabled) == (0, False)
+    assert (len(history), len(history._ended), history.enabled) == (0, 0, False)
 
 
 def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

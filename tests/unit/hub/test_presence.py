@@ -1092,3 +1092,28 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
                 assert (words[-1:] == ["joined"]) == (key in model.stays)
         w.board.close()
         await settle()
+
+
+def test_rooms_are_listed_while_others_come() -> None:
+    """The list of rooms is one of a moment: another thread may ask for it while rooms come and go."""
+
+    async def nothing(_: Presence) -> None:
+        """Nothing is said."""
+
+    async def check() -> None:
+        tasks = TaskSet(lambda *_: None)
+        board = PresenceBoard(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
+
+        class Changing:
+            """Another room comes while this one is looked at."""
+
+            @property
+            def people(self) -> dict[str, Any]:
+                board.enter("another", "ann", "connection", None)
+                return {"bob": None}
+
+        board._rooms["lobby"] = Changing()  # type: ignore[assignment]
+        assert board.rooms() == ["lobby"]
+        assert "another" in board.rooms()
+
+    run(check())

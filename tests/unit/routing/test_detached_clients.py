@@ -85,6 +85,56 @@ async def test_kicked_client_hears_its_code_when_it_comes_back(kick: str, kind: 
         assert stage.events.count("connect ann") == 1
 
 
+ORDERS: dict[str, Callable[[WebSocketConnectionManager], Awaitable[object]]] = {
+    "disconnect": lambda manager: manager.disconnect("ann", reason="banned"),
+    "disconnect with 4410": lambda manager: manager.disconnect("ann", 4410, "banned"),
+    "room.disconnect with 4410": lambda manager: manager.room("lobby").disconnect(4410, "banned"),
+    "revoke": lambda manager: manager.revoke("ann", "banned"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@virtually
+async def test_order_from_outside_with_4410_is_told_at_each_dial(order: str, lost: bool) -> None:
+    """A session that was ended by an order from outside is answered with 4410, although its close frame was lost."""
+    async with Stage() as stage:
+        back = await away(stage, "v1", lost=lost)
+        await ORDERS[order](stage.manager)
+        await soon()
+        for _ in range(2):
+            assert (await back()).server.close_frames == [(4410, "banned")]
+        assert stage.events.count("connect ann") == 1
+
+
+@virtually
+async def test_session_that_its_own_endpoint_ends_with_4410_is_lost() -> None:
+    """A client whose own endpoint has ended its session with 4410 gets a new session when it comes back."""
+    async with Stage() as stage:
+        back = await away(stage, "v1", lost=False)
+        await stage.socket().close(4410)
+        await soon()
+        assert (await back()).outcome == "lost"
+
+
+@pytest.mark.parametrize("code", [1000, 4403, 4410])
+@pytest.mark.parametrize("lost", [True, False], ids=["away", "half-open"])
+@virtually
+async def test_kicked_client_that_only_its_session_names_is_kept_out(code: int, lost: bool) -> None:
+    """A kicked client is closed at each dial also where the endpoint takes its client id from its session."""
+    async with Stage() as stage:
+        peer = Peer(stage, None)
+        line = await peer.dial()
+        (client_id,) = stage.manager.get_active_connections()
+        if lost:
+            await line.leaves()
+        await stage.manager.disconnect(client_id, code, "banned")
+        await soon()
+        for _ in range(2):
+            assert (await peer.dial()).server.close_frames == [(code if code == 4403 else 4410, "banned")]
+        assert stage.manager.get_active_connections() == []
+
+
 @kinds
 @virtually
 async def test_kick_is_forgotten_when_the_session_would_have_ended(kind: str) -> None:
@@ -124,7 +174,7 @@ async def test_new_reconnect_token_lifts_a_kick() -> None:
 
 @virtually
 async def test_kicked_client_that_connects_explicitly_hears_its_code() -> None:
-    """`connect()` after `validate_reconnect_token()` closes with the code of the kick and raises `SocketClosed`."""
+    """`connect()` after `validate_reconnect_token()` raises `SocketClosed` with the code of the kick, at each dial."""
     async with Stage() as stage:
         manager = stage.manager
         line = stage.plain()
@@ -132,12 +182,13 @@ async def test_kicked_client_that_connects_explicitly_hears_its_code() -> None:
         token = manager.generate_reconnect_token("ann")
         await line.leaves()
         await manager.disconnect("ann", 4403, "banned")
-        server = FakeServer()
-        websocket = await server.accepted()
-        await manager.validate_reconnect_token(token)
-        with pytest.raises(SocketClosed):
-            await manager.connect("ann", websocket)
-        assert server.close_frames == [(4403, "banned")]
+        for _ in range(3):
+            server = FakeServer()
+            websocket = await server.accepted()
+            assert await manager.validate_reconnect_token(token) == "ann"
+            with pytest.raises(SocketClosed):
+                await manager.connect("ann", websocket)
+            assert server.close_frames == [(4403, "banned")]
 
 
 @virtually

@@ -36,8 +36,8 @@ async def test_revoking_closes_what_there_is_4410() -> None:
         assert [line.close_code for line in (numbered, plain, other)] == [4410, 4410, None]
         assert stage.manager.get_session_counts() == {"sessions": 0, "away": 0}
         assert stage.events.count("session_end ann application") == 3
-        assert (await away.dial()).close_code == 4410  # it has not heard so yet
-        assert (await here.dial()).outcome == "lost"
+        # Neither may have heard so yet: a close frame is lost with a network that is dead already.
+        assert [(await peer.dial()).close_code for peer in (away, here)] == [4410, 4410]
 
 
 @virtually

@@ -96,9 +96,16 @@ class FakeAttachment:
         """Whether more than half of it is used."""
         return self.pressed
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def end(
+        self,
+        reason: DisconnectReason,
+        *,
+        code: int | None = None,
+        text: str | None = None,
+        from_outside: bool = False,
+    ) -> bool:
         """Begin the end."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text)
+        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
         return True

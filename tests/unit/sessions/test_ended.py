@@ -42,6 +42,13 @@ def test_other_client_finds_nothing() -> None:
     assert "token" in ended
 
 
+def test_key_alone_finds_an_ending_where_the_client_is_not_named() -> None:
+    """Where it is not known who a client is, what it presents is proof enough."""
+    ended = EndedSessions(60)
+    ended.add("token", "ann", BANNED)
+    assert (ended.find("token", None), ended.find("unknown", None)) == (BANNED, None)
+
+
 def test_ending_is_forgotten_after_its_time(clock: list[float]) -> None:
     """It is remembered for the ttl, counted anew where a session with the same key is ended again."""
     ended = EndedSessions(60)
