@@ -47,6 +47,9 @@ SLOWEST_UPLINK: Final = 16 * 1024
 UNFINISHED_BYTES: Final = 16 * 1024
 """Bytes of an incomplete message that make it a large one. A smaller one is not what ends a connection."""
 
+REPLAY_WITHIN: Final = 1.0
+"""Seconds after the welcome in which the first bytes of what the server sends again have come."""
+
 CLOSE_WITHIN: Final = 5.0
 """Seconds that a close frame may take on a connection that nobody waits for any more."""
 
@@ -263,6 +266,7 @@ class Attempt:
 
     def _message(self, kind: str, frame: dict[str, Any]) -> None:
         client = self._client
+        client.not_unfinished()
         if frame.get("volatile") is not True:
             self._count()
         if kind == "reply":
@@ -275,6 +279,8 @@ class Attempt:
         if sent is not None and sent != self._client.last:
             self.lose(4412, "a message is missing")
             return
+        if sent is not None:  # it comes in its turn among the messages
+            self._client.not_unfinished()
         self._forget_debt()
         fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
         if "ts" in frame:
@@ -327,6 +333,7 @@ class Attempt:
         self._open = True
         self._timers.stop("connect")
         self._timers.start("stable", self._stable_after, client.stable)
+        self._timers.start("replay", REPLAY_WITHIN, self._look_for_replay)
         self._send_ack()
         if outcome in ("gap", "lost"):
             lost = outcome == "lost"
@@ -335,6 +342,11 @@ class Attempt:
         client.opened(outcome)
         self._watch()
         self.wake()
+
+    def _look_for_replay(self) -> None:
+        """What the server sends again comes with its welcome: if nothing does, it sends nothing again."""
+        if not self._pausing and self._received()[0] == self._whole_bytes:
+            self._client.not_unfinished()
 
     # ── acknowledging ──
 

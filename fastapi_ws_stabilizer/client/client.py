@@ -468,7 +468,8 @@ class Client(Listeners):
         """The connection is lost in the middle of a large message of the server.
 
         The next connection begins the message anew. What happens to it each time would hold up all that comes behind
-        it for ever, so it is left out at last, and told as a gap.
+        it for ever, so it is left out at last, and told as a gap. Only a message that is not volatile is begun anew, and
+        then it is what comes first: see `not_unfinished`.
         """
         before, times = self._unfinished
         self._unfinished = (self.last, times + 1 if before == self.last else 1)
@@ -476,6 +477,10 @@ class Client(Listeners):
             self.last += 1
             self._unfinished = (0, 0)
             self.told("gap", Gap(False, "unfinished", self.last, self.last))
+
+    def not_unfinished(self) -> None:
+        """Something else has come than the message that had broken off, or nothing: it is not begun anew."""
+        self._unfinished = (0, 0)
 
     def lost_session(self, accepted: int) -> None:
         """The server has begun a new session in place of the one that was asked for."""

@@ -89,5 +89,8 @@ class Owner(Protocol):
     def broke_off(self) -> None:
         """The connection is lost in the middle of a large message of the server."""
 
+    def not_unfinished(self) -> None:
+        """Something else has come than the message that had broken off, or nothing: it is not begun anew."""
+
     def lost_session(self, accepted: int) -> None:
         """It is a new session."""

@@ -1117,6 +1117,42 @@ async def test_message_that_breaks_off_twice_is_a_gap() -> None:
 
 
 @virtually
+@pytest.mark.parametrize("between", ["volatile", "ping", "quiet"])
+async def test_volatile_message_that_breaks_off_twice_costs_no_other_message(between: str) -> None:
+    """The server does not begin a volatile message anew, so the client leaves out nothing in its place."""
+    async with Scene() as scene:
+        await scene.opened()
+        await scene.link.say({"type": "msg", "data": "first"})
+        for dial in range(2, 5):
+            await breaks_off(scene.link)
+            link = await scene.redialled(dial)
+            assert link.hello["resume"]["seq"] == 1
+            await link.welcome("full", seq=1)
+            if between == "volatile":
+                await link.say({"type": "msg", "volatile": True, "data": "tick"})
+            elif between == "ping":
+                await link.say({"type": "ping", "seq": 1})
+            else:
+                await asyncio.sleep(1.1)
+        await scene.link.say({"type": "msg", "data": "second"})
+        assert (scene.client.last, scene.of("gap")) == (2, [])
+
+
+@virtually
+async def test_slow_message_that_breaks_off_twice_is_a_gap_however_long_it_takes() -> None:
+    """A message whose bytes come with the welcome is the one that was begun anew, also if it breaks off late."""
+    async with Scene() as scene:
+        await scene.opened()
+        await breaks_off(scene.link)
+        link = await scene.redialled()
+        await link.welcome("full")
+        link.came = (1000, now())
+        await asyncio.sleep(10)
+        await breaks_off(link)
+        assert scene.of("gap") == [Gap(False, "unfinished", 1, 1)]
+
+
+@virtually
 @pytest.mark.parametrize("count", [0, 16 * 1024 - 1])
 async def test_small_message_is_never_given_up(count: int) -> None:
     """What ends the connections again and again is not that."""
