@@ -434,7 +434,7 @@ class ShutdownError(WebSocketStabilizerError, WebSocketException, RuntimeError):
         return type(self), (self.retry_after,)
 
     def __str__(self) -> str:
-        return "the manager is shut down: call start() before it can take connections again"
+        return "the manager is draining or shut down, and takes no connections until start() is called again"
 
 
 class UnknownPlatformError(WebSocketStabilizerError, ValueError):

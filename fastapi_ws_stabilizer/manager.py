@@ -25,7 +25,7 @@ from fastapi_ws_stabilizer.errors import (
     WrongLoopError,
 )
 from fastapi_ws_stabilizer.identity.tickets import Tickets
-from fastapi_ws_stabilizer.limits.admission import retry_after_restart
+from fastapi_ws_stabilizer.limits.admission import shutdown_error
 from fastapi_ws_stabilizer.logs import get_logger, write_report
 from fastapi_ws_stabilizer.metrics.histogram import Timings
 from fastapi_ws_stabilizer.reports import Reports, Totals
@@ -154,7 +154,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def _ensure_running(self) -> Serving:
         loop = _running_loop()
         if self._shut and self._loop in (None, loop):
-            raise ShutdownError(retry_after_restart(self.config.drain_window))
+            raise shutdown_error(self.config.drain_window)
         if self._loop is loop:
             return self._serving
         self._check_other_loop(loop)

@@ -39,6 +39,9 @@ State = Literal["idle", "connecting", "open", "waiting", "closed"]
 STABLE_AFTER: Final = 5.0
 """Seconds of an open connection after which earlier failures are forgotten."""
 
+STARTED_WITHIN: Final = 1.0
+"""Seconds after its first message within which a client is started, or a warning says that it is not."""
+
 MAX_UNFINISHED: Final = 2
 """Connections that may be lost in the middle of the same message before it is given up. It is begun again each time."""
 
@@ -136,6 +139,7 @@ class Client(Listeners):
         self._hurry: asyncio.Future[None] = loop.create_future()
         self._ending: ClosedError | None = None
         self._unreadable = self._refused = 0
+        self._warns_unstarted = False
         # What the session is: it outlives each attempt.
         self.instance = secrets.token_hex(8)
         self.session: str | None = None
@@ -298,6 +302,9 @@ class Client(Listeners):
     def send(self, data: Any, *, event: str | None = None, key: str | None = None) -> asyncio.Future[None]:
         """Queue a message. Await what is returned to know that the server has accepted it; nobody has to.
 
+        A client that is not started keeps the message until it is. Awaiting what is returned does not start it: a
+        warning in the log says so after a second.
+
         Args:
             data: Anything that can be JSON, or bytes.
             event: What kind of message it is.
@@ -357,7 +364,14 @@ class Client(Listeners):
         self.buffer.add(message)
         if self._attempt is not None:
             self._attempt.wake()
+        elif self._runner is None and not self._warns_unstarted:
+            self._warns_unstarted = True
+            asyncio.get_running_loop().call_later(STARTED_WITHIN, self._warn_unstarted)
         return message
+
+    def _warn_unstarted(self) -> None:
+        if self._runner is None and self._ending is None:
+            logger.warning("messages wait to be sent, and nothing is: %s", NotStartedError())
 
     def _key(self) -> str | None:
         return f"{self._keys}{next(self._ids)}" if self._replay else None
@@ -468,8 +482,8 @@ class Client(Listeners):
         """The connection is lost in the middle of a large message of the server.
 
         The next connection begins the message anew. What happens to it each time would hold up all that comes behind
-        it for ever, so it is left out at last, and told as a gap. Only a message that is not volatile is begun anew, and
-        then it is what comes first: see `not_unfinished`.
+        it for ever, so it is left out at last, and told as a gap. A volatile message is not begun anew, see
+        `not_unfinished`.
         """
         before, times = self._unfinished
         self._unfinished = (self.last, times + 1 if before == self.last else 1)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, TooManyConnectionsError
+from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, ShutdownError, TooManyConnectionsError
 from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, RetryQueue
 
 RETRY_WHEN_FULL: Final = 5.0
@@ -276,10 +276,10 @@ def retry_when_full() -> float:
     return random.uniform(0.5, 1.5) * RETRY_WHEN_FULL  # noqa: S311 (spreads load)
 
 
-def retry_after_restart(window: float) -> float:
-    """Seconds after which a client may try again that a stopping server does not take, different for each.
+def shutdown_error(window: float) -> ShutdownError:
+    """Why a stopping server does not take a client, and when that may try again, different for each.
 
     Args:
         window: Seconds that the clients of that server are spread over.
     """
-    return COME_BACK_AFTER + random.uniform(0.0, max(1.0, window))  # noqa: S311 (spreads load)
+    return ShutdownError(COME_BACK_AFTER + random.uniform(0.0, max(1.0, window)))  # noqa: S311 (spreads load)

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.connection.endpoint import Endpoint
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
 from fastapi_ws_stabilizer.limits.address import TrustedProxies, network_of
-from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_after_restart, retry_when_full
+from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_when_full, shutdown_error
 from fastapi_ws_stabilizer.limits.origin import OriginPolicy
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
@@ -261,7 +261,7 @@ class Door:
 
     def stopping(self) -> ShutdownError:
         """Why nobody is let in any more, and when to come back."""
-        return ShutdownError(retry_after_restart(self._drain_window))
+        return shutdown_error(self._drain_window)
 
     def left(self, visitor: Visitor) -> None:
         """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""

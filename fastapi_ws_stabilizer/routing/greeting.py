@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import ShutdownError
-from fastapi_ws_stabilizer.limits.admission import retry_after_restart
+from fastapi_ws_stabilizer.limits.admission import shutdown_error
 from fastapi_ws_stabilizer.routing.refusing import Refusing, leave_alone
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
@@ -163,7 +163,7 @@ class Reception:
             raise await self._refuse(websocket, WebSocketException(problem.code, str(problem))) from problem
 
     def _stopping(self) -> ShutdownError:
-        return ShutdownError(retry_after_restart(self._drain_window))
+        return shutdown_error(self._drain_window)
 
     async def _refuse(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close a client that has no session yet; the exception ends its endpoint, and nothing else."""

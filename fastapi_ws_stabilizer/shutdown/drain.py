@@ -16,10 +16,9 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.server_side import LINGER
-from fastapi_ws_stabilizer.errors import ShutdownError
 from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
 from fastapi_ws_stabilizer.hub.turns import HoldTimer
-from fastapi_ws_stabilizer.limits.admission import retry_after_restart
+from fastapi_ws_stabilizer.limits.admission import shutdown_error
 from fastapi_ws_stabilizer.reports import Reports
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
@@ -151,7 +150,7 @@ class Drain:
             await self._wait_until(after, connection)
             if self._abandoned:
                 break
-            text = ShutdownError(retry_after_restart(self._window)).reason
+            text = shutdown_error(self._window).reason
             connection.end(DisconnectReason.SERVER_SHUTDOWN, text=text)
             done.append(connection)
             if hold.held_long():

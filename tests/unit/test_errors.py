@@ -155,3 +155,10 @@ def test_close_codes_say_what_kind_of_failure_it_was() -> None:
     assert errors.MessageFormatError.close_code == 1003
     assert errors.ShutdownError.close_code == 1012
     assert errors.MessageEncodeError.close_code == 1011
+
+
+def test_shutdown_error_is_true_during_a_drain_and_after_the_shutdown() -> None:
+    """Its text names both states, and what ends them."""
+    text = str(errors.ShutdownError())
+    assert "draining or shut down" in text
+    assert "start()" in text

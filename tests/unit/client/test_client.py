@@ -1892,6 +1892,34 @@ async def test_misuse_of_a_client_says_what_to_write() -> None:
     await client.close()
 
 
+@virtually
+async def test_message_of_a_client_that_is_not_started_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A message waits for `start()`; a second later one warning says that nothing has started the client."""
+    client = connect("ws://server")
+    client.send("a")
+    client.send("b")
+    await asyncio.sleep(0.9)
+    assert caplog.messages == []
+    await asyncio.sleep(5)
+    client.send("c")
+    await asyncio.sleep(5)
+    (warning,) = caplog.messages
+    assert "client.start()" in warning
+    await client.close()
+
+
+@virtually
+async def test_message_of_a_client_that_is_started_soon_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """What is queued before `start()` is sent after it, and nothing is said."""
+    async with Scene() as scene:
+        scene.client.send("early")
+        scene.client.start()
+        await scene.opened()
+        await asyncio.sleep(2)
+        assert [frame["data"] for frame in scene.link.of("msg")] == ["early"]
+        assert not any("start()" in text for text in caplog.messages)
+
+
 def test_client_outside_of_a_loop_says_where_it_is_made() -> None:
     """A client that is made outside of a running event loop says how it is made."""
     with pytest.raises(RuntimeError, match=r"asyncio\.run"):
