@@ -18,29 +18,58 @@ SPINS: Final = 1000
 PAUSE: Final = 0.05
 """Seconds that each further call waits in such a task, and in an endpoint that has swallowed its cancellation."""
 
-_last: weakref.WeakKeyDictionary[asyncio.Task[Any], tuple[str, int]] = weakref.WeakKeyDictionary()
-"""The tasks that were told of an end: of which connection last, and how many times in a row."""
+_told: weakref.WeakKeyDictionary[asyncio.Task[Any], Told] = weakref.WeakKeyDictionary()
+"""The tasks that were told of an end."""
 
 
-async def repeated(connection_id: str) -> int:
-    """Count what the current task is told of an ended connection; from its second time on the event loop has a turn.
+class Told:
+    """What one task was told of ended connections in a row: while it did not wait for anything else, and sent nothing.
 
-    A loop that catches every error would else never wait, and could not even be cancelled.
-
-    Returns:
-        How many times in a row the task was told of this connection.
+    A task that sends to many connections meets ended ones again and again, and is well: it waits between its rounds, or
+    sends to the others. A loop that ignores the end does neither, whatever the number of its connections is.
     """
-    task = asyncio.current_task()
-    if task is None:
-        return 0
-    last = _last.get(task)
-    count = last[1] + 1 if last is not None and last[0] == connection_id else 1
-    _last[task] = (connection_id, count)
-    if last is None:
+
+    __slots__ = ("__weakref__", "_booked", "_times", "_waited", "is_new")
+
+    def __init__(self) -> None:
+        self.is_new = True
+        self._times: dict[str, int] = {}
+        self._waited = False
+        self._booked = False
+
+    def again(self, connection_id: str, *, booked: bool, own: bool) -> int:
+        """Count one more error.
+
+        Args:
+            connection_id: The connection that has ended.
+            booked: Whether messages wait for the next turn of the event loop.
+            own: Whether the task is the endpoint of this connection. Whatever it does in between, it should have ended.
+
+        Returns:
+            How many times in a row the task was told of this connection.
+        """
+        if not own and (self._waited or (booked and not self._booked)):
+            self._times.clear()
+        times = self._times[connection_id] = self._times.get(connection_id, 0) + 1
+        return times
+
+    def goes_on(self, *, booked: bool) -> None:
+        """The task gets its error now. What it does until the next one decides whether that is in a row."""
+        self.is_new = self._waited = False
+        self._booked = booked
+        asyncio.get_running_loop().call_soon(self._has_waited)  # runs only if the task lets the event loop turn
+
+    def _has_waited(self) -> None:
+        self._waited = True
+
+
+def told_by_end(task: asyncio.Task[Any]) -> Told:
+    """What a task was told of ended connections."""
+    told = _told.get(task)
+    if told is None:
+        told = _told[task] = Told()
         task.add_done_callback(_is_no_news)
-    else:
-        await asyncio.sleep(0)
-    return count
+    return told
 
 
 def _is_no_news(task: asyncio.Task[Any]) -> None:

@@ -27,7 +27,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, detaches, ending
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
-from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, SPINS, becomes_ended, repeated
+from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, SPINS, becomes_ended, told_by_end
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -282,8 +282,8 @@ class Connection(Successor):
         return self._finished.future
 
     async def wait_for_hooks(self) -> None:
-        """Wait until the hooks for its end have run, as long as they may take. Cancelling is safe."""
-        await wait_for_all([self._hooks_done.future], 3 * self.config.disconnect_grace + LINGER)
+        """Wait until the hooks for its end have run; each of them is bounded. Cancelling is safe."""
+        await wait_for_all([self._hooks_done.future], None)
 
     async def wait_over(self) -> Ending:
         """Wait for the ending. Cancelling is safe."""
@@ -358,13 +358,20 @@ class Connection(Successor):
         """
         if self.ending is not None:
             self.websocket.client_state = WebSocketState.DISCONNECTED
-        times = await repeated(self.connection_id)
+        task = asyncio.current_task()
+        if task is None:
+            return
+        told, turns, own = told_by_end(task), self._parts.turns, task is self.endpoint.task
+        times = told.again(self.connection_id, booked=turns.booked, own=own)
+        if not told.is_new:
+            await asyncio.sleep(0)
         if times == IGNORED and self.ending is not None:
-            name, task = self.endpoint_name, asyncio.current_task()
-            facts = {"endpoint": name, "task": "" if task is None else task.get_name()}
+            name = self.endpoint_name if own else getattr(task.get_coro(), "__qualname__", "?")
+            facts = {"endpoint" if own else "coroutine": name, "task": task.get_name()}
             self.tell_now_and_then("end_ignored", logging.WARNING, name, **facts)
         if times > SPINS or (times > IGNORED and self.endpoint.has_swallowed_cancellation):
             await asyncio.sleep(PAUSE)
+        told.goes_on(booked=turns.booked)
 
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""

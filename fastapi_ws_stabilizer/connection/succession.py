@@ -9,7 +9,6 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint
 from fastapi_ws_stabilizer.connection.metered import Metered
-from fastapi_ws_stabilizer.connection.server_side import LINGER
 from fastapi_ws_stabilizer.tasks import Latch, wait_for_all, wait_for_first
 
 
@@ -79,10 +78,12 @@ class Successor(Metered):
     async def handed_over(self) -> None:
         """Wait until nothing more is done here for a session that another connection has taken over.
 
-        That is: the message that was in hand is handled, and the disconnect hooks have run. Bounded, as they are.
+        That is: the message that was in hand is handled, and the disconnect hooks have run. Each of them is bounded,
+        and so is how many run at the same time: the wait for them needs no bound of its own, which would be too short
+        where there are many.
         """
         grace = self.config.disconnect_grace
         settled = self.inbox.settled
         if settled is not None:
             await wait_for_first([settled, self.endpoint.returned], grace)
-        await wait_for_all([self._hooks_done.future], 2 * grace + LINGER)
+        await wait_for_all([self._hooks_done.future], None)

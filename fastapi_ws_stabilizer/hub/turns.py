@@ -87,6 +87,11 @@ class Turns:
         if not self._scheduled:
             self._schedule()
 
+    @property
+    def booked(self) -> bool:
+        """Whether work waits for the next turn."""
+        return self._scheduled
+
     def overdue(self) -> bool:
         """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
         return self._scheduled and monotonic() - self._since > MAX_HOLD

@@ -18,7 +18,6 @@ from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm
 from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.server_side import LINGER
 from fastapi_ws_stabilizer.connection.socket import Services, StableSocket
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -405,8 +404,7 @@ class Opening(Leaving, Services):
         try:
             await connection.wait_for_those_before()
             if policy is not DuplicatePolicy.ALLOW:
-                patience = self._config.disconnect_grace + LINGER
-                await self.resumption.wait_for_ends_of(connection.client_id, patience)
+                await self.resumption.wait_for_ends_of(connection.client_id)
             if connection.ending is None:
                 with connection.endpoint.busy():
                     await self._begin_hooks(connection, session)

@@ -462,10 +462,10 @@ class Resumption:
         if not running:
             del self._ends_of[client_id]
 
-    async def wait_for_ends_of(self, client_id: str, patience: float) -> None:
-        """Wait until no hook for the end of a session of this client runs, as long as that. Cancelling is safe."""
+    async def wait_for_ends_of(self, client_id: str) -> None:
+        """Wait until no hook for the end of a session of this client runs; each is bounded. Cancelling is safe."""
         if running := self._ends_of.get(client_id):
-            await wait_for_all(list(running), patience)
+            await wait_for_all(list(running), None)
 
     async def _tell(self, face: StableSocket, reason: DisconnectReason | None) -> None:
         await face._connection.wait_for_hooks()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.after_end import IGNORED, SPINS
+from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, SPINS
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.unit.fake_websocket import settle, with_deadline
 
@@ -83,6 +86,85 @@ async def test_task_that_ignores_the_end_is_slowed_down(bench: Any) -> None:
     await settle()
     assert IGNORED < SPINS <= count < SPINS + 50
     assert len(b.heard.of("end_ignored")) == 1
+
+
+async def spin(*sockets: Any) -> None:
+    """A loop that catches all errors and never waits."""
+    while True:
+        for socket in sockets:
+            with contextlib.suppress(SocketClosed):
+                await socket.send("x")
+
+
+async def test_task_that_spins_on_two_ended_connections_is_named(bench: Any) -> None:
+    """A loop that ignores the ends of several connections in turn is named by its coroutine, and slowed down."""
+    benches = [await ended(bench), await ended(bench)]
+    task = asyncio.ensure_future(spin(*(b.connection.face for b in benches)))
+    task.set_name("the publisher")
+    await asyncio.wait({task}, timeout=0.5)
+    task.cancel()
+    await settle()
+    for b in benches:
+        (report,) = b.heard.of("end_ignored")
+        assert report.facts["task"] == "the publisher"
+        assert report.facts["coroutine"] == "spin"
+        assert "endpoint" not in report.facts
+
+
+async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], stale: int) -> tuple[float, list[Any]]:
+    """The seconds that a publisher needs for 200 rounds after many, and what is said of it."""
+    benches = [await ended(bench) for _ in range(stale)]
+    live = bench()
+    await live.open()
+
+    async def publish(rounds: int) -> None:
+        for _ in range(rounds):
+            for b in benches:
+                with contextlib.suppress(SocketClosed):
+                    await b.connection.face.send("price")
+            await between(live.connection.face)
+
+    async def measure() -> float:
+        await publish(SPINS + 1)
+        began = monotonic()
+        await publish(100)
+        return monotonic() - began
+
+    seconds = await asyncio.ensure_future(measure())
+    return seconds, [report for b in benches for report in b.heard.of("end_ignored")]
+
+
+@pytest.mark.parametrize("stale", [1, IGNORED + 1])
+@pytest.mark.parametrize("how", ["sleeps", "sends"])
+async def test_publisher_with_ended_connections_among_others_is_not_slowed_down(
+    bench: Any, how: str, stale: int
+) -> None:
+    """A task that waits, or sends to connections that are open, between two errors is well: nothing is said of it."""
+
+    async def between(face: Any) -> None:
+        await (asyncio.sleep(0.0001) if how == "sleeps" else face.send("price"))
+
+    seconds, told = await rounds_among(bench, between, stale)
+    assert told == []
+    assert seconds < 100 * PAUSE
+
+
+async def test_endpoint_that_sleeps_between_errors_is_named(bench: Any) -> None:
+    """An endpoint that goes on with its own connection is named, whatever it does between the errors."""
+    b = bench()
+
+    async def endpoint() -> None:
+        await b.open(cancellable=True)
+        b.connection.end(DisconnectReason.APPLICATION)
+        for _ in range(IGNORED):
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(SocketClosed):
+                await b.connection.face.receive()
+        b.connection.endpoint.has_returned()
+
+    await with_deadline(asyncio.ensure_future(endpoint()))
+    (report,) = b.heard.of("end_ignored")
+    assert report.facts["endpoint"] == b.connection.endpoint_name
 
 
 async def test_ended_websocket_reads_what_is_unread_then_disconnects(bench: Any) -> None:

@@ -170,3 +170,65 @@ async def test_new_session_waits_for_session_end_hook_of_detached_one() -> None:
         stage.gate.set()
         await soon()
         assert stage.events[-2:] == ["session end hook done", "connect ann"]
+
+
+def hooks_that_take_long(stage: Stage, event: str, count: int) -> None:
+    """Register hooks for the end, each of which needs nearly the whole of a grace of one second."""
+    for number in range(count):
+
+        async def slow(ws: StableSocket, *, number: int = number) -> None:
+            await asyncio.sleep(0.9)
+            stage.events.append(f"hook {number} done")
+
+        getattr(stage.manager, event)(slow)
+
+
+@pytest.mark.parametrize("event", ["on_disconnect", "on_session_end"])
+@kinds
+@virtually
+async def test_replacement_waits_for_all_of_many_hooks(kind: str, event: str) -> None:
+    """`on_connect` begins after the last of the hooks for the end, however many there are and however long each takes.
+
+    Each hook is within its own limit, `disconnect_grace`.
+    """
+    async with Stage(disconnect_grace=1) as stage:
+        tasks: list[asyncio.Task[None]] = []
+        hooks_that_take_long(stage, event, 9)
+        await dial(stage, kind, tasks)
+        await dial(stage, kind, tasks)
+        await asyncio.sleep(20)
+        assert stage.events[-1] == "connect ann"
+        assert "hook 8 done" in stage.events
+
+
+@virtually
+async def test_reconnect_waits_for_hooks_that_wait_for_a_slot() -> None:
+    """`on_connect` begins after `on_disconnect`, also where that waits for those of many others before it."""
+    async with Stage(disconnect_grace=1, max_concurrent_cleanup=1) as stage:
+        hooks_that_take_long(stage, "on_disconnect", 1)
+        names = [f"client {number}" for number in range(8)]
+        lines = [stage.plain(name) for name in names]
+        await soon()
+        for line in lines:
+            await line.leaves()
+        stage.events.clear()
+        for name in names:
+            stage.plain(name)
+        await asyncio.sleep(20)
+        hooks = [event.split()[0] for event in stage.events]
+        done = [number for number, word in enumerate(hooks) if word == "hook"]
+        come = [number for number, word in enumerate(hooks) if word == "connect"]
+        assert len(done) == len(come) == len(names)
+        assert all(before < after for before, after in zip(done, come, strict=True))
+
+
+@virtually
+async def test_new_session_waits_for_many_hooks_of_detached_one() -> None:
+    """`on_connect` of a new session begins after all `on_session_end` hooks of the detached one that it replaces."""
+    async with Stage(disconnect_grace=1) as stage:
+        hooks_that_take_long(stage, "on_session_end", 9)
+        await (await Peer(stage).dial()).leaves()
+        stage.events.clear()
+        await Peer(stage).dial()
+        await asyncio.sleep(20)
+        assert stage.events[-2:] == ["hook 8 done", "connect ann"]
