@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
-from fastapi import HTTPException, WebSocketException
+from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
@@ -120,7 +120,8 @@ class Leaving:
     async def judge(self, connection: Connection, error: BaseException) -> tuple[Ending, BaseException | None]:
         """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
 
-        The handler can close the connection. Where it does not, what it returns stands for its HTTP status.
+        The handler can close the connection. Where it does not, what it returns stands for its HTTP status, and what it
+        raises means what it would mean in the endpoint. A handler that finds its client gone has handled nothing.
 
         Returns:
             The ending, and the bug in it: `error`, or what the handler has raised; `None` if there is none.
@@ -132,7 +133,9 @@ class Leaving:
         try:
             answer = await self._ask(handler, connection, error)
         except Exception as second:
-            return ending(DisconnectReason.ERROR), second
+            if isinstance(meaning(second), WebSocketDisconnect):  # it could tell the client nothing any more
+                return (ending(DisconnectReason.ERROR), error) if is_mistake else (ending_for(error), None)
+            return ending_for(second), second if is_bug(second) else None
         return (_as_answered(answer) if is_mistake else ending_for(error)), None
 
     async def _ask(self, handler: Handler, connection: Connection, error: BaseException) -> Any:

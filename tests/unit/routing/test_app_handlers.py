@@ -104,6 +104,39 @@ async def test_handler_that_is_cancelled_by_what_it_awaits_is_a_bug() -> None:
     assert (line.close_code, bugs) == (1011, ["endpoint_failed"])
 
 
+@pytest.mark.parametrize("error", [WebSocketException(4001, "quota"), HTTPException(401)])
+@virtually
+async def test_refusal_that_a_handler_raises_closes_with_its_code(error: Any) -> None:
+    """What a handler raises to refuse the client closes with its own code, as in the endpoint, and is no bug."""
+
+    async def refuses(connection: Any, _: Any) -> None:
+        raise error
+
+    line, bugs = await outcome(refuses)
+    assert (line.close_code, bugs) == (4001 if isinstance(error, WebSocketException) else 4401, [])
+
+
+@virtually
+async def test_handler_that_finds_its_client_gone_leaves_the_first_error() -> None:
+    """Where a handler cannot tell the client any more, the bug that is reported is that of the endpoint."""
+
+    async def answers(connection: Any, error: Any) -> None:
+        await connection.send_json({"error": "quota"})
+
+    async def fails_late(ws: StableSocket) -> None:
+        await ws.wait_closed()
+        raise Special
+
+    async with Stage() as stage:
+        stage.endpoint = fails_late
+        line = Line(stage, **{KNOWN: ({AppError: answers}, {})})
+        await soon()
+        await line.leaves()
+        await soon()
+        (report,) = [one for one in stage.heard.reports if one.error is not None]
+        assert isinstance(report.error, Special)
+
+
 @pytest.mark.parametrize(("status", "code"), [(409, 4409), (503, 4503), (200, 1011), (302, 1011)])
 @virtually
 async def test_response_of_a_handler_stands_for_its_status(status: int, code: int) -> None:
