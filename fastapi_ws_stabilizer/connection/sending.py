@@ -183,14 +183,14 @@ class SendingHalf(abc.ABC):
         self.outbox.put_urgent(frame)
 
     def ask_to_leave(self, after: float, within: float, why: DisconnectReason) -> bool:
-        """Ask the client to leave by itself, and to come back; `False` if it knows no such request.
+        """Ask the client to leave by itself, and to come back; `False` if it knows no such request, or has left.
 
         Args:
             after: Seconds until it is to leave.
             within: Seconds until it is closed if it has not left.
             why: The reason with which its connection ends when it leaves.
         """
-        if self.conversation is None:
+        if self.conversation is None or self.ending is not None:
             return False
         milliseconds = {"after": round(after * 1000), "within": round(within * 1000)}
         self._parts.asked_to_leave[self.connection_id] = why

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.ended import EndedConnection
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -29,16 +30,19 @@ class Dispatcher:
         self._max_bad = config.max_bad_messages
         self._reports = reports
 
-    async def run(self, connection: Connection, concurrency: int) -> None:
+    async def run(self, connection: Connection | EndedConnection, concurrency: int) -> None:
         """Handle every message of a connection until it is over.
 
         What was received before the end is handled too. If a handler raises, the others that run are cancelled.
 
         Raises:
             ValueError: `concurrency` is below 1.
+            SocketClosed: Nothing is kept of the connection any more but what hooks for the end of a session may ask.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        if isinstance(connection, EndedConnection):
+            raise await connection._closed()
         if not self._handlers:
             connection.tell("no_message_handlers", logging.WARNING)
         with connection.endpoint.busy():

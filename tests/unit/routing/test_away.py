@@ -70,6 +70,9 @@ async def test_hook_for_the_end_of_a_session_knows_the_facts_of_a_connection_lon
         assert (ws.closed, ws.resumed.value, ws.session_id is not None) == (True, "none", numbered)
         assert (ws.queued_messages, ws.queued_bytes, ws.unread_messages, ws.unread_bytes) == (0, 0, 0, 0)
         assert (await ws.wait_closed()).code == 1006
+        for concurrency in (1, 2):
+            with pytest.raises(SocketClosed):
+                await ws.run(concurrency=concurrency)
         assert (ws.dropped_messages, ws.rtt, ws.connected_seconds > 100) == (0, None, True)
         for name in ("websocket", "headers", "scope", "path_params", "app"):
             with pytest.raises(RuntimeError, match=r"keep what this hook needs in ws\.user_data"):

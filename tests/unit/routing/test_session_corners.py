@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
@@ -397,3 +398,15 @@ async def test_a_client_whose_welcome_was_lost_is_no_duplicate_of_itself() -> No
         peer.token = None
         assert (await peer.dial()).of("welcome")
         assert (await Peer(stage).dial()).close_code == 4409
+
+
+@virtually
+async def test_connection_that_has_ended_is_not_asked_to_leave() -> None:
+    """A connection that has ended is not asked to leave: nothing would take back the note that it was."""
+    async with Stage() as stage:
+        line = await Peer(stage).dial()
+        assert line.socket is not None
+        connection = line.socket._connection
+        await line.leaves()
+        assert not connection.ask_to_leave(0.0, 1.0, DisconnectReason.LIFETIME)
+        assert connection._parts.asked_to_leave == {}
