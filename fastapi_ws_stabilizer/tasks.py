@@ -126,16 +126,28 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
     holds nothing of the caller: one that was cancelled stays in the event loop until its time, with its context.
     """
     pending = {future for future in futures if not future.done()}
-    if not pending:
-        return True
+    if pending:
+        await _wait_for(pending, len(pending), timeout)
+    return all(future.done() for future in pending)
+
+
+async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float | None = None) -> bool:
+    """Wait until one of the futures is done, at most `timeout` seconds; tell whether one is. As `wait_for_all`."""
+    everyone = set(futures)
+    if not any(future.done() for future in everyone):
+        await _wait_for(everyone, 1, timeout)
+    return any(future.done() for future in everyone)
+
+
+async def _wait_for(pending: set[asyncio.Future[Any]], left: int, timeout: float | None) -> None:
+    """Wait until as many of these futures are done, none of which is yet."""
     loop = asyncio.get_running_loop()
     over: asyncio.Future[None] = loop.create_future()
-    left = len(pending)
 
     def one_is_done(_: asyncio.Future[Any]) -> None:
         nonlocal left
         left -= 1
-        if not left:
+        if left <= 0:
             _set(over)
 
     for future in pending:
@@ -148,24 +160,11 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
             timer.cancel()
         for future in pending:
             future.remove_done_callback(one_is_done)
-    return all(future.done() for future in pending)
 
 
 def _set(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float | None = None) -> bool:
-    """Wait until one of the futures is done, at most `timeout` seconds; tell whether one is.
-
-    Neither the timeout nor a cancellation of the caller touches the futures.
-    """
-    everyone = set(futures)
-    if any(future.done() for future in everyone):
-        return True
-    done, _ = await asyncio.wait(everyone, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    return bool(done)
 
 
 class Latch:

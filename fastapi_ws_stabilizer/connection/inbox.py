@@ -11,7 +11,7 @@ from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
 from fastapi_ws_stabilizer.limits.ledger import UNREAD_OVERHEAD_BYTES, Ledger
-from fastapi_ws_stabilizer.tasks import Latch
+from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 
@@ -100,7 +100,7 @@ class Inbox:
 
     @property
     def drops(self) -> bool:
-        """Whether the oldest messages make room for new ones, because the endpoint has said that it does not read."""
+        """Whether the oldest messages make room for new ones, because the endpoint reads none."""
         return self._limits.drops
 
     def drop_when_full(self) -> None:
@@ -171,7 +171,7 @@ class Inbox:
             room = asyncio.get_running_loop().create_future()
             relief = self._relief = functools.partial(_wake, room, take)
             try:
-                await asyncio.wait({room}, timeout=timeout)
+                await wait_for_all([room], timeout)
             finally:
                 if self._relief is relief:  # else the inbox was handed over, and another one wants to be told
                     self._relief = None

@@ -198,8 +198,9 @@ def refuse_more(connection: Pumped) -> bool:
 def drop_unread(connection: Pumped) -> bool:
     """Make room in a full inbox whose endpoint does not read; tell whether that was done.
 
-    It does not where it has said so, and where it has read nothing for `inbox_pause_timeout` since the connection was
-    opened: it only sends, and its client is well. An endpoint that has read is waited for.
+    An endpoint does not read if it has said so, or if it has read nothing for `inbox_pause_timeout` since the
+    connection was opened: such an endpoint only sends, and its client has done nothing wrong. If the endpoint has read
+    a message since messages were last dropped, this does nothing, and the client has to wait until it reads on.
     """
     inbox = connection.inbox
     waits = not inbox.drops and monotonic() - connection.opened_at < connection.config.inbox_pause_timeout

@@ -54,11 +54,11 @@ class Services(Protocol):
 class StableSocket(SocketFacts):
     """An accepted, registered WebSocket that looks after itself.
 
-    It is read by one task at a time and written by any task of its event loop. What it sends leaves
-    at once, or is queued while the network takes nothing; it waits while the client's outbox is full, and a client that
-    stays stuck is disconnected after `send_timeout`. When the connection is
-    over, senders get `SocketClosed` at once, and readers after they have read what had come in. Another thread writes
-    `manager.from_thread.run(ws.send, message)`; without that, the call raises `WrongLoopError`.
+    One task at a time reads it, and any task of its event loop may send. A message leaves at once, or is queued while
+    the network takes nothing. `send` waits while the client's outbox is full, and a client that stays stuck is
+    disconnected after `send_timeout`. When the connection is over, senders get `SocketClosed` at once, and readers get
+    it after they have read what had come in. Another thread calls `manager.from_thread.run(ws.send, message)`; without
+    that, the call raises `WrongLoopError`.
 
     ```python
     @app.websocket("/ws/{client_id}")

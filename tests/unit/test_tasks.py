@@ -6,10 +6,11 @@ import asyncio
 import contextvars
 import gc
 import weakref
+from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 from tests.unit.fake_websocket import settle, with_deadline
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
@@ -144,3 +145,39 @@ async def test_a_failed_future_counts_as_done() -> None:
     assert await wait_for_all([future], 0.0)
     with pytest.raises(ValueError, match="no"):
         future.result()
+
+
+async def test_waiting_for_the_first_ends_with_it() -> None:
+    """The first future that is done ends the wait, and the others are not touched."""
+    first, second = (asyncio.get_running_loop().create_future() for _ in range(2))
+    waiter = asyncio.ensure_future(wait_for_first([first, second], 5.0))
+    await settle()
+    assert not waiter.done()
+    first.set_result(None)
+    assert await with_deadline(waiter)
+    assert await wait_for_first([first, second])
+    assert not await wait_for_first([second], 0.01)
+    assert not second.done()
+
+
+@pytest.mark.parametrize("wait", [wait_for_all, wait_for_first])
+async def test_timer_of_a_wait_that_is_over_holds_nothing_of_the_caller(wait: Any) -> None:
+    """A timer that was cancelled stays in the event loop until its time; it does not keep the caller's context."""
+
+    class Held:
+        """Something that a context variable holds."""
+
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
+    future = asyncio.get_running_loop().create_future()
+
+    async def caller() -> weakref.ref[Held]:
+        held = Held()
+        variable.set(held)
+        asyncio.get_running_loop().call_soon(future.set_result, None, context=contextvars.Context())
+        await wait([future], 3600.0)
+        return weakref.ref(held)
+
+    held = await asyncio.ensure_future(caller())
+    await settle()
+    gc.collect()
+    assert held() is None
