@@ -85,7 +85,9 @@ class Resumption:
         self._seen = seen
         self._enabled = config.enable_reconnect
         self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
-        self._named: OrderedDict[bytes, str] = OrderedDict()  # number of a token → key of what its connection leaves
+        self._token_ttl = config.reconnect_token_ttl.total_seconds()
+        self._named: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        """Number of a token → key of what its connection leaves, and until when the token is good."""
         self._keys: dict[str, str] = {}  # id of a connection → key, where it goes on for another one
         self._ends = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-session-end"))
         self._ends_of: dict[str, set[asyncio.Task[None]]] = {}  # by client id, as long as they run
@@ -265,12 +267,20 @@ class Resumption:
         token = self._tokens.issue(client_id)
         key = client_id if connection is None or connection.session is not None else self._key_of(connection)
         self._ended_by_application.forget(key)  # the application wants it back
-        self.luggage.expect(key)
+        self.luggage.expect(key, self._token_ttl)
         if key != client_id:
-            self._named[self._tokens.read(token).number] = key
-            while len(self._named) > MAX_EXPECTED:
-                self._named.popitem(last=False)
+            self._named[self._tokens.read(token).number] = key, monotonic() + self._token_ttl
+            self._forget_names()
         return token
+
+    def _forget_names(self) -> None:
+        """Forget what the tokens name that are not good any more."""
+        now = monotonic()
+        while self._named:
+            number, (_, until) = next(iter(self._named.items()))
+            if until > now and len(self._named) <= MAX_EXPECTED:
+                break
+            del self._named[number]
 
     def _expected_as(self, connection: Connection) -> str:
         """The key under which a connection's things are kept: its own if a token names it, else that of its client."""
@@ -335,11 +345,12 @@ class Resumption:
 
     def _is_sent_away(self, claim: Claim) -> bool:
         """Whether the application has ended what a token names."""
-        return self._named.get(claim.number, claim.client_id) in self._ended_by_application
+        key, _ = self._named.get(claim.number, (claim.client_id, 0.0))
+        return key in self._ended_by_application
 
     def _goes_on_for(self, connection: Connection, claim: Claim) -> None:
         """A connection has presented a token: what that names is what it wants back."""
-        key = self._named.get(claim.number)
+        key, _ = self._named.get(claim.number, (None, 0.0))
         if key is not None:
             self._keys[connection.connection_id] = key
             if not self._is_sent_away(claim):
@@ -482,6 +493,7 @@ class Resumption:
     def _on_timer(self) -> None:
         self._timer = None
         self._forget(self.luggage.collect())
+        self._forget_names()
         self._arm()
 
     async def stop(self, patience: float) -> None:

@@ -151,7 +151,7 @@ class LeftLuggage:
     def __init__(self, ttl: float, max_kept: int) -> None:
         self._ttl = ttl
         self._max_kept = max_kept
-        self._expected: OrderedDict[str, None] = OrderedDict()
+        self._expected: OrderedDict[str, float] = OrderedDict()  # until when, the one that got its token first is first
         self._kept: OrderedDict[str, LeftBehind] = OrderedDict()  # by key, the one that left first comes first
         self._of_client: dict[str, dict[str, LeftBehind]] = {}  # the same, by client id and key
 
@@ -159,16 +159,25 @@ class LeftLuggage:
         """Of how many connections something is kept."""
         return len(self._kept)
 
-    def expect(self, key: str) -> None:
-        """A client has been given a token."""
-        self._expected[key] = None
+    def expect(self, key: str, seconds: float) -> None:
+        """A client has been given a token, which is good for that long."""
+        now = monotonic()
+        self._expected[key] = now + seconds
         self._expected.move_to_end(key)
-        while len(self._expected) > MAX_EXPECTED:
-            self._expected.popitem(last=False)
+        self._expect_no_more(now)
 
     def is_expected(self, *keys: str) -> bool:
         """Whether a client may come back with a token for one of these keys."""
-        return self._ttl > 0 and any(key in self._expected for key in keys)
+        now = monotonic()
+        return self._ttl > 0 and any(self._expected.get(key, now) > now for key in keys)
+
+    def _expect_no_more(self, now: float) -> None:
+        """Forget those whose token is not good any more."""
+        while self._expected:
+            key, until = next(iter(self._expected.items()))
+            if until > now and len(self._expected) <= MAX_EXPECTED:
+                break
+            del self._expected[key]
 
     def leave(self, key: str, left: LeftBehind) -> list[LeftBehind]:
         """Keep what a connection has left. Of several with one key the last one is kept.
@@ -229,6 +238,7 @@ class LeftLuggage:
     def collect(self) -> list[LeftBehind]:
         """Take out what is kept no longer."""
         now, gone = monotonic(), []
+        self._expect_no_more(now)
         while self._kept:
             key, left = next(iter(self._kept.items()))
             if left.until > now:

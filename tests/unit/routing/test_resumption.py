@@ -619,3 +619,18 @@ async def test_sending_to_a_plain_client_that_is_away_queues_nothing() -> None:
         await asyncio.wait_for(line.task, 5)
         assert stage.manager.get_active_connections() == []
         assert await stage.manager.send_to_client("ann", "hi") is False
+
+
+@virtually
+async def test_what_tokens_name_is_forgotten_when_they_expire() -> None:
+    """With several connections of a client, a token names one of them, for as long as the token is good."""
+    async with Stage(on_duplicate="allow", reconnect_token_ttl=timedelta(minutes=10)) as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        resumption = stage.manager._serving.resumption
+        for _ in range(20):
+            line.socket.reconnect_token()
+        assert len(resumption._named) == 20
+        await asyncio.sleep(601)
+        line.socket.reconnect_token()
+        assert (len(resumption._named), len(resumption.luggage._expected)) == (1, 1)

@@ -45,21 +45,33 @@ def test_only_who_has_a_token_is_expected(monkeypatch: pytest.MonkeyPatch) -> No
     luggage = LeftLuggage(60, 10)
     assert not luggage.is_expected("ann")
     for client_id in ("ann", "bob", "ann", "cid"):
-        luggage.expect(client_id)
+        luggage.expect(client_id, 3600)
     assert [luggage.is_expected(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+
+
+def test_a_client_is_expected_as_long_as_its_token_is_good(clock: Clock) -> None:
+    """A client whose token has expired cannot come back with it, and nothing of it is remembered."""
+    luggage = LeftLuggage(60, 10)
+    luggage.expect("ann", 3600)
+    clock.now += 1800
+    luggage.expect("bob", 3600)
+    clock.now += 1801
+    assert [luggage.is_expected(who) for who in ("ann", "bob")] == [False, True]
+    luggage.collect()
+    assert list(luggage._expected) == ["bob"]
 
 
 def test_nobody_is_expected_where_nothing_is_kept() -> None:
     """Without a time to keep it nothing is left."""
     luggage = LeftLuggage(0, 10)
-    luggage.expect("ann")
+    luggage.expect("ann", 3600)
     assert not luggage.is_expected("ann")
 
 
 def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
     """Rooms, how the client is described in them, and user data come back once."""
     luggage = LeftLuggage(60, 10)
-    luggage.expect("ann")
+    luggage.expect("ann", 3600)
     assert leave(luggage, "ann", ROOMS, {"cart": [1]}, "face") == []
     assert len(luggage) == 1
     left = luggage.take("ann")
