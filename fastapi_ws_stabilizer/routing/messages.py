@@ -162,7 +162,7 @@ class MessageHandlers:
     """The message handlers of one manager: by type, and those that take what no typed one does."""
 
     def __init__(self) -> None:
-        self._typed: dict[str, list[MessageHandler]] = {}
+        self._typed: dict[str, MessageHandler] = {}
         self._others: list[MessageHandler] = []
 
     def add(self, message_type: str | None, function: Callable[..., Any], limit: Limit | None = None) -> None:
@@ -181,13 +181,13 @@ class MessageHandlers:
         if message_type is None:
             self._others.append(handler)
         elif message_type in self._typed:
-            (first,) = self._typed[message_type]
+            first = self._typed[message_type].function
             raise ValueError(
-                f"messages of type {message_type!r} are handled by {described(first.function)} already, and cannot be "
+                f"messages of type {message_type!r} are handled by {described(first)} already, and cannot be "
                 f"handled by {described(function)} too: give one of them another type, or call one from the other"
             )
         else:
-            self._typed[message_type] = [handler]
+            self._typed[message_type] = handler
 
     def __bool__(self) -> bool:
         return bool(self._typed or self._others)
@@ -206,9 +206,9 @@ class MessageHandlers:
             if self._others:
                 return self._others
             raise
-        handlers = self._typed.get(message_type) if message_type is not None else None
-        if handlers is not None:
-            return handlers
+        handler = self._typed.get(message_type) if message_type is not None else None
+        if handler is not None:
+            return [handler]
         if self._others:
             return self._others
         if message_type is None:

@@ -71,6 +71,16 @@ _SECOND_NAMES: Final = frozenset(
 )
 """Names without an annotation that say that a parameter is meant for what comes second."""
 
+_SOCKET_NAMES: Final = frozenset({"ws", "socket", "websocket", "sock"})
+_NAMES: Final[Mapping[str, frozenset[str]]] = {"the socket": _SOCKET_NAMES, "the room": frozenset({"room"})}
+"""Names without an annotation that say that a parameter is meant for what comes first."""
+
+_OTHER_NAMES: Final[Mapping[str, frozenset[str]]] = {
+    "the socket": _SECOND_NAMES,
+    "the room": _SECOND_NAMES | _SOCKET_NAMES | {"who", "presence", "member"},
+}
+"""Names without an annotation that say that a parameter is not meant for what comes first."""
+
 _ELSEWHERE: Final[tuple[tuple[tuple[type, ...], str], ...]] = (
     ((HTTPConnection,), "Starlette's WebSocket of a connection is ws.websocket"),
     ((BackgroundTasks, StarletteBackgroundTasks), "start the work with ws.create_task(...)"),
@@ -189,9 +199,14 @@ class Signature:
             given = given or not _takes_any_number(parameters)
 
     def _check_keywords(self) -> None:
-        for parameter in self._chain[0][1]:
+        parameters = self._chain[0][1]
+        for parameter in parameters:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is _EMPTY:
                 raise self._refusal(f"it needs the keyword argument {parameter.name!r}, which nothing gives it")
+        if parameters and all(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            raise self._refusal(
+                f"**{parameters[0].name} takes keyword arguments, which nothing gives it: {self._advice}"
+            )
 
     def _find_arguments(self) -> tuple[list[inspect.Parameter] | None, int, int]:
         """The parameters that count, where among them the first argument goes, and how many arguments there are."""
@@ -224,10 +239,21 @@ class Signature:
         place = self._place_of_first(positional)
         if fits is False or (fits is None and (place or 0) > self._offset):
             raise self._refusal(f"its first parameter, {first.name!r}, is something else: {self._advice}")
-        if fits is None and first.name in _SECOND_NAMES and not self._says_first(first.annotation):
-            raise self._refusal(
-                f"its first parameter is called {first.name!r} and would be {self._shape[0]}: {self._advice}"
-            )
+        if fits is not None or self._says_first(first.annotation):
+            return
+        what = self._shape[0]
+        if first.name in _OTHER_NAMES[what]:
+            raise self._refusal(f"its first parameter is called {first.name!r} and would be {what}: {self._advice}")
+        if first.name in _NAMES[what] or _takes_any_number(
+            self._chain[0][1]
+        ):  # a decorator may give other things first
+            return
+        for later in positional[1:]:
+            if later.name in _NAMES[what] and later.annotation is _EMPTY:
+                raise self._refusal(
+                    f"its first parameter, {first.name!r}, would be {what}, and a later one is called {later.name!r}: "
+                    f"{self._advice}"
+                )
 
     # ── reading annotations ──
 
@@ -281,15 +307,14 @@ class Signature:
         Raises:
             Exception: It cannot be evaluated; most often a `NameError`.
         """
-        problem: Exception = NameError("it has no names")
-        first = True
+        problems: list[Exception] = []
         for function, _ in reversed(self._chain):  # functools.wraps copies the annotations of the innermost function
             names, local = _namespace(function)
             try:
                 return _hint(annotation, names, local)
             except Exception as error:
-                problem, first = (error if first else problem), False
-        raise problem
+                problems.append(error)
+        raise problems[0]
 
 
 def described(function: Any) -> str:

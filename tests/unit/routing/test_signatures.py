@@ -271,6 +271,14 @@ async def socket_second(anything: Any, ws: StableSocket) -> None:
     """Want the socket second."""
 
 
+async def bare_socket_second(d, ws) -> None:  # type: ignore[no-untyped-def]
+    """Want the socket second, as its name says."""
+
+
+async def keywords_only(**kw: Any) -> None:
+    """Want keyword arguments."""
+
+
 class Unbound:
     """A class with a method."""
 
@@ -289,6 +297,8 @@ class Unbound:
         dict_only,
         text_or_bytes_only,
         socket_second,
+        bare_socket_second,
+        keywords_only,
         Unbound.method,
         functools.partial(message_only),
     ],
@@ -320,6 +330,11 @@ def test_unbound_method_is_told_to_be_bound() -> None:
         ("join", {"ws": StableSocket}),
         ("leave", {"who": Presence, "room": Room}),
         ("connect", {"room": Room}),
+        ("join", {"who": inspect.Parameter.empty, "room": inspect.Parameter.empty}),
+        ("join", {"somebody": inspect.Parameter.empty, "room": inspect.Parameter.empty}),
+        ("leave", {"presence": inspect.Parameter.empty}),
+        ("leave", {"ws": inspect.Parameter.empty}),
+        ("disconnect", {"why": inspect.Parameter.empty, "ws": inspect.Parameter.empty}),
     ],
 )
 def test_hook_with_parameters_in_another_order_is_refused(event: str, parameters: dict[str, Any]) -> None:
