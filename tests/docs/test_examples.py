@@ -219,9 +219,9 @@ async def test_a_dashboard_misses_nothing(kind: str) -> None:
             ann.reconnect()
             assert await asyncio.to_thread(server.post, "/announce?text=hello") == 1
             assert (await asyncio.wait_for(anext(ann), 5)).data == {"type": "announcement", "text": "hello"}
-        async with connect_client(server.url("/ws/bob")) as bob:  # a newcomer hears what was said before
-            said = [(await asyncio.wait_for(anext(bob), 5)).data["type"] for _ in range(2)]
-            assert said == ["ordered", "announcement"]
+            async with connect_client(server.url("/ws/bob")) as bob:  # a newcomer gets what was said before
+                said = [(await asyncio.wait_for(anext(bob), 5)).data["type"] for _ in range(2)]
+                assert said == ["ordered", "announcement"]
 
 
 @pytest.mark.live

@@ -79,7 +79,7 @@ def server(shared: LiveServer) -> Iterator[LiveServer]:
     """That server, which must log no crash."""
     before = len(crashes(shared))
     yield shared
-    assert crashes(shared)[before:] == []
+    assert crashes(shared)[before:] == [], shared.log[-6000:]
 
 
 def crashes(server: LiveServer) -> list[str]:

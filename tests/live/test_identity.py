@@ -301,7 +301,10 @@ async def test_revoking_ends_everything_of_a_client(server: LiveServer) -> None:
         async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as again:
             resume = {"token": token, "seq": 0}
             await again.send(json.dumps({"type": "hello", "v": 1, "n": 2, "auth": "ann", "resume": resume}))
-            assert json.loads(await again.recv())["resume"] == "lost"
+            assert await closed_with(again) == (4410, "revoked")  # it was away, and hears it now
+        async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as anew:
+            await anew.send(json.dumps({"type": "hello", "v": 1, "n": 3, "auth": "ann"}))
+            assert json.loads(await anew.recv())["resume"] == "none"
         assert await other.recv() == "bob"
         await other.send("still here")
         assert await other.recv() == "still here"
