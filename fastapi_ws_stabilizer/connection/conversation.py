@@ -230,6 +230,10 @@ class Conversation:
             self._seen.begin(self.session.client_id, message.key)
         self._connection.reports.totals.messages_received += 1
         self._connection.used = True
+        if message.id is not None and (inbox := self.session.inbox) is not None and inbox.ignored:
+            self._connection.reports.totals.messages_discarded += 1
+            self.dropped(message)
+            return None
         message.size = sys.getsizeof(raw)
         if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
             inbox = self.session.inbox

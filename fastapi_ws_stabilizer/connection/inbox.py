@@ -40,19 +40,37 @@ class InboxLimits:
 
     Attributes:
         dropping: The same bounds, for inboxes that drop.
+        keeping: The same bounds, for inboxes that drop nothing.
     """
 
-    __slots__ = ("dropping", "drops", "ledger", "max_bytes", "max_messages")
+    __slots__ = ("dropping", "drops", "keeping", "ledger", "max_bytes", "max_messages")
 
     def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None, *, drops: bool = False) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.ledger = Ledger() if ledger is None else ledger
         self.drops = drops
-        self.dropping: InboxLimits = self if drops else InboxLimits(max_messages, max_bytes, self.ledger, drops=True)
+        self.dropping = self.keeping = self
+        if not drops:
+            self.dropping = InboxLimits(max_messages, max_bytes, self.ledger, drops=True)
+            self.dropping.keeping = self
 
 
 _UNCOUNTED: Final = InboxLimits(0, 0)
+
+
+class Pause:
+    """Reading is paused, because an inbox is full.
+
+    Attributes:
+        sent: Whether the connection's own methods have sent anything since then. What others send to its client, and
+            heartbeats, are no sign that its endpoint is well.
+    """
+
+    __slots__ = ("sent",)
+
+    def __init__(self) -> None:
+        self.sent = False
 
 
 class Inbox:
@@ -106,6 +124,27 @@ class Inbox:
     def drop_when_full(self) -> None:
         """Let the oldest messages make room for new ones from now on. A reader that comes gets those that are left."""
         self._limits = self._limits.dropping
+
+    @property
+    def ignored(self) -> bool:
+        """Whether the endpoint has said that it does not read, and has neither read since nor waits for a message."""
+        return self._limits.drops and not self.taken and self._reader is None  # which stays until it has taken one
+
+    def take_requests(self) -> list[Message]:
+        """Take out the messages that ask for an answer, and return them."""
+        waiting = tuple(self._items) if self._alone is None else (self._alone,)
+        requests = [(item, size) for item, size in waiting if isinstance(item, Message) and item.id is not None]
+        if not requests:
+            return []
+        taken = sum(size for _, size in requests)
+        self.held_bytes -= taken
+        self._limits.ledger.total -= taken + UNREAD_OVERHEAD_BYTES * len(requests)
+        rest = deque(entry for entry in waiting if not (isinstance(entry[0], Message) and entry[0].id is not None))
+        self._alone = None
+        self._items = rest or _NOTHING
+        if not self.full:
+            self._relieve()
+        return [item for item, _ in requests]
 
     def drop_oldest(self) -> list[Item]:
         """Take out the oldest messages until the mark is no longer reached, and return them."""
@@ -233,6 +272,8 @@ class Inbox:
             message that it had in hand.
         """
         rest = Inbox(self._limits)
+        self._limits = self._limits.keeping  # what its reader has read, and said of reading, holds for that one alone
+        self.taken = 0
         rest._closed = True
         rest._settled = Latch()
         if not self._in_hand:

@@ -108,7 +108,7 @@ class Connection(Successor):
         self.inherits = False  # whether it has got what a plain connection before it has left
         self.told_of_session_end = False
         self.ending: Ending | None = None
-        self.reading_paused = False
+        self.pause = None
         self.told_of_pause = False
         self.told_of_limit = False
         self.hooks_wanted = False

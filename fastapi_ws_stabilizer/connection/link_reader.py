@@ -60,7 +60,7 @@ class LinkReader:
                 connection.reports.totals.messages_discarded += 1
                 return
             inbox.put(item, item.size if isinstance(item, Message) else None)
-            if full and not connection.reading_paused:
+            if full and connection.pause is None:
                 self._pause()
         except Exception as error:  # a bug of ours, which the server would hold against the client in silence
             connection.reports.bug("internal_task_failed", error, task="ws-link")
@@ -112,12 +112,14 @@ class LinkReader:
 
     def _resume(self) -> None:
         self._stop_timer()
-        self._connection.reading_paused = False
+        self._connection.pause = None
         self._connection.pulse.seen(monotonic())  # the pause was ours
         self._link.resume_reading()
 
     def _watch(self, delay: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+        # Reading may go on, and pause again, in code of the endpoint, whose context a cancelled timer would hold.
+        context = self._outbox._limits.context
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look, context=context)
 
     def _look(self) -> None:
         """See whether anybody has read since the last look."""
@@ -128,6 +130,7 @@ class LinkReader:
         now, timeout = monotonic(), connection.config.inbox_pause_timeout
         if connection.inbox.taken != self._taken:
             self._taken, self._since = connection.inbox.taken, now
+            begin_pause(connection)
         if drop_unread(connection):  # there is room, so reading goes on
             return
         if now - self._since >= timeout:

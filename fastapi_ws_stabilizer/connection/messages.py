@@ -83,6 +83,8 @@ class Messages(SendingHalf):
                 queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
             if not queued:
                 raise await self._closed()
+            if self.pause is not None:
+                self.pause.sent = True
             self.outbox.flush()
         if self.should_yield():
             await self.let_it_leave()
@@ -91,6 +93,8 @@ class Messages(SendingHalf):
         """Send a frame at once if there is nothing to think about; `False` says nothing but that there is. Hot path."""
         if running_loop() is not self._parts.loop:
             self.check_loop()
+        if self.pause is not None:
+            self.pause.sent = True
         if self.conversation is None:
             return self.outbox.put_now(frame)
         return self.ending is None and self.conversation.session.put_now(self, frame)

@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.conversation import Conversation
 from fastapi_ws_stabilizer.connection.credential import CredentialTerm, renewal_in
-from fastapi_ws_stabilizer.connection.inbox import Inbox, Item
+from fastapi_ws_stabilizer.connection.inbox import Inbox, Item, Pause
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.server_side import ServerSide
 from fastapi_ws_stabilizer.hub.pulse import Pulse
@@ -46,7 +46,7 @@ class Pumped(Protocol):
     server_side: ServerSide
     control_frames: bool
     conversation: Conversation | None
-    reading_paused: bool
+    pause: Pause | None
     opened_at: float
     outbox: AsgiOutbox | LinkOutbox
     told_of_pause: bool
@@ -216,6 +216,7 @@ def _drop(connection: Pumped) -> None:
     if not inbox.drops:
         connection.tell("messages_not_read", logging.WARNING, advice=ADVICE)
         inbox.drop_when_full()
+        refuse_requests(connection)
     inbox.taken = 0
     for item in inbox.drop_oldest():
         connection.reports.totals.messages_discarded += 1
@@ -223,20 +224,31 @@ def _drop(connection: Pumped) -> None:
             connection.conversation.dropped(item)
 
 
+def refuse_requests(connection: Pumped) -> None:
+    """Answer the requests in the inbox of an endpoint that has said that it does not read, unless it reads."""
+    conversation = connection.conversation
+    if conversation is None or connection.ending is not None or not connection.inbox.ignored:
+        return
+    for request in connection.inbox.take_requests():
+        connection.reports.totals.messages_discarded += 1
+        conversation.dropped(request)
+
+
 def begin_pause(connection: Pumped) -> None:
-    """The inbox is full, and reading pauses. From here on it is noted whether anything is sent to the client."""
-    connection.reading_paused = True
-    connection.used = connection.used or connection.outbox.used
-    connection.outbox.used = False
+    """The inbox is full, and reading pauses. From here on it is noted whether the endpoint sends anything."""
+    connection.pause = Pause()
 
 
 def end_pause(connection: Pumped) -> None:
     """Nothing of a full inbox has been read for `inbox_pause_timeout`.
 
-    Where messages were sent to the client meanwhile, or the endpoint waits for the end, the client is well, and only
-    what it sends goes unread. Else the endpoint hangs, and the connection ends.
+    Where the endpoint has sent something meanwhile, or waits for the end, it is well, and only what its client sends
+    goes unread. Else the endpoint hangs, and the connection ends. It ends in any case where messages are numbered and
+    the endpoint has not said that it does not read: their client knows that they were accepted and sends them no more,
+    so they are kept for its next connection.
     """
-    if connection.inbox.drops or connection.outbox.used:
+    sends = connection.conversation is None and connection.pause is not None and connection.pause.sent
+    if connection.inbox.drops or sends:
         _drop(connection)
     else:
         connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
@@ -287,11 +299,12 @@ async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
         while not (await inbox.room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_side.closing):
             if inbox.taken != taken:
                 taken, since = inbox.taken, monotonic()
+                begin_pause(connection)
             elif drop_unread(connection):
                 break
             elif monotonic() - since >= connection.config.inbox_pause_timeout:
                 end_pause(connection)
                 break
-        connection.reading_paused = False
+        connection.pause = None
         connection.pulse.seen(monotonic())
     in_hand()

@@ -13,6 +13,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
 from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.inbox import Pause
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
 from fastapi_ws_stabilizer.connection.parts import Parts
@@ -49,8 +50,8 @@ class SendingHalf(abc.ABC):
         "ending",
         "face",
         "outbox",
+        "pause",
         "pulse",
-        "reading_paused",
         "reports",
         "server_side",
         "shard",
@@ -75,7 +76,7 @@ class SendingHalf(abc.ABC):
     """What user code knows this connection by."""
     outbox: AsgiOutbox | LinkOutbox
     pulse: Pulse
-    reading_paused: bool
+    pause: Pause | None
     reports: Reports
     server_side: ServerSide
     shard: int
@@ -209,6 +210,11 @@ class SendingHalf(abc.ABC):
             used, self._numbers = used or count != self._numbers, count
         self.used = outbox.used = False
         return used
+
+    @property
+    def reading_paused(self) -> bool:
+        """Whether we read nothing from its client, because its inbox is full."""
+        return self.pause is not None
 
     @property
     def session(self) -> Session | None:

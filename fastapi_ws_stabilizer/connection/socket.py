@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.pump import drop_unread
+from fastapi_ws_stabilizer.connection.pump import drop_unread, refuse_requests
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
@@ -118,14 +118,16 @@ class StableSocket(SocketFacts):
     async def wait_closed(self) -> Ending:
         """Wait until the connection is over or ending, and return how. Cancelling is safe.
 
-        An endpoint that waits here and has not read a message is one that does not read, as by `ignore_messages()`. One
-        that has read is waited for, for `inbox_pause_timeout`.
+        An endpoint that waits here and has not read a message is one that does not read, as by `ignore_messages()`,
+        unless a task of it waits for a message. One that has read is waited for, for `inbox_pause_timeout`.
         """
         self._connection.check_loop()
         connection = self._connection
         connection.inbox.drop_when_full()
         if connection.inbox.full:
             drop_unread(connection)
+        if len(connection.inbox):  # after this turn: a task that was started to read may be about to begin
+            asyncio.get_running_loop().call_soon(refuse_requests, connection)
         return await connection.wait_over()
 
     # ── receiving ──
@@ -135,7 +137,8 @@ class StableSocket(SocketFacts):
 
         Without it the messages wait in the inbox until that is full, and reading pauses. Pings, pongs and
         acknowledgements are dealt with in any case. The newest messages stay in the inbox, and what goes counts in
-        `messages_discarded`. It holds until the endpoint reads a message again.
+        `messages_discarded`. Requests of `stabilizer.v1.json` clients are answered with the error `not_read` at once.
+        It holds until the endpoint reads a message again.
 
         Raises:
             NotOpenError: The connection is not accepted yet.
@@ -145,6 +148,7 @@ class StableSocket(SocketFacts):
         connection.check_loop()
         connection.inbox.drop_when_full()
         connection.inbox.taken = 0
+        refuse_requests(connection)
         if connection.inbox.full:
             drop_unread(connection)
 

@@ -97,7 +97,7 @@ class FanOut:
                         raise
         if pressed:
             await let_writers_work(pressed)
-        elif self._turns.overdue():
+        elif self._turns.held_long():  # also where it has reached no client
             await asyncio.sleep(0)
         return result
 

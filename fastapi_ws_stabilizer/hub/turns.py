@@ -46,7 +46,7 @@ class Turns:
         loop: That event loop.
     """
 
-    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_since", "_turned_at", "loop")
+    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_turned_at", "loop")
 
     def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
@@ -56,7 +56,6 @@ class Turns:
         self._reports = reports
         self._context = contextvars.copy_context()  # not that of the connection that happens to book a turn first
         self._scheduled = False
-        self._since = 0.0
         self._turned_at = monotonic()  # when the event loop is known to have turned
 
     def check_loop(self) -> None:
@@ -92,10 +91,6 @@ class Turns:
         """Whether work waits for the next turn."""
         return self._scheduled
 
-    def overdue(self) -> bool:
-        """Whether work has been waiting for longer than `MAX_HOLD`: whoever asks should let the loop turn."""
-        return self._scheduled and monotonic() - self._since > MAX_HOLD
-
     def held_long(self) -> bool:
         """Whether the event loop may have been held for longer than `MAX_HOLD`: whoever asks lets it turn then.
 
@@ -110,7 +105,6 @@ class Turns:
 
     def _schedule(self) -> None:
         self._scheduled = True
-        self._since = monotonic()
         asyncio.get_running_loop().call_soon(self._run, context=self._context)
 
     def _run(self) -> None:

@@ -134,14 +134,15 @@ class Signals:
             self._give_back()
         if callable(before):
             if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._watch_end, number, before)
+                self._loop.call_soon_threadsafe(self._watch_end, number, before, context=self._context)
             before(number, None)
 
     def _watch_end(self, number: int, handler: Handler) -> None:
         """A handler of yours may do nothing: then the process lives on, and refuses every socket."""
         self._stop_timer()
         if (loop := self._loop) is not None and self._handed_on:
-            self._timer = loop.call_later(STILL_RUNNING_AFTER, self._tell_still_running, number, handler)
+            after, context = STILL_RUNNING_AFTER, self._context
+            self._timer = loop.call_later(after, self._tell_still_running, number, handler, context=context)
 
     def _tell_still_running(self, number: int, handler: Handler) -> None:
         self._timer = None

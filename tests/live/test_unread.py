@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.live.server import SERVERS
@@ -36,12 +39,39 @@ async def test_a_client_of_an_endpoint_that_does_not_read_stays_connected(serve:
     assert ("ignore_messages" in server.log) == (how in ("sends", "subscribed"))
 
 
-async def test_a_request_to_an_endpoint_that_does_not_read_is_answered_with_an_error(serve: Any) -> None:
-    """A request that is dropped unread is answered, so that its client does not wait in vain."""
+@pytest.mark.parametrize("how", ["ignores", "waits"])
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_each_request_to_an_endpoint_that_does_not_read_is_answered_with_an_error(
+    serve: Any, kind: str, how: str
+) -> None:
+    """A request that no code will read is answered at once, so that its client does not wait in vain."""
+    server = serve(kind, app="tests.live.unread_app:app")
+    async with connect_client(server.url(f"/{how}/ann")) as client:
+        requests = [client.request("ask", number, timeout=10) for number in range(20)]
+        answers = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 5)
+        assert {str(one).partition(":")[0] for one in answers} == {"not_read"}
+
+
+async def test_a_request_is_handled_where_one_task_reads_and_another_waits_for_the_end(serve: Any) -> None:
+    """An endpoint that waits in wait_closed beside a task that reads answers every request."""
     server = serve(app="tests.live.unread_app:app")
-    async with connect_client(server.url("/ignores/ann")) as client:
-        requests = [asyncio.ensure_future(client.request("ask", number, timeout=10)) for number in range(20)]
-        done, rest = await asyncio.wait(requests, timeout=5, return_when=asyncio.FIRST_COMPLETED)
-        assert {str(one.exception()).partition(":")[0] for one in done} == {"not_read"}
-        for one in rest:
-            one.cancel()
+    async with connect_client(server.url("/works/ann")) as client:
+        answers = await asyncio.wait_for(asyncio.gather(*(client.request("ask", n) for n in range(20))), 5)
+        assert answers == list(range(20))
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_accepted_messages_of_an_endpoint_that_hangs_wait_for_its_next_connection(serve: Any, kind: str) -> None:
+    """Heartbeats are no sign that an endpoint is well: it is closed with 1013, and no message is discarded."""
+    beats = json.dumps({"heartbeat_type": "ping", "heartbeat_interval": 0.2, "heartbeat_timeout": 5})
+    server = serve(kind, app="tests.live.unread_app:app", env={"TEST_UNREAD_CONFIG": beats})
+    async with connect(server.url("/hangs/ann"), subprotocols=[Subprotocol("stabilizer.v1.json")]) as ws:
+        await ws.send(json.dumps({"type": "hello", "v": 1, "n": 0, "seq": 0}))
+        for number in range(1, 11):
+            await ws.send(json.dumps({"type": "msg", "seq": number, "data": number}))
+        with pytest.raises(ConnectionClosed) as ended:
+            while True:
+                await asyncio.wait_for(ws.recv(), 5)
+    assert ended.value.rcvd is not None
+    assert ended.value.rcvd.code == 1013
+    assert server.get("/ws-stats/")["messages_discarded"] == 0

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 
 from fastapi import FastAPI
 
-from fastapi_ws_stabilizer import StableSocketDep, WebSocketConfig, WebSocketConnectionManager, stats_router
+from fastapi_ws_stabilizer import (
+    StableSocket,
+    StableSocketDep,
+    WebSocketConfig,
+    WebSocketConnectionManager,
+    stats_router,
+)
 
-manager = WebSocketConnectionManager(WebSocketConfig(inbox_max_messages=8, inbox_pause_timeout=1, heartbeat_type="off"))
+options = {"heartbeat_type": "off"} | json.loads(os.environ.get("TEST_UNREAD_CONFIG", "{}"))
+manager = WebSocketConnectionManager(WebSocketConfig(inbox_max_messages=8, inbox_pause_timeout=1, **options))
 app = FastAPI(lifespan=manager.lifespan)
 app.include_router(stats_router, prefix="/ws-stats")
 
@@ -17,6 +26,12 @@ app.include_router(stats_router, prefix="/ws-stats")
 async def endpoint(ws: StableSocketDep, how: str) -> None:
     if how == "waits":
         await ws.wait_closed()
+    elif how == "hangs":
+        await ws.receive()
+        await asyncio.Event().wait()
+    elif how == "works":
+        ws.create_task(ws.run())
+        await ws.wait_closed()
     elif how == "subscribed":
         await ws.receive()
     elif how == "ignores":
@@ -24,6 +39,12 @@ async def endpoint(ws: StableSocketDep, how: str) -> None:
     while True:
         await ws.send("tick")
         await asyncio.sleep(0.05)
+
+
+@manager.on_message("ask")
+async def ask(ws: StableSocket, number: int) -> int:
+    """Answer."""
+    return number
 
 
 @app.post("/broadcast")

@@ -11,6 +11,8 @@ from pydantic_core import from_json
 
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, InboxLimits
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
+from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.wire.v1 import message_of
 from tests.unit.fake_websocket import settle, with_deadline
 from tests.unit.own_loop import run
 
@@ -205,3 +207,33 @@ def test_the_account_is_right_after_any_operations(steps: list[str | bytes | Non
         assert len(inbox) == (0 if discard else len(held))
 
     run(play())
+
+
+async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() -> None:
+    """What one reader has read, and said of reading, does not hold for the next one."""
+    inbox = Inbox(InboxLimits(2, 1000))
+    inbox.put("one")
+    await inbox.get()
+    inbox.drop_when_full()
+    inbox.hand_over()
+    assert not inbox.drops
+    assert inbox.taken == 0
+    inbox.drop_when_full()
+    assert inbox.drops
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+async def test_requests_are_taken_out_of_an_inbox(others: int) -> None:
+    """Only what asks for an answer is taken out, and the memory of it is given back."""
+    ledger = Ledger()
+    inbox = Inbox(InboxLimits(10, 10_000, ledger))
+    for number in range(others):
+        inbox.put(str(number))
+    before = (inbox.held_bytes, ledger.total)
+    request = message_of({"type": "msg", "event": "ask", "id": "1", "data": 1})
+    inbox.put(request, 50)
+    assert inbox.take_requests() == [request]
+    assert inbox.take_requests() == []
+    assert (inbox.held_bytes, ledger.total) == before
+    inbox.put("last")
+    assert inbox.unread() == [*map(str, range(others)), "last"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import Any
 
 import pytest
@@ -580,3 +581,36 @@ async def test_an_endpoint_that_has_read_and_goes_on_sending_is_not_cut(linked: 
     await eventually(lambda: b.server.reading)
     assert b.connection.ending is None
     assert len(b.heard.of("messages_not_read")) == 1
+
+
+async def test_what_others_send_does_not_keep_the_connection_of_an_endpoint_that_hangs(linked: Any) -> None:
+    """Broadcasts are no sign that the endpoint is well: it has neither read nor sent, and is cut with 1013."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"12")
+    offer(b, "the news of others")
+    await eventually(lambda: b.connection.ending is not None or b.server.reading)
+    assert b.connection.ending is not None
+    assert b.connection.ending.code == 1013
+
+
+async def test_a_look_for_idleness_does_not_cut_an_endpoint_that_sends(linked: Any) -> None:
+    """Whether an endpoint sends is remembered apart from whether its connection is used."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"12")
+    await b.connection.face.send("news")
+    assert b.connection.was_used()
+    await eventually(lambda: b.connection.ending is not None or b.server.reading)
+    assert b.connection.ending is None
+
+
+async def test_the_timer_of_a_pause_holds_no_context_of_the_endpoint(linked: Any) -> None:
+    """A pause that begins in code of the endpoint does not keep its context variables alive."""
+    b = await linked(inbox_max_messages=1)
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant")
+    tenant.set("ann's")
+    say(b, *"12")
+    assert tenant not in b.server.sink._timer._context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -167,3 +168,20 @@ async def test_who_is_excluded_is_not_counted() -> None:
     result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
     assert [len(member.frames) for member in members] == [1, 0, 1]
+
+
+async def test_broadcasts_that_reach_no_client_give_the_event_loop_its_turns() -> None:
+    """A loop of broadcasts to an empty audience ends when another task of the event loop says so."""
+    reports = Reports()
+    fan = FanOut(Turns(1, reports), reports.totals)
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+
+    asyncio.get_running_loop().call_soon(stop)
+    deadline = time.monotonic() + 2
+    while not stopped and time.monotonic() < deadline:
+        await fan.send(encode("hi"), lambda: ((), ()))
+    assert stopped

@@ -198,23 +198,24 @@ def test_nobody_takes_two_turns_or_none(workers: list[tuple[int, int, Any]], num
                 assert len({id(shard) for shard in turns._ready}) == len(turns._ready)
             assert [worker.times for worker in everyone] == [1 + worker.again for worker in everyone]
             assert len(log) == sum(worker.times for worker in everyone)
-            assert not turns.overdue()
+            assert not turns._scheduled
 
     run(play())
 
 
-async def test_work_that_waits_too_long_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever sends in a loop without a pause can see that it is time for one."""
+async def test_a_loop_that_was_held_for_long_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that sends in a loop without a pause can see that it is time for one, whether any work waits or not."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     turns = Turns(1, Reports())
-    assert not turns.overdue()
-    soon(turns, 0, Worker("x", []))
-    assert not turns.overdue()
+    assert not turns.held_long()
     clock.now += 0.006
-    assert turns.overdue()
+    assert turns.held_long()
+    assert not turns.held_long()
+    clock.now += 0.006
+    soon(turns, 0, Worker("x", []))
     await settle()
-    assert not turns.overdue()
+    assert not turns.held_long()
 
 
 async def test_a_hold_timer_starts_anew_after_it_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

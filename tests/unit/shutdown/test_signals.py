@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import signal
 import threading
@@ -233,4 +234,29 @@ async def test_end_after_handed_on_signal_is_not_reported(
     drain.signals.listen() if again else drain.signals.stop()
     await asyncio.sleep(0.2)
     assert heard.of("still_running") == []
+    drain.signals.stop()
+
+
+async def test_the_watch_for_a_handler_runs_in_the_context_of_the_manager(
+    server: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second signal that interrupts code of a client is handed on there, and what follows is told outside of it."""
+    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.01)
+    put = in_time(monkeypatch)
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
+    told_in: list[str] = []
+    drain = Draining()
+    drain.signals._reports.subscribe(lambda report: told_in.append(tenant.get()))
+    drain.signals.listen()
+
+    async def code_of_a_client() -> None:
+        tenant.set("ann's")
+        await tell()
+        put(5.0)
+        await tell()
+
+    await asyncio.create_task(code_of_a_client())
+    await asyncio.sleep(0.1)
+    assert told_in == ["none"]
+    drain.over.set()
     drain.signals.stop()
