@@ -197,11 +197,21 @@ class Delivery(Generic[M]):
         Raises:
             MemoryLimitExceededError: The metadata is more than may be held. What was there stays.
         """
+        if not self.presence.knows(room, client_id):
+            return False
         connection_id = next(iter(self.presence.connections(room, client_id)), None)
-        member = None if connection_id is None else self.rooms.get(room, connection_id)
-        if member is not None:
+        if connection_id is not None and (member := self.rooms.get(room, connection_id)) is not None:
             self._descriptions.put(member, room, metadata)
             self._is_described_by(member.connection_id, room, client_id)
+        elif away := [one for one in self._away_of(client_id) if room in self.rooms.of(one)]:
+            newest = away.pop()
+            self._descriptions.put(newest, room, metadata)
+            newest.described_while_away(room, metadata)
+            for other in away:  # whichever comes back first, the client is described so
+                self._descriptions.let_go(other.connection_id, room)
+                other.described_while_away(room, metadata)
+        else:
+            self._descriptions.check(metadata)
         return self.presence.update(room, client_id, metadata)
 
     def _is_described_by(self, connection_id: str, room: str, client_id: str) -> None:
@@ -336,10 +346,19 @@ class Delivery(Generic[M]):
             self.presence.enter(room, session.client_id, session.connection_id, described.get(room) if gone else None)
 
     def keep_rooms(self, member: M, left: M) -> None:
-        """Leave the rooms of a plain connection that is ending to what is kept of it. It is present for the grace."""
-        rooms = self.rooms.of(member)
+        """Leave the rooms of a plain connection that is ending to what is kept of it. It is present for the grace.
+
+        What it is described with belongs to that too, which has the same connection id.
+        """
         self.rooms.hand_over(member, left)
-        self._leave_presence(member, rooms, final=False)
+        for room in self.rooms.of(left):
+            self.presence.leave(room, left.client_id, left.connection_id, at_once=False)
+
+    def take_rooms(self, left: M) -> tuple[str, ...]:
+        """Take what is kept of a plain connection out of its rooms, which its client joins anew; return their names."""
+        rooms = self.rooms.leave_all(left)
+        self._descriptions.let_go_all(left.connection_id)
+        return rooms
 
     def remove(self, member: M) -> None:
         """Take a connection that is over out of everything that it was in by itself."""
@@ -364,7 +383,8 @@ class Delivery(Generic[M]):
                     self.end_if_empty(room)
             except Exception as error:  # the other rooms must not keep it
                 failure = error
-        self._descriptions.let_go_all(member.connection_id)
+        if not self.rooms.of(member):  # else they were handed over, with what describes it there
+            self._descriptions.let_go_all(member.connection_id)
         if failure is not None:
             raise failure
 

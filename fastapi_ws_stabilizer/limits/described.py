@@ -39,6 +39,14 @@ class Descriptions:
         if more > 0:
             self._ledger.holds(member)
 
+    def check(self, metadata: Mapping[str, Any]) -> None:
+        """Look whether a client of which nothing is kept may be described so, for the rest of its grace.
+
+        Raises:
+            MemoryLimitExceededError: It is more than may be held.
+        """
+        self._ledger.admit(None, deep_size(metadata) if metadata else 0)
+
     def let_go(self, member_id: str, room: str, heir: str | None = None) -> None:
         """A member has left a room.
 

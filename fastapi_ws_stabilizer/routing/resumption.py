@@ -140,8 +140,6 @@ class Resumption:
         left = self._what_is_left(connection)
         connection.told_of_session_end = True  # it goes on for a while
         left.user_data.owner = left
-        left.described_bytes = self._ledger.described.get(connection.connection_id, 0)
-        self._ledger.add(left.described_bytes)
         self._forget(self.luggage.leave(self._expected_as(connection), left))
         self._ledger.goes_away(left)
         self._arm()
@@ -379,10 +377,9 @@ class Resumption:
         since = 0.0
         if left is not None:
             since = self.luggage.left_at(left)
-            rooms = self._delivery.rooms.leave_all(left)  # type: ignore[arg-type]
+            rooms = self._delivery.take_rooms(left)  # type: ignore[arg-type]
             left.rooms = {room: left.rooms.get(room, {}) for room in rooms}  # it may have been taken out of some
             self._ledger.leave(left)
-            self._ledger.add(-left.described_bytes)
             connection.inherits = True
             connection.follow(left.face._connection)
         elif last is not None and self._both_stay:
@@ -451,7 +448,6 @@ class Resumption:
     def _forget(self, gone: Sequence[LeftBehind]) -> None:
         for left in gone:
             self._ledger.leave(left)
-            self._ledger.add(-left.described_bytes)
             left.user_data.let_go()
             last: Connection = left.face._connection
             if last.ending is not None:  # it may have been taken out of rooms since

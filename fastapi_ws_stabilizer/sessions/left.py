@@ -27,7 +27,6 @@ class LeftBehind:
         until: Until when it is kept.
         face: The socket that has left it.
         forget: Called when it is to be kept no longer: room is needed, it was ended, or another takes its place.
-        described_bytes: How much presence metadata is in `rooms`.
         key: Under which it is kept.
         ending: How it was ended; `None` while it is kept, and where room was needed.
     """
@@ -37,7 +36,6 @@ class LeftBehind:
     until: float
     face: Any
     forget: Callable[[LeftBehind], None]
-    described_bytes: int = 0
     key: str = ""
     ending: Ending | None = None
 
@@ -50,6 +48,12 @@ class LeftBehind:
     def client_id(self) -> str:
         """The client that it belongs to."""
         return str(self.face.client_id)
+
+    @property
+    def described_bytes(self) -> int:
+        """How much presence metadata is in `rooms`."""
+        ledger = self.user_data._ledger
+        return 0 if ledger is None else ledger.described.get(self.connection_id, 0)
 
     @property
     def held_memory(self) -> int:
@@ -77,6 +81,10 @@ class LeftBehind:
     def here(self) -> bool:
         """Whether there is a connection: there is none."""
         return False
+
+    def described_while_away(self, room: str, metadata: Mapping[str, Any]) -> None:
+        """The application has described its client anew in one of its rooms."""
+        self.rooms = {**self.rooms, room: dict(metadata)}
 
     def offer(self, _: Frame) -> Offered:
         """Take no message: a plain client gets none later."""

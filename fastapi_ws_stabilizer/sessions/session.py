@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -274,6 +274,10 @@ class Session(ReplayLog):
     def under_pressure(self) -> bool:
         """Whether more than half of its outbox is used, and its client seems to read."""
         return self._outlet is not None and self._outlet.under_pressure()
+
+    def described_while_away(self, room: str, metadata: Mapping[str, Any]) -> None:
+        """The application has described its client anew in one of its rooms."""
+        self.left[room] = dict(metadata)
 
     @property
     def member(self) -> Session:

@@ -191,6 +191,13 @@ class Churn:
     async def is_described(self) -> None:
         self.stage.manager.room("lobby").describe(self._name(), about=BIG[: self.dice.randrange(5_000)])
 
+    async def is_described_while_away(self) -> None:
+        resumption = self.stage.manager._serving.resumption
+        for client_id in sorted({one.client_id for one in resumption.luggage._kept.values()} | set(self.peers)):
+            if resumption.away_of(client_id):
+                room = self.stage.manager.room(self.dice.choice(("lobby", "kitchen")))
+                room.describe(client_id, about=BIG[: self.dice.randrange(5_000)])
+
     async def is_kicked(self) -> None:
         await self.stage.manager.disconnect(self._name())
 
@@ -219,6 +226,7 @@ class Churn:
             *(self.joins,) * 2,
             self.leaves_a_room,
             self.is_described,
+            self.is_described_while_away,
             self.is_kicked,
             self.room_is_closed,
             *(self.time_passes,) * 2,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, SocketClosed
+from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError, SocketClosed
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
@@ -339,3 +339,43 @@ async def test_allowed_duplicate_leaves_what_is_kept_of_another_connection() -> 
         await soon()
         assert len(stage.manager.room("lobby")) == 1
         assert rooms_of(await back()) == ("lobby",)
+
+
+@kinds
+@pytest.mark.parametrize("wait", [0, 10], ids=["within the grace", "after the grace"])
+@virtually
+async def test_description_of_a_client_that_is_away_is_counted_and_comes_back(kind: str, wait: float) -> None:
+    """`room.describe()` of an away client is counted while it is away and afterwards, and describes it on return."""
+    async with Stage(session_ttl=60, presence_grace=5) as stage:
+        back = await away(stage, kind)
+        room = stage.manager.room("lobby")
+        before = stage.manager.get_memory_usage()["total_memory"]
+        assert room.describe("ann", about="z" * 5_000)
+        assert [who.metadata for who in room.presence] == [{"about": "z" * 5_000}]
+        assert stage.manager.get_memory_usage()["total_memory"] >= before + 5_000
+        await asyncio.sleep(wait)
+        assert stage.manager.get_memory_usage()["total_memory"] >= before + 5_000
+        line = await back()
+        assert [who.metadata for who in room.presence] == [{"about": "z" * 5_000}]
+        assert line.socket is not None
+        assert line.socket.held_bytes >= 5_000
+        await line.socket.leave("lobby")
+        assert stage.manager.get_memory_usage()["total_memory"] < before + 5_000
+
+
+@pytest.mark.parametrize("kind", ["plain", "v1", "nothing kept"])
+@virtually
+async def test_description_of_a_client_that_is_away_keeps_to_the_limit(kind: str) -> None:
+    """`room.describe()` of an away client with more than one may hold raises, and changes nothing."""
+    async with Stage(max_memory_per_connection=100_000) as stage:
+        if kind == "nothing kept":
+            line = stage.plain()
+            await soon()
+            await stage.socket().join("lobby")
+            await line.leaves()
+        else:
+            await away(stage, kind)
+        room = stage.manager.room("lobby")
+        with pytest.raises(MemoryLimitExceededError):
+            room.describe("ann", big="z" * 500_000)
+        assert [who.metadata for who in room.presence] == [{}]
