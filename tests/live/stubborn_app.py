@@ -19,7 +19,8 @@ from fastapi_ws_stabilizer import (
     configure_logging,
 )
 
-configure_logging()
+if "TEST_WS_CONFIG" in os.environ:  # a server's process, and not a test that imports the lists below
+    configure_logging()
 manager = WebSocketConnectionManager(WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}"))))
 app = FastAPI(lifespan=manager.lifespan)
 events: list[str] = []
