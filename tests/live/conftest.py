@@ -18,7 +18,17 @@ OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
 """Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
 
 
-ON_ONE_KIND = ("test_drain.py", "test_handshakes.py", "test_identity.py", "test_memory_limits.py", "test_rates.py")
+ON_ONE_KIND = (
+    "test_computing.py",
+    "test_drain.py",
+    "test_handshakes.py",
+    "test_identity.py",
+    "test_memory_limits.py",
+    "test_rates.py",
+    "test_slow_links.py",
+    "test_stopping_handshakes.py",
+    "test_whole_apps.py",
+)
 """Files whose tests are slow and hardly touch the server: one kind of uvicorn each time is enough."""
 
 SHARING = (

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
 
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
@@ -91,9 +90,11 @@ async def test_a_slow_client_that_reads_again_gets_its_close_code(serve: Serve) 
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
         await server.until_event("connect")
-        with pytest.raises(OSError, match="500"):  # the only recipient: the broadcast fails
-            for _ in range(40):
-                await asyncio.to_thread(server.post, f"/broadcast?count=10&size={SIZE}&pause=0.001")
+        for _ in range(40):
+            report = await asyncio.to_thread(server.post, f"/broadcast?count=10&size={SIZE}&pause=0.001")
+            if report["failed"]:  # it was the only recipient, and the broadcast says so without raising
+                break
+        assert report["failed"] == 1
         code, reason = await asyncio.to_thread(slow.close_frame)
     assert (code, reason) == (4507, "slow consumer")
 
@@ -112,20 +113,17 @@ async def test_a_burst_kills_no_client_that_reads(serve: Serve, kind: str, path:
     assert "slow_consumer" not in server.probe()["endings"]
 
 
-async def test_an_endpoint_that_speaks_to_slow_clients_only_is_no_bug(serve: Serve) -> None:
-    """A broadcast that reaches nobody is no error of the endpoint that lets it escape: 1013, and no log of it."""
+async def test_slow_recipients_do_not_end_an_endpoint_that_broadcasts(serve: Serve) -> None:
+    """A broadcast whose only recipient is too slow raises nothing: the sender's connection goes on."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
         slow.handshake()
         await server.until_event("connect slow")
         async with connect(server.url("/relay/speaker"), max_size=None) as speaker:
-            with pytest.raises(ConnectionClosed) as closed:
-                for _ in range(400):
-                    await speaker.send("x" * SIZE)
-                await speaker.recv()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 1013
-    await server.until_event("disconnect slow slow_consumer")
+            for _ in range(400):
+                await speaker.send("x" * SIZE)
+            await server.until_event("disconnect slow slow_consumer")
+            await asyncio.wait_for(await speaker.ping(), 10)
     assert not server.errors()
 
 
