@@ -56,6 +56,7 @@ class EndedConnection(Messages):
     before: Final = ()
     hooks_done: Final = True
     is_finished: Final = True
+    pause = None
 
     def __init__(self, connection: Connection) -> None:
         self.client_id = connection.client_id

@@ -190,7 +190,7 @@ class Signature:
                         f"is {type(marker).__name__}(...). {_NO_DEPENDENCIES}"
                     )
                 for kinds, advice in _ELSEWHERE:
-                    if not given and inspect.isclass(annotation) and issubclass(annotation, kinds):
+                    if not given and _is_plain_class(annotation) and issubclass(annotation, kinds):
                         raise TypeError(
                             f"{described(function)} cannot be an {self._event} function: its parameter "
                             f"{parameter.name!r} is a {annotation.__name__}, which FastAPI gives to endpoints only: "
@@ -430,7 +430,7 @@ def _can_be(annotation: Any, wanted: type) -> bool | None:
         return None
     if annotation is type(None):
         return False
-    if inspect.isclass(annotation):
+    if _is_plain_class(annotation):
         if getattr(annotation, "_is_protocol", False):
             return None
         return issubclass(wanted, annotation) or issubclass(annotation, wanted)
@@ -475,3 +475,8 @@ def _namespace(function: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         with contextlib.suppress(ValueError):  # an empty cell
             local[name] = cell.cell_contents
     return function.__globals__, local
+
+
+def _is_plain_class(annotation: object) -> bool:
+    """Whether an annotation is a class, and not a generic such as `list[int]`, which Python 3.10 also calls a class."""
+    return inspect.isclass(annotation) and typing.get_origin(annotation) is None

@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer.identity import Credential, bearer, query
 
 TOKENS = 200
 
-manager = WebSocketConnectionManager(WebSocketConfig(on_duplicate="allow", session_ttl=3, presence_grace=0.2))
+manager = WebSocketConnectionManager(WebSocketConfig(on_duplicate="allow", session_ttl=60, presence_grace=0.2))
 app = FastAPI(lifespan=manager.lifespan)
 ended: list[str] = []
 

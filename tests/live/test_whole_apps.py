@@ -52,7 +52,7 @@ async def test_answers_reach_a_python_client_whole_across_cuts(serve: Serve, kin
     tokens: list[str] = []
     async with CuttingProxy(server.port) as proxy:
         url = f"ws://127.0.0.1:{proxy.port}/ws?token=secret-of-ann"
-        async with connect_client(url) as client:
+        async with connect_client(url, base_delay=0.05, min_delay=0.01) as client:
             await client.send({"type": "ask", "question": "why"}, event="ask")
             async for message in client:
                 if message.event == "done":
