@@ -29,34 +29,34 @@ class Told:
     sends to the others. A loop that ignores the end does neither, whatever the number of its connections is.
     """
 
-    __slots__ = ("__weakref__", "_booked", "_times", "_waited", "is_new")
+    __slots__ = ("__weakref__", "_sends", "_times", "_waited", "is_new")
 
     def __init__(self) -> None:
         self.is_new = True
         self._times: dict[str, int] = {}
         self._waited = False
-        self._booked = False
+        self._sends = 0
 
-    def again(self, connection_id: str, *, booked: bool, own: bool) -> int:
+    def again(self, connection_id: str, *, sends: int, own: bool) -> int:
         """Count one more error.
 
         Args:
             connection_id: The connection that has ended.
-            booked: Whether messages wait for the next turn of the event loop.
+            sends: How many messages user code has sent so far, on all connections.
             own: Whether the task is the endpoint of this connection. Whatever it does in between, it should have ended.
 
         Returns:
             How many times in a row the task was told of this connection.
         """
-        if not own and (self._waited or (booked and not self._booked)):
+        if not own and (self._waited or sends != self._sends):
             self._times.clear()
         times = self._times[connection_id] = self._times.get(connection_id, 0) + 1
         return times
 
-    def goes_on(self, *, booked: bool) -> None:
+    def goes_on(self, *, sends: int) -> None:
         """The task gets its error now. What it does until the next one decides whether that is in a row."""
         self.is_new = self._waited = False
-        self._booked = booked
+        self._sends = sends
         asyncio.get_running_loop().call_soon(self._has_waited)  # runs only if the task lets the event loop turn
 
     def _has_waited(self) -> None:

@@ -362,7 +362,7 @@ class Connection(Successor):
         if task is None:
             return
         told, turns, own = told_by_end(task), self._parts.turns, task is self.endpoint.task
-        times = told.again(self.connection_id, booked=turns.booked, own=own)
+        times = told.again(self.connection_id, sends=turns.sends, own=own)
         if not told.is_new:
             await asyncio.sleep(0)
         if times == IGNORED and self.ending is not None:
@@ -371,7 +371,7 @@ class Connection(Successor):
             self.tell_now_and_then("end_ignored", logging.WARNING, name, **facts)
         if times > SPINS or (times > IGNORED and self.endpoint.has_swallowed_cancellation):
             await asyncio.sleep(PAUSE)
-        told.goes_on(booked=turns.booked)
+        told.goes_on(sends=turns.sends)
 
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""

@@ -44,12 +44,14 @@ class Turns:
 
     Attributes:
         loop: That event loop.
+        sends: How many times user code has sent something.
     """
 
-    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_turned_at", "loop")
+    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_turned_at", "loop", "sends")
 
     def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
+        self.sends = 0
         self._shards: tuple[list[Worker], ...] = tuple([] for _ in range(num_shards))
         self._divided = num_shards > 1
         self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
@@ -86,17 +88,13 @@ class Turns:
         if not self._scheduled:
             self._schedule()
 
-    @property
-    def booked(self) -> bool:
-        """Whether work waits for the next turn."""
-        return self._scheduled
-
     def held_long(self) -> bool:
         """Whether the event loop may have been held for longer than `MAX_HOLD`: whoever asks lets it turn then.
 
         A sender that computes between two messages gives it no other occasion, and transports and other connections
         need one. Asked for each message that user code sends, so it is one look at the clock.
         """
+        self.sends += 1
         now = monotonic()
         if now - self._turned_at < MAX_HOLD:
             return False

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+_RUNNERS: Final = frozenset({"_run", "run_app"})
+"""Functions of the session that run the application: the method, and on Starlette 0.37 a function within it."""
 
 
 def test_client_wants_errors() -> bool:
@@ -17,7 +21,7 @@ def test_client_wants_errors() -> bool:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_name != "_run":
+        if frame.f_code.co_name not in _RUNNERS:
             continue
         session = frame.f_locals.get("self")
         if isinstance(session, session_kind):

@@ -116,6 +116,8 @@ async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], st
     benches = [await ended(bench) for _ in range(stale)]
     live = bench()
     await live.open()
+    for b in benches:  # as connections of one manager do
+        b.connection._parts.turns = live.connection._parts.turns
 
     async def publish(rounds: int) -> None:
         for _ in range(rounds):
