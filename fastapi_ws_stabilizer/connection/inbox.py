@@ -7,6 +7,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
@@ -36,27 +37,31 @@ class InboxLimits:
         max_messages: Most messages that wait.
         max_bytes: Most bytes of them.
         ledger: Where they are counted.
-        drops: Whether the oldest messages make room for new ones, because the endpoint does not read.
 
     Attributes:
-        dropping: The same bounds, for inboxes that drop.
+        drops: Whether the oldest messages make room for new ones, because the endpoint does not read.
+        undecided: Whether it will soon be known that an endpoint does not read.
         keeping: The same bounds, for inboxes that drop nothing.
+        dropping: The same bounds, for inboxes that drop.
+        deciding: The same bounds, for inboxes of which it is not known yet.
     """
 
-    __slots__ = ("dropping", "drops", "keeping", "ledger", "max_bytes", "max_messages")
+    __slots__ = ("deciding", "dropping", "drops", "keeping", "ledger", "max_bytes", "max_messages", "undecided")
 
-    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None, *, drops: bool = False) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.ledger = Ledger() if ledger is None else ledger
-        self.drops = drops
-        self.dropping = self.keeping = self
-        if not drops:
-            self.dropping = InboxLimits(max_messages, max_bytes, self.ledger, drops=True)
-            self.dropping.keeping = self
+        self.drops = self.undecided = False
+        self.keeping = self.dropping = self.deciding = self
+        dropping, deciding = copy(self), copy(self)
+        dropping.drops = deciding.undecided = True
+        for one in (self, dropping, deciding):
+            one.dropping, one.deciding = dropping, deciding
 
 
 _UNCOUNTED: Final = InboxLimits(0, 0)
+"""The bounds of what no ledger counts any more."""
 
 
 class Pause:
@@ -121,6 +126,21 @@ class Inbox:
         """Whether the oldest messages make room for new ones, because the endpoint reads none."""
         return self._limits.drops
 
+    @property
+    def undecided(self) -> bool:
+        """Whether it will soon be known that the endpoint does not read."""
+        return self._limits.undecided
+
+    def begin_to_decide(self) -> None:
+        """It will soon be known whether the endpoint reads: `drop_when_full` or `end_to_decide` says so."""
+        if not self.drops:
+            self._limits = self._limits.deciding
+
+    def end_to_decide(self) -> None:
+        """It is not known whether the endpoint reads, and will not be known soon."""
+        if self.undecided:
+            self._limits = self._limits.keeping
+
     def drop_when_full(self) -> None:
         """Let the oldest messages make room for new ones from now on. A reader that comes gets those that are left."""
         self._limits = self._limits.dropping
@@ -128,7 +148,12 @@ class Inbox:
     @property
     def ignored(self) -> bool:
         """Whether the endpoint has said that it does not read, and has neither read since nor waits for a message."""
-        return self._limits.drops and not self.taken and self._reader is None  # which stays until it has taken one
+        return self._limits.drops and not self.read
+
+    @property
+    def read(self) -> bool:
+        """Whether a message was taken since `taken` was set back, or a reader waits for one or is about to take it."""
+        return bool(self.taken) or self._reader is not None  # which stays until it has taken a message
 
     def take_requests(self) -> list[Message]:
         """Take out the messages that ask for an answer, and return them."""

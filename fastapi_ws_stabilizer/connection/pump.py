@@ -185,11 +185,14 @@ def end_by_event(connection: Pumped, event: Mapping[str, Any]) -> None:
 
 
 def refuse_more(connection: Pumped) -> bool:
-    """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused."""
+    """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused.
+
+    A pause that ends as soon as it is known that the endpoint does not read is none to speak of.
+    """
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
         connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
         return True
-    if not connection.told_of_pause:
+    if not connection.told_of_pause and not connection.inbox.undecided:
         connection.told_of_pause = True
         connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox), advice=ADVICE)
     return False
@@ -200,11 +203,12 @@ def drop_unread(connection: Pumped) -> bool:
 
     An endpoint does not read if it has said so, or if it has read nothing for `inbox_pause_timeout` since the
     connection was opened: such an endpoint only sends, and its client has done nothing wrong. If the endpoint has read
-    a message since messages were last dropped, this does nothing, and the client has to wait until it reads on.
+    a message since messages were last dropped, or is about to, this does nothing, and the client has to wait until it
+    reads on.
     """
     inbox = connection.inbox
     waits = not inbox.drops and monotonic() - connection.opened_at < connection.config.inbox_pause_timeout
-    if inbox.taken or waits:
+    if inbox.read or waits:
         return False
     _drop(connection)
     return True
@@ -222,6 +226,14 @@ def _drop(connection: Pumped) -> None:
         connection.reports.totals.messages_discarded += 1
         if connection.conversation is not None and isinstance(item, Message):
             connection.conversation.dropped(item)
+
+
+def do_without_reader(connection: Pumped) -> None:
+    """What the client sends holds up nothing from now on, unless the endpoint reads."""
+    connection.inbox.drop_when_full()
+    refuse_requests(connection)
+    if connection.inbox.full:
+        drop_unread(connection)
 
 
 def refuse_requests(connection: Pumped) -> None:

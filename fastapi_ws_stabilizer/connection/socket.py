@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.pump import drop_unread, refuse_requests
+from fastapi_ws_stabilizer.connection.pump import do_without_reader
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import Roster
 from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
@@ -24,6 +24,9 @@ from fastapi_ws_stabilizer.wire.v1 import Message
 from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 
 T = TypeVar("T")
+
+READERS_BEGIN_WITHIN = 0.1
+"""Seconds in which a task that an endpoint has started to read waits for its first message, though others run first."""
 
 
 class Services(Protocol):
@@ -118,17 +121,24 @@ class StableSocket(SocketFacts):
     async def wait_closed(self) -> Ending:
         """Wait until the connection is over or ending, and return how. Cancelling is safe.
 
-        An endpoint that waits here and has not read a message is one that does not read, as by `ignore_messages()`,
-        unless a task of it waits for a message. One that has read is waited for, for `inbox_pause_timeout`.
+        An endpoint that has waited here for 0.1 s and has not read a message is one that does not read, as by
+        `ignore_messages()`, unless a task of it waits for a message. One that has read is waited for, for
+        `inbox_pause_timeout`.
         """
-        self._connection.check_loop()
         connection = self._connection
-        connection.inbox.drop_when_full()
-        if connection.inbox.full:
-            drop_unread(connection)
-        if len(connection.inbox):  # after this turn: a task that was started to read may be about to begin
-            asyncio.get_running_loop().call_soon(refuse_requests, connection)
-        return await connection.wait_over()
+        connection.check_loop()
+        if connection.ending is not None:
+            return await connection.wait_over()
+        inbox = connection.inbox
+        inbox.begin_to_decide()
+        # A cancelled timer keeps its context until it is due, and that of this endpoint should go with the connection.
+        context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
+        timer = loop.call_later(READERS_BEGIN_WITHIN, do_without_reader, connection, context=context)
+        try:
+            return await connection.wait_over()
+        finally:
+            timer.cancel()
+            inbox.end_to_decide()
 
     # ── receiving ──
 
@@ -146,11 +156,8 @@ class StableSocket(SocketFacts):
         connection = self._connection
         connection.check_opened()
         connection.check_loop()
-        connection.inbox.drop_when_full()
         connection.inbox.taken = 0
-        refuse_requests(connection)
-        if connection.inbox.full:
-            drop_unread(connection)
+        do_without_reader(connection)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message, text or bytes. Cancelling is safe: no message is lost.

@@ -17,19 +17,28 @@ HERE = Path(__file__).parent
 OTHERS = ("uvicorn-wsproto", "uvicorn-websockets", "hypercorn", "granian")
 """Kinds of servers on which tests that run on every kind run with the long ones: they are many, and differ little."""
 
-
 ON_ONE_KIND = (
+    "test_admission.py",
+    "test_app_handlers.py",
     "test_computing.py",
+    "test_disconnect.py",
     "test_drain.py",
+    "test_duplicates.py",
     "test_handshakes.py",
+    "test_heartbeat.py",
     "test_identity.py",
     "test_memory_limits.py",
     "test_rates.py",
+    "test_rooms.py",
+    "test_sessions.py",
+    "test_slow_clients.py",
     "test_slow_links.py",
     "test_stopping_handshakes.py",
+    "test_stubborn_endpoints.py",
+    "test_unread.py",
     "test_whole_apps.py",
 )
-"""Files whose tests are slow and hardly touch the server: one kind of uvicorn each time is enough."""
+"""Files whose tests run on the protocol class each time, and on uvicorn's own class with the long ones."""
 
 SHARING = (
     "test_admission.py",
@@ -48,7 +57,16 @@ SHARING = (
     "test_stable_protocol.py",
     "test_stubborn_endpoints.py",
 )
-"""Files whose tests have time to spare, but for those that say otherwise. So others may run beside them."""
+"""Files whose tests have seconds to spare: they run beside tests that compute, and under coverage."""
+
+MEASURING = (
+    "test_computing.py",
+    "test_memory.py",
+    "test_memory_limits.py",
+    "test_rule_breaker.py",
+    "test_stopping_servers.py",
+)
+"""Files whose tests measure. All others have less than a second to spare: they run beside their like."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,8 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
-            if item.path.name not in SHARING:
+            if item.path.name in MEASURING:
                 item.add_marker(pytest.mark.alone)
+            elif item.path.name not in SHARING:
+                item.add_marker(pytest.mark.timed)
             parameters = getattr(item, "callspec", None)
             elsewhere = {*OTHERS, "uvicorn-sansio"} if item.path.name in ON_ONE_KIND else set(OTHERS)
             if parameters is not None and elsewhere & {

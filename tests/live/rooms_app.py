@@ -59,6 +59,7 @@ async def say(ws: StableSocket, message: InRoom) -> None:
 @manager.on_join
 async def came(room: Room, who: Presence) -> None:
     await room.send({"type": "came", "who": who.client_id, "mood": who.metadata["mood"]}, exclude=who.client_id)
+    events.append(f"came {who.client_id}")
 
 
 @manager.on_leave

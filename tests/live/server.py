@@ -211,7 +211,10 @@ class LiveServer:
 
     async def until_event(self, event: str, timeout: float = 5.0) -> None:
         """Wait until the app has noted an event that begins so."""
-        await until(lambda: self.events(event), timeout, f"event {event!r}")
+        try:
+            await until(lambda: self.events(event), timeout, f"event {event!r}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}, but {self.events()}") from None
 
     def errors(self) -> list[str]:
         """Lines of the log that tell of a crash."""

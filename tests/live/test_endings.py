@@ -182,6 +182,7 @@ async def scenario_replaced(server: LiveServer) -> None:
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 4409
         await server.until_event("disconnect ann replaced")
+        await until(lambda: len(server.events("connect ann")) == 2)  # else the newer one ends before its hooks
     await server.until_event("disconnect ann client_close")  # the newer one's, or the next scenario would hear it
 
 

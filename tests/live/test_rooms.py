@@ -33,7 +33,10 @@ async def heard(client: ClientConnection) -> Any:
 
 
 async def joined(client: ClientConnection, text: str = "", *, room: str = "lobby") -> dict[str, int]:
-    """Join, and return who is there and on how many connections."""
+    """Join, and return who is there and on how many connections.
+
+    `on_join` sends to those that are members when it runs: wait for its event before a next client joins.
+    """
     await say(client, "join", text, room=room)
     return await here(client)
 
@@ -65,6 +68,7 @@ async def test_a_room_hears_what_is_said_in_it_and_nobody_else_does(serve: Serve
         connect(server.url("/ws/cyd")) as cyd,
     ):
         assert await joined(ann) == {"ann": 1}
+        await server.until_event("came ann")
         assert await joined(bob, "gay") == {"ann": 1, "bob": 1}
         assert await heard(ann) == {"type": "came", "who": "bob", "mood": "gay"}
         assert await joined(cyd, room="garden") == {"cyd": 1}
@@ -89,6 +93,7 @@ async def test_a_reset_client_leaves_when_presence_grace_is_over(serve: Serve, k
     server = serve(kind, app=APP, config={"presence_grace": GRACE})
     async with connect(server.url("/ws/bob")) as bob:
         await joined(bob)
+        await server.until_event("came bob")
         with raw_member(server, "ann") as ann:
             assert (await heard(bob))["type"] == "came"
             gone = time.monotonic()
@@ -106,6 +111,7 @@ async def test_a_client_that_is_back_within_the_grace_has_not_been_away(serve: S
     server = serve(kind, app=APP, config={"presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
         await joined(bob)
+        await server.until_event("came bob")
         with raw_member(server, "ann") as ann:
             assert (await heard(bob))["type"] == "came"
             ann.reset()
@@ -125,6 +131,7 @@ async def test_a_goodbye_is_a_departure_at_once(serve: Serve, kind: str) -> None
     server = serve(kind, app=APP, config={"presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
         await joined(bob)
+        await server.until_event("came bob")
         async with connect(server.url("/ws/ann")) as ann:
             await joined(ann)
             assert (await heard(bob))["type"] == "came"
@@ -138,6 +145,7 @@ async def test_two_tabs_are_one_person(serve: Serve, kind: str) -> None:
     server = serve(kind, app=APP, config={"on_duplicate": "allow", "presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
         await joined(bob)
+        await server.until_event("came bob")
         async with connect(server.url("/ws/ann")) as first:
             await joined(first)
             assert (await heard(bob))["type"] == "came"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.live.server import LiveServer
+from tests.live.server import LiveServer, until
 from tests.live.test_drain import APP, CONFIG, Closes, closes, crowd
 
 Serve = Callable[..., LiveServer]
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(90)
 async def stop(server: LiveServer) -> Closes:
     """Send SIGTERM with a crowd connected, and tell when and how each client was closed."""
     clients = await crowd(server, CROWD)
+    await until(lambda: server.get("/ws-stats/")["connections"] == CROWD)  # a client may know before the application
     since = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     found = await asyncio.wait_for(closes(clients, since), 30)

@@ -12,6 +12,7 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.socket import READERS_BEGIN_WITHIN
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.servers.link import EXTENSION
 from fastapi_ws_stabilizer.wire.payload import encode
@@ -547,13 +548,44 @@ async def test_ignoring_messages_ends_a_pause_that_has_begun(linked: Any) -> Non
 
 
 async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> None:
-    """`wait_closed` in an endpoint that has not read lets the oldest messages go at once."""
+    """`wait_closed` in an endpoint that has not read lets the oldest messages go, soon and without a warning."""
     b = await linked(inbox_max_messages=2)
     waiting = asyncio.ensure_future(b.connection.face.wait_closed())
     await asyncio.sleep(0)
-    say(b, *"12345")
+    say(b, *"123")
+    assert not b.server.reading
+    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    say(b, *"45")
     assert b.server.reading
     assert b.reports.totals.messages_discarded == 3
+    assert "reading_paused" not in b.heard.events
+    waiting.cancel()
+
+
+async def test_wait_for_the_end_that_is_given_up_decides_nothing(linked: Any) -> None:
+    """An endpoint that looks for the end now and then, and has not read yet, loses no message."""
+    b = await linked(inbox_max_messages=2)
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    say(b, *"123")
+    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    assert [await b.connection.face.receive() for _ in range(3)] == ["1", "2", "3"]
+    assert "reading_paused" in b.heard.events
+
+
+async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> None:
+    """A burst that fills the inbox before the task that waits for a message has run is read whole."""
+    b = await linked(inbox_max_messages=2)
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    reading = asyncio.ensure_future(b.connection.face.receive())
+    await asyncio.sleep(0)
+    say(b, *"123")
+    assert await reading == "1"
+    assert [await b.connection.face.receive() for _ in range(2)] == ["2", "3"]
+    assert b.reports.totals.messages_discarded == 0
     waiting.cancel()
 
 

@@ -586,3 +586,25 @@ async def test_request_that_is_one_bad_message_too_many_is_answered() -> None:
         await soon()
         assert client.closed is not None
         assert client.closed.code == 1008
+
+
+@virtually
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_request_that_comes_before_the_reading_task_is_handled(concurrency: int) -> None:
+    """An endpoint starts a task that reads and waits for the end; requests that are there before that task are read."""
+    async with World(inbox_max_messages=4) as world:
+
+        @world.manager.on_message("ask")
+        async def ask(ws: StableSocket, number: int) -> int:
+            return number
+
+        async def endpoint(ws: StableSocket) -> None:
+            while not ws.unread_messages:
+                await asyncio.sleep(0.01)
+            ws.create_task(ws.run(concurrency=concurrency))
+            await ws.wait_closed()
+
+        world.endpoint = endpoint
+        async with world.client() as client:
+            answers = await asyncio.gather(*(client.request("ask", number) for number in range(20)))
+            assert answers == list(range(20))
