@@ -209,13 +209,14 @@ class Admission:
         """
         if not self._on:
             return self._uncounted
-        if self.crowded:
-            raise self._full()
+        # The limits of one address come first: beyond them it moves back no other client's turn.
         most = self._from_address.most
         if most is not None and self._from_address.of(address) + self._knocking_from.of(address) >= 2 * most:
             raise self._too_many("max_connections_per_address", most)
         if self._rates is not None and (wait := self._rates.take(address, now)):
             raise TooManyConnectionsError("max_connect_rate_per_address", self._max_rates[1] or 0, wait)
+        if self.crowded:
+            raise self._full()
         if self._rate is not None and (wait := self._rate.take("", now)):
             raise ConnectionLimitExceededError("max_connect_rate", self._max_rates[0] or 0, wait)
         self._knocking += 1

@@ -354,11 +354,11 @@ class Counts(RuleBasedStateMachine):
     @rule(address=st.sampled_from(["1.1.1.1", "2.2.2.2", "3.3.3.3", "4.4.4.4", "5.5.5.5", "6.6.6.6"]))
     def knock(self, address: str) -> None:
         """Somebody comes."""
-        if len(self.there) >= MOST + LOBBY:
-            with pytest.raises(ConnectionLimitExceededError, match="max_connections is"):
-                self.admission.knock(address, 0.0)
-        elif sum(place.address == address for place in self.there) >= 2 * PER_ADDRESS:
+        if sum(place.address == address for place in self.there) >= 2 * PER_ADDRESS:
             with pytest.raises(TooManyConnectionsError, match="max_connections_per_address"):
+                self.admission.knock(address, 0.0)
+        elif len(self.there) >= MOST + LOBBY:
+            with pytest.raises(ConnectionLimitExceededError, match="max_connections is"):
                 self.admission.knock(address, 0.0)
         else:
             self.came.append(self.admission.knock(address, 0.0))
@@ -467,3 +467,17 @@ def test_clients_without_room_are_told_times_that_spread_them() -> None:
             told.append(refused.retry_after)
     assert max(told) > 25
     assert max(Counter(round(wait) for wait in told).values()) < 200
+
+
+def test_address_that_ignores_its_hints_delays_no_other_at_a_full_server() -> None:
+    """What is refused by the limit of an address moves nobody back in the queue for room."""
+    admission = Admission(max_connections=1, rate_per_address=5)
+    enter(admission)
+    for number in range(MIN_LOBBY):
+        admission.knock(f"2.2.2.{number}", 0.0)
+    for _ in range(10_000):
+        with pytest.raises((TooManyConnectionsError, ConnectionLimitExceededError)):
+            admission.knock("6.6.6.6", 0.0)
+    with pytest.raises(ConnectionLimitExceededError) as refused:
+        admission.knock("3.3.3.3", 0.0)
+    assert refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1
