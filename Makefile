@@ -76,7 +76,7 @@ test-fast: $(VENV)/fast.stamp ## Run the tests that need no server process
 test-lowest: $(VENV)/lowest.stamp ## Run the same on the lowest versions that are claimed
 	$(BIN)/python -m pytest -m "not live and not soak"
 
-soak: $(VENV)/test.stamp ## Run the long tests, and the others on more kinds of servers; bounded, a quarter of an hour
+soak: $(VENV)/test.stamp ## Run the long tests, and the others on more kinds of servers; bounded, half an hour
 	$(BIN)/python -m pytest -m soak
 
 fuzz: $(VENV)/fuzz.stamp ## Fuzz for ten minutes, on CPython 3.11; SECONDS=600 for as much for each target

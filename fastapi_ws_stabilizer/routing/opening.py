@@ -288,13 +288,16 @@ class Opening(Leaving, Services):
             raise
         connection.place = place
         opened = own.remember(connection)
+        opened.connecting = True
         task = asyncio.current_task()
         if stack is not None:
 
             async def leave(_: Any, error: BaseException | None, __: Any) -> bool:
+                opened.connecting = False
                 if not connection.opened:
                     return False
                 failure = await self.leave(connection, error)
+                opened.task_is_over()
                 if failure is None:
                     return True
                 if failure is error:
@@ -305,6 +308,7 @@ class Opening(Leaving, Services):
         elif task is not None:
             task.add_done_callback(lambda done: self._task_ended(opened, done))
         await self._enter(connection, proven=proven)
+        opened.connecting = False
         return connection
 
     def _take_proof(self, connection: Connection) -> bool:

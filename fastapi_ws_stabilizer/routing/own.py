@@ -17,13 +17,16 @@ class Opened:
     Attributes:
         connection: The connection; `None` if it is over, and the task cannot mean it any more.
         before: What the task had opened before.
+        connecting: Whether `connect()` has not returned yet, or has raised: then the code that called it outlives the
+            connection, and may still mean it.
     """
 
-    __slots__ = ("before", "connection")
+    __slots__ = ("before", "connecting", "connection")
 
     def __init__(self, connection: Connection, before: Opened | None) -> None:
         self.connection: Connection | None = connection
         self.before = before
+        self.connecting = False
 
     def task_is_over(self) -> None:
         """The task that has opened the connection means it no more: let it go as soon as it is over."""
@@ -58,7 +61,7 @@ def finished(connection: Connection) -> None:
     if not connection.endpoint.tracked or connection.context is None:
         return
     for opened in _chain(connection.context.get(_own)):
-        if opened.connection is connection:
+        if opened.connection is connection and not opened.connecting:
             opened.connection = None
 
 
@@ -70,8 +73,16 @@ def all_own() -> Iterator[Connection]:
 
 
 def own(client_id: str) -> Connection | None:
-    """The connection that the current task, or the one that has started it, has opened last under this client id."""
-    return next((connection for connection in all_own() if connection.client_id == client_id), None)
+    """The connection that the current task, or the one that has started it, has opened last under this client id.
+
+    `None` also if its endpoint is over: then this is a task that outlives it, and means whoever is connected now.
+    """
+    for opened in _chain(_own.get()):
+        connection = opened.connection
+        if connection is not None and connection.client_id == client_id:
+            is_over = connection.is_finished and connection.endpoint.tracked and not opened.connecting
+            return None if is_over else connection
+    return None
 
 
 def _chain(opened: Opened | None) -> Iterator[Opened]:

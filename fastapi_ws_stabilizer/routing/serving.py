@@ -173,11 +173,7 @@ class Serving(Opening):
     def own_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
         connection = own.own(client_id)
-        if connection is None or not connection.belongs_to(self._parts):
-            return None
-        if connection.is_finished and connection.endpoint.tracked:
-            return None  # its endpoint is over: this is a task that outlives it, and means whoever is connected now
-        return connection
+        return connection if connection is not None and connection.belongs_to(self._parts) else None
 
     def served_here(self) -> set[Connection]:
         """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""

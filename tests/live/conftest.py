@@ -24,6 +24,7 @@ ON_ONE_KIND = (
     "test_disconnect.py",
     "test_drain.py",
     "test_duplicates.py",
+    "test_endings.py",
     "test_handshakes.py",
     "test_heartbeat.py",
     "test_identity.py",
@@ -60,7 +61,6 @@ SHARING = (
 """Files whose tests have seconds to spare: they run beside tests that compute, and under coverage."""
 
 MEASURING = (
-    "test_computing.py",
     "test_memory.py",
     "test_memory_limits.py",
     "test_rule_breaker.py",

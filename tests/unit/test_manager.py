@@ -763,6 +763,33 @@ async def test_a_client_id_says_something(manager_with: Any, client_id: Any) -> 
         await manager.connect(client_id, await FakeServer().accepted())
 
 
+@pytest.mark.parametrize("with_stack", [True, False])
+async def test_disconnect_after_a_failed_connect_is_quiet(manager_with: Any, with_stack: bool) -> None:
+    """Where the client leaves during connect(), disconnect() of its id in the same code means it; later it does not."""
+    manager, _ = manager_with()
+    server = FakeServer(path_params={"client_id": "ann"})
+    websocket = await server.accepted()
+
+    @manager.on_connect
+    async def leaves(ws: StableSocket) -> None:
+        server.feed_disconnect(1001)
+        await ws.wait_closed()
+
+    async def endpoint() -> None:
+        async with AsyncExitStack() as stack:
+            if with_stack:
+                websocket.scope["fastapi_inner_astack"] = stack
+            with pytest.raises(SocketClosed):
+                await manager.connect("ann", websocket)
+            await settle()
+            await manager.disconnect("ann")
+        if with_stack:
+            with pytest.raises(ConnectionNotFoundError):
+                await manager.disconnect("ann")
+
+    await with_deadline(asyncio.ensure_future(endpoint()))
+
+
 async def test_a_connect_hook_refuses_a_connection_by_hand_with_a_disconnect(manager_with: Any) -> None:
     """The caller of `connect` gets `SocketClosed`, which is a `WebSocketDisconnect`."""
     manager, _ = manager_with()
