@@ -106,8 +106,7 @@ class Turns:
         asyncio.get_running_loop().call_soon(self._run, context=self._context)
 
     def _run(self) -> None:
-        self._turned_at = monotonic()
-        until = self._turned_at + MAX_HOLD
+        until = monotonic() + MAX_HOLD
         self._scheduled = False
         waiting, self._ready = self._ready, []
         try:
@@ -116,6 +115,7 @@ class Turns:
                 if monotonic() > until:
                     break
         finally:  # who has waited longest goes first next time, also if somebody has raised what is not ours to catch
+            self._turned_at = monotonic()  # not before: a sender that goes on after a long turn has held nothing yet
             self._ready = waiting + self._ready
             if self._ready and not self._scheduled:
                 self._schedule()

@@ -265,3 +265,20 @@ def test_who_wants_no_slot_any_more_is_passed_over() -> None:
     slots.release()
     assert log == ["here"]
     assert len(slots) == 1
+
+
+async def test_sender_after_a_long_turn_has_held_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that took long to flush are not held against code that goes on sending."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    turns = Turns(1, Reports())
+
+    class Slow:
+        def take_turn(self) -> None:
+            clock.now += 2 * turns_module.MAX_HOLD
+
+    turns.soon(turns.pending(0), Slow())
+    await asyncio.sleep(0)
+    assert not turns.held_long()
+    clock.now += 1.1 * turns_module.MAX_HOLD
+    assert turns.held_long()
