@@ -15,7 +15,7 @@ async def endpoint(ws: StableSocket = Depends(stable_socket)) -> None:
 
 from __future__ import annotations
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import (
     CompressionMode,
     DuplicatePolicy,
@@ -26,7 +26,7 @@ from fastapi_ws_stabilizer.config import (
     RejectPolicy,
     WebSocketConfig,
 )
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
@@ -46,7 +46,6 @@ from fastapi_ws_stabilizer.errors import (
     MessageFormatError,
     NotOpenError,
     OriginNotAllowedError,
-    PlainClientError,
     RequestError,
     RequestTimeoutError,
     RoomLimitError,
@@ -58,7 +57,8 @@ from fastapi_ws_stabilizer.errors import (
     TokenExpiredError,
     TooManyConnectionsError,
     UnknownPlatformError,
-    UnsuitablePlatformError,
+    UnsupportedByClientError,
+    UnsupportedPlatformError,
     WebSocketStabilizerError,
     WrongLoopError,
 )
@@ -66,7 +66,7 @@ from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Report, Totals
+from fastapi_ws_stabilizer.reports import Counters, Event
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.stats import stats_router
@@ -76,15 +76,17 @@ __version__ = "0.1.0"
 __all__ = [
     "BroadcastFailedError",
     "BroadcastResult",
+    "CloseInfo",
     "CompressionMode",
     "ConcurrentReceiveError",
     "ConnectionLimitExceededError",
     "ConnectionNotFoundError",
     "ConnectionTimeoutError",
+    "Counters",
     "DisconnectReason",
     "DuplicateClientError",
     "DuplicatePolicy",
-    "Ending",
+    "Event",
     "Finding",
     "HeartbeatType",
     "InboxOverflow",
@@ -99,10 +101,8 @@ __all__ = [
     "NotOpenError",
     "OriginNotAllowedError",
     "OutboxOverflow",
-    "PlainClientError",
     "Presence",
     "RejectPolicy",
-    "Report",
     "RequestError",
     "RequestTimeoutError",
     "ResumeOutcome",
@@ -112,7 +112,7 @@ __all__ = [
     "SessionEndedError",
     "ShutdownError",
     "ShutdownReport",
-    "SlowClient",
+    "SlowConsumer",
     "SocketClosed",
     "StableSocket",
     "StableSocketDep",
@@ -120,9 +120,9 @@ __all__ = [
     "ThreadCallTimeoutError",
     "TokenExpiredError",
     "TooManyConnectionsError",
-    "Totals",
     "UnknownPlatformError",
-    "UnsuitablePlatformError",
+    "UnsupportedByClientError",
+    "UnsupportedPlatformError",
     "WebSocketConfig",
     "WebSocketConnectionManager",
     "WebSocketStabilizerError",

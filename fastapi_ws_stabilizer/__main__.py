@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.dependencies import manager_of
+from fastapi_ws_stabilizer.dependencies import manager_of_app
 from fastapi_ws_stabilizer.doctor.findings import ERROR
 from fastapi_ws_stabilizer.doctor.servers import SERVERS
 from fastapi_ws_stabilizer.doctor.table import write_findings
@@ -62,17 +62,19 @@ def _add_drain(drain: argparse.ArgumentParser) -> None:
 def _run_drain(asked: argparse.Namespace) -> int:
     secret = os.environ.get(asked.secret_env, "").strip()  # one that was read from a file ends with a newline
     if not secret:
-        return _fail(f"no secret: set {asked.secret_env} to the server's drain_secret", code=2)
+        return _exit_with_error(f"no secret: set {asked.secret_env} to the server's drain_secret", code=2)
     if not secret.isprintable() or max(secret) > "\xff":
-        return _fail(f"{asked.secret_env} holds a character that no header can carry", code=2)
+        return _exit_with_error(f"{asked.secret_env} holds a character that no header can carry", code=2)
     if not 0 < asked.timeout <= LONGEST:
-        return _fail(f"--timeout is a number of seconds above zero, {LONGEST:g} at most, not {asked.timeout:g}", code=2)
-    if not _can_be_asked(asked.url):
-        return _fail(f"not an http(s) URL of a stats router: {asked.url}", code=2)
+        return _exit_with_error(
+            f"--timeout is a number of seconds above zero, {LONGEST:g} at most, not {asked.timeout:g}", code=2
+        )
+    if not _is_valid_url(asked.url):
+        return _exit_with_error(f"not an http(s) URL of a stats router: {asked.url}", code=2)
     return _drain(asked.url, asked.timeout, secret)
 
 
-def _can_be_asked(url: str) -> bool:
+def _is_valid_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         is_whole = bool(parts.hostname) and parts.port != 0  # reading a port that is none raises
@@ -100,39 +102,39 @@ def _drain(url: str, timeout: float, secret: str) -> int:
         with opener.open(request, timeout=timeout + MARGIN) as response:
             answer = response.read(MAX_ANSWER)
     except urllib.error.HTTPError as refusal:
-        return _fail(_refused(refusal, secret), secret)
+        return _exit_with_error(_describe_http_error(refusal, secret), secret)
     except (http.client.InvalidURL, UnicodeError):
-        return _fail(f"not an http(s) URL of a stats router: {url}", secret, code=2)
+        return _exit_with_error(f"not an http(s) URL of a stats router: {url}", secret, code=2)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return _fail(f"no answer: {str(error) or type(error).__name__}", secret)
+        return _exit_with_error(f"no answer: {str(error) or type(error).__name__}", secret)
     try:
         report = json.loads(answer)
     except (ValueError, RecursionError):
         report = None
     if not isinstance(report, dict) or type(report.get("failed_count")) is not int:
-        return _fail(f"no report of a drain: {_excerpt(answer, secret)}")
+        return _exit_with_error(f"no report of a drain: {_truncate(answer, secret)}")
     print(json.dumps(report))
     return 1 if report["failed_count"] else 0
 
 
-def _refused(refusal: urllib.error.HTTPError, secret: str) -> str:
+def _describe_http_error(refusal: urllib.error.HTTPError, secret: str) -> str:
     with refusal:
         if 300 <= refusal.code < 400:
             return f"redirected: HTTP {refusal.code} to {refusal.headers.get('Location')}, which is not followed"
         try:
-            said = _excerpt(refusal.read(MAX_ANSWER), secret)
+            said = _truncate(refusal.read(MAX_ANSWER), secret)
         except (OSError, http.client.HTTPException):
             said = "and no more than that"
     return f"refused: HTTP {refusal.code} {said}"
 
 
-def _fail(text: str, secret: str = "", *, code: int = 1) -> int:
+def _exit_with_error(text: str, secret: str = "", *, code: int = 1) -> int:
     """Say in one line what is wrong; return the exit code. A server may send back the secret that it got: not here."""
     print(" ".join((text.replace(secret, "***") if secret else text).split()), file=sys.stderr)
     return code
 
 
-def _excerpt(body: bytes, secret: str) -> str:
+def _truncate(body: bytes, secret: str) -> str:
     """The beginning of a text; cut after the secret was taken out, for else a part of it could stay."""
     return body.decode(errors="replace").replace(secret, "***")[:EXCERPT]
 
@@ -191,7 +193,7 @@ def _run_doctor(asked: argparse.Namespace) -> int:
             caching=asked.caching,
         )
     except ValueError as error:
-        return _fail(str(error), code=2)
+        return _exit_with_error(str(error), code=2)
     ignored = {code.upper() for code in asked.ignore}
     findings = [finding for finding in findings if finding.code not in ignored]
     write_findings(findings, sys.stdout)
@@ -223,7 +225,7 @@ def _load(place: str) -> tuple[Any, WebSocketConnectionManager]:
     if not hasattr(app, "routes"):
         raise ValueError(f"{place} is no app: name it as for a server, such as main:app")
     managers = {value for value in vars(module).values() if isinstance(value, WebSocketConnectionManager)}
-    manager = manager_of(app) or (managers.pop() if len(managers) == 1 else None)
+    manager = manager_of_app(app) or (managers.pop() if len(managers) == 1 else None)
     if manager is None:
         raise ValueError(f"{place} shows no manager: use FastAPI(lifespan=manager.lifespan) or manager.install(app)")
     return app, manager

@@ -11,7 +11,7 @@ from typing import Final
 
 MAX_REASON_BYTES: Final = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two of them are the code
 
-SESSION_OVER: Final = 4410
+SESSION_ENDED: Final = 4410
 """What a client of `stabilizer.v1.json` gets where a plain one gets 1000."""
 
 SUPERSEDED: Final = 4409
@@ -59,7 +59,7 @@ class DisconnectReason(str, Enum):
 
 
 @dataclass(frozen=True)
-class EndingRule:
+class ClosePolicy:
     """What one kind of ending does.
 
     Attributes:
@@ -77,26 +77,26 @@ class EndingRule:
 
 _R = DisconnectReason
 
-ENDING_RULES: Final[dict[DisconnectReason, EndingRule]] = {
-    _R.COMPLETED: EndingRule(1000, "", flush=True, deliver=False),
-    _R.CLIENT_CLOSE: EndingRule(1000, "", flush=False, deliver=True),
-    _R.NETWORK_LOST: EndingRule(ABNORMAL, "", flush=False, deliver=True),
-    _R.HEARTBEAT_TIMEOUT: EndingRule(4408, "heartbeat timeout", flush=False, deliver=True),
-    _R.SLOW_CONSUMER: EndingRule(4507, "slow consumer", flush=False, deliver=True),
-    _R.SERVER_SHUTDOWN: EndingRule(1012, "server shutdown", flush=True, deliver=True),
-    _R.REPLACED: EndingRule(4409, "replaced by a newer connection", flush=True, deliver=True),
-    _R.LIFETIME: EndingRule(1001, "lifetime is over", flush=True, deliver=True),
-    _R.IDLE: EndingRule(1001, "idle", flush=True, deliver=True),
-    _R.MEMORY: EndingRule(4503, "out of memory", flush=False, deliver=False),
-    _R.APPLICATION: EndingRule(1000, "", flush=True, deliver=False),
-    _R.POLICY: EndingRule(1008, "policy violation", flush=True, deliver=False),
-    _R.MESSAGE_TOO_BIG: EndingRule(1009, "message too big", flush=True, deliver=True),
-    _R.ERROR: EndingRule(1011, "internal error", flush=True, deliver=False),
+CLOSE_POLICIES: Final[dict[DisconnectReason, ClosePolicy]] = {
+    _R.COMPLETED: ClosePolicy(1000, "", flush=True, deliver=False),
+    _R.CLIENT_CLOSE: ClosePolicy(1000, "", flush=False, deliver=True),
+    _R.NETWORK_LOST: ClosePolicy(ABNORMAL, "", flush=False, deliver=True),
+    _R.HEARTBEAT_TIMEOUT: ClosePolicy(4408, "heartbeat timeout", flush=False, deliver=True),
+    _R.SLOW_CONSUMER: ClosePolicy(4507, "slow consumer", flush=False, deliver=True),
+    _R.SERVER_SHUTDOWN: ClosePolicy(1012, "server shutdown", flush=True, deliver=True),
+    _R.REPLACED: ClosePolicy(4409, "replaced by a newer connection", flush=True, deliver=True),
+    _R.LIFETIME: ClosePolicy(1001, "lifetime is over", flush=True, deliver=True),
+    _R.IDLE: ClosePolicy(1001, "idle", flush=True, deliver=True),
+    _R.MEMORY: ClosePolicy(4503, "out of memory", flush=False, deliver=False),
+    _R.APPLICATION: ClosePolicy(1000, "", flush=True, deliver=False),
+    _R.POLICY: ClosePolicy(1008, "policy violation", flush=True, deliver=False),
+    _R.MESSAGE_TOO_BIG: ClosePolicy(1009, "message too big", flush=True, deliver=True),
+    _R.ERROR: ClosePolicy(1011, "internal error", flush=True, deliver=False),
 }
 
 
 @dataclass(frozen=True)
-class Ending:
+class CloseInfo:
     """How one connection ended.
 
     Attributes:
@@ -116,29 +116,29 @@ class Ending:
     from_outside: bool = field(default=False, compare=False, repr=False)
 
     @property
-    def rule(self) -> EndingRule:
+    def rule(self) -> ClosePolicy:
         """The row of the table that this ending follows."""
-        return ENDING_RULES[self.reason]
+        return CLOSE_POLICIES[self.reason]
 
 
-def ending(
+def local_close(
     reason: DisconnectReason, *, code: int | None = None, text: str | None = None, from_outside: bool = False
-) -> Ending:
+) -> CloseInfo:
     """Make an ending that this side decides, with the table's code and text where none is named.
 
     Raises:
         ValueError: `code` is one that RFC 6455 does not allow in a close frame.
     """
-    rule = ENDING_RULES[reason]
-    return Ending(
+    rule = CLOSE_POLICIES[reason]
+    return CloseInfo(
         reason,
         rule.code if code is None else check_close_code(code),
-        cut_reason(rule.text if text is None else text),
+        truncate_reason(rule.text if text is None else text),
         from_outside=from_outside,
     )
 
 
-def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
+def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo:
     """Read what the server in front of us says about a connection that is gone.
 
     Args:
@@ -150,19 +150,19 @@ def ending_by_peer(code: int, text: str | None, *, close_frame: bool) -> Ending:
     if close_frame:
         reason = DisconnectReason.CLIENT_CLOSE
         code = NO_STATUS if code == ABNORMAL else code
-    elif code == ENDING_RULES[_R.SERVER_SHUTDOWN].code:
+    elif code == CLOSE_POLICIES[_R.SERVER_SHUTDOWN].code:
         reason = DisconnectReason.SERVER_SHUTDOWN
-    elif code == ENDING_RULES[_R.MESSAGE_TOO_BIG].code:
+    elif code == CLOSE_POLICIES[_R.MESSAGE_TOO_BIG].code:
         reason = DisconnectReason.MESSAGE_TOO_BIG
     elif code in _BY_SERVER_FOR_BAD_FRAMES:
         reason = DisconnectReason.POLICY
     else:
         reason = DisconnectReason.NETWORK_LOST
         code = ABNORMAL if code == NO_STATUS else code
-    return Ending(reason, code, cut_reason(text or ""), by_peer=True)
+    return CloseInfo(reason, code, truncate_reason(text or ""), by_peer=True)
 
 
-def detaches(how: Ending) -> bool:
+def detaches(how: CloseInfo) -> bool:
     """Whether a client has left with the code by which it says that it will be back.
 
     hypercorn keeps the codes of clients to itself.
@@ -177,20 +177,20 @@ SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
 """Codes that come from the server in front of us rather than from a client, where there is no telling."""
 
 
-def ends_session(how: Ending) -> bool:
+def ends_session(how: CloseInfo) -> bool:
     """Whether nobody is expected back after this ending: one side has said that it is over for good."""
     if how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE:
         return how.code == 1000
     if how.reason is DisconnectReason.MEMORY:
         return True  # else what is held would be held on
-    return how.code in (1000, SUPERSEDED, SESSION_OVER) or is_final(how.code)
+    return how.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(how.code)
 
 
 _BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
 """Codes among 44xx after which a client comes back all the same."""
 
 
-def is_final(code: int) -> bool:
+def is_terminal(code: int) -> bool:
     """Whether a close code tells a client of `stabilizer.v1.json` not to come back.
 
     1008 is not: it may be about credentials, which can be renewed.
@@ -213,7 +213,7 @@ def check_close_code(code: int) -> int:
     return code
 
 
-def cut_reason(text: str) -> str:
+def truncate_reason(text: str) -> str:
     """Cut a close reason to the 123 bytes that a close frame holds, on a character border."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= MAX_REASON_BYTES:

@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 from fastapi_ws_stabilizer.limits.address import TrustedProxies
 from fastapi_ws_stabilizer.limits.origin import OriginPolicy
-from fastapi_ws_stabilizer.platforms.path import MOST, options_for, path_of
+from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
 
@@ -98,7 +98,7 @@ class OutboxOverflow(str, Enum):
     """The message is left out."""
 
 
-def check_secret(option: str, secret: SecretStr) -> SecretStr:
+def validate_secret(option: str, secret: SecretStr) -> SecretStr:
     """Return a secret that nobody guesses.
 
     Raises:
@@ -403,13 +403,13 @@ class WebSocketConfig(BaseModel):
     @classmethod
     def _long_enough(cls, value: tuple[SecretStr, ...] | None) -> tuple[SecretStr, ...] | None:
         for secret in value or ():
-            check_secret("reconnect_secret", secret)
+            validate_secret("reconnect_secret", secret)
         return value or None
 
     @field_validator("drain_secret", mode="after")
     @classmethod
     def _not_guessed(cls, value: SecretStr | None) -> SecretStr | None:
-        return None if value is None else check_secret("drain_secret", value)
+        return None if value is None else validate_secret("drain_secret", value)
 
     @model_validator(mode="after")
     def _burst_has_a_rate(self) -> Self:
@@ -483,12 +483,12 @@ class WebSocketConfig(BaseModel):
 
         Raises:
             UnknownPlatformError: Nothing is known of a hop. It is a `ValueError`, and lists the names.
-            UnsuitablePlatformError: A hop cannot hold sockets; it says why. It is a `ValueError`.
+            UnsupportedPlatformError: A hop cannot hold sockets; it says why. It is a `ValueError`.
             ValueError: There is no hop.
             pydantic.ValidationError: An option is not allowed.
         """
-        defaults = {name: cls.model_fields[name].default for name in MOST}
-        return cls(**{**options_for(path_of(*hops), defaults), **options})
+        defaults = {name: cls.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
+        return cls(**{**derive_options(resolve_hops(*hops), defaults), **options})
 
     def changed_options(self) -> set[str]:
         """Names of the options that differ from their default."""

@@ -30,22 +30,22 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
     for found in (
         getattr(getattr(app, "state", None), STATE_KEY, None),
         (connection.scope.get("state") or {}).get(STATE_KEY),
-        _manager_in(getattr(getattr(app, "router", None), "lifespan_context", None)),
+        _manager_from_lifespan(getattr(getattr(app, "router", None), "lifespan_context", None)),
     ):
         if isinstance(found, WebSocketConnectionManager):
             return found
     raise ManagerNotFoundError
 
 
-def manager_of(app: Any) -> WebSocketConnectionManager | None:
+def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
     """The manager of an app that nothing runs; `None` if the app does not show one."""
     installed = getattr(getattr(app, "state", None), STATE_KEY, None)
     if isinstance(installed, WebSocketConnectionManager):
         return installed
-    return _manager_in(getattr(getattr(app, "router", None), "lifespan_context", None))
+    return _manager_from_lifespan(getattr(getattr(app, "router", None), "lifespan_context", None))
 
 
-def _manager_in(lifespan: Any) -> WebSocketConnectionManager | None:
+def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:
     """The manager whose `lifespan` this is, alone or merged with those of included routers."""
     waiting = [lifespan]
     for _ in range(_MAX_LIFESPANS):

@@ -16,7 +16,7 @@ WebSocketStabilizerError
 ├── MessageFormatError          (also a ValueError)           a received message of the wrong kind
 ├── RequestError                                              a request was answered with an error
 ├── RequestTimeoutError         (also a TimeoutError)         a request was not answered in time
-├── PlainClientError            (also a RuntimeError)         something was asked of a client that cannot do it
+├── UnsupportedByClientError    (also a RuntimeError)         something was asked of a client that cannot do it
 ├── InvalidTokenError           (also a ValueError and a WebSocketException)  a token or ticket is not good
 ├── TokenExpiredError           (also a ValueError and a WebSocketException)  a token or ticket was good once
 ├── MemoryLimitExceededError                                  more is to be kept for a connection than may be
@@ -25,7 +25,7 @@ WebSocketStabilizerError
 ├── BroadcastFailedError                                      raise_for_failure(): a broadcast reached no client
 ├── ShutdownError               (also a RuntimeError and a WebSocketException)  the manager is shutting down
 ├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
-├── UnsuitablePlatformError     (also a ValueError)           a platform that cannot hold sockets
+├── UnsupportedPlatformError    (also a ValueError)           a platform that cannot hold sockets
 ├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
 ├── ManagerNotRunningError      (also a RuntimeError)         a call from another thread, and no event loop that runs it
 ├── ThreadCallTimeoutError      (also a TimeoutError)         a call from another thread did not finish in time
@@ -43,7 +43,7 @@ from typing import ClassVar, Final, Literal
 
 from fastapi import WebSocketDisconnect, WebSocketException
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 
 
 class WebSocketStabilizerError(Exception):
@@ -67,7 +67,7 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
         reason: Close reason, as in Starlette's `WebSocketDisconnect`.
     """
 
-    def __init__(self, ending: Ending) -> None:
+    def __init__(self, ending: CloseInfo) -> None:
         WebSocketDisconnect.__init__(self, ending.code, ending.text)
         self.ending = ending
 
@@ -75,7 +75,7 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
         text = f" ({self.ending.text})" if self.ending.text else ""
         return f"the connection is over: {self.ending.reason.value}, code {self.ending.code}{text}"
 
-    def __reduce__(self) -> tuple[type[SocketClosed], tuple[Ending]]:
+    def __reduce__(self) -> tuple[type[SocketClosed], tuple[CloseInfo]]:
         return type(self), (self.ending,)
 
 
@@ -93,7 +93,7 @@ class SessionEndedError(SocketClosed):
         return f"the session is over ({self.ending.reason.value}), and with it what was waited for"
 
 
-def socket_closed(ending: Ending) -> SocketClosed:
+def closed_error_for(ending: CloseInfo) -> SocketClosed:
     """The error that tells a reader or sender of an ended connection how it ended."""
     if ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT:
         return ConnectionTimeoutError(ending)
@@ -258,7 +258,7 @@ class RequestTimeoutError(WebSocketStabilizerError, TimeoutError):
         return f"the request was not answered within {self.timeout} seconds"
 
 
-class PlainClientError(WebSocketStabilizerError, RuntimeError):
+class UnsupportedByClientError(WebSocketStabilizerError, RuntimeError):
     """Something was asked of a plain client that only a client of `stabilizer.v1.json` can do."""
 
     def __str__(self) -> str:
@@ -457,7 +457,7 @@ class UnknownPlatformError(WebSocketStabilizerError, ValueError):
         return f"nothing is known of a platform {self.name!r}{hint} Known are {', '.join(self.known)}"
 
 
-class UnsuitablePlatformError(WebSocketStabilizerError, ValueError):
+class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
     """A platform cannot hold sockets, so no option helps.
 
     Attributes:

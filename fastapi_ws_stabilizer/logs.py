@@ -28,7 +28,7 @@ MAX_FACT_CHARS: Final = 500
 
 
 class _Report(Protocol):
-    """What a listener of reports reads; `reports.Report` is one."""
+    """What a listener of reports reads; `reports.Event` is one."""
 
     @property
     def event(self) -> str: ...
@@ -60,7 +60,7 @@ def write_report(report: _Report) -> None:
     error = report.error
     logger.log(
         report.level,
-        sentence(report.event, report.facts),
+        format_event(report.event, report.facts),
         exc_info=None if error is None else (type(error), error, error.__traceback__),
         extra=extra,
     )
@@ -76,12 +76,12 @@ def _cut(value: Any) -> Any:
     return f"{value[:MAX_FACT_CHARS]}… ({len(value)} characters)"
 
 
-def sentence(event: str, facts: Mapping[str, Any]) -> str:
+def format_event(event: str, facts: Mapping[str, Any]) -> str:
     """Write an event and its facts as one line: `connection_opened client_id=ann connection_id=5f3a`."""
-    return " ".join([one_line(event), *(f"{key}={_quoted(value)}" for key, value in facts.items())])
+    return " ".join([escape_control_chars(event), *(f"{key}={_quoted(value)}" for key, value in facts.items())])
 
 
-def one_line(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """Escape what would end or rewrite a line: control characters and Unicode's line separators."""
     if text.isprintable():
         return text
@@ -165,7 +165,7 @@ class StructuredLogger:
     def log(self, level: int, event: str, **facts: Any) -> None:
         """Write one event: the facts stand in the message and are attributes of the record."""
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, sentence(event, facts), extra={**_attributes(facts), "event": event})
+            self._logger.log(level, format_event(event, facts), extra={**_attributes(facts), "event": event})
 
     def log_connection(self, event: str, client_id: str, **kwargs: Any) -> None:
         """Write an event of a connection's life."""

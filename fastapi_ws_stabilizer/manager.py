@@ -16,9 +16,9 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.doctor.checks import examine
+from fastapi_ws_stabilizer.doctor.checks import run_checks
 from fastapi_ws_stabilizer.doctor.findings import Finding
-from fastapi_ws_stabilizer.doctor.survey import survey, tell_at_start
+from fastapi_ws_stabilizer.doctor.survey import collect_context, report_at_start
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
     ShutdownError,
@@ -28,25 +28,25 @@ from fastapi_ws_stabilizer.identity.tickets import Tickets
 from fastapi_ws_stabilizer.limits.admission import shutdown_error
 from fastapi_ws_stabilizer.logs import get_logger, write_report
 from fastapi_ws_stabilizer.metrics.histogram import Timings
-from fastapi_ws_stabilizer.reports import Reports, Totals
+from fastapi_ws_stabilizer.reports import Counters, EventBus
 from fastapi_ws_stabilizer.routing.clients import Clients
 from fastapi_ws_stabilizer.routing.decorators import EventDecorators
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
 from fastapi_ws_stabilizer.routing.from_thread import FromThread
-from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
 from fastapi_ws_stabilizer.routing.identity import Moment
-from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
 from fastapi_ws_stabilizer.routing.passes import Passes
-from fastapi_ws_stabilizer.routing.served import Served, identified, unidentified
-from fastapi_ws_stabilizer.routing.serving import Serving
-from fastapi_ws_stabilizer.routing.unmatched import UnmatchedSockets
+from fastapi_ws_stabilizer.routing.served import SocketContext, anonymous_dependency, identity_dependency
+from fastapi_ws_stabilizer.routing.serving import Node
+from fastapi_ws_stabilizer.routing.unmatched import UnmatchedRouteLogger
 from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
 from fastapi_ws_stabilizer.servers.options import uvicorn_options
-from fastapi_ws_stabilizer.servers.workers import exits_at_once
+from fastapi_ws_stabilizer.servers.workers import exits_on_signal
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.shutdown.drain import Drain
-from fastapi_ws_stabilizer.shutdown.signals import Signals
+from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import served_subprotocols
 from fastapi_ws_stabilizer.wire.names import check_client_id
@@ -96,12 +96,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if config is not None and not isinstance(config, WebSocketConfig):
             raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
         self.config = config or WebSocketConfig()
-        self.reports = Reports()
+        self.reports = EventBus()
         self.reports.subscribe(write_report)
         if self.config.enable_metrics:
             self.reports.timings = Timings()
         super().__init__(
-            Hooks(self.reports, self.config.disconnect_grace, self.config.hello_timeout), MessageHandlers()
+            HookRegistry(self.reports, self.config.disconnect_grace, self.config.hello_timeout), HandlerRegistry()
         )
         # What it does for all connections must not run with the context variables of the first one, which may start it.
         self._context = contextvars.copy_context()
@@ -117,7 +117,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for it reads its failure
         self._drain: Drain | None = None
         self._drained: asyncio.Task[ShutdownReport] | None = None
-        self._signals = Signals(self.reports, self._drain_before_exit)
+        self._signals = SignalHandler(self.reports, self._drain_before_exit)
         self._serving = self._make_serving()
 
     if not TYPE_CHECKING:  # a type checker would take every name for one that is there
@@ -151,7 +151,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if self.config.handle_signals:
             self._signals.listen()
 
-    def _ensure_running(self) -> Serving:
+    def _ensure_running(self) -> Node:
         loop = _running_loop()
         if self._shut and self._loop in (None, loop):
             raise shutdown_error(self.config.drain_window)
@@ -170,7 +170,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if problem := missing_websocket_library():
             self.reports.tell("websocket_library_missing", logging.ERROR, problem=problem)
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
-        tell_at_start(self.reports, self.config, self._app, refuses=refuses, guarded=guarded, told=self._told_findings)
+        report_at_start(
+            self.reports, self.config, self._app, refuses=refuses, guarded=guarded, told=self._told_findings
+        )
         return self._serving
 
     def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -181,11 +183,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if known.is_running() or self._serving.registry:
             raise WrongLoopError("two_loops")
 
-    def _make_serving(self) -> Serving:
+    def _make_serving(self) -> Node:
         dispatcher = Dispatcher(self._handlers, self.config, self.reports)
-        return Serving(
-            self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop, self._tell_of_workers
-        )
+        return Node(self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop, self._tell_of_workers)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.
@@ -201,7 +201,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         until = monotonic() + timeout
         mine = self._serving.served_here()
         try:
-            window = 0.0 if exits_at_once() else self.config.drain_window
+            window = 0.0 if exits_on_signal() else self.config.drain_window
             report = await self._drained_within(timeout, window, mine)
         finally:
             self._signals.stop()
@@ -212,7 +212,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self.reports.tell("shutdown", logging.INFO, **vars(report))
         return report
 
-    async def _stop_after_drain(self, serving: Serving, until: float) -> None:
+    async def _stop_after_drain(self, serving: Node, until: float) -> None:
         if self._drained is not None:
             await wait_for_all([self._drained], max(0.0, until - monotonic()))
         await serving.stop(max(1.0, until - monotonic()))
@@ -236,7 +236,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     async def _drain_before_exit(self) -> ShutdownReport:
         """Drain, at once where the server does not wait: then that reaches more clients than none."""
         # A signal may be heard in the middle of any connection's code, which is not to be spared for that.
-        return await self._drained_within(None, 0.0 if exits_at_once() else self.config.drain_window)
+        return await self._drained_within(None, 0.0 if exits_on_signal() else self.config.drain_window)
 
     async def _drained_within(
         self, timeout: float | None, window: float, mine: Set[Connection] = frozenset()
@@ -338,8 +338,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Raises:
             ValueError: A server, an option of it or a platform is not known.
         """
-        return examine(
-            survey(
+        return run_checks(
+            collect_context(
                 self.config,
                 self._app if app is None else app,
                 refuses=self._hooks.has("handshake"),
@@ -359,7 +359,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def _attach(self, app: Any) -> None:
         self._app = app
         setattr(app.state, STATE_KEY, self)
-        UnmatchedSockets.watch(app, self.reports)
+        UnmatchedRouteLogger.watch(app, self.reports)
 
     # ── dependencies ──
 
@@ -397,10 +397,10 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         """
         served = served_subprotocols(subprotocols)
         if identify is not None:
-            return identified(self, self.serve, identify, key, expires_at, control_frames, served)
+            return identity_dependency(self, self.serve, identify, key, expires_at, control_frames, served)
         if key is not None or expires_at is not None:
             raise TypeError("socket_for with key or expires_at needs a dependency that says who comes")
-        return unidentified(self.serve, control_frames, served)
+        return anonymous_dependency(self.serve, control_frames, served)
 
     def serve(
         self,
@@ -411,7 +411,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         good_for: float | None = None,
         control_frames: bool = True,
         subprotocols: str | Sequence[str] = (),
-    ) -> Served:
+    ) -> SocketContext:
         """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
 
         `async with manager.serve(websocket) as socket:`, entered and left in the task that serves the WebSocket.
@@ -431,7 +431,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         """
         if client_id is not None:
             check_client_id(client_id)
-        return Served(
+        return SocketContext(
             self,
             websocket,
             client_id,
@@ -515,7 +515,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     # ── how it is doing ──
 
     @property
-    def totals(self) -> Totals:
+    def totals(self) -> Counters:
         """What has been counted since the manager was made."""
         return self.reports.totals
 

@@ -19,15 +19,15 @@ from fastapi_ws_stabilizer.metrics.histogram import Timings
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
-TOLD_EVERY: Final = 60.0
+THROTTLE_INTERVAL: Final = 60.0
 """Seconds in which one report of a kind that clients can cause at will is told at its level, and others at DEBUG."""
 
-MAX_KINDS: Final = 64
+MAX_THROTTLED_KINDS: Final = 64
 """Kinds of such an event that are told apart. Some are named by what the application has chosen, a close code say."""
 
 
 @dataclass(frozen=True)
-class Report:
+class Event:
     """One thing that happened.
 
     Attributes:
@@ -43,11 +43,11 @@ class Report:
     error: BaseException | None = None
 
 
-Listener = Callable[[Report], None]
+Listener = Callable[[Event], None]
 
 
 @dataclass
-class Totals:
+class Counters:
     """What a manager has counted since it was made. Plain integers: hot paths add to them directly."""
 
     connections_opened: int = 0
@@ -61,7 +61,7 @@ class Totals:
     messages_coalesced: int = 0
     """Messages in whose place a newer one with the same `coalesce_key` was sent."""
     slow_clients: Counter[str] = field(default_factory=Counter)
-    """How often clients have become slow, by `SlowClient`."""
+    """How often clients have become slow, by `SlowConsumer`."""
     messages_refused: int = 0
     """Messages of clients that sent more than they may."""
     bad_messages: int = 0
@@ -80,7 +80,7 @@ class Totals:
     endings: Counter[DisconnectReason] = field(default_factory=Counter)
 
 
-class Reports:
+class EventBus:
     """The interface between the core and everybody who wants to know.
 
     Attributes:
@@ -93,7 +93,7 @@ class Reports:
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
         self._told: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
-        self.totals = Totals()
+        self.totals = Counters()
         self.timings: Timings | None = None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
@@ -108,7 +108,7 @@ class Reports:
 
     def tell(self, event: str, level: int, *, error: BaseException | None = None, **facts: Any) -> None:
         """Hand one report to all listeners. A listener that fails is logged and hurts nobody else."""
-        report = Report(event, level, facts, error)
+        report = Event(event, level, facts, error)
         for listener in tuple(self._listeners):
             try:
                 listener(report)
@@ -118,8 +118,8 @@ class Reports:
     def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> bool:
         """Report something that a client can cause as often as it likes, so that one of them cannot fill the log.
 
-        One of a kind is told at its level in `TOLD_EVERY` seconds, the others at DEBUG. The next one that is told says
-        how many those were, as `more`.
+        One of a kind is told at its level in `THROTTLE_INTERVAL` seconds, the others at DEBUG. The next one that is
+        told says how many those were, as `more`.
 
         Args:
             event: Its name.
@@ -131,11 +131,11 @@ class Reports:
             Whether it was told at its level.
         """
         told = self._told.setdefault(event, {})
-        if kind not in told and len(told) >= MAX_KINDS:
+        if kind not in told and len(told) >= MAX_THROTTLED_KINDS:
             kind = ""
         now = monotonic()
         at, left_out = told.get(kind, (-math.inf, 0))
-        due = now - at >= TOLD_EVERY
+        due = now - at >= THROTTLE_INTERVAL
         told[kind] = (now, 0) if due else (at, left_out + 1)
         if due and left_out:
             facts["more"] = left_out

@@ -167,7 +167,7 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Latch:
+class LazyEvent:
     """Something that happens once. A future of it is made only if somebody waits."""
 
     __slots__ = ("_state",)
@@ -197,7 +197,7 @@ class Latch:
         return self._state
 
 
-class Suspended:
+class StartedCoroutine:
     """A coroutine that was begun outside of a task, and waits for something. Await it, once, to run the rest."""
 
     __slots__ = ("_coroutine", "_waits_for")
@@ -224,7 +224,7 @@ class Suspended:
                 return over.value
 
 
-def begin(coroutine: Coroutine[Any, Any, Any]) -> Suspended | None:
+def start_inline(coroutine: Coroutine[Any, Any, Any]) -> StartedCoroutine | None:
     """Run a coroutine, here and without a task, until it waits; `None` if it has ended without.
 
     What is awaited is handed on to the task that goes on with it, as an eager task would. Meant for coroutines that do
@@ -234,6 +234,6 @@ def begin(coroutine: Coroutine[Any, Any, Any]) -> Suspended | None:
         Exception: Whatever the coroutine raised before it waited.
     """
     try:
-        return Suspended(coroutine, coroutine.send(None))
+        return StartedCoroutine(coroutine, coroutine.send(None))
     except StopIteration:
         return None

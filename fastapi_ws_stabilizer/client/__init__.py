@@ -6,34 +6,34 @@
 from fastapi_ws_stabilizer.client.client import Client, connect
 from fastapi_ws_stabilizer.client.errors import (
     BufferFullError,
+    ClientClosedError,
     ClientError,
-    ClosedError,
+    MessageTooLargeError,
     NotStartedError,
     RefusedError,
     SessionLostError,
-    TooLargeError,
     UnreadableFrameError,
 )
 from fastapi_ws_stabilizer.client.owner import Gap
-from fastapi_ws_stabilizer.client.transport import Transport, TransportLostError
+from fastapi_ws_stabilizer.client.transport import Transport, TransportClosedError
 from fastapi_ws_stabilizer.errors import RequestError, RequestTimeoutError
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 __all__ = [
     "BufferFullError",
     "Client",
+    "ClientClosedError",
     "ClientError",
-    "ClosedError",
     "Gap",
     "Message",
+    "MessageTooLargeError",
     "NotStartedError",
     "RefusedError",
     "RequestError",
     "RequestTimeoutError",
     "SessionLostError",
-    "TooLargeError",
     "Transport",
-    "TransportLostError",
+    "TransportClosedError",
     "UnreadableFrameError",
     "connect",
 ]

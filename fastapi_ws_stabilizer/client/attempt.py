@@ -8,12 +8,17 @@ from typing import Any, Final
 
 from pydantic_core import to_json
 
-from fastapi_ws_stabilizer.client.errors import ClosedError, RefusedError, TooLargeError, UnreadableFrameError
+from fastapi_ws_stabilizer.client.errors import (
+    ClientClosedError,
+    MessageTooLargeError,
+    RefusedError,
+    UnreadableFrameError,
+)
 from fastapi_ws_stabilizer.client.listeners import logger
-from fastapi_ws_stabilizer.client.outgoing import checked
+from fastapi_ws_stabilizer.client.outgoing import validate_frame
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap, Owner
-from fastapi_ws_stabilizer.client.timers import Timers
-from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.client.timers import NamedTimers
+from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
 from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH
@@ -24,21 +29,21 @@ from fastapi_ws_stabilizer.wire.v1 import (
     RETRY_CAP,
     SUBPROTOCOL,
     VERSION,
-    BadFrameError,
+    ProtocolError,
     deflated,
     envelope,
     is_numbered,
     message_of,
-    number,
-    optional_number,
+    optional_int,
     optional_text,
     parse,
+    require_int,
 )
 
 ACK_WITHIN: Final = 1.0
 """Seconds after which a message is acknowledged at the latest."""
 
-UNACCEPTED_FOR: Final = 10.0
+ACK_TIMEOUT: Final = 10.0
 """Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
 
 SLOWEST_UPLINK: Final = 16 * 1024
@@ -53,7 +58,7 @@ REPLAY_WITHIN: Final = 1.0
 CLOSE_WITHIN: Final = 5.0
 """Seconds that a close frame may take on a connection that nobody waits for any more."""
 
-READER_MAY_KNOW: Final = 0.5
+READ_ERROR_GRACE: Final = 0.5
 """Seconds between a failed write and taking the connection for lost."""
 
 _OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
@@ -66,7 +71,7 @@ MAX_CONTROL: Final = 64
 """Control frames that wait to be sent at most."""
 
 
-class Attempt:
+class ClientConnection:
     """One connection. It is never reopened, and what it still receives after it was lost concerns nobody.
 
     Args:
@@ -91,7 +96,7 @@ class Attempt:
         self._control: list[str | bytes] = []
         self._wanted: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
-        self._timers = Timers()
+        self._timers = NamedTimers()
         self._heard_at = monotonic()
         self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
         self._whole_bytes = 0  # bytes that had come in when the last whole frame was read
@@ -106,7 +111,7 @@ class Attempt:
         self._leave_at: float | None = None
         self.rtt: float | None = None
 
-    async def run(self, dial: Dial) -> ConnectionLost:
+    async def run(self, dial: Connect) -> ConnectionLost:
         """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
         self._timers.start("connect", self._connect_timeout, lambda: self.lose(4408, "connect timeout"))
         tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
@@ -153,7 +158,7 @@ class Attempt:
 
     # ── reading ──
 
-    async def _read(self, dial: Dial) -> None:
+    async def _read(self, dial: Connect) -> None:
         try:
             transport = await self._connected(dial)
             self._tasks.spawn(self._write(transport), name="ws-client-writer")
@@ -168,22 +173,22 @@ class Attempt:
                 self._pausing = False
                 if "probe" in self._timers:  # the answer may have come while we did not read
                     self._await_answer()
-        except TransportLostError as lost:
+        except TransportClosedError as lost:
             if isinstance(lost, UnreadableMessageError):
                 self._left_out(lost.reason)
             self.lose(lost.code, lost.reason)
-        except ClosedError as final:
+        except ClientClosedError as final:
             self.lose(final.code, final.reason)
         except Exception as error:  # of the user's functions for the URL or the credential
             self._client.told("error", error)
             self.lose(1006, repr(error))
 
-    async def _connected(self, dial: Dial) -> Transport:
+    async def _connected(self, dial: Connect) -> Transport:
         client = self._client
         credential = await client.credential(force=client.refused_credential)
         transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
         if transport.subprotocol != SUBPROTOCOL:
-            raise ClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
+            raise ClientClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
         client.dials += 1
         hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
         hello["caps"] = [RETRY_CAP]
@@ -204,14 +209,14 @@ class Attempt:
     def _receive(self, raw: str | bytes) -> None:
         try:
             frame = parse(raw, MAX_SENT_BYTES if self._client.deflate else 0, MAX_FRAME_DEPTH)
-        except BadFrameError as bad:
+        except ProtocolError as bad:
             if self._open and is_numbered(raw):  # else the counts differ, and the next ping ends the connection
                 self._count()
             self._left_out(str(bad))
             return
         try:
             self._dispatch(frame)
-        except BadFrameError as bad:
+        except ProtocolError as bad:
             self._left_out(str(bad))
             if not self._open and not self._lost.done():
                 self.lose(4412, "the welcome cannot be read")
@@ -233,13 +238,13 @@ class Attempt:
         if kind in ("msg", "reply"):
             self._message(kind, frame)
         elif kind == "ack":
-            self._accepted(number(frame, "seq"))
+            self._accepted(require_int(frame, "seq"))
         elif kind == "ping":
             self._pinged(frame)
         elif kind == "pong":
             if self._pinged_at:
                 self.rtt, self._pinged_at = monotonic() - self._pinged_at, 0.0
-            if (accepted := optional_number(frame, "ack")) is not None:
+            if (accepted := optional_int(frame, "ack")) is not None:
                 self._accepted(accepted)
         elif kind == "drain":
             self._drain(frame)
@@ -251,7 +256,7 @@ class Attempt:
 
     def _refused(self, frame: dict[str, Any]) -> None:
         """The server has refused a message, for good or for some time."""
-        buffer, seq, retry = self._client.buffer, optional_number(frame, "seq"), optional_number(frame, "retry")
+        buffer, seq, retry = self._client.buffer, optional_int(frame, "seq"), optional_int(frame, "retry")
         error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
         if seq is not None and retry is not None:
             if buffer.put_off(seq):
@@ -275,7 +280,7 @@ class Attempt:
             client.incoming.put(message_of(frame))
 
     def _pinged(self, frame: dict[str, Any]) -> None:
-        sent = optional_number(frame, "seq")
+        sent = optional_int(frame, "seq")
         if sent is not None and sent != self._client.last:
             self.lose(4412, "a message is missing")
             return
@@ -297,7 +302,7 @@ class Attempt:
             self.put(to_json({"type": "auth", "token": token}).decode())
 
     def _drain(self, frame: dict[str, Any]) -> None:
-        after, within = number(frame, "after") / 1000, (optional_number(frame, "within") or 0) / 1000
+        after, within = require_int(frame, "after") / 1000, (optional_int(frame, "within") or 0) / 1000
         self._client.told("drain", after, within)
         due = monotonic() + after
         if self._leave_at is None or due < self._leave_at:
@@ -310,9 +315,9 @@ class Attempt:
         client = self._client
         outcome = frame.get("resume")
         token, session = optional_text(frame, "token", 512), optional_text(frame, "session")
-        seq, accepted = number(frame, "seq"), number(frame, "ack")
+        seq, accepted = require_int(frame, "seq"), require_int(frame, "ack")
         if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
-            raise BadFrameError("welcome: token, session or resume is missing")
+            raise ProtocolError("welcome: token, session or resume is missing")
         before = client.last
         if outcome == "full" and seq != before:
             self.lose(4412, "the server resumes elsewhere")
@@ -322,8 +327,8 @@ class Attempt:
         client.session, client.token, client.last = session, token, seq
         caps = frame.get("caps")
         self._deflates = client.deflate and isinstance(caps, list) and DEFLATE_CAP in caps
-        client.buffer.max_frame = optional_number(frame, "max", least=1) or client.buffer.max_frame
-        ping, timeout = number(frame, "ping") / 1000, number(frame, "timeout") / 1000
+        client.buffer.max_frame = optional_int(frame, "max", least=1) or client.buffer.max_frame
+        ping, timeout = require_int(frame, "ping") / 1000, require_int(frame, "timeout") / 1000
         self._silence = ping + timeout if ping else 0.0
         self._beat = min(ping, timeout) / 2
         if outcome in ("none", "lost"):
@@ -378,10 +383,10 @@ class Attempt:
         """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
         if not self._open or len(self._control) >= MAX_CONTROL:
             return False
-        frame = checked(envelope("msg", data, event=event), {"event": event})
+        frame = validate_frame(envelope("msg", data, event=event), {"event": event})
         size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
         if size > most:
-            raise TooLargeError(size, most)
+            raise MessageTooLargeError(size, most)
         self.put(frame)
         return True
 
@@ -407,10 +412,10 @@ class Attempt:
                     await wait_for_first([self._wanted, self._lost])
                     continue
                 await transport.send(frame)
-        except TransportLostError as lost:
+        except TransportClosedError as lost:
             # The reader may know better why, and has what came in before.
             code, reason = lost.code, lost.reason
-            self._timers.start("write", READER_MAY_KNOW, lambda: self.lose(code, reason))
+            self._timers.start("write", READ_ERROR_GRACE, lambda: self.lose(code, reason))
         except Exception as error:
             # Without a writer the connection is dead, though it looks open: nobody else would find out.
             logger.exception("the writing failed")
@@ -489,8 +494,8 @@ class Attempt:
         oldest = self._client.buffer.oldest_sent
         if oldest is None or "accept" in self._timers:
             return
-        left = oldest.sent_at + UNACCEPTED_FOR - monotonic()
+        left = oldest.sent_at + ACK_TIMEOUT - monotonic()
         if left <= 0:
             self.probe()
-            left = UNACCEPTED_FOR
+            left = ACK_TIMEOUT
         self._timers.start("accept", left, self._doubt_if_not_accepted)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from fastapi_ws_stabilizer.close_codes import is_final
+from fastapi_ws_stabilizer.close_codes import is_terminal
 
 _SLOW: Final = frozenset({1012, 1013, 1014, 4429, 4503})
 """Codes of servers that are overloaded or on their way down: everybody else was told the same."""
@@ -22,7 +22,7 @@ _MAX_HINT: Final = 300.0
 _RETRY: Final = re.compile(r"\bretry=(\d{1,7})\b")
 
 
-class Verdict(Enum):
+class ReconnectAction(Enum):
     """What a close code asks of a client."""
 
     AGAIN = "again"
@@ -35,13 +35,13 @@ class Verdict(Enum):
     """Do not come back."""
 
 
-def verdict(code: int) -> Verdict:
+def action_for(code: int) -> ReconnectAction:
     """What a close code asks of a client."""
     if code in (4401, 3000, 1008):
-        return Verdict.REFRESH
+        return ReconnectAction.REFRESH
     if code in (4000, 4412):
-        return Verdict.NOW
-    return Verdict.FINAL if is_final(code) else Verdict.AGAIN
+        return ReconnectAction.NOW
+    return ReconnectAction.FINAL if is_terminal(code) else ReconnectAction.AGAIN
 
 
 @dataclass

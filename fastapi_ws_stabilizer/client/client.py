@@ -1,4 +1,4 @@
-"""`Client`: one session with a server, over as many connections as it takes."""
+"""`Evictable`: one session with a server, over as many connections as it takes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from typing import Any, Final, Literal, NoReturn
 
-from fastapi_ws_stabilizer.client.attempt import Attempt
+from fastapi_ws_stabilizer.client.attempt import ClientConnection
 from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.client.errors import (
+    ClientClosedError,
     ClientError,
-    ClosedError,
+    MessageTooLargeError,
     NotStartedError,
     RefusedError,
-    TooLargeError,
     UnreadableFrameError,
 )
-from fastapi_ws_stabilizer.client.incoming import ANY, Incoming
-from fastapi_ws_stabilizer.client.listeners import F, Listeners, logger
-from fastapi_ws_stabilizer.client.open_requests import OpenRequests
-from fastapi_ws_stabilizer.client.outgoing import Outgoing, SendBuffer
+from fastapi_ws_stabilizer.client.incoming import ANY, InboundMessages
+from fastapi_ws_stabilizer.client.listeners import ClientEvents, F, logger
+from fastapi_ws_stabilizer.client.open_requests import PendingRequests
+from fastapi_ws_stabilizer.client.outgoing import PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap
-from fastapi_ws_stabilizer.client.redial import Redial
-from fastapi_ws_stabilizer.client.transport import Dial, dialler
+from fastapi_ws_stabilizer.client.redial import ReconnectPolicy
+from fastapi_ws_stabilizer.client.transport import Connect, default_connector
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
@@ -46,7 +46,7 @@ MAX_UNFINISHED: Final = 2
 """Connections that may be lost in the middle of the same message before it is given up. It is begun again each time."""
 
 
-class Client(Listeners):
+class Client(ClientEvents):
     """A session with a server of this library, for as long as it takes: connections come and go under it.
 
     ```python
@@ -99,7 +99,7 @@ class Client(Listeners):
         first_connect_timeout: float | None = None,
         flush_timeout: float = 5.0,
         probe_timeout: float = 5.0,
-        dial: Dial | None = None,
+        dial: Connect | None = None,
         **options: Any,
     ) -> None:
         if overflow not in ("reject", "drop_oldest"):
@@ -124,20 +124,20 @@ class Client(Listeners):
         self._failed_dials = 0
         self._last_failure = ""
         self.probe_timeout = probe_timeout
-        self._dial = dial or dialler(**options)
-        self._redial = Redial(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
+        self._dial = dial or default_connector(**options)
+        self._redial = ReconnectPolicy(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
         self._tasks = TaskSet(self._task_failed)
         super().__init__(self._tasks)
         self.buffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
-        self._requests = OpenRequests()
-        self.incoming = Incoming(self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer)))
+        self._requests = PendingRequests()
+        self.incoming = InboundMessages(self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer)))
         self._ids = itertools.count(1)
         self._keys = f"{secrets.token_hex(6)}-"
         self._state: State = "idle"
-        self._attempt: Attempt | None = None
+        self._attempt: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._hurry: asyncio.Future[None] = loop.create_future()
-        self._ending: ClosedError | None = None
+        self._ending: ClientClosedError | None = None
         self._unreadable = self._refused = 0
         self._warns_unstarted = False
         # What the session is: it outlives each attempt.
@@ -164,7 +164,7 @@ class Client(Listeners):
         return None if self._attempt is None else self._attempt.rtt
 
     @property
-    def closed(self) -> ClosedError | None:
+    def closed(self) -> ClientClosedError | None:
         """How it was closed for good, with its `code` and `reason`; `None` while it is not."""
         return self._ending
 
@@ -177,7 +177,7 @@ class Client(Listeners):
         """Begin to connect, without waiting for it.
 
         Raises:
-            ClosedError: It was closed. Make another one.
+            ClientClosedError: It was closed. Make another one.
         """
         if self._ending is not None:
             raise self._ending
@@ -190,7 +190,7 @@ class Client(Listeners):
 
     def _never_connected(self) -> None:
         last = f"; the last dial: {self._last_failure}" if self._last_failure else ""
-        self._finish(ClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
+        self._finish(ClientClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
 
     def _check_started(self) -> None:
         if self._runner is None and self._ending is None:
@@ -215,13 +215,13 @@ class Client(Listeners):
         """Connect; returns when the first connection is open. If that fails or is cancelled the client is closed.
 
         Raises:
-            ClosedError: The server's answer was final, or the URL or an option is wrong.
+            ClientClosedError: The server's answer was final, or the URL or an option is wrong.
         """
         try:
             self.start()
             await self.wait_open()
         except BaseException:  # nobody calls `__aexit__` then
-            self._finish(ClosedError(1000), ours=True)
+            self._finish(ClientClosedError(1000), ours=True)
             await self.close()
             raise
         return self
@@ -233,7 +233,7 @@ class Client(Listeners):
         """Wait until a connection is open. Cancelling is safe.
 
         Raises:
-            ClosedError: There will be none.
+            ClientClosedError: There will be none.
             NotStartedError: It is not started.
         """
         self._check_started()
@@ -262,11 +262,11 @@ class Client(Listeners):
         try:
             if self._ending is None and runner is not None:
                 await self._flush()
-            self._finish(ClosedError(code, reason), ours=True)
+            self._finish(ClientClosedError(code, reason), ours=True)
             if runner is not None and runner is not asyncio.current_task():
                 await wait_for_all([runner], 10.0)
         finally:  # also if the goodbye is not waited for
-            self._finish(ClosedError(code, reason), ours=True)
+            self._finish(ClientClosedError(code, reason), ours=True)
             left = self._tasks.cancel()
         await wait_for_all(left, 1.0)
 
@@ -315,9 +315,9 @@ class Client(Listeners):
             `RefusedError` if the server refuses it, unless it has accepted it before; then `on_error` is told.
 
         Raises:
-            ClosedError: The client is closed.
+            ClientClosedError: The client is closed.
             BufferFullError: Too much is waiting.
-            TooLargeError: The server takes no message of this size.
+            MessageTooLargeError: The server takes no message of this size.
             ValueError: The data cannot be JSON.
         """
         return self._queue("msg", data, event=event, key=key or self._key()).done
@@ -326,7 +326,7 @@ class Client(Listeners):
         """Send a message now or never: `False` if there is no connection. It is neither kept nor acknowledged.
 
         Raises:
-            TooLargeError: The server takes no message of this size.
+            MessageTooLargeError: The server takes no message of this size.
             ValueError: The data cannot be JSON.
         """
         attempt = self._attempt
@@ -340,7 +340,7 @@ class Client(Listeners):
         Raises:
             RequestError: The server answered with an error.
             RequestTimeoutError: It did not answer in time.
-            ClosedError: The client is closed.
+            ClientClosedError: The client is closed.
             SessionLostError: The session was lost, and it is not known whether the request was handled.
             BufferFullError: Too much is waiting.
             NotStartedError: The client is not started.
@@ -357,10 +357,10 @@ class Client(Listeners):
             self.buffer.withdraw(message)
         raise RequestTimeoutError(timeout)
 
-    def _queue(self, type_: str, data: Any, **fields: Any) -> Outgoing:
+    def _queue(self, type_: str, data: Any, **fields: Any) -> PendingMessage:
         if self._ending is not None:
             raise self._ending
-        message = Outgoing(type_, data, fields)
+        message = PendingMessage(type_, data, fields)
         self.buffer.add(message)
         if self._attempt is not None:
             self._attempt.wake()
@@ -386,7 +386,7 @@ class Client(Listeners):
         def look(done: asyncio.Future[None]) -> None:
             # A server may take less than the one of the connection in which the answer was queued.
             problem = None if done.cancelled() else done.exception()
-            if isinstance(problem, TooLargeError):
+            if isinstance(problem, MessageTooLargeError):
                 self._cannot_reply(request_id, problem)
 
         message.done.add_done_callback(look)
@@ -423,7 +423,8 @@ class Client(Listeners):
     def __aiter__(self) -> AsyncIterator[Message]:
         """Iterate over the messages that no handler takes, until the client is closed.
 
-        The loop ends after your own `close()`. It raises `ClosedError` when the client is closed for good otherwise.
+        The loop ends after your own `close()`. It raises `ClientClosedError` when the client is closed for good
+        otherwise.
 
         A loop that is slow holds up what comes behind the 1,024 messages that wait for it. Ten seconds after a loop
         was left, handlers and answers are held up by it no longer: then the oldest messages that wait are thrown away,
@@ -537,7 +538,7 @@ class Client(Listeners):
                 if self._redial.gives_session_up:
                     self.token = None
                 if delay is None:
-                    self._finish(ClosedError(lost.code, lost.reason))
+                    self._finish(ClientClosedError(lost.code, lost.reason))
                     break
                 if self._ending is not None:  # a listener has closed it
                     break
@@ -547,10 +548,10 @@ class Client(Listeners):
                 if delay > 0:
                     await wait_for_all([self._hurry], delay)
         finally:
-            self._finish(self._ending or ClosedError(1006, "cancelled"))
+            self._finish(self._ending or ClientClosedError(1006, "cancelled"))
 
     async def _one_connection(self) -> ConnectionLost:
-        attempt = self._attempt = Attempt(self, self._tasks, self._connect_timeout, self._stable_after)
+        attempt = self._attempt = ClientConnection(self, self._tasks, self._connect_timeout, self._stable_after)
         try:
             return await attempt.run(self._dial)
         finally:
@@ -574,7 +575,7 @@ class Client(Listeners):
             return "the server"
         return _SECRET.sub("", self._url)
 
-    def _finish(self, how: ClosedError, *, ours: bool = False) -> None:
+    def _finish(self, how: ClientClosedError, *, ours: bool = False) -> None:
         if self._ending is not None:
             return
         self._ending = how
@@ -590,13 +591,13 @@ class Client(Listeners):
         self.token = None
         self.buffer.give_up(how)
         self._requests.give_up(how)
-        self.incoming.close(None if ours else lambda: ClosedError(how.code, how.reason))
+        self.incoming.close(None if ours else lambda: ClientClosedError(how.code, how.reason))
         self._set_state("closed")
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
         logger.error("%s failed", task.get_name(), exc_info=error)
         if task is self._runner:
-            self._finish(ClosedError(1006, f"a bug in the client: {error!r}"))
+            self._finish(ClientClosedError(1006, f"a bug in the client: {error!r}"))
 
 
 _HOW_TO_USE: Final = "write `async with connect(url) as client:`, or `client = connect(url).start()`"
@@ -606,7 +607,7 @@ _SECRET: Final = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
 
 
 def connect(url: str | Provider, **options: Any) -> Client:
-    """Make a client, for `async with`. The arguments are those of `Client`."""
+    """Make a client, for `async with`. The arguments are those of `Evictable`."""
     return Client(url, **options)
 
 

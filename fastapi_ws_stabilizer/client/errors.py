@@ -2,11 +2,11 @@
 
 ```
 ClientError
-├── ClosedError          the client is closed for good: by its user, or because the server's answer was final
+├── ClientClosedError    the client is closed for good: by its user, or because the server's answer was final
 ├── NotStartedError      (also a RuntimeError)  the client was made and not started
 ├── SessionLostError     the session is gone, and whether the message was handled before is not known
 ├── BufferFullError      too much waits to be sent
-├── TooLargeError        a message is larger than the server takes
+├── MessageTooLargeError a message is larger than the server takes
 ├── RefusedError         (also a RequestError)  the server has refused a message
 └── UnreadableFrameError the server has sent what this client cannot read, and it was left out
 ```
@@ -21,7 +21,7 @@ class ClientError(WebSocketStabilizerError):
     """Base of the errors of a client."""
 
 
-class ClosedError(ClientError):
+class ClientClosedError(ClientError):
     """The client is closed for good.
 
     Attributes:
@@ -66,7 +66,7 @@ class BufferFullError(ClientError):
         return "too much waits to be sent: send less, wait for what send() returns, or allow a larger buffer"
 
 
-class TooLargeError(ClientError):
+class MessageTooLargeError(ClientError):
     """A message is larger than the server takes.
 
     Attributes:

@@ -41,13 +41,13 @@ def event_of(message: Message) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-class Loop:
+class MessageIterator:
     """One `async for` over the messages that no handler takes. It is gone when the loop is left."""
 
-    def __init__(self, incoming: Incoming) -> None:
+    def __init__(self, incoming: InboundMessages) -> None:
         self._incoming = incoming
 
-    def __aiter__(self) -> Loop:
+    def __aiter__(self) -> MessageIterator:
         return self
 
     async def __anext__(self) -> Message:
@@ -57,7 +57,7 @@ class Loop:
         return message
 
 
-class Incoming:
+class InboundMessages:
     """The messages of a client, in the order in which they came.
 
     One task calls the handlers, one after the other. Messages without a handler wait for who iterates; a request
@@ -81,7 +81,7 @@ class Incoming:
         self._working = False
         self._iterated = False
         self._read_at = 0.0
-        self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+        self._loops: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
         self._changed = asyncio.Event()
         self._over = False
         self._error: Callable[[], Exception] | None = None
@@ -136,7 +136,7 @@ class Incoming:
 
     def loop(self) -> AsyncIterator[Message]:
         """Iterate over the messages without a handler."""
-        loop = Loop(self)
+        loop = MessageIterator(self)
         self._loops.add(loop)
         return loop
 

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EVENTS: Final = ("open", "gap", "close", "state", "drain", "error")
 
 
-class Listeners:
+class ClientEvents:
     """The listeners of one client, as methods that can be decorators.
 
     A listener that is async runs in a task of its own. One that fails is logged and hurts nobody else.
@@ -63,11 +63,11 @@ class Listeners:
             try:
                 result = listener(*args)
                 if inspect.isawaitable(result):
-                    self._listener_tasks.spawn(awaited(result), name=f"ws-client-on-{event}")
+                    self._listener_tasks.spawn(_as_coroutine(result), name=f"ws-client-on-{event}")
             except Exception:
                 logger.exception("a listener for %r failed", event)
 
 
-async def awaited(awaitable: Awaitable[Any]) -> Any:
+async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
     """Await anything, as a coroutine."""
     return await awaitable

@@ -6,20 +6,20 @@ import asyncio
 from typing import Any
 
 from fastapi_ws_stabilizer.client.errors import ClientError, SessionLostError
-from fastapi_ws_stabilizer.client.outgoing import Outgoing
+from fastapi_ws_stabilizer.client.outgoing import PendingMessage
 from fastapi_ws_stabilizer.errors import RequestError
 
 
-class OpenRequests:
+class PendingRequests:
     """Each waits for an answer, which comes in this connection or in a later one of the same session."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[asyncio.Future[Any], Outgoing]] = {}
+        self._open: dict[str, tuple[asyncio.Future[Any], PendingMessage]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, request_id: str, message: Outgoing) -> asyncio.Future[Any]:
+    def open(self, request_id: str, message: PendingMessage) -> asyncio.Future[Any]:
         """A request was queued: the future of its answer. It fails if its message does."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[request_id] = future, message

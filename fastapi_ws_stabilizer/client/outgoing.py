@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Any, Final, Literal
 
-from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.client.errors import BufferFullError, ClientError, MessageTooLargeError, SessionLostError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.json_text import check_json
 from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
@@ -32,7 +32,7 @@ SEQ_BYTES: Final = len(f',"seq":{MAX_SEQ}')
 """What its number adds to a frame at most."""
 
 
-class Outgoing:
+class PendingMessage:
     """One message, encoded once: as it was when it was queued, however often it is sent.
 
     Args:
@@ -63,10 +63,10 @@ class Outgoing:
         if isinstance(data, (bytes, bytearray, memoryview)):
             self._encoded = bytes(data)
             # With the largest number: whether the fields fit is known now, and not when a number is given.
-            checked(b"", fields)
+            validate_frame(b"", fields)
             self.size = len(envelope(type_, b"", seq=MAX_SEQ, **fields)) - SEQ_BYTES + len(self._encoded)
         else:
-            text = str(checked(envelope(type_, data, **fields), fields))
+            text = str(validate_frame(envelope(type_, data, **fields), fields))
             self._encoded = text[len(_head(type_)) :]
             self.size = len(text) if text.isascii() else len(text.encode("utf-8"))
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,7 +95,7 @@ class Outgoing:
             self.done.exception()  # whoever waits gets it; nobody has to
 
 
-def checked(frame: str | bytes, fields: dict[str, Any]) -> str | bytes:
+def validate_frame(frame: str | bytes, fields: dict[str, Any]) -> str | bytes:
     """Return a frame that the server takes: it would end the session of who sends another.
 
     Raises:
@@ -133,9 +133,9 @@ class SendBuffer:
         self._drop_oldest = overflow == "drop_oldest"
         self.max_frame = NO_LIMIT
         self._next = 1
-        self._sent: deque[Outgoing] = deque()  # sent in this or an earlier connection, with a number
-        self._again: deque[Outgoing] = deque()  # those of them that this connection has not sent yet
-        self._fresh: deque[Outgoing] = deque()  # never sent
+        self._sent: deque[PendingMessage] = deque()  # sent in this or an earlier connection, with a number
+        self._again: deque[PendingMessage] = deque()  # those of them that this connection has not sent yet
+        self._fresh: deque[PendingMessage] = deque()  # never sent
         self._bytes = 0
         self._window = FIRST_WINDOW
         self._accepted: deque[tuple[int, str | None]] = deque(maxlen=MAX_REMEMBERED)
@@ -144,7 +144,7 @@ class SendBuffer:
         return len(self._sent) + len(self._fresh)
 
     @property
-    def oldest_sent(self) -> Outgoing | None:
+    def oldest_sent(self) -> PendingMessage | None:
         """The message that has waited longest for the server's word."""
         return self._sent[0] if self._sent else None
 
@@ -152,15 +152,15 @@ class SendBuffer:
         """The futures of all messages that are not accepted yet."""
         return [message.done for message in (*self._sent, *self._fresh)]
 
-    def add(self, message: Outgoing) -> None:
+    def add(self, message: PendingMessage) -> None:
         """Take a message.
 
         Raises:
-            TooLargeError: The server would not take it.
+            MessageTooLargeError: The server would not take it.
             BufferFullError: There is no room.
         """
         if message.size + SEQ_BYTES > self.max_frame:
-            raise TooLargeError(message.size, self.max_frame)
+            raise MessageTooLargeError(message.size, self.max_frame)
         while len(self) >= self._max_messages or (len(self) and self._bytes + message.size > self._max_bytes):
             if not self._drop_oldest or not self._fresh:
                 raise BufferFullError
@@ -168,7 +168,7 @@ class SendBuffer:
         self._fresh.append(message)
         self._bytes += message.size
 
-    def withdraw(self, message: Outgoing) -> bool:
+    def withdraw(self, message: PendingMessage) -> bool:
         """Take a message back that was never sent; `False` if it was."""
         if message not in self._fresh:
             return False
@@ -176,7 +176,7 @@ class SendBuffer:
         self._bytes -= message.size
         return True
 
-    def next(self) -> Outgoing | None:
+    def next(self) -> PendingMessage | None:
         """The next message to send, with its number; `None` if there is none, or enough are on their way."""
         if len(self._sent) - len(self._again) >= self._window:
             return None
@@ -193,13 +193,13 @@ class SendBuffer:
         self._sent.append(fresh)
         return fresh
 
-    def _next_fresh(self) -> Outgoing | None:
+    def _next_fresh(self) -> PendingMessage | None:
         """The next message that was never sent. One that the server would not take fails."""
         while self._fresh:
             message = self._fresh.popleft()
             if message.size + SEQ_BYTES <= self.max_frame:
                 return message
-            self._let_go(message, TooLargeError(message.size, self.max_frame))
+            self._let_go(message, MessageTooLargeError(message.size, self.max_frame))
         return None
 
     def accepted(self, seq: int) -> None:
@@ -247,7 +247,7 @@ class SendBuffer:
         for message in self._again:
             message.sent_at = now
 
-    def begun_anew(self, accepted: int, *, replay: bool) -> list[Outgoing]:
+    def begun_anew(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
         """It is a new session: what was sent in the old one fails, or is sent again under new numbers.
 
         Answers fail whether they were sent or not: who has asked is gone, and in the new session another request may
@@ -278,6 +278,6 @@ class SendBuffer:
         self._fresh.clear()
         self._bytes = 0
 
-    def _let_go(self, message: Outgoing, error: ClientError) -> None:
+    def _let_go(self, message: PendingMessage, error: ClientError) -> None:
         self._bytes -= message.size
         message.fail(error)

@@ -10,13 +10,13 @@ from typing import Any, Final
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidURI
 
-from fastapi_ws_stabilizer.client.errors import ClosedError
-from fastapi_ws_stabilizer.client.transport import Dial, Transport, TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tcp import progress
 from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES
 
-UNDIALLABLE: Final = 4400
+INVALID_TARGET: Final = 4400
 """Stands for a URL or options with which no dial can succeed, however often it is tried."""
 
 
@@ -97,20 +97,20 @@ class WebSocketsTransport:
             raise
 
     @staticmethod
-    def _lost(error: Exception) -> TransportLostError:
+    def _lost(error: Exception) -> TransportClosedError:
         received = getattr(error, "rcvd", None)
         if received is not None:
-            return TransportLostError(received.code, received.reason)
+            return TransportClosedError(received.code, received.reason)
         sent = getattr(error, "sent", None)
         if sent is not None and sent.code in (1002, 1007, 1009):  # the library itself refused what came in
             return UnreadableMessageError(f"closed with {sent.code} {sent.reason}".rstrip())
-        return TransportLostError(1006, str(error))
+        return TransportClosedError(1006, str(error))
 
 
-def dialler(options: dict[str, Any]) -> Dial:
+def connector(options: dict[str, Any]) -> Connect:
     """Dial with `options`, which are those of the library's `connect`.
 
-    A dial raises `ClosedError` where the URL or the options themselves are wrong: dialling again would not help.
+    A dial raises `ClientClosedError` where the URL or the options themselves are wrong: dialling again would not help.
     """
 
     async def dial(url: str, subprotocols: Sequence[str]) -> Transport:
@@ -130,7 +130,7 @@ def dialler(options: dict[str, Any]) -> Dial:
         except OSError as error:  # before ValueError: a certificate that is not valid, today, is both
             raise _refused(error) from error
         except (InvalidURI, TypeError, ValueError) as error:
-            raise ClosedError(UNDIALLABLE, f"it cannot be dialled: {error}") from error
+            raise ClientClosedError(INVALID_TARGET, f"it cannot be dialled: {error}") from error
         except Exception as error:
             raise _refused(error) from error
         return WebSocketsTransport(connection)
@@ -142,16 +142,16 @@ _FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
 _PASSING_STATUS: Final = {429: 4429, 503: 4503}
 
 
-def _refused(error: Exception) -> TransportLostError:
+def _refused(error: Exception) -> TransportClosedError:
     """What a failed dial means, in close codes: here, unlike in a browser, the HTTP status can be seen."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status in _FINAL_STATUS:
-        return TransportLostError(_FINAL_STATUS[status], f"HTTP {status}")
+        return TransportClosedError(_FINAL_STATUS[status], f"HTTP {status}")
     if status in _PASSING_STATUS:
         wait = response.headers.get("Retry-After", "") if response is not None else ""
         # The header tells whole seconds, to many clients the same: the part of the second is chosen here.
         part = random.randrange(1000)  # noqa: S311 (spreads load)
         hint = f"; retry={int(wait) * 1000 + part}" if wait.isdigit() and len(wait) < 5 else ""
-        return TransportLostError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
-    return TransportLostError(1006, f"HTTP {status}" if status else str(error) or repr(error))
+        return TransportClosedError(_PASSING_STATUS[status], f"HTTP {status}{hint}")
+    return TransportClosedError(1006, f"HTTP {status}" if status else str(error) or repr(error))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.client.errors import RefusedError, UnreadableFrameError
-from fastapi_ws_stabilizer.client.incoming import Incoming
+from fastapi_ws_stabilizer.client.incoming import InboundMessages
 from fastapi_ws_stabilizer.client.outgoing import SendBuffer
 
 
@@ -49,7 +49,7 @@ class Owner(Protocol):
     """The client that an attempt is made for."""
 
     buffer: SendBuffer
-    incoming: Incoming
+    incoming: InboundMessages
     deflate: bool
     instance: str
     session: str | None

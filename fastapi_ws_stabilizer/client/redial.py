@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
+from fastapi_ws_stabilizer.client.backoff import Backoff, ReconnectAction, action_for
 from fastapi_ws_stabilizer.client.owner import ConnectionLost
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 
@@ -12,7 +12,7 @@ MAX_RESYNCS: Final = 2
 """How often in a row a session is taken up again whose numbers did not fit. After that it is given up."""
 
 
-class Redial:
+class ReconnectPolicy:
     """What is known of the dials since the last connection that was stable.
 
     Args:
@@ -46,20 +46,20 @@ class Redial:
 
     def after(self, lost: ConnectionLost) -> float | None:
         """Seconds until the next dial after a connection, or a dial, that ended so; `None` if there is to be none."""
-        code, what = lost.code, verdict(lost.code)
+        code, what = lost.code, action_for(lost.code)
         self.gives_session_up = code == SUPERSEDED  # another connection has it
         if code == 4412:
             self._resyncs += 1
             if self._resyncs > MAX_RESYNCS:
                 self.gives_session_up = True
-                what = Verdict.AGAIN
-        if what is Verdict.REFRESH:
+                what = ReconnectAction.AGAIN
+        if what is ReconnectAction.REFRESH:
             self._auth_failures += 1
             if not self._refreshes or self._auth_failures > 1:
-                what = Verdict.FINAL
-        if what is Verdict.FINAL:
+                what = ReconnectAction.FINAL
+        if what is ReconnectAction.FINAL:
             return None
         delay = self._backoff.delay(code, lost.reason)
-        if lost.at_once or what is Verdict.REFRESH or (what is Verdict.NOW and lost.was_open):
+        if lost.at_once or what is ReconnectAction.REFRESH or (what is ReconnectAction.NOW and lost.was_open):
             return 0.0
         return delay

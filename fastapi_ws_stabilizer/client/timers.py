@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-class Timers:
+class NamedTimers:
     """The timers of one connection."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 
-class TransportLostError(Exception):
+class TransportClosedError(Exception):
     """The WebSocket is over.
 
     Attributes:
@@ -21,7 +21,7 @@ class TransportLostError(Exception):
         self.reason = reason
 
 
-class UnreadableMessageError(TransportLostError):
+class UnreadableMessageError(TransportClosedError):
     """The WebSocket is over, because a message of the server is too large or is no UTF-8."""
 
     def __init__(self, why: str) -> None:
@@ -46,14 +46,14 @@ class Transport(Protocol):
         """Send a message; wait while the network takes none.
 
         Raises:
-            TransportLostError: It is over.
+            TransportClosedError: It is over.
         """
 
     async def receive(self) -> str | bytes:
         """Wait for the next message. Cancelling is safe.
 
         Raises:
-            TransportLostError: It is over.
+            TransportClosedError: It is over.
         """
 
     def received(self) -> tuple[int, float]:
@@ -66,14 +66,14 @@ class Transport(Protocol):
         """Close it. Cancelling cuts it."""
 
 
-Dial = Callable[[str, Sequence[str]], Awaitable[Transport]]
+Connect = Callable[[str, Sequence[str]], Awaitable[Transport]]
 """Opens a WebSocket to a URL, offering subprotocols. Can be cancelled.
 
-Raises `TransportLostError` if that fails, or `ClosedError` with a final code if it can never succeed.
+Raises `TransportClosedError` if that fails, or `ClientClosedError` with a final code if it can never succeed.
 """
 
 
-def dialler(**options: Any) -> Dial:
+def default_connector(**options: Any) -> Connect:
     """Dial with the `websockets` library; `options` are those of its `connect`: `ssl`, `additional_headers`, ...
 
     Raises:
@@ -85,5 +85,5 @@ def dialler(**options: Any) -> Dial:
         raise ImportError(
             'the client needs the websockets library: pip install "fastapi-ws-stabilizer[client]"'
         ) from missing
-    dial: Dial = module.dialler(options)
+    dial: Connect = module.connector(options)
     return dial

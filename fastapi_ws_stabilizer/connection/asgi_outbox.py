@@ -10,17 +10,17 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
-from fastapi_ws_stabilizer.connection.send_watch import HEALTHY_SEND
-from fastapi_ws_stabilizer.hub.slots import Slots
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.tasks import Suspended, TaskSet, begin, copied
-from fastapi_ws_stabilizer.wire.envelope import deflate_frame
-from fastapi_ws_stabilizer.wire.payload import close_message
+from fastapi_ws_stabilizer.connection.send_watch import STALL_THRESHOLD
+from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.tasks import StartedCoroutine, TaskSet, copied, start_inline
+from fastapi_ws_stabilizer.wire.envelope import to_deflated
+from fastapi_ws_stabilizer.wire.payload import asgi_close
 
 Send = Callable[[MutableMapping[str, Any]], Any]
 
 
-class Writers:
+class WriterPool:
     """The tasks that wait for the server, those of all outboxes of a manager.
 
     Args:
@@ -32,7 +32,7 @@ class Writers:
 
     __slots__ = ("closes", "sends", "tasks")
 
-    def __init__(self, tasks: TaskSet, sends: Slots, closes: Slots) -> None:
+    def __init__(self, tasks: TaskSet, sends: CallbackSemaphore, closes: CallbackSemaphore) -> None:
         self.tasks = tasks
         self.sends = sends
         self.closes = closes
@@ -69,12 +69,12 @@ class AsgiOutbox(Outbox):
         self,
         owner: OutboxOwner,
         limits: OutboxLimits,
-        turns: Turns,
+        turns: FlushScheduler,
         shard: int,
         *,
         send: Send,
         by_hand: bool,
-        writers: Writers,
+        writers: WriterPool,
     ) -> None:
         super().__init__(owner, limits, turns, shard)
         self._send = send
@@ -84,8 +84,8 @@ class AsgiOutbox(Outbox):
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
         self._delivers = False  # whether that is a message, and no control frame
         self._in_line = False  # whether we wait for a slot
-        self._parked: Suspended | None = None  # a send that waits for a slot to wait for the server in
-        self._slot: Slots | None = None
+        self._parked: StartedCoroutine | None = None  # a send that waits for a slot to wait for the server in
+        self._slot: CallbackSemaphore | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
     def take_turn(self) -> None:
@@ -110,7 +110,7 @@ class AsgiOutbox(Outbox):
         self._in_flight = 1
         self._delivers = True
         try:
-            coroutine = self._send((deflate_frame(frame) if self._deflates else frame).message())
+            coroutine = self._send((to_deflated(frame) if self._deflates else frame).message())
             waits_for = coroutine.send(None)  # as `begin` does
         except StopIteration:
             pass
@@ -118,7 +118,7 @@ class AsgiOutbox(Outbox):
             self._send_failed(error)
             return
         else:
-            self._park(Suspended(coroutine, waits_for))
+            self._park(StartedCoroutine(coroutine, waits_for))
             return
         self._in_flight = 0
         limits = self._limits
@@ -134,7 +134,7 @@ class AsgiOutbox(Outbox):
             slots = self._slots()
             if self._by_hand and slots is self._writers.sends:
                 try:
-                    sending = begin(self._begin_next())
+                    sending = start_inline(self._begin_next())
                 except Exception as error:
                     self._send_failed(error)
                     break
@@ -151,7 +151,7 @@ class AsgiOutbox(Outbox):
                 return
         self._rest()
 
-    def _park(self, sending: Suspended) -> None:
+    def _park(self, sending: StartedCoroutine) -> None:
         """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
         if self._writers.sends.free:
             self._hand_over(sending, self._writers.sends)
@@ -160,7 +160,7 @@ class AsgiOutbox(Outbox):
         self._block()
         self._stand_in_line_for(self._writers.sends)
 
-    def _stand_in_line_for(self, slots: Slots) -> None:
+    def _stand_in_line_for(self, slots: CallbackSemaphore) -> None:
         self._count()
         self._due = self._in_line = True
         slots.wait(self._look_again)
@@ -168,7 +168,7 @@ class AsgiOutbox(Outbox):
     def _waiting(self) -> bool:
         return not self._broken and (self._any or self._close is not None)
 
-    def _slots(self) -> Slots:
+    def _slots(self) -> CallbackSemaphore:
         return self._writers.sends if self._any else self._writers.closes
 
     def _begin_next(self) -> Any:
@@ -182,10 +182,10 @@ class AsgiOutbox(Outbox):
             frame = self._pop()
             if self._waiters:
                 self._serve_waiters()
-            message = (deflate_frame(frame) if self._deflates else frame).message()
+            message = (to_deflated(frame) if self._deflates else frame).message()
         else:
             assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
-            message = close_message(*self._close)
+            message = asgi_close(*self._close)
             self._close = None
         return self._send(message)
 
@@ -196,7 +196,7 @@ class AsgiOutbox(Outbox):
             if self._delivers and self._limits.tells_delivery:
                 self.owner.delivered()
 
-    def _hand_over(self, begun: Awaitable[None] | None, slots: Slots) -> None:
+    def _hand_over(self, begun: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""
         context = copied(self.owner.context)  # not that of whoever has sent to this client first
         task = self._writers.tasks.spawn(
@@ -276,7 +276,7 @@ class AsgiOutbox(Outbox):
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(
-            HEALTHY_SEND, self._look_at_slot, context=self._limits.context
+            STALL_THRESHOLD, self._look_at_slot, context=self._limits.context
         )
 
     def _look_at_slot(self) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, Ledger
-from fastapi_ws_stabilizer.reports import Totals
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
-NOTHING: Final = cast("list[Frame]", ())
+NOTHING: Final = cast("list[EncodedMessage]", ())
 """The queue of every outbox in which nothing waits. A tuple, so that nobody can put anything into it by mistake: who
 adds the first frame makes a list."""
 
@@ -35,14 +35,14 @@ class OutboxLimits:
         "totals",
     )
 
-    def __init__(self, config: WebSocketConfig, totals: Totals, ledger: Ledger | None = None) -> None:
+    def __init__(self, config: WebSocketConfig, totals: Counters, ledger: MemoryBudget | None = None) -> None:
         self.bound(config.outbox_max_messages, config.outbox_max_bytes)
         if config.max_memory_per_connection is not None:
             self.bound(config.outbox_max_messages, config.max_memory_per_connection // 2)  # the rest has room too
         self.overflow = config.outbox_overflow
         self.send_timeout = config.send_timeout
         self.totals = totals
-        self.ledger = Ledger() if ledger is None else ledger
+        self.ledger = MemoryBudget() if ledger is None else ledger
         self.context = contextvars.copy_context()  # what timers run in: one that is cancelled is held until its time
         self.tells_delivery = self.ledger.output_counts
 
@@ -54,7 +54,7 @@ class OutboxLimits:
         self.calm_bytes = self.max_bytes // 2
 
 
-class Backlog:
+class SendQueue:
     """The queue of one outbox.
 
     Most of the time it holds one frame, and is emptied whole, so one frame that waits alone is no list yet. Further
@@ -71,7 +71,7 @@ class Backlog:
 
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
-        self._alone: Frame | None = None  # the only frame that waits; then the queue is empty
+        self._alone: EncodedMessage | None = None  # the only frame that waits; then the queue is empty
         self._queue = NOTHING
         self._head = 0  # where the first frame that waits stands
         self._cut = 0  # how many places have been cut off since the queue was empty
@@ -86,7 +86,7 @@ class Backlog:
     @property
     def counted_bytes(self) -> int:
         """What it holds, with what each frame takes beside its payload: what is in the ledger, if it is counted."""
-        return self.held_bytes + FRAME_OVERHEAD_BYTES * Backlog.__len__(self)
+        return self.held_bytes + FRAME_OVERHEAD_BYTES * SendQueue.__len__(self)
 
     @property
     def half_full(self) -> bool:
@@ -138,7 +138,7 @@ class Backlog:
     def _is_held(self) -> None:
         """What waits is counted: nothing else may be held for the client."""
 
-    def _append(self, frame: Frame) -> None:
+    def _append(self, frame: EncodedMessage) -> None:
         self._line_up()
         if self._counted:
             self._limits.ledger.hold(frame)
@@ -155,7 +155,7 @@ class Backlog:
             self._queue = [frame]
         self.held_bytes += frame.size
 
-    def _coalesce(self, frame: Frame) -> bool:
+    def _coalesce(self, frame: EncodedMessage) -> bool:
         """Put a frame in the place of one with its key; `False` if none waits, or there is no room for what is more."""
         if self._keyed is None:
             return False
@@ -173,7 +173,7 @@ class Backlog:
         self.held_bytes += more
         return True
 
-    def _pop(self) -> Frame:
+    def _pop(self) -> EncodedMessage:
         """Take out the first frame."""
         if self._alone is not None:
             frame = self._alone
@@ -184,7 +184,7 @@ class Backlog:
         if head + 1 == len(queue):
             self._empty()
             return frame
-        queue[head] = _DEAD
+        queue[head] = _REMOVED
         if self._counted:
             self._limits.ledger.release(frame)
         self._head = head + 1
@@ -195,7 +195,7 @@ class Backlog:
             self._head = 0
         return frame
 
-    def _pop_up_to(self, max_bytes: int) -> Sequence[Frame]:
+    def _pop_up_to(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Take out frames until `max_bytes` are reached; at least one."""
         self._line_up()
         if self.held_bytes <= max_bytes:
@@ -218,5 +218,5 @@ class Backlog:
         self._keyed = self._extra = None
 
 
-_DEAD: Final = Frame("")
+_REMOVED: Final = EncodedMessage("")
 """Stands where a frame was taken out, so that the frame itself is let go."""

@@ -13,34 +13,34 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType, WebSocketConfig
-from fastapi_ws_stabilizer.connection.credential import CredentialTerm, milliseconds
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.sessions.idempotency import Seen
+from fastapi_ws_stabilizer.connection.credential import CredentialExpiry, to_milliseconds
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.store import Greeting
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.sessions.store import ResumeResult
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1 import (
     ACK_EVERY,
     DEFLATE_CAP,
     LONG_TYPES,
     MAX_CONTROL_BYTES,
     VERSION,
-    BadFrameError,
     Message,
-    control,
+    ProtocolError,
+    control_frame,
+    estimate_parsed_size,
     inflated,
     is_longer,
     message_of,
-    number,
-    optional_name,
-    optional_number,
+    optional_identifier,
+    optional_int,
     optional_text,
     parse,
-    parsed_bytes,
-    stamp,
+    ping_timestamp,
+    require_int,
 )
 
 ACK_WITHIN: Final = 0.05
@@ -60,9 +60,9 @@ class Speaker(Protocol):
     """The connection of a conversation."""
 
     config: WebSocketConfig
-    reports: Reports
-    pulse: Pulse
-    ending: Ending | None
+    reports: EventBus
+    pulse: Liveness
+    ending: CloseInfo | None
     face: Any
     used: bool
     watches_input: bool
@@ -71,7 +71,7 @@ class Speaker(Protocol):
     def outbox(self) -> Any:
         """What waits to be sent."""
 
-    def answer(self, frame: Frame) -> None:
+    def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
     def end(
@@ -106,7 +106,7 @@ class Speaker(Protocol):
         """Report something about this connection."""
 
 
-class Conversation:
+class V1Protocol:
     """The v1 side of one connection.
 
     Args:
@@ -137,7 +137,7 @@ class Conversation:
     )
 
     def __init__(
-        self, connection: Speaker, greeting: Greeting, seen: Seen, renewed: Callable[[str | None], None]
+        self, connection: Speaker, greeting: ResumeResult, seen: IdempotencyCache, renewed: Callable[[str | None], None]
     ) -> None:
         self.session: Session = greeting.session
         self.greeting = greeting
@@ -150,13 +150,13 @@ class Conversation:
         self._acknowledged = -1  # the highest number that the client has acknowledged here
         self._ack_timer: asyncio.TimerHandle | None = None
         self._asking: asyncio.Handle | None = None
-        self.credential = CredentialTerm(connection, renewed)
+        self.credential = CredentialExpiry(connection, renewed)
 
-    def welcome(self) -> Frame:
+    def welcome(self) -> EncodedMessage:
         """The frame that answers the hello, with a new token."""
         config, session, greeting = self._connection.config, self.session, self.greeting
         beats = config.heartbeat_type is not HeartbeatType.OFF
-        return control(
+        return control_frame(
             "welcome",
             v=VERSION,
             session=session.connection_id,
@@ -165,9 +165,9 @@ class Conversation:
             why=greeting.why,
             seq=greeting.cursor,
             ack=session.accepted,
-            ping=milliseconds(config.heartbeat_interval) if beats else 0,
-            timeout=milliseconds(config.heartbeat_timeout) if beats else 0,
-            ttl=milliseconds(config.session_ttl) if config.enable_reconnect else 0,
+            ping=to_milliseconds(config.heartbeat_interval) if beats else 0,
+            timeout=to_milliseconds(config.heartbeat_timeout) if beats else 0,
+            ttl=to_milliseconds(config.session_ttl) if config.enable_reconnect else 0,
             max=config.max_message_size,
             caps=[DEFLATE_CAP] if self.max_inflated else [],
         )
@@ -206,9 +206,9 @@ class Conversation:
             if kind == "msg":
                 return self._message(message_of(frame), raw)
             if kind not in LONG_TYPES and is_longer(raw, MAX_CONTROL_BYTES):
-                raise BadFrameError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
+                raise ProtocolError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
             self._other(kind, frame, raw)
-        except BadFrameError as problem:
+        except ProtocolError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
             self._connection.end(reason, code=problem.code, text=str(problem))
@@ -238,7 +238,7 @@ class Conversation:
         if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
             inbox = self.session.inbox
             if inbox is None or not inbox.awaited:  # else it is read in this turn, and not worth the time
-                message.size += parsed_bytes(raw)
+                message.size += estimate_parsed_size(raw)
         if watches:
             self._connection.heard()
         return message
@@ -267,32 +267,32 @@ class Conversation:
         if kind not in ("ack", "reply", "pong"):
             connection.control_came()
         if kind == "ack":
-            self._acknowledge(seq := number(frame, "seq"))
+            self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(seq)
         elif kind == "ping":
             self._settle_ack()
-            connection.answer(control("pong", ts=stamp(frame), ack=session.accepted))
+            connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
             if not connection.pulse.ponged(monotonic()):
                 connection.control_came()
-            if (acknowledged := optional_number(frame, "ack")) is not None:
+            if (acknowledged := optional_int(frame, "ack")) is not None:
                 self._acknowledge(acknowledged)
         elif kind == "reply":
-            if self._is_next(seq := number(frame, "seq", least=1), raw):
+            if self._is_next(seq := require_int(frame, "seq", least=1), raw):
                 self._accept(seq)
                 if not session.requests.answered(
-                    optional_name(frame, "re") or "", frame.get("data"), frame.get("error")
+                    optional_identifier(frame, "re") or "", frame.get("data"), frame.get("error")
                 ):
                     connection.control_came()
         elif kind == "auth":
             token = optional_text(frame, "token", most=8192)
             self.credential.offered(token)
         elif kind == "hello":
-            raise BadFrameError("a second hello")
+            raise ProtocolError("a second hello")
 
     def _acknowledge(self, seq: int) -> None:
         if not self.session.acknowledged(seq):
-            raise BadFrameError("more is acknowledged than was sent")
+            raise ProtocolError("more is acknowledged than was sent")
 
     def _count_ack(self, seq: int) -> None:
         """Of acknowledgements that say something new a client sends no more than it gets; the others are counted."""
@@ -314,7 +314,7 @@ class Conversation:
         session, outbox = self.session, self._connection.outbox
         if not self.is_current or not outbox.make_room(PING_BYTES):
             return False
-        queued: bool = outbox.put(control("ping", seq=session.head))
+        queued: bool = outbox.put(control_frame("ping", seq=session.head))
         return queued
 
     def ask_for_ack(self) -> None:
@@ -369,7 +369,9 @@ class Conversation:
             self.refused(message, code, text)
         else:
             self._refused = seq
-            self._connection.answer(control("error", code=code, message=text, seq=seq, retry=milliseconds(wait)))
+            self._connection.answer(
+                control_frame("error", code=code, message=text, seq=seq, retry=to_milliseconds(wait))
+            )
 
     def refused(self, message: Message | None, code: str, text: str) -> None:
         """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""
@@ -377,7 +379,7 @@ class Conversation:
             self.session.reply(message.id, error={"code": code, "message": text})
             return
         seq = None if message is None else message.seq
-        self._connection.answer(control("error", code=code, message=text, seq=seq))
+        self._connection.answer(control_frame("error", code=code, message=text, seq=seq))
 
     def handled(self, message: Message, answer: Any) -> None:
         """A message was handled: answer it if it is a request, and remember the answer under its key.
@@ -408,7 +410,7 @@ class Conversation:
     def _send_ack(self) -> None:
         self._settle_ack()
         if self._connection.ending is None and self.is_current:
-            self._connection.answer(control("ack", seq=self.session.accepted))
+            self._connection.answer(control_frame("ack", seq=self.session.accepted))
 
     def _settle_ack(self) -> None:
         self._unacknowledged = 0

@@ -7,10 +7,10 @@ import contextvars
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
-from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
-from fastapi_ws_stabilizer.wire.payload import Frame
-from fastapi_ws_stabilizer.wire.v1 import control
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
+from fastapi_ws_stabilizer.wire.json_text import InvalidJsonError, read_json
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.wire.v1 import control_frame
 
 LEAD: Final = 0.2
 """The part of a credential's life that is left when the client is asked for a new one."""
@@ -29,16 +29,16 @@ MAX_RENEWAL_CHARS: Final = 8 * 1024 + 64
 class Holder(Protocol):
     """The connection of the client that has the credential."""
 
-    ending: Ending | None
+    ending: CloseInfo | None
 
-    def answer(self, frame: Frame) -> None:
+    def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
 
 
-class CredentialTerm:
+class CredentialExpiry:
     """The term of one client's credential.
 
     Where the identity has an end of its own (`expires_at`), only a word of the application moves it: a renewal for
@@ -88,17 +88,19 @@ class CredentialTerm:
         self._renewing = False
         if self._holder.ending is not None:
             return
-        self._holder.answer(control("auth", ok=True, **({} if good_for is None else {"in": milliseconds(good_for)})))
+        self._holder.answer(
+            control_frame("auth", ok=True, **({} if good_for is None else {"in": to_milliseconds(good_for)}))
+        )
         self.good_for(good_for)
 
     def refused(self, why: str) -> None:
         """Nothing has changed by a renewal: the time goes on."""
         self._renewing = False
         if self._holder.ending is None:
-            self._holder.answer(control("error", code="auth_refused", message=why))
+            self._holder.answer(control_frame("error", code="auth_refused", message=why))
 
     def _ask(self, within: float) -> None:
-        self._holder.answer(control("auth", **{"in": milliseconds(within)}))
+        self._holder.answer(control_frame("auth", **{"in": to_milliseconds(within)}))
         self._timer = asyncio.get_running_loop().call_later(within, self._expired, context=contextvars.Context())
 
     def _expired(self) -> None:
@@ -106,13 +108,13 @@ class CredentialTerm:
         self._holder.end(DisconnectReason.POLICY, code=4401, text="the credential has expired")
 
 
-def renewal_in(message: str | bytes) -> str | None:
+def parse_renewal(message: str | bytes) -> str | None:
     """The new credential in a message of a plain client, `{"type":"auth","token":...}`; `None` if it is no such one."""
     if not isinstance(message, str) or len(message) > MAX_RENEWAL_CHARS or '"auth"' not in message:
         return None
     try:
         value = read_json(message)
-    except BadJsonError:
+    except InvalidJsonError:
         return None
     if not isinstance(value, dict) or value.get("type") != "auth" or value.keys() != {"type", "token"}:
         return None
@@ -120,6 +122,6 @@ def renewal_in(message: str | bytes) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def milliseconds(seconds: float) -> int:
+def to_milliseconds(seconds: float) -> int:
     """Seconds as they cross the wire."""
     return max(1, round(seconds * 1000))

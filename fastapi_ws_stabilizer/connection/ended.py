@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxLimits
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 
 class _NoOutbox:
@@ -23,10 +23,10 @@ class _NoOutbox:
     def __len__(self) -> int:
         return 0
 
-    def put_if_calm(self, _: Frame) -> bool:
+    def put_if_calm(self, _: EncodedMessage) -> bool:
         return False
 
-    def put_now(self, _: Frame) -> bool:
+    def put_now(self, _: EncodedMessage) -> bool:
         return False
 
     async def put_wait(self, *_: object) -> bool:
@@ -89,7 +89,7 @@ class EndedConnection(Messages):
         return self._session or self
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> MemoryBudget:
         """Where what was held for it was counted."""
         return self._parts.ledger
 
@@ -113,9 +113,9 @@ class EndedConnection(Messages):
     async def wait_for_hooks(self) -> None:
         """The disconnect hooks have run."""
 
-    async def wait_over(self) -> Ending:
+    async def wait_over(self) -> CloseInfo:
         """How it ended."""
-        return self.ending or ending(DisconnectReason.SERVER_SHUTDOWN)
+        return self.ending or local_close(DisconnectReason.SERVER_SHUTDOWN)
 
     async def told_again(self) -> None:
         """Code that goes on after the end gives the event loop its turns."""

@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException, WebSocketException  # FastAPI's 
 
 from fastapi_ws_stabilizer.close_codes import (
     MAX_REASON_BYTES,
+    CloseInfo,
     DisconnectReason,
-    Ending,
     check_close_code,
-    cut_reason,
-    ending,
+    local_close,
+    truncate_reason,
 )
 from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
-from fastapi_ws_stabilizer.tasks import Latch
+from fastapi_ws_stabilizer.tasks import LazyEvent
 
 _CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
 
@@ -37,7 +37,7 @@ class _Busy:
 
     __slots__ = ("_endpoint",)
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: EndpointTask) -> None:
         self._endpoint = endpoint
 
     def __enter__(self) -> None:
@@ -47,7 +47,7 @@ class _Busy:
         self._endpoint._rests()
 
 
-class Endpoint(Latch):
+class EndpointTask(LazyEvent):
     """The task that serves one connection, and what user code does for it elsewhere.
 
     It is itself the latch that is set when its user code has ended: one object less for each idle connection.
@@ -182,41 +182,41 @@ def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
     return None
 
 
-def meaning(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The exception that decides how a connection ends: of a group, a bug before a refusal before a disconnect."""
     inside = getattr(error, "exceptions", None)
     if not isinstance(inside, (tuple, list)) or not inside:
         return error
-    found = [meaning(one) for one in inside]
+    found = [root_cause(one) for one in inside]
     return min(found, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError))))
 
 
 def is_bug(error: BaseException) -> bool:
     """Whether an exception that an endpoint let escape is one that somebody has to mend."""
-    error = meaning(error)
+    error = root_cause(error)
     if isinstance(error, _NO_BUGS):
         return False
     return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
 
 
-def ending_for(error: BaseException | None) -> Ending:
+def close_info_for(error: BaseException | None) -> CloseInfo:
     """How a connection ends whose endpoint returned (`None`) or let `error` escape."""
-    error = None if error is None else meaning(error)
+    error = None if error is None else root_cause(error)
     if error is None or isinstance(error, WebSocketDisconnect):
-        return ending(DisconnectReason.COMPLETED)
+        return local_close(DisconnectReason.COMPLETED)
     if isinstance(error, HTTPException):
-        return ending(
+        return local_close(
             DisconnectReason.POLICY, code=_sendable(4000 + error.status_code), text=_text(error) + _hint(error)
         )
     if isinstance(error, WebSocketException):
-        return ending(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.code), text=error.reason)
     if isinstance(error, WebSocketRequestValidationError):
-        return ending(DisconnectReason.POLICY, text=_validation_text(error))
+        return local_close(DisconnectReason.POLICY, text=_validation_text(error))
     if isinstance(error, WebSocketStabilizerError) and not is_bug(error):
-        return ending(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
+        return local_close(DisconnectReason.POLICY, code=_sendable(error.close_code), text=error.close_text)
     if isinstance(error, asyncio.CancelledError):
-        return ending(DisconnectReason.SERVER_SHUTDOWN)
-    return ending(DisconnectReason.ERROR)
+        return local_close(DisconnectReason.SERVER_SHUTDOWN)
+    return local_close(DisconnectReason.ERROR)
 
 
 def _sendable(code: int) -> int:
@@ -245,6 +245,6 @@ def _validation_text(error: WebSocketRequestValidationError) -> str:
         problems.append({"loc": ".".join(map(str, problem.get("loc", ()))), "msg": str(problem.get("msg", ""))})
         longer = to_json(problems).decode("utf-8")
         if len(longer.encode()) > MAX_REASON_BYTES:
-            return text or cut_reason(f"invalid: {problems[0]['loc']}")
+            return text or truncate_reason(f"invalid: {problems[0]['loc']}")
         text = longer
     return text

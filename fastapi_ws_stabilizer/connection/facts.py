@@ -10,11 +10,11 @@ from starlette.datastructures import URL, Address, Headers, MutableHeaders, Quer
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
-from fastapi_ws_stabilizer.limits.kept import Kept
-from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY
 
@@ -26,10 +26,10 @@ class SocketFacts:
 
     def __init__(self, connection: Connection, metadata: Mapping[str, Any] | None) -> None:
         self._connection = connection
-        self._metadata: Kept | None = None
-        self._user_data: Kept | None = None
+        self._metadata: MeteredDict | None = None
+        self._user_data: MeteredDict | None = None
         if metadata:
-            self._metadata = Kept(connection.ledger, None, metadata)
+            self._metadata = MeteredDict(connection.ledger, None, metadata)
             self._metadata.owner = connection
 
     # ── who and where ──
@@ -54,7 +54,7 @@ class SocketFacts:
     def metadata(self) -> dict[str, Any]:
         """What `manager.connect(..., metadata=...)` was given."""
         if self._metadata is None:
-            self._metadata = Kept(self._counts, self._connection.member)
+            self._metadata = MeteredDict(self._counts, self._connection.member)
         return self._metadata
 
     @property
@@ -67,10 +67,10 @@ class SocketFacts:
         session = self._connection.session
         if session is not None:
             if session.user_data is None:
-                session.user_data = Kept(self._connection.ledger if session.over is None else None, session)
+                session.user_data = MeteredDict(self._connection.ledger if session.over is None else None, session)
             return session.user_data
         if self._user_data is None:
-            self._user_data = Kept(self._counts, self._connection)
+            self._user_data = MeteredDict(self._counts, self._connection)
         return self._user_data
 
     @user_data.setter
@@ -85,7 +85,7 @@ class SocketFacts:
             kept.replace(data)
 
     @property
-    def _counts(self) -> Ledger | None:
+    def _counts(self) -> MemoryBudget | None:
         """Where what is kept for it is counted: nowhere any more when it is over, for nobody would take it out."""
         return self._connection.ledger if self._connection.ending is None else None
 
@@ -99,7 +99,7 @@ class SocketFacts:
         """Bytes that its metadata hold."""
         return 0 if self._metadata is None else self._metadata.held_bytes
 
-    def _inherit(self, user_data: Kept) -> None:
+    def _inherit(self, user_data: MeteredDict) -> None:
         """Have the user data of a connection before, the same dict: a hook of that one may still fill it.
 
         Raises:
@@ -131,8 +131,8 @@ class SocketFacts:
         if self._user_data is not None and self._user_data.owner is self._connection:
             self._user_data.let_go()
         if not self._connection.opened:  # it has been turned away, and has no ending by which that can be seen
-            self._metadata = self._metadata or Kept(None, None)
-            self._user_data = self._user_data or Kept(None, None)
+            self._metadata = self._metadata or MeteredDict(None, None)
+            self._user_data = self._user_data or MeteredDict(None, None)
 
     @property
     def session_id(self) -> str | None:
@@ -219,7 +219,7 @@ class SocketFacts:
     # ── how it is doing ──
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> CloseInfo | None:
         """How the connection ended; `None` while it is open."""
         return self._connection.ending
 

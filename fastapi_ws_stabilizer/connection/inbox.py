@@ -11,8 +11,8 @@ from copy import copy
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
-from fastapi_ws_stabilizer.limits.ledger import UNREAD_OVERHEAD_BYTES, Ledger
-from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
+from fastapi_ws_stabilizer.limits.ledger import UNREAD_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 
@@ -48,10 +48,10 @@ class InboxLimits:
 
     __slots__ = ("deciding", "dropping", "drops", "keeping", "ledger", "max_bytes", "max_messages", "undecided")
 
-    def __init__(self, max_messages: int, max_bytes: int, ledger: Ledger | None = None) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, ledger: MemoryBudget | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
-        self.ledger = Ledger() if ledger is None else ledger
+        self.ledger = MemoryBudget() if ledger is None else ledger
         self.drops = self.undecided = False
         self.keeping = self.dropping = self.deciding = self
         dropping, deciding = copy(self), copy(self)
@@ -110,7 +110,7 @@ class Inbox:
         self._reader: asyncio.Future[None] | None = None
         self._relief: Callable[[], None] | None = None
         self._in_hand = False  # whether its reader may still be busy with the message that it has taken last
-        self._settled: Latch | None = None
+        self._settled: LazyEvent | None = None
 
     def __len__(self) -> int:
         return 1 if self._alone is not None else len(self._items)
@@ -300,7 +300,7 @@ class Inbox:
         self._limits = self._limits.keeping  # what its reader has read, and said of reading, holds for that one alone
         self.taken = 0
         rest._closed = True
-        rest._settled = Latch()
+        rest._settled = LazyEvent()
         if not self._in_hand:
             rest._settled.set()
         self._in_hand = self._closed = False

@@ -1,8 +1,8 @@
 """The life of one connection: NEW, OPEN, ENDING, ENDED, and nothing else.
 
 Many things can end a connection at the same moment: the client, the network, the heartbeat, a stuck send, a newer
-connection, the endpoint. The first one wins and writes the `Ending`; everyone who waits is woken at once; then one task
-does the rest in order, each step with a limit in time. A step that raises is reported as a bug, and the next one
+connection, the endpoint. The first one wins and writes the `CloseInfo`; everyone who waits is woken at once; then one
+task does the rest in order, each step with a limit in time. A step that raises is reported as a bug, and the next one
 follows:
 
 1. what is queued is sent, if the ending says so, and the close frame after it (the outbox's writer does that);
@@ -25,29 +25,29 @@ from fastapi import WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, detaches, ending
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, detaches, local_close
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.after_end import IGNORED, PAUSE, SPINS, becomes_ended, told_by_end
-from fastapi_ws_stabilizer.connection.credential import CredentialTerm
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug
+from fastapi_ws_stabilizer.connection.credential import CredentialExpiry
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
 from fastapi_ws_stabilizer.connection.inbox import Inbox
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.link_reader import LinkReader
-from fastapi_ws_stabilizer.connection.parts import Parts
-from fastapi_ws_stabilizer.connection.pump import pump
-from fastapi_ws_stabilizer.connection.server_side import LINGER, ServerSide
-from fastapi_ws_stabilizer.connection.succession import Successor
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.link_reader import DirectReader
+from fastapi_ws_stabilizer.connection.parts import SharedResources
+from fastapi_ws_stabilizer.connection.pump import read_pump
+from fastapi_ws_stabilizer.connection.server_side import FLUSH_GRACE, ServerTransport
+from fastapi_ws_stabilizer.connection.succession import Handover
 from fastapi_ws_stabilizer.errors import NotOpenError
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.limits.admission import Place
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.limits.admission import Reservation
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, copied, start, wait_for_all
+from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all
 
 _MAX_FLUSH: Final = 6
 """How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
 
 
-class Connection(Successor):
+class Connection(Handover):
     """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
 
     It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
@@ -77,10 +77,10 @@ class Connection(Successor):
         self,
         websocket: WebSocket,
         client_id: str,
-        parts: Parts,
+        parts: SharedResources,
         *,
         control_frames: bool,
-        endpoint: Endpoint,
+        endpoint: EndpointTask,
         numbered: bool = False,
     ) -> None:
         config = parts.config
@@ -92,22 +92,22 @@ class Connection(Successor):
         self.control_frames = control_frames
         self.endpoint = endpoint
         self.opened_at = monotonic()
-        self.pulse = Pulse(self.opened_at, parts.round_trips)
+        self.pulse = Liveness(self.opened_at, parts.round_trips)
         self.inbox = Inbox(parts.inbox_limits)
-        self.server_side = ServerSide(websocket._receive, websocket._send)
+        self.server_side = ServerTransport(websocket._receive, websocket._send)
         self.shard = parts.next_shard()
         self._link = self.server_side.link(websocket.scope)
         self.conversation = None
         self.outbox = self._make_outbox(parts, numbered=numbered)
         self._over = None
-        self._finished = Latch()
-        self._hooks_done = Latch()
+        self._finished = LazyEvent()
+        self._hooks_done = LazyEvent()
         self.restored = ResumeOutcome.NONE
         self.before = ()
         self.begun = False
         self.inherits = False  # whether it has got what a plain connection before it has left
         self.told_of_session_end = False
-        self.ending: Ending | None = None
+        self.ending: CloseInfo | None = None
         self.pause = None
         self.told_of_pause = False
         self.told_of_limit = False
@@ -122,9 +122,9 @@ class Connection(Successor):
         self.context: contextvars.Context | None = None  # what is done for it, and only that, runs in this one
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
-        self.place: Place | None = None
+        self.place: Reservation | None = None
         self.remains = None
-        self.credential: CredentialTerm | None = None
+        self.credential: CredentialExpiry | None = None
         self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
 
@@ -144,16 +144,16 @@ class Connection(Successor):
             self._take_over(self.conversation)
         self.reports.totals.connections_opened += 1
         self.tell("connection_opened", logging.INFO)
-        if isinstance(self.outbox, LinkOutbox) and self._link is not None:
+        if isinstance(self.outbox, DirectOutbox) and self._link is not None:
             self._link.attach(
-                LinkReader(self, self._link, self.outbox),
+                DirectReader(self, self._link, self.outbox),
                 max_message_bytes=self.config.max_message_size,
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
             self.outbox.attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
             # One name for all: every idle connection would keep one of its own.
-            self._pump = start(pump(self, receive), name="ws-pump", context=self.context)
+            self._pump = start(read_pump(self, receive), name="ws-pump", context=self.context)
         self.outbox.flush()  # the welcome: the endpoint may begin with a long computation
 
     async def bug(self, event: str, error: BaseException) -> None:
@@ -166,7 +166,7 @@ class Connection(Successor):
         """What its client has got back."""
         return self.restored if self.conversation is None else self.conversation.greeting.outcome
 
-    def belongs_to(self, parts: Parts) -> bool:
+    def belongs_to(self, parts: SharedResources) -> bool:
         """Whether this connection was opened with these parts, and not by another manager."""
         return self._parts is parts
 
@@ -189,22 +189,22 @@ class Connection(Successor):
             raise NotOpenError
         if self.ending is not None:
             return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
-        return self._begin_end(ending(reason, code=code, text=text, from_outside=from_outside))
+        return self._begin_end(local_close(reason, code=code, text=text, from_outside=from_outside))
 
-    def ended_by_peer(self, how: Ending) -> None:
+    def ended_by_peer(self, how: CloseInfo) -> None:
         """The connection is gone: the client, the network or the server in front of us has ended it."""
         self._begin_end(how)
 
     def lost(self, error: BaseException) -> None:
         """The connection broke."""
-        if self._begin_end(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
+        if self._begin_end(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.tell("connection_lost", logging.DEBUG, cause=repr(error))
 
-    def _begin_end(self, how: Ending) -> bool:
+    def _begin_end(self, how: CloseInfo) -> bool:
         if self.ending is not None:
             return False
         if self.conversation is not None and how.code == 1000 and not how.by_peer:
-            how = replace(how, code=SESSION_OVER)  # 1000 also comes from proxies, and is no reason to stay away
+            how = replace(how, code=SESSION_ENDED)  # 1000 also comes from proxies, and is no reason to stay away
         asked = self._parts.asked_to_leave.pop(self.connection_id, None)
         if asked is not None and detaches(how):  # it did what we asked for: its application has not closed it
             how = replace(how, reason=asked)
@@ -219,7 +219,7 @@ class Connection(Successor):
         attempt(self._close_inbox, discard=not how.rule.deliver)
         if not how.by_peer:
             # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
-            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else LINGER
+            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else FLUSH_GRACE
             self._abort_timer = asyncio.get_running_loop().call_later(
                 patience, self.attempt, self.abort, context=self._parts.outbox_limits.context
             )
@@ -241,7 +241,7 @@ class Connection(Successor):
         if not len(self.inbox):
             self.websocket.client_state = WebSocketState.DISCONNECTED
 
-    def _end_outbox(self, how: Ending) -> None:
+    def _end_outbox(self, how: CloseInfo) -> None:
         if how.by_peer:
             self._discarded(self.outbox.discard())
         else:
@@ -285,7 +285,7 @@ class Connection(Successor):
         """Wait until the hooks for its end have run; each of them is bounded. Cancelling is safe."""
         await wait_for_all([self._hooks_done.future], None)
 
-    async def wait_over(self) -> Ending:
+    async def wait_over(self) -> CloseInfo:
         """Wait for the ending. Cancelling is safe."""
         if self.ending is not None:
             await self.told_again()
@@ -293,7 +293,7 @@ class Connection(Successor):
             await asyncio.shield(self.over)
         return self.ending
 
-    async def _finish(self, how: Ending) -> None:
+    async def _finish(self, how: CloseInfo) -> None:
         until = monotonic() + self.config.disconnect_grace
         try:
             await self._attempt_async(self._wait_for_work)
@@ -312,7 +312,7 @@ class Connection(Successor):
         grace = self.config.disconnect_grace
         if not await wait_for_all([self.endpoint.idle()], grace):
             self._cancel_endpoint()
-            await wait_for_all([self.endpoint.idle()], min(grace, LINGER))
+            await wait_for_all([self.endpoint.idle()], min(grace, FLUSH_GRACE))
 
     async def _wait_for_endpoint(self, until: float) -> None:
         """Wait for the endpoint until its grace has passed, then cancel it and the tasks that are tied to it."""
@@ -375,9 +375,9 @@ class Connection(Successor):
 
     def give_up(self) -> None:
         """Nothing more is done for this connection: let go whoever waits for its end."""
-        self._close(self.ending or ending(DisconnectReason.SERVER_SHUTDOWN))
+        self._close(self.ending or local_close(DisconnectReason.SERVER_SHUTDOWN))
 
-    def _close(self, how: Ending) -> None:
+    def _close(self, how: CloseInfo) -> None:
         if self._finished.is_set:
             return
         self._finished.set()
@@ -398,7 +398,7 @@ class Connection(Successor):
         elif self.conversation is None:
             attempt(self.inbox.uncount)
         patient = how.rule.flush and how.reason is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
-        timeout = self.config.send_timeout if patient else LINGER
+        timeout = self.config.send_timeout if patient else FLUSH_GRACE
         attempt(self.server_side.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if patient else 0.0)
         if not how.by_peer:
             attempt(self.server_side.abort_unless_answered)
@@ -437,7 +437,7 @@ class Connection(Successor):
 
     async def _end_by(self, error: BaseException) -> None:
         """End the connection by what a tied task has raised, as the application's handler says if it has one."""
-        how: Ending = ending_for(error)
+        how: CloseInfo = close_info_for(error)
         bug = error if is_bug(error) else None
         if self._parts.judge is not None:
             how, bug = await self._parts.judge(self, error)

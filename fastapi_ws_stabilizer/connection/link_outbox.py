@@ -8,17 +8,17 @@ from typing import Final
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.servers.link import Link
-from fastapi_ws_stabilizer.wire.envelope import deflate_frame
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.servers.link import DirectTransport
+from fastapi_ws_stabilizer.wire.envelope import to_deflated
 
 MAX_WRITE_BYTES: Final = 256 * 1024
 """Bytes that are joined to one write. After each the transport is asked whether it has had enough, so this and its
 high-water mark bound what it holds."""
 
 
-class LinkOutbox(Outbox):
-    """Writes prepared frames to the transport of a `Link`.
+class DirectOutbox(Outbox):
+    """Writes prepared frames to the transport of a `DirectTransport`.
 
     Args:
         link: Where to write.
@@ -28,7 +28,14 @@ class LinkOutbox(Outbox):
     __slots__ = ("_link", "_min_bytes", "_paused", "_window_bits", "_write")
 
     def __init__(
-        self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int, *, link: Link, min_bytes: int
+        self,
+        owner: OutboxOwner,
+        limits: OutboxLimits,
+        turns: FlushScheduler,
+        shard: int,
+        *,
+        link: DirectTransport,
+        min_bytes: int,
     ) -> None:
         super().__init__(owner, limits, turns, shard)
         self._link = link
@@ -83,7 +90,7 @@ class LinkOutbox(Outbox):
             frames = self._take(MAX_WRITE_BYTES)
             try:
                 if self._deflates:
-                    frames = [deflate_frame(frame) for frame in frames]
+                    frames = [to_deflated(frame) for frame in frames]
                 if self._window_bits:
                     parts = [frame.compressed(self._window_bits, self._min_bytes) for frame in frames]
                 else:

@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.pump import (
     Pumped,
     begin_pause,
+    close_on_disconnect_event,
+    decode,
     drop_unread,
-    end_by_event,
     end_pause,
-    for_inbox,
-    refuse_more,
+    on_inbox_full,
 )
-from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.servers.link import DirectTransport
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 
-class LinkReader:
-    """The `Sink` of one connection. Called by the server's protocol, from the event loop.
+class DirectReader:
+    """The `DirectReceiver` of one connection. Called by the server's protocol, from the event loop.
 
     When the inbox is full the link stops reading, so TCP pushes back. What had been parsed with the message that filled
     it is taken too: that is what one read of the server holds, or a few kilobytes of it if it is compressed.
@@ -30,7 +30,7 @@ class LinkReader:
 
     __slots__ = ("_connection", "_link", "_outbox", "_since", "_taken", "_timer")
 
-    def __init__(self, connection: Pumped, link: Link, outbox: LinkOutbox) -> None:
+    def __init__(self, connection: Pumped, link: DirectTransport, outbox: DirectOutbox) -> None:
         self._connection = connection
         self._link = link
         self._outbox = outbox
@@ -51,12 +51,12 @@ class LinkReader:
                 connection.reports.totals.messages_discarded += 1
                 return
             connection.pulse.awaiting_since = None
-            item = for_inbox(connection, message)
+            item = decode(connection, message)
             if item is None:
                 return
             inbox = connection.inbox
             full = bool(inbox.held_bytes) and inbox.full and not drop_unread(connection)
-            if full and refuse_more(connection) and item is message:
+            if full and on_inbox_full(connection) and item is message:
                 connection.reports.totals.messages_discarded += 1
                 return
             inbox.put(item, item.size if isinstance(item, Message) else None)
@@ -82,7 +82,7 @@ class LinkReader:
         self._stop_timer()
         connection = self._connection
         try:
-            end_by_event(connection, event)
+            close_on_disconnect_event(connection, event)
             connection.stop_sending()  # also if we were about to end it, and were still flushing
         except Exception as error:  # the server would forget to take its own end of it out of its list
             connection.reports.bug("internal_task_failed", error, task="ws-link")

@@ -7,21 +7,21 @@ import asyncio
 from asyncio import _get_running_loop as running_loop
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, Item
 from fastapi_ws_stabilizer.connection.sending import SendingHalf
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
     NotOpenError,
-    PlainClientError,
     RequestTimeoutError,
-    socket_closed,
+    UnsupportedByClientError,
+    closed_error_for,
 )
 from fastapi_ws_stabilizer.hub.fanout import MAX_TURNS
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import wait_for_all
-from fastapi_ws_stabilizer.wire.envelope import sequenced
-from fastapi_ws_stabilizer.wire.payload import CLOSE, Frame, encode
+from fastapi_ws_stabilizer.wire.envelope import sequenced_frame
+from fastapi_ws_stabilizer.wire.payload import CLOSE, EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 
@@ -67,7 +67,7 @@ class Messages(SendingHalf):
             await self.told_again()
             raise
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: EncodedMessage) -> None:
         """Send a frame at once, behind what is queued; wait while the outbox is full.
 
         The event loop gets a turn where that helps: when it was held for long, and when the network has not taken all.
@@ -89,7 +89,7 @@ class Messages(SendingHalf):
         if self.should_yield():
             await self.let_it_leave()
 
-    def put_now(self, frame: Frame) -> bool:
+    def put_now(self, frame: EncodedMessage) -> bool:
         """Send a frame at once if there is nothing to think about; `False` says nothing but that there is. Hot path."""
         if running_loop() is not self._parts.loop:
             self.check_loop()
@@ -111,13 +111,13 @@ class Messages(SendingHalf):
             if not self.outbox.lingers():
                 break
 
-    async def send_acknowledged(self, frame: Frame) -> None:
+    async def send_acknowledged(self, frame: EncodedMessage) -> None:
         """Queue a frame, and wait until the client has acknowledged it, in this connection or a later one.
 
         Raises:
             SocketClosed: The connection is over, and the frame was not queued.
             SessionEndedError: The session is over.
-            PlainClientError: The client acknowledges nothing.
+            UnsupportedByClientError: The client acknowledges nothing.
             ValueError: The frame is volatile.
         """
         self.check_loop()
@@ -125,7 +125,7 @@ class Messages(SendingHalf):
             raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
         if self.conversation is None:
             await self.still_open()
-            raise PlainClientError
+            raise UnsupportedByClientError
         seq = await self._numbered(self.conversation.session, frame)
         self.conversation.ask_for_ack()
         await self.conversation.session.requests.until_acknowledged(seq)
@@ -138,23 +138,23 @@ class Messages(SendingHalf):
             RequestError: It is an error.
             SocketClosed: The connection is over, and the request was not queued.
             SessionEndedError: The session is over.
-            PlainClientError: The client answers no requests.
+            UnsupportedByClientError: The client answers no requests.
             MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
         await self.still_open()
         if self.conversation is None:
-            raise PlainClientError
+            raise UnsupportedByClientError
         session = self.conversation.session
         request_id, answer = session.requests.begin()
         try:
-            await self._numbered(session, sequenced("msg", data, event=event, id=request_id))
+            await self._numbered(session, sequenced_frame("msg", data, event=event, id=request_id))
             if not await wait_for_all([answer], timeout):
                 raise RequestTimeoutError(timeout)
             return answer.result()
         finally:
             session.requests.forget(request_id)
 
-    async def _numbered(self, session: Session, frame: Frame) -> int:
+    async def _numbered(self, session: Session, frame: EncodedMessage) -> int:
         """Queue a frame and return its number."""
         numbers: list[int] = []
         queued = self.ending is None and await session.put_wait(self, frame, numbers.append)
@@ -213,7 +213,7 @@ class Messages(SendingHalf):
         return self._closed_error()
 
     def _closed_error(self) -> Exception:
-        return NotOpenError() if self.ending is None else socket_closed(self.ending)
+        return NotOpenError() if self.ending is None else closed_error_for(self.ending)
 
     async def _asgi_receive(self) -> dict[str, Any]:
         """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
@@ -222,7 +222,7 @@ class Messages(SendingHalf):
             item = await self.inbox.get()
         except InboxClosed:
             await self.told_again()
-            how = self.ending or ending(DisconnectReason.NETWORK_LOST)
+            how = self.ending or local_close(DisconnectReason.NETWORK_LOST)
             return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
         message = self.read(item)
         return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}

@@ -11,10 +11,10 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.remains import Remains
-from fastapi_ws_stabilizer.limits.admission import retry_when_full
-from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.admission import retry_delay
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
 from fastapi_ws_stabilizer.limits.rate import Rate, TokenBucket
-from fastapi_ws_stabilizer.limits.traffic import Excess
+from fastapi_ws_stabilizer.limits.traffic import RateExceeded
 from fastapi_ws_stabilizer.wire.payload import encode
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -41,7 +41,7 @@ class Metered(Messages):
     # ── memory ──
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> MemoryBudget:
         """Counts what is held."""
         return self._parts.ledger
 
@@ -56,7 +56,7 @@ class Metered(Messages):
     def evict(self) -> None:
         """End it, because room is needed for others."""
         self._parts.evicted(self)
-        retry = math.ceil(retry_when_full() * 1000)
+        retry = math.ceil(retry_delay() * 1000)
         self.end(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
 
     def holds_too_much(self, held: int) -> None:
@@ -95,7 +95,7 @@ class Metered(Messages):
             self.exceeded(excess, message)
         return excess is None
 
-    def exceeded(self, excess: Excess, message: Message | None) -> None:
+    def exceeded(self, excess: RateExceeded, message: Message | None) -> None:
         """Its client has sent more than it may: tell it, and end its connection if it was told often enough."""
         self.reports.totals.messages_refused += 1
         self._tell_limit(excess.option, excess.message_type)

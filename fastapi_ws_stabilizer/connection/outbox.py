@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from fastapi_ws_stabilizer.config import OutboxOverflow
-from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowClient
-from fastapi_ws_stabilizer.connection.send_watch import WatchedBacklog
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.connection.backlog import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowConsumer
+from fastapi_ws_stabilizer.connection.send_watch import StallWatch
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
 
 
-class Waiter:
+class PendingSend:
     """A sender that waits for room.
 
     Attributes:
@@ -34,7 +34,7 @@ class Waiter:
 
     __slots__ = ("done", "frame", "queued")
 
-    def __init__(self, frame: Frame, queued: Callable[[Frame], object] | None) -> None:
+    def __init__(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None) -> None:
         self.frame = frame
         self.queued = queued
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -45,7 +45,7 @@ class Waiter:
             self.done.set_result(queued)
 
 
-class Outbox(WatchedBacklog, abc.ABC):
+class Outbox(StallWatch, abc.ABC):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
     An idle outbox owns no task and no timer. Subclasses send: `_carry` takes out what can be sent now,
@@ -65,17 +65,17 @@ class Outbox(WatchedBacklog, abc.ABC):
         "used",
     )
 
-    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: Turns, shard: int) -> None:
+    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: FlushScheduler, shard: int) -> None:
         super().__init__(owner, limits)
         self.place = 0
         self.used = False  # whether a message was put in since that was asked
         self._turns = turns
         self._pending = turns.pending(shard)
-        self._urgent: list[Frame] | None = None
+        self._urgent: list[EncodedMessage] | None = None
         self._shut = True
         self._deflates = False
-        self._slow: SlowClient | None = None
-        self._waiters: deque[Waiter] | None = None
+        self._slow: SlowConsumer | None = None
+        self._waiters: deque[PendingSend] | None = None
         self._close: tuple[int, str] | None = None
 
     def __len__(self) -> int:
@@ -91,14 +91,14 @@ class Outbox(WatchedBacklog, abc.ABC):
 
     # ── putting in ──
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame without waiting. A full outbox does what `outbox_overflow` says.
 
         Hot path: called for each recipient of each broadcast. All that is unusual is elsewhere.
         """
-        return Offered.QUEUED if self.put_if_calm(frame) else self._offer_with_care(frame)
+        return EnqueueResult.QUEUED if self.put_if_calm(frame) else self._offer_with_care(frame)
 
-    def put_if_calm(self, frame: Frame) -> bool:
+    def put_if_calm(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is nothing to think about; `False` says nothing but that there is.
 
         Hot path: this alone runs for nearly all messages.
@@ -126,7 +126,7 @@ class Outbox(WatchedBacklog, abc.ABC):
             pending.append(self)
         return True
 
-    def put_now(self, frame: Frame) -> bool:
+    def put_now(self, frame: EncodedMessage) -> bool:
         """Queue a frame and send it at once; `False` if something waits already, or there is anything to think about.
 
         What the user's code sends must not wait for the end of the turn: the code may go on computing for long. Hot
@@ -140,10 +140,10 @@ class Outbox(WatchedBacklog, abc.ABC):
         self.take_turn()
         return True
 
-    def offer_now(self, frame: Frame) -> Offered:
+    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
         if self.put_now(frame):
-            return Offered.QUEUED
+            return EnqueueResult.QUEUED
         offered = self.offer(frame)
         self.flush()
         return offered
@@ -157,40 +157,40 @@ class Outbox(WatchedBacklog, abc.ABC):
         """Whether something waits that the network may take as soon as the event loop turns."""
         return self._any and not self.send_waits
 
-    def _offer_with_care(self, frame: Frame) -> Offered:
+    def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
         if self._shut:
-            return Offered.REFUSED
+            return EnqueueResult.REFUSED
         if frame.key is not None and self._takes_a_place(frame):
-            return Offered.SLOW if self.half_full and self.send_waits else Offered.QUEUED
+            return EnqueueResult.SLOW if self.half_full and self.send_waits else EnqueueResult.QUEUED
         calm = self._is_calm(frame.size)
         if not calm and not self.blocked:
             self._carry()  # the network may take all of it at once
             calm = self._is_calm(frame.size)
             if self._shut:
-                return Offered.REFUSED
+                return EnqueueResult.REFUSED
         if self._fits(frame.size):
             self._put_in(frame)
             if calm:
-                return Offered.QUEUED
+                return EnqueueResult.QUEUED
             if not self.send_waits:
-                return Offered.PRESSED
-            self._becomes(SlowClient.LAGGING)
-            return Offered.SLOW
+                return EnqueueResult.PRESSED
+            self._becomes(SlowConsumer.LAGGING)
+            return EnqueueResult.SLOW
         if self._limits.overflow is OutboxOverflow.DISCONNECT:
-            self._becomes(SlowClient.DISCONNECTED)
-            return Offered.REFUSED
+            self._becomes(SlowConsumer.DISCONNECTED)
+            return EnqueueResult.REFUSED
         if self._limits.overflow is OutboxOverflow.DROP_NEWEST:
             self._drop(1)
-            return Offered.DROPPED
+            return EnqueueResult.DROPPED
         count = 0
-        while Backlog.__len__(self) and not self._fits(frame.size):
+        while SendQueue.__len__(self) and not self._fits(frame.size):
             self._pop()
             count += 1
         self._put_in(frame)
         self._drop(count)
-        return Offered.SLOW
+        return EnqueueResult.SLOW
 
-    def put(self, frame: Frame) -> bool:
+    def put(self, frame: EncodedMessage) -> bool:
         """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
         if self._shut:
             return False
@@ -207,7 +207,7 @@ class Outbox(WatchedBacklog, abc.ABC):
             self._carry()
         return not self._shut and self._fits(size)
 
-    def put_urgent(self, frame: Frame) -> bool:
+    def put_urgent(self, frame: EncodedMessage) -> bool:
         """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
         urgent = self._urgent or []
         if self._shut or len(urgent) >= MAX_URGENT:
@@ -217,13 +217,13 @@ class Outbox(WatchedBacklog, abc.ABC):
         self._book_turn()
         return True
 
-    def put_all(self, frames: Iterable[Frame]) -> None:
+    def put_all(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue what a connection begins with, whatever room there is. It takes none from what comes after it."""
         for frame in frames:
             self._put_in(frame)
-        self._extra = (Backlog.__len__(self), self.held_bytes)
+        self._extra = (SendQueue.__len__(self), self.held_bytes)
 
-    async def put_wait(self, frame: Frame, queued: Callable[[Frame], object] | None = None) -> bool:
+    async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
         """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
 
         Room that becomes free goes to who waits first, even if it is a little too small, so that messages for which
@@ -240,7 +240,7 @@ class Outbox(WatchedBacklog, abc.ABC):
             return True
         if self._shut:
             return False
-        waiter = Waiter(frame, queued)
+        waiter = PendingSend(frame, queued)
         self._stand_in_line(waiter)
         try:
             return await waiter.done
@@ -250,7 +250,7 @@ class Outbox(WatchedBacklog, abc.ABC):
                 self._serve_waiters()
             raise
 
-    def _stand_in_line(self, waiter: Waiter) -> None:
+    def _stand_in_line(self, waiter: PendingSend) -> None:
         """Wait behind the others, or in the place of one whose message this one makes worthless."""
         if self._waiters is None:
             self._waiters = deque()
@@ -262,7 +262,7 @@ class Outbox(WatchedBacklog, abc.ABC):
                 return
         self._waiters.append(waiter)
 
-    def _takes_a_place(self, frame: Frame) -> bool:
+    def _takes_a_place(self, frame: EncodedMessage) -> bool:
         """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
         self.used = True
         for waiter in self._waiters or ():
@@ -275,22 +275,22 @@ class Outbox(WatchedBacklog, abc.ABC):
             return True
         return False
 
-    def _put_in(self, frame: Frame) -> None:
+    def _put_in(self, frame: EncodedMessage) -> None:
         self._append(frame)
         self.used = True
         self._book_turn()
 
     # ── slowness ──
 
-    def _becomes(self, how: SlowClient) -> None:
+    def _becomes(self, how: SlowConsumer) -> None:
         """Tell, once in an episode, that the client has become that slow."""
-        if self._slow is not how and self._slow is not SlowClient.DROPPING:
+        if self._slow is not how and self._slow is not SlowConsumer.DROPPING:
             self._slow = how
             self.owner.slow(how)
 
     def _drop(self, count: int) -> None:
         self.owner.dropped(count)
-        self._becomes(SlowClient.DROPPING)
+        self._becomes(SlowConsumer.DROPPING)
 
     # ── taking out ──
 
@@ -304,7 +304,7 @@ class Outbox(WatchedBacklog, abc.ABC):
     def _carry(self) -> None:
         """Take out and send what can be sent now, then the close frame if there is one."""
 
-    def _take(self, max_bytes: int) -> Sequence[Frame]:
+    def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Take out what is next, control frames first, until `max_bytes` are reached."""
         if self._urgent:
             urgent, self._urgent = self._urgent, None
@@ -392,7 +392,7 @@ class Outbox(WatchedBacklog, abc.ABC):
         return discarded
 
     def _clear(self) -> int:
-        discarded = Backlog.__len__(self)
+        discarded = SendQueue.__len__(self)
         self._urgent = None
         self._empty()
         return discarded

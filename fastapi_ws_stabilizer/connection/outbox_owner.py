@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Protocol
 
 
-class SlowClient(str, Enum):
+class SlowConsumer(str, Enum):
     """How slow a client has become. Each is told once until the client has caught up."""
 
     LAGGING = "lagging"
@@ -39,7 +39,7 @@ class OutboxOwner(Protocol):
     def coalesced(self) -> None:
         """A newer message has taken the place of one that waited."""
 
-    def slow(self, how: SlowClient) -> None:
+    def slow(self, how: SlowConsumer) -> None:
         """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
 
     def caught_up(self) -> None:

@@ -6,21 +6,21 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import OutboxOverflow, WebSocketConfig
-from fastapi_ws_stabilizer.connection.asgi_outbox import Writers
+from fastapi_ws_stabilizer.connection.asgi_outbox import WriterPool
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.inbox import InboxLimits
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.hub.slots import Slots
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.limits.traffic import Traffic
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet
 
 
-class Parts:
+class SharedResources:
     """What a manager lends to its connections.
 
     Args:
@@ -82,11 +82,11 @@ class Parts:
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
+        reports: EventBus,
         tasks: TaskSet,
-        turns: Turns,
-        ledger: Ledger,
-        traffic: Traffic,
+        turns: FlushScheduler,
+        ledger: MemoryBudget,
+        traffic: InboundRateLimiter,
         *,
         next_shard: Callable[[], int],
         left: Callable[[Any], None],
@@ -94,9 +94,9 @@ class Parts:
         finished: Callable[[Any], None],
         disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
         session_over: Callable[[Any], Awaitable[None]],
-        slow: Callable[[Any, SlowClient], None],
+        slow: Callable[[Any, SlowConsumer], None],
         failed: Callable[[Any, BaseException], Awaitable[None]],
-        judge: Callable[[Any, BaseException], Awaitable[tuple[Ending, BaseException | None]]] | None = None,
+        judge: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]] | None = None,
     ) -> None:
         self.config = config
         self.reports = reports
@@ -125,6 +125,8 @@ class Parts:
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
-        self.writers = Writers(tasks, Slots(config.max_concurrent_broadcast), Slots(config.max_concurrent_cleanup))
+        self.writers = WriterPool(
+            tasks, CallbackSemaphore(config.max_concurrent_broadcast), CallbackSemaphore(config.max_concurrent_cleanup)
+        )
         self.asked_to_leave: dict[str, DisconnectReason] = {}
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

@@ -11,18 +11,18 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending_by_peer
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, remote_close
 from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import Conversation
-from fastapi_ws_stabilizer.connection.credential import CredentialTerm, renewal_in
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.connection.credential import CredentialExpiry, parse_renewal
 from fastapi_ws_stabilizer.connection.inbox import Inbox, Item, Pause
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, Ping, parse_control
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, TextPing, parse_text_ping
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 _LOOK_INTERVAL: Final = 0.5
@@ -40,33 +40,33 @@ class Pumped(Protocol):
     """What the pump needs of its connection."""
 
     config: WebSocketConfig
-    reports: Reports
-    pulse: Pulse
+    reports: EventBus
+    pulse: Liveness
     inbox: Inbox
-    server_side: ServerSide
+    server_side: ServerTransport
     control_frames: bool
-    conversation: Conversation | None
+    conversation: V1Protocol | None
     pause: Pause | None
     opened_at: float
-    outbox: AsgiOutbox | LinkOutbox
+    outbox: AsgiOutbox | DirectOutbox
     told_of_pause: bool
     used: bool
     watches_input: bool
-    ending: Ending | None
+    ending: CloseInfo | None
 
-    def answer(self, frame: Frame) -> None:
+    def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
     def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
 
-    def ended_by_peer(self, how: Ending) -> None:
+    def ended_by_peer(self, how: CloseInfo) -> None:
         """The connection is gone."""
 
     def lost(self, error: BaseException) -> None:
         """The connection broke."""
 
-    credential: CredentialTerm | None
+    credential: CredentialExpiry | None
 
     def heard(self) -> None:
         """A message of its client has come."""
@@ -87,7 +87,7 @@ class Pumped(Protocol):
         """Report something about this connection."""
 
 
-async def pump(connection: Pumped, receive: Receive) -> None:
+async def read_pump(connection: Pumped, receive: Receive) -> None:
     """Read until the connection is over.
 
     Every idle connection holds its frame, so everything else is elsewhere.
@@ -99,23 +99,23 @@ async def pump(connection: Pumped, receive: Receive) -> None:
             connection.lost(error)
             return
         try:
-            if not _took(connection, event):
-                await _take_when_room(connection, event)
+            if not _handle_event(connection, event):
+                await _enqueue_when_room(connection, event)
         except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
             connection.reports.bug("internal_task_failed", error, task="ws-pump")
             connection.lost(error)
         del event  # or the last message would be held until the next one comes
 
 
-def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
+def _handle_event(connection: Pumped, event: Mapping[str, Any]) -> bool:
     """Deal with what was received; `False` if the inbox has no room for it, or for more."""
     if event["type"] != "websocket.receive":
-        end_by_event(connection, event)
+        close_on_disconnect_event(connection, event)
         return True
     connection.pulse.seen(monotonic())
     text: str | None = event.get("text")
     message: str | bytes = (event.get("bytes") or b"") if text is None else text
-    item = for_inbox(connection, message)
+    item = decode(connection, message)
     if item is None:
         return True
     inbox = connection.inbox
@@ -127,7 +127,7 @@ def _took(connection: Pumped, event: Mapping[str, Any]) -> bool:
     return not full
 
 
-def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
+def decode(connection: Pumped, message: str | bytes) -> Item | None:
     """What user code gets of a message; `None` if it is none for it, and has been dealt with.
 
     Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
@@ -138,9 +138,9 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
         isinstance(message, str)
         and len(message) <= MAX_CONTROL_CHARS
         and connection.control_frames
-        and (control := parse_control(message)) is not None
+        and (control := parse_text_ping(message)) is not None
     ):
-        if isinstance(control, Ping):
+        if isinstance(control, TextPing):
             connection.control_came()
             connection.answer(control.answer)
         elif not connection.pulse.ponged(monotonic()):
@@ -150,7 +150,7 @@ def for_inbox(connection: Pumped, message: str | bytes) -> Item | None:
     if 4 * len(message) > connection.config.max_message_size and _is_too_big(connection, message):
         return None
     credential = connection.credential
-    if credential is not None and (token := renewal_in(message)) is not None:
+    if credential is not None and (token := parse_renewal(message)) is not None:
         connection.control_came()
         credential.offered(token)
         return None
@@ -178,13 +178,13 @@ def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
     return False
 
 
-def end_by_event(connection: Pumped, event: Mapping[str, Any]) -> None:
+def close_on_disconnect_event(connection: Pumped, event: Mapping[str, Any]) -> None:
     """End a connection as an ASGI `websocket.disconnect` says."""
     close_frame = connection.server_side.saw_close_frame(event)
-    connection.ended_by_peer(ending_by_peer(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
+    connection.ended_by_peer(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
 
 
-def refuse_more(connection: Pumped) -> bool:
+def on_inbox_full(connection: Pumped) -> bool:
     """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused.
 
     A pause that ends as soon as it is known that the endpoint does not read is none to speak of.
@@ -296,7 +296,7 @@ class _InHand:
             connection.holds()
 
 
-async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
+async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
     """Wait for room, and take a message; or end the connection.
 
     While we do not read, ASGI cannot tell us that the client has left. So the wait looks at the transport now and then,
@@ -304,7 +304,7 @@ async def _take_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
     end is behind it. A pause that nobody relieves ends the connection.
     """
     in_hand = _InHand(connection, event)
-    if not drop_unread(connection) and not refuse_more(connection):
+    if not drop_unread(connection) and not on_inbox_full(connection):
         begin_pause(connection)
         inbox = connection.inbox
         taken, since = inbox.taken, monotonic()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_ws_stabilizer.close_codes import check_close_code
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.hub.delivery import Delivery
+from fastapi_ws_stabilizer.hub.delivery import Hub
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.hub.rooms import check_room_name
@@ -27,7 +27,7 @@ class Room:
 
     __slots__ = ("_delivery_now", "_history", "name")
 
-    def __init__(self, name: str, delivery: Callable[[], Delivery[Connection]], *, history: bool = True) -> None:
+    def __init__(self, name: str, delivery: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
         check_room_name(name)
         self.name = name
         self._history = history  # whether what is sent by this object is remembered where the call does not say
@@ -43,7 +43,7 @@ class Room:
         return f"<Room {self.name!r} {len(self)} connections>"
 
     @property
-    def _delivery(self) -> Delivery[Connection]:
+    def _delivery(self) -> Hub[Connection]:
         return self._delivery_now()
 
     def __len__(self) -> int:

@@ -6,21 +6,21 @@ import asyncio
 from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
+from fastapi_ws_stabilizer.connection.backlog import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
-from fastapi_ws_stabilizer.tasks import Latch
+from fastapi_ws_stabilizer.tasks import LazyEvent
 
-LOOK_INTERVAL: Final = 0.5
+POLL_INTERVAL: Final = 0.5
 """Seconds between two looks at a send that waits."""
 
 LOOKS: Final = 4
 """Looks within `send_timeout` at least. The first has nothing to compare with."""
 
-HEALTHY_SEND: Final = 0.05
+STALL_THRESHOLD: Final = 0.05
 """Seconds that a send to a client which reads may wait."""
 
 
-class WatchedBacklog(Backlog):
+class StallWatch(SendQueue):
     """A backlog that notices when nothing of it is taken.
 
     The watch is one timer that looks at the time since when the client has taken nothing; it is not set anew for every
@@ -34,7 +34,7 @@ class WatchedBacklog(Backlog):
         self.owner = owner
         self._broken = False
         self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
-        self._done: Latch | None = None  # made when somebody waits, or when it happens
+        self._done: LazyEvent | None = None  # made when somebody waits, or when it happens
         self._blocked_since: float | None = None
         self._progress: int | None = None  # of the transport, at the last look
         self._watch: asyncio.TimerHandle | None = None
@@ -42,7 +42,7 @@ class WatchedBacklog(Backlog):
     @property
     def send_waits(self) -> bool:
         """Whether the network has taken nothing for longer than it does for a client that reads."""
-        return self._blocked_since is not None and monotonic() - self._blocked_since > HEALTHY_SEND
+        return self._blocked_since is not None and monotonic() - self._blocked_since > STALL_THRESHOLD
 
     @property
     def blocked_seconds(self) -> float:
@@ -79,7 +79,7 @@ class WatchedBacklog(Backlog):
 
     def _set_watch(self, waited: float) -> None:
         timeout = self._limits.send_timeout
-        delay = min(LOOK_INTERVAL, timeout / LOOKS, timeout - waited)
+        delay = min(POLL_INTERVAL, timeout / LOOKS, timeout - waited)
         self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look, context=self._limits.context)
 
     def _look(self) -> None:
@@ -95,7 +95,7 @@ class WatchedBacklog(Backlog):
         if waited >= self._limits.send_timeout:
             self.owner.send_stuck()
             return
-        if waited >= LOOK_INTERVAL:
+        if waited >= POLL_INTERVAL:
             self.owner.send_waits()
         if self._done is None or not self._done.is_set:
             self._set_watch(waited)
@@ -114,9 +114,9 @@ class WatchedBacklog(Backlog):
 
     def give_up(self) -> None:
         """Nothing will be sent any more, whatever state it is in: nothing waits for it."""
-        WatchedBacklog._set_done(self)
+        StallWatch._set_done(self)
 
-    def _done_latch(self) -> Latch:
+    def _done_latch(self) -> LazyEvent:
         if self._done is None:
-            self._done = Latch()
+            self._done = LazyEvent()
         return self._done

@@ -9,29 +9,29 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
 from fastapi_ws_stabilizer.connection.inbox import Pause
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.connection.parts import Parts
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.servers.link import Link
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.parts import SharedResources
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.servers.link import DirectTransport
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import copied, wait_for_all
-from fastapi_ws_stabilizer.wire.payload import Frame
-from fastapi_ws_stabilizer.wire.v1 import control
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.wire.v1 import control_frame
 
-_A_SERVER_MAY_STILL_SAY_WHY: Final = 0.5
+DISCONNECT_EVENT_GRACE: Final = 0.5
 """Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
 be one turn of the event loop away."""
 
-_TAKEN: Final = (Offered.QUEUED, Offered.PRESSED, Offered.SLOW)
+_TAKEN: Final = (EnqueueResult.QUEUED, EnqueueResult.PRESSED, EnqueueResult.SLOW)
 
 
 class SendingHalf(abc.ABC):
@@ -58,27 +58,27 @@ class SendingHalf(abc.ABC):
         "used",
     )
 
-    _link: Link | None
+    _link: DirectTransport | None
     _numbers: int
     _over: asyncio.Future[None] | None
     """Made when somebody waits for the end."""
-    _parts: Parts
+    _parts: SharedResources
     client_id: str
     config: WebSocketConfig
     context: contextvars.Context | None
     """The context variables of its handshake, from the accept to its end."""
-    conversation: Conversation | None
+    conversation: V1Protocol | None
     """What a client of `stabilizer.v1.json` and we say to each other; `None` with a plain client."""
     connection_id: str
     dropped_messages: int
-    ending: Ending | None
+    ending: CloseInfo | None
     face: Any
     """What user code knows this connection by."""
-    outbox: AsgiOutbox | LinkOutbox
-    pulse: Pulse
+    outbox: AsgiOutbox | DirectOutbox
+    pulse: Liveness
     pause: Pause | None
-    reports: Reports
-    server_side: ServerSide
+    reports: EventBus
+    server_side: ServerTransport
     shard: int
     used: bool
     """Whether a message has come in, or one without a number gone out, since that was asked."""
@@ -128,7 +128,7 @@ class SendingHalf(abc.ABC):
         self.reports.tell(event, level, client_id=self.client_id, connection_id=self.connection_id, **facts)
 
     def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> bool:
-        """Report something about it that its client can cause as often as it likes; as `Reports.tell_now_and_then`."""
+        """Report something about it that its client can cause as often as it likes; as `EventBus.tell_now_and_then`."""
         facts |= {"client_id": self.client_id, "connection_id": self.connection_id}
         return self.reports.tell_now_and_then(event, level, kind, **facts)
 
@@ -152,10 +152,10 @@ class SendingHalf(abc.ABC):
         facts = {"client_id": self.client_id, "connection_id": self.connection_id}
         self.reports.bug("internal_task_failed", error, task="ws-end", **facts)
 
-    def _make_outbox(self, parts: Parts, *, numbered: bool) -> AsgiOutbox | LinkOutbox:
+    def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
         limits = parts.numbered_limits if numbered else parts.outbox_limits
         if self._link is not None:
-            return LinkOutbox(
+            return DirectOutbox(
                 self,
                 limits,
                 parts.turns,
@@ -175,11 +175,11 @@ class SendingHalf(abc.ABC):
 
     # ── sending ──
 
-    def enqueue(self, frame: Frame) -> bool:
+    def enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
         return self.outbox.offer(frame) in _TAKEN
 
-    def answer(self, frame: Frame) -> None:
+    def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
         self.outbox.put_urgent(frame)
 
@@ -196,7 +196,7 @@ class SendingHalf(abc.ABC):
         milliseconds = {"after": round(after * 1000), "within": round(within * 1000)}
         self._parts.asked_to_leave[self.connection_id] = why
         word = "restart" if why is DisconnectReason.SERVER_SHUTDOWN else why.value
-        self.answer(control("drain", **milliseconds, why=word))
+        self.answer(control_frame("drain", **milliseconds, why=word))
         return True
 
     def was_used(self) -> bool:
@@ -243,7 +243,7 @@ class SendingHalf(abc.ABC):
             return True
         return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
 
-    def ping(self, frame: Frame | None, now: float) -> bool:
+    def ping(self, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
         if self.conversation is not None:
             return self.conversation.ping(now)
@@ -292,14 +292,14 @@ class SendingHalf(abc.ABC):
         """A newer message has taken the place of one that waited."""
         self.reports.totals.messages_coalesced += 1
 
-    def slow(self, how: SlowClient) -> None:
+    def slow(self, how: SlowConsumer) -> None:
         """The client has become slow."""
         if self.ending is not None:
             return
         self.reports.totals.slow_clients[how] += 1
         self.tell("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
         self._parts.slow(self.face, how)
-        if how is SlowClient.DISCONNECTED:
+        if how is SlowConsumer.DISCONNECTED:
             if self.conversation is None:
                 self.reports.totals.messages_discarded += 1  # the one that found no room
             self.end(DisconnectReason.SLOW_CONSUMER)
@@ -334,7 +334,7 @@ class SendingHalf(abc.ABC):
 
     async def _why_failed(self, error: BaseException) -> None:
         if not self.reading_paused:
-            await wait_for_all([self.over], _A_SERVER_MAY_STILL_SAY_WHY)
+            await wait_for_all([self.over], DISCONNECT_EVENT_GRACE)
         self.lost(error)
         self.stop_sending()
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
-from fastapi_ws_stabilizer.servers.link import Link, offers_link
+from fastapi_ws_stabilizer.servers.link import DirectTransport, has_direct_transport
 from fastapi_ws_stabilizer.tcp import (
     progress,
     seconds_since_received,
@@ -23,23 +23,23 @@ from fastapi_ws_stabilizer.tcp import (
     unsent_bytes,
 )
 
-LINGER: Final = 1.0
+FLUSH_GRACE: Final = 1.0
 """Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
 
-ANSWER_TIMEOUT: Final = 3.0
+CLOSE_HANDSHAKE_TIMEOUT: Final = 3.0
 """Seconds that a client has to answer a close frame: a round trip of a bad mobile link, and half of it again. Servers
 wait for 5 to 20, and whoever means to answer nothing would hold a connection as long."""
 
 
-class ServerSide:
+class ServerTransport:
     """The server's end of one connection."""
 
     __slots__ = ("_receiver", "_sender", "send")
 
     def __init__(self, receive: object, send: object) -> None:
         self._receiver: Any = getattr(receive, "__self__", None)
-        self._sender: Any = getattr(_unwrapped(send, _MAX_WRAPPERS), "__self__", None)
-        direct = _unwrapped(send, _MAX_WRAPPERS, only_starlettes=True)
+        self._sender: Any = getattr(unwrap_send(send, _MAX_WRAPPERS), "__self__", None)
+        direct = unwrap_send(send, _MAX_WRAPPERS, only_starlettes=True)
         self.send: Any = direct if getattr(direct, "__self__", None) is not None else send
 
     @property
@@ -48,10 +48,10 @@ class ServerSide:
         owner = getattr(self.send, "__self__", None)
         return inspect.iscoroutinefunction(self.send) and type(owner).__module__.startswith(_SERVERS)
 
-    def link(self, scope: Mapping[str, Any]) -> Link | None:
+    def link(self, scope: Mapping[str, Any]) -> DirectTransport | None:
         """What the server offers beyond ASGI, if no middleware stands between."""
         owner: Any = getattr(self.send, "__self__", None)
-        if not offers_link(scope) or owner is None or owner is not self._receiver or owner.in_use:
+        if not has_direct_transport(scope) or owner is None or owner is not self._receiver or owner.in_use:
             return None
         return owner  # type: ignore[no-any-return]
 
@@ -93,7 +93,7 @@ class ServerSide:
         return True
 
     def abort_unless_flushed(self, linger: float | None = None, most: float = 0.0) -> None:
-        """Cut the connection if it still holds bytes after `linger` seconds, `LINGER` when left out.
+        """Cut the connection if it still holds bytes after `linger` seconds, `FLUSH_GRACE` when left out.
 
         A transport that closes waits for its buffer to empty, which a client that reads nothing prevents for ever, and
         uvicorn waits for its transports before it exits.
@@ -103,7 +103,7 @@ class ServerSide:
             most: Seconds in all for a client that takes something.
         """
         if self.unflushed_bytes:
-            delay = LINGER if linger is None else linger
+            delay = FLUSH_GRACE if linger is None else linger
             asyncio.get_running_loop().call_later(
                 delay, self._abort_if_unflushed, delay, most - delay, self.progress(), context=contextvars.Context()
             )
@@ -119,7 +119,7 @@ class ServerSide:
             self.abort()
 
     def abort_unless_answered(self, *, taken: bool = True) -> None:
-        """Cut the connection if its client has not answered the close frame after `ANSWER_TIMEOUT` seconds.
+        """Cut the connection if its client has not answered the close frame after `CLOSE_HANDSHAKE_TIMEOUT` seconds.
 
         Args:
             taken: Whether to leave it alone where it is not known to have taken all that was sent before. One that is
@@ -127,7 +127,7 @@ class ServerSide:
         """
         if self.can_abort and not self.closing:
             asyncio.get_running_loop().call_later(
-                ANSWER_TIMEOUT, self._abort_if_unanswered, taken, context=contextvars.Context()
+                CLOSE_HANDSHAKE_TIMEOUT, self._abort_if_unanswered, taken, context=contextvars.Context()
             )
 
     def _abort_if_unanswered(self, taken: bool) -> None:
@@ -197,7 +197,7 @@ _MAX_WRAPPERS: Final = 8
 _SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
 
 
-def _unwrapped(send: Any, most: int, *, only_starlettes: bool = False) -> Any:
+def unwrap_send(send: Any, most: int, *, only_starlettes: bool = False) -> Any:
     """The server's `send` inside the closures that Starlette's exception middleware puts round it.
 
     Args:

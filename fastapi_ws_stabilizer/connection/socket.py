@@ -11,21 +11,21 @@ from pydantic import GetCoreSchemaHandler
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import CoreSchema
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.pump import do_without_reader
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
-from fastapi_ws_stabilizer.hub.presence import Roster
-from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
+from fastapi_ws_stabilizer.hub.presence import PresenceList
+from fastapi_ws_stabilizer.wire.json_text import InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.payload import encode, encode_json
 from fastapi_ws_stabilizer.wire.v1 import Message
 from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 
 T = TypeVar("T")
 
-READERS_BEGIN_WITHIN = 0.1
+READER_START_GRACE = 0.1
 """Seconds in which a task that an endpoint has started to read waits for its first message, though others run first."""
 
 
@@ -35,7 +35,7 @@ class Services(Protocol):
     async def run(self, socket: StableSocket, concurrency: int) -> None:
         """Hand every message to the handlers."""
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> Roster:
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
         """Let a connection into a room."""
 
     def leave_room(self, connection: Connection, room: str) -> bool:
@@ -118,7 +118,7 @@ class StableSocket(SocketFacts):
         """Where the client comes from: what `trusted_proxies` say, else the address of the other end."""
         return self._services.address_of(self._connection)
 
-    async def wait_closed(self) -> Ending:
+    async def wait_closed(self) -> CloseInfo:
         """Wait until the connection is over or ending, and return how. Cancelling is safe.
 
         An endpoint that has waited here for 0.1 s and has not read a message is one that does not read, as by
@@ -133,7 +133,7 @@ class StableSocket(SocketFacts):
         inbox.begin_to_decide()
         # A cancelled timer keeps its context until it is due, and that of this endpoint should go with the connection.
         context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
-        timer = loop.call_later(READERS_BEGIN_WITHIN, do_without_reader, connection, context=context)
+        timer = loop.call_later(READER_START_GRACE, do_without_reader, connection, context=context)
         try:
             return await connection.wait_over()
         finally:
@@ -210,7 +210,7 @@ class StableSocket(SocketFacts):
             message = message.data
         try:
             return read_json(message)
-        except BadJsonError as problem:
+        except InvalidJsonError as problem:
             raise MessageFormatError(f"the message cannot be read: {problem}") from None
 
     def __aiter__(self) -> AsyncIterator[str | bytes]:
@@ -273,7 +273,7 @@ class StableSocket(SocketFacts):
 
     # ── rooms ──
 
-    async def join(self, room: str, metadata: Mapping[str, Any] | None = None, *, history: int = 0) -> Roster:
+    async def join(self, room: str, metadata: Mapping[str, Any] | None = None, *, history: int = 0) -> PresenceList:
         """Join a room, and return who is there by now, oneself included. Joining again renews the metadata.
 
         The `Presence`s are collected when they are first looked at: `list(await ws.join("lobby"))`.
@@ -337,7 +337,7 @@ class StableSocket(SocketFacts):
             SocketClosed: The connection is over.
             SessionEndedError: With `ack`: the session ended before the client had acknowledged it.
             RequestError: With `ack`: the client came back too late, and will not get it.
-            PlainClientError: With `ack`: the client does not speak `stabilizer.v1.json`.
+            UnsupportedByClientError: With `ack`: the client does not speak `stabilizer.v1.json`.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         if ack:
@@ -360,7 +360,7 @@ class StableSocket(SocketFacts):
             RequestTimeoutError: It did not answer in time.
             SessionEndedError: The session ended before it answered.
             SocketClosed: The connection is over.
-            PlainClientError: The client does not speak `stabilizer.v1.json`.
+            UnsupportedByClientError: The client does not speak `stabilizer.v1.json`.
             MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
         return await self._connection.request(event, data, timeout)

@@ -6,24 +6,24 @@ import asyncio
 from collections.abc import Iterable
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.conversation import Conversation
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.metered import Metered
-from fastapi_ws_stabilizer.tasks import Latch, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all, wait_for_first
 
 
-class Successor(Metered):
+class Handover(Metered):
     """A connection that may have others before it, which are still busy for what is its own now."""
 
     __slots__ = ("_finished", "_hooks_done", "before", "begun", "endpoint")
 
-    _finished: Latch
-    _hooks_done: Latch
-    before: tuple[Successor, ...]
+    _finished: LazyEvent
+    _hooks_done: LazyEvent
+    before: tuple[Handover, ...]
     """Those that are still busy for what is ours now."""
     begun: bool
     """Whether the connect or resume hooks have begun."""
-    endpoint: Endpoint
+    endpoint: EndpointTask
 
     @property
     def hooks_done(self) -> bool:
@@ -35,13 +35,13 @@ class Successor(Metered):
         """Whether everything is done for this connection."""
         return self._finished.is_set
 
-    def _take_over(self, conversation: Conversation) -> None:
+    def _take_over(self, conversation: V1Protocol) -> None:
         """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
 
         Nothing of this waits, so no message comes between, and none is sent or read twice.
         """
         session = conversation.session
-        last: Successor | None = session.predecessor
+        last: Handover | None = session.predecessor
         if session.inbox is not None:
             rest = session.inbox.hand_over()
             self.inbox = session.inbox
@@ -56,11 +56,11 @@ class Successor(Metered):
         if before is not None:
             before.end(DisconnectReason.REPLACED, text="another connection has taken the session over")
 
-    def follow(self, last: Successor) -> None:
+    def follow(self, last: Handover) -> None:
         """Nothing is done here until everything is done there, and where that one waits for in its turn."""
         self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
 
-    def wait_for_hooks_of(self, ended: Iterable[Successor]) -> None:
+    def wait_for_hooks_of(self, ended: Iterable[Handover]) -> None:
         """Begin no hook here before the hooks for the end of these connections of the same client have run.
 
         A connection whose connect hooks never began has none to wait for.

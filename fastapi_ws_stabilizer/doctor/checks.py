@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from fastapi_ws_stabilizer.close_codes import ENDING_RULES, UNSENDABLE
+from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES, UNSENDABLE
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Finding, Problem, Severity
 from fastapi_ws_stabilizer.doctor.going_away import (
@@ -16,11 +16,11 @@ from fastapi_ws_stabilizer.doctor.going_away import (
     hypercorn_never_stops,
     shutdown_unbounded,
 )
-from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
+from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
 from fastapi_ws_stabilizer.doctor.way import Value
 from fastapi_ws_stabilizer.limits.address import EVERYBODY
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.platforms.path import MOST, options_for
+from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options
 
 PART_OF_IDLE: Final = 0.75
 """The part of an idle timeout within which two beats should follow each other: a beat can be late."""
@@ -39,16 +39,16 @@ NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
 """Platforms that pass packets on and not requests: behind them a server may see the addresses of clients."""
 
 
-def _advised(s: Surroundings, option: str) -> float | None:
+def _advised(s: DeploymentContext, option: str) -> float | None:
     """What `WebSocketConfig.for_platform` would set for these hops."""
-    most = {name: WebSocketConfig.model_fields[name].default for name in MOST}
-    return options_for(s.way.hops, most).get(option)
+    most = {name: WebSocketConfig.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
+    return derive_options(s.way.hops, most).get(option)
 
 
 # ── how long nothing passes ──
 
 
-def _server_interval(s: Surroundings) -> float | None:
+def _server_interval(s: DeploymentContext) -> float | None:
     """Seconds between two pings that the server sends of its own to our connections; `None` if it sends none."""
     if s.server is None or (s.is_ours and s.config.heartbeat_type is HeartbeatType.PING):
         return None  # StableWebSocketProtocol leaves the pings to the heartbeat
@@ -56,7 +56,7 @@ def _server_interval(s: Surroundings) -> float | None:
     return interval or None
 
 
-def _beat(s: Surroundings) -> tuple[float, str]:
+def _beat(s: DeploymentContext) -> tuple[float, str]:
     """Seconds between two beats that are meant to keep an idle connection, and what makes them.
 
     With the heartbeat on, that is the heartbeat, though pings of the server may pass as well: they go with the server.
@@ -69,14 +69,14 @@ def _beat(s: Surroundings) -> tuple[float, str]:
     return interval, f"heartbeat_type is off, and {s.server.name} pings every {interval:g} s"
 
 
-def _quicker(s: Surroundings) -> str:
+def _quicker(s: DeploymentContext) -> str:
     interval = _advised(s, "heartbeat_interval") or 0.0
     if interval < HOTTEST:
         return "raise the platform's idle timeout to 60 s or more: a heartbeat that fits it would be too hot"
     return f"set heartbeat_interval={interval:g}, as WebSocketConfig.for_platform does, or raise that timeout"
 
 
-def beat_over_idle(s: Surroundings) -> Problem | None:
+def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
     """D01."""
     seconds, what = _beat(s)
     idle = s.way.smallest("idle_timeout")
@@ -85,7 +85,7 @@ def beat_over_idle(s: Surroundings) -> Problem | None:
     return Problem(f"{what}: idle connections are cut by the idle timeout, {idle}, without a close frame", _quicker(s))
 
 
-def beat_near_idle(s: Surroundings) -> Problem | None:
+def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
     """D02."""
     seconds, what = _beat(s)
     idle = s.way.smallest("idle_timeout")
@@ -97,7 +97,7 @@ def beat_near_idle(s: Surroundings) -> Problem | None:
     )
 
 
-def lifetime_over_platform(s: Surroundings) -> Problem | None:
+def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
     """D03."""
     limit = s.way.smallest("max_lifetime")
     ours = s.config.max_lifetime
@@ -111,7 +111,7 @@ def lifetime_over_platform(s: Surroundings) -> Problem | None:
     )
 
 
-def platform_default_too_short(s: Surroundings) -> Problem | None:
+def platform_default_too_short(s: DeploymentContext) -> Problem | None:
     """D04."""
     for name, value in TOO_SHORT.items():
         limit = s.way.smallest(value)
@@ -123,7 +123,7 @@ def platform_default_too_short(s: Surroundings) -> Problem | None:
     return None
 
 
-def nobody_pings(s: Surroundings) -> Problem | None:
+def no_keepalive(s: DeploymentContext) -> Problem | None:
     """D05."""
     if s.config.heartbeat_type is not HeartbeatType.OFF or s.server is None or s.options is None:
         return None
@@ -139,7 +139,7 @@ def nobody_pings(s: Surroundings) -> Problem | None:
 # ── routes and server ──
 
 
-def unread_routes(s: Surroundings) -> Problem | None:
+def unread_routes(s: DeploymentContext) -> Problem | None:
     """D06."""
     ws = s.option("ws")
     if s.server is None or not s.server.is_uvicorn or not s.bypassing or ws in (None, "websockets", "none"):
@@ -157,7 +157,7 @@ def unread_routes(s: Surroundings) -> Problem | None:
     )
 
 
-def concurrency_limited(s: Surroundings) -> Problem | None:
+def concurrency_limited(s: DeploymentContext) -> Problem | None:
     """D11."""
     if s.server is None or not (limit := s.option("limit_concurrency")):
         return None
@@ -168,7 +168,7 @@ def concurrency_limited(s: Surroundings) -> Problem | None:
     )
 
 
-def workers_recycled(s: Surroundings) -> Problem | None:
+def workers_recycled(s: DeploymentContext) -> Problem | None:
     """D12."""
     if s.server is None:
         return None
@@ -181,7 +181,7 @@ def workers_recycled(s: Surroundings) -> Problem | None:
     )
 
 
-def refusals_lose_their_status(s: Surroundings) -> Problem | None:
+def rejection_status_lost(s: DeploymentContext) -> Problem | None:
     """D13."""
     if s.server is None or s.server.sends_denials or not s.refuses:
         return None
@@ -191,11 +191,11 @@ def refusals_lose_their_status(s: Surroundings) -> Problem | None:
     )
 
 
-def close_codes_not_sent(s: Surroundings) -> Problem | None:
+def close_codes_not_sent(s: DeploymentContext) -> Problem | None:
     """D14."""
     if s.server is None or s.server.sends_every_code:
         return None
-    codes = sorted({rule.code for rule in ENDING_RULES.values() if 1000 < rule.code < 3000} - UNSENDABLE)
+    codes = sorted({rule.code for rule in CLOSE_POLICIES.values() if 1000 < rule.code < 3000} - UNSENDABLE)
     return Problem(
         f"{s.server.name} raises an error for each close code but 1000 and 3000 to 4999, and this library sends "
         f"{', '.join(map(str, codes))}",
@@ -203,7 +203,7 @@ def close_codes_not_sent(s: Surroundings) -> Problem | None:
     )
 
 
-def sockets_beside_a_login(s: Surroundings) -> Problem | None:
+def sockets_beside_a_login(s: DeploymentContext) -> Problem | None:
     """D17."""
     if not s.logins or not s.unguarded or s.guarded:
         return None
@@ -215,7 +215,7 @@ def sockets_beside_a_login(s: Surroundings) -> Problem | None:
     )
 
 
-def proxies_not_trusted(s: Surroundings) -> Problem | None:
+def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
     """D18."""
     limits = [
         f"{option}={most:g}"
@@ -245,7 +245,7 @@ def proxies_not_trusted(s: Surroundings) -> Problem | None:
     )
 
 
-def stats_without_guard(s: Surroundings) -> Problem | None:
+def stats_without_guard(s: DeploymentContext) -> Problem | None:
     """D21."""
     if not s.open_stats:
         return None
@@ -256,7 +256,7 @@ def stats_without_guard(s: Surroundings) -> Problem | None:
     )
 
 
-def workers_without_secret(s: Surroundings) -> Problem | None:
+def workers_without_secret(s: DeploymentContext) -> Problem | None:
     """D22."""
     workers = s.option("workers")
     if not workers or workers < 2 or s.config.reconnect_secret is not None:
@@ -269,7 +269,7 @@ def workers_without_secret(s: Surroundings) -> Problem | None:
     )
 
 
-def identities_before_their_door(s: Surroundings) -> Problem | None:
+def identity_runs_before_socket(s: DeploymentContext) -> Problem | None:
     """D19."""
     if not s.early:
         return None
@@ -281,7 +281,7 @@ def identities_before_their_door(s: Surroundings) -> Problem | None:
     )
 
 
-def routes_never_reached(s: Surroundings) -> Problem | None:
+def routes_never_reached(s: DeploymentContext) -> Problem | None:
     """D20."""
     if not s.shadowed:
         return None
@@ -292,7 +292,7 @@ def routes_never_reached(s: Surroundings) -> Problem | None:
     )
 
 
-def background_tasks_never_run(s: Surroundings) -> Problem | None:
+def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
     """D23."""
     if not s.background:
         return None
@@ -307,14 +307,14 @@ def background_tasks_never_run(s: Surroundings) -> Problem | None:
 # ── platforms ──
 
 
-def platform_hosts_no_sockets(s: Surroundings) -> Problem | None:
+def platform_hosts_no_sockets(s: DeploymentContext) -> Problem | None:
     """D15."""
     if not s.way.unable:
         return None
     return Problem("; ".join(f"{hop}: {why}" for hop, why in s.way.unable), "deploy to something that holds sockets")
 
 
-def platform_breaks_the_upgrade(s: Surroundings) -> Problem | None:
+def platform_breaks_the_upgrade(s: DeploymentContext) -> Problem | None:
     """D16."""
     if s.http2 and s.way.has("google-cloud-run"):
         return Problem(
@@ -341,16 +341,16 @@ class Check:
     code: str
     severity: Severity
     title: str
-    look: Callable[[Surroundings], Problem | None]
+    look: Callable[[DeploymentContext], Problem | None]
     at_start: bool = False
 
 
 CHECKS: Final = (
-    Check("D01", ERROR, "The heartbeat is slower than an idle timeout", beat_over_idle),
-    Check("D02", WARNING, "The heartbeat is close to an idle timeout", beat_near_idle),
+    Check("D01", ERROR, "The heartbeat is slower than an idle timeout", heartbeat_exceeds_idle_timeout),
+    Check("D02", WARNING, "The heartbeat is close to an idle timeout", heartbeat_near_idle_timeout),
     Check("D03", ERROR, "A connection lasts longer than the platform lets it", lifetime_over_platform),
     Check("D04", ERROR, "The platform's default timeout has to be raised", platform_default_too_short),
-    Check("D05", ERROR, "Nobody pings", nobody_pings),
+    Check("D05", ERROR, "Nobody pings", no_keepalive),
     Check("D06", WARNING, "A WebSocket route is not read while its endpoint is busy", unread_routes),
     Check("D07", WARNING, "The server's shutdown has no bound", shutdown_unbounded),
     Check("D08", WARNING, "A shutdown can take longer than the platform waits", grace_too_short),
@@ -358,13 +358,13 @@ CHECKS: Final = (
     Check("D10", WARNING, "The drain at SIGTERM comes too late", drain_comes_too_late, at_start=True),
     Check("D11", WARNING, "WebSockets use up limit_concurrency", concurrency_limited),
     Check("D12", WARNING, "Workers are recycled", workers_recycled),
-    Check("D13", WARNING, "Refusals lose their status", refusals_lose_their_status, at_start=True),
+    Check("D13", WARNING, "Refusals lose their status", rejection_status_lost, at_start=True),
     Check("D14", ERROR, "The server cannot send the close codes", close_codes_not_sent, at_start=True),
     Check("D15", ERROR, "The platform cannot host WebSockets", platform_hosts_no_sockets),
     Check("D16", ERROR, "The platform is set up so that no WebSocket passes", platform_breaks_the_upgrade),
     Check("D17", WARNING, "A login does not guard a WebSocket route", sockets_beside_a_login, at_start=True),
     Check("D18", WARNING, "The addresses of clients are those of a proxy", proxies_not_trusted),
-    Check("D19", WARNING, "Who comes is asked before the socket", identities_before_their_door, at_start=True),
+    Check("D19", WARNING, "Who comes is asked before the socket", identity_runs_before_socket, at_start=True),
     Check("D20", ERROR, "A WebSocket route is never reached", routes_never_reached, at_start=True),
     Check("D21", WARNING, "The stats router has no guard", stats_without_guard),
     Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
@@ -373,7 +373,7 @@ CHECKS: Final = (
 """All checks, in order."""
 
 
-def examine(surroundings: Surroundings, *, at_start: bool = False) -> list[Finding]:
+def run_checks(surroundings: DeploymentContext, *, at_start: bool = False) -> list[Finding]:
     """Make all checks, or those that a manager makes when it starts; return what they found, in order."""
     findings = []
     for check in CHECKS:

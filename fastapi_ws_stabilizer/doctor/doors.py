@@ -10,15 +10,15 @@ from typing import Any, Final
 
 from starlette.routing import WebSocketRoute
 
-from fastapi_ws_stabilizer.doctor.logins import asks_who_comes, included_dependencies
+from fastapi_ws_stabilizer.doctor.logins import authenticates, included_dependencies
 from fastapi_ws_stabilizer.doctor.surroundings import MAX_DEPENDENCIES
-from fastapi_ws_stabilizer.routing.served import identified
+from fastapi_ws_stabilizer.routing.served import identity_dependency
 
-_SOCKET: Final = (identified.__module__, "identified_socket")
+_SOCKET: Final = (identity_dependency.__module__, "identified_socket")
 """Where `manager.socket_for` makes its dependencies, and what they are called."""
 
 
-def early_identities(app: Any) -> tuple[str, ...]:
+def routes_with_early_identity(app: Any) -> tuple[str, ...]:
     """The paths of the WebSocket routes on which the identity of a `socket_for` runs before its socket's door.
 
     FastAPI keeps what a dependency has returned, and solves them in the order in which they stand, those of
@@ -54,7 +54,7 @@ def _is_early(order: list[Any]) -> bool:
         call = socket.call
         if (getattr(call, "__module__", None), getattr(call, "__name__", None)) == _SOCKET:
             door, identity = socket.dependencies
-            asked = [one.call for one in _beneath(identity) if one is identity or asks_who_comes(one)]
+            asked = [one.call for one in _beneath(identity) if one is identity or authenticates(one)]
             if any(one.call in asked for one in itertools.takewhile(functools.partial(operator.is_not, door), order)):
                 return True
     return False

@@ -8,8 +8,8 @@ from typing import Final
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Problem
-from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
-from fastapi_ws_stabilizer.doctor.way import TOLD, Limit
+from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
+from fastapi_ws_stabilizer.doctor.way import TOLD, HopLimit
 from fastapi_ws_stabilizer.platforms.path import MAX_MARGIN, margin
 from fastapi_ws_stabilizer.servers.options import shutdown_timeout
 
@@ -23,7 +23,7 @@ SHORTEST: Final = 2.0
 """The least seconds in which a drain and the server after it can end at all."""
 
 
-def shutdown_unbounded(s: Surroundings) -> Problem | None:
+def shutdown_unbounded(s: DeploymentContext) -> Problem | None:
     """D07."""
     if s.server is None or not s.server.is_uvicorn or s.options is None:
         return None
@@ -46,12 +46,12 @@ def shutdown_unbounded(s: Surroundings) -> Problem | None:
     )
 
 
-def _available(s: Surroundings, grace: float) -> float:
+def _available(s: DeploymentContext, grace: float) -> float:
     """Seconds of a grace that a drain and the server's own timeout may take together."""
     return grace - s.pre_stop - margin(grace)
 
 
-def _fitting(s: Surroundings, grace: Limit) -> str:
+def _fitting(s: DeploymentContext, grace: HopLimit) -> str:
     """Advise options with which D07 and D08 find nothing, or to raise the grace where there are none."""
     room = _available(s, grace.seconds)
     hops = [hop.name for hop in s.way.hops if hop.name != TOLD]
@@ -73,7 +73,7 @@ def _platform_needs(hops: Sequence[str]) -> float:
     return config.drain_timeout + shutdown_timeout(config)
 
 
-def grace_too_short(s: Surroundings) -> Problem | None:
+def grace_too_short(s: DeploymentContext) -> Problem | None:
     """D08."""
     problems = [problem for problem in (_killed_by_master(s), _killed_by_platform(s)) if problem is not None]
     if not problems:
@@ -85,11 +85,11 @@ def grace_too_short(s: Surroundings) -> Problem | None:
     )
 
 
-def _drain(s: Surroundings) -> float:
+def _drain(s: DeploymentContext) -> float:
     return s.config.drain_timeout if s.config.handle_signals else 0.0
 
 
-def _killed_by_master(s: Surroundings) -> Problem | None:
+def _killed_by_master(s: DeploymentContext) -> Problem | None:
     if s.server is None or not s.server.bounds_drain or (limit := s.option(s.server.graceful_timeout)) is None:
         return None
     if (drain := _drain(s)) <= limit:
@@ -101,7 +101,7 @@ def _killed_by_master(s: Surroundings) -> Problem | None:
     )
 
 
-def _killed_by_platform(s: Surroundings) -> Problem | None:
+def _killed_by_platform(s: DeploymentContext) -> Problem | None:
     grace = s.way.smallest("grace")
     if grace is None:
         return None
@@ -128,7 +128,7 @@ def _killed_by_platform(s: Surroundings) -> Problem | None:
     )
 
 
-def hypercorn_never_stops(s: Surroundings) -> Problem | None:
+def hypercorn_never_stops(s: DeploymentContext) -> Problem | None:
     """D09."""
     if s.server is None or s.server.name != "hypercorn":
         return None
@@ -152,7 +152,7 @@ def hypercorn_never_stops(s: Surroundings) -> Problem | None:
     return None
 
 
-def drain_comes_too_late(s: Surroundings) -> Problem | None:
+def drain_comes_too_late(s: DeploymentContext) -> Problem | None:
     """D10."""
     if s.server is None or s.server.name not in ("granian", "daphne"):
         return None

@@ -48,19 +48,19 @@ def unguarded_routes(app: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     logins: dict[str, None] = {}
     paths: dict[str, None] = {}
     for path, route, before in _routes(getattr(app, "routes", ()), "", _logins(app)):
-        if before and not has_identity(route):
+        if before and not is_authenticated(route):
             logins.update(dict.fromkeys(before))
             paths[path] = None
     return tuple(logins), tuple(paths)
 
 
-def has_identity(route: WebSocketRoute) -> bool:
+def is_authenticated(route: WebSocketRoute) -> bool:
     """Whether a route seems to look at who comes."""
     dependencies = getattr(getattr(route, "dependant", None), "dependencies", ())
-    return any(map(asks_who_comes, dependencies)) or _refuses(route.endpoint)
+    return any(map(authenticates, dependencies)) or _refuses(route.endpoint)
 
 
-def asks_who_comes(dependant: Any) -> bool:
+def authenticates(dependant: Any) -> bool:
     """Whether a dependency seems to be an identity: it, with what is beneath it, looks at who comes and can refuse.
 
     One of this library or of `fastapi.security` is, but our sockets that take a client at its word.
@@ -123,7 +123,7 @@ def _routes(
             yield prefix + route.path, route, logins
         elif (router := getattr(route, "original_router", None)) is not None:
             # Newer FastAPI keeps an included router whole, and what it was included with beside it.
-            if not any(map(asks_who_comes, included_dependencies(route))):
+            if not any(map(authenticates, included_dependencies(route))):
                 yield from _routes(router.routes, prefix + route.include_context.prefix, logins)
         elif inner := getattr(route, "routes", None):
             more = _logins(getattr(route, "app", None))

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 
-from fastapi_ws_stabilizer.doctor.logins import asks_who_comes, included_dependencies
+from fastapi_ws_stabilizer.doctor.logins import authenticates, included_dependencies
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
 FIRST_ENDPOINT: Final = "overview"
@@ -25,11 +25,11 @@ def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
             is_stats = getattr(route.endpoint, "__module__", "") == MODULE and route.endpoint.__name__ == FIRST_ENDPOINT
             # The router's own dependency finds the manager, and is one of this library's.
             own = [one for one in route.dependant.dependencies if getattr(one.call, "__module__", "") != MODULE]
-            if is_stats and not any(map(asks_who_comes, own)):
+            if is_stats and not any(map(authenticates, own)):
                 yield prefix + route.path
         elif (router := getattr(route, "original_router", None)) is not None:
             # Newer FastAPI keeps an included router whole, and what it was included with beside it.
-            if not any(map(asks_who_comes, included_dependencies(route))):
+            if not any(map(authenticates, included_dependencies(route))):
                 yield from _open_routes(router.routes, prefix + route.include_context.prefix)
         elif inner := getattr(route, "routes", None):
             yield from _open_routes(inner, prefix + str(getattr(route, "path", "")))

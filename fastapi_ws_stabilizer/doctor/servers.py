@@ -17,7 +17,7 @@ OURS: Final = "StableWebSocketProtocol"
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProfile:
     """One ASGI server.
 
     Attributes:
@@ -64,11 +64,11 @@ _UVICORN: Final = {
 }
 
 
-def _server(name: str, modules: tuple[str, ...], options: Mapping[str, Any], **facts: Any) -> Server:
-    return Server(name, modules, MappingProxyType(dict(options)), **facts)
+def _server(name: str, modules: tuple[str, ...], options: Mapping[str, Any], **facts: Any) -> ServerProfile:
+    return ServerProfile(name, modules, MappingProxyType(dict(options)), **facts)
 
 
-SERVERS: Final[Mapping[str, Server]] = MappingProxyType(
+SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
     {
         server.name: server
         for server in (
@@ -140,7 +140,7 @@ WORDS: Final = frozenset({"ws", "reload"})
 """Options whose values are no numbers."""
 
 
-def find_server(name: str) -> Server:
+def find_server(name: str) -> ServerProfile:
     """The server of that name.
 
     Raises:
@@ -152,12 +152,12 @@ def find_server(name: str) -> Server:
         raise ValueError(f"no server {name!r}: the doctor knows {', '.join(sorted(SERVERS))}") from None
 
 
-def running_server() -> Server | None:
+def running_server() -> ServerProfile | None:
     """The server that this process seems to run under; `None` if none is loaded."""
     return next((server for server in SERVERS.values() if not sys.modules.keys().isdisjoint(server.modules)), None)
 
 
-def with_defaults(server: Server, given: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_defaults(server: ServerProfile, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """All options of a server that a check looks at. What no check looks at is left out.
 
     Raises:

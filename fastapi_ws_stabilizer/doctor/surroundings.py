@@ -1,4 +1,4 @@
-"""`Surroundings`: everything that the checks look at, collected once."""
+"""`DeploymentContext`: everything that the checks look at, collected once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from types import CodeType
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.doctor.servers import OURS, Server
-from fastapi_ws_stabilizer.doctor.way import Way
+from fastapi_ws_stabilizer.doctor.servers import OURS, ServerProfile
+from fastapi_ws_stabilizer.doctor.way import NetworkPath
 from fastapi_ws_stabilizer.routing.unmatched import websocket_routes
 
 OWN_MODULES: Final = "fastapi_ws_stabilizer."
@@ -27,7 +27,7 @@ MAX_DEPENDENCIES: Final = 500
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class DeploymentContext:
     """What is known of where a manager runs.
 
     Attributes:
@@ -52,11 +52,11 @@ class Surroundings:
     """
 
     config: WebSocketConfig
-    server: Server | None = None
+    server: ServerProfile | None = None
     options: Mapping[str, Any] | None = None
     version: tuple[int, ...] = ()
     python: tuple[int, ...] = tuple(sys.version_info[:2])
-    way: Way = field(default_factory=Way)
+    way: NetworkPath = field(default_factory=NetworkPath)
     pre_stop: float = 0.0
     http2: bool = False
     caching: bool = False
@@ -80,7 +80,7 @@ class Surroundings:
         return OURS in str(self.option("ws"))
 
 
-def version_of(server: Server) -> tuple[int, ...]:
+def version_of(server: ServerProfile) -> tuple[int, ...]:
     """The installed version of a server as numbers, `()` if it is not installed."""
     try:
         text = importlib.metadata.version(server.name)
@@ -92,7 +92,7 @@ def version_of(server: Server) -> tuple[int, ...]:
 # ── the routes of an app ──
 
 
-def bypassing_routes(app: Any) -> tuple[str, ...]:
+def unmanaged_routes(app: Any) -> tuple[str, ...]:
     """Paths of the WebSocket routes in which nothing of this library can be seen.
 
     That is neither a dependency of it, nor a call of `connect` or `serve` in the endpoint or in a dependency. A class
@@ -101,11 +101,11 @@ def bypassing_routes(app: Any) -> tuple[str, ...]:
     return tuple(
         path
         for path, route in websocket_routes(getattr(app, "routes", ()))
-        if not inspect.isclass(route.endpoint) and not any(_serves(call) for call in calls_of(route))
+        if not inspect.isclass(route.endpoint) and not any(_serves(call) for call in callables_of(route))
     )
 
 
-def calls_of(route: Any) -> Iterator[Callable[..., Any]]:
+def callables_of(route: Any) -> Iterator[Callable[..., Any]]:
     """The endpoint of a route and all its dependencies."""
     yield route.endpoint
     waiting = [route.dependant] if hasattr(route, "dependant") else []

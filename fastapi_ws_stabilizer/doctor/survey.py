@@ -10,19 +10,19 @@ from typing import Any
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.background import routes_with_background_tasks
-from fastapi_ws_stabilizer.doctor.checks import examine
-from fastapi_ws_stabilizer.doctor.doors import early_identities
+from fastapi_ws_stabilizer.doctor.checks import run_checks
+from fastapi_ws_stabilizer.doctor.doors import routes_with_early_identity
 from fastapi_ws_stabilizer.doctor.logins import unguarded_routes
 from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
 from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, with_defaults
-from fastapi_ws_stabilizer.doctor.surroundings import Surroundings, bypassing_routes, version_of
-from fastapi_ws_stabilizer.doctor.way import way_of
+from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext, unmanaged_routes, version_of
+from fastapi_ws_stabilizer.doctor.way import path_through
 from fastapi_ws_stabilizer.platforms.platform import Platform
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing.paths import shadowed_routes
 
 
-def survey(
+def collect_context(
     config: WebSocketConfig,
     app: Any,
     *,
@@ -37,7 +37,7 @@ def survey(
     pre_stop: float = 0.0,
     http2: bool = False,
     caching: bool = False,
-) -> Surroundings:
+) -> DeploymentContext:
     """Collect what the checks look at. `WebSocketConnectionManager.check` says what the arguments mean.
 
     Raises:
@@ -51,7 +51,7 @@ def survey(
         raise ValueError("name the server whose options these are")
     if not 0 <= pre_stop < math.inf:
         raise ValueError(f"pre_stop is a number of seconds, not {pre_stop:g}")
-    way = way_of(
+    way = path_through(
         (platform,) if isinstance(platform, str) else platform,
         idle_timeout=idle_timeout,
         max_lifetime=max_lifetime,
@@ -60,7 +60,7 @@ def survey(
     if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
         way = way.past(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
     logins, unguarded = unguarded_routes(app)
-    return Surroundings(
+    return DeploymentContext(
         config=config,
         server=one,
         options=options,
@@ -69,20 +69,20 @@ def survey(
         pre_stop=pre_stop,
         http2=http2,
         caching=caching,
-        bypassing=bypassing_routes(app),
+        bypassing=unmanaged_routes(app),
         refuses=refuses,
         guarded=guarded,
         logins=logins,
         unguarded=unguarded,
-        early=early_identities(app),
+        early=routes_with_early_identity(app),
         shadowed=shadowed_routes(app),
         background=routes_with_background_tasks(app),
         open_stats=open_stats_routers(app),
     )
 
 
-def tell_at_start(
-    reports: Reports, config: WebSocketConfig, app: Any = None, *, refuses: bool, guarded: bool = False, told: set[str]
+def report_at_start(
+    reports: EventBus, config: WebSocketConfig, app: Any = None, *, refuses: bool, guarded: bool = False, told: set[str]
 ) -> None:
     """Make the checks for which a starting process knows enough, and report what they find, each once.
 
@@ -104,7 +104,7 @@ def tell_at_start(
             # Where it has been told to use no worker process, this is none.
             options = {"workers": int(multiprocessing.parent_process() is not None)}
         logins, unguarded = unguarded_routes(app)
-        surroundings = Surroundings(
+        surroundings = DeploymentContext(
             config,
             server,
             options,
@@ -112,11 +112,11 @@ def tell_at_start(
             guarded=guarded,
             logins=logins,
             unguarded=unguarded,
-            early=early_identities(app),
+            early=routes_with_early_identity(app),
             shadowed=shadowed_routes(app),
             background=routes_with_background_tasks(app),
         )
-        for finding in examine(surroundings, at_start=True):
+        for finding in run_checks(surroundings, at_start=True):
             if finding.code not in told:
                 told.add(finding.code)
                 reports.tell(

@@ -1,4 +1,4 @@
-"""`Way`: what of the platforms between clients and server binds a connection."""
+"""`NetworkPath`: what of the platforms between clients and server binds a connection."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fastapi_ws_stabilizer.errors import UnsuitablePlatformError
-from fastapi_ws_stabilizer.platforms.path import path_of
+from fastapi_ws_stabilizer.errors import UnsupportedPlatformError
+from fastapi_ws_stabilizer.platforms.path import resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
 TOLD: Final = "told"
@@ -19,7 +19,7 @@ Value = Literal["idle_timeout", "max_lifetime", "grace"]
 
 
 @dataclass(frozen=True)
-class Limit:
+class HopLimit:
     """A number of seconds that a hop sets.
 
     Attributes:
@@ -35,7 +35,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Way:
+class NetworkPath:
     """The hops between clients and server.
 
     Attributes:
@@ -50,23 +50,23 @@ class Way:
         """Whether a hop of that name is on it."""
         return any(hop.name == name for hop in self.hops)
 
-    def past(self, hop: Platform) -> Way:
+    def past(self, hop: Platform) -> NetworkPath:
         """The way with one hop more."""
-        return Way((*self.hops, hop), self.unable)
+        return NetworkPath((*self.hops, hop), self.unable)
 
-    def smallest(self, value: Value) -> Limit | None:
+    def smallest(self, value: Value) -> HopLimit | None:
         """The smallest of the hops' limits of one kind; `None` if no hop has any."""
         limits = [(seconds, hop.name) for hop in self.hops if (seconds := getattr(hop, value)) is not None]
-        return Limit(*min(limits)) if limits else None
+        return HopLimit(*min(limits)) if limits else None
 
 
-def way_of(
+def path_through(
     names: Iterable[str],
     *,
     idle_timeout: float | None = None,
     max_lifetime: float | None = None,
     grace: float | None = None,
-) -> Way:
+) -> NetworkPath:
     """The way through platforms, with their defaults where nothing else is told.
 
     Args:
@@ -83,8 +83,8 @@ def way_of(
     unable = []
     for name in names:
         try:
-            hops.extend(path_of(name))
-        except UnsuitablePlatformError as error:
+            hops.extend(resolve_hops(name))
+        except UnsupportedPlatformError as error:
             unable.append((error.name, error.refusal))
     told = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
     changed = {value: seconds for value, seconds in told.items() if seconds is not None}
@@ -94,4 +94,4 @@ def way_of(
         without: dict[str, None] = dict.fromkeys(changed)
         hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # names of floats alone
         hops.append(dataclasses.replace(Platform(TOLD, "as told", ()), **changed))  # type: ignore[arg-type]
-    return Way(tuple(hops), tuple(unable))
+    return NetworkPath(tuple(hops), tuple(unable))

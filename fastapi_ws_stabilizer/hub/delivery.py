@@ -7,26 +7,26 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from fastapi_ws_stabilizer.close_codes import NO_STATUS, DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import NO_STATUS, CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import RoomLimitError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut, let_writers_work
-from fastapi_ws_stabilizer.hub.history import History
-from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
-from fastapi_ws_stabilizer.hub.presence import Presence, PresenceBoard, Roster
-from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.hub.rooms import Rooms, check_room_name
-from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
+from fastapi_ws_stabilizer.hub.fanout import Broadcaster, BroadcastResult, yield_to_writers
+from fastapi_ws_stabilizer.hub.history import RoomHistory
+from fastapi_ws_stabilizer.hub.member import EnqueueResult, Recipient, SendQueueLike
+from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList, PresenceTracker
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.rooms import RoomMembership, check_room_name
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.limits.described import Descriptions
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet
-from fastapi_ws_stabilizer.wire.envelope import again, check_size
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.envelope import check_size, copy_for_replay
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
-M = TypeVar("M", bound=Member)
+M = TypeVar("M", bound=Recipient)
 
-_NOT_QUEUED = (Offered.DROPPED, Offered.MISSED, Offered.REFUSED)
+_NOT_QUEUED = (EnqueueResult.DROPPED, EnqueueResult.MISSED, EnqueueResult.REFUSED)
 
 SMALL_ROOM: Final = 64
 """Members that are never divided."""
@@ -35,7 +35,7 @@ _MEANT_IT = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION,
 """Endings by which this side has said that it is over. Nobody is expected back after them."""
 
 
-class Delivery(Generic[M]):
+class Hub(Generic[M]):
     """Registry, rooms, presence and fan-out of one manager on one event loop.
 
     Args:
@@ -59,24 +59,24 @@ class Delivery(Generic[M]):
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
-        turns: Turns,
+        reports: EventBus,
+        turns: FlushScheduler,
         tasks: TaskSet,
         *,
         joined: Callable[[Presence], Awaitable[None]],
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
         away_of: Callable[[str], Sequence[Any]] = lambda _: (),
-        ledger: Ledger | None = None,
+        ledger: MemoryBudget | None = None,
     ) -> None:
         self._turns = turns
         self._num_shards = config.num_shards
-        self._fan_out = FanOut(turns, reports.totals)
+        self._fan_out = Broadcaster(turns, reports.totals)
         self._away_of = away_of
-        self._history = History(config.room_history, config.room_history_max_age)
-        self.registry: Registry[M] = Registry(config.num_shards)
-        self.rooms: Rooms[M] = Rooms(config.max_rooms_per_connection)
-        self.presence = PresenceBoard(
+        self._history = RoomHistory(config.room_history, config.room_history_max_age)
+        self.registry: ConnectionRegistry[M] = ConnectionRegistry(config.num_shards)
+        self.rooms: RoomMembership[M] = RoomMembership(config.max_rooms_per_connection)
+        self.presence = PresenceTracker(
             grace=config.presence_grace,
             joined=joined,
             left=left,
@@ -84,14 +84,19 @@ class Delivery(Generic[M]):
             tasks=tasks,
             emptied=self.end_if_empty,
         )
-        self._descriptions = Descriptions(Ledger() if ledger is None else ledger)
+        self._descriptions = Descriptions(MemoryBudget() if ledger is None else ledger)
         self._away_since: dict[str, dict[str, float]] = {}  # connection id → rooms of which it has missed something
         self.check_loop = turns.check_loop
 
     # ── sending ──
 
     async def broadcast(
-        self, frame: Frame, rooms: str | Iterable[str] | None = None, exclude: Any = None, *, history: bool = True
+        self,
+        frame: EncodedMessage,
+        rooms: str | Iterable[str] | None = None,
+        exclude: Any = None,
+        *,
+        history: bool = True,
     ) -> BroadcastResult:
         """Queue a frame for everybody, or for the members of some rooms, each once.
 
@@ -115,7 +120,7 @@ class Delivery(Generic[M]):
 
         check_size(frame)
 
-        def audience() -> tuple[Iterable[Sequence[Mailbox]], frozenset[str]]:
+        def audience() -> tuple[Iterable[Sequence[SendQueueLike]], frozenset[str]]:
             excluded = self.connections_of(exclude)
             if rooms is not None and history and self._history.enabled:
                 hidden = excluded | _client_ids_in(exclude)
@@ -126,13 +131,13 @@ class Delivery(Generic[M]):
 
         return await self._fan_out.send(frame, audience)
 
-    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[Mailbox]]:
+    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[SendQueueLike]]:
         """The outboxes of some members, in as many parts as everybody is divided into, unless they are few."""
         size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
         for start in range(0, len(members), size):
             yield [member.outbox for member in members[start : start + size]]
 
-    async def to_client(self, client_id: str, frame: Frame) -> bool:
+    async def to_client(self, client_id: str, frame: EncodedMessage) -> bool:
         """Queue a frame for all connections and sessions of a client; tell whether it was queued for one.
 
         Raises:
@@ -140,11 +145,11 @@ class Delivery(Generic[M]):
         """
         self.check_loop()
         check_size(frame)
-        mailboxes: list[Mailbox] = [one.member.outbox for one in self.registry.of_client(client_id)]
+        mailboxes: list[SendQueueLike] = [one.member.outbox for one in self.registry.of_client(client_id)]
         mailboxes += [session.outbox for session in self._away_of(client_id)]
         offered = [mailbox.offer_now(frame) for mailbox in mailboxes]
-        if Offered.PRESSED in offered:
-            await let_writers_work([mailbox for mailbox in mailboxes if mailbox.under_pressure()])
+        if EnqueueResult.PRESSED in offered:
+            await yield_to_writers([mailbox for mailbox in mailboxes if mailbox.under_pressure()])
         elif self._turns.held_long() or any(mailbox.lingers() for mailbox in mailboxes):
             await asyncio.sleep(0)
         return any(how not in _NOT_QUEUED for how in offered)
@@ -165,7 +170,7 @@ class Delivery(Generic[M]):
 
     # ── rooms ──
 
-    def join(self, member: M, room: str, metadata: Mapping[str, Any] | None) -> Roster:
+    def join(self, member: M, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
         """Let a connection into a room, and return who is there. Joining again renews the metadata.
 
         Raises:
@@ -239,7 +244,7 @@ class Delivery(Generic[M]):
         """
         since = -math.inf if newcomer else self._away_since.get(member.connection_id, {}).pop(room, math.inf)
         for frame in self._history.last(room, count, (member.client_id, member.connection_id), since):
-            member.outbox.offer(again(frame))
+            member.outbox.offer(copy_for_replay(frame))
         member.outbox.flush()
 
     def has_missed(self, member: M, rooms: Iterable[str], since: float) -> None:
@@ -292,7 +297,7 @@ class Delivery(Generic[M]):
     async def empty_room(self, room: str) -> int:
         """Let everybody leave a room, those who are expected back included; return how many connections were in it."""
         self.check_loop()
-        hold = HoldTimer()
+        hold = LoopBudget()
         members = self.rooms.members(room)
         for member in members:
             self.leave(member, room)
@@ -304,7 +309,7 @@ class Delivery(Generic[M]):
     async def end_room(self, room: str, code: int, reason: str) -> int:
         """End the connections of everybody in a room; return how many."""
         self.check_loop()
-        hold = HoldTimer()
+        hold = LoopBudget()
         ended = 0
         for member in self.rooms.members(room):
             if member.end(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True):
@@ -400,7 +405,7 @@ def _client_ids_in(whom: Any) -> frozenset[str]:
     return frozenset().union(*map(_client_ids_in, whom)) if isinstance(whom, Iterable) else frozenset()
 
 
-def _is_final(how: Ending | None) -> bool:
+def _is_final(how: CloseInfo | None) -> bool:
     """Whether nobody is expected back after this ending: one side has said goodbye."""
     if how is None:
         return False

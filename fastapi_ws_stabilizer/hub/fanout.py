@@ -9,10 +9,10 @@ from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.member import Mailbox, Member, Offered
-from fastapi_ws_stabilizer.hub.turns import HoldTimer, Turns
-from fastapi_ws_stabilizer.reports import Totals
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.hub.member import EnqueueResult, Recipient, SendQueueLike
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler, LoopBudget
+from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 MAX_TURNS: Final = 8
 """Turns of the event loop that a sender gives to writers. Some servers need several for one send."""
@@ -52,20 +52,20 @@ class BroadcastResult:
         return self
 
 
-class FanOut:
+class Broadcaster:
     """Hands frames to the outboxes of many connections.
 
     All clients get broadcasts in the same order: one that has to give way to the event loop half-way holds up those
     that come after it, and only those.
     """
 
-    def __init__(self, turns: Turns, totals: Totals) -> None:
+    def __init__(self, turns: FlushScheduler, totals: Counters) -> None:
         self._turns = turns
         self._totals = totals
         self._one_after_the_other = asyncio.Lock()
 
     async def send(
-        self, frame: Frame, audience: Callable[[], tuple[Iterable[Sequence[Mailbox]], Collection[str]]]
+        self, frame: EncodedMessage, audience: Callable[[], tuple[Iterable[Sequence[SendQueueLike]], Collection[str]]]
     ) -> BroadcastResult:
         """Queue one frame in all outboxes of all groups.
 
@@ -80,11 +80,11 @@ class FanOut:
                 go, and the connection ids that do not get it.
         """
         result = BroadcastResult()
-        pressed: list[Mailbox] = []
+        pressed: list[SendQueueLike] = []
         async with self._one_after_the_other:
             self._totals.broadcasts += 1
             groups, excluded = audience()
-            hold = HoldTimer()
+            hold = LoopBudget()
             rest = iter(groups)
             for group in rest:
                 self._queue(frame, group, excluded, result, pressed)
@@ -96,52 +96,52 @@ class FanOut:
                             self._queue(frame, late, excluded, result, pressed)
                         raise
         if pressed:
-            await let_writers_work(pressed)
+            await yield_to_writers(pressed)
         elif self._turns.held_long():  # also where it has reached no client
             await asyncio.sleep(0)
         return result
 
     def _queue(
         self,
-        frame: Frame,
-        group: Sequence[Mailbox],
+        frame: EncodedMessage,
+        group: Sequence[SendQueueLike],
         excluded: Collection[str],
         result: BroadcastResult,
-        pressed: list[Mailbox],
+        pressed: list[SendQueueLike],
     ) -> None:
         """Queue a frame for one group. Hot path: one call for each recipient, and nothing else for most of them."""
         if excluded:
             group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
         dropped_before = self._totals.messages_dropped
-        queued = Offered.QUEUED
+        queued = EnqueueResult.QUEUED
         unusual = [(outbox, offered) for outbox in group if (offered := outbox.offer(frame)) is not queued]
         result.total += len(group)
         result.succeeded += len(group)
         if not unusual:
             return
         for outbox, offered in unusual:
-            if offered is Offered.PRESSED:
+            if offered is EnqueueResult.PRESSED:
                 pressed.append(outbox)
                 continue
-            member: Member = outbox.owner
+            member: Recipient = outbox.owner
             how = member.ending
-            if offered is Offered.REFUSED:
+            if offered is EnqueueResult.REFUSED:
                 result.succeeded -= 1
                 result.failed += 1
                 if how is not None and how.reason is DisconnectReason.SLOW_CONSUMER:
                     result.slow += 1
                 result.errors.append((member.client_id, how.reason.value if how else "not open"))
-            elif offered is Offered.MISSED:
+            elif offered is EnqueueResult.MISSED:
                 result.succeeded -= 1
                 result.missed += 1
             else:
-                if offered is Offered.DROPPED:
+                if offered is EnqueueResult.DROPPED:
                     result.succeeded -= 1
                 result.slow += 1
         result.dropped += self._totals.messages_dropped - dropped_before
 
 
-async def let_writers_work(pressed: Sequence[Mailbox]) -> None:
+async def yield_to_writers(pressed: Sequence[SendQueueLike]) -> None:
     """Give the event loop some turns, `MAX_TURNS` at most, while one of these outboxes is under pressure."""
     if not pressed:
         return

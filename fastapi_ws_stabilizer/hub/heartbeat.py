@@ -17,14 +17,14 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.hub.member import Member
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.hub.turns import HoldTimer
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.member import Recipient
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.hub.turns import LoopBudget
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.wire.control import PING
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 
-LATE: Final = 0.5
+MAX_TIMER_LAG: Final = 0.5
 """Seconds by which a beat may come late before it is taken for a blocked event loop. Pongs may then wait unread in
 the sockets, so nobody is closed before there was a chance to read them."""
 
@@ -32,7 +32,7 @@ MAX_TOGETHER: Final = 0.1
 """Seconds that a beat may wait for others, and a fiftieth of the interval at most: waking the loop costs more than a
 ping."""
 
-SECOND_LOOK: Final = 1.0
+GRACE_AFTER_LAG: Final = 1.0
 """Seconds for that chance."""
 
 SLOWEST_UPLOAD: Final = 4096
@@ -60,7 +60,7 @@ class Debt:
         self.progress = progress
         self.before_ping = unsent + (progress or 0)
 
-    def has_shrunk(self, member: Member) -> bool:
+    def has_shrunk(self, member: Recipient) -> bool:
         """Whether the client has taken bytes since the last look that stand before its ping."""
         if self.progress is None or self.progress >= self.before_ping:
             return False
@@ -71,14 +71,14 @@ class Debt:
         return True
 
 
-class Heartbeat:
+class HeartbeatScheduler:
     """Pings each connection once per interval and ends those that fall silent.
 
     The first ping of a connection comes after a random part of the interval, so that clients which connected together
     are not pinged together.
     """
 
-    def __init__(self, config: WebSocketConfig, reports: Reports) -> None:
+    def __init__(self, config: WebSocketConfig, reports: EventBus) -> None:
         self._interval = config.heartbeat_interval
         self._timeout = config.heartbeat_timeout
         self._together = min(MAX_TOGETHER, config.heartbeat_interval / 50)
@@ -86,14 +86,14 @@ class Heartbeat:
         self._payload = config.heartbeat_payload
         self._on = config.heartbeat_type is not HeartbeatType.OFF
         self._longest_upload = config.max_message_size / SLOWEST_UPLOAD
-        self._debts: dict[Pulse, Debt] = {}
-        self._constant: Frame | None = None
+        self._debts: dict[Liveness, Debt] = {}
+        self._constant: EncodedMessage | None = None
         if config.heartbeat_type is HeartbeatType.PING:
             self._constant = PING
         elif self._on and not callable(self._payload):
             self._constant = encode(self._payload)
         self._reports = reports
-        self._heap: list[Pulse] = []
+        self._heap: list[Liveness] = []
         self._count = 0
         self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
         self._timer: asyncio.TimerHandle | None = None
@@ -102,7 +102,7 @@ class Heartbeat:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, member: Member) -> None:
+    def add(self, member: Recipient) -> None:
         """Begin to beat for a connection."""
         if not self._on:
             return
@@ -111,7 +111,7 @@ class Heartbeat:
         self._push(member, member.pulse.next_ping)
         self._arm()
 
-    def remove(self, member: Member) -> None:
+    def remove(self, member: Recipient) -> None:
         """Stop beating for a connection and let go of it at once."""
         self._debts.pop(member.pulse, None)
         if member.pulse.member is not None:
@@ -139,12 +139,12 @@ class Heartbeat:
             now: Time on the monotonic clock.
             late: Seconds by which this comes later than it was due.
         """
-        hold = HoldTimer()
+        hold = LoopBudget()
         while self._heap and self._heap[0].due <= now:
             if hold.held_long():
                 break  # the timer is set anew at once: nobody is left out, and the loop gets a turn
             pulse = heapq.heappop(self._heap)
-            member: Member | None = pulse.member
+            member: Recipient | None = pulse.member
             if member is None:
                 continue
             pulse.member = None
@@ -153,7 +153,7 @@ class Heartbeat:
             if due is not None:
                 self._push(member, due)
 
-    def _beat(self, member: Member, now: float, late: float) -> float | None:
+    def _beat(self, member: Recipient, now: float, late: float) -> float | None:
         """Beat for one connection and return when to look at it again; `None` if it is over."""
         if member.ending is not None:
             return None
@@ -162,10 +162,10 @@ class Heartbeat:
             pulse.forgive()
         deadline = self._deadline(member)
         if deadline is not None and now >= deadline and not self._shows_life(member, now):
-            if late < LATE:
+            if late < MAX_TIMER_LAG:
                 self._end(member, now)
                 return None
-            pulse.awaiting_since = now - self._timeout + min(SECOND_LOOK, self._timeout)
+            pulse.awaiting_since = now - self._timeout + min(GRACE_AFTER_LAG, self._timeout)
         if now >= pulse.next_ping:
             self._ping(member, now)
             pulse.next_ping = now + self._interval
@@ -174,14 +174,14 @@ class Heartbeat:
         deadline = self._deadline(member)
         return pulse.next_ping if deadline is None else min(pulse.next_ping, deadline)
 
-    def _deadline(self, member: Member) -> float | None:
+    def _deadline(self, member: Recipient) -> float | None:
         pulse = member.pulse
         enforced = pulse.answers or member.pings_by_protocol if self._require_pong == "auto" else self._require_pong
         if not enforced or pulse.awaiting_since is None:
             return None
         return pulse.awaiting_since + self._timeout
 
-    def _shows_life(self, member: Member, now: float) -> bool:
+    def _shows_life(self, member: Recipient, now: float) -> bool:
         """Whether bytes have gone to or come from the client since it was pinged. Then its time begins anew.
 
         A pong waits behind a large message that the client is sending, and a ping behind one that it is reading.
@@ -201,7 +201,7 @@ class Heartbeat:
         pulse.awaiting_since = shown
         return True
 
-    def _look_at_queue(self, member: Member, now: float) -> None:
+    def _look_at_queue(self, member: Recipient, now: float) -> None:
         """A ping is about to be queued: remember what the client has taken, if much is on its way before it."""
         pulse = member.pulse
         since = pulse.awaiting_since
@@ -217,7 +217,7 @@ class Heartbeat:
         if unsent is not None and unsent >= MUCH:
             self._debts[pulse] = Debt(now if since is None else since, member.send_progress(), unsent)
 
-    def _end(self, member: Member, now: float) -> None:
+    def _end(self, member: Recipient, now: float) -> None:
         silent = now - member.pulse.last_seen
         self._reports.tell(
             "heartbeat_timeout",
@@ -228,7 +228,7 @@ class Heartbeat:
         )
         member.end(DisconnectReason.HEARTBEAT_TIMEOUT)
 
-    def _ping(self, member: Member, now: float) -> None:
+    def _ping(self, member: Recipient, now: float) -> None:
         frame = self._constant
         if frame is PING and member.pings_by_protocol:
             frame = None
@@ -248,7 +248,7 @@ class Heartbeat:
         if member.ping(frame, now):  # a client that takes nothing is under another watch; a ping would prove nothing
             self._reports.totals.pings_sent += 1
 
-    def _push(self, member: Member, due: float) -> None:
+    def _push(self, member: Recipient, due: float) -> None:
         pulse = member.pulse
         pulse.due = due
         pulse.member = member
@@ -273,7 +273,7 @@ class Heartbeat:
         self._timer = None
         now = monotonic()
         late = now - self._timer_due
-        if late >= LATE:
+        if late >= MAX_TIMER_LAG:
             self._reports.tell("event_loop_blocked", logging.WARNING, blocked_seconds=late)
         try:
             self.beat_due(now, late)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 MAX_BYTES: Final = 1024 * 1024
 """Bytes of messages that one room remembers at most, with the names of those that they were not for."""
@@ -23,11 +23,11 @@ NAME_BYTES: Final = 64
 """What a name beside a message counts."""
 
 
-class _Said(NamedTuple):
+class _HistoryEntry(NamedTuple):
     """One message: when it was sent, and to which clients and connections it was not."""
 
     at: float
-    frame: Frame
+    frame: EncodedMessage
     excluded: frozenset[str]
 
     @property
@@ -35,13 +35,13 @@ class _Said(NamedTuple):
         return self.frame.size + NAME_BYTES * len(self.excluded)
 
 
-class _Room:
+class _RoomMessages:
     """What was said in one room."""
 
     __slots__ = ("bytes", "messages")
 
     def __init__(self) -> None:
-        self.messages: deque[_Said] = deque()
+        self.messages: deque[_HistoryEntry] = deque()
         self.bytes = 0
 
     def drop_first(self) -> None:
@@ -52,7 +52,7 @@ class _Room:
         return self.messages[-1].at if self.messages else -math.inf
 
 
-class History:
+class RoomHistory:
     """The last messages of each room, until the room ends.
 
     What is sent to a room before its first member comes is remembered for that one. What is sent to one that has ended
@@ -68,7 +68,9 @@ class History:
     def __init__(self, max_messages: int, max_age: float) -> None:
         self._max_age = max_age
         self._max_messages = max_messages
-        self._rooms: OrderedDict[str, _Room] = OrderedDict()  # the one in which something was said last comes last
+        self._rooms: OrderedDict[str, _RoomMessages] = (
+            OrderedDict()
+        )  # the one in which something was said last comes last
         self._ended: OrderedDict[str, float] = (
             OrderedDict()
         )  # when the last member left; the one that ended first is first
@@ -82,7 +84,7 @@ class History:
         """Whether anything is remembered."""
         return self._max_messages > 0
 
-    def add(self, room: str, frame: Frame, excluded: frozenset[str] = frozenset()) -> None:
+    def add(self, room: str, frame: EncodedMessage, excluded: frozenset[str] = frozenset()) -> None:
         """Remember a message.
 
         Args:
@@ -98,15 +100,17 @@ class History:
             return
         said = self._rooms.get(room)
         if said is None:
-            said = self._rooms[room] = _Room()
+            said = self._rooms[room] = _RoomMessages()
         self._rooms.move_to_end(room)
-        said.messages.append(_Said(now, frame, excluded))
+        said.messages.append(_HistoryEntry(now, frame, excluded))
         said.bytes += said.messages[-1].size
         while len(said.messages) > self._max_messages or (len(said.messages) > 1 and said.bytes > MAX_BYTES):
             said.drop_first()
         self._forget_silent(now - self._max_age)
 
-    def last(self, room: str, count: int, names: Collection[str] = (), since: float = -math.inf) -> list[Frame]:
+    def last(
+        self, room: str, count: int, names: Collection[str] = (), since: float = -math.inf
+    ) -> list[EncodedMessage]:
         """The last messages of a room, at most `count`, oldest first.
 
         Args:

@@ -16,8 +16,8 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.hub.member import Member
-from fastapi_ws_stabilizer.hub.turns import HoldTimer
+from fastapi_ws_stabilizer.hub.member import Recipient
+from fastapi_ws_stabilizer.hub.turns import LoopBudget
 
 JITTER: Final = 0.1
 """By which part of `max_lifetime` a connection may be closed early, so that those which came together go apart."""
@@ -25,14 +25,14 @@ JITTER: Final = 0.1
 LOOKS: Final = 4
 """How often in an `idle_timeout` a connection is looked at. So it may be idle for a quarter longer."""
 
-LEAVES_BY_ITSELF: Final = 1.0
+DRAIN_LEAD: Final = 1.0
 """Seconds for which a client is waited for that was asked to leave by itself."""
 
 TOGETHER: Final = 0.1
 """Seconds by which one may be late, so that many are dealt with in one turn of the event loop."""
 
 
-class Term:
+class _Deadline:
     """Of one connection: until when it lasts, and when it was used.
 
     Attributes:
@@ -45,19 +45,19 @@ class Term:
 
     __slots__ = ("asked", "due", "ends", "member", "used")
 
-    def __init__(self, member: Member, now: float, ends: float) -> None:
+    def __init__(self, member: Recipient, now: float, ends: float) -> None:
         self.due = ends
         self.ends = ends
         self.used = now
         self.asked = False
-        self.member: Member | None = member
+        self.member: Recipient | None = member
 
-    def __lt__(self, other: Term) -> bool:
+    def __lt__(self, other: _Deadline) -> bool:
         """Whether it is looked at first: terms stand in a heap."""
         return self.due < other.due
 
 
-class Lifetimes:
+class ConnectionReaper:
     """Closes connections after `max_lifetime`, and those that carry no message for `idle_timeout`.
 
     One timer waits for all of them. Where neither option is set, this costs nothing.
@@ -66,10 +66,10 @@ class Lifetimes:
     def __init__(self, config: WebSocketConfig) -> None:
         self._max_lifetime = config.max_lifetime
         self._idle_timeout = config.idle_timeout
-        self._lead = min(LEAVES_BY_ITSELF, (config.max_lifetime or 0.0) * JITTER)  # for who is asked to leave
+        self._lead = min(DRAIN_LEAD, (config.max_lifetime or 0.0) * JITTER)  # for who is asked to leave
         self._on = self._max_lifetime is not None or self._idle_timeout is not None
-        self._terms: dict[str, Term] = {}
-        self._heap: list[Term] = []
+        self._terms: dict[str, _Deadline] = {}
+        self._heap: list[_Deadline] = []
         self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -77,7 +77,7 @@ class Lifetimes:
     def __len__(self) -> int:
         return len(self._terms)
 
-    def add(self, member: Member) -> None:
+    def add(self, member: Recipient) -> None:
         """A connection has begun."""
         if not self._on:
             return
@@ -86,13 +86,13 @@ class Lifetimes:
         if self._max_lifetime is not None:
             early = random.uniform(0.0, JITTER) * self._max_lifetime  # noqa: S311 (spreads load)
             ends = now + self._max_lifetime - early - self._lead
-        term = self._terms[member.connection_id] = Term(member, now, ends)
+        term = self._terms[member.connection_id] = _Deadline(member, now, ends)
         if self._idle_timeout is not None:
             term.due = min(ends, now + self._idle_timeout / LOOKS)
         heapq.heappush(self._heap, term)
         self._arm()
 
-    def remove(self, member: Member) -> None:
+    def remove(self, member: Recipient) -> None:
         """A connection is over: let go of it at once."""
         term = self._terms.pop(member.connection_id, None)
         if term is None:
@@ -110,7 +110,7 @@ class Lifetimes:
         self._terms.clear()
         self._heap.clear()
 
-    def _look(self, term: Term, member: Member, now: float) -> None:
+    def _look(self, term: _Deadline, member: Recipient, now: float) -> None:
         """Look at a connection, and say in `due` when to look again."""
         if now >= term.ends:
             if term.asked or not member.ask_to_leave(0.0, self._lead, DisconnectReason.LIFETIME):
@@ -145,7 +145,7 @@ class Lifetimes:
     def _on_timer(self) -> None:
         self._timer = None
         now = monotonic()
-        hold = HoldTimer()
+        hold = LoopBudget()
         try:
             while self._heap and self._heap[0].due <= now and not hold.held_long():
                 term = heapq.heappop(self._heap)

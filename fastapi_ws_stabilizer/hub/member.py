@@ -6,13 +6,13 @@ import contextvars
 from enum import Enum
 from typing import Any, Protocol
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.limits.ledger import Client
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.limits.ledger import Evictable
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 
-class Offered(Enum):
+class EnqueueResult(Enum):
     """What became of a frame that was offered to an outbox."""
 
     QUEUED = "queued"
@@ -29,7 +29,7 @@ class Offered(Enum):
     """The connection is over, or has just ended because its outbox was full."""
 
 
-class Mailbox(Protocol):
+class SendQueueLike(Protocol):
     """Where what is meant for a connection waits to be sent. Nothing here waits.
 
     Attributes:
@@ -40,12 +40,12 @@ class Mailbox(Protocol):
 
     @property
     def owner(self) -> Any:
-        """The `Member` that it belongs to."""
+        """The `Recipient` that it belongs to."""
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, as far as the bounds and the policy for slow clients allow."""
 
-    def offer_now(self, frame: Frame) -> Offered:
+    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`; and it is sent now, and not at the end of the turn, as far as the network takes it."""
 
     def flush(self) -> None:
@@ -58,12 +58,12 @@ class Mailbox(Protocol):
         """Whether more than half of it is used, and its client seems to read."""
 
 
-class Member(Client, Protocol):
+class Recipient(Evictable, Protocol):
     """One connection, as the hub handles it. Nothing here waits."""
 
     client_id: str
     shard: int
-    pulse: Pulse
+    pulse: Liveness
 
     @property
     def member(self) -> Any:
@@ -74,11 +74,11 @@ class Member(Client, Protocol):
         """Whether there is a connection: a session may be without."""
 
     @property
-    def outbox(self) -> Mailbox:
+    def outbox(self) -> SendQueueLike:
         """What waits to be sent to it."""
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> CloseInfo | None:
         """How it ended; `None` while it is open."""
 
     @property
@@ -97,7 +97,7 @@ class Member(Client, Protocol):
     def face(self) -> Any:
         """What user code knows the connection by."""
 
-    def ping(self, frame: Frame | None, now: float) -> bool:
+    def ping(self, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat: this frame, or a ping frame of the protocol; `False` if there is no room for it."""
 
     def has_backlog(self) -> bool:

@@ -65,25 +65,25 @@ class _Block:
     __slots__ = ("people", "states")
 
     def __init__(self) -> None:
-        self.people: list[_Person] = []
+        self.people: list[_Entry] = []
         self.states: tuple[_State, ...] | None = None
 
 
-class _Room:
+class _RoomPresence:
     """The people of a room, and those of whom something may have to be said, in order."""
 
     __slots__ = ("blocks", "name", "people", "states", "talking", "unlooked", "unsaid")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.people: dict[str, _Person] = {}
+        self.people: dict[str, _Entry] = {}
         self.blocks: list[_Block] = []  # the same people
         self.states: _States | None = None
-        self.unsaid: OrderedDict[str, _Person] = OrderedDict()  # a plain dict is slow to empty from its front
+        self.unsaid: OrderedDict[str, _Entry] = OrderedDict()  # a plain dict is slow to empty from its front
         self.talking = False
-        self.unlooked: list[weakref.ref[Roster]] = []  # rosters of the state that is now
+        self.unlooked: list[weakref.ref[PresenceList]] = []  # rosters of the state that is now
 
-    def about_to_change(self, person: _Person | None = None) -> None:
+    def about_to_change(self, person: _Entry | None = None) -> None:
         """Let those who keep a roster of this moment have it.
 
         Args:
@@ -98,7 +98,7 @@ class _Room:
         if person is not None:
             person.state = person.block.states = None
 
-    def arrives(self, person: _Person) -> _Block:
+    def arrives(self, person: _Entry) -> _Block:
         """Put a person at the end of the last block, and return that."""
         self.people[person.client_id] = person
         if not self.blocks or len(self.blocks[-1].people) >= BLOCK:
@@ -108,7 +108,7 @@ class _Room:
         block.states = None
         return block
 
-    def departs(self, person: _Person) -> None:
+    def departs(self, person: _Entry) -> None:
         """Take a person out."""
         del self.people[person.client_id]
         person.block.people.remove(person)
@@ -125,7 +125,7 @@ class _Room:
         return self.states
 
 
-class _Person:
+class _Entry:
     """One stay of a client in a room, from its arrival to its departure."""
 
     __slots__ = (
@@ -141,7 +141,7 @@ class _Person:
         "until",
     )
 
-    def __init__(self, room: _Room, client_id: str, metadata: Mapping[str, Any], since: float) -> None:
+    def __init__(self, room: _RoomPresence, client_id: str, metadata: Mapping[str, Any], since: float) -> None:
         self.room = room
         self.client_id = client_id
         self.metadata = metadata
@@ -164,7 +164,7 @@ class _Person:
         return Presence(self.client_id, self.room.name, self.metadata, len(self.connections), seconds)
 
 
-class PresenceBoard:
+class PresenceTracker:
     """Knows who is present, and says who has come and who has gone.
 
     A client is present from the moment at which the first of its connections enters a room until `grace` seconds after
@@ -198,8 +198,8 @@ class PresenceBoard:
         self._emptied = emptied
         # What a room says must not carry the context variables of the one connection that happened to come first.
         self._context = contextvars.copy_context()
-        self._rooms: dict[str, _Room] = {}
-        self._graces: OrderedDict[_Person, float] = OrderedDict()  # all last equally long, so the first ends first
+        self._rooms: dict[str, _RoomPresence] = {}
+        self._graces: OrderedDict[_Entry, float] = OrderedDict()  # all last equally long, so the first ends first
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -218,11 +218,11 @@ class PresenceBoard:
         metadata = None if metadata is None else dict(metadata)
         here = self._rooms.get(room)
         if here is None:
-            here = self._rooms[room] = _Room(room)
+            here = self._rooms[room] = _RoomPresence(room)
         person = here.people.get(client_id)
         here.about_to_change(person)
         if person is None:
-            person = _Person(here, client_id, metadata or {}, monotonic())
+            person = _Entry(here, client_id, metadata or {}, monotonic())
             person.connections.add(connection_id)
             if here.unsaid.pop(client_id, None) is not None:  # it is back before its departure was said
                 person.announced = True
@@ -278,9 +278,9 @@ class PresenceBoard:
         for client_id in list(here.people) if here is not None else ():
             self.give_up(room, client_id)
 
-    def roster(self, room: str) -> Roster:
+    def roster(self, room: str) -> PresenceList:
         """Who is in a room at this moment."""
-        roster = Roster(room, self._rooms.get(room), monotonic())
+        roster = PresenceList(room, self._rooms.get(room), monotonic())
         here = self._rooms.get(room)
         if here is not None:
             here.unlooked = [reference for reference in here.unlooked if reference() is not None]
@@ -338,11 +338,11 @@ class PresenceBoard:
         self._rooms.clear()
         self._graces.clear()
 
-    def _find(self, room: str, client_id: str) -> _Person | None:
+    def _find(self, room: str, client_id: str) -> _Entry | None:
         here = self._rooms.get(room)
         return None if here is None else here.people.get(client_id)
 
-    def _depart(self, person: _Person, until: float) -> None:
+    def _depart(self, person: _Entry, until: float) -> None:
         room = person.room
         room.about_to_change(person)
         room.departs(person)
@@ -355,7 +355,7 @@ class PresenceBoard:
         if not room.people:
             self._emptied(room.name)
 
-    def _forget_if_idle(self, room: _Room) -> None:
+    def _forget_if_idle(self, room: _RoomPresence) -> None:
         # After close() its name may belong to another room.
         if not (room.people or room.unsaid or room.talking) and self._rooms.get(room.name) is room:
             del self._rooms[room.name]
@@ -383,26 +383,26 @@ class PresenceBoard:
 
     # ── announcements ──
 
-    def _say(self, person: _Person) -> None:
+    def _say(self, person: _Entry) -> None:
         """Put a client whose arrival or departure is not yet said at the end of its room's list."""
         room = person.room
         room.unsaid[person.client_id] = person
         if not room.talking:
             self._talk(room)
 
-    def _talk(self, room: _Room) -> None:
+    def _talk(self, room: _RoomPresence) -> None:
         room.talking = True  # before the task is made: an eager one begins at once
         task = self._tasks.spawn(self._announce(room), name="ws-presence", context=self._context.copy())
         task.add_done_callback(lambda task: self._fell_silent(room, task), context=self._context.copy())
 
-    def _fell_silent(self, room: _Room, task: asyncio.Task[None]) -> None:
+    def _fell_silent(self, room: _RoomPresence, task: asyncio.Task[None]) -> None:
         room.talking = False
         if room.unsaid and not task.cancelled():  # it came after the last look, or a call has raised after all
             self._talk(room)
         else:
             self._forget_if_idle(room)
 
-    async def _announce(self, room: _Room) -> None:
+    async def _announce(self, room: _RoomPresence) -> None:
         """Say what is unsaid in a room, until nothing is.
 
         Cancelling ends the call that has begun; what is unsaid then waits for the next change in the room.
@@ -420,7 +420,7 @@ class PresenceBoard:
                 await asyncio.sleep(0)
 
 
-class Roster(Sequence[Presence]):
+class PresenceList(Sequence[Presence]):
     """Who is present in a room, in order of arrival, in the moment in which it was made.
 
     What it holds it shares with the rosters of other moments, and a `Presence` is made when it is looked at: in a room
@@ -429,7 +429,7 @@ class Roster(Sequence[Presence]):
 
     __slots__ = ("__weakref__", "_moment", "_name", "_room", "_states")
 
-    def __init__(self, name: str, room: _Room | None, moment: float) -> None:
+    def __init__(self, name: str, room: _RoomPresence | None, moment: float) -> None:
         self._name = name
         self._room = room  # until its states are taken
         self._moment = moment
@@ -465,4 +465,4 @@ class Roster(Sequence[Presence]):
         return self._look(states[index])
 
     def __repr__(self) -> str:
-        return f"<Roster {self._name!r} {list(self)!r}>"
+        return f"<PresenceList {self._name!r} {list(self)!r}>"

@@ -13,7 +13,7 @@ MAX_OPEN_PINGS: Final = 2048
 """Pings to one client whose pongs are expected at most: twice as many as senders may wait for its acknowledgement."""
 
 
-class Pulse:
+class Liveness:
     """When a client was last heard, and what it owes us.
 
     Args:
@@ -56,7 +56,7 @@ class Pulse:
         self._open_pings = 0
         self._round_trips = round_trips
 
-    def __lt__(self, other: Pulse) -> bool:
+    def __lt__(self, other: Liveness) -> bool:
         """Whether its beat comes first: pulses stand in the heartbeat's heap themselves."""
         return self.due < other.due
 

@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
-from fastapi_ws_stabilizer.hub.member import Mailbox, Member
+from fastapi_ws_stabilizer.hub.member import Recipient, SendQueueLike
 
-M = TypeVar("M", bound=Member)
+M = TypeVar("M", bound=Recipient)
 
 
-class Registry(Generic[M]):
+class ConnectionRegistry(Generic[M]):
     """The open connections of one manager.
 
     Args:
@@ -27,19 +27,19 @@ class Registry(Generic[M]):
     def __init__(self, num_shards: int = 1) -> None:
         self._by_id: dict[str, M] = {}
         self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only where a client has several connections
-        self._shards: tuple[list[Mailbox], ...] = tuple([] for _ in range(num_shards))
+        self._shards: tuple[list[SendQueueLike], ...] = tuple([] for _ in range(num_shards))
         self._numbers = itertools.count()
 
     def next_shard(self) -> int:
         """The shard for a new connection: in turn, so that all have the same size."""
         return next(self._numbers) % len(self._shards)
 
-    def add_mailbox(self, mailbox: Mailbox, shard: int) -> None:
+    def add_mailbox(self, mailbox: SendQueueLike, shard: int) -> None:
         """Add a mailbox to those that everybody means: a connection's, or that of a session."""
         mailbox.place = len(self._shards[shard])
         self._shards[shard].append(mailbox)
 
-    def remove_mailbox(self, mailbox: Mailbox, number: int) -> None:
+    def remove_mailbox(self, mailbox: SendQueueLike, number: int) -> None:
         """Remove a mailbox that is there."""
         shard = self._shards[number]
         last = shard.pop()
@@ -92,7 +92,7 @@ class Registry(Generic[M]):
         """The connected clients, each once, in the order in which they came."""
         return list(self._by_client)
 
-    def outboxes(self) -> Iterator[Sequence[Mailbox]]:
+    def outboxes(self) -> Iterator[Sequence[SendQueueLike]]:
         """The outboxes of all connections, shard by shard; connections may come and go while this is read."""
         for shard in self._shards:
             if shard:

@@ -35,7 +35,7 @@ def check_room_name(name: object) -> None:
         raise RoomNameError(name, NAME_RULE)
 
 
-class Rooms(Generic[M]):
+class RoomMembership(Generic[M]):
     """The rooms of one manager, and who is in them.
 
     A room exists as long as somebody is in it, and a connection costs nothing here as long as it is in no room. Whoever

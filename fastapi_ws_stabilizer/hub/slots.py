@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 
-class Slots:
+class CallbackSemaphore:
     """At most `limit` pieces of work at one time; what comes later waits in line.
 
     A semaphore for code that runs in no task. Who finds no slot leaves a function that is called, once, when it may

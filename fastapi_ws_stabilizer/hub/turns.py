@@ -2,7 +2,7 @@
 
 On one event loop sharding is about latency and not about locks: everything runs in one thread anyway, but what runs
 without a pause delays everybody else's messages, pongs and HTTP requests. Each connection belongs to a shard. Work is
-done shard by shard, and when the loop has been held for longer than `MAX_HOLD` the rest waits for the next turn. More
+done shard by shard, and when the loop has been held for longer than `MAX_BLOCK` the rest waits for the next turn. More
 shards mean finer cuts; with one shard there are none. A shard of very many is cut too, where the clock is looked at.
 """
 
@@ -15,9 +15,9 @@ from typing import Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import WrongLoopError
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 
-MAX_HOLD: Final = 0.005
+MAX_BLOCK: Final = 0.005
 """Seconds after which the event loop gets a turn between two shards."""
 
 
@@ -25,14 +25,14 @@ LOOK_EVERY: Final = 256
 """Workers of a shard between two looks at the clock."""
 
 
-class Worker(Protocol):
+class Flushable(Protocol):
     """Something that has work to do soon."""
 
     def take_turn(self) -> None:
         """Do it. Must not wait."""
 
 
-class Turns:
+class FlushScheduler:
     """Runs the work of connections in the next turns of the event loop.
 
     What is queued for one client within one turn is sent together at its end: that is what makes a burst cheap.
@@ -49,12 +49,12 @@ class Turns:
 
     __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_turned_at", "loop", "sends")
 
-    def __init__(self, num_shards: int, reports: Reports, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, num_shards: int, reports: EventBus, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
         self.sends = 0
-        self._shards: tuple[list[Worker], ...] = tuple([] for _ in range(num_shards))
+        self._shards: tuple[list[Flushable], ...] = tuple([] for _ in range(num_shards))
         self._divided = num_shards > 1
-        self._ready: list[list[Worker]] = []  # the shards in which somebody waits, in the order in which it began
+        self._ready: list[list[Flushable]] = []  # the shards in which somebody waits, in the order in which it began
         self._reports = reports
         self._context = contextvars.copy_context()  # not that of the connection that happens to book a turn first
         self._scheduled = False
@@ -72,31 +72,31 @@ class Turns:
         if loop is not None and running_loop() is not loop and not loop.is_closed():
             raise WrongLoopError
 
-    def pending(self, shard: int) -> list[Worker]:
+    def pending(self, shard: int) -> list[Flushable]:
         """The list of those in a shard who wait for a turn. Whoever puts the first into one calls `book` with it."""
         return self._shards[shard]
 
-    def soon(self, pending: list[Worker], worker: Worker) -> None:
+    def soon(self, pending: list[Flushable], worker: Flushable) -> None:
         """Let a worker take its turn soon."""
         if not pending:
             self.book(pending)
         pending.append(worker)
 
-    def book(self, pending: list[Worker]) -> None:
+    def book(self, pending: list[Flushable]) -> None:
         """See to it that a list is looked at, in which nobody has waited until now."""
         self._ready.append(pending)
         if not self._scheduled:
             self._schedule()
 
     def held_long(self) -> bool:
-        """Whether the event loop may have been held for longer than `MAX_HOLD`: whoever asks lets it turn then.
+        """Whether the event loop may have been held for longer than `MAX_BLOCK`: whoever asks lets it turn then.
 
         A sender that computes between two messages gives it no other occasion, and transports and other connections
         need one. Asked for each message that user code sends, so it is one look at the clock.
         """
         self.sends += 1
         now = monotonic()
-        if now - self._turned_at < MAX_HOLD:
+        if now - self._turned_at < MAX_BLOCK:
             return False
         self._turned_at = now
         return True
@@ -106,7 +106,7 @@ class Turns:
         asyncio.get_running_loop().call_soon(self._run, context=self._context)
 
     def _run(self) -> None:
-        until = monotonic() + MAX_HOLD
+        until = monotonic() + MAX_BLOCK
         self._scheduled = False
         waiting, self._ready = self._ready, []
         try:
@@ -120,7 +120,7 @@ class Turns:
             if self._ready and not self._scheduled:
                 self._schedule()
 
-    def _work_off(self, waiting: list[list[Worker]], until: float) -> None:
+    def _work_off(self, waiting: list[list[Flushable]], until: float) -> None:
         """Let those in the first shard that waits take their turns. If some are left, it stays the first one."""
         pending = waiting.pop(0)
         workers = tuple(pending)
@@ -142,7 +142,7 @@ class Turns:
                 waiting.insert(0, pending)
 
 
-class HoldTimer:
+class LoopBudget:
     """Tells a loop over many when it has held the event loop long enough."""
 
     __slots__ = ("_since",)
@@ -151,8 +151,8 @@ class HoldTimer:
         self._since = monotonic()
 
     def held_long(self) -> bool:
-        """Whether `MAX_HOLD` has passed since it was made or let go."""
-        return monotonic() - self._since > MAX_HOLD
+        """Whether `MAX_BLOCK` has passed since it was made or let go."""
+        return monotonic() - self._since > MAX_BLOCK
 
     async def let_go(self) -> None:
         """Give the event loop a turn. Cancelling is safe."""

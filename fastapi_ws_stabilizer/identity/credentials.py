@@ -22,8 +22,9 @@ MAX_CREDENTIAL_BYTES: Final = 8 * 1024
 SUBPROTOCOL_KEY: Final = "fastapi_ws_stabilizer.subprotocol"
 """Where the scope of a socket holds the subprotocol that its handshake is to be answered with: a marker, no secret."""
 
-DOOR_KEY: Final = "fastapi_ws_stabilizer.door"
-"""Where the scope of a socket holds its `Door`, before any dependency runs that may want the first message."""
+HANDSHAKE_SCOPE_KEY: Final = "fastapi_ws_stabilizer.door"
+"""Where the scope of a socket holds its `AdmissionController`, before any dependency runs that may want the first
+message."""
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
@@ -45,14 +46,14 @@ class Door(Protocol):
         """
 
 
-class Place(Protocol):
+class CredentialSource(Protocol):
     """Where a credential may be. Its `str` says so to who has sent none."""
 
     def find(self, connection: HTTPConnection) -> str | None:
         """The credential that a connection has there; `None` if it has none."""
 
 
-class _Bearer:
+class _BearerSource:
     def __str__(self) -> str:
         return "the header `Authorization: Bearer ...`"
 
@@ -62,7 +63,7 @@ class _Bearer:
         return found.group(1) if found else None
 
 
-class _Cookie:
+class _CookieSource:
     def __init__(self, name: str) -> None:
         self._name = name
 
@@ -73,7 +74,7 @@ class _Cookie:
         return connection.cookies.get(self._name)
 
 
-class _Query:
+class _QuerySource:
     def __init__(self, name: str) -> None:
         self._name = name
 
@@ -85,7 +86,7 @@ class _Query:
         return values[0] if len(values) == 1 else None
 
 
-class _Subprotocol:
+class _SubprotocolSource:
     def __init__(self, marker: str | None) -> None:
         if marker is not None and (not _SUBPROTOCOL.fullmatch(marker) or marker.startswith("stabilizer.")):
             raise ValueError(f"{marker!r} cannot mark a credential: a subprotocol is a word, such as 'bearer'")
@@ -110,7 +111,7 @@ class _Subprotocol:
             connection.scope.setdefault(SUBPROTOCOL_KEY, self._marker)
 
 
-class _FirstMessage:
+class _FirstMessageSource:
     def __init__(self) -> None:
         self._told = False
 
@@ -121,7 +122,7 @@ class _FirstMessage:
         """Nothing: it has to be waited for."""
 
     async def ask(self, connection: HTTPConnection) -> str | None:
-        door: Door | None = connection.scope.get(DOOR_KEY)
+        door: Door | None = connection.scope.get(HANDSHAKE_SCOPE_KEY)
         if door is not None:
             return await door.credential()
         if connection.scope["type"] == "websocket" and not self._told:
@@ -130,25 +131,25 @@ class _FirstMessage:
         return None
 
 
-def bearer() -> Place:
+def bearer() -> CredentialSource:
     """The header `Authorization: Bearer <token>`. Clients that are not browsers send it."""
-    return _Bearer()
+    return _BearerSource()
 
 
-def cookie(name: str) -> Place:
+def cookie(name: str) -> CredentialSource:
     """The cookie of that name. A browser sends it by itself, for pages of every site: look at the `Origin` too."""
-    return _Cookie(name)
+    return _CookieSource(name)
 
 
-def query(name: str) -> Place:
+def query(name: str) -> CredentialSource:
     """The query parameter of that name, if it is given once. It is written to access logs: prefer a ticket.
 
     A reconnect token of this library, which comes as `?token=`, is no credential.
     """
-    return _Query(name)
+    return _QuerySource(name)
 
 
-def subprotocol(marker: str | None = None) -> Place:
+def subprotocol(marker: str | None = None) -> CredentialSource:
     """What a browser can send though it cannot set a header, and what no log writes down: a subprotocol.
 
     `stabilizer.auth.<base64url of the credential>`, as a client of `stabilizer.v1.json` offers it; and with a marker
@@ -158,15 +159,15 @@ def subprotocol(marker: str | None = None) -> Place:
     Raises:
         ValueError: The marker is no word, or one of this library's.
     """
-    return _Subprotocol(marker)
+    return _SubprotocolSource(marker)
 
 
-def first_message() -> Place:
+def first_message() -> CredentialSource:
     """The hello of a client of `stabilizer.v1.json`. Plain clients, and HTTP requests, have none there.
 
     It is tried last, wherever it stands: to hear it, the WebSocket is accepted.
     """
-    return _FirstMessage()
+    return _FirstMessageSource()
 
 
 class Credential:
@@ -183,7 +184,7 @@ class Credential:
         TypeError: There is no place.
     """
 
-    def __init__(self, *places: Place, required: bool = True) -> None:
+    def __init__(self, *places: CredentialSource, required: bool = True) -> None:
         if not places:
             raise TypeError("say where a credential may be: Credential(bearer(), ...)")
         self._places = places
@@ -200,19 +201,24 @@ class Credential:
         """
         found = await self._find(connection)
         if found is None and self._required:
-            headers = {"WWW-Authenticate": "Bearer"} if any(isinstance(one, _Bearer) for one in self._places) else None
+            headers = (
+                {"WWW-Authenticate": "Bearer"} if any(isinstance(one, _BearerSource) for one in self._places) else None
+            )
             raise HTTPException(401, f"a credential is wanted, in {_either(self._places)}", headers=headers)
         return found
 
     async def _find(self, connection: HTTPConnection) -> str | None:
         for place in self._places:  # all of them, before the first one that finds something: a cookie comes by itself
-            if isinstance(place, _Subprotocol):
+            if isinstance(place, _SubprotocolSource):
                 place.mark(connection)
         for place in self._places:
             if (found := _credential(place.find(connection))) is not None:
                 return found
         for place in self._places:
-            if isinstance(place, _FirstMessage) and (found := _credential(await place.ask(connection))) is not None:
+            if (
+                isinstance(place, _FirstMessageSource)
+                and (found := _credential(await place.ask(connection))) is not None
+            ):
                 return found
         return None
 
@@ -222,5 +228,5 @@ def _credential(text: str | None) -> str | None:
     return text if text and len(text.encode("utf-8", "replace")) <= MAX_CREDENTIAL_BYTES else None
 
 
-def _either(places: tuple[Place, ...]) -> str:
+def _either(places: tuple[CredentialSource, ...]) -> str:
     return " or ".join(map(str, places))

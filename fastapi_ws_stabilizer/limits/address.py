@@ -95,7 +95,7 @@ class TrustedProxies:
         return any(v == version and number >> behind in ones for (v, behind), ones in self._prefixes.items())
 
 
-def network_of(address: str) -> str:
+def rate_limit_key(address: str) -> str:
     """Return what is counted as one address.
 
     An address of IPv4 is itself, also when it is mapped into IPv6. An address of IPv6 is its `/64`: that is the least

@@ -16,19 +16,19 @@ from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, ShutdownError, TooManyConnectionsError
-from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, RetryQueue
+from fastapi_ws_stabilizer.limits.rate import KeyedTokenBuckets, Rate, RetryQueue
 
 RETRY_WHEN_FULL: Final = 5.0
 """Seconds after which a client that found no room may try again, on average: half of that to half as much again."""
 
-COME_BACK_AFTER: Final = 1.0
+MIN_RETRY_DELAY: Final = 1.0
 """Seconds after which a client of a server that stops may come back at the earliest: another one is there by then."""
 
 BACK_PER_SECOND: Final = 100.0
 """How many that found no room are asked back in a second."""
 
-MIN_LOBBY: Final = 16
-LOBBY: Final = 0.1
+MIN_PENDING: Final = 16
+PENDING_FRACTION: Final = 0.1
 """The part of `max_connections` that may come beyond it, while it is found out who they are."""
 
 MAX_ADDRESSES: Final = 65_536
@@ -42,7 +42,7 @@ class _Released:
 _RELEASED: Final = _Released()
 
 
-class Place:
+class Reservation:
     """The reservation of one connection. The first call of `leave` releases it, and a released one stays released.
 
     Its state is in one attribute, so that it cannot be released and confirmed at the same time.
@@ -53,7 +53,7 @@ class Place:
 
     __slots__ = ("_admission", "_holder", "address")
 
-    def __init__(self, admission: Admission, address: str) -> None:
+    def __init__(self, admission: ConnectionLimiter, address: str) -> None:
         self._admission = admission
         self._holder: str | _Released | None = None
         self.address = address
@@ -63,7 +63,7 @@ class Place:
         """The client that it is confirmed for; `None` before, and when it is released."""
         return self._holder if isinstance(self._holder, str) else None
 
-    def settle(self, client_id: str, *, replaces: Iterable[Place] = ()) -> None:
+    def settle(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
         """Confirm the reservation for a client, if there is room.
 
         Args:
@@ -96,19 +96,19 @@ class Place:
             self._admission._leave(self.address, client_id)
 
 
-class _Uncounted(Place):
+class _Uncounted(Reservation):
     """The reservation that all connections share where there is no limit: it has no state."""
 
     __slots__ = ()
 
-    def settle(self, client_id: str, *, replaces: Iterable[Place] = ()) -> None:
+    def settle(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
         """Do nothing: there is room."""
 
     def leave(self) -> None:
         """Do nothing: nothing is counted."""
 
 
-class _Tally:
+class _Counter:
     """How many there are of each, counted only if somebody wants to know. Of whom there is none, nothing is kept."""
 
     __slots__ = ("_counts", "most")
@@ -138,7 +138,7 @@ class _DialRate:
     __slots__ = ("_dials", "_queue")
 
     def __init__(self, per_second: float, max_keys: int) -> None:
-        self._dials = RateTable(Rate(per_second, max(1.0, per_second)), max_keys)
+        self._dials = KeyedTokenBuckets(Rate(per_second, max(1.0, per_second)), max_keys)
         self._queue = RetryQueue(per_second, max_keys)
 
     def take(self, key: str, now: float) -> float:
@@ -147,7 +147,7 @@ class _DialRate:
         return self._queue.wait(key, wait, now) if wait else 0.0
 
 
-class Admission:
+class ConnectionLimiter:
     """Counts connections, and those that are on their way to be one.
 
     Args:
@@ -171,12 +171,12 @@ class Admission:
         rate_per_address: float | None = None,
     ) -> None:
         self._max = math.inf if max_connections is None else max_connections
-        self._lobby = max(MIN_LOBBY, LOBBY * self._max)
+        self._lobby = max(MIN_PENDING, PENDING_FRACTION * self._max)
         self._inside = 0
         self._knocking = 0
-        self._of_client = _Tally(max_per_client)
-        self._from_address = _Tally(max_per_address)
-        self._knocking_from = _Tally(max_per_address)
+        self._of_client = _Counter(max_per_client)
+        self._from_address = _Counter(max_per_address)
+        self._knocking_from = _Counter(max_per_address)
         self._rate = None if rate is None else _DialRate(rate, 1)
         self._rates = None if rate_per_address is None else _DialRate(rate_per_address, MAX_ADDRESSES)
         self._retry_when_full = RetryQueue(BACK_PER_SECOND)
@@ -196,7 +196,7 @@ class Admission:
         """Whether there is no room, not even in the lobby."""
         return self._inside + self._knocking >= self._max + self._lobby
 
-    def knock(self, address: str, now: float) -> Place:
+    def knock(self, address: str, now: float) -> Reservation:
         """Somebody has come, and it is not known yet who.
 
         Args:
@@ -221,9 +221,9 @@ class Admission:
             raise ConnectionLimitExceededError("max_connect_rate", self._max_rates[0] or 0, wait)
         self._knocking += 1
         self._knocking_from.add(address)
-        return Place(self, address)
+        return Reservation(self, address)
 
-    def _settle(self, address: str, client_id: str, replaces: Collection[Place]) -> None:
+    def _settle(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
         # Whoever is replaced is counted until it is gone. Several may be about to replace the same one, and wait for a
         # hook meanwhile: they came through the lobby, so they are few.
         if not replaces and self._inside >= self._max:
@@ -261,18 +261,18 @@ class Admission:
         if by_client is not None:
             return self._too_many("max_connections_per_client", by_client)
         limit = "max_connect_rate_per_address" if self._max_rates[0] is None else "max_connect_rate"
-        return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_when_full())
+        return ConnectionLimitExceededError(limit, self._max_rates[0] or self._max_rates[1] or 0, retry_delay())
 
     def _full(self) -> ConnectionLimitExceededError:
-        wait = retry_when_full() + self._retry_when_full.wait("", 0.0, monotonic())
+        wait = retry_delay() + self._retry_when_full.wait("", 0.0, monotonic())
         return ConnectionLimitExceededError("max_connections", int(self._max), wait)
 
     @staticmethod
     def _too_many(limit: str, most: int) -> TooManyConnectionsError:
-        return TooManyConnectionsError(limit, most, retry_when_full())
+        return TooManyConnectionsError(limit, most, retry_delay())
 
 
-def retry_when_full() -> float:
+def retry_delay() -> float:
     """Seconds after which to try again, different for each who is told, so that they do not all come at once."""
     return random.uniform(0.5, 1.5) * RETRY_WHEN_FULL  # noqa: S311 (spreads load)
 
@@ -283,4 +283,4 @@ def shutdown_error(window: float) -> ShutdownError:
     Args:
         window: Seconds that the clients of that server are spread over.
     """
-    return ShutdownError(COME_BACK_AFTER + random.uniform(0.0, max(1.0, window)))  # noqa: S311 (spreads load)
+    return ShutdownError(MIN_RETRY_DELAY + random.uniform(0.0, max(1.0, window)))  # noqa: S311 (spreads load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastapi_ws_stabilizer.limits.ledger import Client, Ledger
+from fastapi_ws_stabilizer.limits.ledger import Evictable, MemoryBudget
 from fastapi_ws_stabilizer.limits.memory import deep_size
 
 
@@ -18,7 +18,7 @@ class Descriptions:
 
     __slots__ = ("_ledger", "_rooms")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: MemoryBudget) -> None:
         self._ledger = ledger
         self._rooms: dict[str, dict[str, int]] = {}  # member → room → bytes
 
@@ -26,7 +26,7 @@ class Descriptions:
         """The members that answer for something."""
         return iter(self._rooms)
 
-    def put(self, member: Client, room: str, metadata: Mapping[str, Any]) -> None:
+    def put(self, member: Evictable, room: str, metadata: Mapping[str, Any]) -> None:
         """A member describes its client in a room, in place of what it said there before.
 
         Raises:

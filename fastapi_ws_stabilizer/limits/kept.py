@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.limits.ledger import Client, Ledger
-from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, measuring, size_and_count
+from fastapi_ws_stabilizer.limits.ledger import Evictable, MemoryBudget
+from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, iter_size, size_and_count
 
 _WRITING: Final = threading.RLock()
 """Held for the few steps that put an entry in and note its size: functions in threads write too. One for all dicts, for
@@ -17,7 +17,7 @@ they never wait in it; and by one thread more than once, for keys may compare in
 _NOTHING: Final = (0, 0)
 
 
-class Kept(dict[str, Any]):
+class MeteredDict(dict[str, Any]):
     """A dict that knows how much memory it holds, and takes no more than may be.
 
     What is put into it is measured deeply. What grows inside a value later is found at the next look, after
@@ -35,7 +35,9 @@ class Kept(dict[str, Any]):
 
     __slots__ = ("_ledger", "_objects", "_sizes", "counted_bytes", "held_bytes", "owner")
 
-    def __init__(self, ledger: Ledger | None, owner: Client | None, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, ledger: MemoryBudget | None, owner: Evictable | None, values: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self._ledger = ledger
         self.owner = None if ledger is None else owner
@@ -93,7 +95,7 @@ class Kept(dict[str, Any]):
             self._note(sizes)
         self._changed()
 
-    def __ior__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Kept:  # type: ignore[override, misc]
+    def __ior__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> MeteredDict:  # type: ignore[override, misc]
         self.update(values)
         return self
 
@@ -166,7 +168,7 @@ class Kept(dict[str, Any]):
         """Measure everything anew, a part of an entry at each step: values may have grown or shrunk inside."""
         for key, value in list(self.items()):
             known = self._sizes.get(key, _NOTHING)[1]
-            size, count = yield from measuring(value, MAX_OBJECTS - self._objects + known)
+            size, count = yield from iter_size(value, MAX_OBJECTS - self._objects + known)
             with _WRITING:
                 if self.get(key) is value:
                     self._note({key: (sys.getsizeof(key) + size, count)})

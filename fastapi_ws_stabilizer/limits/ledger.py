@@ -52,14 +52,14 @@ UNREAD_OVERHEAD_BYTES: Final = 72
 """The same of one that waits to be read."""
 
 
-class Shared(Protocol):
+class SharedMessage(Protocol):
     """A message that several may hold."""
 
     size: int
     holders: int
 
 
-class Client(Protocol):
+class Evictable(Protocol):
     """Who holds something: a connection, a session, or what a client has left."""
 
     @property
@@ -77,10 +77,10 @@ class Client(Protocol):
         """It holds more than one client may: end it."""
 
 
-class Measured(Protocol):
+class Remeasurable(Protocol):
     """A dict of a client's, which may have grown inside without telling."""
 
-    owner: Client | None
+    owner: Evictable | None
     """For whom it is kept."""
     counted_bytes: int
     """How much of it is in the sum."""
@@ -92,7 +92,7 @@ class Measured(Protocol):
         """Measure it anew, one entry at each step, and put the sums right."""
 
 
-class _Place:
+class _EvictionEntry:
     """Where a client would stand.
 
     Attributes:
@@ -104,13 +104,13 @@ class _Place:
 
     __slots__ = ("client", "entry", "moment", "rank")
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Evictable) -> None:
         self.client = client
         self.rank = self.moment = 0
-        self.entry: tuple[int, int, _Place] | None = None
+        self.entry: tuple[int, int, _EvictionEntry] | None = None
 
 
-class Ledger:
+class MemoryBudget:
     """The sum, the order and the limits of one manager on one event loop.
 
     Args:
@@ -143,11 +143,11 @@ class Ledger:
         self.watches_input = self.orders or max_each is not None
         self._input_counts = self.orders and policy == "lru"
         self.output_counts = self.orders and policy == "oldest"
-        self._places: dict[object, _Place] = {}
-        self._line: list[tuple[int, int, _Place]] = []
+        self._places: dict[object, _EvictionEntry] = {}
+        self._line: list[tuple[int, int, _EvictionEntry]] = []
         self._moments = itertools.count(1)
-        self._spared: Counter[Client] = Counter()
-        self._measured: dict[int, Measured] = {}
+        self._spared: Counter[Evictable] = Counter()
+        self._measured: dict[int, Remeasurable] = {}
         self._interval = check_interval
         self._timer: asyncio.TimerHandle | None = None
         self._looking: Iterator[None] | None = None  # the look that is not finished yet
@@ -168,7 +168,7 @@ class Ledger:
 
     # ── what is held ──
 
-    def hold(self, message: Shared) -> None:
+    def hold(self, message: SharedMessage) -> None:
         """Somebody holds a message."""
         if not message.holders:
             self.total += message.size + FRAME_OVERHEAD_BYTES
@@ -176,7 +176,7 @@ class Ledger:
                 self.relieve_soon()
         message.holders += 1
 
-    def release(self, message: Shared) -> None:
+    def release(self, message: SharedMessage) -> None:
         """Somebody lets a message go."""
         message.holders -= 1
         if not message.holders:
@@ -197,19 +197,19 @@ class Ledger:
 
     # ── who stands where ──
 
-    def enter(self, client: Client) -> None:
+    def enter(self, client: Evictable) -> None:
         """A client has come, or has come back."""
         self._stand(client, _HERE)
 
-    def goes_away(self, client: Client) -> None:
+    def goes_away(self, client: Evictable) -> None:
         """A client is away, and something is kept for it."""
         self._stand(client, _AWAY)
 
-    def has_ended(self, client: Client) -> None:
+    def has_ended(self, client: Evictable) -> None:
         """What is left of a connection that has ended goes before everybody else."""
         self._stand(client, _ENDED)
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Evictable) -> None:
         """A client is over. Nothing happens if it was."""
         place = self._places.pop(client, None)
         if place is not None:
@@ -221,7 +221,7 @@ class Ledger:
         if place is not None and place.entry is None:
             self._line_up(place)
 
-    def heard(self, client: Client) -> None:
+    def heard(self, client: Evictable) -> None:
         """A message has come from a client. Hot path."""
         if self.orders:
             place = self._places.get(client)
@@ -233,14 +233,14 @@ class Ledger:
         if self.max_each is not None:
             self.look_at(client)
 
-    def delivered(self, client: Client) -> None:
+    def delivered(self, client: Evictable) -> None:
         """A message was delivered to a client."""
         place = self._places.get(client)
         if place is not None and place.rank == _HERE:
             place.moment = next(self._moments)
 
     @contextmanager
-    def sparing(self, client: Client | None) -> Iterator[None]:
+    def sparing(self, client: Evictable | None) -> Iterator[None]:
         """Let a client not go for others meanwhile: it is on its way back."""
         if client is None:
             yield
@@ -253,17 +253,17 @@ class Ledger:
             if not self._spared[client]:
                 del self._spared[client]
 
-    def _stand(self, client: Client, rank: int) -> None:
+    def _stand(self, client: Evictable, rank: int) -> None:
         if not self.orders:
             return
         place = self._places.get(client)
         if place is None:
-            place = self._places[client] = _Place(client)
+            place = self._places[client] = _EvictionEntry(client)
         place.rank, place.moment, place.entry = rank, next(self._moments), None
         if client.held_memory:
             self._line_up(place)
 
-    def _line_up(self, place: _Place) -> None:
+    def _line_up(self, place: _EvictionEntry) -> None:
         place.entry = place.rank, place.moment, place
         if len(self._line) > 2 * len(self._places) + _MAX_STALE:
             self._line = [one.entry for one in self._places.values() if one.entry is not None]
@@ -273,12 +273,12 @@ class Ledger:
 
     # ── the limits ──
 
-    def look_at(self, client: Client) -> None:
+    def look_at(self, client: Evictable) -> None:
         """End a client if more is held for it than may be."""
         if self.max_each is not None and (held := client.held_memory) > self.max_each:
             client.holds_too_much(held)
 
-    def admit(self, client: Client | None, size: int) -> None:
+    def admit(self, client: Evictable | None, size: int) -> None:
         """Make room for something that a client is going to hold. Others go for it, if they must; it never does.
 
         Raises:
@@ -308,7 +308,7 @@ class Ledger:
         self._due = None
         self._relieve(0, None, until=monotonic() + SLICE)
 
-    def _relieve(self, size: int, spared: Client | None, until: float = math.inf) -> None:
+    def _relieve(self, size: int, spared: Evictable | None, until: float = math.inf) -> None:
         """Let clients go until there is room for `size` bytes, or nobody is left who holds anything.
 
         What is not done by a moment is done in the next turn.
@@ -323,7 +323,7 @@ class Ledger:
                 self.relieve_soon()
                 return
 
-    def _first(self, spared: Client | None) -> Client | None:
+    def _first(self, spared: Evictable | None) -> Evictable | None:
         """Who goes first of those that hold something."""
         line, aside = self._line, []
         found = None
@@ -347,19 +347,19 @@ class Ledger:
 
     # ── what grows without telling ──
 
-    def changed(self, measured: Measured) -> None:
+    def changed(self, measured: Remeasurable) -> None:
         """A dict has grown, or shrunk. Can be called from any thread."""
         if not self.is_elsewhere:
             self._settle(measured)
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._settle_later, measured, context=self._context)
 
-    def _settle_later(self, measured: Measured) -> None:
+    def _settle_later(self, measured: Remeasurable) -> None:
         """A thread has written, for which room could not be made there: the writer is spared here too."""
         self._settle(measured)
         self._relieve(0, measured.owner)
 
-    def _settle(self, measured: Measured) -> None:
+    def _settle(self, measured: Remeasurable) -> None:
         self.add(measured.settle())
         if self.orders and measured.owner is not None:
             self.holds(measured.owner)

@@ -23,7 +23,7 @@ _HOLD_NOTHING: Final = (
 
 _PLAIN: Final = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
 
-_OF_ALL: Final = {
+SHARED_PACKAGES: Final = {
     "asyncio",
     "concurrent",
     "fastapi",
@@ -46,7 +46,7 @@ def deep_size(value: Any) -> int:
 
 def size_and_count(value: Any, most: int) -> tuple[int, int]:
     """Bytes of memory that a value holds, and in how many objects; the value itself and no more than `most`."""
-    steps = measuring(value, most)
+    steps = iter_size(value, most)
     while True:
         try:
             next(steps)
@@ -55,7 +55,7 @@ def size_and_count(value: Any, most: int) -> tuple[int, int]:
             return size, count
 
 
-def measuring(value: Any, most: int) -> Generator[None, None, tuple[int, int]]:
+def iter_size(value: Any, most: int) -> Generator[None, None, tuple[int, int]]:
     """Measure in steps; return what `size_and_count` does."""
     seen: set[int] = set()
     waiting = [value]
@@ -111,7 +111,7 @@ def _inside(item: Any) -> Iterable[Any]:
 @functools.lru_cache(maxsize=1024)
 def _slots(kind: type) -> tuple[MemberDescriptorType, ...] | None:
     """The slots of the objects of a class; `None` if what they hold is not theirs."""
-    if any(one.__module__.partition(".")[0] in _OF_ALL for one in kind.__mro__):
+    if any(one.__module__.partition(".")[0] in SHARED_PACKAGES for one in kind.__mro__):
         return None
     return tuple(
         slot

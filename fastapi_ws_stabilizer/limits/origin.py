@@ -25,7 +25,7 @@ _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*")
 _LABELS: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")  # no two ways to match: linear
 
 
-class _Place(NamedTuple):
+class _HostPort(NamedTuple):
     """Host and port, in the one spelling that is compared; no port where it is the scheme's own."""
 
     host: str
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
 class _Origin(NamedTuple):
     scheme: str
-    place: _Place
+    place: _HostPort
 
     def __str__(self) -> str:
         port = "" if self.place.port is None else f":{self.place.port}"
@@ -127,7 +127,7 @@ class OriginPolicy:
         elif entry.startswith("^"):
             self._patterns.append(_pattern_of(entry))
         else:
-            wild, origin = _entry(entry)
+            wild, origin = _parse_entry(entry)
             if wild:
                 self._below.append((origin.scheme, f".{origin.place.host}", origin.place.port))
             else:
@@ -150,12 +150,12 @@ def _origin_of(text: str) -> _Origin | None:
     if not separator or not _SCHEME.fullmatch(scheme):
         return None
     if not authority and scheme not in _DEFAULT_PORTS:  # `file://`, as some web views send it
-        return _Origin(scheme, _Place("", None))
+        return _Origin(scheme, _HostPort("", None))
     place = _place_of(authority, scheme)
     return None if place is None else _Origin(scheme, place)
 
 
-def _place_of(authority: str, scheme: str) -> _Place | None:
+def _place_of(authority: str, scheme: str) -> _HostPort | None:
     """The host and port of an authority, as a Host header or an origin has it; `None` if it is none."""
     if len(authority) >= MAX_ORIGIN_CHARS or not authority.isascii():
         return None
@@ -168,7 +168,7 @@ def _place_of(authority: str, scheme: str) -> _Place | None:
         name, _, digits = authority.partition(":")
         host = _name(name)
     port = _port(digits, scheme)
-    return None if host is None or port < 0 else _Place(host, port or None)
+    return None if host is None or port < 0 else _HostPort(host, port or None)
 
 
 def _ipv6(literal: str) -> str | None:
@@ -202,7 +202,7 @@ def _pattern_of(entry: str) -> re.Pattern[str]:
         raise ValueError(f"allowed origin {entry!r} is a broken regular expression: {error}") from None
 
 
-def _entry(entry: str) -> tuple[bool, _Origin]:
+def _parse_entry(entry: str) -> tuple[bool, _Origin]:
     """An origin of the list, and whether it stands for all hosts below.
 
     Raises:

@@ -12,7 +12,7 @@ MIN_WAIT: Final = 1e-6
 """Seconds. What lacks for less than that may be taken and is owed: it can be as little as rounding makes of nothing,
 and somebody who waited as long as was said would be told to wait again, for no time at all."""
 
-LOOKED_AT: Final = 2
+PURGED_PER_CALL: Final = 2
 """Buckets that each use of a table looks at, to forget them. It adds one at most, so the table gets smaller."""
 
 
@@ -100,7 +100,7 @@ class TokenBucket:
             self._at = now
 
 
-class RateTable:
+class KeyedTokenBuckets:
     """A bucket for each of many senders, of which the full ones are forgotten again.
 
     There is no timer: each use looks at the buckets that were used longest ago. A full one behind one that is not waits
@@ -138,7 +138,7 @@ class RateTable:
 
     def _forget(self, now: float) -> None:
         """Forget full buckets, and whatever is in the way of one more."""
-        for _ in range(LOOKED_AT):
+        for _ in range(PURGED_PER_CALL):
             first = next(iter(self._buckets), None)
             if first is None or not self._buckets[first].is_full(self._rate, now):
                 break
@@ -184,7 +184,7 @@ class RetryQueue:
             free += self._step
         else:  # it is full, so the newest are spread over all of it
             wait = random.uniform(least, least + MAX_QUEUE)  # noqa: S311 (spreads load)
-        for _ in range(LOOKED_AT):
+        for _ in range(PURGED_PER_CALL):
             first = next(iter(self._free), None)
             if first is None or (self._free[first] > now and len(self._free) < self._max_keys):
                 break

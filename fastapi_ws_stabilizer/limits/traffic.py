@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
-from fastapi_ws_stabilizer.limits.rate import Rate, RateTable
+from fastapi_ws_stabilizer.limits.rate import KeyedTokenBuckets, Rate
 
 MAX_REMEMBERED: Final = 65_536
 """Clients, and connections, whose buckets are remembered at most, beside those that are full."""
@@ -33,7 +33,7 @@ MAX_AWAY: Final = 60.0
 """Seconds that a client which was cut off is asked to stay away at most, if it need not wait longer for a message."""
 
 
-class Excess(NamedTuple):
+class RateExceeded(NamedTuple):
     """More than may be sent.
 
     Attributes:
@@ -50,7 +50,7 @@ class Excess(NamedTuple):
     message_type: str | None
 
 
-class Limit:
+class KeyedRateLimiter:
     """One rate, for each of many clients.
 
     Args:
@@ -75,11 +75,11 @@ class Limit:
         self._option = option
         self._message_type = message_type
         self._full_after = min(burst / per_second, MAX_AWAY)
-        self._allowed = RateTable(rate, MAX_REMEMBERED)
-        self._refused = RateTable(rate, MAX_REMEMBERED)
-        self._behind = RateTable(Rate(per_second, burst + on_the_way), MAX_REMEMBERED)
+        self._allowed = KeyedTokenBuckets(rate, MAX_REMEMBERED)
+        self._refused = KeyedTokenBuckets(rate, MAX_REMEMBERED)
+        self._behind = KeyedTokenBuckets(Rate(per_second, burst + on_the_way), MAX_REMEMBERED)
 
-    def take(self, client_id: str, connection_id: str, cost: float, now: float) -> Excess | None:
+    def take(self, client_id: str, connection_id: str, cost: float, now: float) -> RateExceeded | None:
         """Take what a client sends; `None` if it may.
 
         Args:
@@ -95,9 +95,9 @@ class Limit:
         # The bucket has room for two at least: with room for one, a client that is refused once in the time of each
         # message would be cut off when it is early by a moment.
         over = bool(self._refused.take(connection_id, min(cost, self._burst / 2), now))
-        return Excess(max(wait, self._full_after) if over else wait, over, self._option, self._message_type)
+        return RateExceeded(max(wait, self._full_after) if over else wait, over, self._option, self._message_type)
 
-    def refuse(self, connection_id: str, cost: float, now: float) -> Excess | None:
+    def refuse(self, connection_id: str, cost: float, now: float) -> RateExceeded | None:
         """Count what is ignored because something before it was refused; `None` if its sender may go on.
 
         Args:
@@ -107,17 +107,17 @@ class Limit:
         """
         if not self._behind.take(connection_id, min(cost, self._burst), now):
             return None
-        return Excess(self._full_after, True, self._option, self._message_type)
+        return RateExceeded(self._full_after, True, self._option, self._message_type)
 
 
-def limit_of(
+def rate_limiter(
     per_second: float | None,
     burst: float | None = None,
     option: str = "max_rate",
     message_type: str | None = None,
     *,
     on_the_way: float = 0.0,
-) -> Limit | None:
+) -> KeyedRateLimiter | None:
     """The limit that goes with a rate; `None` without one.
 
     Args:
@@ -138,10 +138,10 @@ def limit_of(
         burst = max(1.0, math.ceil(Rate(per_second, 1.0).per_second))
     if not burst >= 1:  # a message is one: with room for less, less than one would be taken for it
         raise ValueError(f"a burst is at least 1, not {burst!r}")
-    return Limit(per_second, burst, option, message_type, on_the_way=on_the_way)
+    return KeyedRateLimiter(per_second, burst, option, message_type, on_the_way=on_the_way)
 
 
-class Traffic:
+class InboundRateLimiter:
     """What all clients of a manager may send.
 
     Args:
@@ -159,12 +159,12 @@ class Traffic:
         *,
         max_message_size: int = 1,
     ) -> None:
-        self._messages = limit_of(message_rate, message_burst, "max_message_rate", on_the_way=ON_THE_WAY)
+        self._messages = rate_limiter(message_rate, message_burst, "max_message_rate", on_the_way=ON_THE_WAY)
         byte_burst = None if byte_rate is None else max(byte_rate, max_message_size)
-        self._bytes = limit_of(byte_rate, byte_burst, "max_byte_rate", on_the_way=BYTES_ON_THE_WAY)
+        self._bytes = rate_limiter(byte_rate, byte_burst, "max_byte_rate", on_the_way=BYTES_ON_THE_WAY)
         self.limited = self._messages is not None or self._bytes is not None
 
-    def take(self, client_id: str, connection_id: str, size: int, now: float) -> Excess | None:
+    def take(self, client_id: str, connection_id: str, size: int, now: float) -> RateExceeded | None:
         """Take one message of a client; `None` if it may send it.
 
         Args:
@@ -178,7 +178,7 @@ class Traffic:
             excess = self._bytes.take(client_id, connection_id, size, now)
         return excess
 
-    def refuse(self, connection_id: str, size: int, now: float) -> Excess | None:
+    def refuse(self, connection_id: str, size: int, now: float) -> RateExceeded | None:
         """Count one message that is ignored because one before it was refused; `None` if its sender may go on.
 
         Args:

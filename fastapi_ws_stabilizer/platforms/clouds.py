@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi_ws_stabilizer.platforms.platform import Platform, quoted, read
+from fastapi_ws_stabilizer.platforms.platform import Platform, second_hand, verified
 
 _AWS: Final = "https://docs.aws.amazon.com"
 _GOOGLE_ALB: Final = "https://docs.cloud.google.com/load-balancing/docs/https/request-distribution"
@@ -17,7 +17,7 @@ AMAZON: Final = (
         "AWS Application Load Balancer",
         idle_timeout=60.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "`idle_timeout.timeout_seconds` is 60 s, and can be 1 to 4000 s.",
                 f"{_AWS}/elasticloadbalancing/latest/application/edit-load-balancer-attributes.html",
@@ -29,7 +29,7 @@ AMAZON: Final = (
         "AWS Network Load Balancer",
         idle_timeout=350.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "350 s; TCP listeners can have 60 to 6000 s, TLS listeners cannot be changed.",
                 f"{_AWS}/elasticloadbalancing/latest/network/update-idle-timeout.html",
@@ -41,7 +41,7 @@ AMAZON: Final = (
         "Amazon CloudFront",
         idle_timeout=600.0,
         facts=(
-            quoted(
+            second_hand(
                 "idle_timeout",
                 "10 min without a byte from the server; it cannot be changed.",
                 f"{_AWS}/AmazonCloudFront/latest/DeveloperGuide/distribution-working-with.websockets.html",
@@ -54,7 +54,7 @@ AMAZON: Final = (
         "AWS Application Load Balancer with a Lambda function",
         refusal="the load balancer answers a WebSocket handshake for a function with HTTP 400",
         facts=(
-            read(
+            verified(
                 "refusal",
                 "WebSockets are not supported: upgrade requests are rejected with HTTP 400.",
                 f"{_AWS}/elasticloadbalancing/latest/application/lambda-functions.html",
@@ -66,7 +66,7 @@ AMAZON: Final = (
         "Amazon API Gateway, WebSocket APIs",
         refusal="the gateway holds the socket itself and hands its messages to the app as single calls",
         facts=(
-            read(
+            verified(
                 "refusal",
                 "The gateway holds the socket, with limits of its own: 10 min idle, 2 h in all, messages of 128 KB.",
                 f"{_AWS}/apigateway/latest/developerguide/apigateway-execution-service-websocket-limits-table.html",
@@ -80,7 +80,7 @@ AZURE: Final = (
         "azure-app-service",
         "Azure App Service",
         facts=(
-            read(
+            verified(
                 "note",
                 "Sockets of an instance are counted in the cheap tiers: Free 5, Shared 35, Basic 350.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/includes/azure-websites-limits.md",
@@ -92,13 +92,13 @@ AZURE: Final = (
         "Azure Application Gateway",
         idle_timeout=20.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "The backend's request timeout holds for WebSockets too. Whether it is counted from the last byte or "
                 "from the first is not clear: raise it.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/application-gateway/application-gateway-websocket.md",
             ),
-            quoted(
+            second_hand(
                 "idle_timeout",
                 "That timeout is 20 s, and can be 1 to 86400 s.",
                 "https://learn.microsoft.com/en-us/azure/application-gateway/configuration-http-settings",
@@ -111,8 +111,8 @@ AZURE: Final = (
         idle_timeout=300.0,
         max_lifetime=4 * 3600.0,
         facts=(
-            read("idle_timeout", "5 min without data from client or server.", _FRONT_DOOR),
-            read("max_lifetime", "4 h, whatever passes.", _FRONT_DOOR),
+            verified("idle_timeout", "5 min without data from client or server.", _FRONT_DOOR),
+            verified("max_lifetime", "4 h, whatever passes.", _FRONT_DOOR),
         ),
     ),
     Platform(
@@ -120,12 +120,12 @@ AZURE: Final = (
         "Azure Load Balancer, also as an AKS Service",
         idle_timeout=240.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "4 min, and can be 4 to 100 min.",
                 "https://learn.microsoft.com/en-us/azure/load-balancer/load-balancer-tcp-idle-timeout",
             ),
-            read(
+            verified(
                 "note",
                 "Afterwards packets are dropped without a word, unless TCP Reset is on.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/load-balancer/load-balancer-tcp-reset.md",
@@ -141,8 +141,8 @@ GOOGLE: Final = (
         idle_timeout=30.0,
         max_lifetime=24 * 3600.0,
         facts=(
-            quoted("idle_timeout", "The backend service's timeout, 30 s, can be raised.", _GOOGLE_ALB),
-            quoted("max_lifetime", "24 h, whatever passes.", _GOOGLE_ALB),
+            second_hand("idle_timeout", "The backend service's timeout, 30 s, can be raised.", _GOOGLE_ALB),
+            second_hand("max_lifetime", "24 h, whatever passes.", _GOOGLE_ALB),
         ),
     ),
     Platform(
@@ -150,7 +150,7 @@ GOOGLE: Final = (
         "Google Cloud external Application Load Balancer, classic",
         max_lifetime=30.0,
         facts=(
-            read(
+            verified(
                 "max_lifetime",
                 "The backend service's timeout, 30 s, is no idle timeout: it ends busy sockets too. It can be raised "
                 "to 86400 s.",
@@ -163,7 +163,7 @@ GOOGLE: Final = (
         "Google Cloud Application Load Balancer, regional or internal",
         idle_timeout=30.0,
         facts=(
-            quoted(
+            second_hand(
                 "idle_timeout",
                 "The backend service's timeout, 30 s, can be raised; sockets in use are not cut.",
                 _GOOGLE_ALB,
@@ -176,24 +176,24 @@ GOOGLE: Final = (
         max_lifetime=300.0,
         grace=10.0,
         facts=(
-            read(
+            verified(
                 "max_lifetime",
                 "The request timeout ends WebSockets too: 5 min, and up to 60 min.",
                 "https://cloud.google.com/run/docs/triggering/websockets",
             ),
-            quoted("grace", "SIGKILL 10 s after SIGTERM.", "https://cloud.google.com/run/docs/container-contract"),
+            second_hand("grace", "SIGKILL 10 s after SIGTERM.", "https://cloud.google.com/run/docs/container-contract"),
         ),
     ),
     Platform(
         "google-app-engine-flex",
         "Google App Engine, flexible environment",
         max_lifetime=3600.0,
-        facts=(read("max_lifetime", "1 h, whatever passes.", _APP_ENGINE),),
+        facts=(verified("max_lifetime", "1 h, whatever passes.", _APP_ENGINE),),
     ),
     Platform(
         "google-app-engine-standard",
         "Google App Engine, standard environment",
         refusal="WebSockets are for its flexible environment",
-        facts=(read("refusal", "The standard environment has no WebSockets.", _APP_ENGINE),),
+        facts=(verified("refusal", "The standard environment has no WebSockets.", _APP_ENGINE),),
     ),
 )

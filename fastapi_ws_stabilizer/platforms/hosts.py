@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi_ws_stabilizer.platforms.platform import Platform, quoted, read
+from fastapi_ws_stabilizer.platforms.platform import Platform, second_hand, verified
 
 _RAILWAY: Final = "https://github.com/railwayapp/docs/blob/c2a634f/content/docs"
 
@@ -15,12 +15,12 @@ HOSTS: Final = (
         idle_timeout=55.0,
         grace=30.0,
         facts=(
-            quoted(
+            second_hand(
                 "idle_timeout",
                 "55 s, begun anew by each byte.",
                 "https://devcenter.heroku.com/articles/http-routing",
             ),
-            quoted(
+            second_hand(
                 "grace",
                 "SIGKILL 30 s after SIGTERM.",
                 "https://devcenter.heroku.com/articles/limits",
@@ -33,7 +33,7 @@ HOSTS: Final = (
         "Fly.io",
         grace=5.0,
         facts=(
-            read(
+            verified(
                 "grace",
                 "`kill_timeout` is 5 s, and can be up to 300 s.",
                 "https://fly.io/docs/reference/configuration/",
@@ -44,8 +44,8 @@ HOSTS: Final = (
         "render",
         "Render",
         facts=(
-            quoted("note", "There is no fixed timeout; pings are advised.", "https://render.com/docs/websocket"),
-            read(
+            second_hand("note", "There is no fixed timeout; pings are advised.", "https://render.com/docs/websocket"),
+            verified(
                 "note",
                 "SIGTERM comes 60 s after the new instance is live.",
                 "https://render.com/articles/how-render-handles-zero-downtime-deploys",
@@ -57,17 +57,17 @@ HOSTS: Final = (
         "Railway",
         grace=0.0,
         facts=(
-            read(
+            verified(
                 "grace",
                 "SIGKILL right after SIGTERM, unless `RAILWAY_DEPLOYMENT_DRAINING_SECONDS` is raised.",
                 f"{_RAILWAY}/deployments/deployment-teardown.md",
             ),
-            read(
+            verified(
                 "note",
                 "A WebSocket may stay open, even while it is idle.",
                 f"{_RAILWAY}/networking/public-networking/specs-and-limits.md",
             ),
-            read(
+            verified(
                 "note",
                 "A serverless service sleeps after 10 min without outbound packets: heartbeats keep it awake.",
                 f"{_RAILWAY}/deployments/serverless.md",
@@ -78,7 +78,7 @@ HOSTS: Final = (
         "digitalocean",
         "DigitalOcean App Platform",
         facts=(
-            read(
+            verified(
                 "note",
                 "How long a WebSocket may be idle is not stated.",
                 "https://docs.digitalocean.com/products/app-platform/details/limits",
@@ -90,7 +90,7 @@ HOSTS: Final = (
         "Kubernetes pod",
         grace=30.0,
         facts=(
-            read(
+            verified(
                 "grace",
                 "`terminationGracePeriodSeconds` is 30 s, and `preStop` is a part of it.",
                 "https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/",

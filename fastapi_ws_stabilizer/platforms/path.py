@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatformError
+from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsupportedPlatformError
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
@@ -32,7 +32,7 @@ MAX_MARGIN: Final = 5.0
 SERVER_LEAST: Final = 1.0
 """The least seconds that the server has after a drain: uvicorn counts its own timeout in whole seconds."""
 
-MOST: Final = ("heartbeat_interval", "drain_window", "drain_timeout")
+UPPER_BOUNDED_OPTIONS: Final = ("heartbeat_interval", "drain_window", "drain_timeout")
 """Options whose defaults are the most that a platform sets."""
 
 PART_OF_LIFETIME: Final = 0.1
@@ -52,7 +52,7 @@ def hop(name: str, **values: float | None) -> Platform:
 
     Raises:
         UnknownPlatformError: There is no fact about it.
-        UnsuitablePlatformError: It cannot hold sockets.
+        UnsupportedPlatformError: It cannot hold sockets.
         ValueError: A value is none that a platform has, or is not above zero.
     """
     for value, seconds in values.items():
@@ -60,11 +60,11 @@ def hop(name: str, **values: float | None) -> Platform:
             raise ValueError(f"a platform has no {value}, only {', '.join(_VALUES)}")
         if seconds is not None and not seconds > 0:
             raise ValueError(f"{value} is a number of seconds above zero, not {seconds!r}")
-    (platform,) = path_of(name)
+    (platform,) = resolve_hops(name)
     return dataclasses.replace(platform, **values)  # type: ignore[arg-type]  # looked at above
 
 
-def path_of(*names: str | Platform) -> tuple[Platform, ...]:
+def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
     """The hops of a path, in their order.
 
     Args:
@@ -72,7 +72,7 @@ def path_of(*names: str | Platform) -> tuple[Platform, ...]:
 
     Raises:
         UnknownPlatformError: There is no fact about one of them.
-        UnsuitablePlatformError: One of them cannot hold sockets.
+        UnsupportedPlatformError: One of them cannot hold sockets.
         ValueError: There is no name.
     """
     if not names:
@@ -87,17 +87,17 @@ def path_of(*names: str | Platform) -> tuple[Platform, ...]:
             similar = difflib.get_close_matches(name.lower().replace("_", "-"), PLATFORMS, n=1)
             raise UnknownPlatformError(name, tuple(sorted(PLATFORMS)), similar[0] if similar else None)
         if platform.refusal is not None:
-            raise UnsuitablePlatformError(platform.name, platform.refusal)
+            raise UnsupportedPlatformError(platform.name, platform.refusal)
         path.append(platform)
     return tuple(path)
 
 
-def options_for(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
+def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
     """The options that fit the smallest values of a path; those alone for which a hop has a value.
 
     Args:
         path: The hops; their order does not matter.
-        most: The most that the options `MOST` are set to.
+        most: The most that the options `UPPER_BOUNDED_OPTIONS` are set to.
     """
     hops = tuple(path)
     idle_timeout = _smallest(hop.idle_timeout for hop in hops)

@@ -27,12 +27,12 @@ class Fact:
     quoted: bool = False
 
 
-def read(about: About, says: str, source: str, checked: str = "2026-11-25") -> Fact:
+def verified(about: About, says: str, source: str, checked: str = "2026-11-25") -> Fact:
     """A fact that was read in its source."""
     return Fact(about, says, source, checked)
 
 
-def quoted(about: About, says: str, source: str, checked: str = "2026-09-25") -> Fact:
+def second_hand(about: About, says: str, source: str, checked: str = "2026-09-25") -> Fact:
     """A fact that was read in a quotation of its source."""
     return Fact(about, says, source, checked, quoted=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi_ws_stabilizer.platforms.platform import Platform, read
+from fastapi_ws_stabilizer.platforms.platform import Platform, verified
 
 PROXIES: Final = (
     Platform(
@@ -12,7 +12,7 @@ PROXIES: Final = (
         "nginx",
         idle_timeout=60.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "`proxy_read_timeout` is 60 s, counted from what the server last sent; ping frames count.",
                 "https://nginx.org/en/docs/http/websocket.html",
@@ -24,18 +24,18 @@ PROXIES: Final = (
         "Ingress NGINX Controller",
         idle_timeout=60.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "`proxy-read-timeout` and `proxy-send-timeout` are 60 s; the project advises more than 3600 s.",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/miscellaneous.md",
             ),
-            read(
+            verified(
                 "note",
                 "240 s after a reload of its configuration, its old workers drop what they still carry "
                 "(`worker-shutdown-timeout`).",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/nginx-configuration/configmap.md",
             ),
-            read(
+            verified(
                 "note",
                 "Retired in March 2026: no more security fixes.",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/README.md",
@@ -47,7 +47,7 @@ PROXIES: Final = (
         "Apache httpd, mod_proxy_http",
         idle_timeout=60.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "60 s without a byte either way: `TimeOut`, unless `ProxyTimeout` or the worker's `timeout=` is set.",
                 "https://github.com/apache/httpd/blob/0cb6804/docs/manual/mod/core.xml",
@@ -58,7 +58,7 @@ PROXIES: Final = (
         "haproxy",
         "HAProxy",
         facts=(
-            read(
+            verified(
                 "note",
                 "No default of its own: without `timeout tunnel`, your `timeout client` and `timeout server` apply.",
                 "https://github.com/haproxy/haproxy/blob/50872da/doc/configuration.txt",
@@ -69,7 +69,7 @@ PROXIES: Final = (
         "traefik",
         "Traefik",
         facts=(
-            read(
+            verified(
                 "note",
                 "When it stops itself, it waits 10 s (`lifeCycle.graceTimeOut`) and then drops what it carries.",
                 "https://github.com/traefik/traefik/blob/fd5a576/docs/content/reference/install-configuration/entrypoints.md",
@@ -80,7 +80,7 @@ PROXIES: Final = (
         "caddy",
         "Caddy",
         facts=(
-            read(
+            verified(
                 "note",
                 "`stream_timeout`, a lifetime, is not set. A reload closes every WebSocket at once, with 1001; "
                 "`stream_close_delay` puts that off.",
@@ -93,7 +93,7 @@ PROXIES: Final = (
         "Envoy",
         idle_timeout=300.0,
         facts=(
-            read(
+            verified(
                 "idle_timeout",
                 "`stream_idle_timeout` is 5 min without activity on either side.",
                 "https://github.com/envoyproxy/envoy/blob/main/docs/root/faq/configuration/timeouts.rst",
@@ -105,12 +105,12 @@ PROXIES: Final = (
         "Istio sidecar",
         grace=5.0,
         facts=(
-            read(
+            verified(
                 "grace",
                 "5 s after SIGTERM the sidecar exits (`terminationDrainDuration`), with the sockets that it carries.",
                 "https://github.com/istio/istio/blob/86c9f01/pkg/config/mesh/mesh.go",
             ),
-            read(
+            verified(
                 "note",
                 "It switches Envoy's idle timeout off; the EDGE connection profile of gateways has one of 5 min.",
                 "https://github.com/istio/istio/blob/86c9f01/pilot/pkg/networking/core/connection_settings.go",
@@ -121,7 +121,7 @@ PROXIES: Final = (
         "cloudflare",
         "Cloudflare proxy",
         facts=(
-            read(
+            verified(
                 "note",
                 "How long a WebSocket may be idle is not stated. Sockets end when Cloudflare restarts servers for new "
                 "code.",

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from fastapi_ws_stabilizer.connection.endpoint import meaning
+from fastapi_ws_stabilizer.connection.endpoint import root_cause
 from fastapi_ws_stabilizer.routing.signatures import is_async
 
 Handler = Callable[[Any, Any], Any]
@@ -46,7 +46,7 @@ def handler_for_endpoint(websocket: WebSocket, error: BaseException) -> Handler 
 
     One for `HTTPException` itself, or for a status, is meant for HTTP: there a close code says the same.
     """
-    error = meaning(error)
+    error = root_cause(error)
     handlers, _ = known_handlers(websocket) or ({}, {})
     for kind in type(error).__mro__:
         if kind in handlers:
@@ -57,7 +57,7 @@ def handler_for_endpoint(websocket: WebSocket, error: BaseException) -> Handler 
 
 async def call(handler: Handler, websocket: WebSocket, error: BaseException) -> Any:
     """Call a handler, in the thread pool if it is not async, and return what it returned."""
-    error = meaning(error)
+    error = root_cause(error)
     if is_async(handler):
         return await handler(websocket, error)
     answer = await run_in_threadpool(handler, websocket, error)

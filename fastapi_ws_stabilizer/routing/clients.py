@@ -12,14 +12,14 @@ from fastapi_ws_stabilizer.errors import (
     MemoryLimitExceededError,
 )
 from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
-from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.routing.serving import Node
 from fastapi_ws_stabilizer.wire.payload import encode
 
 
 class Clients:
     """The part of a manager that reaches those who are connected."""
 
-    _serving: Serving
+    _serving: Node
 
     # ── sending ──
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel
 
-from fastapi_ws_stabilizer.limits.traffic import limit_of
-from fastapi_ws_stabilizer.routing.hooks import Hooks
-from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.limits.traffic import rate_limiter
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
+from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,7 +22,7 @@ class EventDecorators:
     not be called rightly is a `TypeError` when it is registered, which names its place and says what to write.
     """
 
-    def __init__(self, hooks: Hooks, handlers: MessageHandlers) -> None:
+    def __init__(self, hooks: HookRegistry, handlers: HandlerRegistry) -> None:
         self._hooks = hooks
         self._handlers = handlers
 
@@ -114,7 +114,7 @@ class EventDecorators:
     @overload
     def on_slow(self, /) -> Callable[[F], F]: ...
     def on_slow(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client does not keep up: `hook(ws, how)`, with a `SlowClient`.
+        """Call a function when a client does not keep up: `hook(ws, how)`, with a `SlowConsumer`.
 
         Told once when it begins to lag, once when messages to it are dropped, and once when it is disconnected for it,
         until it has caught up. `ws.queued_messages` and `ws.dropped_messages` say how bad it is. Nobody waits for it.
@@ -187,7 +187,7 @@ class EventDecorators:
         """
         _check_decorated(handler)
         message_type = handler if isinstance(handler, str) else None
-        limit = limit_of(max_rate, max_burst, message_type=message_type)
+        limit = rate_limiter(max_rate, max_burst, message_type=message_type)
 
         def register(function: F) -> F:
             self._handlers.add(message_type, function, limit)

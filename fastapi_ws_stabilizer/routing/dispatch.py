@@ -14,8 +14,8 @@ from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError, MessageEncodeError, RequestError, SocketClosed
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.messages import BadMessage, MessageHandlers, Received, error_reply
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.messages import HandlerRegistry, InvalidMessageError, ReceivedMessage, error_reply
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.names import MAX_CODE_CHARS, MAX_TEXT_CHARS, sendable
 from fastapi_ws_stabilizer.wire.payload import encode
@@ -25,7 +25,7 @@ from fastapi_ws_stabilizer.wire.v1 import Message
 class Dispatcher:
     """Hands messages to handlers and answers those that nobody can take."""
 
-    def __init__(self, handlers: MessageHandlers, config: WebSocketConfig, reports: Reports) -> None:
+    def __init__(self, handlers: HandlerRegistry, config: WebSocketConfig, reports: EventBus) -> None:
         self._handlers = handlers
         self._max_bad = config.max_bad_messages
         self._reports = reports
@@ -96,7 +96,7 @@ class Dispatcher:
             raise errors[0]
 
     async def _handle(self, connection: Connection, item: Item) -> None:
-        received = Received(item)
+        received = ReceivedMessage(item)
         socket: StableSocket = connection.face
         message = item if isinstance(item, Message) else None
         try:
@@ -110,7 +110,7 @@ class Dispatcher:
                     connection.exceeded(excess, message)
                     return
             prepared = [(handler, handler.prepare(received)) for handler in handlers]
-        except BadMessage as problem:
+        except InvalidMessageError as problem:
             self._refuse(connection, problem, message)
             return
         answer: Any = None
@@ -166,10 +166,10 @@ class Dispatcher:
         if connection.conversation is not None:
             connection.conversation.refused(message, code, text)
         else:
-            connection.enqueue(encode(error_reply(BadMessage(code, text))))
+            connection.enqueue(encode(error_reply(InvalidMessageError(code, text))))
             connection.outbox.flush()
 
-    def _refuse(self, connection: Connection, problem: BadMessage, message: Message | None) -> None:
+    def _refuse(self, connection: Connection, problem: InvalidMessageError, message: Message | None) -> None:
         self._reports.totals.bad_messages += 1
         connection.bad_messages += 1
         connection.tell("bad_message", logging.INFO, code=problem.code)

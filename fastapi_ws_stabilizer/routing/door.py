@@ -13,17 +13,17 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError
-from fastapi_ws_stabilizer.limits.address import TrustedProxies, network_of
-from fastapi_ws_stabilizer.limits.admission import Admission, Place, retry_when_full, shutdown_error
+from fastapi_ws_stabilizer.limits.address import TrustedProxies, rate_limit_key
+from fastapi_ws_stabilizer.limits.admission import ConnectionLimiter, Reservation, retry_delay, shutdown_error
 from fastapi_ws_stabilizer.limits.origin import OriginPolicy
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.endings import MAX_ENDING, Endings
-from fastapi_ws_stabilizer.routing.greeting import Reception, credential_in
-from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol
-from fastapi_ws_stabilizer.tasks import Latch, wait_for_all
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.endings import MAX_CLOSING, ClosingConnections
+from fastapi_ws_stabilizer.routing.greeting import HelloReader, credential_in
+from fastapi_ws_stabilizer.routing.refusing import Rejector, answered_subprotocol
+from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY, SERVED_KEY
 from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
 
@@ -41,7 +41,7 @@ class _Unheard:
 _UNHEARD: Final = _Unheard()
 
 
-class Visitor:
+class Handshake:
     """A client at the door: it has a WebSocket, accepted or not, and no connection yet.
 
     Attributes:
@@ -78,12 +78,12 @@ class Visitor:
     def __init__(
         self,
         websocket: WebSocket,
-        place: Place,
-        reception: Reception,
+        place: Reservation,
+        reception: HelloReader,
         *,
         compresses: bool,
-        door: Door,
-        outer: Visitor | None,
+        door: AdmissionController,
+        outer: Handshake | None,
     ) -> None:
         self._compresses = compresses
         self.door = door
@@ -95,7 +95,7 @@ class Visitor:
         self._hello: Hello | None = None
         self._credential: str | _Unheard | None = _UNHEARD
         self.answered = self.inside = self.gone = False
-        self.endpoint = Endpoint(cancellable=True)
+        self.endpoint = EndpointTask(cancellable=True)
         self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
 
@@ -112,7 +112,7 @@ class Visitor:
 
     def _look(self) -> None:
         self._timer = None
-        if ServerSide(self.websocket._receive, self.websocket._send).closing:
+        if ServerTransport(self.websocket._receive, self.websocket._send).closing:
             self.gone = True
             self.cut()
         elif not self.inside and not self.answered:
@@ -134,7 +134,7 @@ class Visitor:
         websocket = self.websocket
         if websocket.application_state is not WebSocketState.CONNECTED:
             if not self._compresses:
-                link = ServerSide(websocket._receive, websocket._send).link(websocket.scope)
+                link = ServerTransport(websocket._receive, websocket._send).link(websocket.scope)
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
@@ -189,7 +189,7 @@ class Visitor:
         return self._credential
 
 
-class Door:
+class AdmissionController:
     """Asks who comes: from which page, from which address, whether there is room.
 
     Args:
@@ -203,10 +203,10 @@ class Door:
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
-        refusing: Refusing,
-        reception: Reception,
-        ending: Endings,
+        reports: EventBus,
+        refusing: Rejector,
+        reception: HelloReader,
+        ending: ClosingConnections,
     ) -> None:
         self._reports = reports
         self._reception = reception
@@ -219,7 +219,7 @@ class Door:
         self._reads_headers = bool(config.trusted_proxies)
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
         self.refusing = refusing
-        self.admission = Admission(
+        self.admission = ConnectionLimiter(
             max_connections=config.max_connections,
             max_per_client=config.max_connections_per_client if config.on_duplicate is DuplicatePolicy.ALLOW else None,
             max_per_address=config.max_connections_per_address,
@@ -227,8 +227,8 @@ class Door:
             rate_per_address=config.max_connect_rate_per_address,
         )
         self.closed = False
-        self._visitors: set[Visitor] = set()
-        self._empty: Latch | None = None
+        self._visitors: set[Handshake] = set()
+        self._empty: LazyEvent | None = None
         self._unanswered: set[str] = set()
 
     def revoke(self, client_id: str) -> None:
@@ -251,19 +251,19 @@ class Door:
         if not self._visitors:
             return True
         if self._empty is None:
-            self._empty = Latch()
+            self._empty = LazyEvent()
         return await wait_for_all([self._empty.future], timeout)
 
     def abort(self) -> None:
         """Cut the connections whose handshakes do not come to an end."""
         for visitor in list(self._visitors):
-            ServerSide(visitor.websocket._receive, visitor.websocket._send).abort()
+            ServerTransport(visitor.websocket._receive, visitor.websocket._send).abort()
 
     def stopping(self) -> ShutdownError:
         """Why nobody is let in any more, and when to come back."""
         return shutdown_error(self._drain_window)
 
-    def left(self, visitor: Visitor) -> None:
+    def left(self, visitor: Handshake) -> None:
         """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""
         self._visitors.discard(visitor)
         visitor.stop_watching()
@@ -302,7 +302,7 @@ class Door:
         A server that believes X-Forwarded-For has put somebody in the place of the proxy, and a client may have named
         that one. So with `trusted_proxies` the transport is asked, where it can be reached.
         """
-        peer = ServerSide(websocket._receive, websocket._send).peer if self._reads_headers else None
+        peer = ServerTransport(websocket._receive, websocket._send).peer if self._reads_headers else None
         if peer is not None:
             return peer
         return None if websocket.client is None else websocket.client.host
@@ -315,7 +315,7 @@ class Door:
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
 
-    def knock(self, websocket: WebSocket, outer: Visitor | None = None) -> Visitor:
+    def knock(self, websocket: WebSocket, outer: Handshake | None = None) -> Handshake:
         """Ask what can be asked of a handshake before it is known who has come. Nothing of it waits.
 
         Args:
@@ -331,14 +331,14 @@ class Door:
         if self.closed:
             raise self.stopping()
         self._check_origin(websocket)
-        if len(self._ending) >= MAX_ENDING:  # the option by which more hooks run at the same time
-            raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_when_full())
+        if len(self._ending) >= MAX_CLOSING:  # the option by which more hooks run at the same time
+            raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_delay())
         self._ending.hurry(self._max)
         if self.admission.crowded:
             self._reception.make_room()
-        address = network_of(self.address_of(websocket)) if self.admission.by_address else ""
+        address = rate_limit_key(self.address_of(websocket)) if self.admission.by_address else ""
         place = self.admission.knock(address, monotonic())
-        visitor = Visitor(websocket, place, self._reception, compresses=self._compresses, door=self, outer=outer)
+        visitor = Handshake(websocket, place, self._reception, compresses=self._compresses, door=self, outer=outer)
         self._visitors.add(visitor)
         return visitor
 

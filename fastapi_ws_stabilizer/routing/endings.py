@@ -7,14 +7,14 @@ from typing import Final
 
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 
-MAX_ENDING: Final = 10_000
+MAX_CLOSING: Final = 10_000
 """How many there may be before nobody is let in: then hooks are slower than clients come and go."""
 
 PER_PLACE: Final = 2
 """How many for each of `max_connections` have all of their grace."""
 
 
-class Endings:
+class ClosingConnections:
     """All of them, the one that has ended first comes first."""
 
     def __init__(self) -> None:

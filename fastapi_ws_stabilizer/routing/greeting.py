@@ -14,17 +14,17 @@ from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import ShutdownError
 from fastapi_ws_stabilizer.limits.admission import shutdown_error
-from fastapi_ws_stabilizer.routing.refusing import Refusing, leave_alone
+from fastapi_ws_stabilizer.routing.refusing import Rejector, mark_handled
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
-from fastapi_ws_stabilizer.tasks import Latch, TaskSet, wait_for_first
-from fastapi_ws_stabilizer.wire.v1 import BadFrameError, Hello, hello_of, offered_credential
+from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
+from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, wait_for_first
+from fastapi_ws_stabilizer.wire.v1 import Hello, ProtocolError, offered_credential, parse_hello
 
-A_ROUND_TRIP: Final = 1.0
+MIN_HELLO_WAIT: Final = 1.0
 """Seconds in which an honest client has said hello, be it far away."""
 
 
-class Reception:
+class HelloReader:
     """Takes hellos. Until one was good, nothing is kept of a client but the WebSocket itself.
 
     Args:
@@ -37,8 +37,8 @@ class Reception:
     def __init__(
         self,
         config: WebSocketConfig,
-        sessions: Sessions,
-        refusing: Refusing,
+        sessions: SessionStore,
+        refusing: Rejector,
         address_of: Callable[[WebSocket], str],
     ) -> None:
         self._timeout = config.hello_timeout
@@ -47,8 +47,8 @@ class Reception:
         self._sessions = sessions
         self._refusing = refusing
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
-        self._closed = Latch()
-        self._mute: dict[Latch, tuple[float, Callable[[], None]]] = {}  # since when; the longest comes first
+        self._closed = LazyEvent()
+        self._mute: dict[LazyEvent, tuple[float, Callable[[], None]]] = {}  # since when; the longest comes first
         self._guests: set[asyncio.Future[None]] = set()
 
     @property
@@ -59,7 +59,7 @@ class Reception:
     def reopen(self) -> None:
         """Take clients again."""
         if self._closed.is_set:
-            self._closed = Latch()
+            self._closed = LazyEvent()
 
     def close(self) -> None:
         """Refuse everybody from now on, those included who are being greeted."""
@@ -72,7 +72,7 @@ class Reception:
         whose: Callable[[Session | None], str],
         authenticate: Callable[[str | None], Awaitable[Exception | None]],
         lets_in: Callable[[str, Session | None], Exception | None],
-    ) -> Greeting:
+    ) -> ResumeResult:
         """Give a client that has said hello its session.
 
         Args:
@@ -102,14 +102,14 @@ class Reception:
             raise await self._refuse(websocket, refused, who)
         try:
             return self._sessions.greet(hello, who)
-        except StaleDialError as stale:
+        except StaleAttemptError as stale:
             error = WebSocketException(SUPERSEDED, "a newer connection has the session")
             raise await self._refuse(websocket, error, who) from stale
 
     def make_room(self) -> None:
         """Wait no longer for whoever has been waited for longest, if an honest client would have said hello by now."""
         mute = next(iter(self._mute), None)
-        if mute is not None and monotonic() - self._mute[mute][0] >= A_ROUND_TRIP:
+        if mute is not None and monotonic() - self._mute[mute][0] >= MIN_HELLO_WAIT:
             _, thrown_out = self._mute.pop(mute)
             thrown_out()
             mute.set()
@@ -129,7 +129,7 @@ class Reception:
 
     @contextmanager
     def _guest(self) -> Iterator[None]:
-        guest = Latch()
+        guest = LazyEvent()
         self._guests.add(guest.future)
         try:
             yield
@@ -139,7 +139,7 @@ class Reception:
 
     async def _hello(self, websocket: WebSocket, thrown_out: Callable[[], None]) -> Hello:
         waiting = self._tasks.spawn(websocket.receive(), name="ws-hello")
-        mute = Latch()
+        mute = LazyEvent()
         self._mute[mute] = monotonic(), thrown_out
         try:
             await wait_for_first([waiting, self._closed.future, mute.future], self._timeout)
@@ -154,12 +154,12 @@ class Reception:
         gone = waiting.cancelled() or waiting.exception() is not None
         message: Any = None if gone else waiting.result()
         if message is None or message["type"] != "websocket.receive":
-            leave_alone(websocket)
+            mark_handled(websocket)
             raise WebSocketException(1000)
         text = message.get("text")
         try:
-            return hello_of((message.get("bytes") or b"") if text is None else text)
-        except BadFrameError as problem:
+            return parse_hello((message.get("bytes") or b"") if text is None else text)
+        except ProtocolError as problem:
             raise await self._refuse(websocket, WebSocketException(problem.code, str(problem))) from problem
 
     def _stopping(self) -> ShutdownError:

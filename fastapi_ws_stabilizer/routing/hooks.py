@@ -14,18 +14,18 @@ from fastapi import WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.endpoint import meaning
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.endpoint import root_cause
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
 from fastapi_ws_stabilizer.hub.presence import Presence
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing.signatures import Signature, is_async
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
-HOOK_SHAPES: Final = {
+HOOK_SIGNATURES: Final = {
     "handshake": ("the socket",),
     "connect": ("the socket",),
     "disconnect": ("the socket", "the reason"),
@@ -33,7 +33,7 @@ HOOK_SHAPES: Final = {
     "session_end": ("the socket", "the reason"),
     "auth": ("the socket", "the credential"),
     "error": ("the socket", "the error"),
-    "slow": ("the socket", "a SlowClient"),
+    "slow": ("the socket", "a SlowConsumer"),
     "join": ("the room", "a Presence"),
     "leave": ("the room", "a Presence"),
 }
@@ -71,7 +71,7 @@ class Hook:
         return result
 
 
-class Hooks:
+class HookRegistry:
     """The hooks of one manager, called in the order in which they were registered.
 
     Args:
@@ -80,12 +80,12 @@ class Hooks:
         auth_limit: Seconds that a hook may take that looks at a handshake or at a credential.
     """
 
-    def __init__(self, reports: Reports, limit: float = 10.0, auth_limit: float = 10.0) -> None:
+    def __init__(self, reports: EventBus, limit: float = 10.0, auth_limit: float = 10.0) -> None:
         self._reports = reports
         self._limit = limit
         self._auth_limit = auth_limit
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
-        self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_SHAPES}
+        self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_SIGNATURES}
 
     def add(self, event: str, function: Callable[..., Any]) -> None:
         """Register a function for an event.
@@ -93,7 +93,7 @@ class Hooks:
         Raises:
             TypeError: It cannot be called with what the event gives.
         """
-        signature = Signature(function, f"on_{event}", HOOK_SHAPES[event])
+        signature = Signature(function, f"on_{event}", HOOK_SIGNATURES[event])
         self._hooks[event].append(Hook(function, signature.arguments))
 
     def has(self, *events: str) -> bool:
@@ -175,7 +175,7 @@ class Hooks:
         """Run the disconnect hooks, all of them, even if one fails or hangs."""
         await self._all("disconnect", _of(socket), socket, reason)
 
-    async def slow(self, socket: StableSocket, how: SlowClient) -> None:
+    async def slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         """Run the hooks for a client that has become slow, all of them, even if one fails or hangs."""
         await self._all("slow", _of(socket), socket, how)
 
@@ -190,7 +190,7 @@ class Hooks:
             except BroadcastFailedError as error:
                 self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
             except Exception as error:
-                if isinstance(meaning(error), WebSocketDisconnect):  # a connection was over: no bug
+                if isinstance(root_cause(error), WebSocketDisconnect):  # a connection was over: no bug
                     self._reports.tell("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **facts)
                     continue
                 self._reports.bug(_FAILED[event], error, **facts)
@@ -203,7 +203,7 @@ class Hooks:
             try:
                 await self._within_limit(hook, socket, error)
             except Exception as second:
-                if isinstance(meaning(second), WebSocketDisconnect):
+                if isinstance(root_cause(second), WebSocketDisconnect):
                     self._reports.tell("hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_of(socket))
                     continue
                 self._reports.bug("error_hook_failed", second, **_of(socket))

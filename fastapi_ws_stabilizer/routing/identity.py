@@ -20,7 +20,7 @@ MAX_TERM: Final = 10 * 365 * 86_400.0
 """Seconds. What is good for longer is good for ever: no timer waits that long."""
 
 
-def client_id_of(websocket: WebSocket) -> str | None:
+def client_id_from_request(websocket: WebSocket) -> str | None:
     """The path parameter `client_id`, else the query parameter; `None` if there is neither.
 
     Raises:
@@ -65,7 +65,7 @@ def client_id_from(identity: Any, key: Callable[[Any], object] | None) -> str:
     )
 
 
-def seconds_until(moment: Moment) -> float | None:
+def seconds_until_expiry(moment: Moment) -> float | None:
     """For how many seconds an identity is good; `None` if for ever.
 
     Args:

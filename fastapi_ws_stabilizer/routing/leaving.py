@@ -11,26 +11,26 @@ import anyio
 from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 from starlette.websockets import WebSocketState
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, is_bug, meaning
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.parts import Parts
+from fastapi_ws_stabilizer.connection.parts import SharedResources
 from fastapi_ws_stabilizer.connection.remains import Remains
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
-    socket_closed,
+    closed_error_for,
 )
-from fastapi_ws_stabilizer.hub.delivery import Delivery
-from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
-from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.delivery import Hub
+from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.lifetimes import ConnectionReaper
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.app_handlers import Handler, call, handler_for_endpoint, handler_of, known_handlers
-from fastapi_ws_stabilizer.routing.door import Door
-from fastapi_ws_stabilizer.routing.endings import Endings
-from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.door import AdmissionController
+from fastapi_ws_stabilizer.routing.endings import ClosingConnections
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
 from fastapi_ws_stabilizer.routing.resumption import Resumption
 from fastapi_ws_stabilizer.routing.under_test import test_client_wants_errors
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
@@ -51,28 +51,28 @@ async def _quietly(handler: Handler, connection: Connection, error: BaseExceptio
         return None, failure
 
 
-def _as_answered(answer: Any) -> Ending:
+def _as_answered(answer: Any) -> CloseInfo:
     """How a connection ends whose handler has not closed it: a response stands for its status."""
     status = getattr(answer, "status_code", None)
     if not isinstance(status, int) or not 400 <= status < 600:
-        return ending(DisconnectReason.ERROR)
-    return ending_for(HTTPException(status))
+        return local_close(DisconnectReason.ERROR)
+    return close_info_for(HTTPException(status))
 
 
 class Leaving:
     """Ends connections, each with the code that fits how its endpoint ended."""
 
     _config: WebSocketConfig
-    _reports: Reports
-    _hooks: Hooks
+    _reports: EventBus
+    _hooks: HookRegistry
     _tasks: TaskSet
-    _parts: Parts
-    _ending: Endings
-    delivery: Delivery[Connection]
-    door: Door
-    heartbeat: Heartbeat
-    ledger: Ledger
-    lifetimes: Lifetimes
+    _parts: SharedResources
+    _ending: ClosingConnections
+    delivery: Hub[Connection]
+    door: AdmissionController
+    heartbeat: HeartbeatScheduler
+    ledger: MemoryBudget
+    lifetimes: ConnectionReaper
     resumption: Resumption
     unfinished: set[Connection]
 
@@ -98,7 +98,7 @@ class Leaving:
                 with anyio.CancelScope(shield=True):
                     await wait_for_all([connection.finished], None)
             return error
-        how, bug = ending_for(error), None
+        how, bug = close_info_for(error), None
         if error is not None and not cancelled_by_us:
             try:
                 how, bug = await self.judge(connection, error)
@@ -117,7 +117,7 @@ class Leaving:
             return bug
         return self._seen_by_dependencies(connection, error)
 
-    async def judge(self, connection: Connection, error: BaseException) -> tuple[Ending, BaseException | None]:
+    async def judge(self, connection: Connection, error: BaseException) -> tuple[CloseInfo, BaseException | None]:
         """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
 
         The handler can close the connection. Where it does not, what it returns stands for its HTTP status, and what it
@@ -129,14 +129,14 @@ class Leaving:
         is_mistake = is_bug(error) or not isinstance(error, Exception)
         handler = handler_for_endpoint(connection.websocket, error)
         if handler is None:
-            return (ending(DisconnectReason.ERROR), error) if is_mistake else (ending_for(error), None)
+            return (local_close(DisconnectReason.ERROR), error) if is_mistake else (close_info_for(error), None)
         try:
             answer = await self._ask(handler, connection, error)
         except Exception as second:
-            if isinstance(meaning(second), WebSocketDisconnect):  # it could tell the client nothing any more
-                return (ending(DisconnectReason.ERROR), error) if is_mistake else (ending_for(error), None)
-            return ending_for(second), second if is_bug(second) else None
-        return (_as_answered(answer) if is_mistake else ending_for(error)), None
+            if isinstance(root_cause(second), WebSocketDisconnect):  # it could tell the client nothing any more
+                return (local_close(DisconnectReason.ERROR), error) if is_mistake else (close_info_for(error), None)
+            return close_info_for(second), second if is_bug(second) else None
+        return (_as_answered(answer) if is_mistake else close_info_for(error)), None
 
     async def _ask(self, handler: Handler, connection: Connection, error: BaseException) -> Any:
         """Call a handler of the application, in a task so that its time is bounded."""
@@ -162,7 +162,7 @@ class Leaving:
         """What the dependencies before the socket see in place of what has ended the endpoint."""
         websocket = connection.websocket
         known = known_handlers(websocket)
-        if known is None and isinstance(meaning(error), SocketClosed):
+        if known is None and isinstance(root_cause(error), SocketClosed):
             return None  # outside of Starlette nothing would handle it, and there are no dependencies
         # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
         websocket.application_state = WebSocketState.CONNECTED
@@ -173,7 +173,7 @@ class Leaving:
         return _Handled(seen.code)
 
     @staticmethod
-    def _is_foreign(endpoint: Endpoint, error: BaseException) -> bool:
+    def _is_foreign(endpoint: EndpointTask, error: BaseException) -> bool:
         """Whether an exception is nobody's bug and has to go on: an exit, or a cancellation of this very task."""
         if isinstance(error, (Exception, asyncio.CancelledError)) or getattr(error, "exceptions", None):
             return endpoint.is_cancelled_by_others(error)
@@ -214,4 +214,4 @@ class Leaving:
         connection.tell("connection_evicted", logging.WARNING, held_bytes=connection.held_memory)
 
     def _closed(self, connection: Connection) -> SocketClosed:
-        return socket_closed(connection.ending or ending(DisconnectReason.COMPLETED))
+        return closed_error_for(connection.ending or local_close(DisconnectReason.COMPLETED))

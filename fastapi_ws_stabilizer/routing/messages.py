@@ -11,10 +11,10 @@ from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.limits.traffic import Limit
+from fastapi_ws_stabilizer.limits.traffic import KeyedRateLimiter
 from fastapi_ws_stabilizer.routing.hooks import Hook
 from fastapi_ws_stabilizer.routing.signatures import Signature, described
-from fastapi_ws_stabilizer.wire.json_text import BadJsonError, check_json, read_json
+from fastapi_ws_stabilizer.wire.json_text import InvalidJsonError, check_json, read_json
 from fastapi_ws_stabilizer.wire.v1 import Message
 
 MAX_PROBLEMS: Final = 5
@@ -27,7 +27,7 @@ MAX_TYPE_CHARS: Final = 64
 """How much of a type that nobody handles an error reply repeats."""
 
 
-class BadMessage(Exception):
+class InvalidMessageError(Exception):
     """A message that no handler can take.
 
     Attributes:
@@ -41,7 +41,7 @@ class BadMessage(Exception):
         self.message = message
 
 
-class Received:
+class ReceivedMessage:
     """One received message, parsed at most once however many handlers look at it.
 
     Attributes:
@@ -72,26 +72,26 @@ class Received:
         """The JSON value of the message.
 
         Raises:
-            BadMessage: It is not JSON.
+            InvalidMessageError: It is not JSON.
         """
         if self._value is _UNPARSED:
             try:
                 self._value = read_json(self.raw)
-            except BadJsonError as problem:
-                raise BadMessage("bad_json", f"the message cannot be read: {problem}") from None
+            except InvalidJsonError as problem:
+                raise InvalidMessageError("bad_json", f"the message cannot be read: {problem}") from None
         return self._value
 
     def check(self) -> None:
         """Hold the message to the limits that `json` has, for pydantic, which reads it by wider ones.
 
         Raises:
-            BadMessage: It breaks one of them.
+            InvalidMessageError: It breaks one of them.
         """
         if self._value is _UNPARSED:
             try:
                 check_json(self.raw)
-            except BadJsonError as problem:
-                raise BadMessage("bad_json", f"the message cannot be read: {problem}") from None
+            except InvalidJsonError as problem:
+                raise InvalidMessageError("bad_json", f"the message cannot be read: {problem}") from None
 
 
 _UNPARSED: Final = object()
@@ -107,7 +107,7 @@ class MessageHandler:
 
     __slots__ = ("_adapter", "_hook", "_wants", "function", "limit")
 
-    def __init__(self, function: Callable[..., Any], *, typed: bool, limit: Limit | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], *, typed: bool, limit: KeyedRateLimiter | None = None) -> None:
         signature = Signature(function, "on_message", ("the socket", "the message"))
         self.function = function
         self.limit = limit
@@ -131,11 +131,11 @@ class MessageHandler:
             except Exception as error:
                 raise signature.cannot_be_read(annotation, error) from error
 
-    def prepare(self, received: Received) -> Any:
+    def prepare(self, received: ReceivedMessage) -> Any:
         """Turn a message into what the function wants.
 
         Raises:
-            BadMessage: The message is not of that kind.
+            InvalidMessageError: The message is not of that kind.
         """
         raw = received.raw
         if self._adapter is not None:
@@ -144,13 +144,13 @@ class MessageHandler:
                 return self._adapter.validate_json(received.as_json)
             except ValidationError as error:
                 value = received.json()  # says better than pydantic when it is not JSON at all
-                raise BadMessage("invalid_message", _problems(error, value)) from None
+                raise InvalidMessageError("invalid_message", _problems(error, value)) from None
         if self._wants == "json":
             return received.json()
         if self._wants == "text" and not isinstance(raw, str):
-            raise BadMessage("text_expected", "a text message is expected here, not a binary one")
+            raise InvalidMessageError("text_expected", "a text message is expected here, not a binary one")
         if self._wants == "bytes" and not isinstance(raw, bytes):
-            raise BadMessage("binary_expected", "a binary message is expected here, not a text one")
+            raise InvalidMessageError("binary_expected", "a binary message is expected here, not a text one")
         return raw
 
     async def __call__(self, socket: StableSocket, message: Any) -> Any:
@@ -158,14 +158,16 @@ class MessageHandler:
         return await self._hook(socket, message)
 
 
-class MessageHandlers:
+class HandlerRegistry:
     """The message handlers of one manager: by type, and those that take what no typed one does."""
 
     def __init__(self) -> None:
         self._typed: dict[str, MessageHandler] = {}
         self._others: list[MessageHandler] = []
 
-    def add(self, message_type: str | None, function: Callable[..., Any], limit: Limit | None = None) -> None:
+    def add(
+        self, message_type: str | None, function: Callable[..., Any], limit: KeyedRateLimiter | None = None
+    ) -> None:
         """Register a function for one type of message, or with `None` for all that have no handler of their own.
 
         Args:
@@ -192,17 +194,17 @@ class MessageHandlers:
     def __bool__(self) -> bool:
         return bool(self._typed or self._others)
 
-    def find(self, received: Received) -> list[MessageHandler]:
+    def find(self, received: ReceivedMessage) -> list[MessageHandler]:
         """The handlers for a message.
 
         Raises:
-            BadMessage: There is none: it is not JSON, has no type, or one that nobody handles.
+            InvalidMessageError: There is none: it is not JSON, has no type, or one that nobody handles.
         """
         if not self._typed:
             return self._others
         try:
             message_type = _type_of(received.json()) if received.event is None else received.event
-        except BadMessage:
+        except InvalidMessageError:
             if self._others:
                 return self._others
             raise
@@ -212,8 +214,8 @@ class MessageHandlers:
         if self._others:
             return self._others
         if message_type is None:
-            raise BadMessage("no_type", 'a JSON object with a text "type" is expected')
-        raise BadMessage("unknown_type", f"no handler for messages of type {message_type[:MAX_TYPE_CHARS]!r}")
+            raise InvalidMessageError("no_type", 'a JSON object with a text "type" is expected')
+        raise InvalidMessageError("unknown_type", f"no handler for messages of type {message_type[:MAX_TYPE_CHARS]!r}")
 
 
 def _type_of(value: Any) -> str | None:
@@ -261,6 +263,6 @@ def _path(place: tuple[int | str, ...], value: Any, *, missing: bool) -> list[st
     return path
 
 
-def error_reply(problem: BadMessage) -> dict[str, str]:
+def error_reply(problem: InvalidMessageError) -> dict[str, str]:
     """What a client is told about a message that nobody could take."""
     return {"type": "error", "code": problem.code, "message": problem.message}

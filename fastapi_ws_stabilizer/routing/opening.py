@@ -12,11 +12,11 @@ from fastapi import HTTPException, WebSocket, WebSocketException
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
-from fastapi_ws_stabilizer.connection.conversation import Conversation
-from fastapi_ws_stabilizer.connection.credential import CredentialTerm
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.connection.credential import CredentialExpiry
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, find_exit_stack, is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import Services, StableSocket
 from fastapi_ws_stabilizer.errors import (
@@ -28,19 +28,19 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     SocketClosed,
 )
-from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.limits.admission import Place
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.limits.admission import Reservation
 from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.app_handlers import handler_for_endpoint
-from fastapi_ws_stabilizer.routing.door import Visitor
-from fastapi_ws_stabilizer.routing.greeting import Reception
+from fastapi_ws_stabilizer.routing.door import Handshake
+from fastapi_ws_stabilizer.routing.greeting import HelloReader
 from fastapi_ws_stabilizer.routing.identity import fresh_client_id
 from fastapi_ws_stabilizer.routing.leaving import Leaving
-from fastapi_ws_stabilizer.servers.link import offers_link
-from fastapi_ws_stabilizer.sessions.idempotency import Seen
-from fastapi_ws_stabilizer.sessions.left import LeftBehind
+from fastapi_ws_stabilizer.servers.link import has_direct_transport
+from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
+from fastapi_ws_stabilizer.sessions.left import DetachedState
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import Sessions
+from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.tasks import copied
 from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 
@@ -48,16 +48,16 @@ from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 class Opening(Leaving, Services):
     """Opens connections: asks the hooks, finds the session, registers, replaces what was there before."""
 
-    _reception: Reception
-    _seen: Seen
+    _reception: HelloReader
+    _seen: IdempotencyCache
     _told_of_server: bool
-    sessions: Sessions
-    registry: Registry[Connection]
+    sessions: SessionStore
+    registry: ConnectionRegistry[Connection]
     closing: bool
 
     async def open_by_dependency(
         self,
-        visitor: Visitor,
+        visitor: Handshake,
         client_id: str | None,
         *,
         identity: Any,
@@ -98,7 +98,7 @@ class Opening(Leaving, Services):
             if numbered:
                 await self._begin_conversation(connection, visitor, until, is_known=client_id is not None)
             elif who in visitor.revoked:
-                raise WebSocketException(SESSION_OVER, "revoked")
+                raise WebSocketException(SESSION_ENDED, "revoked")
             proven = claimed is not None and self.resumption.redeem(connection, claimed)
             if claimed is not None and not proven and client_id is None:  # and the hooks took it for that client
                 raise WebSocketException(4401, "the token was used meanwhile")
@@ -106,13 +106,13 @@ class Opening(Leaving, Services):
             connection.face._let_go()
             raise
         if not numbered and until is not None:
-            connection.credential = CredentialTerm(connection, functools.partial(self._renew, connection))
+            connection.credential = CredentialExpiry(connection, functools.partial(self._renew, connection))
             connection.credential.begins(None, max(0.0, until - monotonic()))
         connection.place = visitor.place
         visitor.inside = True
         self.door.left(visitor)
         try:
-            own.remember(connection)
+            own.bind_current(connection)
             await self._enter(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
             code = connection.ending.code if connection.ending else error.close_code
@@ -132,7 +132,9 @@ class Opening(Leaving, Services):
         if self.closing:
             raise self.door.stopping()
 
-    def _settle(self, place: Place, client_id: str, *, session: Session | None = None, has_token: bool = False) -> None:
+    def _settle(
+        self, place: Reservation, client_id: str, *, session: Session | None = None, has_token: bool = False
+    ) -> None:
         """Let a client stay, if there is room for it.
 
         Args:
@@ -153,7 +155,7 @@ class Opening(Leaving, Services):
         place.settle(client_id, replaces=[one.place for one in replaced if one.place is not None])
 
     async def _begin_conversation(
-        self, connection: Connection, visitor: Visitor, until: float | None, *, is_known: bool
+        self, connection: Connection, visitor: Handshake, until: float | None, *, is_known: bool
     ) -> None:
         """Take the hello of a client, and give the connection to its session.
 
@@ -184,7 +186,7 @@ class Opening(Leaving, Services):
 
         def lets_in(client_id: str, session: Session | None) -> Exception | None:
             if client_id in visitor.revoked:
-                return WebSocketException(SESSION_OVER, "revoked")
+                return WebSocketException(SESSION_ENDED, "revoked")
             if (how := self.sessions.ended_by_application(hello, client_id if is_known else None)) is not None:
                 return WebSocketException(how.code, how.text)
             if self._config.on_duplicate is DuplicatePolicy.REJECT and self._others(client_id, session):
@@ -213,7 +215,7 @@ class Opening(Leaving, Services):
                     connection.tell("user_data_lost", logging.WARNING, why=str(error))
         if connection.face._metadata is not None:
             connection.face._metadata.owner = greeting.session
-        connection.conversation = Conversation(
+        connection.conversation = V1Protocol(
             connection, greeting, self._seen, functools.partial(self._renew, connection)
         )
         connection.credential = connection.conversation.credential
@@ -246,7 +248,7 @@ class Opening(Leaving, Services):
         except Exception as error:
             if is_bug(error):
                 await connection.bug("auth_hook_failed", error)
-            how = ending_for(error)
+            how = close_info_for(error)
             connection.end(how.reason, code=how.code, text=how.text)
         else:
             connection.credential.taken(good_for)
@@ -276,7 +278,7 @@ class Opening(Leaving, Services):
         stack = find_exit_stack(websocket.scope)
         place = self._place_by_hand(websocket, client_id)
         try:
-            endpoint = Endpoint(cancellable=stack is not None)
+            endpoint = EndpointTask(cancellable=stack is not None)
             connection = Connection(websocket, client_id, self._parts, control_frames=True, endpoint=endpoint)
             with self.resumption.sparing(client_id if self.resumption.has_proof(client_id) else None):
                 connection.face = StableSocket(connection, self, metadata=metadata)
@@ -287,7 +289,7 @@ class Opening(Leaving, Services):
                 stack.push(functools.partial(_close_quietly, error))
             raise
         connection.place = place
-        opened = own.remember(connection)
+        opened = own.bind_current(connection)
         opened.connecting = True
         task = asyncio.current_task()
         if stack is not None:
@@ -328,7 +330,7 @@ class Opening(Leaving, Services):
         """Count and report that `connect()` refuses a client."""
         self.door.refusing.tell(websocket, error, self.door.address_of(websocket), client_id)
 
-    def _place_by_hand(self, websocket: WebSocket, client_id: str) -> Place:
+    def _place_by_hand(self, websocket: WebSocket, client_id: str) -> Reservation:
         try:
             visitor = self.door.knock(websocket)
             self.door.left(visitor)  # nothing of this waits
@@ -348,7 +350,7 @@ class Opening(Leaving, Services):
         """The task that has connected a socket by hand is over, and no exit stack has told us before."""
         connection = opened.connection
         if connection is not None and connection.opened and connection.ending is None:
-            how = ending_for(asyncio.CancelledError() if task.cancelled() else task.exception())
+            how = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
             connection.end(how.reason, code=how.code, text=how.text)
         opened.task_is_over()
 
@@ -425,10 +427,10 @@ class Opening(Leaving, Services):
         """A client is to be here once: end what else there is of it."""
         for connection in older:
             # A client with a session must not come back for it, or two devices would throw each other out for ever.
-            code = SESSION_OVER if connection.conversation is not None else None
+            code = SESSION_ENDED if connection.conversation is not None else None
             connection.end(DisconnectReason.REPLACED, code=code)
         for away in self.resumption.away_of(client_id):
-            if isinstance(away, LeftBehind):
+            if isinstance(away, DetachedState):
                 away.end(DisconnectReason.REPLACED)
             elif away is not session:
                 self.sessions.supersede(away)
@@ -452,7 +454,7 @@ class Opening(Leaving, Services):
         if self._told_of_server or connection.is_linked:
             return
         self._told_of_server = True
-        if offers_link(connection.websocket.scope):
+        if has_direct_transport(connection.websocket.scope):
             self._reports.tell("link_wrapped", logging.WARNING)
         if self._config.compression is CompressionMode.NONE:
             self._reports.tell("compression_left_to_server", logging.WARNING)
@@ -467,5 +469,5 @@ def _close_quietly(
     """
     if error is not refusal:
         return False
-    how = ending_for(refusal)
+    how = close_info_for(refusal)
     raise WebSocketException(how.code, how.text) from refusal

@@ -41,7 +41,7 @@ _own: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("own_connec
 """The last connection that the current task has opened, which leads to those before."""
 
 
-def remember(connection: Connection) -> Opened:
+def bind_current(connection: Connection) -> Opened:
     """The current task has opened a connection. Its child tasks and hooks inherit that.
 
     What it had opened before, and is over, it means no more.
@@ -65,14 +65,14 @@ def finished(connection: Connection) -> None:
             opened.connection = None
 
 
-def all_own() -> Iterator[Connection]:
+def all_current() -> Iterator[Connection]:
     """The connections that the current task, or the one that has started it, has opened, the last one first."""
     for opened in _chain(_own.get()):
         if opened.connection is not None:
             yield opened.connection
 
 
-def own(client_id: str) -> Connection | None:
+def current_for(client_id: str) -> Connection | None:
     """The connection that the current task, or the one that has started it, has opened last under this client id.
 
     `None` also if its endpoint is over: then this is a task that outlives it, and means whoever is connected now.

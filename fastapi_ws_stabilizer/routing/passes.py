@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import HTTPException
 from starlette.requests import HTTPConnection
 
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
@@ -16,8 +16,8 @@ from fastapi_ws_stabilizer.errors import (
     TokenExpiredError,
 )
 from fastapi_ws_stabilizer.identity.tickets import Tickets
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.serving import Node
 from fastapi_ws_stabilizer.servers.workers import several_workers
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.wire.names import check_client_id
@@ -27,8 +27,8 @@ class Passes:
     """The part of a manager that gives out passes, and takes them."""
 
     config: WebSocketConfig
-    reports: Reports
-    _serving: Serving
+    reports: EventBus
+    _serving: Node
     _tokens: ReconnectTokens
     _tickets: Tickets
     _told_of_workers: bool
@@ -144,7 +144,7 @@ class Passes:
         serving.door.revoke(client_id)
         ended: list[Any] = [*serving.registry.of_client(client_id), *serving.resumption.away_of(client_id)]
         for one in ended:
-            one.end(DisconnectReason.APPLICATION, code=SESSION_OVER, text=reason, from_outside=True)
+            one.end(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
         serving.resumption.forget(client_id)
         self.reports.tell("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
         return len(ended)

@@ -21,10 +21,10 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import Ending, cut_reason
+from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
 from fastapi_ws_stabilizer.config import RejectPolicy
-from fastapi_ws_stabilizer.connection.endpoint import ending_for
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.connection.endpoint import close_info_for
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     OriginNotAllowedError,
@@ -33,10 +33,10 @@ from fastapi_ws_stabilizer.errors import (
     WebSocketStabilizerError,
 )
 from fastapi_ws_stabilizer.identity.credentials import SUBPROTOCOL_KEY
-from fastapi_ws_stabilizer.limits.address import network_of
+from fastapi_ws_stabilizer.limits.address import rate_limit_key
 from fastapi_ws_stabilizer.limits.admission import MAX_ADDRESSES
-from fastapi_ws_stabilizer.limits.rate import Rate, RateTable, TokenBucket
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.limits.rate import KeyedTokenBuckets, Rate, TokenBucket
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing.app_handlers import handler_of
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY, first_offered
@@ -56,17 +56,17 @@ _STATUS_OF: Final = {
 }
 """The HTTP status that says the same as a close code."""
 
-FAREWELLS: Final = Rate(per_second=100.0, burst=500.0)
+ACCEPT_TO_CLOSE_RATE: Final = Rate(per_second=100.0, burst=500.0)
 """How many clients that say they are browsers are accepted to be told why they may not come in. Some servers hold a
 WebSocket for ten seconds whose client does not answer the close frame: it would be the cheapest way to fill them."""
 
 _STARLETTE: Final = tuple(map(int, starlette.__version__.split(".")[:2]))
 
-READABLE_EVERY: Final = 5.0
+CLOSE_CODE_INTERVAL: Final = 5.0
 """Seconds in which a browser is let in once to be told that there are too many from its address. Who chooses to have an
 `Origin`, and dials all the time, costs no more than without."""
 
-PATIENCE: Final = 5.0
+REJECTION_TIMEOUT: Final = 5.0
 """Seconds that a client which is turned away may take to be told so."""
 
 
@@ -84,7 +84,7 @@ def answered_subprotocol(websocket: WebSocket) -> str | None:
     return chosen if chosen in offered else None
 
 
-def as_http(error: WebSocketStabilizerError | WebSocketException) -> HTTPException:
+def to_http_exception(error: WebSocketStabilizerError | WebSocketException) -> HTTPException:
     """A refusal as the HTTP answer that says the same."""
     if isinstance(error, ConnectionLimitExceededError):
         status = 429 if isinstance(error, TooManyConnectionsError) else 503
@@ -93,11 +93,11 @@ def as_http(error: WebSocketStabilizerError | WebSocketException) -> HTTPExcepti
     if isinstance(error, ShutdownError):
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return HTTPException(503, type(error).close_text, headers=wait)
-    how = ending_for(error)
+    how = close_info_for(error)
     return HTTPException(_STATUS_OF.get(how.code, 403), how.text or None)
 
 
-class Refusing:
+class Rejector:
     """Turns clients away.
 
     Args:
@@ -105,11 +105,11 @@ class Refusing:
         reports: Where it is told.
     """
 
-    def __init__(self, policy: RejectPolicy, reports: Reports) -> None:
+    def __init__(self, policy: RejectPolicy, reports: EventBus) -> None:
         self._policy = policy
         self._reports = reports
         self._farewells = TokenBucket()
-        self._let_in_to_be_told = RateTable(Rate(1 / READABLE_EVERY, 1.0), MAX_ADDRESSES)
+        self._let_in_to_be_told = KeyedTokenBuckets(Rate(1 / CLOSE_CODE_INTERVAL, 1.0), MAX_ADDRESSES)
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
 
     async def refuse(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
@@ -130,7 +130,7 @@ class Refusing:
         if accepted or closes:
             return await self.close(websocket, how.code, how.text)
         if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
-            error = as_http(error)
+            error = to_http_exception(error)
         if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
             if _is_answered_by_app(error, websocket):
                 return error
@@ -139,12 +139,12 @@ class Refusing:
             return WebSocketException(how.code, how.text)
         return await self.close(websocket, how.code, how.text, accept=False)
 
-    def tell(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> Ending:
+    def tell(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> CloseInfo:
         """Count and report that a client is turned away; returns how its connection ends, if it is told by closing.
 
         One by an option is a warning: it may be a setting that is wrong.
         """
-        how = ending_for(error)
+        how = close_info_for(error)
         facts: dict[str, Any] = {"address": address, "code": how.code, "text": how.text}
         if client_id is not None:
             facts["client_id"] = client_id
@@ -163,13 +163,13 @@ class Refusing:
         """Whether somebody who is to be few was let in just to be told so a moment ago, and dials again."""
         if not isinstance(error, TooManyConnectionsError):
             return False
-        return self._let_in_to_be_told.take(network_of(address), 1.0, monotonic()) > 0
+        return self._let_in_to_be_told.take(rate_limit_key(address), 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
         if websocket.scope.get("subprotocols") and answered_subprotocol(websocket) is None:
             return False  # any of them may be a credential, and Chrome takes no answer without one
         if self._policy is RejectPolicy.AUTO:
-            return "origin" in websocket.headers and not self._farewells.take(FAREWELLS, 1.0, monotonic())
+            return "origin" in websocket.headers and not self._farewells.take(ACCEPT_TO_CLOSE_RATE, 1.0, monotonic())
         return self._policy is RejectPolicy.CLOSE
 
     async def close(self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True) -> WebSocketException:
@@ -188,19 +188,19 @@ class Refusing:
         async def close() -> None:
             if accept and websocket.application_state is not WebSocketState.CONNECTED:
                 await websocket.accept(answered_subprotocol(websocket))
-            await websocket.close(code, cut_reason(reason))
+            await websocket.close(code, truncate_reason(reason))
 
         if accept:  # before it is sent: one implementation of uvicorn's waits for the answer itself
-            server_side = ServerSide(websocket._receive, websocket._send)
+            server_side = ServerTransport(websocket._receive, websocket._send)
             server_side.abort_unless_answered(taken=False)  # there is nothing but the close frame
         await self._last_words(websocket, close())
-        return WebSocketException(code, cut_reason(reason))
+        return WebSocketException(code, truncate_reason(reason))
 
     async def _last_words(self, websocket: WebSocket, words: Coroutine[Any, Any, None]) -> None:
         telling = self._tasks.spawn(words, name="ws-refusal")
-        await wait_for_all([telling], PATIENCE)
+        await wait_for_all([telling], REJECTION_TIMEOUT)
         telling.cancel()
-        leave_alone(websocket)
+        mark_handled(websocket)
 
 
 async def _answer(error: HTTPException) -> Response:
@@ -227,7 +227,7 @@ def _always_over_http(error: Exception) -> bool:
     return isinstance(error, (ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError))
 
 
-def leave_alone(websocket: WebSocket) -> None:
+def mark_handled(websocket: WebSocket) -> None:
     """It is closed: Starlette, which closes what a `WebSocketException` ends, has nothing left to do."""
 
     async def nothing(_: object) -> None:

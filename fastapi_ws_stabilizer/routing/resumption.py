@@ -18,7 +18,7 @@ from typing import Any, Final
 from fastapi import WebSocket
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ends_session, is_final
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, ends_session, is_terminal
 from fastapi_ws_stabilizer.config import DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.ended import socket_after_end
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -30,21 +30,21 @@ from fastapi_ws_stabilizer.errors import (
     RoomLimitError,
     TokenExpiredError,
 )
-from fastapi_ws_stabilizer.hub.delivery import Delivery
-from fastapi_ws_stabilizer.limits.kept import Kept
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.hub.delivery import Hub
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
 from fastapi_ws_stabilizer.sessions.ended import EndedSessions
-from fastapi_ws_stabilizer.sessions.idempotency import Seen
-from fastapi_ws_stabilizer.sessions.left import MAX_EXPECTED, LeftBehind, LeftLuggage, key_of_connection
+from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
+from fastapi_ws_stabilizer.sessions.left import MAX_EXPECTED, DetachedState, DetachedStateStore, key_of_connection
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import Sessions
-from fastapi_ws_stabilizer.sessions.tokens import Claim, ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.sessions.store import SessionStore
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens, TokenClaims, looks_like_token
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Message
 
-_proven: contextvars.ContextVar[Claim | None] = contextvars.ContextVar("proven_claim", default=None)
+_proven: contextvars.ContextVar[TokenClaims | None] = contextvars.ContextVar("proven_claim", default=None)
 """What the token says that the current task has validated."""
 
 
@@ -70,12 +70,12 @@ class Resumption:
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
-        hooks: Hooks,
-        delivery: Delivery[Connection],
+        reports: EventBus,
+        hooks: HookRegistry,
+        delivery: Hub[Connection],
         tokens: ReconnectTokens,
-        ledger: Ledger,
-        seen: Seen,
+        ledger: MemoryBudget,
+        seen: IdempotencyCache,
     ) -> None:
         self._reports = reports
         self._hooks = hooks
@@ -95,7 +95,7 @@ class Resumption:
         self._timer: asyncio.TimerHandle | None = None
         # What is told later must not carry the context variables of the connection that happened to end before.
         self._context = contextvars.copy_context()
-        self.sessions = Sessions(
+        self.sessions = SessionStore(
             config,
             reports,
             ledger,
@@ -104,7 +104,9 @@ class Resumption:
             ended=self._session_ended,
         )
         self._ended_by_application = EndedSessions(config.session_ttl)
-        self.luggage = LeftLuggage(config.session_ttl if config.enable_reconnect else 0.0, config.max_sessions_away)
+        self.luggage = DetachedStateStore(
+            config.session_ttl if config.enable_reconnect else 0.0, config.max_sessions_away
+        )
 
     # ── going ──
 
@@ -129,7 +131,7 @@ class Resumption:
         )
         if expected and how is not None and not ends_session(how):
             connection.attempt(self._keep, connection)
-        elif expected and how is not None and how.reason is DisconnectReason.APPLICATION and is_final(how.code):
+        elif expected and how is not None and how.reason is DisconnectReason.APPLICATION and is_terminal(how.code):
             # The close frame may be lost with a network that is dead already.
             key = self._expected_as(connection)
             connection.attempt(self._ended_by_application.add, key, connection.client_id, how)
@@ -149,13 +151,13 @@ class Resumption:
         described = self._delivery.away(session)  # type: ignore[arg-type]
         session.left = session.left or described  # it may be over before it was back in its rooms
 
-    def _what_is_left(self, connection: Connection) -> LeftBehind:
+    def _what_is_left(self, connection: Connection) -> DetachedState:
         face = connection.face
         if face._user_data is None:  # it would be counted nowhere: the connection is over
-            face._user_data = Kept(self._ledger, connection)
-        return LeftBehind(self._delivery.described(connection), face._user_data, 0.0, face, self._forget_early)
+            face._user_data = MeteredDict(self._ledger, connection)
+        return DetachedState(self._delivery.described(connection), face._user_data, 0.0, face, self._forget_early)
 
-    def _forget_early(self, left: LeftBehind) -> None:
+    def _forget_early(self, left: DetachedState) -> None:
         """What a client has left is forgotten: room is needed, it was ended, or a new connection takes its place."""
         if not self.luggage.drop(left):
             return
@@ -166,11 +168,11 @@ class Resumption:
             self._reports.tell("session_evicted", logging.WARNING, client_id=left.face.client_id, why="memory")
         self._forget([left])
 
-    def away_of(self, client_id: str) -> list[Session | LeftBehind]:
+    def away_of(self, client_id: str) -> list[Session | DetachedState]:
         """What there is of a client without a connection: sessions, and what is kept of its plain connections."""
         return [*self.sessions.away_of(client_id), *self.luggage.all_of(client_id)]
 
-    def ended_by_application(self, connection: Connection) -> Ending | None:
+    def ended_by_application(self, connection: Connection) -> CloseInfo | None:
         """Return how the application has ended what a plain client with a token wants back; `None` if it has not."""
         key = self._keys.get(connection.connection_id, connection.client_id)
         return self._ended_by_application.find(key, connection.client_id)
@@ -219,7 +221,7 @@ class Resumption:
         session.told = True
         return True
 
-    def _session_ended(self, session: Session, how: Ending) -> None:
+    def _session_ended(self, session: Session, how: CloseInfo) -> None:
         """A session is over: with its connection, or because its client has not come back."""
         if session.over is not None and (rooms := self._delivery.rooms.of(session)):  # type: ignore[arg-type]
             session.over = replace(session.over, rooms=rooms)
@@ -325,7 +327,7 @@ class Resumption:
         self._goes_on_for(connection, claim)
         return True
 
-    def use(self, token: str, client_id: str | None = None) -> Claim:
+    def use(self, token: str, client_id: str | None = None) -> TokenClaims:
         """Use a token up, and return what it says.
 
         The token of a client that the application has sent away gets it nothing, and stays: each dial is told.
@@ -341,12 +343,12 @@ class Resumption:
         claim = self._tokens.check(token, client_id)
         return claim if self._is_sent_away(claim) else self._tokens.use(token, client_id)
 
-    def _is_sent_away(self, claim: Claim) -> bool:
+    def _is_sent_away(self, claim: TokenClaims) -> bool:
         """Whether the application has ended what a token names."""
         key, _ = self._named.get(claim.number, (claim.client_id, 0.0))
         return key in self._ended_by_application
 
-    def _goes_on_for(self, connection: Connection, claim: Claim) -> None:
+    def _goes_on_for(self, connection: Connection, claim: TokenClaims) -> None:
         """A connection has presented a token: what that names is what it wants back."""
         key, _ = self._named.get(claim.number, (None, 0.0))
         if key is not None:
@@ -417,7 +419,7 @@ class Resumption:
         if connection.inherits:
             self._delivery.has_missed(connection, left.rooms, since)
 
-    def prove(self, claim: Claim) -> None:
+    def prove(self, claim: TokenClaims) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""
         _proven.set(claim)
         for left in self.luggage.all_of(claim.client_id):  # it is not known when it connects: it is the last that goes
@@ -445,7 +447,7 @@ class Resumption:
 
     # ── time ──
 
-    def _forget(self, gone: Sequence[LeftBehind]) -> None:
+    def _forget(self, gone: Sequence[DetachedState]) -> None:
         for left in gone:
             self._ledger.leave(left)
             left.user_data.let_go()

@@ -14,34 +14,34 @@ from fastapi_ws_stabilizer.connection.endpoint import is_bug
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ShutdownError
-from fastapi_ws_stabilizer.identity.credentials import DOOR_KEY
-from fastapi_ws_stabilizer.routing.door import Door, Visitor
-from fastapi_ws_stabilizer.routing.identity import Moment, client_id_from, client_id_of, seconds_until
+from fastapi_ws_stabilizer.identity.credentials import HANDSHAKE_SCOPE_KEY
+from fastapi_ws_stabilizer.routing.door import AdmissionController, Handshake
+from fastapi_ws_stabilizer.routing.identity import Moment, client_id_from, client_id_from_request, seconds_until_expiry
 from fastapi_ws_stabilizer.routing.refusing import REFUSALS
-from fastapi_ws_stabilizer.routing.serving import Serving
+from fastapi_ws_stabilizer.routing.serving import Node
 from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
 
 
 class Manager(Protocol):
     """What it needs of a manager."""
 
-    _serving: Serving
+    _serving: Node
 
-    def _ensure_running(self) -> Serving:
+    def _ensure_running(self) -> Node:
         """Get ready for connections on the running event loop."""
 
 
-async def running(manager: Manager, websocket: WebSocket) -> Serving:
+async def require_node(manager: Manager, websocket: WebSocket) -> Node:
     """Get a manager ready; if it is shut down, its client is told so by HTTP."""
     try:
         return manager._ensure_running()
     except ShutdownError as error:
-        raise await turned_away(manager._serving.door, websocket, error) from error
+        raise await reject_handshake(manager._serving.door, websocket, error) from error
 
 
-async def turned_away(door: Door, websocket: WebSocket, error: Exception) -> Exception:
+async def reject_handshake(door: AdmissionController, websocket: WebSocket, error: Exception) -> Exception:
     """Turn a client away; at the doors where it stands too, nobody else has to."""
-    visitor: Visitor | None = websocket.scope.get(DOOR_KEY)
+    visitor: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
     while visitor is not None:
         visitor.answered = True
         if visitor.door is door:
@@ -50,45 +50,45 @@ async def turned_away(door: Door, websocket: WebSocket, error: Exception) -> Exc
     return await door.refusing.refuse(websocket, error, door.address_of(websocket))
 
 
-def standing_at(door: Door, websocket: WebSocket) -> Visitor | None:
+def current_handshake(door: AdmissionController, websocket: WebSocket) -> Handshake | None:
     """The client that stands at a door, if it has knocked there."""
-    visitor: Visitor | None = websocket.scope.get(DOOR_KEY)
+    visitor: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
     while visitor is not None and visitor.door is not door:
         visitor = visitor.outer
     return visitor
 
 
 @asynccontextmanager
-async def at_the_door(serving: Serving, websocket: WebSocket) -> AsyncIterator[Visitor]:
+async def handshake_scope(serving: Node, websocket: WebSocket) -> AsyncIterator[Handshake]:
     """Let a client knock, and turn it away if it is refused meanwhile. It has knocked only once if this is nested."""
-    door, outer = serving.door, websocket.scope.get(DOOR_KEY)
-    visitor = standing_at(door, websocket)
+    door, outer = serving.door, websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    visitor = current_handshake(door, websocket)
     if visitor is not None:
         yield visitor
         return
     try:
-        visitor = websocket.scope[DOOR_KEY] = door.knock(websocket, outer)
+        visitor = websocket.scope[HANDSHAKE_SCOPE_KEY] = door.knock(websocket, outer)
         visitor.watch()
         yield visitor
     except REFUSALS as error:
         if is_bug(error) or (visitor is not None and (visitor.inside or visitor.answered)):
             raise
-        raise await turned_away(door, websocket, error) from error
+        raise await reject_handshake(door, websocket, error) from error
     except asyncio.CancelledError as error:
         if visitor is None or visitor.inside or not visitor.endpoint.is_own_cancellation(error):
             raise
         if visitor.gone:  # Starlette closes, which the server refuses in silence
             raise WebSocketException(1000) from error
-        raise await turned_away(door, websocket, door.stopping()) from error
+        raise await reject_handshake(door, websocket, door.stopping()) from error
     finally:
-        websocket.scope[DOOR_KEY] = outer
+        websocket.scope[HANDSHAKE_SCOPE_KEY] = outer
         if visitor is not None:
             door.left(visitor)
             if not visitor.inside:
                 visitor.place.leave()
 
 
-class Served:
+class SocketContext:
     """Accepts, registers and gives a socket, and closes it at the end. Entered and left in the task that serves it.
 
     A class and not a generator, because each open connection holds one.
@@ -97,7 +97,7 @@ class Served:
     __slots__ = ("_connection", "_manager", "_opening", "_serving")
 
     _connection: Connection
-    _serving: Serving
+    _serving: Node
 
     def __init__(
         self,
@@ -121,11 +121,11 @@ class Served:
             raise RuntimeError("what manager.serve() returns can be entered once")
         websocket, client_id, identity, good_for, control_frames = self._opening
         self._opening = None
-        self._serving = await running(self._manager, websocket)
-        async with at_the_door(self._serving, websocket) as visitor:
+        self._serving = await require_node(self._manager, websocket)
+        async with handshake_scope(self._serving, websocket) as visitor:
             self._connection = await self._serving.open_by_dependency(
                 visitor,
-                client_id_of(websocket) if client_id is None else client_id,
+                client_id_from_request(websocket) if client_id is None else client_id,
                 identity=identity,
                 good_for=good_for,
                 control_frames=control_frames,
@@ -156,11 +156,11 @@ class Serve(Protocol):
         good_for: float | None = None,
         control_frames: bool = True,
         subprotocols: Sequence[str] = (),
-    ) -> Served:
+    ) -> SocketContext:
         """Serve a WebSocket."""
 
 
-def unidentified(
+def anonymous_dependency(
     serve: Serve, control_frames: bool, subprotocols: tuple[str, ...]
 ) -> Callable[..., AsyncIterator[StableSocket]]:
     """Make a dependency that takes the client id from the path or the query."""
@@ -172,7 +172,7 @@ def unidentified(
     return socket
 
 
-def identified(
+def identity_dependency(
     manager: Manager,
     serve: Serve,
     identify: Callable[..., Any],
@@ -187,12 +187,12 @@ def identified(
         """Stands before the identity, so that it need not be asked of everybody, and hears what it raises."""
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
-        async with at_the_door(await running(manager, websocket), websocket):
+        async with handshake_scope(await require_node(manager, websocket), websocket):
             yield
 
     async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
         client_id = client_id_from(identity, key)
-        good_for = None if expires_at is None else seconds_until(expires_at(identity))
+        good_for = None if expires_at is None else seconds_until_expiry(expires_at(identity))
         served = serve(
             websocket,
             client_id,

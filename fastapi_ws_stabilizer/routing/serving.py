@@ -7,36 +7,36 @@ import functools
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.connection.parts import Parts
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.parts import SharedResources
 from fastapi_ws_stabilizer.connection.room import Room
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.hub.delivery import Delivery
-from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
-from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
-from fastapi_ws_stabilizer.hub.presence import Presence, Roster
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.limits.traffic import Traffic
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.delivery import Hub
+from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.lifetimes import ConnectionReaper
+from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing import own
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
-from fastapi_ws_stabilizer.routing.door import Door
-from fastapi_ws_stabilizer.routing.endings import Endings
-from fastapi_ws_stabilizer.routing.greeting import Reception
-from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.routing.door import AdmissionController
+from fastapi_ws_stabilizer.routing.endings import ClosingConnections
+from fastapi_ws_stabilizer.routing.greeting import HelloReader
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
 from fastapi_ws_stabilizer.routing.opening import Opening
-from fastapi_ws_stabilizer.routing.refusing import Refusing
+from fastapi_ws_stabilizer.routing.refusing import Rejector
 from fastapi_ws_stabilizer.routing.resumption import Resumption
-from fastapi_ws_stabilizer.sessions.idempotency import Seen
+from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
-class Serving(Opening):
+class Node(Opening):
     """Opens connections, and ends each with the code that fits how its endpoint ended.
 
     Made for one event loop.
@@ -51,8 +51,8 @@ class Serving(Opening):
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
-        hooks: Hooks,
+        reports: EventBus,
+        hooks: HookRegistry,
         dispatcher: Dispatcher,
         tokens: ReconnectTokens,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -64,14 +64,14 @@ class Serving(Opening):
         self._hooks = hooks
         self._dispatcher = dispatcher
         self._tasks = TaskSet(self._task_failed)
-        turns = Turns(config.num_shards, reports, loop)
-        self.ledger = Ledger(
+        turns = FlushScheduler(config.num_shards, reports, loop)
+        self.ledger = MemoryBudget(
             config.max_total_memory,
             config.max_memory_per_connection,
             MemoryEvictionPolicy(config.memory_eviction_policy).value,
             config.memory_check_interval,
         )
-        self.delivery: Delivery[Connection] = Delivery(
+        self.delivery: Hub[Connection] = Hub(
             config,
             reports,
             turns,
@@ -83,28 +83,28 @@ class Serving(Opening):
             ledger=self.ledger,
         )
         self.registry = self.delivery.registry
-        self._seen = Seen()
+        self._seen = IdempotencyCache()
         self.resumption = Resumption(config, reports, hooks, self.delivery, tokens, self.ledger, self._seen)
         self.sessions = self.resumption.sessions
         self.unfinished: set[Connection] = set()
-        self._ending = Endings()
-        refusing = Refusing(RejectPolicy(config.reject), reports)
-        self._reception = Reception(
+        self._ending = ClosingConnections()
+        refusing = Rejector(RejectPolicy(config.reject), reports)
+        self._reception = HelloReader(
             config, self.sessions, refusing, address_of=lambda websocket: self.door.address_of(websocket)
         )
-        self.door = Door(config, reports, refusing, self._reception, ending=self._ending)
-        self.heartbeat = Heartbeat(config, reports)
-        self.lifetimes = Lifetimes(config)
+        self.door = AdmissionController(config, reports, refusing, self._reception, ending=self._ending)
+        self.heartbeat = HeartbeatScheduler(config, reports)
+        self.lifetimes = ConnectionReaper(config)
         self.closing = False
         self._told_of_server = False
         self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # of rooms and of slow clients
-        self._parts = Parts(
+        self._parts = SharedResources(
             config,
             reports,
             self._tasks,
             turns,
             self.ledger,
-            Traffic(
+            InboundRateLimiter(
                 config.max_message_rate,
                 config.max_message_burst,
                 config.max_byte_rate,
@@ -127,7 +127,7 @@ class Serving(Opening):
         """Hand every message of a socket to the handlers."""
         await self._dispatcher.run(socket._connection, concurrency)
 
-    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> Roster:
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
         """Let a connection into a room."""
         return self.delivery.join(connection.member, room, metadata)
 
@@ -137,7 +137,7 @@ class Serving(Opening):
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that a connection, or its session, is in, or was in when it ended."""
-        ended: Ending | None = connection.member.ending
+        ended: CloseInfo | None = connection.member.ending
         return self.delivery.rooms.of(connection.member) if ended is None else ended.rooms
 
     def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
@@ -161,23 +161,23 @@ class Serving(Opening):
         async with self._hook_slots:
             await self._hooks.presence(event, Room(who.room, lambda: self.delivery, history=False), who)
 
-    def _slow(self, socket: StableSocket, how: SlowClient) -> None:
+    def _slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         if self._hooks.has("slow"):
             context = copied(socket._connection.context)
             self._tasks.spawn(self._tell_slow(socket, how), name="ws-slow-hooks", context=context)
 
-    async def _tell_slow(self, socket: StableSocket, how: SlowClient) -> None:
+    async def _tell_slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         async with self._hook_slots:
             await self._hooks.slow(socket, how)
 
     def own_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
-        connection = own.own(client_id)
+        connection = own.current_for(client_id)
         return connection if connection is not None and connection.belongs_to(self._parts) else None
 
     def served_here(self) -> set[Connection]:
         """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
-        return {one for one in own.all_own() if one.belongs_to(self._parts) and one.waits_for_user_code}
+        return {one for one in own.all_current() if one.belongs_to(self._parts) and one.waits_for_user_code}
 
     def meant(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""

@@ -40,7 +40,7 @@ _WRITTEN: Final = {
     "a ResumeOutcome": "outcome: ResumeOutcome",
     "the credential": "credential: str | None",
     "the error": "error: BaseException",
-    "a SlowClient": "how: SlowClient",
+    "a SlowConsumer": "how: SlowConsumer",
     "the room": "room: Room",
     "a Presence": "who: Presence",
 }

@@ -14,17 +14,17 @@ from typing import Any, Final
 from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.routing.paths import Place, taken_by
 
 MAX_TOLD: Final = 10
 """How many different unmatched paths are told. A scanner must not fill the log."""
 
 
-class UnmatchedSockets:
+class UnmatchedRouteLogger:
     """Stands before a router and its default app, and tells which WebSocket paths no route serves."""
 
-    def __init__(self, router: Any, reports: Reports) -> None:
+    def __init__(self, router: Any, reports: EventBus) -> None:
         self._router = router
         self._default = router.default
         self._routed: Any = getattr(router, "middleware_stack", None)
@@ -32,7 +32,7 @@ class UnmatchedSockets:
         self._told: set[str] = set()
 
     @classmethod
-    def watch(cls, app: Any, reports: Reports) -> None:
+    def watch(cls, app: Any, reports: EventBus) -> None:
         """Begin to watch an app's router; nothing happens if it is watched already or has no such default."""
         router: Any = getattr(app, "router", None)
         default = getattr(router, "default", None)
@@ -86,7 +86,7 @@ def _path_in(scope: Scope) -> str:
 def _is_watched(place: Place) -> bool:
     """Whether a mounted app has a manager of its own, which tells what no route of it takes."""
     router = getattr(place.target, "router", place.target)
-    return isinstance(getattr(router, "default", None), UnmatchedSockets)
+    return isinstance(getattr(router, "default", None), UnmatchedRouteLogger)
 
 
 def websocket_paths(routes: Iterable[Any]) -> Iterator[str]:

@@ -82,7 +82,7 @@ class WholeMessageDeflate(PerMessageDeflate):
             )
 
 
-class _Factory(ServerPerMessageDeflateFactory):
+class _DeflateFactory(ServerPerMessageDeflateFactory):
     def process_request_params(self, params: Any, accepted_extensions: Sequence[Any]) -> Any:
         answer, negotiated = super().process_request_params(params, accepted_extensions)
         if negotiated.local_max_window_bits < LEAST_WINDOW_BITS:  # websockets before 17 agrees, and nothing can be sent
@@ -96,5 +96,5 @@ class _Factory(ServerPerMessageDeflateFactory):
         )
 
 
-DEFLATE: Final = _Factory(server_no_context_takeover=True, client_no_context_takeover=True)
+DEFLATE: Final = _DeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
 """Without context takeover a message is compressed once for all, and an idle connection holds no compressor."""

@@ -1,8 +1,8 @@
-"""What a server can offer beyond ASGI, and what it is told: the two sides of a `Link`.
+"""What a server can offer beyond ASGI, and what it is told: the two sides of a `DirectTransport`.
 
 A server that has it puts `EXTENSION` into the `extensions` of the ASGI scope, and the object whose `receive` and `send`
-it hands to the application is the `Link`. It is used only if no middleware stands between: one that wraps `receive` or
-`send` wants to see the messages.
+it hands to the application is the `DirectTransport`. It is used only if no middleware stands between: one that wraps
+`receive` or `send` wants to see the messages.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Final, Protocol
 EXTENSION: Final = "fastapi_ws_stabilizer"
 
 
-def offers_link(scope: Mapping[str, Any]) -> bool:
+def has_direct_transport(scope: Mapping[str, Any]) -> bool:
     """Whether the server of this connection has one."""
     return EXTENSION in (scope.get("extensions") or {})
 
 
-class Sink(Protocol):
+class DirectReceiver(Protocol):
     """The application's end of a link. Nothing here waits, and nothing raises."""
 
     def heard(self) -> bool:
@@ -46,7 +46,7 @@ class Sink(Protocol):
         """The server is about to close: what is queued can be written now, or never."""
 
 
-class Link(Protocol):
+class DirectTransport(Protocol):
     """The server's end of a link.
 
     Attributes:
@@ -68,7 +68,7 @@ class Link(Protocol):
     def refuse_compression(self) -> None:
         """Negotiate no compression. Has an effect before the connection is accepted."""
 
-    def attach(self, sink: Sink, *, max_message_bytes: int, own_pings: bool) -> None:
+    def attach(self, sink: DirectReceiver, *, max_message_bytes: int, own_pings: bool) -> None:
         """Hand everything that comes in to `sink`, beginning with what has come in already.
 
         Args:

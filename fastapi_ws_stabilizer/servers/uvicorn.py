@@ -27,9 +27,9 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.protocol import State
 
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
-from fastapi_ws_stabilizer.servers.link import EXTENSION, Sink
-from fastapi_ws_stabilizer.servers.uvicorn_internals import ALWAYS_WRITABLE, ToSink, unknown_internals
-from fastapi_ws_stabilizer.servers.uvicorn_reading import FAREWELL, PacedReading
+from fastapi_ws_stabilizer.servers.link import EXTENSION, DirectReceiver
+from fastapi_ws_stabilizer.servers.uvicorn_internals import ALWAYS_WRITABLE, ReceiverQueue, missing_internals
+from fastapi_ws_stabilizer.servers.uvicorn_reading import FAREWELL, PacedParser
 from fastapi_ws_stabilizer.wire.framing import CLOSE, PING, frame_bytes
 
 MAX_FRAGMENTS: Final = 1024
@@ -41,8 +41,8 @@ PONG_START: Final = b"\x8a"  # the first byte of a whole pong frame
 CLOSE_START: Final = b"\x88"  # and of a close frame
 
 
-class StableWebSocketProtocol(PacedReading):
-    """uvicorn's sans-I/O WebSocket protocol, and a `Link`. Made by uvicorn, one for each WebSocket."""
+class StableWebSocketProtocol(PacedParser):
+    """uvicorn's sans-I/O WebSocket protocol, and a `DirectTransport`. Made by uvicorn, one for each WebSocket."""
 
     queue: Any
     request: Any
@@ -57,7 +57,7 @@ class StableWebSocketProtocol(PacedReading):
         self.fragments = 0
         self.fragment_bytes = 0
         self.early = b""
-        self.known = not unknown_internals(self)
+        self.known = not missing_internals(self)
         if self.known and self.config.ws_per_message_deflate:
             self.conn.available_extensions = [DEFLATE]
 
@@ -82,19 +82,19 @@ class StableWebSocketProtocol(PacedReading):
 
     @property
     def in_use(self) -> bool:
-        """As `Link`."""
+        """As `DirectTransport`."""
         return bool(getattr(self.queue, "_getters", ()) or getattr(self.writable, "_waiters", ()))
 
     def refuse_compression(self) -> None:
-        """As `Link`."""
+        """As `DirectTransport`."""
         self.conn.extensions = []
         if "Sec-WebSocket-Extensions" in self.response.headers:
             del self.response.headers["Sec-WebSocket-Extensions"]
 
-    def attach(self, sink: Sink, *, max_message_bytes: int, own_pings: bool) -> None:
-        """As `Link`."""
+    def attach(self, sink: DirectReceiver, *, max_message_bytes: int, own_pings: bool) -> None:
+        """As `DirectTransport`."""
         self.sink = sink
-        came_before, self.queue = self.queue, ToSink(sink)
+        came_before, self.queue = self.queue, ReceiverQueue(sink)
         self.writable = ALWAYS_WRITABLE
         self.request = self.response = None  # the handshake is over; nobody looks at them again
         limit = self.conn.max_message_size
@@ -120,12 +120,12 @@ class StableWebSocketProtocol(PacedReading):
                 sink.gone(event)
 
     def ping(self, payload: bytes) -> None:
-        """As `Link`."""
+        """As `DirectTransport`."""
         if not self.close_sent and not self.transport.is_closing():
             self.transport.write(frame_bytes(PING, payload))
 
     def close(self, code: int, reason: str) -> None:
-        """As `Link`."""
+        """As `DirectTransport`."""
         if self.close_sent or self.transport.is_closing():
             return
         if self.conn.state is not State.OPEN:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from fastapi_ws_stabilizer.servers.link import Sink
+from fastapi_ws_stabilizer.servers.link import DirectReceiver
 
 try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import (
@@ -22,7 +22,7 @@ except ImportError as missing:
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
-_OURS: Final = (
+REQUIRED_ATTRIBUTES: Final = (
     "queue",
     "conn",
     "config",
@@ -64,13 +64,13 @@ _METHODS: Final = (
 )
 
 
-class ToSink:
+class ReceiverQueue:
     """Stands where uvicorn has a queue: what uvicorn puts into it, its disconnect events, goes to the sink."""
 
     __slots__ = ("sink",)
 
-    def __init__(self, sink: Sink) -> None:
-        self.sink: Sink | None = sink
+    def __init__(self, sink: DirectReceiver) -> None:
+        self.sink: DirectReceiver | None = sink
 
     def put_nowait(self, event: dict[str, Any]) -> None:
         """As a queue has it."""
@@ -113,11 +113,11 @@ def _say_once(missing: tuple[str, ...]) -> None:
     )
 
 
-def unknown_internals(protocol: Any) -> bool:
+def missing_internals(protocol: Any) -> bool:
     """Whether something of uvicorn's protocol that we stand on is not there; says so once."""
     conn = getattr(protocol, "conn", None)
     missing = (
-        *(name for name in _OURS if not hasattr(protocol, name)),
+        *(name for name in REQUIRED_ATTRIBUTES if not hasattr(protocol, name)),
         *(f"conn.{name}" for name in _OURS_OF_CONN if not hasattr(conn, name)),
         *(name for name in _METHODS if not hasattr(WebSocketsSansIOProtocol, name)),
     )

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.servers.link import Sink
+from fastapi_ws_stabilizer.servers.link import DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn_internals import WebSocketsSansIOProtocol
 
 FAREWELL: Final = 2.0
@@ -16,10 +16,10 @@ MAX_PARSED_AT_ONCE: Final = 2048
 """Bytes that are parsed at one go, so that a full inbox stops them. Compressed ones may be a thousand times as many;
 others may be some hundred frames."""
 
-SLICE: Final = 0.002
+PARSE_SLICE: Final = 0.002
 """Seconds after which others have their turn before more of one read is parsed."""
 
-QUICK: Final = 0.0002
+FAST_PARSE: Final = 0.0002
 """Seconds in which a piece is parsed that holds few frames. The next one is twice as large then."""
 
 MAX_QUICK_PIECE: Final = 16 * 1024
@@ -29,11 +29,11 @@ MAX_AFTER_END: Final = 4 * 1024
 """Bytes that are looked at for the client's close frame after we have ended its connection. What comes behind them is a
 flood, and is thrown away."""
 
-THROW_AWAY_EVERY: Final = 0.01
+DISCARD_INTERVAL: Final = 0.01
 """Seconds between two reads of it."""
 
 
-class PacedReading(WebSocketsSansIOProtocol):
+class PacedParser(WebSocketsSansIOProtocol):
     """uvicorn's protocol, which parses what comes in for a sink at a pace that others can live with.
 
     Attributes:
@@ -48,7 +48,7 @@ class PacedReading(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sink: Sink | None = None
+        self.sink: DirectReceiver | None = None
         self.own_pings = False
         self.parting = False
         self.reading_stopped = False
@@ -57,7 +57,7 @@ class PacedReading(WebSocketsSansIOProtocol):
         self.after_end = 0
 
     def pause_reading(self) -> None:
-        """As `Link`."""
+        """As `DirectTransport`."""
         if not self.read_paused and not self.transport.is_closing():
             self.read_paused = self.reading_stopped = True
             self.transport.pause_reading()
@@ -65,7 +65,7 @@ class PacedReading(WebSocketsSansIOProtocol):
                 self.stop_keepalive()  # whose pongs would not be read
 
     def resume_reading(self) -> None:
-        """As `Link`."""
+        """As `DirectTransport`."""
         if self.read_paused:
             self.read_paused = False
             if self.unparsed:
@@ -107,7 +107,7 @@ class PacedReading(WebSocketsSansIOProtocol):
         """Read on, so that a client that was writing comes to our close frame, but not as fast as one can flood."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
-            self.loop.call_later(THROW_AWAY_EVERY, self._throw_more_away)
+            self.loop.call_later(DISCARD_INTERVAL, self._throw_more_away)
 
     def _throw_more_away(self) -> None:
         if not self.transport.is_closing():
@@ -138,9 +138,11 @@ class PacedReading(WebSocketsSansIOProtocol):
         began = now = monotonic()
         while done < len(rest) and not self.read_paused and not self.parting and self.sink is not None:
             before, now = now, monotonic()
-            if done and now - began >= SLICE:
+            if done and now - began >= PARSE_SLICE:
                 break
-            if done and now - before < QUICK and not self.conn.extensions:  # a part of a large message, as it seems
+            if (
+                done and now - before < FAST_PARSE and not self.conn.extensions
+            ):  # a part of a large message, as it seems
                 size = min(2 * size, MAX_QUICK_PIECE)
             else:
                 size = MAX_PARSED_AT_ONCE

@@ -7,7 +7,7 @@ import os
 import sys
 
 
-def exits_at_once() -> bool:
+def exits_on_signal() -> bool:
     """Whether the server ends its process a moment after a signal, whoever else has taken it: granian does."""
     return "granian" in sys.modules
 

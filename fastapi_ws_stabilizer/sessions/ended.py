@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import Ending, is_final
+from fastapi_ws_stabilizer.close_codes import CloseInfo, is_terminal
 
 MAX_ENDED: Final = 10_000
 """Sessions of which that is remembered at most. The one that ended first is forgotten first."""
@@ -23,13 +23,13 @@ class EndedSessions:
 
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
-        self._endings: OrderedDict[str, tuple[float, str, Ending]] = OrderedDict()  # until when, whose, and how
+        self._endings: OrderedDict[str, tuple[float, str, CloseInfo]] = OrderedDict()  # until when, whose, and how
 
     def __len__(self) -> int:
         """How many are remembered."""
         return len(self._endings)
 
-    def add(self, key: str, client_id: str, how: Ending) -> None:
+    def add(self, key: str, client_id: str, how: CloseInfo) -> None:
         """Remember how a session of a client was ended."""
         self._collect()
         self._endings[key] = (monotonic() + self._ttl, client_id, how)
@@ -37,7 +37,7 @@ class EndedSessions:
         while len(self._endings) > MAX_ENDED:
             self._endings.popitem(last=False)
 
-    def find(self, key: str, client_id: str | None) -> Ending | None:
+    def find(self, key: str, client_id: str | None) -> CloseInfo | None:
         """Return how a session of a client was ended; `None` if the application has not ended it.
 
         Without a client id the key alone proves whose it is.
@@ -48,7 +48,7 @@ class EndedSessions:
         _, owner, how = self._endings.get(key, (0.0, "", None))
         if how is None or client_id not in (None, owner):
             return None
-        if not is_final(how.code):
+        if not is_terminal(how.code):
             del self._endings[key]
         return how
 

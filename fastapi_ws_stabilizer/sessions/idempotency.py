@@ -27,7 +27,7 @@ MAX_ANSWER_BYTES: Final = 4 * 1024
 """Answers above this size are not remembered; who asks again is told so."""
 
 
-class Handled:
+class IdempotencyRecord:
     """What is known of one key.
 
     Attributes:
@@ -102,17 +102,17 @@ _FORGOTTEN: Final = object()
 _IN_PROGRESS: Final = {"code": "in_progress", "message": "a message with this key is being handled"}
 
 
-class Seen:
+class IdempotencyCache:
     """The keys of all clients. One client's keys say nothing about another's, and push out its own first."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, OrderedDict[str, Handled]] = OrderedDict()
+        self._clients: OrderedDict[str, OrderedDict[str, IdempotencyRecord]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def look(self, client_id: str, key: str) -> Handled | None:
+    def look(self, client_id: str, key: str) -> IdempotencyRecord | None:
         """What is known of a key; `None` if it is new."""
         known = self._keys_of(client_id).get(key)
         if known is not None and known.at < monotonic() - MAX_AGE:
@@ -126,7 +126,7 @@ class Seen:
         if keys is None:
             keys = self._clients[client_id] = OrderedDict()
         self._clients.move_to_end(client_id)
-        keys[key] = Handled()
+        keys[key] = IdempotencyRecord()
         self._count += 1
         if len(keys) > MAX_KEYS_OF_ONE:
             first = next(iter(keys))
@@ -154,7 +154,7 @@ class Seen:
             self._forget(client_id, key)
             known.failed()
 
-    def _keys_of(self, client_id: str) -> OrderedDict[str, Handled]:
+    def _keys_of(self, client_id: str) -> OrderedDict[str, IdempotencyRecord]:
         return self._clients.get(client_id) or OrderedDict()
 
     def _forget(self, client_id: str, key: str) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.limits.kept import Kept
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 MAX_EXPECTED: Final = 100_000
 """Clients that are expected back at most, because they hold a token. The one that got it first is forgotten first."""
 
 
 @dataclass(eq=False)
-class LeftBehind:
+class DetachedState:
     """What one connection has left. To the ledger it is a client that is away, and in its rooms it is their member.
 
     Attributes:
@@ -32,12 +32,12 @@ class LeftBehind:
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
-    user_data: Kept
+    user_data: MeteredDict
     until: float
     face: Any
-    forget: Callable[[LeftBehind], None]
+    forget: Callable[[DetachedState], None]
     key: str = ""
-    ending: Ending | None = None
+    ending: CloseInfo | None = None
 
     @property
     def connection_id(self) -> str:
@@ -63,17 +63,17 @@ class LeftBehind:
     # ── as a member of rooms ──
 
     @property
-    def member(self) -> LeftBehind:
+    def member(self) -> DetachedState:
         """Itself."""
         return self
 
     @property
-    def owner(self) -> LeftBehind:
+    def owner(self) -> DetachedState:
         """Itself: it is its own mailbox."""
         return self
 
     @property
-    def outbox(self) -> LeftBehind:
+    def outbox(self) -> DetachedState:
         """Itself."""
         return self
 
@@ -86,11 +86,11 @@ class LeftBehind:
         """The application has described its client anew in one of its rooms."""
         self.rooms = {**self.rooms, room: dict(metadata)}
 
-    def offer(self, _: Frame) -> Offered:
+    def offer(self, _: EncodedMessage) -> EnqueueResult:
         """Take no message: a plain client gets none later."""
-        return Offered.MISSED
+        return EnqueueResult.MISSED
 
-    def offer_now(self, frame: Frame) -> Offered:
+    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`."""
         return self.offer(frame)
 
@@ -116,7 +116,7 @@ class LeftBehind:
         """Keep it no longer; `False` if it was ended before."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
+        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
         self.forget(self)
         return True
 
@@ -143,7 +143,7 @@ def key_of_connection(client_id: str, connection_id: str) -> str:
     return f"{client_id}{_BETWEEN}{connection_id}"
 
 
-class LeftLuggage:
+class DetachedStateStore:
     """Keeps it.
 
     A plain client has no session that the server could know it by, so only those that were given a token are expected
@@ -160,8 +160,8 @@ class LeftLuggage:
         self._ttl = ttl
         self._max_kept = max_kept
         self._expected: OrderedDict[str, float] = OrderedDict()  # until when, the one that got its token first is first
-        self._kept: OrderedDict[str, LeftBehind] = OrderedDict()  # by key, the one that left first comes first
-        self._of_client: dict[str, dict[str, LeftBehind]] = {}  # the same, by client id and key
+        self._kept: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the one that left first comes first
+        self._of_client: dict[str, dict[str, DetachedState]] = {}  # the same, by client id and key
 
     def __len__(self) -> int:
         """Of how many connections something is kept."""
@@ -187,7 +187,7 @@ class LeftLuggage:
                 break
             del self._expected[key]
 
-    def leave(self, key: str, left: LeftBehind) -> list[LeftBehind]:
+    def leave(self, key: str, left: DetachedState) -> list[DetachedState]:
         """Keep what a connection has left. Of several with one key the last one is kept.
 
         Returns:
@@ -206,36 +206,36 @@ class LeftLuggage:
             gone.append(self._take_out(next(iter(self._kept))))
         return gone
 
-    def of(self, client_id: str) -> LeftBehind | None:
+    def of(self, client_id: str) -> DetachedState | None:
         """What is kept for a client, which stays where it is; of several, what was left last."""
         return next(reversed(self.all_of(client_id)), None)
 
-    def all_of(self, client_id: str) -> list[LeftBehind]:
+    def all_of(self, client_id: str) -> list[DetachedState]:
         """All that is kept for a client, which stays where it is; what was left first comes first."""
         return list(self._of_client.get(client_id, {}).values())
 
-    def take(self, key: str) -> LeftBehind | None:
+    def take(self, key: str) -> DetachedState | None:
         """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
         left = self._kept.get(key)
         if left is None or left.until <= monotonic():  # `collect` takes it out, and its end is told
             return None
         return self._take_out(key)
 
-    def drop(self, left: LeftBehind) -> bool:
+    def drop(self, left: DetachedState) -> bool:
         """Keep something no longer; `False` if it was not kept."""
         if self._kept.get(left.key) is not left:
             return False
         self._take_out(left.key)
         return True
 
-    def drop_of(self, client_id: str) -> list[LeftBehind]:
+    def drop_of(self, client_id: str) -> list[DetachedState]:
         """Keep no longer what a client has left, and expect it no more."""
         gone = [self._take_out(left.key) for left in self.all_of(client_id)]
         for key in (client_id, *(left.key for left in gone)):
             self._expected.pop(key, None)
         return gone
 
-    def left_at(self, left: LeftBehind) -> float:
+    def left_at(self, left: DetachedState) -> float:
         """When something was left, on the monotonic clock."""
         return left.until - self._ttl
 
@@ -243,7 +243,7 @@ class LeftLuggage:
         """When the first of it is kept no longer."""
         return next((left.until for left in self._kept.values()), None)
 
-    def collect(self) -> list[LeftBehind]:
+    def collect(self) -> list[DetachedState]:
         """Take out what is kept no longer."""
         now, gone = monotonic(), []
         self._expect_no_more(now)
@@ -254,14 +254,14 @@ class LeftLuggage:
             gone.append(self._take_out(key))
         return gone
 
-    def clear(self) -> list[LeftBehind]:
+    def clear(self) -> list[DetachedState]:
         """Take all of it out."""
         gone = list(self._kept.values())
         self._kept.clear()
         self._of_client.clear()
         return gone
 
-    def _take_out(self, key: str) -> LeftBehind:
+    def _take_out(self, key: str) -> DetachedState:
         client_id = _client_of(key)
         of_client = self._of_client[client_id]
         del of_client[key]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, Ledger
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
-NOTHING: Final = cast("list[Frame]", ())
+NOTHING: Final = cast("list[EncodedMessage]", ())
 """What every empty log holds. A tuple, so that nobody can put anything into it: who adds the first makes a list."""
 
 
-class LogLimits:
+class ReplayLimits:
     """How much a log keeps. Shared by all sessions.
 
     Args:
@@ -25,15 +25,15 @@ class LogLimits:
 
     __slots__ = ("ledger", "max_age", "max_bytes", "max_messages", "orders")
 
-    def __init__(self, max_messages: int, max_bytes: int, max_age: float, ledger: Ledger | None = None) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, max_age: float, ledger: MemoryBudget | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.max_age = max_age
-        self.ledger = Ledger() if ledger is None else ledger
+        self.ledger = MemoryBudget() if ledger is None else ledger
         self.orders = self.ledger.orders
 
 
-class ReplayLog:
+class ReplayBuffer:
     """The numbered messages of one session, the oldest of which go when there are too many.
 
     Numbers are counted, not stored: the last message is number `head`, the one before it `head - 1`, and so on.
@@ -45,14 +45,14 @@ class ReplayLog:
 
     __slots__ = ("_entries", "_limits", "head", "held_bytes")
 
-    def __init__(self, limits: LogLimits) -> None:
+    def __init__(self, limits: ReplayLimits) -> None:
         self._limits = limits
         self._entries = NOTHING
         self.head = 0
         self.held_bytes = 0
 
     @property
-    def kept(self) -> Sequence[Frame]:
+    def kept(self) -> Sequence[EncodedMessage]:
         """The messages that are still here, oldest first."""
         return self._entries
 
@@ -66,14 +66,14 @@ class ReplayLog:
         """Number of the oldest message that is still here; `head + 1` if there is none."""
         return self.head - len(self._entries) + 1
 
-    def record(self, frame: Frame) -> int:
+    def record(self, frame: EncodedMessage) -> int:
         """Keep a message, and return its number. Hot path: called for each session of each broadcast."""
         self.head += 1
         size, holders = frame.size, frame.holders
         self.held_bytes += size
         entries, limits = self._entries, self._limits
         frame.holders = holders + 1
-        if not holders:  # as `Ledger.hold`
+        if not holders:  # as `MemoryBudget.hold`
             ledger = limits.ledger
             ledger.total += size + FRAME_OVERHEAD_BYTES
             if ledger.total > ledger.limit:
@@ -102,7 +102,7 @@ class ReplayLog:
             old += 1
         self._drop(old)
 
-    def since(self, seq: int) -> Sequence[Frame]:
+    def since(self, seq: int) -> Sequence[EncodedMessage]:
         """The messages after a number, oldest first. They must all be here: `seq + 1` is not below `low`."""
         return self._entries[seq + 1 - self.low :]
 
@@ -144,7 +144,7 @@ class ReplayLog:
         else:
             return
         size += FRAME_OVERHEAD_BYTES * len(entries)
-        for frame in entries:  # as `Ledger.release`
+        for frame in entries:  # as `MemoryBudget.release`
             frame.holders = holders = frame.holders - 1
             if holders:
                 size -= frame.size + FRAME_OVERHEAD_BYTES  # others hold it

@@ -7,14 +7,14 @@ import itertools
 import secrets
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.close_codes import Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.errors import RequestError, SessionEndedError
 
 MAX_OPEN: Final = 1024
 """Most requests to one client that wait for their answers at the same time."""
 
 
-class Requests:
+class PendingRequests:
     """The open requests and awaited acknowledgements of one session. They survive a reconnect, as the session does."""
 
     __slots__ = ("_acknowledged", "_acks", "_ids", "_open", "_over", "_prefix")
@@ -23,7 +23,7 @@ class Requests:
         self._open: dict[str, asyncio.Future[Any]] | None = None
         self._acks: dict[int, asyncio.Future[None]] | None = None
         self._acknowledged = 0
-        self._over: Ending | None = None
+        self._over: CloseInfo | None = None
         self._prefix = ""
         self._ids: itertools.count[int] | None = None
 
@@ -103,7 +103,7 @@ class Requests:
                 future.set_exception(RequestError("missed", "the client came back too late for this message"))
                 future.exception()  # whoever waits gets it; nobody has to
 
-    def give_up(self, how: Ending) -> None:
+    def give_up(self, how: CloseInfo) -> None:
         """The session is over: nothing will come."""
         self._over = how
         waiting = [*(self._open or {}).values(), *(self._acks or {}).values()]

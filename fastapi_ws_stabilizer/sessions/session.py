@@ -15,14 +15,14 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.limits.kept import Kept
-from fastapi_ws_stabilizer.reports import Totals
-from fastapi_ws_stabilizer.sessions.log import LogLimits, ReplayLog
-from fastapi_ws_stabilizer.sessions.requests import Requests
-from fastapi_ws_stabilizer.wire.envelope import envelop, sequenced
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
+from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.sessions.log import ReplayBuffer, ReplayLimits
+from fastapi_ws_stabilizer.sessions.requests import PendingRequests
+from fastapi_ws_stabilizer.wire.envelope import sequenced_frame, to_v1
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 
 class ResumeOutcome(str, Enum):
@@ -41,13 +41,13 @@ class ResumeOutcome(str, Enum):
 class Outlet(Protocol):
     """The outbox of a connection, as its session uses it."""
 
-    def put_if_calm(self, frame: Frame) -> bool:
+    def put_if_calm(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is nothing to think about."""
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame without waiting."""
 
-    def put(self, frame: Frame) -> bool:
+    def put(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is room."""
 
     def make_room(self, size: int) -> bool:
@@ -56,14 +56,14 @@ class Outlet(Protocol):
     def put_all(self, frames: Any) -> None:
         """Queue frames, whatever room there is."""
 
-    async def put_wait(self, frame: Frame, queued: Any = None) -> bool:
+    async def put_wait(self, frame: EncodedMessage, queued: Any = None) -> bool:
         """Queue a frame as soon as there is room."""
 
     @property
     def counted_bytes(self) -> int:
         """Bytes that wait, and what the messages take beside them."""
 
-    def put_now(self, frame: Frame) -> bool:
+    def put_now(self, frame: EncodedMessage) -> bool:
         """Queue a frame and send it at once, if nothing waits and there is nothing to think about."""
 
     def flush(self) -> None:
@@ -87,7 +87,7 @@ class Attachment(Protocol):
         """What waits to be sent."""
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> CloseInfo | None:
         """How it ended; `None` while it is open."""
 
     def end(
@@ -107,7 +107,7 @@ class Attachment(Protocol):
         """End it, because more is held for it than may be."""
 
 
-class Session(ReplayLog):
+class Session(ReplayBuffer):
     """One session, and its log: it is the log itself, because a broadcast touches each session once.
 
     Attributes:
@@ -162,9 +162,9 @@ class Session(ReplayLog):
         self,
         client_id: str,
         shard: int,
-        limits: LogLimits,
-        totals: Totals,
-        end_away: Callable[[Session, Ending], None],
+        limits: ReplayLimits,
+        totals: Counters,
+        end_away: Callable[[Session, CloseInfo], None],
     ) -> None:
         super().__init__(limits)
         self.connection_id = secrets.token_hex(8)
@@ -179,13 +179,13 @@ class Session(ReplayLog):
         self.dials = -1
         self.instance = ""
         self.epoch = 0
-        self.user_data: Kept | None = None
+        self.user_data: MeteredDict | None = None
         self.inbox: Any = None
         self.left: dict[str, Any] = {}
-        self.requests = Requests()
+        self.requests = PendingRequests()
         self.until: float | None = None
         self.known = self.admitted = self.told = False
-        self.over: Ending | None = None
+        self.over: CloseInfo | None = None
         self._totals = totals
         self._end_away = end_away
         self._confirmed: tuple[str, int] | None = None  # secret, and the epoch in which it was issued
@@ -208,59 +208,59 @@ class Session(ReplayLog):
         return self
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> CloseInfo | None:
         """How it ended; `None` while it lives, with a connection or without."""
         return self.over
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Number and keep a message, and queue it if there is a connection. Hot path, as that of an outbox.
 
         First the queue, then the log: making room may let in who has waited, and both must agree on the order.
         """
-        frame = frame.enveloped or envelop(frame)
+        frame = frame.enveloped or to_v1(frame)
         outlet = self._outlet
         if outlet is None or frame.volatile or not outlet.put_if_calm(frame):
             return self._offer_with_care(frame)
         self.record(frame)
-        return Offered.QUEUED
+        return EnqueueResult.QUEUED
 
-    def offer_now(self, frame: Frame) -> Offered:
+    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
         outlet = self._outlet
-        enveloped = frame.enveloped or envelop(frame)
+        enveloped = frame.enveloped or to_v1(frame)
         if outlet is not None and not enveloped.volatile and outlet.put_now(enveloped):
             self.record(enveloped)
-            return Offered.QUEUED
+            return EnqueueResult.QUEUED
         offered = self.offer(frame)
         self.flush()
         return offered
 
-    def _offer_with_care(self, frame: Frame) -> Offered:
+    def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
         if self.over is not None:
-            return Offered.REFUSED
+            return EnqueueResult.REFUSED
         if frame.volatile:
             return self._offer_volatile(frame)
         connection, outlet = self.connection, self._outlet
-        offered = Offered.QUEUED if outlet is None else outlet.offer(frame)
+        offered = EnqueueResult.QUEUED if outlet is None else outlet.offer(frame)
         if self.over is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
             self._totals.messages_discarded += 1
-            return Offered.REFUSED
+            return EnqueueResult.REFUSED
         self.record(frame)
-        if offered is not Offered.REFUSED or connection is None:
+        if offered is not EnqueueResult.REFUSED or connection is None:
             return offered
         # It is in the log, and the client gets it when it comes back.
         how = connection.ending
         slow = how is not None and how.reason is DisconnectReason.SLOW_CONSUMER
-        return Offered.SLOW if slow else Offered.QUEUED
+        return EnqueueResult.SLOW if slow else EnqueueResult.QUEUED
 
-    def _offer_volatile(self, frame: Frame) -> Offered:
+    def _offer_volatile(self, frame: EncodedMessage) -> EnqueueResult:
         if self._outlet is None or self.connection is None:
-            return Offered.MISSED
+            return EnqueueResult.MISSED
         self.connection.used = True
         if self._outlet.put(frame):
-            return Offered.QUEUED
+            return EnqueueResult.QUEUED
         self._totals.messages_dropped += 1
-        return Offered.DROPPED
+        return EnqueueResult.DROPPED
 
     def flush(self) -> None:
         """Send what is queued now, if there is a connection."""
@@ -302,9 +302,9 @@ class Session(ReplayLog):
             return self.connection.end(reason, code=code, text=text, from_outside=from_outside)
         if self.over is not None:
             return False
-        how = ending(reason, code=code, text=text, from_outside=from_outside)
+        how = local_close(reason, code=code, text=text, from_outside=from_outside)
         if how.code == 1000:  # as where it has a connection: 1000 also comes from proxies, and keeps no client away
-            how = replace(how, code=SESSION_OVER)
+            how = replace(how, code=SESSION_ENDED)
         self._end_away(self, how)
         return True
 
@@ -325,19 +325,19 @@ class Session(ReplayLog):
         if self.connection is not None:
             self.connection.evict()
         else:
-            self._end_away(self, ending(DisconnectReason.MEMORY))
+            self._end_away(self, local_close(DisconnectReason.MEMORY))
 
     def holds_too_much(self, held: int) -> None:
         """End it, because more is held for it than may be."""
         if self.connection is not None:
             self.connection.holds_too_much(held)
         else:
-            self._end_away(self, ending(DisconnectReason.MEMORY))
+            self._end_away(self, local_close(DisconnectReason.MEMORY))
 
     # ── what its own connection sends ──
 
     async def put_wait(
-        self, connection: Attachment, frame: Frame, numbered: Callable[[int], object] | None = None
+        self, connection: Attachment, frame: EncodedMessage, numbered: Callable[[int], object] | None = None
     ) -> bool:
         """Number, keep and queue a message as soon as there is room; `False` if the connection ended before.
 
@@ -348,12 +348,12 @@ class Session(ReplayLog):
             frame: The message.
             numbered: Called with its number in the moment in which it is queued.
         """
-        frame = frame.enveloped or envelop(frame)
+        frame = frame.enveloped or to_v1(frame)
         if frame.volatile:
             connection.used = True
             return await connection.outbox.put_wait(frame)
 
-        def record(queued: Frame) -> None:
+        def record(queued: EncodedMessage) -> None:
             if self.over is not None:
                 return
             seq = self.record(queued)
@@ -362,12 +362,12 @@ class Session(ReplayLog):
 
         return await connection.outbox.put_wait(frame, record)
 
-    def put_now(self, connection: Attachment, frame: Frame) -> bool:
+    def put_now(self, connection: Attachment, frame: EncodedMessage) -> bool:
         """Number, keep and send a message if there is nothing to think about; `False` says nothing but that there is.
 
         Hot path.
         """
-        frame = frame.enveloped or envelop(frame)
+        frame = frame.enveloped or to_v1(frame)
         if frame.volatile or connection is not self.connection or not connection.outbox.put_now(frame):
             return False
         self.record(frame)
@@ -379,7 +379,11 @@ class Session(ReplayLog):
         Raises:
             MessageEncodeError: The answer cannot be JSON that the client reads, or is too large.
         """
-        frame = sequenced("reply", data, re=to) if error is None else sequenced("reply", None, re=to, error=error)
+        frame = (
+            sequenced_frame("reply", data, re=to)
+            if error is None
+            else sequenced_frame("reply", None, re=to, error=error)
+        )
         self.offer_now(frame)
 
     # ── tokens ──
@@ -422,7 +426,7 @@ class Session(ReplayLog):
 
     # ── its client comes and goes ──
 
-    def attach(self, connection: Attachment, seq: int, welcome: Frame) -> Attachment | None:
+    def attach(self, connection: Attachment, seq: int, welcome: EncodedMessage) -> Attachment | None:
         """Give it a new connection, which begins with `welcome` and the messages after number `seq`.
 
         Returns:
@@ -460,7 +464,7 @@ class Session(ReplayLog):
         self.epoch += 1
         self.rewind(lost)
 
-    def finish(self, how: Ending) -> int:
+    def finish(self, how: CloseInfo) -> int:
         """It is over. Return how many messages its client has not acknowledged."""
         self.over = how
         self._outlet = None

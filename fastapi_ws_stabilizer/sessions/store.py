@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import SESSION_OVER, DisconnectReason, Ending, ending, is_final
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, is_terminal, local_close
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.sessions.ended import EndedSessions
-from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.log import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.wire.v1 import Hello
 
@@ -29,12 +29,12 @@ MAX_AWAY_OF_ONE: Final = 16
 """Sessions of one client that wait for it at most: a device that begins anew each time would leave one each time."""
 
 
-class StaleDialError(Exception):
+class StaleAttemptError(Exception):
     """A dial that its client has given up arrives late: a newer one has the session."""
 
 
 @dataclass(frozen=True)
-class Greeting:
+class ResumeResult:
     """What a client gets for its hello.
 
     Attributes:
@@ -54,7 +54,7 @@ class Greeting:
     retries: bool = False
 
 
-class Sessions:
+class SessionStore:
     """All sessions, those with a connection and those whose client is away.
 
     Args:
@@ -69,20 +69,20 @@ class Sessions:
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: Reports,
-        ledger: Ledger | None = None,
+        reports: EventBus,
+        ledger: MemoryBudget | None = None,
         *,
         next_shard: Callable[[], int],
         began: Callable[[Session], None],
-        ended: Callable[[Session, Ending], None],
+        ended: Callable[[Session, CloseInfo], None],
     ) -> None:
         self._ttl = config.session_ttl if config.enable_reconnect else 0.0
         self._max_away = config.max_sessions_away
         max_bytes = config.replay_max_bytes
         if config.max_memory_per_connection is not None:  # a client that acknowledges nothing leaves room for the rest
             max_bytes = min(max_bytes, config.max_memory_per_connection // 2)
-        self._ledger = ledger = Ledger() if ledger is None else ledger
-        self._limits = LogLimits(config.replay_max_messages, max_bytes, config.replay_max_age, ledger)
+        self._ledger = ledger = MemoryBudget() if ledger is None else ledger
+        self._limits = ReplayLimits(config.replay_max_messages, max_bytes, config.replay_max_age, ledger)
         self._reports = reports
         self._next_shard = next_shard
         self._began = began
@@ -130,7 +130,7 @@ class Sessions:
             return None
         return session
 
-    def ended_by_application(self, hello: Hello, client_id: str | None) -> Ending | None:
+    def ended_by_application(self, hello: Hello, client_id: str | None) -> CloseInfo | None:
         """Return how the application has ended the session that a client wants back; `None` if it has not.
 
         Args:
@@ -143,7 +143,7 @@ class Sessions:
         """Let a session not go for others meanwhile: its client has proven to have it, and is on its way."""
         return self._ledger.sparing(session)
 
-    def greet(self, hello: Hello, client_id: str) -> Greeting:
+    def greet(self, hello: Hello, client_id: str) -> ResumeResult:
         """Give a client its session, the one that it wants back or a new one. Nothing is sent yet.
 
         Nothing of this waits, so two hellos cannot come between each other.
@@ -153,7 +153,7 @@ class Sessions:
             client_id: Who it is, authenticated again.
 
         Raises:
-            StaleDialError: The same client has dialled again since.
+            StaleAttemptError: The same client has dialled again since.
         """
         if hello.token is None:
             return self._fresh(client_id, hello, ResumeOutcome.NONE, None)
@@ -164,7 +164,7 @@ class Sessions:
         if session is not None and hello.dial <= session.dials:
             # Before the token is looked at: the newer dial may have used it up, and a new session in place of this one
             # would end the one that its client has.
-            raise StaleDialError
+            raise StaleAttemptError
         epoch = None if session is None else session.present(hello.token.partition(".")[2])
         if session is None or epoch is None:
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "unknown")
@@ -173,22 +173,22 @@ class Sessions:
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "expired")
         session.dials = hello.dial
         session.forget_old()
-        why = why_not_all(session, epoch, hello.seq)
+        why = replay_gap(session, epoch, hello.seq)
         if why is None:
             self._reports.totals.sessions_resumed += 1
             session.acknowledged(hello.seq)
-            return Greeting(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
+            return ResumeResult(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
         missed = max(0, session.head - hello.seq)
         session.forget_all()  # never a part of what was missed
         session.requests.missed(0 if why == "epoch" else min(hello.seq, session.head))
         self._reports.totals.session_gaps += 1
         self._tell(session, "session_gap", logging.WARNING, why=why, missed_messages=missed)
-        return Greeting(session, ResumeOutcome.GAP, why, session.head, hello.deflates, hello.retries)
+        return ResumeResult(session, ResumeOutcome.GAP, why, session.head, hello.deflates, hello.retries)
 
-    def _fresh(self, client_id: str, hello: Hello, outcome: ResumeOutcome, why: str | None) -> Greeting:
+    def _fresh(self, client_id: str, hello: Hello, outcome: ResumeOutcome, why: str | None) -> ResumeResult:
         before = self._of_instance.get((client_id, hello.instance or ""))
         if before is not None and hello.dial <= before.dials:
-            raise StaleDialError
+            raise StaleAttemptError
         if before is not None:  # that very client has begun anew, and wants it no more
             self.supersede(before)
         session = Session(client_id, self._next_shard(), self._limits, self._reports.totals, self._end_away)
@@ -201,15 +201,15 @@ class Sessions:
         if outcome is ResumeOutcome.LOST:
             self._reports.totals.sessions_lost += 1
             self._tell(session, "session_lost", logging.INFO, why=why)
-        return Greeting(session, outcome, why, 0, hello.deflates, hello.retries)
+        return ResumeResult(session, outcome, why, 0, hello.deflates, hello.retries)
 
     # ── coming and going ──
 
     def supersede(self, session: Session) -> None:
         """Another session takes the place of this one."""
         if session.connection is not None:
-            session.connection.end(DisconnectReason.REPLACED, code=SESSION_OVER)
-        self.end(session, ending(DisconnectReason.REPLACED))
+            session.connection.end(DisconnectReason.REPLACED, code=SESSION_ENDED)
+        self.end(session, local_close(DisconnectReason.REPLACED))
 
     def returned(self, session: Session) -> None:
         """Its client has a connection again."""
@@ -234,7 +234,7 @@ class Sessions:
             self._evict(next(iter(self._away.values())), max_sessions_away=self._max_away)
         self._arm()
 
-    def end(self, session: Session, how: Ending) -> None:
+    def end(self, session: Session, how: CloseInfo) -> None:
         """A session is over. Nothing happens if it was."""
         self.returned(session)
         if self._by_id.pop(session.connection_id, None) is None:
@@ -246,14 +246,14 @@ class Sessions:
             unacknowledged = session.finish(how)
             self._reports.totals.messages_discarded += unacknowledged
             self._tell(session, "session_ended", logging.INFO, reason=how.reason.value, unacknowledged=unacknowledged)
-            kicked = how.reason is DisconnectReason.APPLICATION and is_final(how.code)
-            if kicked and (how.from_outside or how.code != SESSION_OVER):
+            kicked = how.reason is DisconnectReason.APPLICATION and is_terminal(how.code)
+            if kicked and (how.from_outside or how.code != SESSION_ENDED):
                 # Its close frame may be lost with a network that is dead already.
                 self._answer_later(session, how)
         finally:  # whatever raises, it gets no more messages, and is in no room
             self._ended(session, how)
 
-    def _end_away(self, session: Session, how: Ending) -> None:
+    def _end_away(self, session: Session, how: CloseInfo) -> None:
         if how.reason is DisconnectReason.MEMORY:
             self._reports.totals.evictions += 1
             self._tell(session, "session_evicted", logging.WARNING, why="memory")
@@ -261,7 +261,7 @@ class Sessions:
             self._answer_later(session, how)
         self.end(session, how)
 
-    def _answer_later(self, session: Session, how: Ending) -> None:
+    def _answer_later(self, session: Session, how: CloseInfo) -> None:
         for token in session.tokens:
             self._ended_by_application.add(token, session.client_id, how)
 
@@ -276,7 +276,7 @@ class Sessions:
             self._timer = None
         left = list(self._by_id.values())
         for session in left:
-            self.end(session, ending(DisconnectReason.SERVER_SHUTDOWN))
+            self.end(session, local_close(DisconnectReason.SERVER_SHUTDOWN))
         return left
 
     def _forget_away_of(self, session: Session) -> None:
@@ -308,7 +308,7 @@ class Sessions:
         self._arm()
 
 
-def why_not_all(session: Session, epoch: int, seq: int) -> str | None:
+def replay_gap(session: Session, epoch: int, seq: int) -> str | None:
     """Why a client cannot have everything after a number; `None` if it can.
 
     Args:
@@ -325,7 +325,7 @@ def why_not_all(session: Session, epoch: int, seq: int) -> str | None:
     return None
 
 
-def _expired(session: Session) -> Ending:
+def _expired(session: Session) -> CloseInfo:
     """How a session ends whose client has not come back: as its last connection did."""
-    how: Ending | None = getattr(session.face, "ending", None)
-    return how or ending(DisconnectReason.SERVER_SHUTDOWN)
+    how: CloseInfo | None = getattr(session.face, "ending", None)
+    return how or local_close(DisconnectReason.SERVER_SHUTDOWN)

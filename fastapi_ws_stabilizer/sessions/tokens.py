@@ -24,7 +24,7 @@ from fastapi_ws_stabilizer.wire.names import check_client_id, is_name
 PREFIX: Final = "wsr1."
 """What every reconnect token of this version begins with, so that somebody else's token is not taken for a bad one."""
 
-MAX_TOKEN_CHARS: Final = 8192
+MAX_SIGNED_TOKEN_CHARS: Final = 8192
 """Longer ones are refused before anything is decoded."""
 
 MAX_USED: Final = 100_000
@@ -41,7 +41,7 @@ _SIGNATURE_BYTES: Final = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
-class Claim:
+class TokenClaims:
     """What a token says, after its signature was found good.
 
     Attributes:
@@ -101,14 +101,14 @@ class SignedTokens:
         body = _HEAD.pack(issued, now + self._ttl_ms, secrets.token_bytes(12), len(name)) + name
         return self.prefix + _text(body + _sign(self._keys[0], body, self.context))
 
-    def read(self, token: str) -> Claim:
+    def read(self, token: str) -> TokenClaims:
         """Verify a token and return what it says, without using it up.
 
         Raises:
             InvalidTokenError: It is no token, was altered or cut, or was signed with a secret that is not ours.
             TokenExpiredError: Its time is over.
         """
-        if not isinstance(token, str) or not token.startswith(self.prefix) or len(token) > MAX_TOKEN_CHARS:
+        if not isinstance(token, str) or not token.startswith(self.prefix) or len(token) > MAX_SIGNED_TOKEN_CHARS:
             raise InvalidTokenError("malformed", kind=self.kind)
         try:
             text = token[len(self.prefix) :].encode("ascii")
@@ -132,9 +132,9 @@ class SignedTokens:
         client_id = name.decode("utf-8", "surrogatepass")
         if not is_name(client_id):  # another version, which shares the secret, has taken such a name
             raise InvalidTokenError("malformed", kind=self.kind)
-        return Claim(client_id, issued, until, number)
+        return TokenClaims(client_id, issued, until, number)
 
-    def check(self, token: str, client_id: str | None = None) -> Claim:
+    def check(self, token: str, client_id: str | None = None) -> TokenClaims:
         """Verify a token that is going to be used, without using it up.
 
         Args:
@@ -156,7 +156,7 @@ class SignedTokens:
             raise TokenExpiredError(kind=self.kind)
         return claim
 
-    def check_right(self, claim: Claim) -> None:
+    def check_right(self, claim: TokenClaims) -> None:
         """Look whether what a token says still holds, which may have been used up meanwhile.
 
         Raises:
@@ -165,7 +165,7 @@ class SignedTokens:
         if claim.issued <= self._revoked.get(claim.client_id, -1):
             raise InvalidTokenError("revoked", kind=self.kind)
 
-    def use(self, token: str, client_id: str | None = None) -> Claim:
+    def use(self, token: str, client_id: str | None = None) -> TokenClaims:
         """Verify a token and use it up. Raises as `check`."""
         claim = self.check(token, client_id)
         self._remember(claim)
@@ -190,7 +190,7 @@ class SignedTokens:
             self._floor = max(self._floor, moment)
             del self._revoked[first]
 
-    def _remember(self, claim: Claim) -> None:
+    def _remember(self, claim: TokenClaims) -> None:
         """Note that a token was used, for as long as it would be good.
 
         When too many are remembered the first is forgotten, and with it all that were issued before it are refused from

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.hub.turns import HoldTimer
+from fastapi_ws_stabilizer.hub.turns import LoopBudget
 from fastapi_ws_stabilizer.tasks import wait_for_all
 
 
@@ -41,7 +41,7 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
     started = monotonic()
     everyone = list(connections)
     ours = []
-    hold = HoldTimer()
+    hold = LoopBudget()
     for connection in everyone:
         if connection.end(DisconnectReason.SERVER_SHUTDOWN):
             ours.append(connection)

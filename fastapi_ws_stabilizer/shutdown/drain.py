@@ -15,18 +15,18 @@ from typing import Final, Protocol
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.server_side import LINGER
-from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
-from fastapi_ws_stabilizer.hub.turns import HoldTimer
+from fastapi_ws_stabilizer.connection.server_side import FLUSH_GRACE
+from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD
+from fastapi_ws_stabilizer.hub.turns import LoopBudget
 from fastapi_ws_stabilizer.limits.admission import shutdown_error
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0
 """Closes are spread no wider than this, so that nobody waits ten seconds for a handful of connections."""
 
-PART_OF_TIMEOUT: Final = 0.6
+CLOSE_WINDOW_FRACTION: Final = 0.6
 """The part of the whole time that the closes may be spread over. The rest is for hooks, and for who is slow."""
 
 LOOK_INTERVAL: Final = 0.25
@@ -53,7 +53,7 @@ class Drain:
         resumable: Counts the sessions that clients can come back to.
     """
 
-    def __init__(self, reports: Reports, window: float, timeout: float, resumable: Callable[[], int]) -> None:
+    def __init__(self, reports: EventBus, window: float, timeout: float, resumable: Callable[[], int]) -> None:
         self._reports = reports
         self._window = window
         self._resumable = resumable
@@ -104,7 +104,7 @@ class Drain:
         """
         everyone = list(connections)
         open_ones = [connection for connection in everyone if connection.ending is None]
-        window = min(self._window, self._left * PART_OF_TIMEOUT, len(open_ones) / CLOSES_PER_SECOND)
+        window = min(self._window, self._left * CLOSE_WINDOW_FRACTION, len(open_ones) / CLOSES_PER_SECOND)
         self._reports.tell("drain_started", logging.INFO, connections=len(open_ones), window_seconds=window)
         random.shuffle(open_ones)
         closed = await self._close_in_turn(await self._announce(open_ones, window))
@@ -130,12 +130,12 @@ class Drain:
     async def _announce(self, everyone: list[Connection], window: float) -> list[tuple[float, Connection]]:
         """Give each its moment, evenly, and tell those that can be told."""
         step = window / len(everyone) if everyone else 0.0
-        hold = HoldTimer()
+        hold = LoopBudget()
         moments = []
         for number, connection in enumerate(everyone):
             after = step * (number + 0.5)
-            if connection.ask_to_leave(after, after + LEAVES_BY_ITSELF, DisconnectReason.SERVER_SHUTDOWN):
-                after += LEAVES_BY_ITSELF
+            if connection.ask_to_leave(after, after + DRAIN_LEAD, DisconnectReason.SERVER_SHUTDOWN):
+                after += DRAIN_LEAD
             moments.append((after, connection))
             if hold.held_long():
                 await hold.let_go()
@@ -144,7 +144,7 @@ class Drain:
 
     async def _close_in_turn(self, moments: list[tuple[float, Connection]]) -> list[Connection]:
         """Close each at its moment, unless it has left; return those that were closed or have left."""
-        hold = HoldTimer()
+        hold = LoopBudget()
         done = []
         for after, connection in moments:
             await self._wait_until(after, connection)
@@ -160,7 +160,7 @@ class Drain:
     async def _wait_until(self, after: float, connection: Connection) -> None:
         """Wait for the moment of a connection, or for its end; but no longer than leaves time for what comes then."""
         while connection.ending is None and not self._abandoned:
-            latest = self._started + (self._until - self._started) * PART_OF_TIMEOUT
+            latest = self._started + (self._until - self._started) * CLOSE_WINDOW_FRACTION
             wait = min(self._started + after, latest) - monotonic()
             if wait <= 0:
                 return
@@ -176,7 +176,7 @@ class Drain:
                 break
             await wait_for_all([connection.finished for connection in waiting], min(LOOK_INTERVAL, self._left))
             for connection in waiting:
-                if connection.outbox.blocked_seconds >= LINGER and connection not in forced:
+                if connection.outbox.blocked_seconds >= FLUSH_GRACE and connection not in forced:
                     forced.append(connection)
                     connection.abort()
         return forced

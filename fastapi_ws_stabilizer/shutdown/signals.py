@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HEARD: Final = (signal.SIGTERM, signal.SIGINT)
@@ -28,7 +28,7 @@ Handler = Any
 """What `signal.getsignal` gives: a function, a constant, or `None` for a handler that Python does not know."""
 
 
-class Signals:
+class SignalHandler:
     """Stands before the handlers that a process has when it starts, and gives them back at the end.
 
     A first signal starts the drain, and is handed on when that is over. A second one is handed on at once, and then the
@@ -41,7 +41,7 @@ class Signals:
         drain: What a first signal starts.
     """
 
-    def __init__(self, reports: Reports, drain: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, reports: EventBus, drain: Callable[[], Awaitable[Any]]) -> None:
         self._reports = reports
         self._drain = drain
         self._before: dict[int, Handler] = {}
@@ -120,10 +120,10 @@ class Signals:
     async def _drain_it(self) -> None:
         await self._drain()
 
-    def _chain(self, number: int) -> list[Signals]:
+    def _chain(self, number: int) -> list[SignalHandler]:
         """This one, and those of other managers that stand behind it."""
         chain = [self]
-        while isinstance(behind := getattr(chain[-1]._before.get(number), "__self__", None), Signals):
+        while isinstance(behind := getattr(chain[-1]._before.get(number), "__self__", None), SignalHandler):
             chain.append(behind)
         return chain
 

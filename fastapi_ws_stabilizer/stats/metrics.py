@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.metrics.exposition import Metric
 from fastapi_ws_stabilizer.metrics.histogram import Timings
-from fastapi_ws_stabilizer.stats.overview import Overview, overview_of
+from fastapi_ws_stabilizer.stats.overview import StatsSummary, overview_of
 
 
 def metrics_of(manager: WebSocketConnectionManager, timings: Timings) -> Iterator[Metric]:
     """All metrics of a manager, each with the sentence that its overview says of it."""
     overview = overview_of(manager)
-    for name, field in Overview.model_fields.items():
+    for name, field in StatsSummary.model_fields.items():
         value = getattr(overview, name)
         kind = "gauge" if name in _GAUGES else "counter"
         label = _LABELS.get(name, "")
@@ -49,4 +49,4 @@ _GAUGES = frozenset(
 
 _LABELS = {"slow_clients": "how", "refusals": "by", "endings": "reason"}
 
-_KNOWN = {"slow_clients": [how.value for how in SlowClient], "endings": [reason.value for reason in DisconnectReason]}
+_KNOWN = {"slow_clients": [how.value for how in SlowConsumer], "endings": [reason.value for reason in DisconnectReason]}

@@ -1,4 +1,4 @@
-"""`Overview`: the totals of a manager."""
+"""`StatsSummary`: the totals of a manager."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 
-class Overview(BaseModel):
+class StatsSummary(BaseModel):
     """What a manager holds now and has counted since it was made."""
 
     connections: int = Field(description="Open connections.")
@@ -41,11 +41,11 @@ class Overview(BaseModel):
     endings: dict[str, int] = Field(description="Ended connections by reason.")
 
 
-def overview_of(manager: WebSocketConnectionManager) -> Overview:
+def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
     """What a manager holds now and has counted since it was made."""
     sockets = manager.get_sockets()
     totals = manager.totals
-    return Overview(
+    return StatsSummary(
         connections=len(sockets),
         clients=len(manager.get_active_connections()),
         queued_messages=sum(socket.queued_messages for socket in sockets),

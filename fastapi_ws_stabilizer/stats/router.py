@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.metrics.exposition import CONTENT_TYPE, exposition
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
 from fastapi_ws_stabilizer.stats.metrics import metrics_of
-from fastapi_ws_stabilizer.stats.overview import Overview, overview_of
+from fastapi_ws_stabilizer.stats.overview import StatsSummary, overview_of
 
 
 class ConnectionStats(BaseModel):
@@ -66,7 +66,7 @@ stats_router = APIRouter(tags=["websocket stats"])
 
 
 @stats_router.get("/", summary="Totals")
-async def overview(manager: Manager) -> Overview:
+async def overview(manager: Manager) -> StatsSummary:
     """What the manager holds now and has counted since it was made."""
     return overview_of(manager)
 

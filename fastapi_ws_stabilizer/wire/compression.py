@@ -9,7 +9,7 @@ TAIL: Final = b"\x00\x00\xff\xff"
 """What a flushed block ends with. It is not sent: RFC 7692 section 7.2.1."""
 
 
-class TooMuchError(ValueError):
+class InflateLimitError(ValueError):
     """There is more in it than may be."""
 
 
@@ -17,7 +17,7 @@ def inflate(packed: bytes, limit: int) -> bytes:
     """Inflate one message that was compressed on its own, and no further than a limit.
 
     Raises:
-        TooMuchError: It holds more than `limit` bytes.
+        InflateLimitError: It holds more than `limit` bytes.
         ValueError: It is not compressed as it says.
     """
     inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
@@ -26,7 +26,7 @@ def inflate(packed: bytes, limit: int) -> bytes:
     except zlib.error as error:
         raise ValueError(f"no raw deflate: {error}") from None
     if len(data) > limit:
-        raise TooMuchError(f"more than {limit} bytes")
+        raise InflateLimitError(f"more than {limit} bytes")
     if not inflater.eof or inflater.unused_data:
         raise ValueError("the compressed data ends too early, or goes on behind its end")
     return data
@@ -40,13 +40,13 @@ def inflated_start(packed: bytes, most: int) -> bytes:
         return b""
 
 
-def deflate_whole(payload: bytes) -> bytes:
+def deflate_stream(payload: bytes) -> bytes:
     """Compress one message as a stream of its own, with its end."""
     compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return compressor.compress(payload) + compressor.flush()
 
 
-def deflate(payload: bytes, window_bits: int) -> bytes:
+def deflate_message(payload: bytes, window_bits: int) -> bytes:
     """Compress one message on its own, for any receiver whose window has at least `window_bits`."""
     compressor = zlib.compressobj(wbits=-window_bits)
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)).removesuffix(TAIL)

@@ -9,39 +9,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.wire.json_text import BadJsonError, read_json
-from fastapi_ws_stabilizer.wire.payload import Frame, encode_json
+from fastapi_ws_stabilizer.wire.json_text import InvalidJsonError, read_json
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode_json
 
 MAX_CONTROL_CHARS: Final = 64
 
-PING: Final = Frame('{"type":"ping"}')
+PING: Final = EncodedMessage('{"type":"ping"}')
 """The server's heartbeat."""
 
-_TEXT_PONG: Final = Frame("pong")
+_TEXT_PONG: Final = EncodedMessage("pong")
 _KEYS: Final = {"type", "ts"}
 
 
 @dataclass(frozen=True)
-class Pong:
+class TextPong:
     """The peer answers a ping."""
 
 
 @dataclass(frozen=True)
-class Ping:
+class TextPing:
     """The peer asks for an answer.
 
     Attributes:
         answer: What to send back.
     """
 
-    answer: Frame
+    answer: EncodedMessage
 
 
-_PONG: Final = Pong()
-_TEXT_PING: Final = Ping(_TEXT_PONG)
+_PONG: Final = TextPong()
+_TEXT_PING: Final = TextPing(_TEXT_PONG)
 
 
-def parse_control(text: str) -> Ping | Pong | None:
+def parse_text_ping(text: str) -> TextPing | TextPong | None:
     """Read a control frame; `None` for everything that is application data.
 
     The length and the first character are looked at before anything is parsed: this runs for every text message.
@@ -56,7 +56,7 @@ def parse_control(text: str) -> Ping | Pong | None:
         return None
     try:
         value: Any = read_json(text)
-    except BadJsonError:
+    except InvalidJsonError:
         return None
     if not isinstance(value, dict) or not value.keys() <= _KEYS:
         return None
@@ -65,5 +65,5 @@ def parse_control(text: str) -> Ping | Pong | None:
     if value.get("type") != "ping":
         return None
     if "ts" not in value:
-        return Ping(encode_json({"type": "pong"}))
-    return Ping(encode_json({"type": "pong", "ts": value["ts"]}))
+        return TextPing(encode_json({"type": "pong"}))
+    return TextPing(encode_json({"type": "pong", "ts": value["ts"]}))

@@ -10,14 +10,14 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH, check_sent
 from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, binary_envelope, deflated, envelope
 
 ALWAYS_FITS: Final = MAX_SENT_BYTES // 8
 """Bytes of a message whose envelope is never too large: a text takes at most six times as many as a JSON string."""
 
 
-def envelop(frame: Frame) -> Frame:
+def to_v1(frame: EncodedMessage) -> EncodedMessage:
     """The `msg` frame for a message, made once for all clients.
 
     Raises:
@@ -32,32 +32,32 @@ def envelop(frame: Frame) -> Frame:
     return frame.enveloped
 
 
-def check_size(frame: Frame) -> None:
+def check_size(frame: EncodedMessage) -> None:
     """Raise if a message that goes to many is larger than some of them take, before the first one gets it.
 
     Raises:
         MessageEncodeError: It is.
     """
     if frame.size > ALWAYS_FITS:
-        envelop(frame)
+        to_v1(frame)
 
 
-def deflate_frame(frame: Frame) -> Frame:
+def to_deflated(frame: EncodedMessage) -> EncodedMessage:
     """A frame of the v1 protocol as it goes to clients that take compressed ones: made once for all of them."""
     if frame.deflated is None:
         packed = None if frame.text is None else deflated(frame.text)
-        frame.deflated = False if packed is None else Frame(packed, binary=True)
+        frame.deflated = False if packed is None else EncodedMessage(packed, binary=True)
     return frame.deflated or frame
 
 
-def again(frame: Frame) -> Frame:
+def copy_for_replay(frame: EncodedMessage) -> EncodedMessage:
     """A message that was sent before, to be sent to one more client."""
-    copy = Frame(frame.payload, binary=frame.binary, size=frame.size)
+    copy = EncodedMessage(frame.payload, binary=frame.binary, size=frame.size)
     copy.is_json, copy.room = frame.is_json, frame.room
     return copy
 
 
-def sequenced(type_: str, data: Any, **fields: Any) -> Frame:
+def sequenced_frame(type_: str, data: Any, **fields: Any) -> EncodedMessage:
     """A `msg` or a `reply` for one client alone.
 
     Raises:
@@ -69,27 +69,27 @@ def sequenced(type_: str, data: Any, **fields: Any) -> Frame:
     try:
         payload = envelope(type_, data, **fields)
         if isinstance(payload, bytes):
-            return _as_kept(_small(Frame(payload, binary=True)), volatile=False)
+            return _as_kept(_small(EncodedMessage(payload, binary=True)), volatile=False)
         encoded = payload.encode("utf-8")
         check_sent(encoded, MAX_FRAME_DEPTH)
     except ValueError as error:
         raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error}") from error
-    return _as_kept(_small(Frame(encoded)), volatile=False)
+    return _as_kept(_small(EncodedMessage(encoded)), volatile=False)
 
 
-def _made(frame: Frame) -> Frame:
+def _made(frame: EncodedMessage) -> EncodedMessage:
     head: dict[str, Any] = {"type": "msg"}
     if frame.volatile:
         head["volatile"] = True
     if frame.room is not None:
         head["room"] = frame.room
     if frame.binary:
-        return _small(Frame(binary_envelope(head, frame.payload), binary=True))
+        return _small(EncodedMessage(binary_envelope(head, frame.payload), binary=True))
     data = frame.payload if frame.is_json else to_json(frame.text)
-    return _small(Frame(to_json(head)[:-1] + b',"data":' + data + b"}"))
+    return _small(EncodedMessage(to_json(head)[:-1] + b',"data":' + data + b"}"))
 
 
-def _small(frame: Frame) -> Frame:
+def _small(frame: EncodedMessage) -> EncodedMessage:
     if frame.size > MAX_SENT_BYTES:
         raise MessageEncodeError(
             f"the message takes {frame.size} bytes, and clients take {MAX_SENT_BYTES}: send it in parts"
@@ -97,7 +97,7 @@ def _small(frame: Frame) -> Frame:
     return frame
 
 
-def _as_kept(frame: Frame, *, volatile: bool) -> Frame:
+def _as_kept(frame: EncodedMessage, *, volatile: bool) -> EncodedMessage:
     frame.volatile = volatile
     frame.at = monotonic()
     frame.is_envelope = True

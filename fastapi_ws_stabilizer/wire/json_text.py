@@ -54,7 +54,7 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _capital_exponent: Final = re.compile(r"E[+0-9][0-9]{2}(?<=[0-9]E...)[0-9]*(?:[,\]}\s]|\Z)").search
 
 
-class BadJsonError(ValueError):
+class InvalidJsonError(ValueError):
     """A text is no JSON, or none that is taken here. Its sentence is for whoever sent the text."""
 
 
@@ -66,15 +66,15 @@ def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
         max_depth: Levels that it may have, at least `MAX_DEPTH`.
 
     Raises:
-        BadJsonError: It is no JSON, has NaN, Infinity or half of a surrogate pair in it, is nested deeper than
+        InvalidJsonError: It is no JSON, has NaN, Infinity or half of a surrogate pair in it, is nested deeper than
             `max_depth`, or has a number beyond `MAX_NUMBER`.
     """
     try:
         value = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise BadJsonError(f"it is not JSON: {error}") from None
+        raise InvalidJsonError(f"it is not JSON: {error}") from None
     except TypeError:  # what pydantic says of a Python string that is not Unicode
-        raise BadJsonError("it is not JSON: there is half of a surrogate pair in it") from None
+        raise InvalidJsonError("it is not JSON: there is half of a surrogate pair in it") from None
     # This runs for every message, so it does as little as can be, and errs on the side of looking.
     size = len(text)
     if size > _SHORT_OF_OBJECTS and (value.__class__ is str or _is_plain(value, _FEW + size // _CHARS_OF_EACH)):
@@ -96,7 +96,7 @@ def check_json(text: str | bytes) -> None:
     """Raise where `read_json` would and pydantic, which is about to validate the same text, would not.
 
     Raises:
-        BadJsonError: As `read_json`. What is no JSON at all may pass: pydantic says so itself.
+        InvalidJsonError: As `read_json`. What is no JSON at all may pass: pydantic says so itself.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
@@ -117,7 +117,7 @@ def check_sent(text: bytes, max_depth: int = MAX_SENT_DEPTH) -> None:
     Hot path: it runs once for each message that is encoded, and reads the text only where that looks suspicious.
 
     Raises:
-        BadJsonError: It is nested deeper than `max_depth`, has a number beyond `MAX_NUMBER`, or a NaN or an
+        InvalidJsonError: It is nested deeper than `max_depth`, has a number beyond `MAX_NUMBER`, or a NaN or an
             infinity, which a pydantic model may write.
     """
     size = len(text)
@@ -219,8 +219,8 @@ def _check(value: Any, max_depth: int) -> None:
                 if kind is dict or kind is list:
                     below.append(one)
                 elif (kind is float or kind is int) and not -MAX_NUMBER <= one <= MAX_NUMBER:
-                    raise BadJsonError(f"a number in it is beyond {MAX_NUMBER:.2g}")
+                    raise InvalidJsonError(f"a number in it is beyond {MAX_NUMBER:.2g}")
         if not below:
             return
         level = below
-    raise BadJsonError(f"it is nested deeper than {max_depth} levels")
+    raise InvalidJsonError(f"it is nested deeper than {max_depth} levels")

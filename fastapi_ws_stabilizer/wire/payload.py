@@ -8,12 +8,12 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.compression import deflate
+from fastapi_ws_stabilizer.wire.compression import deflate_message
 from fastapi_ws_stabilizer.wire.framing import BINARY, TEXT, frame_bytes
 from fastapi_ws_stabilizer.wire.json_text import check_sent
 
 
-class Frame:
+class EncodedMessage:
     """One encoded message: text or bytes, and its size on the wire before compression.
 
     A broadcast makes one and hands it to every outbox. What a kind of client needs of it is made when the first such
@@ -66,9 +66,9 @@ class Frame:
         self.is_json = False
         self.volatile = False
         self.room: str | None = None
-        self.enveloped: Frame | None = None
+        self.enveloped: EncodedMessage | None = None
         self.is_envelope = False
-        self.deflated: Frame | Literal[False] | None = None
+        self.deflated: EncodedMessage | Literal[False] | None = None
         self.at = 0.0
         self.holders = 0
         self._framed: bytes | None = None
@@ -120,7 +120,7 @@ class Frame:
             self._compressed = {}
         known = self._compressed.get(window_bits)
         if known is None:
-            small = deflate(self.payload, window_bits)
+            small = deflate_message(self.payload, window_bits)
             known = (
                 frame_bytes(BINARY if self.binary else TEXT, small, compressed=True)
                 if len(small) < self.size
@@ -130,7 +130,7 @@ class Frame:
         return known
 
 
-def encode(message: Any, key: Any = None, *, volatile: bool = False) -> Frame:
+def encode(message: Any, key: Any = None, *, volatile: bool = False) -> EncodedMessage:
     """Encode anything that can be sent.
 
     `str` becomes a text frame as it is, bytes a binary frame, and everything else JSON in a text frame: pydantic
@@ -150,7 +150,7 @@ def encode(message: Any, key: Any = None, *, volatile: bool = False) -> Frame:
     if isinstance(message, str):
         frame = _text(message)
     elif isinstance(message, (bytes, bytearray, memoryview)):
-        frame = Frame(bytes(message), binary=True)
+        frame = EncodedMessage(bytes(message), binary=True)
     else:
         frame = encode_json(message)
     if key is not None:
@@ -161,7 +161,7 @@ def encode(message: Any, key: Any = None, *, volatile: bool = False) -> Frame:
     return frame
 
 
-def encode_json(message: Any) -> Frame:
+def encode_json(message: Any) -> EncodedMessage:
     """Encode a message as JSON in a text frame, a `str` too.
 
     Raises:
@@ -174,23 +174,23 @@ def encode_json(message: Any) -> Frame:
         else:
             payload = to_json(message, inf_nan_mode="null")
             check_sent(payload)
-            frame = Frame(payload)
+            frame = EncodedMessage(payload)
     except ValueError as error:  # pydantic's errors are ValueErrors, and so is a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
     frame.is_json = True
     return frame
 
 
-def _text(text: str) -> Frame:
+def _text(text: str) -> EncodedMessage:
     if text.isascii():
-        return Frame(text)
+        return EncodedMessage(text)
     try:
         payload = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MessageEncodeError(
             f"the text cannot be sent: character {error.start} is half of a surrogate pair"
         ) from error
-    frame = Frame(text, size=len(payload))
+    frame = EncodedMessage(text, size=len(payload))
     frame._payload = payload
     return frame
 
@@ -198,6 +198,6 @@ def _text(text: str) -> Frame:
 CLOSE: Final = "websocket.close"
 
 
-def close_message(code: int, text: str) -> dict[str, Any]:
+def asgi_close(code: int, text: str) -> dict[str, Any]:
     """The ASGI message that closes a connection."""
     return {"type": CLOSE, "code": code, "reason": text}

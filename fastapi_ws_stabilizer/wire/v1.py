@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from pydantic_core import to_json
 
-from fastapi_ws_stabilizer.wire.compression import TooMuchError, deflate_whole, inflate, inflated_start
-from fastapi_ws_stabilizer.wire.json_text import MAX_DEPTH, BadJsonError, read_json
+from fastapi_ws_stabilizer.wire.compression import InflateLimitError, deflate_stream, inflate, inflated_start
+from fastapi_ws_stabilizer.wire.json_text import MAX_DEPTH, InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.names import MAX_NAME_CHARS, NAME_RULE, is_name
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 SUBPROTOCOL: Final = "stabilizer.v1.json"
 """What a client offers, and a server answers, to speak it."""
@@ -30,7 +30,7 @@ AUTH_PREFIX: Final = "stabilizer.auth."
 VERSION: Final = 1
 MAX_SEQ: Final = 2**53 - 1
 MAX_HELLO_BYTES: Final = 8 * 1024
-MAX_TOKEN_CHARS: Final = 512
+MAX_RESUME_TOKEN_CHARS: Final = 512
 
 MAX_CONTROL_BYTES: Final = 4 * 1024
 """Bytes of a frame that carries neither data nor a credential. Most take less than a hundred."""
@@ -75,7 +75,7 @@ _numbered: Final = re.compile(r'\s*\{\s*"type"\s*:\s*"(?:msg|reply)"(?!\s*,\s*"v
 MAX_META_BYTES: Final = 0xFFFF
 
 
-class BadFrameError(Exception):
+class ProtocolError(Exception):
     """A frame that breaks the protocol.
 
     Attributes:
@@ -141,7 +141,7 @@ def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -
         max_depth: Levels that it may have.
 
     Raises:
-        BadFrameError: It is none.
+        ProtocolError: It is none.
     """
     if max_inflated:
         raw = inflated(raw, max_inflated)
@@ -149,7 +149,7 @@ def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -
         return _parse_binary(raw)
     frame = _object(raw, max_depth)
     if not isinstance(frame.get("type"), str):
-        raise BadFrameError("a frame needs a type")
+        raise ProtocolError("a frame needs a type")
     return frame
 
 
@@ -168,18 +168,18 @@ def inflated(raw: str | bytes, limit: int) -> str | bytes:
     """What a compressed frame holds; any other frame as it is.
 
     Raises:
-        BadFrameError: It holds more than `limit` bytes, or is broken.
+        ProtocolError: It holds more than `limit` bytes, or is broken.
     """
     if not isinstance(raw, bytes) or raw[:1] != _DEFLATED:
         return raw
     if raw[: len(_DEFLATED_HEAD)] != _DEFLATED_HEAD:
-        raise BadFrameError("a binary frame of kind 2 has no meta")
+        raise ProtocolError("a binary frame of kind 2 has no meta")
     try:
         return inflate(raw[len(_DEFLATED_HEAD) :], limit).decode("utf-8")
-    except TooMuchError as error:
-        raise BadFrameError(f"a compressed frame holds {error}", code=1009) from None
+    except InflateLimitError as error:
+        raise ProtocolError(f"a compressed frame holds {error}", code=1009) from None
     except ValueError:  # UnicodeDecodeError is one
-        raise BadFrameError("a compressed frame is raw deflate of UTF-8, once and whole") from None
+        raise ProtocolError("a compressed frame is raw deflate of UTF-8, once and whole") from None
 
 
 def deflated(text: str) -> bytes | None:
@@ -187,7 +187,7 @@ def deflated(text: str) -> bytes | None:
     payload = text.encode("utf-8")
     if len(payload) < DEFLATE_FROM:
         return None
-    packed = _DEFLATED_HEAD + deflate_whole(payload)
+    packed = _DEFLATED_HEAD + deflate_stream(payload)
     return packed if len(packed) < len(payload) else None
 
 
@@ -198,16 +198,16 @@ def is_longer(raw: str | bytes, most: int) -> bool:
 
 def _parse_binary(raw: bytes) -> dict[str, Any]:
     if len(raw) < _BINARY_HEAD.size:
-        raise BadFrameError("a binary frame has a head of 3 bytes")
+        raise ProtocolError("a binary frame has a head of 3 bytes")
     kind, length = _BINARY_HEAD.unpack_from(raw)
     start = _BINARY_HEAD.size + length
     if kind != KIND_MESSAGE:
-        raise BadFrameError(f"binary frames of kind {kind} were not agreed on")
+        raise ProtocolError(f"binary frames of kind {kind} were not agreed on")
     if len(raw) < start:
-        raise BadFrameError("a binary frame is shorter than its head says")
+        raise ProtocolError("a binary frame is shorter than its head says")
     frame = _object(raw[_BINARY_HEAD.size : start])
     if frame.get("type") not in ("msg", "reply"):
-        raise BadFrameError("only messages and replies are binary")
+        raise ProtocolError("only messages and replies are binary")
     frame["data"] = raw[start:]
     return frame
 
@@ -215,76 +215,76 @@ def _parse_binary(raw: bytes) -> dict[str, Any]:
 def _object(text: str | bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     try:
         value: Any = read_json(text, max_depth)
-    except BadJsonError as problem:
-        raise BadFrameError(f"a frame cannot be read: {problem}") from None
+    except InvalidJsonError as problem:
+        raise ProtocolError(f"a frame cannot be read: {problem}") from None
     if not isinstance(value, dict):
-        raise BadFrameError("a frame is a JSON object")
+        raise ProtocolError("a frame is a JSON object")
     return value
 
 
 # ── fields ──
 
 
-def number(frame: dict[str, Any], name: str, *, least: int = 0) -> int:
+def require_int(frame: dict[str, Any], name: str, *, least: int = 0) -> int:
     """A number that must be there.
 
     Raises:
-        BadFrameError: It is not, or is none.
+        ProtocolError: It is not, or is none.
     """
     value = frame.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_SEQ:
-        raise BadFrameError(f"{frame.get('type')}: {name} is a whole number from {least} to 2^53-1")
+        raise ProtocolError(f"{frame.get('type')}: {name} is a whole number from {least} to 2^53-1")
     return value
 
 
-def optional_number(frame: dict[str, Any], name: str, *, least: int = 0) -> int | None:
+def optional_int(frame: dict[str, Any], name: str, *, least: int = 0) -> int | None:
     """A number that may be left out.
 
     Raises:
-        BadFrameError: It is there and is none.
+        ProtocolError: It is there and is none.
     """
-    return None if frame.get(name) is None else number(frame, name, least=least)
+    return None if frame.get(name) is None else require_int(frame, name, least=least)
 
 
 def optional_text(frame: dict[str, Any], name: str, most: int = MAX_NAME_CHARS) -> str | None:
     """A text that may be left out.
 
     Raises:
-        BadFrameError: It is there and is none, or is too long.
+        ProtocolError: It is there and is none, or is too long.
     """
     value = frame.get(name)
     if value is not None and not (isinstance(value, str) and len(value) <= most):
-        raise BadFrameError(f"{frame.get('type')}: {name} is a text of at most {most} characters")
+        raise ProtocolError(f"{frame.get('type')}: {name} is a text of at most {most} characters")
     return value
 
 
-def optional_name(frame: dict[str, Any], name: str) -> str | None:
+def optional_identifier(frame: dict[str, Any], name: str) -> str | None:
     """A name that may be left out: an id, an event, a room, a key.
 
     Raises:
-        BadFrameError: It is there and is none.
+        ProtocolError: It is there and is none.
     """
     value = frame.get(name)
     if value is not None and not (isinstance(value, str) and is_name(value)):
-        raise BadFrameError(f"{frame.get('type')}: {name} is a text of {NAME_RULE}")
+        raise ProtocolError(f"{frame.get('type')}: {name} is a text of {NAME_RULE}")
     return value
 
 
-def stamp(frame: dict[str, Any]) -> int | float | str | None:
+def ping_timestamp(frame: dict[str, Any]) -> int | float | str | None:
     """What a ping asks to have back: a number or a short text, for whoever is stalled is still owed some pongs.
 
     Raises:
-        BadFrameError: It is anything else.
+        ProtocolError: It is anything else.
     """
     value = frame.get("ts")
     if value is None or value.__class__ is int or value.__class__ is float:
         return value
     if not (isinstance(value, str) and len(value) <= MAX_STAMP_CHARS):
-        raise BadFrameError(f"ping: ts is a number or a text of at most {MAX_STAMP_CHARS} characters")
+        raise ProtocolError(f"ping: ts is a number or a text of at most {MAX_STAMP_CHARS} characters")
     return value
 
 
-def parsed_bytes(text: str) -> int:
+def estimate_parsed_size(text: str) -> int:
     """About how much memory the values take that a text is parsed to, beside that of the text."""
     return text.count("{") * _OBJECT_BYTES + text.count("[") * _LIST_BYTES + text.count(",") * _VALUE_BYTES
 
@@ -293,25 +293,25 @@ def message_of(frame: dict[str, Any]) -> Message:
     """The message in a `msg` frame.
 
     Raises:
-        BadFrameError: A field is malformed.
+        ProtocolError: A field is malformed.
     """
     return Message(
         frame.get("data"),
-        event=optional_name(frame, "event"),
-        id=optional_name(frame, "id"),
-        key=optional_name(frame, "key"),
-        seq=optional_number(frame, "seq", least=1),
-        room=optional_name(frame, "room"),
+        event=optional_identifier(frame, "event"),
+        id=optional_identifier(frame, "id"),
+        key=optional_identifier(frame, "key"),
+        seq=optional_int(frame, "seq", least=1),
+        room=optional_identifier(frame, "room"),
     )
 
 
 # ── writing ──
 
 
-def control(type_: str, **fields: Any) -> Frame:
+def control_frame(type_: str, **fields: Any) -> EncodedMessage:
     """A frame that is not sequenced. Fields that are `None` are left out, and infinity becomes `null`."""
     frame = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
-    return Frame(to_json(frame, inf_nan_mode="null"))
+    return EncodedMessage(to_json(frame, inf_nan_mode="null"))
 
 
 def envelope(type_: str, data: Any, **fields: Any) -> str | bytes:
@@ -399,33 +399,33 @@ class Hello:
         return f"<Hello dial={self.dial} seq={self.seq} resumes={self.token is not None}>"
 
 
-def hello_of(raw: str | bytes) -> Hello:
+def parse_hello(raw: str | bytes) -> Hello:
     """Read the first frame of a client.
 
     Raises:
-        BadFrameError: It is no hello, is too long, or is of a version that is not spoken here.
+        ProtocolError: It is no hello, is too long, or is of a version that is not spoken here.
     """
     if isinstance(raw, bytes) or is_longer(raw, MAX_HELLO_BYTES):
-        raise BadFrameError(f"the first frame is a hello of at most {MAX_HELLO_BYTES} bytes")
+        raise ProtocolError(f"the first frame is a hello of at most {MAX_HELLO_BYTES} bytes")
     frame = parse(raw)
     if frame["type"] != "hello":
-        raise BadFrameError("the first frame is a hello")
-    if number(frame, "v") != VERSION:
-        raise BadFrameError(f"version {VERSION} is spoken here", code=4406)
+        raise ProtocolError("the first frame is a hello")
+    if require_int(frame, "v") != VERSION:
+        raise ProtocolError(f"version {VERSION} is spoken here", code=4406)
     resume = frame.get("resume")
     if resume is None:
         token, seq = None, 0
     else:
         if not isinstance(resume, dict):
-            raise BadFrameError("hello: resume is an object")
+            raise ProtocolError("hello: resume is an object")
         resume = {**resume, "type": "hello.resume"}  # what an error names
-        token = optional_text(resume, "token", MAX_TOKEN_CHARS)
+        token = optional_text(resume, "token", MAX_RESUME_TOKEN_CHARS)
         if token is None:
-            raise BadFrameError("hello: resume needs a token")
-        seq = number(resume, "seq")
-    auth, instance = optional_text(frame, "auth", MAX_HELLO_BYTES), optional_name(frame, "client")
+            raise ProtocolError("hello: resume needs a token")
+        seq = require_int(resume, "seq")
+    auth, instance = optional_text(frame, "auth", MAX_HELLO_BYTES), optional_identifier(frame, "client")
     caps = frame.get("caps")
     if caps is not None and not isinstance(caps, list):
-        raise BadFrameError("hello: caps is a list")
+        raise ProtocolError("hello: caps is a list")
     deflates, retries = (cap in (caps or ()) for cap in (DEFLATE_CAP, RETRY_CAP))
-    return Hello(number(frame, "n"), token, seq, auth, instance, deflates=deflates, retries=retries)
+    return Hello(require_int(frame, "n"), token, seq, auth, instance, deflates=deflates, retries=retries)

@@ -21,14 +21,14 @@ from starlette.testclient import TestClient, WebSocketTestSession
 
 import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer import (
+    Counters,
     StableSocket,
-    Totals,
     WebSocketConfig,
     WebSocketConnectionManager,
     WebSocketStabilizerError,
 )
 from fastapi_ws_stabilizer.__main__ import main
-from fastapi_ws_stabilizer.close_codes import ENDING_RULES
+from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 from fastapi_ws_stabilizer.doctor.checks import CHECKS
 from fastapi_ws_stabilizer.doctor.servers import SERVERS
 from tests.docs.deadline import within
@@ -162,7 +162,7 @@ def _value(text: str) -> Any:
 def test_the_readmes_close_codes_are_those_of_the_package() -> None:
     """Every ending stands in the README's table, in order, with its code."""
     found = [(row[0].strip("`"), int(row[1])) for row in table("README.md", "| Reason | Code | When |")]
-    assert found == [(reason.value, rule.code) for reason, rule in ENDING_RULES.items()]
+    assert found == [(reason.value, rule.code) for reason, rule in CLOSE_POLICIES.items()]
 
 
 def test_the_table_of_endings_is_that_of_the_package() -> None:
@@ -171,7 +171,7 @@ def test_the_table_of_endings_is_that_of_the_package() -> None:
     yes_no = {True: "yes", False: "no"}
     assert found == [
         [f"`{reason.value}`", str(rule.code), rule.text or "-", yes_no[rule.flush], yes_no[rule.deliver]]
-        for reason, rule in ENDING_RULES.items()
+        for reason, rule in CLOSE_POLICIES.items()
     ]
 
 
@@ -218,7 +218,7 @@ def test_the_table_of_errors_is_that_of_the_package() -> None:
 def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
     """A client that knows the codes of a page knows all."""
     source = (ROOT / "fastapi_ws_stabilizer/routing/messages.py").read_text()
-    codes = set(re.findall(r'BadMessage\(\s*"([a-z_]+)"', source))
+    codes = set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', source))
     assert codes
     assert {code for code in codes if f"`{code}`" not in prose(ROOT / page)} == set()
 
@@ -232,7 +232,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert {name for name in fastapi_ws_stabilizer.__all__ if name not in reference} == set()
 
 
-@pytest.mark.parametrize("kind", [WebSocketConnectionManager, StableSocket, Totals])
+@pytest.mark.parametrize("kind", [WebSocketConnectionManager, StableSocket, Counters])
 def test_every_public_member_is_in_the_reference(kind: type) -> None:
     """Each method and attribute of the classes that everybody uses is in the reference."""
     members = {name for name in dir(kind) if not name.startswith("_")} | set(getattr(kind, "__annotations__", {}))

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer import (
     DisconnectReason,
     Presence,
     Room,
-    SlowClient,
+    SlowConsumer,
     StableSocket,
     StableSocketDep,
     WebSocketConfig,
@@ -70,7 +70,7 @@ async def went(room: Room, who: Presence) -> None:
 
 
 @manager.on_slow
-async def slow(ws: StableSocket, how: SlowClient) -> None:
+async def slow(ws: StableSocket, how: SlowConsumer) -> None:
     events.append(f"slow {ws.client_id} {how.value}")
 
 

@@ -1,4 +1,5 @@
-"""The seed's README as it stands: Quick Start and patterns 1, 2, 4 and 5, with nothing changed but the import's name."""
+"""The seed's README as it stands: Quick Start and patterns 1, 2, 4 and 5, with nothing changed but the import's
+name."""
 
 # ruff: noqa
 # mypy: ignore-errors

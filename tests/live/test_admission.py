@@ -16,9 +16,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 from websockets.typing import Origin, Subprotocol
 
-from fastapi_ws_stabilizer.connection.server_side import ANSWER_TIMEOUT
-from fastapi_ws_stabilizer.limits.admission import MIN_LOBBY
-from fastapi_ws_stabilizer.routing.greeting import A_ROUND_TRIP
+from fastapi_ws_stabilizer.connection.server_side import CLOSE_HANDSHAKE_TIMEOUT
+from fastapi_ws_stabilizer.limits.admission import MIN_PENDING
+from fastapi_ws_stabilizer.routing.greeting import MIN_HELLO_WAIT
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
@@ -338,7 +338,7 @@ async def test_who_chooses_an_origin_costs_no_more(server: LiveServer) -> None:
         (told,) = (client for status, client in dials if status == 101)
         assert told.close_frame()[0] == 4429
         if server.kind in SHOWS_TRANSPORT:
-            assert await asyncio.to_thread(told.is_cut, ANSWER_TIMEOUT + 1)
+            assert await asyncio.to_thread(told.is_cut, CLOSE_HANDSHAKE_TIMEOUT + 1)
 
 
 async def test_who_never_answers_a_close_frame_is_cut(server: LiveServer) -> None:
@@ -348,7 +348,7 @@ async def test_who_never_answers_a_close_frame_is_cut(server: LiveServer) -> Non
         _, new = _dials(server, "/auto/path/silent", stack)
         assert old.close_frame()[0] == 4409
         if server.kind in SHOWS_TRANSPORT:  # the others wait for as long as they like
-            assert not await asyncio.to_thread(old.is_cut, ANSWER_TIMEOUT - 1)
+            assert not await asyncio.to_thread(old.is_cut, CLOSE_HANDSHAKE_TIMEOUT - 1)
             assert await asyncio.to_thread(old.is_cut, 2)
         new.send(1, b"hi")
         assert new.frame() == (1, b"hi")
@@ -464,13 +464,13 @@ async def test_a_numbered_client_takes_its_own_place(server: LiveServer) -> None
 async def test_silent_clients_are_few_and_go(server: LiveServer) -> None:
     """Who says no hello stands in the lobby, and keeps nobody out: whoever comes takes the place of the oldest."""
     async with AsyncExitStack() as stack:
-        dials = [connect(server.url(f"/silent/path/{number}"), subprotocols=V1) for number in range(1 + MIN_LOBBY)]
+        dials = [connect(server.url(f"/silent/path/{number}"), subprotocols=V1) for number in range(1 + MIN_PENDING)]
         silent = [await stack.enter_async_context(dial) for dial in dials]
-        await asyncio.sleep(A_ROUND_TRIP)
+        await asyncio.sleep(MIN_HELLO_WAIT)
         async with connect(server.url("/silent/path/bob")) as bob:
             assert await echoes(bob)
             assert (await closed_with(silent[0]))[0] == 4408
-            assert counts(server, "silent")["knocking"] == MIN_LOBBY
+            assert counts(server, "silent")["knocking"] == MIN_PENDING
         ends = await asyncio.gather(*(closed_with(client) for client in silent))
         assert {code for code, _ in ends} == {4408}
     await until_empty(server, "silent")

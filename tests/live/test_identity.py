@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-from fastapi_ws_stabilizer.client import Client, ClosedError
+from fastapi_ws_stabilizer.client import Client, ClientClosedError
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.live.server import LiveServer, until
 
@@ -275,7 +275,7 @@ async def test_our_client_does_not_come_back_after_4410(server: LiveServer, how:
     async with Client(server.url("/me"), auth=auth, **QUICK_DIALS) as client:
         await asyncio.to_thread(server.post, f"/{how}/ann")
         await until(lambda: client.state == "closed")
-        with pytest.raises(ClosedError) as closed:
+        with pytest.raises(ClientClosedError) as closed:
             client.send("more")
         assert closed.value.code == 4410
         await asyncio.sleep(1)

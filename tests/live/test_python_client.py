@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect as plain_connect
 
-from fastapi_ws_stabilizer.client import ClosedError, RefusedError, RequestError, connect
+from fastapi_ws_stabilizer.client import ClientClosedError, RefusedError, RequestError, connect
 from tests.live.server import SERVERS, LiveServer, until
 
 Serve = Callable[..., LiveServer]
@@ -43,7 +43,7 @@ async def test_client_loses_nothing_and_learns_what_was_refused(serve: Serve, ki
         assert await client.request("divide", 2) == 0.5
 
         client.send(None, event="leave")
-        with pytest.raises(ClosedError, match="banned"):
+        with pytest.raises(ClientClosedError, match="banned"):
             await asyncio.wait_for(anext(client), 5)
         assert client.closed is not None
         assert client.closed.code == 4403

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect as plain_connect
 
-from fastapi_ws_stabilizer.client import Client, ClosedError, Gap, connect
+from fastapi_ws_stabilizer.client import Client, ClientClosedError, Gap, connect
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.live.cutting_proxy import CuttingProxy
 from tests.live.server import SERVERS, UVICORN, LiveServer, until
@@ -351,7 +351,7 @@ async def test_session_client_that_was_kicked_while_away_hears_its_code(serve: S
     server = serve(kind, app=APP)
     async with CuttingProxy(server.port) as proxy:
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
-        with pytest.raises(ClosedError) as closed:
+        with pytest.raises(ClientClosedError) as closed:
             async with client:
                 proxy.refusing = True
                 proxy.streams[-1].cut()

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from fastapi_ws_stabilizer.client import ClosedError
+from fastapi_ws_stabilizer.client import ClientClosedError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.apps.answers import TOKENS
 from tests.live.cutting_proxy import CuttingProxy
@@ -255,7 +255,7 @@ async def test_tables_ban_a_client_that_is_away(serve: Serve, kind: str) -> None
         await asyncio.sleep(0.2)
         await asyncio.to_thread(server.post, "/ban/ann")
         proxy.refusing = False
-        with pytest.raises(ClosedError) as closed:
+        with pytest.raises(ClientClosedError) as closed:
             async for _ in client:
                 pass
         assert (closed.value.code, closed.value.reason) == (4403, "banned")

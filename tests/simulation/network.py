@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket
 
-from fastapi_ws_stabilizer.client import TransportLostError
+from fastapi_ws_stabilizer.client import TransportClosedError
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 
 Serve = Callable[[WebSocket], Any]
@@ -68,7 +68,7 @@ class Link:
     async def send(self, message: str | bytes) -> None:
         """As `Transport`."""
         if self._client_lost is not None:
-            raise TransportLostError(*self._client_lost)
+            raise TransportClosedError(*self._client_lost)
         kind = "text" if isinstance(message, str) else "bytes"
         self.up.carry(lambda: self._arrives({"type": "websocket.receive", kind: message}))
 
@@ -76,7 +76,7 @@ class Link:
         """As `Transport`."""
         while not self._to_client:
             if self._client_lost is not None:
-                raise TransportLostError(*self._client_lost)
+                raise TransportClosedError(*self._client_lost)
             self._client_event.clear()
             await self._client_event.wait()
         return self._to_client.popleft()
@@ -129,7 +129,7 @@ class Link:
             self._client_lost = (code, reason)
             self._client_event.set()
             if not self.accepted.done():
-                self.accepted.set_exception(TransportLostError(code, reason))
+                self.accepted.set_exception(TransportClosedError(code, reason))
                 self.accepted.exception()
 
 
@@ -150,11 +150,11 @@ class Network:
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def dial(self, _: str, subprotocols: Sequence[str]) -> Link:
-        """As `Dial`."""
+        """As `Connect`."""
         dice = self.dice
         if self.faulty and dice.random() < 0.2:
             await asyncio.sleep(0.005 + dice.random() * 0.05)
-            raise TransportLostError(1006, "refused")
+            raise TransportClosedError(1006, "refused")
         if self.faulty and dice.random() < 0.05:
             await asyncio.Event().wait()  # a black hole: nothing ever answers
         link = Link(self)

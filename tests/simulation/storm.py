@@ -14,10 +14,10 @@ from starlette.websockets import WebSocket
 
 from fastapi_ws_stabilizer import StableSocket, WebSocketConfig, WebSocketConnectionManager
 from fastapi_ws_stabilizer.client import Client, ClientError, Gap, RequestError, RequestTimeoutError
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.wire.payload import encode
-from fastapi_ws_stabilizer.wire.v1 import control
+from fastapi_ws_stabilizer.wire.v1 import control_frame
 from tests.simulation.network import Network
 
 STORM = 40.0
@@ -153,7 +153,7 @@ class Storm:
         """The server goes away and comes back, and has forgotten something."""
         if self.scenario.restart == "rewind":
             for connection in list(self.manager._serving.unfinished):
-                connection.ended_by_peer(Ending(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
+                connection.ended_by_peer(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
             self._cut()
             for session in self.sessions:
                 lost = self.dice.randrange(5)
@@ -179,7 +179,7 @@ class Storm:
         """Ask every client to leave soon."""
         for session in self.sessions:
             if session.connection is not None:
-                session.connection.answer(control("drain", after=self.dice.randrange(500), within=1000))  # type: ignore[attr-defined]
+                session.connection.answer(control_frame("drain", after=self.dice.randrange(500), within=1000))  # type: ignore[attr-defined]
 
     # ── the client ──
 

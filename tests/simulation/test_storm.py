@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.client.outgoing import SendBuffer
-from fastapi_ws_stabilizer.connection.conversation import Conversation
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
 from fastapi_ws_stabilizer.sessions import store
 from fastapi_ws_stabilizer.sessions.session import Session
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
@@ -86,15 +86,15 @@ def test_without_the_second_token_a_lost_welcome_costs_the_session(monkeypatch: 
 
 def test_without_the_low_water_mark_a_part_is_replayed_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the check of the oldest number away breaks a promise."""
-    why = store.why_not_all
+    why = store.replay_gap
 
     def forgiving(session: Session, epoch: int, seq: int) -> str | None:
         found = why(session, epoch, seq)
         return None if found == "overflow" else found
 
-    monkeypatch.setattr(store, "why_not_all", forgiving)
+    monkeypatch.setattr(store, "replay_gap", forgiving)
     monkeypatch.setattr(
-        "fastapi_ws_stabilizer.sessions.log.ReplayLog.since",
+        "fastapi_ws_stabilizer.sessions.log.ReplayBuffer.since",
         lambda self, seq: self.kept[max(0, seq + 1 - self.low) :],
     )
     assert first_violation(SMALL_LOG) is not None
@@ -124,12 +124,12 @@ def test_without_deduplication_messages_are_handled_twice(monkeypatch: pytest.Mo
     """
     resend_everything(monkeypatch)
 
-    def always(self: Conversation, seq: int) -> bool:
+    def always(self: V1Protocol, seq: int) -> bool:
         self.session.accepted = max(self.session.accepted, seq)
         self._owe_ack()
         return True
 
-    monkeypatch.setattr(Conversation, "_is_next", always)
+    monkeypatch.setattr(V1Protocol, "_is_next", always)
     assert first_violation(NO_RESTARTS) is not None
 
 

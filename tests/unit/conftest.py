@@ -10,18 +10,18 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.connection.parts import Parts
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.parts import SharedResources
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.presence import Presence
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.limits.traffic import Traffic
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter
 from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Report, Reports
+from fastapi_ws_stabilizer.reports import Event, EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from tests.unit.fake_websocket import FakeServer
 
@@ -30,9 +30,9 @@ from tests.unit.fake_websocket import FakeServer
 class Heard:
     """What a manager or a connection has reported."""
 
-    reports: list[Report] = field(default_factory=list)
+    reports: list[Event] = field(default_factory=list)
 
-    def __call__(self, report: Report) -> None:
+    def __call__(self, report: Event) -> None:
         self.reports.append(report)
 
     @property
@@ -40,7 +40,7 @@ class Heard:
         """The names of all events, in order."""
         return [report.event for report in self.reports]
 
-    def of(self, event: str) -> list[Report]:
+    def of(self, event: str) -> list[Event]:
         """The reports of one event."""
         return [report for report in self.reports if report.event == event]
 
@@ -52,10 +52,10 @@ class Bench:
     config: WebSocketConfig
     server: FakeServer = field(default_factory=FakeServer)
     heard: Heard = field(default_factory=Heard)
-    reports: Reports = field(default_factory=Reports)
+    reports: EventBus = field(default_factory=EventBus)
     left: list[Connection] = field(default_factory=list)
     finished: list[Connection] = field(default_factory=list)
-    slow: list[SlowClient] = field(default_factory=list)
+    slow: list[SlowConsumer] = field(default_factory=list)
     disconnected: list[DisconnectReason] = field(default_factory=list)
     rooms: list[str] = field(default_factory=list)
     sessions_over: list[Connection] = field(default_factory=list)
@@ -72,13 +72,13 @@ class Bench:
     ) -> tuple[Connection, StableSocket]:
         """Accept the WebSocket and open a connection for it."""
         websocket = await self.server.accepted() if accept else self.server.websocket
-        parts = Parts(
+        parts = SharedResources(
             self.config,
             self.reports,
             self.tasks,
-            Turns(1, self.reports),
-            Ledger(),
-            Traffic(),
+            FlushScheduler(1, self.reports),
+            MemoryBudget(),
+            InboundRateLimiter(),
             next_shard=lambda: 0,
             left=self.left.append,
             evicted=lambda _: None,
@@ -88,7 +88,7 @@ class Bench:
             slow=lambda _, how: self.slow.append(how),
             failed=self._failed,
         )
-        endpoint = Endpoint(cancellable=cancellable)
+        endpoint = EndpointTask(cancellable=cancellable)
         self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
         socket = StableSocket(self.connection, self)
         self.connection.face = socket
@@ -169,9 +169,9 @@ async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectio
 
 
 @pytest.fixture
-def heard() -> tuple[Reports, Heard]:
+def heard() -> tuple[EventBus, Heard]:
     """Reports, and an ear on them."""
-    reports, ear = Reports(), Heard()
+    reports, ear = EventBus(), Heard()
     reports.subscribe(ear)
     return reports, ear
 

@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, UNREAD_OVERHEAD_BYTES
 from fastapi_ws_stabilizer.limits.memory import deep_size
-from fastapi_ws_stabilizer.reports import Report
+from fastapi_ws_stabilizer.reports import Event
 from fastapi_ws_stabilizer.wire.v1 import Message
 from tests.unit.client.fake_link import soon
 from tests.unit.fake_websocket import FakeServer
@@ -127,7 +127,7 @@ class World:
 
     # ── who goes ──
 
-    def _hear(self, report: Report) -> None:
+    def _hear(self, report: Event) -> None:
         facts = report.facts
         away = report.event == "session_evicted" and facts.get("why") == "memory"
         if away or report.event == "connection_evicted":

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.close_codes import (
-    ENDING_RULES,
+    CLOSE_POLICIES,
     MAX_REASON_BYTES,
+    CloseInfo,
     DisconnectReason,
-    Ending,
     check_close_code,
-    cut_reason,
-    ending,
-    ending_by_peer,
+    local_close,
+    remote_close,
+    truncate_reason,
 )
 
 
@@ -35,7 +35,7 @@ def test_a_code_that_cannot_be_sent_is_refused(code: object) -> None:
 def test_a_cut_reason_fits_into_a_close_frame(text: str) -> None:
     """A cut reason has at most 123 bytes of UTF-8, is a prefix, and loses no more than a character needs."""
     whole = text.encode("utf-8", "replace")
-    cut = cut_reason(text).encode("utf-8")
+    cut = truncate_reason(text).encode("utf-8")
     assert len(cut) <= MAX_REASON_BYTES
     assert whole.startswith(cut)
     assert len(cut) > MAX_REASON_BYTES - 4 or cut == whole
@@ -44,13 +44,13 @@ def test_a_cut_reason_fits_into_a_close_frame(text: str) -> None:
 @given(st.text(alphabet=st.characters(), max_size=200).map(lambda text: text + "\ud800"))
 def test_a_reason_with_half_a_surrogate_pair_can_be_sent(text: str) -> None:
     """A reason that UTF-8 cannot hold is sent with a replacement instead of failing."""
-    assert len(cut_reason(text).encode("utf-8")) <= MAX_REASON_BYTES
+    assert len(truncate_reason(text).encode("utf-8")) <= MAX_REASON_BYTES
 
 
 @pytest.mark.parametrize("reason", DisconnectReason)
 def test_every_reason_has_a_rule_whose_code_can_be_sent(reason: DisconnectReason) -> None:
     """Each way to end stands in the table, with a close code that can be sent where anything can."""
-    rule = ENDING_RULES[reason]
+    rule = CLOSE_POLICIES[reason]
     if reason is DisconnectReason.NETWORK_LOST:
         assert rule.code == 1006
     else:
@@ -73,27 +73,29 @@ def test_every_reason_has_a_rule_whose_code_can_be_sent(reason: DisconnectReason
 )
 def test_the_codes_are_those_of_the_wire_protocol(reason: DisconnectReason, code: int) -> None:
     """Each ending has its own close code, and only a normal one has 1000."""
-    assert ending(reason).code == code
+    assert local_close(reason).code == code
 
 
 def test_an_ending_takes_code_and_text_from_the_table_when_none_are_named() -> None:
     """The table says what is sent when the caller says nothing."""
-    made = ending(DisconnectReason.HEARTBEAT_TIMEOUT)
-    assert made == Ending(DisconnectReason.HEARTBEAT_TIMEOUT, 4408, "heartbeat timeout", by_peer=False)
-    assert made.rule is ENDING_RULES[DisconnectReason.HEARTBEAT_TIMEOUT]
+    made = local_close(DisconnectReason.HEARTBEAT_TIMEOUT)
+    assert made == CloseInfo(DisconnectReason.HEARTBEAT_TIMEOUT, 4408, "heartbeat timeout", by_peer=False)
+    assert made.rule is CLOSE_POLICIES[DisconnectReason.HEARTBEAT_TIMEOUT]
 
 
 def test_an_ending_takes_code_and_text_from_the_caller() -> None:
     """A named code and text win over the table, the text cut to size."""
-    assert ending(DisconnectReason.POLICY, code=4401, text="who?") == Ending(DisconnectReason.POLICY, 4401, "who?")
-    assert ending(DisconnectReason.POLICY, text="").text == ""
-    assert ending(DisconnectReason.POLICY, text="x" * 200).text == "x" * 123
+    assert local_close(DisconnectReason.POLICY, code=4401, text="who?") == CloseInfo(
+        DisconnectReason.POLICY, 4401, "who?"
+    )
+    assert local_close(DisconnectReason.POLICY, text="").text == ""
+    assert local_close(DisconnectReason.POLICY, text="x" * 200).text == "x" * 123
 
 
 def test_an_ending_with_a_code_that_cannot_be_sent_is_refused() -> None:
     """No ending of ours can carry a code that a close frame may not."""
     with pytest.raises(ValueError, match="1006"):
-        ending(DisconnectReason.APPLICATION, code=1006)
+        local_close(DisconnectReason.APPLICATION, code=1006)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +116,10 @@ def test_what_the_server_says_of_a_gone_connection_is_read(
     code: int, close_frame: bool, reason: DisconnectReason, seen_code: int
 ) -> None:
     """A close frame is told from a lost network, and the server's own endings from the client's."""
-    made = ending_by_peer(code, None, close_frame=close_frame)
-    assert made == Ending(reason, seen_code, "", by_peer=True)
+    made = remote_close(code, None, close_frame=close_frame)
+    assert made == CloseInfo(reason, seen_code, "", by_peer=True)
 
 
 def test_the_reason_of_a_peer_is_kept() -> None:
     """What the client says in its close frame reaches the ending."""
-    assert ending_by_peer(4000, "see you", close_frame=True).text == "see you"
+    assert remote_close(4000, "see you", close_frame=True).text == "see you"

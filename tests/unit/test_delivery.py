@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowClient, SocketClosed
+from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowConsumer, SocketClosed
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.hub import presence as presence_module
 from fastapi_ws_stabilizer.hub import turns as turns_module
@@ -138,10 +138,10 @@ async def test_a_hook_that_fails_is_reported_with_its_room(manager_with: Any) ->
 async def test_the_slow_hook_gets_the_socket_and_how(manager_with: Any) -> None:
     """on_slow is told of each degree, and nobody waits for it."""
     manager, _ = manager_with(outbox_max_messages=1)
-    told: list[tuple[str, SlowClient]] = []
+    told: list[tuple[str, SlowConsumer]] = []
 
     @manager.on_slow
-    async def slow(ws: Any, how: SlowClient) -> None:
+    async def slow(ws: Any, how: SlowConsumer) -> None:
         told.append((ws.client_id, how))
 
     server, _ = await connected(manager, "ann")
@@ -149,7 +149,7 @@ async def test_the_slow_hook_gets_the_socket_and_how(manager_with: Any) -> None:
     await manager.send_to_client("ann", "stuck")
     await server.until(lambda: len(server.offered) == 2)
     assert [await manager.send_to_client("ann", text) for text in "ab"] == [True, False]
-    await eventually(lambda: ("ann", SlowClient.DISCONNECTED) in told)
+    await eventually(lambda: ("ann", SlowConsumer.DISCONNECTED) in told)
     server.release()
 
 
@@ -185,8 +185,10 @@ async def test_a_roster_is_a_snapshot_that_costs_nothing_if_nobody_keeps_it(
     manager, _ = manager_with()
     await manager.start()
     looks: list[str] = []
-    states = presence_module._Room.all_states
-    monkeypatch.setattr(presence_module._Room, "all_states", lambda room: looks.append(room.name) or states(room))
+    states = presence_module._RoomPresence.all_states
+    monkeypatch.setattr(
+        presence_module._RoomPresence, "all_states", lambda room: looks.append(room.name) or states(room)
+    )
     for number in range(50):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     assert looks == []
@@ -251,7 +253,7 @@ async def test_only_who_has_joined_is_in_a_room(manager_with: Any) -> None:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
-    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
 
 
 async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:

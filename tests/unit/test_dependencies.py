@@ -294,10 +294,10 @@ def test_an_endless_chain_of_lifespans_is_given_up() -> None:
     lifespan: Any = manager.lifespan
     for _ in range(5):
         lifespan = around(lifespan)
-    assert dependencies._manager_in(lifespan) is manager
+    assert dependencies._manager_from_lifespan(lifespan) is manager
     for _ in range(100):
         lifespan = around(lifespan)
-    assert dependencies._manager_in(lifespan) is None
+    assert dependencies._manager_from_lifespan(lifespan) is None
 
 
 # ── a socket that no dependency gives ──

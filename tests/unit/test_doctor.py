@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.doctor.checks import CHECKS, TOO_SHORT, examine
+from fastapi_ws_stabilizer.doctor.checks import CHECKS, TOO_SHORT, run_checks
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.doctor.servers import SERVERS, with_defaults
-from fastapi_ws_stabilizer.doctor.surroundings import Surroundings
-from fastapi_ws_stabilizer.doctor.survey import survey
-from fastapi_ws_stabilizer.doctor.way import way_of
+from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
+from fastapi_ws_stabilizer.doctor.survey import collect_context
+from fastapi_ws_stabilizer.doctor.way import path_through
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
 from fastapi_ws_stabilizer.servers.options import uvicorn_options
 
@@ -37,14 +37,14 @@ class Place:
     def found(self) -> dict[str, Finding]:
         """What all checks find here, by their codes."""
         server = None if self.server is None else SERVERS[self.server]
-        surroundings = Surroundings(
+        surroundings = DeploymentContext(
             config=WebSocketConfig(**self.config),
             server=server,
             options=None if server is None else with_defaults(server, self.options),
-            way=way_of(self.platform, **self.limits),
+            way=path_through(self.platform, **self.limits),
             **self.rest,
         )
-        return {finding.code: finding for finding in examine(surroundings)}
+        return {finding.code: finding for finding in run_checks(surroundings)}
 
 
 off = {"heartbeat_type": "off"}
@@ -330,8 +330,8 @@ def test_the_findings_come_in_order() -> None:
 def test_what_a_platform_advises_the_doctor_accepts(name: str) -> None:
     """The options of `for_platform` are quick enough and short enough for the checks of the same platform."""
     place = Place(server=None, platform=(name,))
-    surroundings = Surroundings(WebSocketConfig.for_platform(name), way=way_of(place.platform))
-    assert not {finding.code for finding in examine(surroundings)} & {"D01", "D02", "D03"}
+    surroundings = DeploymentContext(WebSocketConfig.for_platform(name), way=path_through(place.platform))
+    assert not {finding.code for finding in run_checks(surroundings)} & {"D01", "D02", "D03"}
 
 
 @pytest.mark.parametrize("name", sorted(name for name, platform in PLATFORMS.items() if platform.refusal is None))
@@ -340,7 +340,9 @@ def test_for_platform_with_uvicorn_options_passes(name: str) -> None:
     config = WebSocketConfig.for_platform(name, trusted_proxies=["10.0.0.0/8"], reconnect_secret=SECRET)
     server = SERVERS["uvicorn"]
     options = with_defaults(server, uvicorn_options(config))
-    codes = {finding.code for finding in examine(Surroundings(config, server, options, way=way_of([name])))}
+    codes = {
+        finding.code for finding in run_checks(DeploymentContext(config, server, options, way=path_through([name])))
+    }
     expected = {"D04"} if name in TOO_SHORT else set()  # platforms by whose default no WebSocket can live
     if PLATFORMS[name].grace == 0:
         expected.add("D08")  # SIGKILL comes with SIGTERM until the platform is told otherwise
@@ -414,21 +416,21 @@ def test_what_a_platform_advises_is_over_in_its_grace(name: str) -> None:
     config = WebSocketConfig.for_platform(name)
     for server in (None, "uvicorn", "granian", "daphne"):
         options = None if server is None else with_defaults(SERVERS[server], {})
-        surroundings = Surroundings(config, server and SERVERS[server], options, way=way_of([name]))
-        assert "D08" not in {finding.code for finding in examine(surroundings)}
+        surroundings = DeploymentContext(config, server and SERVERS[server], options, way=path_through([name]))
+        assert "D08" not in {finding.code for finding in run_checks(surroundings)}
 
 
 def test_the_drain_counts_where_nobody_knows_how_long_gunicorn_waits() -> None:
     """Without the server's options there is no graceful_timeout, and the drain is what is left to look at."""
-    surroundings = Surroundings(WebSocketConfig(), SERVERS["gunicorn"], None, way=way_of(["kubernetes"]))
-    (finding,) = examine(surroundings)
+    surroundings = DeploymentContext(WebSocketConfig(), SERVERS["gunicorn"], None, way=path_through(["kubernetes"]))
+    (finding,) = run_checks(surroundings)
     assert (finding.code, "drain_timeout 30" in finding.problem) == ("D08", True)
 
 
 @pytest.mark.parametrize("config", [WebSocketConfig(), WebSocketConfig(handle_signals=False)])
 def test_hypercorn_is_left_alone_where_its_workers_are_not_known(config: WebSocketConfig) -> None:
     """D09 guesses nothing: with `--workers 0` all is well, and nobody has said."""
-    assert examine(Surroundings(config, SERVERS["hypercorn"], None, python=(3, 12))) == []
+    assert run_checks(DeploymentContext(config, SERVERS["hypercorn"], None, python=(3, 12))) == []
 
 
 def test_a_server_that_is_not_known_is_found_at_fault_for_nothing() -> None:
@@ -445,8 +447,8 @@ def test_the_pings_of_our_protocol_are_the_heartbeat() -> None:
 
 def test_the_lifetime_of_a_server_counts_as_a_platform_s() -> None:
     """daphne cuts each WebSocket after a day, unless it is told otherwise."""
-    found = examine(survey(WebSocketConfig(), None, refuses=False, server="daphne"))
+    found = run_checks(collect_context(WebSocketConfig(), None, refuses=False, server="daphne"))
     assert "86400 s of daphne" in next(finding.problem for finding in found if finding.code == "D03")
     told = {"websocket_timeout": None}
-    found = examine(survey(WebSocketConfig(), None, refuses=False, server="daphne", server_options=told))
+    found = run_checks(collect_context(WebSocketConfig(), None, refuses=False, server="daphne", server_options=told))
     assert "D03" not in {finding.code for finding in found}

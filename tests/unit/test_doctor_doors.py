@@ -12,7 +12,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
-from fastapi_ws_stabilizer.doctor.doors import early_identities
+from fastapi_ws_stabilizer.doctor.doors import routes_with_early_identity
 from fastapi_ws_stabilizer.identity import Credential, bearer, first_message
 from tests.unit.fake_websocket import FakeServer, with_deadline
 
@@ -87,19 +87,19 @@ def app_with(endpoint: Any, **options: Any) -> FastAPI:
 @pytest.mark.parametrize("endpoint", [before, before_by_another, before_by_its_part])
 def test_an_identity_before_its_socket_is_found(endpoint: Any) -> None:
     """Itself, what is above it, or the part of it that asks."""
-    assert early_identities(app_with(endpoint)) == ("/ws",)
+    assert routes_with_early_identity(app_with(endpoint)) == ("/ws",)
 
 
 @pytest.mark.parametrize("endpoint", [after, only, beside_a_database, another, unnamed])
 def test_other_orders_are_left_alone(endpoint: Any) -> None:
     """Behind the socket all is well, and what is no identity may stand before it."""
-    assert early_identities(app_with(endpoint)) == ()
+    assert routes_with_early_identity(app_with(endpoint)) == ()
 
 
 @pytest.mark.parametrize("app", [None, object(), FastAPI()])
 def test_without_sockets_there_is_nothing_to_find(app: Any) -> None:
     """No app, or none of ours, is no mistake."""
-    assert early_identities(app) == ()
+    assert routes_with_early_identity(app) == ()
 
 
 @pytest.mark.parametrize("dependency", [current_user, admin, find])
@@ -118,7 +118,7 @@ def test_dependencies_of_apps_routers_routes_and_inclusions_stand_before(depende
     app.include_router(outer, prefix="/outer", dependencies=early)
     app.router.routes.append(Mount("/sub", app=app_with(only, dependencies=early)))
     expected = ("/route", "/router/ws", "/included/ws", "/outer/deep/ws", "/sub/ws")
-    assert early_identities(app) == expected
+    assert routes_with_early_identity(app) == expected
 
 
 BROWSER = [(b"host", b"a.example"), (b"origin", b"https://a.example")]

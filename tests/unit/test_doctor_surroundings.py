@@ -21,9 +21,9 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor import survey as survey_module
 from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
 from fastapi_ws_stabilizer.doctor.servers import SERVERS, find_server, running_server, with_defaults
-from fastapi_ws_stabilizer.doctor.surroundings import bypassing_routes, version_of
-from fastapi_ws_stabilizer.doctor.survey import survey
-from fastapi_ws_stabilizer.doctor.way import way_of
+from fastapi_ws_stabilizer.doctor.surroundings import unmanaged_routes, version_of
+from fastapi_ws_stabilizer.doctor.survey import collect_context
+from fastapi_ws_stabilizer.doctor.way import path_through
 
 MODULES = {module for server in SERVERS.values() for module in server.modules}
 
@@ -114,7 +114,7 @@ def test_a_route_that_the_library_serves_is_seen(endpoint: Any) -> None:
     """Dependencies of the library, and code that calls a manager, are recognised."""
     app = FastAPI()
     app.add_api_websocket_route("/ws", endpoint)
-    assert bypassing_routes(app) == ()
+    assert unmanaged_routes(app) == ()
 
 
 def test_routes_that_nothing_serves_are_found_wherever_they_are() -> None:
@@ -127,12 +127,12 @@ def test_routes_that_nothing_serves_are_found_wherever_they_are() -> None:
     app.router.routes.append(WebSocketRoute("/partial", functools.partial(raw)))
     app.router.routes.append(WebSocketRoute("/class", Reader))
     app.router.routes.append(Mount("/sub", routes=[WebSocketRoute("/plain", raw)]))
-    assert sorted(bypassing_routes(app)) == ["/partial", "/raw", "/router/looked-up", "/sub/plain"]
+    assert sorted(unmanaged_routes(app)) == ["/partial", "/raw", "/router/looked-up", "/sub/plain"]
 
 
 def test_no_app_has_no_routes() -> None:
     """What is no app is not looked into."""
-    assert bypassing_routes(None) == ()
+    assert unmanaged_routes(None) == ()
 
 
 # ── servers ──
@@ -197,7 +197,7 @@ def test_the_version_is_that_of_the_installed_server() -> None:
 
 def test_the_smallest_limit_of_the_way_binds() -> None:
     """Each kind of limit is that of the hop where it is smallest; there may be none."""
-    way = way_of(["nginx", "heroku", "fly"])
+    way = path_through(["nginx", "heroku", "fly"])
     assert str(way.smallest("idle_timeout")) == "55 s of heroku"
     assert str(way.smallest("grace")) == "5 s of fly"
     assert way.smallest("max_lifetime") is None
@@ -205,7 +205,7 @@ def test_the_smallest_limit_of_the_way_binds() -> None:
 
 def test_what_is_told_stands_for_the_defaults() -> None:
     """A limit that is told takes the place of the platforms', and only limits of its kind."""
-    way = way_of(["nginx", "heroku"], idle_timeout=3600)
+    way = path_through(["nginx", "heroku"], idle_timeout=3600)
     assert str(way.smallest("idle_timeout")) == "3600 s, as told"
     assert str(way.smallest("grace")) == "30 s of heroku"
 
@@ -213,7 +213,7 @@ def test_what_is_told_stands_for_the_defaults() -> None:
 def test_a_way_that_cannot_be_is_refused() -> None:
     """An unknown platform is an error."""
     with pytest.raises(ValueError, match="did you mean 'nginx'"):
-        way_of(["ngimx"])
+        path_through(["ngimx"])
 
 
 @pytest.mark.parametrize("seconds", [math.nan, 0, -1, math.inf, -math.inf])
@@ -221,7 +221,7 @@ def test_a_way_that_cannot_be_is_refused() -> None:
 def test_a_limit_that_is_no_time_is_refused(limit: str, seconds: float) -> None:
     """By the way, and by a manager that checks itself."""
     message = f"{limit} is a number of seconds above zero, not {seconds:g}"
-    for look in (functools.partial(way_of, []), WebSocketConnectionManager().check):
+    for look in (functools.partial(path_through, []), WebSocketConnectionManager().check):
         with pytest.raises(ValueError, match=message):
             look(**{limit: seconds})
 
@@ -238,7 +238,7 @@ def test_options_need_a_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey_module, "running_server", lambda: None)
         with pytest.raises(ValueError, match="name the server"):
-            survey(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
+            collect_context(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
 
 
 # ── a manager ──
@@ -366,7 +366,7 @@ async def test_a_doctor_that_fails_fails_no_start(
         raise ZeroDivisionError
 
     under("uvicorn")
-    monkeypatch.setattr(survey_module, "examine", fail)
+    monkeypatch.setattr(survey_module, "run_checks", fail)
     own, heard = manager_with()
     await own.start()
     assert own.running
@@ -382,6 +382,6 @@ async def test_the_checks_of_a_start_are_quick(manager_with: Any, under: Any) ->
     spent = []
     for _ in range(5):
         begun = time.perf_counter()
-        survey_module.tell_at_start(own.reports, own.config, refuses=True, told=set())
+        survey_module.report_at_start(own.reports, own.config, refuses=True, told=set())
         spent.append(time.perf_counter() - begun)
     assert min(spent) < 0.01

@@ -9,11 +9,11 @@ from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer import errors
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code, ending
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code, local_close
 
 ERRORS = [
-    errors.SocketClosed(ending(DisconnectReason.REPLACED)),
-    errors.ConnectionTimeoutError(ending(DisconnectReason.HEARTBEAT_TIMEOUT)),
+    errors.SocketClosed(local_close(DisconnectReason.REPLACED)),
+    errors.ConnectionTimeoutError(local_close(DisconnectReason.HEARTBEAT_TIMEOUT)),
     errors.NotOpenError(),
     errors.ConnectionNotFoundError("ann"),
     errors.DuplicateClientError("ann"),
@@ -26,10 +26,10 @@ ERRORS = [
     errors.MessageFormatError("not JSON"),
     errors.RoomLimitError("lobby", 100),
     errors.RoomNameError("", "at least one character"),
-    errors.SessionEndedError(ending(DisconnectReason.APPLICATION)),
+    errors.SessionEndedError(local_close(DisconnectReason.APPLICATION)),
     errors.RequestError("not_found", "no such room"),
     errors.RequestTimeoutError(2.5),
-    errors.PlainClientError(),
+    errors.UnsupportedByClientError(),
     errors.InvalidTokenError("used"),
     errors.InvalidTokenError("revoked", kind="ticket"),
     errors.TokenExpiredError(),
@@ -37,7 +37,7 @@ ERRORS = [
     errors.BroadcastFailedError(3),
     errors.ShutdownError(),
     errors.UnknownPlatformError("ngnix", ("nginx", "railway"), "nginx"),
-    errors.UnsuitablePlatformError("aws-api-gateway", "it holds the socket itself"),
+    errors.UnsupportedPlatformError("aws-api-gateway", "it holds the socket itself"),
     errors.ManagerNotFoundError(),
     errors.ManagerNotRunningError(),
     errors.ThreadCallTimeoutError(30.0),
@@ -88,7 +88,7 @@ def test_all_errors_are_tested_here() -> None:
         (errors.ShutdownError, WebSocketException),
         (errors.DuplicateClientError, WebSocketException),
         (errors.UnknownPlatformError, ValueError),
-        (errors.UnsuitablePlatformError, ValueError),
+        (errors.UnsupportedPlatformError, ValueError),
         (errors.ManagerNotFoundError, RuntimeError),
         (errors.ManagerNotRunningError, RuntimeError),
         (errors.ThreadCallTimeoutError, TimeoutError),
@@ -102,8 +102,8 @@ def test_an_error_is_also_the_builtin_that_one_expects(kind: type, builtin: type
 
 def test_a_closed_socket_tells_how_it_ended() -> None:
     """The error has the ending, and code and reason as in Starlette's `WebSocketDisconnect`."""
-    how = ending(DisconnectReason.REPLACED)
-    error = errors.socket_closed(how)
+    how = local_close(DisconnectReason.REPLACED)
+    error = errors.closed_error_for(how)
     assert type(error) is errors.SocketClosed
     assert error.ending is how
     assert (error.code, error.reason) == (4409, "replaced by a newer connection")
@@ -113,13 +113,14 @@ def test_a_closed_socket_tells_how_it_ended() -> None:
 def test_a_closed_socket_without_a_text_says_only_reason_and_code() -> None:
     """An empty close reason leaves no empty brackets."""
     assert (
-        str(errors.socket_closed(ending(DisconnectReason.COMPLETED))) == "the connection is over: completed, code 1000"
+        str(errors.closed_error_for(local_close(DisconnectReason.COMPLETED)))
+        == "the connection is over: completed, code 1000"
     )
 
 
 def test_a_socket_that_died_of_silence_is_a_timeout() -> None:
     """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is no `TimeoutError`."""
-    error = errors.socket_closed(ending(DisconnectReason.HEARTBEAT_TIMEOUT))
+    error = errors.closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
     assert isinstance(error, errors.ConnectionTimeoutError)
     assert not isinstance(error, TimeoutError)
     assert error.code == 4408

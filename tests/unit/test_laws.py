@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fastapi_ws_stabilizer
-from fastapi_ws_stabilizer.close_codes import ENDING_RULES, DisconnectReason
+from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES, DisconnectReason
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.routing import clients as clients_module
 from fastapi_ws_stabilizer.wire.payload import encode
@@ -122,7 +122,7 @@ async def test_law_4_every_ending_of_ours_sends_the_close_frame_of_the_table(ben
         connection, _ = await b.open()
         connection.end(reason)
         await with_deadline(connection.finished)
-        assert b.server.close_frames == [(ENDING_RULES[reason].code, ENDING_RULES[reason].text)]
+        assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].text)]
 
 
 async def test_law_4_a_normal_disconnect_is_never_an_error_log(bench: Any) -> None:

@@ -1152,7 +1152,7 @@ async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
-    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
 
 
 _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
@@ -1224,7 +1224,7 @@ async def test_close_frames_wait_for_the_server_a_few_at_a_time(
 ) -> None:
     """No more than max_concurrent_cleanup are given to servers that take none, and all are sent in the end."""
     for module in (send_watch_module, asgi_outbox_module):
-        monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
+        monkeypatch.setattr(module, "STALL_THRESHOLD", 60.0)
     manager, _ = manager_with(max_concurrent_cleanup=2)
     clients = await clients_of(manager, *"abcdef")
     for client in clients:

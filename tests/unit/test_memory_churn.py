@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, WebSocketStabilizerError
 from tests.simulation.virtual_time import run_virtually
@@ -88,7 +88,7 @@ class Churn:
             await ws.wait_closed()
             ws.user_data["late"] = BIG[:500]
 
-    async def _slow(self, ws: StableSocket, how: SlowClient) -> None:
+    async def _slow(self, ws: StableSocket, how: SlowConsumer) -> None:
         ws.user_data["slow"] = how.value
         await ws.send("you are slow")
 
@@ -314,10 +314,10 @@ async def test_offer_that_ends_the_session_is_not_recorded(reconnect: bool) -> N
 async def test_on_slow_hook_that_sends_to_the_ended_client_is_no_bug() -> None:
     """A hook that sends to a connection which is over logs no error and no traceback."""
     async with Stage(outbox_max_messages=2) as stage:
-        told: list[SlowClient] = []
+        told: list[SlowConsumer] = []
 
         @stage.manager.on_slow
-        async def slow(ws: StableSocket, how: SlowClient) -> None:
+        async def slow(ws: StableSocket, how: SlowConsumer) -> None:
             told.append(how)
             await ws.send("you are slow")
 
@@ -327,6 +327,6 @@ async def test_on_slow_hook_that_sends_to_the_ended_client_is_no_bug() -> None:
         for _ in range(6):
             await stage.manager.broadcast("a message")
             await soon()
-        assert told == [SlowClient.DISCONNECTED]
+        assert told == [SlowConsumer.DISCONNECTED]
         assert stage.bugs == []
-        assert stage.manager.totals.slow_clients[SlowClient.DISCONNECTED] == 1
+        assert stage.manager.totals.slow_clients[SlowConsumer.DISCONNECTED] == 1

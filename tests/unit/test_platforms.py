@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsuitablePlatformError
-from fastapi_ws_stabilizer.hub.lifetimes import LEAVES_BY_ITSELF
+from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsupportedPlatformError
+from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD
 from fastapi_ws_stabilizer.platforms import clouds, hop, hosts, proxies
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.platforms.path import MOST, options_for, path_of
+from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Fact, Platform
 
 FACTS = [
@@ -36,7 +36,7 @@ def a_hop(idle_timeout: float | None = None, max_lifetime: float | None = None, 
 
 def options(*path: Platform) -> dict[str, float]:
     """The options of a path, with the limits that the config has."""
-    return options_for(path, {name: getattr(DEFAULTS, name) for name in MOST})
+    return derive_options(path, {name: getattr(DEFAULTS, name) for name in UPPER_BOUNDED_OPTIONS})
 
 
 # ── the facts ──
@@ -100,7 +100,7 @@ def test_two_beats_fit_into_the_idle_timeout(idle_timeout: float, interval: floa
 def test_a_connection_is_closed_before_its_platform_cuts_it(cut: float, lifetime: float) -> None:
     """A tenth earlier, a minute at most; a client that is asked to leave has its time within that."""
     assert options(a_hop(max_lifetime=cut)) == {"max_lifetime": pytest.approx(lifetime)}
-    assert cut - lifetime > LEAVES_BY_ITSELF
+    assert cut - lifetime > DRAIN_LEAD
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,12 @@ def test_a_platform_that_documents_nothing_changes_nothing() -> None:
 @pytest.mark.parametrize("name", ["AWS-ALB", "aws_alb", "Aws_Alb"])
 def test_a_name_is_read_whatever_its_case(name: str) -> None:
     """Capital letters and underscores are no mistakes."""
-    assert path_of(name) == (PLATFORMS["aws-alb"],)
+    assert resolve_hops(name) == (PLATFORMS["aws-alb"],)
 
 
 def test_a_path_keeps_its_order() -> None:
     """The client's side stays first, and a hop may come twice."""
-    assert [platform.name for platform in path_of("nginx", "istio", "nginx")] == ["nginx", "istio", "nginx"]
+    assert [platform.name for platform in resolve_hops("nginx", "istio", "nginx")] == ["nginx", "istio", "nginx"]
 
 
 def test_own_options_go_before_those_of_the_platforms() -> None:
@@ -226,7 +226,7 @@ def test_a_subclass_makes_its_own_kind() -> None:
 def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
     """The error names it and says why, wherever on the path it stands."""
     for path in ((name,), ("nginx", name), (name, "nginx")):
-        with pytest.raises(UnsuitablePlatformError) as refused:
+        with pytest.raises(UnsupportedPlatformError) as refused:
             WebSocketConfig.for_platform(*path)
         assert refused.value.name == name
         assert refused.value.refusal == PLATFORMS[name].refusal

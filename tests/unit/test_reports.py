@@ -6,24 +6,24 @@ import logging
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import MAX_KINDS, TOLD_EVERY, Report, Reports
+from fastapi_ws_stabilizer.reports import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, Event, EventBus
 
 
 def test_every_listener_hears_every_report() -> None:
     """A report reaches all listeners with its event, level and facts."""
-    reports = Reports()
-    first: list[Report] = []
-    second: list[Report] = []
+    reports = EventBus()
+    first: list[Event] = []
+    second: list[Event] = []
     reports.subscribe(first.append)
     reports.subscribe(second.append)
     reports.tell("connection_opened", logging.INFO, client_id="ann")
-    assert first == second == [Report("connection_opened", logging.INFO, {"client_id": "ann"})]
+    assert first == second == [Event("connection_opened", logging.INFO, {"client_id": "ann"})]
 
 
 def test_a_listener_that_has_unsubscribed_hears_nothing() -> None:
     """What `subscribe` returns ends the subscription."""
-    reports = Reports()
-    heard: list[Report] = []
+    reports = EventBus()
+    heard: list[Event] = []
     stop = reports.subscribe(heard.append)
     stop()
     reports.tell("x", logging.INFO)
@@ -32,10 +32,10 @@ def test_a_listener_that_has_unsubscribed_hears_nothing() -> None:
 
 def test_a_listener_may_unsubscribe_while_it_is_called() -> None:
     """A listener that leaves in the middle of a report keeps nobody else from hearing it."""
-    reports = Reports()
+    reports = EventBus()
     heard: list[str] = []
 
-    def once(report: Report) -> None:
+    def once(report: Event) -> None:
         heard.append("once")
         stop()
 
@@ -48,10 +48,10 @@ def test_a_listener_may_unsubscribe_while_it_is_called() -> None:
 
 def test_a_listener_that_fails_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """The failure of one listener is logged, and the others still hear the report."""
-    reports = Reports()
-    heard: list[Report] = []
+    reports = EventBus()
+    heard: list[Event] = []
 
-    def broken(report: Report) -> None:
+    def broken(report: Event) -> None:
         raise ValueError("broken listener")
 
     reports.subscribe(broken)
@@ -64,17 +64,17 @@ def test_a_listener_that_fails_is_logged_and_hurts_nobody(caplog: pytest.LogCapt
 
 def test_a_bug_is_an_error_report_with_its_exception() -> None:
     """A bug is reported at level ERROR with the exception itself."""
-    reports = Reports()
-    heard: list[Report] = []
+    reports = EventBus()
+    heard: list[Event] = []
     reports.subscribe(heard.append)
     error = ValueError("bug")
     reports.bug("endpoint_failed", error, connection_id="5f")
-    assert heard == [Report("endpoint_failed", logging.ERROR, {"connection_id": "5f"}, error)]
+    assert heard == [Event("endpoint_failed", logging.ERROR, {"connection_id": "5f"}, error)]
 
 
 def test_totals_begin_at_zero_and_are_each_ones_own() -> None:
     """Two managers do not count into each other's totals."""
-    one, other = Reports(), Reports()
+    one, other = EventBus(), EventBus()
     one.totals.broadcasts += 1
     one.totals.endings["x"] += 1  # type: ignore[index]
     assert other.totals.broadcasts == 0
@@ -91,27 +91,27 @@ class Clock:
 
 def test_what_clients_can_cause_at_will_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of a kind has its level, the others are at DEBUG, and the next one that has it says how many they were."""
-    clock, reports = Clock(monkeypatch), Reports()
-    heard: list[Report] = []
+    clock, reports = Clock(monkeypatch), EventBus()
+    heard: list[Event] = []
     reports.subscribe(heard.append)
     assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="ann")
     assert not reports.tell_now_and_then("refused", logging.WARNING, "full", who="bob")
-    clock.now += TOLD_EVERY
+    clock.now += THROTTLE_INTERVAL
     assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="cid")
     assert reports.tell_now_and_then("refused", logging.INFO, "late", who="dan")
     assert heard == [
-        Report("refused", logging.WARNING, {"who": "ann"}),
-        Report("refused", logging.DEBUG, {"who": "bob"}),
-        Report("refused", logging.WARNING, {"who": "cid", "more": 1}),
-        Report("refused", logging.INFO, {"who": "dan"}),
+        Event("refused", logging.WARNING, {"who": "ann"}),
+        Event("refused", logging.DEBUG, {"who": "bob"}),
+        Event("refused", logging.WARNING, {"who": "cid", "more": 1}),
+        Event("refused", logging.INFO, {"who": "dan"}),
     ]
 
 
 def test_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kinds are counted for each event: too many of one, which share a minute then, leave the others at their level."""
     Clock(monkeypatch)
-    reports = Reports()
-    told = [reports.tell_now_and_then("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_KINDS)]
-    assert told == [True] * (MAX_KINDS + 1) + [False] * (MAX_KINDS - 1)
+    reports = EventBus()
+    told = [reports.tell_now_and_then("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
+    assert told == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
     assert reports.tell_now_and_then("limited", logging.WARNING, "0")
     assert reports.tell_now_and_then("limited", logging.WARNING, "")

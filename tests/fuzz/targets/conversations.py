@@ -15,18 +15,18 @@ import asyncio
 from collections import deque
 from typing import Any, Final
 
-from fastapi_ws_stabilizer.close_codes import Ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.conversation import Conversation
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_OF_ONE, Seen
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_OF_ONE, IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import MAX_AWAY_OF_ONE, Sessions, StaleDialError
-from fastapi_ws_stabilizer.wire.compression import deflate_whole
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
-from fastapi_ws_stabilizer.wire.v1 import BadFrameError, Message, hello_of, parse
+from fastapi_ws_stabilizer.sessions.store import MAX_AWAY_OF_ONE, SessionStore, StaleAttemptError
+from fastapi_ws_stabilizer.wire.compression import deflate_stream
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
+from fastapi_ws_stabilizer.wire.v1 import Message, ProtocolError, parse, parse_hello
 from tests.fuzz import virtual
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import strict_json
@@ -50,15 +50,15 @@ def conversations(data: bytes) -> None:
 class _Speaker(FakeAttachment):
     """A connection without a socket, for a conversation and its session."""
 
-    def __init__(self, reports: Reports, now: float) -> None:
+    def __init__(self, reports: EventBus, now: float) -> None:
         super().__init__()
         self.config = CONFIG
         self.reports = reports
-        self.pulse = Pulse(now)
+        self.pulse = Liveness(now)
         self.used = self.watches_input = False
-        self.answers: list[Frame] = []
+        self.answers: list[EncodedMessage] = []
 
-    def answer(self, frame: Frame) -> None:
+    def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame."""
         self.answers.append(frame)
 
@@ -89,18 +89,18 @@ class _Stage:
     """The sessions of a server, and the one client that speaks at a time."""
 
     def __init__(self) -> None:
-        self.reports = Reports()
-        self.ended: dict[str, Ending] = {}
-        self.sessions = Sessions(
+        self.reports = EventBus()
+        self.ended: dict[str, CloseInfo] = {}
+        self.sessions = SessionStore(
             CONFIG,
             self.reports,
             next_shard=lambda: 0,
             began=lambda _: None,
             ended=lambda session, how: self.ended.update({session.connection_id: how}),
         )
-        self.seen = Seen()
+        self.seen = IdempotencyCache()
         self.speaker: _Speaker | None = None
-        self.conversation: Conversation | None = None
+        self.conversation: V1Protocol | None = None
         self.messages: deque[Message] = deque()
         self.tokens: dict[str, Session] = {}
         self.token = ""
@@ -137,9 +137,9 @@ class _Stage:
 
     def _connects(self, client_id: str, said: str) -> None:
         try:
-            hello = hello_of(said)
+            hello = parse_hello(said)
             greeting = self.sessions.greet(hello, client_id)
-        except (BadFrameError, StaleDialError):
+        except (ProtocolError, StaleAttemptError):
             return
         self.clients.add(client_id)
         proven = self.tokens.get(hello.token or "")
@@ -148,7 +148,7 @@ class _Stage:
             assert greeting.session is proven, "a session was got back with a token that is not its own"
         self.sessions.returned(greeting.session)
         self.speaker = _Speaker(self.reports, asyncio.get_running_loop().time())
-        self.conversation = Conversation(self.speaker, greeting, self.seen, self._renewed)
+        self.conversation = V1Protocol(self.speaker, greeting, self.seen, self._renewed)
         welcome = self.conversation.welcome()
         frame = strict_json(welcome.payload)
         self.token = frame["token"]
@@ -188,16 +188,16 @@ class _Stage:
 
     # ── the server ──
 
-    def _serves(self, sign: bytes, rest: bytes, conversation: Conversation) -> None:
+    def _serves(self, sign: bytes, rest: bytes, conversation: V1Protocol) -> None:
         if sign == b"P":
             conversation.ping(asyncio.get_running_loop().time())
         elif sign == b"A":
             conversation.credential.taken(len(rest) or None)
         else:
             frame = encode(text_of(rest).encode("utf-8", "replace").decode(), volatile=sign == b"V")
-            assert conversation.session.offer(frame) in Offered
+            assert conversation.session.offer(frame) in EnqueueResult
 
-    def _handles(self, sign: bytes, conversation: Conversation) -> None:
+    def _handles(self, sign: bytes, conversation: V1Protocol) -> None:
         if not self.messages:
             return
         message = self.messages.popleft()
@@ -230,7 +230,7 @@ class _Stage:
             self._leaves()
 
 
-def _is_well_formed(frame: Frame) -> None:
+def _is_well_formed(frame: EncodedMessage) -> None:
     """A frame of ours can be read by any client."""
     if frame.binary:
         parse(frame.payload, 2**20)
@@ -245,5 +245,5 @@ def _frame_of(sign: bytes, rest: bytes, line: bytes) -> str | bytes:
         meta, _, payload = rest.partition(b"|")
         return b"\x01" + len(meta).to_bytes(2, "big") + meta + payload
     if sign == b"D":
-        return b"\x02\x00\x00" + deflate_whole(rest)
+        return b"\x02\x00\x00" + deflate_stream(rest)
     return text_of(line)

@@ -7,26 +7,26 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import check_close_code
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.compression import TAIL, TooMuchError, deflate, deflate_whole, inflate
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, Ping, parse_control
-from fastapi_ws_stabilizer.wire.envelope import again, deflate_frame, envelop
-from fastapi_ws_stabilizer.wire.payload import Frame, encode, encode_json
+from fastapi_ws_stabilizer.wire.compression import TAIL, InflateLimitError, deflate_message, deflate_stream, inflate
+from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, TextPing, parse_text_ping
+from fastapi_ws_stabilizer.wire.envelope import copy_for_replay, to_deflated, to_v1
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode, encode_json
 from fastapi_ws_stabilizer.wire.v1 import (
     MAX_HELLO_BYTES,
     MAX_NAME_CHARS,
+    MAX_RESUME_TOKEN_CHARS,
     MAX_SEQ,
-    MAX_TOKEN_CHARS,
-    BadFrameError,
     Message,
-    control,
+    ProtocolError,
+    control_frame,
     deflated,
     envelope,
-    hello_of,
     message_of,
-    number,
-    optional_number,
+    optional_int,
     optional_text,
     parse,
+    parse_hello,
+    require_int,
 )
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import finite, strict_json
@@ -58,7 +58,7 @@ def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None
     """A frame, well-formed; `None` if it was refused with a code that can be sent."""
     try:
         frame = parse(raw, max_inflated)
-    except BadFrameError as refused:
+    except ProtocolError as refused:
         assert refused.code in CODES
         assert check_close_code(refused.code)
         assert len(str(refused)) < 1024, "what is wrong is said at length"
@@ -76,19 +76,19 @@ def reads_fields(frame: dict[str, Any]) -> Message | None:
     """Read a frame's fields as every kind of frame does: each is what it says, or is refused."""
     for name in _FIELDS:
         try:
-            assert 0 <= number(frame, name) <= MAX_SEQ
-        except BadFrameError as refused:
+            assert 0 <= require_int(frame, name) <= MAX_SEQ
+        except ProtocolError as refused:
             assert refused.code == 4400
         try:
-            count, word = optional_number(frame, name, least=1), optional_text(frame, name)
-        except BadFrameError as refused:
+            count, word = optional_int(frame, name, least=1), optional_text(frame, name)
+        except ProtocolError as refused:
             assert refused.code == 4400
         else:
             assert count is None or 1 <= count <= MAX_SEQ
             assert word is None or len(word) <= MAX_NAME_CHARS
     try:
         message = message_of(frame)
-    except BadFrameError as refused:
+    except ProtocolError as refused:
         assert refused.code == 4400
         return None
     _is_written_as_it_was_read(message)
@@ -105,21 +105,21 @@ def _is_written_as_it_was_read(message: Message) -> None:
     if isinstance(raw, str) and not isinstance(message.data, str):
         assert strict_json(raw) == finite(message.data)
     if not isinstance(message.data, bytes):  # what a client says comes back to it
-        strict_json(control("pong", ts=message.data).payload)
+        strict_json(control_frame("pong", ts=message.data).payload)
 
 
 def reads_hello(raw: str | bytes) -> None:
     """Take something for a hello."""
     try:
-        hello = hello_of(raw)
-    except BadFrameError as refused:
+        hello = parse_hello(raw)
+    except ProtocolError as refused:
         assert refused.code in (4400, 4406)
         return
     assert isinstance(raw, str)
     assert len(raw.encode()) <= MAX_HELLO_BYTES
     assert 0 <= hello.dial <= MAX_SEQ
     assert 0 <= hello.seq <= MAX_SEQ
-    assert hello.token is None or len(hello.token) <= MAX_TOKEN_CHARS
+    assert hello.token is None or len(hello.token) <= MAX_RESUME_TOKEN_CHARS
     assert hello.instance is None or len(hello.instance) <= MAX_NAME_CHARS
     assert hello.auth is None or isinstance(hello.auth, str)
     assert isinstance(hello.deflates, bool)
@@ -128,12 +128,12 @@ def reads_hello(raw: str | bytes) -> None:
 
 def reads_control(text: str) -> None:
     """Take a text for a ping or a pong of the plain mode."""
-    frame = parse_control(text)
+    frame = parse_text_ping(text)
     if frame is None:
         return
     assert len(text) <= MAX_CONTROL_CHARS
     assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "that was application data"
-    if not isinstance(frame, Ping):
+    if not isinstance(frame, TextPing):
         assert text == "pong" or strict_json(text)["type"] == "pong"
     elif text == "ping":
         assert frame.answer.text == "pong"
@@ -162,14 +162,14 @@ def reads_frame_of_bytes(data: bytes) -> None:
 
 def survives_compression(data: bytes) -> None:
     """Compress bytes in each of our ways, and get them back, and no more than was allowed."""
-    packed = deflate_whole(data)
+    packed = deflate_stream(data)
     assert inflate(packed, len(data)) == data
     if data:
-        _is_not_inflated(packed, len(data) - 1, TooMuchError)
+        _is_not_inflated(packed, len(data) - 1, InflateLimitError)
     _is_not_inflated(packed[:-1], LIMIT, ValueError)
     _is_not_inflated(packed + b"\0", LIMIT, ValueError)
     for bits in (9, 15):
-        raw = zlib.decompressobj(wbits=-bits).decompress(deflate(data, bits) + TAIL)
+        raw = zlib.decompressobj(wbits=-bits).decompress(deflate_message(data, bits) + TAIL)
         assert raw == data
 
 
@@ -183,7 +183,7 @@ def _is_not_inflated(packed: bytes, limit: int, expected: type[ValueError]) -> N
 
 def survives_sending(text: str, data: bytes) -> None:
     """Send a text, bytes and JSON as a plain client and as one of v1 gets them."""
-    binary = envelop(encode(data))
+    binary = to_v1(encode(data))
     assert parse(binary.payload)["data"] == data
     assert encode(data).data == data
     try:
@@ -193,17 +193,17 @@ def survives_sending(text: str, data: bytes) -> None:
         return
     assert plain.text == text
     assert plain.size == len(plain.payload) == len(text.encode())
-    assert parse(_text(envelop(plain)))["data"] == text
+    assert parse(_text(to_v1(plain)))["data"] == text
     json.room = text[:MAX_NAME_CHARS]
-    frame = parse(_text(envelop(json)))
+    frame = parse(_text(to_v1(json)))
     assert (frame["data"], frame["room"]) == ({"text": text}, json.room)
-    assert parse(_text(envelop(again(json)))) == frame
-    small = deflate_frame(envelop(json))
+    assert parse(_text(to_v1(copy_for_replay(json)))) == frame
+    small = to_deflated(to_v1(json))
     assert parse(small.payload if small.binary else _text(small), 2**20) == frame
-    if (packed := deflated(_text(envelop(json)))) is not None:
-        assert len(packed) < envelop(json).size
+    if (packed := deflated(_text(to_v1(json)))) is not None:
+        assert len(packed) < to_v1(json).size
 
 
-def _text(frame: Frame) -> str:
+def _text(frame: EncodedMessage) -> str:
     assert frame.text is not None
     return frame.text

@@ -25,10 +25,10 @@ from uvicorn.server import ServerState
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Report
+from fastapi_ws_stabilizer.reports import Event
 from fastapi_ws_stabilizer.servers import uvicorn_reading
 from fastapi_ws_stabilizer.servers.uvicorn import MAX_CONTROL_BYTES, MAX_FRAGMENTS, StableWebSocketProtocol
-from fastapi_ws_stabilizer.servers.uvicorn_internals import ToSink
+from fastapi_ws_stabilizer.servers.uvicorn_internals import ReceiverQueue
 from fastapi_ws_stabilizer.wire.framing import CLOSE, PING
 from tests.fuzz import virtual
 from tests.fuzz.choices import Choices
@@ -223,7 +223,7 @@ class _Application:
         self.left = False
         self.socket: StableSocket | None = None
 
-    def _heard(self, report: Report) -> None:
+    def _heard(self, report: Event) -> None:
         if report.error is not None:
             self.outcome.failures.append(report.error)
 
@@ -349,7 +349,7 @@ class Served:
 
     async def _ends(self) -> Outcome:
         outcome = self.app.outcome
-        outcome.attached = isinstance(self.protocol.queue, ToSink)
+        outcome.attached = isinstance(self.protocol.queue, ReceiverQueue)
         conn = self.protocol.conn
         first_to_close = conn.close_sent is not None and not conn.close_rcvd_then_sent
         outcome.ended_by_us = first_to_close or conn.parser_exc is not None

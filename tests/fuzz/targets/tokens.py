@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
-from fastapi_ws_stabilizer.reports import Totals
-from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.sessions.log import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.tokens import Claim, ReconnectTokens
+from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens, TokenClaims
 from fastapi_ws_stabilizer.wire.names import is_name
 from tests.fuzz.choices import Choices
 
@@ -47,7 +47,7 @@ def refuses(store: ReconnectTokens, token: str) -> None:
     """A text that is no token of ours never gets in, whatever it is used for."""
     for door in (store.read, store.check, store.use):
         try:
-            claim: Claim = door(token)
+            claim: TokenClaims = door(token)
         except (InvalidTokenError, TokenExpiredError) as refused:
             assert token not in str(refused) or len(token) < 20, "the token is told to the logs"
         else:
@@ -91,7 +91,7 @@ def changed(token: str, changes: bytes) -> str:
 
 
 def _sessions_token(text: str, changes: bytes) -> None:
-    session = Session("ann", 0, LogLimits(8, 1024, 60.0), Totals(), lambda *_: None)
+    session = Session("ann", 0, ReplayLimits(8, 1024, 60.0), Counters(), lambda *_: None)
     assert not session.knows(text)
     assert session.present(text) is None
     good = session.new_token().partition(".")[2]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 
-from fastapi_ws_stabilizer.client import Client, TransportLostError
+from fastapi_ws_stabilizer.client import Client, TransportClosedError
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, parse
 from tests.simulation.virtual_time import run_virtually
 
@@ -54,7 +54,7 @@ class FakeLink:
         self.may_close = asyncio.Event()
         self.may_close.set()
         self._incoming: asyncio.Queue[str | bytes | Exception] = asyncio.Queue()
-        self._lost: TransportLostError | None = None
+        self._lost: TransportClosedError | None = None
 
     # ── as a transport ──
 
@@ -62,7 +62,7 @@ class FakeLink:
         """As `Transport`."""
         await self.may_send.wait()
         if self._lost is not None or self.broken:
-            raise self._lost or TransportLostError(1006, "broken pipe")
+            raise self._lost or TransportClosedError(1006, "broken pipe")
         self.raw.append(message)
         self.sent.append(parse(message))
 
@@ -111,7 +111,7 @@ class FakeLink:
     def lose(self, code: int, reason: str = "") -> None:
         """End the connection."""
         if self._lost is None:
-            self._lost = TransportLostError(code, reason)
+            self._lost = TransportClosedError(code, reason)
             self._incoming.put_nowait(self._lost)
 
     async def closes(self, code: int, reason: str = "") -> None:

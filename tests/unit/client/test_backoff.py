@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.client import backoff as backoff_module
-from fastapi_ws_stabilizer.client.backoff import Backoff, Verdict, verdict
+from fastapi_ws_stabilizer.client.backoff import Backoff, ReconnectAction, action_for
 
 AGAIN = [1000, 1001, 1005, 1006, 1011, 1012, 1013, 1014, 1015, 4408, 4409, 4429, 4500, 4503, 4507]
 AGAIN_OF_APPLICATIONS = [3001, 3002, 3004, 3999, 4001, 4100, 4350, 4399, 4501, 4600, 4999]
@@ -19,31 +19,31 @@ SLOW = [1012, 1013, 1014, 4429, 4503]
 @pytest.mark.parametrize("code", AGAIN + AGAIN_OF_APPLICATIONS)
 def test_a_code_without_a_verdict_is_dialled_again_after(code: int) -> None:
     """What says nothing about the client itself is no reason to stay away."""
-    assert verdict(code) is Verdict.AGAIN
+    assert action_for(code) is ReconnectAction.AGAIN
 
 
 @pytest.mark.parametrize("code", FINAL + FINAL_OF_APPLICATIONS)
 def test_a_final_code_is_obeyed(code: int) -> None:
     """A client that is told that it is wrong does not come back."""
-    assert verdict(code) is Verdict.FINAL
+    assert action_for(code) is ReconnectAction.FINAL
 
 
 @pytest.mark.parametrize("code", [1008, 3000, 4401])
 def test_a_code_about_credentials_wants_new_ones(code: int) -> None:
     """Credentials can be renewed, once."""
-    assert verdict(code) is Verdict.REFRESH
+    assert action_for(code) is ReconnectAction.REFRESH
 
 
 @pytest.mark.parametrize("code", [4000, 4412])
 def test_a_client_that_leaves_to_come_back_dials_at_once(code: int) -> None:
     """Detaching and resynchronising are no failures of the server."""
-    assert verdict(code) is Verdict.NOW
+    assert action_for(code) is ReconnectAction.NOW
 
 
 @given(st.integers(1000, 4999))
 def test_every_code_has_a_verdict(code: int) -> None:
     """There is no code that a client does not know what to do with."""
-    assert verdict(code) in Verdict
+    assert action_for(code) in ReconnectAction
 
 
 def delays(monkeypatch: pytest.MonkeyPatch, dice: float, codes: list[int], **options: float) -> list[float]:

@@ -13,15 +13,15 @@ import pytest
 from fastapi_ws_stabilizer.client import (
     BufferFullError,
     Client,
-    ClosedError,
+    ClientClosedError,
     Gap,
+    MessageTooLargeError,
     NotStartedError,
     RefusedError,
     RequestError,
     RequestTimeoutError,
     SessionLostError,
-    TooLargeError,
-    TransportLostError,
+    TransportClosedError,
     UnreadableFrameError,
     connect,
 )
@@ -106,7 +106,7 @@ async def test_a_client_whose_first_answer_is_final_leaves_nothing_behind() -> N
     scene = Scene()
     scene.subprotocol = None
     scene.client.on_close(lambda *_: asyncio.sleep(3600))
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClientClosedError):
         await scene.client.__aenter__()
     assert len(scene.client._tasks) == 0
 
@@ -115,8 +115,8 @@ async def test_a_client_whose_first_answer_is_final_leaves_nothing_behind() -> N
 async def test_what_can_never_be_dialled_ends_the_client() -> None:
     """A dial that says that no other can succeed is the last one."""
     scene = Scene()
-    scene.failures = [ClosedError(4400, "it cannot be dialled: not://a.url")]
-    with pytest.raises(ClosedError, match=r"not://a\.url"):
+    scene.failures = [ClientClosedError(4400, "it cannot be dialled: not://a.url")]
+    with pytest.raises(ClientClosedError, match=r"not://a\.url"):
         await scene.client.__aenter__()
     assert (len(scene.dials), scene.client.state) == (1, "closed")
 
@@ -126,7 +126,7 @@ async def test_a_server_that_speaks_something_else_is_left() -> None:
     """Without the subprotocol there is no common version, and nothing is said."""
     scene = Scene()
     scene.subprotocol = None
-    with pytest.raises(ClosedError, match="does not speak") as caught:
+    with pytest.raises(ClientClosedError, match="does not speak") as caught:
         await scene.client.__aenter__()
     assert caught.value.code == 4406
     assert scene.link.sent == []
@@ -229,12 +229,12 @@ def test_a_final_code_closes_the_client(code: int) -> None:
             await asyncio.sleep(60)
             assert (len(scene.dials), scene.client.state) == (1, "closed")
             for future in (sent, asked):
-                with pytest.raises(ClosedError) as caught:
+                with pytest.raises(ClientClosedError) as caught:
                     await future
                 assert (caught.value.code, caught.value.reason) == (code, "so there")
-            with pytest.raises(ClosedError):
+            with pytest.raises(ClientClosedError):
                 scene.client.send("y")
-            with pytest.raises(ClosedError, match="so there"):
+            with pytest.raises(ClientClosedError, match="so there"):
                 await anext(aiter(scene.client))
             assert scene.client.closed is not None
             assert scene.client.closed.code == code
@@ -333,7 +333,7 @@ async def test_delays_grow_until_a_connection_was_stable(monkeypatch: pytest.Mon
     """Failed dials wait longer and longer; five seconds of an open connection begin anew, and less does not."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     async with Scene() as scene:
-        scene.failures = [TransportLostError(1006, "refused")] * 2
+        scene.failures = [TransportClosedError(1006, "refused")] * 2
         await scene.opened()
         await scene.link.closes(1006)
         await scene.redialled(2)
@@ -534,7 +534,7 @@ async def test_a_message_that_the_server_would_not_take_is_refused() -> None:
     """`max` of the welcome is looked at before anything is sent."""
     async with Scene() as scene:
         await scene.opened(max=1000)
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             scene.client.send("x" * 1000)
         scene.client.send("x" * 900)
 
@@ -1565,7 +1565,7 @@ async def test_a_listener_may_be_async() -> None:
 
 @virtually
 async def test_closing_settles_everything() -> None:
-    """At the end every future fails with `ClosedError`, whatever state its message was in."""
+    """At the end every future fails with `ClientClosedError`, whatever state its message was in."""
     scene = Scene()
     async with scene:
         await scene.opened()
@@ -1584,10 +1584,10 @@ async def test_closing_settles_everything() -> None:
     assert accepted.result() is None
     assert futures.pop().result() == "nothing"
     for future in futures:
-        assert isinstance(future.exception(), ClosedError)
-    with pytest.raises(ClosedError):
+        assert isinstance(future.exception(), ClientClosedError)
+    with pytest.raises(ClientClosedError):
         await scene.client.request("late")
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClientClosedError):
         scene.client.start()
     await scene.client.close()
     assert len(scene.client._tasks) == 0
@@ -1612,7 +1612,7 @@ def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
         await scene.client.close()
         assert now() - at < 6
         assert scene.client.state == "closed"
-        assert isinstance(waiting.exception(), ClosedError)
+        assert isinstance(waiting.exception(), ClientClosedError)
         await asyncio.sleep(200)
         assert len(scene.dials) <= 1
         assert len(scene.client._tasks) == 0
@@ -1661,7 +1661,7 @@ async def test_a_bug_in_the_client_leaves_nobody_waiting(
         await scene.link.closes(1006)
         await soon()
         assert scene.client.state == "closed"
-        assert isinstance(sent.exception(), ClosedError)
+        assert isinstance(sent.exception(), ClientClosedError)
         assert any("failed" in record.getMessage() for record in caplog.records)
 
 
@@ -1675,7 +1675,7 @@ async def test_no_secret_is_in_what_a_client_shows() -> None:
 
 @virtually
 async def test_connect_makes_a_client() -> None:
-    """`connect` takes what `Client` takes."""
+    """`connect` takes what `Evictable` takes."""
     client = connect("ws://server", dial=Scene()._dial, max_buffered=1)
     assert isinstance(client, Client)
     client.send(1)
@@ -1743,7 +1743,7 @@ def test_flush_timeout_bounds_the_close(flush_timeout: float, caplog: pytest.Log
             at = now()
             await scene.client.close()
             assert flush_timeout <= now() - at < flush_timeout + 0.2
-            assert all(isinstance(one.exception(), ClosedError) for one in sent)
+            assert all(isinstance(one.exception(), ClientClosedError) for one in sent)
 
     play()
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
@@ -1776,11 +1776,11 @@ def test_failed_dials_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     @virtually
     async def play() -> None:
         scene = Scene(url="ws://me:secret@server/ws?token=secret")
-        scene.failures = [TransportLostError(1006, "refused") for _ in range(3)]
+        scene.failures = [TransportClosedError(1006, "refused") for _ in range(3)]
         async with scene:
             await scene.redialled(1)
             await scene.opened()
-            scene.failures = [TransportLostError(1006, "refused")]
+            scene.failures = [TransportClosedError(1006, "refused")]
             await scene.link.closes(1006, "cable")
             await scene.redialled(2)
 
@@ -1823,9 +1823,9 @@ async def test_loop_ends_with_an_error_unless_it_was_our_close() -> None:
             else:
                 await scene.link.closes(code, "out")
             assert (await anext(loop)).data == 1
-            with pytest.raises(StopAsyncIteration if code is None else ClosedError):
+            with pytest.raises(StopAsyncIteration if code is None else ClientClosedError):
                 await anext(loop)
-            with pytest.raises(StopAsyncIteration if code is None else ClosedError):
+            with pytest.raises(StopAsyncIteration if code is None else ClientClosedError):
                 await anext(scene.client)
 
 
@@ -1848,9 +1848,9 @@ def test_first_connect_timeout_closes_a_client_that_never_connected(timeout: flo
     @virtually
     async def play() -> None:
         scene = Scene(first_connect_timeout=timeout)
-        scene.failures = [TransportLostError(1006, "refused") for _ in range(99)]
+        scene.failures = [TransportClosedError(1006, "refused") for _ in range(99)]
         at = now()
-        with pytest.raises(ClosedError, match=r"no connection within .* code 1006 \(refused\)") as caught:
+        with pytest.raises(ClientClosedError, match=r"no connection within .* code 1006 \(refused\)") as caught:
             await scene.client.__aenter__()
         assert (now() - at, caught.value.code) == (pytest.approx(timeout, abs=0.1), 4408)
         assert len(scene.client._tasks) == 0
@@ -1863,7 +1863,7 @@ async def test_first_connect_timeout_does_not_end_a_client_that_was_connected() 
     """A client that has had a connection dials for ever."""
     async with Scene(first_connect_timeout=2) as scene:
         await scene.opened()
-        scene.failures = [TransportLostError(1006, "refused") for _ in range(3)]
+        scene.failures = [TransportClosedError(1006, "refused") for _ in range(3)]
         await scene.link.closes(1006)
         await asyncio.sleep(60)
         assert scene.client.closed is None

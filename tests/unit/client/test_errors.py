@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.client import BufferFullError, ClientError, ClosedError, SessionLostError, TooLargeError
+from fastapi_ws_stabilizer.client import (
+    BufferFullError,
+    ClientClosedError,
+    ClientError,
+    MessageTooLargeError,
+    SessionLostError,
+)
 from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
 
 
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ClosedError(4410, "kicked"), "the client is closed for good: code 4410 (kicked)"),
-        (ClosedError(1000), "the client is closed for good: code 1000"),
+        (ClientClosedError(4410, "kicked"), "the client is closed for good: code 4410 (kicked)"),
+        (ClientClosedError(1000), "the client is closed for good: code 1000"),
         (SessionLostError(), "the session is lost, and it is not known whether this was handled"),
         (BufferFullError(), "too much waits to be sent: "),
-        (TooLargeError(12, 10), "the message has 12 bytes, and the server takes 10"),
+        (MessageTooLargeError(12, 10), "the message has 12 bytes, and the server takes 10"),
     ],
 )
 def test_an_error_says_what_has_happened(error: ClientError, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.client import incoming as incoming_module
-from fastapi_ws_stabilizer.client.incoming import Incoming, event_of
+from fastapi_ws_stabilizer.client.incoming import InboundMessages, event_of
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1 import Message
@@ -25,7 +25,7 @@ class Desk:
         self.failures: list[BaseException] = []
         self.tasks = TaskSet(lambda _, error: self.failures.append(error))
         self.replies: list[tuple[str, Any, Any]] = []
-        self.incoming = Incoming(self.tasks, lambda *reply: self.replies.append(reply))
+        self.incoming = InboundMessages(self.tasks, lambda *reply: self.replies.append(reply))
         self.handled: list[Any] = []
 
     def put(self, *data: Any, event: str | None = None) -> None:
@@ -277,13 +277,13 @@ async def test_requests_of_a_lost_session_are_handled_and_not_answered(desk: Des
     assert desk.replies == [("s1", 3, None)]
 
 
-def crowded(monkeypatch: pytest.MonkeyPatch, waits: bool = False) -> Incoming:
+def crowded(monkeypatch: pytest.MonkeyPatch, waits: bool = False) -> InboundMessages:
     """A place for messages of which two may wait."""
     monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
-    return Incoming(TaskSet(lambda *_: None), lambda *_: None, lambda: waits)
+    return InboundMessages(TaskSet(lambda *_: None), lambda *_: None, lambda: waits)
 
 
-async def fill(incoming: Incoming) -> None:
+async def fill(incoming: InboundMessages) -> None:
     """Read one message by hand, and let as many come in as may wait."""
     incoming.put(Message("a"))
     message = await incoming.get()
@@ -380,7 +380,7 @@ async def test_handlers_that_are_slow_do_not_stop_the_iteration() -> None:
 @virtually
 async def test_a_loop_ends_with_the_client() -> None:
     """What came before the end is read, and then the loop is over."""
-    incoming = Incoming(TaskSet(lambda *_: None), lambda *_: None)
+    incoming = InboundMessages(TaskSet(lambda *_: None), lambda *_: None)
     incoming.put(Message("a"))
     incoming.close()
     assert [message.data async for message in incoming.loop()] == ["a"]

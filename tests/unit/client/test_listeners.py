@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.client.listeners import EVENTS, Listeners
+from fastapi_ws_stabilizer.client.listeners import EVENTS, ClientEvents
 from fastapi_ws_stabilizer.tasks import TaskSet
 from tests.unit.fake_websocket import settle
 
 
-def made() -> tuple[Listeners, list[BaseException]]:
+def made() -> tuple[ClientEvents, list[BaseException]]:
     """Listeners, and the failures of their tasks."""
     failures: list[BaseException] = []
-    return Listeners(TaskSet(lambda _, error: failures.append(error))), failures
+    return ClientEvents(TaskSet(lambda _, error: failures.append(error))), failures
 
 
 @pytest.mark.parametrize("event", EVENTS)

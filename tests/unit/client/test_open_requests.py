@@ -6,22 +6,22 @@ import asyncio
 
 import pytest
 
-from fastapi_ws_stabilizer.client.errors import ClosedError, SessionLostError
-from fastapi_ws_stabilizer.client.open_requests import OpenRequests
-from fastapi_ws_stabilizer.client.outgoing import Outgoing
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, SessionLostError
+from fastapi_ws_stabilizer.client.open_requests import PendingRequests
+from fastapi_ws_stabilizer.client.outgoing import PendingMessage
 from fastapi_ws_stabilizer.errors import RequestError
 from tests.unit.fake_websocket import settle
 
 
-def opened(requests: OpenRequests, name: str) -> tuple[asyncio.Future[object], Outgoing]:
+def opened(requests: PendingRequests, name: str) -> tuple[asyncio.Future[object], PendingMessage]:
     """A request, and the message that it is sent in."""
-    message = Outgoing("msg", None, {"id": name})
+    message = PendingMessage("msg", None, {"id": name})
     return requests.open(name, message), message
 
 
 async def test_an_answer_settles_its_request() -> None:
     """Each answer goes to the request with its id, once."""
-    requests = OpenRequests()
+    requests = PendingRequests()
     (first, _), (second, _) = opened(requests, "c1"), opened(requests, "c2")
     requests.answered("c2", 2, None)
     requests.answered("c2", 3, None)
@@ -32,7 +32,7 @@ async def test_an_answer_settles_its_request() -> None:
 @pytest.mark.parametrize("error", [{"code": "no", "message": "never"}, {}, "no", {"code": 7}, {"code": "x" * 9999}])
 async def test_an_error_is_raised(error: object) -> None:
     """Whatever a server says in place of an error is one, and a short one."""
-    requests = OpenRequests()
+    requests = PendingRequests()
     future, _ = opened(requests, "c1")
     requests.answered("c1", None, error)
     with pytest.raises(RequestError) as caught:
@@ -42,7 +42,7 @@ async def test_an_error_is_raised(error: object) -> None:
 
 async def test_a_request_fails_with_its_message() -> None:
     """A message that is not accepted will not be answered; one that is accepted is not answered yet."""
-    requests = OpenRequests()
+    requests = PendingRequests()
     (failed, lost), (waiting, accepted) = opened(requests, "c1"), opened(requests, "c2")
     cancelled, given_up = opened(requests, "c3")
     lost.fail(SessionLostError())
@@ -56,7 +56,7 @@ async def test_a_request_fails_with_its_message() -> None:
 
 async def test_a_lost_session_fails_what_it_had_accepted() -> None:
     """The answer to an accepted request went with the session; what was not accepted is its message's business."""
-    requests = OpenRequests()
+    requests = PendingRequests()
     (asked, accepted), (unsent, _) = opened(requests, "c1"), opened(requests, "c2")
     accepted.accept()
     requests.session_lost()
@@ -66,15 +66,15 @@ async def test_a_lost_session_fails_what_it_had_accepted() -> None:
 
 async def test_giving_up_fails_all_of_them() -> None:
     """At the end nobody waits any more, and who has stopped waiting is left alone."""
-    requests = OpenRequests()
+    requests = PendingRequests()
     future, _ = opened(requests, "c1")
     forgotten, _ = opened(requests, "c2")
     cancelled, _ = opened(requests, "c3")
     requests.forget("c2")
     requests.forget("c2")
     cancelled.cancel()
-    requests.give_up(ClosedError(1000))
-    assert isinstance(future.exception(), ClosedError)
+    requests.give_up(ClientClosedError(1000))
+    assert isinstance(future.exception(), ClientClosedError)
     assert not forgotten.done()
     assert len(requests) == 0
     requests.answered("c1", 1, None)

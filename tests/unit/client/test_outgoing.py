@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.client import outgoing as outgoing_module
-from fastapi_ws_stabilizer.client.errors import BufferFullError, ClosedError, SessionLostError, TooLargeError
-from fastapi_ws_stabilizer.client.outgoing import SEQ_BYTES, Outgoing, SendBuffer
+from fastapi_ws_stabilizer.client.errors import (
+    BufferFullError,
+    ClientClosedError,
+    MessageTooLargeError,
+    SessionLostError,
+)
+from fastapi_ws_stabilizer.client.outgoing import SEQ_BYTES, PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.wire.v1 import MAX_META_BYTES, MAX_SEQ, envelope, parse
 from tests.unit.own_loop import run
 
@@ -22,9 +27,9 @@ def buffer(
     return SendBuffer(max_messages, max_bytes, overflow)
 
 
-def put(into: SendBuffer, *data: Any) -> list[Outgoing]:
+def put(into: SendBuffer, *data: Any) -> list[PendingMessage]:
     """Add messages."""
-    messages = [Outgoing("msg", one, {}) for one in data]
+    messages = [PendingMessage("msg", one, {}) for one in data]
     for message in messages:
         into.add(message)
     return messages
@@ -224,12 +229,12 @@ async def test_a_message_above_what_the_server_takes_is_refused() -> None:
     """A message that would end the connection is not queued."""
     out = buffer()
     out.max_frame = 100
-    with pytest.raises(TooLargeError, match=r"the message has \d+ bytes, and the server takes 100") as caught:
+    with pytest.raises(MessageTooLargeError, match=r"the message has \d+ bytes, and the server takes 100") as caught:
         put(out, "x" * 100)
     assert caught.value.limit == 100
     assert caught.value.size > 100
     assert len(out) == 0
-    with pytest.raises(TooLargeError):
+    with pytest.raises(MessageTooLargeError):
         put(out, "é" * 45)
     put(out, "x" * 50)
 
@@ -253,8 +258,8 @@ async def test_giving_up_fails_everything() -> None:
     messages = put(out, "a", "b", "c")
     out.next()
     out.resumed(0)
-    out.give_up(ClosedError(1000))
-    assert all(isinstance(message.done.exception(), ClosedError) for message in messages)
+    out.give_up(ClientClosedError(1000))
+    assert all(isinstance(message.done.exception(), ClientClosedError) for message in messages)
     assert (len(out), out.next(), out.oldest_sent) == (0, None, None)
 
 
@@ -266,13 +271,13 @@ async def test_who_does_not_wait_any_more_is_not_told() -> None:
     second.done.cancel()
     sent(out)
     out.accepted(1)
-    out.give_up(ClosedError(1000))
+    out.give_up(ClientClosedError(1000))
 
 
 async def test_what_cannot_be_json_is_refused_at_once() -> None:
     """The caller gets the error, and not a task later."""
     with pytest.raises(ValueError, match="serialize"):
-        Outgoing("msg", object(), {})
+        PendingMessage("msg", object(), {})
 
 
 @pytest.mark.parametrize("data", [{"n": 1}, "\ud83d\ude00 ü", None, b"\x00\xff", bytearray(b"ab"), b""], ids=repr)
@@ -280,7 +285,7 @@ async def test_what_cannot_be_json_is_refused_at_once() -> None:
 async def test_a_number_is_put_into_what_was_encoded(data: Any, fields: dict[str, Any]) -> None:
     """The frame is the same as one that is encoded with its number, for each number, and no larger than it says."""
     data = data.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(data, str) else data
-    message = Outgoing("msg", data, fields)
+    message = PendingMessage("msg", data, fields)
     for message.seq in (1, 12, MAX_SEQ):
         frame = message.frame()
         assert frame == envelope("msg", data, seq=message.seq, **fields)
@@ -320,19 +325,19 @@ async def test_fields_that_fit_without_a_number_only_are_refused_at_once() -> No
     """The fields of a binary message are known to fit before a number is given, and not in the middle of writing."""
     most = MAX_META_BYTES - len('{"type":"msg","note":""}')
     with pytest.raises(ValueError, match="fields of a binary message"):
-        Outgoing("msg", b"", {"note": "x" * most})
-    Outgoing("msg", b"", {"note": "x" * (most - SEQ_BYTES)})
+        PendingMessage("msg", b"", {"note": "x" * most})
+    PendingMessage("msg", b"", {"note": "x" * (most - SEQ_BYTES)})
 
 
 @pytest.mark.parametrize("replay", [False, True])
 async def test_answers_to_a_lost_session_are_dropped(replay: bool) -> None:
     """Nobody in the new session has asked: answers go nowhere, sent or not, and their bytes count no more."""
     out = buffer(max_bytes=300)
-    old = Outgoing("reply", "x" * 100, {"re": "s1"})
+    old = PendingMessage("reply", "x" * 100, {"re": "s1"})
     out.add(old)
     put(out, "a")
     sent(out)
-    fresh = Outgoing("reply", 2, {"re": "s2"})
+    fresh = PendingMessage("reply", 2, {"re": "s2"})
     out.add(fresh)
     put(out, "b")
     failed = out.begun_anew(0, replay=replay)
@@ -392,7 +397,7 @@ async def test_a_name_that_the_server_would_not_take_is_refused_here(field: str,
     """It would end the session of who sends it; text and bytes alike."""
     for data in ("text", b"bytes"):
         with pytest.raises(ValueError, match=f"{field} is at most 256 characters"):
-            Outgoing("msg", data, {field: name})
+            PendingMessage("msg", data, {field: name})
 
 
 async def test_data_that_the_server_would_not_take_is_refused_here() -> None:
@@ -401,4 +406,4 @@ async def test_data_that_the_server_would_not_take_is_refused_here() -> None:
     for _ in range(64):
         deep = [deep]
     with pytest.raises(ValueError, match="nested deeper"):
-        Outgoing("msg", deep, {})
+        PendingMessage("msg", deep, {})

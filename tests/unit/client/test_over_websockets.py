@@ -16,10 +16,10 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
 
 from fastapi_ws_stabilizer.client import over_websockets
-from fastapi_ws_stabilizer.client.backoff import Verdict, verdict
-from fastapi_ws_stabilizer.client.errors import ClosedError
-from fastapi_ws_stabilizer.client.over_websockets import dialler
-from fastapi_ws_stabilizer.client.transport import TransportLostError, UnreadableMessageError
+from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
+from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.over_websockets import connector
+from fastapi_ws_stabilizer.client.transport import TransportClosedError, UnreadableMessageError
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.fake_websocket import eventually, with_deadline
@@ -41,13 +41,13 @@ async def echo(connection: ServerConnection) -> None:
 async def test_texts_and_bytes_go_both_ways() -> None:
     """A transport sends and receives texts and bytes as they are, in the subprotocol that the server has chosen."""
     async with served(echo, subprotocols=[SUBPROTOCOL]) as url:
-        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
         assert transport.subprotocol == SUBPROTOCOL
         for message in ("ü", b"\x00\xff", "", b""):
             await transport.send(message)
             assert await with_deadline(transport.receive()) == message
         await transport.close(1000, "bye")
-        with pytest.raises(TransportLostError):
+        with pytest.raises(TransportClosedError):
             await transport.send("late")
 
 
@@ -65,7 +65,7 @@ async def test_bytes_of_an_incomplete_message_are_counted() -> None:
         await connection.wait_closed()
 
     async with served(slow) as url:
-        transport: Any = await with_deadline(dialler({"compression": None})(url, [SUBPROTOCOL]))
+        transport: Any = await with_deadline(connector({"compression": None})(url, [SUBPROTOCOL]))
         await eventually(lambda: transport.received()[0] >= 1000)
         count, at = transport.received()
         assert 0.0 < at <= monotonic()
@@ -81,7 +81,7 @@ async def test_bytes_of_an_incomplete_message_are_counted() -> None:
 async def test_connection_of_the_options_counts_nothing() -> None:
     """`create_connection` is an option as any other; then whole messages are all that is seen."""
     async with served(echo) as url:
-        dial = dialler({"create_connection": ClientConnection})
+        dial = connector({"create_connection": ClientConnection})
         transport: Any = await with_deadline(dial(url, [SUBPROTOCOL]))
         assert transport.received() == (0, 0.0)
         await transport.close(1000, "")
@@ -90,7 +90,7 @@ async def test_connection_of_the_options_counts_nothing() -> None:
 async def test_a_server_without_the_subprotocol_has_chosen_none() -> None:
     """A server that speaks something else is connected to, and says so."""
     async with served(echo) as url:
-        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
         assert transport.subprotocol is None
         await transport.close(1000, "")
 
@@ -102,12 +102,12 @@ async def test_the_close_frame_of_the_server_is_told() -> None:
         await connection.close(4503, "draining; retry=250")
 
     async with served(close) as url:
-        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
         for _ in range(2):
-            with pytest.raises(TransportLostError) as caught:
+            with pytest.raises(TransportClosedError) as caught:
                 await with_deadline(transport.receive())
             assert (caught.value.code, caught.value.reason) == (4503, "draining; retry=250")
-        with pytest.raises(TransportLostError) as caught:
+        with pytest.raises(TransportClosedError) as caught:
             await transport.send("x")
         assert caught.value.code == 4503
 
@@ -119,8 +119,8 @@ async def test_a_connection_that_breaks_has_no_close_code() -> None:
         connection.transport.abort()
 
     async with served(cut) as url:
-        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
-        with pytest.raises(TransportLostError) as caught:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportClosedError) as caught:
             await with_deadline(transport.receive())
         assert caught.value.code == 1006
 
@@ -133,7 +133,7 @@ async def test_message_over_the_limit_is_unreadable_and_not_final() -> None:
         await connection.wait_closed()
 
     async with served(much) as url:
-        transport = await with_deadline(dialler({"max_size": 1000})(url, [SUBPROTOCOL]))
+        transport = await with_deadline(connector({"max_size": 1000})(url, [SUBPROTOCOL]))
         with pytest.raises(UnreadableMessageError, match="1009") as caught:
             await with_deadline(transport.receive())
         assert caught.value.code == 4412
@@ -162,8 +162,8 @@ async def test_a_refused_handshake_is_a_close_code(
         return response
 
     async with served(echo, process_request=refuse) as url:
-        with pytest.raises(TransportLostError) as caught:
-            await with_deadline(dialler({"proxy": None})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportClosedError) as caught:
+            await with_deadline(connector({"proxy": None})(url, [SUBPROTOCOL]))
     assert caught.value.code == code
     assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
 
@@ -172,8 +172,8 @@ async def test_a_server_that_is_not_there_is_a_lost_connection() -> None:
     """A dial that finds nobody has failed as a broken connection does."""
     async with served(echo) as url:
         pass
-    with pytest.raises(TransportLostError) as caught:
-        await with_deadline(dialler({})(url, [SUBPROTOCOL]))
+    with pytest.raises(TransportClosedError) as caught:
+        await with_deadline(connector({})(url, [SUBPROTOCOL]))
     assert caught.value.code == 1006
 
 
@@ -189,9 +189,9 @@ async def test_a_server_that_is_not_there_is_a_lost_connection() -> None:
 )
 async def test_what_can_never_be_dialled_is_final(url: str, options: dict[str, Any]) -> None:
     """A wrong URL and a wrong option are said to be so, with a code after which no client dials again."""
-    with pytest.raises(ClosedError, match="it cannot be dialled: ") as caught:
-        await with_deadline(dialler(options)(url, [SUBPROTOCOL]))
-    assert verdict(caught.value.code) is Verdict.FINAL
+    with pytest.raises(ClientClosedError, match="it cannot be dialled: ") as caught:
+        await with_deadline(connector(options)(url, [SUBPROTOCOL]))
+    assert action_for(caught.value.code) is ReconnectAction.FINAL
 
 
 async def test_a_certificate_that_is_not_valid_today_is_a_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +201,8 @@ async def test_a_certificate_that_is_not_valid_today_is_a_lost_connection(monkey
         raise ssl.SSLCertVerificationError("certificate has expired")
 
     monkeypatch.setattr(over_websockets, "connect", refuse)
-    with pytest.raises(TransportLostError) as caught:
-        await dialler({})("wss://127.0.0.1/ws", [SUBPROTOCOL])
+    with pytest.raises(TransportClosedError) as caught:
+        await connector({})("wss://127.0.0.1/ws", [SUBPROTOCOL])
     assert caught.value.code == 1006
 
 
@@ -215,13 +215,13 @@ async def test_a_close_that_takes_too_long_is_cut() -> None:
         await held.wait()
 
     async with served(hold, close_timeout=0.01) as url:
-        transport = await with_deadline(dialler({"close_timeout": 60})(url, [SUBPROTOCOL]))
+        transport = await with_deadline(connector({"close_timeout": 60})(url, [SUBPROTOCOL]))
         closing = asyncio.ensure_future(transport.close(4000, "drain"))
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.wait({closing}, timeout=5)
         assert closing.cancelled()
-        with pytest.raises(TransportLostError):
+        with pytest.raises(TransportClosedError):
             await with_deadline(transport.receive())
         held.set()
 
@@ -235,7 +235,7 @@ async def test_close_frame_counts_though_the_server_keeps_the_network_open() -> 
         await connection.wait_closed()
 
     async with served(close_and_stay, close_timeout=0.1) as url:
-        transport = await with_deadline(dialler({})(url, [SUBPROTOCOL]))
-        with pytest.raises(TransportLostError) as caught:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportClosedError) as caught:
             await asyncio.wait_for(transport.receive(), 3)
         assert (caught.value.code, caught.value.reason) == (4429, "why")

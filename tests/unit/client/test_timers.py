@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi_ws_stabilizer.client.timers import Timers
+from fastapi_ws_stabilizer.client.timers import NamedTimers
 from tests.unit.client.fake_link import virtually
 
 
 @virtually
 async def test_a_timer_calls_once_when_it_is_due() -> None:
     """A timer runs until it has called, and can be started anew in its own call."""
-    timers, called = Timers(), []
+    timers, called = NamedTimers(), []
 
     def act() -> None:
         called.append("once")
@@ -32,7 +32,7 @@ async def test_a_timer_calls_once_when_it_is_due() -> None:
 @virtually
 async def test_of_each_name_there_is_one_timer() -> None:
     """Starting a timer again takes the place of the one before, and leaves those of other names alone."""
-    timers, called = Timers(), []
+    timers, called = NamedTimers(), []
     timers.start("x", 1, lambda: called.append("first"))
     timers.start("y", 1, lambda: called.append("other"))
     timers.start("x", 2, lambda: called.append("second"))
@@ -43,7 +43,7 @@ async def test_of_each_name_there_is_one_timer() -> None:
 @virtually
 async def test_a_stopped_timer_does_not_call() -> None:
     """Stopping one or all of them, also again or before any was started, ends the calling."""
-    timers, called = Timers(), []
+    timers, called = NamedTimers(), []
     timers.stop("x")
     for name in "xyz":
         timers.start(name, 1, lambda: called.append("late"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastapi_ws_stabilizer.client.transport import TransportLostError, dialler
+from fastapi_ws_stabilizer.client.transport import TransportClosedError, default_connector
 
 
 def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,11 +14,11 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "fastapi_ws_stabilizer.client.over_websockets", raising=False)
     monkeypatch.setitem(sys.modules, "websockets.asyncio.client", None)
     with pytest.raises(ImportError, match=r"pip install .*\[client\]"):
-        dialler()
+        default_connector()
 
 
 def test_a_lost_transport_knows_its_code() -> None:
     """The code and the reason are attributes, and in the text."""
-    lost = TransportLostError(4503, "draining")
+    lost = TransportClosedError(4503, "draining")
     assert (lost.code, lost.reason) == (4503, "draining")
     assert "4503" in str(lost)

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.connection.credential import MAX_RENEWAL_CHARS, CredentialTerm, milliseconds, renewal_in
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.connection.credential import (
+    MAX_RENEWAL_CHARS,
+    CredentialExpiry,
+    parse_renewal,
+    to_milliseconds,
+)
 from tests.unit.client.fake_link import virtually
 
 
@@ -17,11 +22,11 @@ class Held:
     """A connection that writes down what it is told, with the time."""
 
     def __init__(self) -> None:
-        self.ending: Ending | None = None
+        self.ending: CloseInfo | None = None
         self.told: list[tuple[float, dict[str, Any]]] = []
         self.ended: list[tuple[float, int | None]] = []
         self.asked: list[str | None] = []
-        self.term = CredentialTerm(self, self.asked.append)
+        self.term = CredentialExpiry(self, self.asked.append)
 
     def answer(self, frame: Any) -> None:
         """As a connection."""
@@ -32,7 +37,7 @@ class Held:
         assert reason is DisconnectReason.POLICY
         assert text == "the credential has expired"
         self.ended.append((now(), code))
-        self.ending = ending(reason, code=code, text=text)
+        self.ending = local_close(reason, code=code, text=text)
         return True
 
 
@@ -59,7 +64,7 @@ async def test_a_client_is_asked_in_time_and_ended_on_time(life: float, asked_at
     held = Held()
     held.term.good_for(life)
     await asyncio.sleep(life + 1)
-    assert held.told == [(asked_at, {"type": "auth", "in": milliseconds(life - asked_at)})]
+    assert held.told == [(asked_at, {"type": "auth", "in": to_milliseconds(life - asked_at)})]
     assert held.ended == [(life, 4401)]
 
 
@@ -153,19 +158,19 @@ async def test_a_credential_that_is_found_good_too_late() -> None:
 )
 def test_the_credential_in_a_plain_clients_message(message: str | bytes, token: str | None) -> None:
     """Only an object of exactly that shape is one; all else is data of the application."""
-    assert renewal_in(message) == token
+    assert parse_renewal(message) == token
 
 
 def test_eight_kilobytes_of_credential_are_one() -> None:
     """The longest credential that is taken elsewhere can be renewed too."""
     token = "x" * 8192
-    assert renewal_in(f'{{"type":"auth","token":"{token}"}}') == token
+    assert parse_renewal(f'{{"type":"auth","token":"{token}"}}') == token
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, 1), (0.0001, 1), (1.0, 1000), (1.2345, 1234)])
 def test_durations_cross_the_wire_in_milliseconds(seconds: float, told: int) -> None:
     """One at least: nothing would say that it is over."""
-    assert milliseconds(seconds) == told
+    assert to_milliseconds(seconds) == told
 
 
 @virtually

@@ -13,20 +13,20 @@ from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
 from fastapi.exceptions import WebSocketRequestValidationError
 from starlette import exceptions as starlette_exceptions
 
-from fastapi_ws_stabilizer.close_codes import MAX_REASON_BYTES, DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint, ending_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.close_codes import MAX_REASON_BYTES, CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, find_exit_stack, is_bug
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
     DuplicateClientError,
     MessageEncodeError,
     MessageFormatError,
     ShutdownError,
-    socket_closed,
+    closed_error_for,
 )
 from tests.unit.fake_websocket import settle, with_deadline
 
-CLOSED = socket_closed(ending(DisconnectReason.REPLACED))
-TIMED_OUT = socket_closed(ending(DisconnectReason.HEARTBEAT_TIMEOUT))
+CLOSED = closed_error_for(local_close(DisconnectReason.REPLACED))
+TIMED_OUT = closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,23 @@ def test_everything_else_is_a_bug(error: BaseException) -> None:
 )
 def test_each_way_to_end_has_its_code(error: Any, reason: DisconnectReason, code: int, text: str) -> None:
     """A return is 1000, an HTTPException 4000 + its status, a bug 1011 without a word about the inside."""
-    assert ending_for(error) == Ending(reason, code, text[:123])
+    assert close_info_for(error) == CloseInfo(reason, code, text[:123])
 
 
 def test_an_http_error_with_an_odd_status_still_has_a_code() -> None:
     """A status that makes no close code of 4000 + status ends the connection all the same."""
-    assert ending_for(HTTPException(1500, "odd")).reason in (DisconnectReason.POLICY, DisconnectReason.ERROR)
+    assert close_info_for(HTTPException(1500, "odd")).reason in (DisconnectReason.POLICY, DisconnectReason.ERROR)
 
 
 def test_a_detail_that_json_does_not_know_is_written_as_text() -> None:
     """Any detail can stand in the close reason."""
-    assert "object" in ending_for(HTTPException(400, {"x": object()})).text
+    assert "object" in close_info_for(HTTPException(400, {"x": object()})).text
 
 
 def test_a_validation_error_names_the_parameters() -> None:
     """Invalid parameters close with 1008 and a reason that names them as JSON."""
     error = WebSocketRequestValidationError([{"loc": ("query", "page"), "msg": "not an int", "type": "int"}])
-    how = ending_for(error)
+    how = close_info_for(error)
     assert (how.reason, how.code) == (DisconnectReason.POLICY, 1008)
     assert json.loads(how.text) == [{"loc": "query.page", "msg": "not an int"}]
 
@@ -107,7 +107,7 @@ def test_a_validation_error_names_the_parameters() -> None:
 def test_only_whole_problems_stand_in_a_reason() -> None:
     """Of many problems as many are told as fit whole, so that the reason stays JSON."""
     problems = [{"loc": ("query", f"parameter{number}"), "msg": "not an int"} for number in range(10)]
-    text = ending_for(WebSocketRequestValidationError(problems)).text
+    text = close_info_for(WebSocketRequestValidationError(problems)).text
     assert 0 < len(json.loads(text)) < 10
     assert len(text.encode()) <= MAX_REASON_BYTES
 
@@ -115,12 +115,12 @@ def test_only_whole_problems_stand_in_a_reason() -> None:
 def test_a_problem_that_is_too_long_is_told_by_its_place() -> None:
     """A single problem that does not fit is cut to the parameter's name."""
     problem = {"loc": ("query", "page"), "msg": "x" * 500}
-    assert ending_for(WebSocketRequestValidationError([problem])).text == "invalid: query.page"
+    assert close_info_for(WebSocketRequestValidationError([problem])).text == "invalid: query.page"
 
 
 def test_a_validation_error_without_problems_is_told_too() -> None:
     """An empty list of problems is no failure of its own."""
-    assert ending_for(WebSocketRequestValidationError([])).code == 1008
+    assert close_info_for(WebSocketRequestValidationError([])).code == 1008
 
 
 # ── cancelling ──
@@ -130,7 +130,7 @@ async def test_our_own_cancellation_can_be_swallowed() -> None:
     """The task that we cancelled may go on, and its count of cancellations is right again."""
 
     async def endpoint() -> int:
-        mine = Endpoint(cancellable=True)
+        mine = EndpointTask(cancellable=True)
         ready.set_result(mine)
         try:
             await asyncio.Event().wait()
@@ -141,7 +141,7 @@ async def test_our_own_cancellation_can_be_swallowed() -> None:
 
     ours: list[bool] = []
 
-    ready: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(endpoint())
     (await ready).cancel()
     assert await with_deadline(task) == 0
@@ -152,7 +152,7 @@ async def test_a_foreign_cancellation_is_not_ours() -> None:
     """A task that somebody else cancelled has to go on with its cancellation."""
 
     async def endpoint() -> bool:
-        mine = Endpoint(cancellable=True)
+        mine = EndpointTask(cancellable=True)
         ready.set_result(mine)
         try:
             await asyncio.Event().wait()
@@ -160,7 +160,7 @@ async def test_a_foreign_cancellation_is_not_ours() -> None:
             return mine.is_own_cancellation(error)
         return True
 
-    ready: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(endpoint())
     await ready
     task.cancel("server stops")
@@ -172,7 +172,7 @@ async def test_a_foreign_cancellation_beside_ours_wins() -> None:
     """Where both have cancelled, the cancellation goes on."""
 
     async def endpoint() -> bool:
-        mine = Endpoint(cancellable=True)
+        mine = EndpointTask(cancellable=True)
         ready.set_result(mine)
         try:
             await asyncio.Event().wait()
@@ -180,7 +180,7 @@ async def test_a_foreign_cancellation_beside_ours_wins() -> None:
             return mine.is_own_cancellation(error)
         return True
 
-    ready: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(endpoint())
     (await ready).cancel()
     task.cancel("server stops")
@@ -189,7 +189,7 @@ async def test_a_foreign_cancellation_beside_ours_wins() -> None:
 
 async def test_an_error_that_is_no_cancellation_is_not_ours() -> None:
     """What an endpoint raises when it is cancelled is its own error."""
-    endpoint = Endpoint(cancellable=True)
+    endpoint = EndpointTask(cancellable=True)
     assert not endpoint.is_own_cancellation(ValueError("no"))
     assert not endpoint.is_own_cancellation(asyncio.CancelledError())
 
@@ -198,7 +198,7 @@ async def test_user_code_that_has_returned_is_not_cancelled() -> None:
     """The clean-up of dependencies, which runs in the same task, is left alone."""
 
     async def endpoint() -> str:
-        mine = Endpoint(cancellable=True)
+        mine = EndpointTask(cancellable=True)
         mine.has_returned()
         mine.has_returned()
         mine.cancel()
@@ -212,7 +212,7 @@ async def test_an_endpoint_is_cancelled_once() -> None:
     """A second cancel does not hit the code that handles the first."""
 
     async def endpoint() -> str:
-        mine = Endpoint(cancellable=True)
+        mine = EndpointTask(cancellable=True)
         ready.set_result(mine)
         try:
             await asyncio.Event().wait()
@@ -221,7 +221,7 @@ async def test_an_endpoint_is_cancelled_once() -> None:
             await asyncio.sleep(0)
         return "handled"
 
-    ready: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[EndpointTask] = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(endpoint())
     (await ready).cancel()
     assert await with_deadline(task) == "handled"
@@ -229,7 +229,7 @@ async def test_an_endpoint_is_cancelled_once() -> None:
 
 async def test_an_endpoint_that_is_not_ours_to_cancel_is_left_alone() -> None:
     """For a socket that was connected by hand nobody waits, and nothing is cancelled."""
-    endpoint = Endpoint(cancellable=False)
+    endpoint = EndpointTask(cancellable=False)
     assert endpoint.returned.done()
     endpoint.cancel()
     await settle()
@@ -243,7 +243,7 @@ async def test_an_endpoint_that_is_not_ours_to_cancel_is_left_alone() -> None:
 async def test_the_end_of_user_code_is_learnt_from_fastapis_stack(name: str) -> None:
     """The callback stands above the dependencies, so it is called before they are closed."""
     order: list[str] = []
-    endpoint = Endpoint(cancellable=True)
+    endpoint = EndpointTask(cancellable=True)
     async with AsyncExitStack() as stack:
         stack.callback(lambda: order.append(f"dependency closed, returned={endpoint.returned.done()}"))
         endpoint.watch({name: stack})
@@ -260,7 +260,7 @@ async def test_the_stack_that_closes_first_is_taken() -> None:
 
 async def test_without_a_stack_only_the_refinement_is_missing() -> None:
     """Outside FastAPI there is no stack, and watching does nothing."""
-    endpoint = Endpoint(cancellable=True)
+    endpoint = EndpointTask(cancellable=True)
     endpoint.watch({})
     assert find_exit_stack({}) is None
     assert not endpoint.returned.done()
@@ -272,4 +272,4 @@ def test_error_of_application_with_unsendable_code_ends_with_1008() -> None:
     class Odd(ShutdownError):
         close_code = 1005
 
-    assert ending_for(Odd()).code == 1008
+    assert close_info_for(Odd()).code == 1008

@@ -11,7 +11,7 @@ from pydantic_core import from_json
 
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, InboxLimits
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
-from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
 from fastapi_ws_stabilizer.wire.v1 import message_of
 from tests.unit.fake_websocket import settle, with_deadline
 from tests.unit.own_loop import run
@@ -225,7 +225,7 @@ async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() 
 @pytest.mark.parametrize("others", [0, 1, 2])
 async def test_requests_are_taken_out_of_an_inbox(others: int) -> None:
     """Only what asks for an answer is taken out, and the memory of it is given back."""
-    ledger = Ledger()
+    ledger = MemoryBudget()
     inbox = Inbox(InboxLimits(10, 10_000, ledger))
     for number in range(others):
         inbox.put(str(number))

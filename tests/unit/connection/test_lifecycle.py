@@ -12,7 +12,7 @@ import pytest
 from fastapi import HTTPException
 from starlette.websockets import WebSocketDisconnect
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending_by_peer
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, remote_close
 from fastapi_ws_stabilizer.errors import NotOpenError, SocketClosed
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import eventually, settle, with_deadline
@@ -51,7 +51,7 @@ async def test_the_first_ending_wins(bench: Any) -> None:
     assert connection.end(DisconnectReason.HEARTBEAT_TIMEOUT)
     assert not connection.end(DisconnectReason.APPLICATION, code=4000)
     connection.lost(OSError("gone"))
-    connection.ended_by_peer(ending_by_peer(1001, None, close_frame=True))
+    connection.ended_by_peer(remote_close(1001, None, close_frame=True))
     b.server.feed_disconnect(1001)
     await with_deadline(connection.finished)
     assert connection.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
@@ -191,7 +191,7 @@ async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: 
 
 async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
     b = bench(send_timeout=60)
     aborted = transport_of(b.server)
     closing: list[bool] = []
@@ -233,7 +233,7 @@ async def test_a_refused_send_waits_for_the_server_to_say_why(bench: Any) -> Non
 
 async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the server never says why it refused a message, the network is taken for lost."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
@@ -245,7 +245,7 @@ async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monke
 
 async def test_a_flush_that_fails_counts_what_was_not_sent(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages whose flush the server refuses are counted as discarded, and not forgotten."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending._A_SERVER_MAY_STILL_SAY_WHY", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.sending.DISCONNECT_EVENT_GRACE", 0.01)
     b = bench()
     connection, _ = await b.open()
     b.server.fail(OSError("broken pipe"))
@@ -265,7 +265,7 @@ async def test_a_message_and_a_disconnect_in_one_turn_end_at_once(bench: Any) ->
     await settle()
     b.server.feed_disconnect(1001)
     connection.enqueue(encode("too late"))
-    connection.ended_by_peer(ending_by_peer(1001, None, close_frame=True))
+    connection.ended_by_peer(remote_close(1001, None, close_frame=True))
     await asyncio.wait_for(socket.close(), 1.0)
     await asyncio.wait_for(asyncio.shield(connection.finished), 1.0)
     assert b.reports.totals.messages_discarded == 1

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.connection.socket import READERS_BEGIN_WITHIN
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.socket import READER_START_GRACE
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.servers.link import EXTENSION
 from fastapi_ws_stabilizer.wire.payload import encode
@@ -88,7 +88,7 @@ def linked(bench: Any) -> Any:
         b = bench(**options)
         b.server = LinkServer()
         await b.open()
-        assert isinstance(b.connection.outbox, LinkOutbox)
+        assert isinstance(b.connection.outbox, DirectOutbox)
         return b
 
     return make
@@ -147,20 +147,20 @@ async def test_a_large_backlog_is_written_in_pieces(linked: Any, monkeypatch: py
 
 async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.HEALTHY_SEND", -1.0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.STALL_THRESHOLD", -1.0)
     b = await linked(outbox_max_messages=2)
     b.server.stall()
     offer(b, "a")
     await settle()
     offer(b, "b", "c")
-    assert b.slow == [SlowClient.LAGGING, SlowClient.DISCONNECTED]
+    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
     assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
     assert b.server.closed == [(4507, "slow consumer")]
 
 
 async def test_a_stalled_client_is_cut_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that makes no progress at all is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
     b = await linked(send_timeout=0.03)
     b.server.stall()
     offer(b, "a")
@@ -386,7 +386,7 @@ async def test_a_bug_in_taking_a_message_is_told_and_ends_the_connection(
 ) -> None:
     """As on other servers: the log names it, and the server hears of no exception."""
     b = await linked()
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_reader.for_inbox", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_reader.decode", lambda *_: 1 / 0)
     b.server.sink.received("x")
     assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")
@@ -482,7 +482,7 @@ async def test_what_user_code_sends_waits_in_the_outbox_while_the_transport_has_
 async def test_a_sender_that_holds_the_event_loop_lets_it_turn_now_and_then(
     linked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A send gives the loop a turn when it was held for longer than MAX_HOLD, and else it does not."""
+    """A send gives the loop a turn when it was held for longer than MAX_BLOCK, and else it does not."""
     b = await linked()
     now = [1e9]
     monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
@@ -491,7 +491,7 @@ async def test_a_sender_that_holds_the_event_loop_lets_it_turn_now_and_then(
     asyncio.get_running_loop().call_soon(turned.append, "turned")
     await b.connection.send(encode("second"))
     assert turned == []
-    now[0] += 2 * turns_module.MAX_HOLD
+    now[0] += 2 * turns_module.MAX_BLOCK
     await b.connection.send(encode("third"))
     assert turned == ["turned"]
 
@@ -554,7 +554,7 @@ async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> 
     await asyncio.sleep(0)
     say(b, *"123")
     assert not b.server.reading
-    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    await asyncio.sleep(1.5 * READER_START_GRACE)
     say(b, *"45")
     assert b.server.reading
     assert b.reports.totals.messages_discarded == 3
@@ -570,7 +570,7 @@ async def test_wait_for_the_end_that_is_given_up_decides_nothing(linked: Any) ->
     waiting.cancel()
     await asyncio.sleep(0)
     say(b, *"123")
-    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    await asyncio.sleep(1.5 * READER_START_GRACE)
     assert [await b.connection.face.receive() for _ in range(3)] == ["1", "2", "3"]
     assert "reading_paused" in b.heard.events
 
@@ -579,7 +579,7 @@ async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> No
     """A burst that fills the inbox before the task that waits for a message has run is read whole."""
     b = await linked(inbox_max_messages=2)
     waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(1.5 * READERS_BEGIN_WITHIN)
+    await asyncio.sleep(1.5 * READER_START_GRACE)
     reading = asyncio.ensure_future(b.connection.face.receive())
     await asyncio.sleep(0)
     say(b, *"123")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
 from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
-from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, Writers
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, WriterPool
 from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.hub.slots import Slots
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.reports import Reports, Totals
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.reports import Counters, EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
@@ -34,7 +34,7 @@ class Owner:
     context = None
 
     def __init__(self) -> None:
-        self.totals = Totals()
+        self.totals = Counters()
         self.stuck = 0
         self.waits = 0
         self.failures: list[Exception] = []
@@ -42,7 +42,7 @@ class Owner:
         self.outbox: Outbox | None = None
         self.dropped_messages = 0
         self.coalesced_messages = 0
-        self.told: list[SlowClient | str] = []
+        self.told: list[SlowConsumer | str] = []
 
     @property
     def taken(self) -> int:
@@ -57,7 +57,7 @@ class Owner:
         """Count messages in whose place a newer one came."""
         self.coalesced_messages += 1
 
-    def slow(self, how: SlowClient) -> None:
+    def slow(self, how: SlowConsumer) -> None:
         """Keep how slow the client has become."""
         self.told.append(how)
 
@@ -103,10 +103,10 @@ class Post:
         send_timeout: float = 5.0,
         *,
         by_hand: bool = True,
-        sends: Slots | None = None,
+        sends: CallbackSemaphore | None = None,
     ) -> None:
         self.by_hand = by_hand
-        self.sends = Slots(100) if sends is None else sends
+        self.sends = CallbackSemaphore(100) if sends is None else sends
         self.server = FakeServer()
         self.owner = Owner()
         self.tasks = TaskSet(lambda _, error: None)
@@ -125,11 +125,11 @@ class Post:
         return AsgiOutbox(
             self.owner,
             limits,
-            Turns(1, Reports()),
+            FlushScheduler(1, EventBus()),
             0,
             send=self.server.send,
             by_hand=self.by_hand,
-            writers=Writers(self.tasks, self.sends, Slots(100)),
+            writers=WriterPool(self.tasks, self.sends, CallbackSemaphore(100)),
         )
 
     def waiting(self, text: str) -> asyncio.Future[bool]:
@@ -445,7 +445,7 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
 
 async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.02)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.progress = list(range(20))
     await p.stuck_with("sending")
@@ -456,7 +456,7 @@ async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.
 
 async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a send waits the owner can look at its transport, long before `send_timeout`."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
     p = post(send_timeout=5)
     await p.stuck_with("sending")
     await eventually(lambda: p.owner.waits >= 2)
@@ -496,13 +496,13 @@ async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a send wait for a minute before its slot is given to others."""
     for module in (send_watch_module, asgi_outbox_module):
-        monkeypatch.setattr(module, "HEALTHY_SEND", 60.0)
+        monkeypatch.setattr(module, "STALL_THRESHOLD", 60.0)
 
 
 @pytest.mark.usefixtures("patient")
 async def test_who_reads_needs_no_slot(post: Any) -> None:
     """However many stuck clients there are for two slots, one whose sends do not wait gets all of its messages."""
-    slots = Slots(2)
+    slots = CallbackSemaphore(2)
     stuck = [post(sends=slots) for _ in range(40)]
     for one in stuck:
         await one.stuck_with("stuck")
@@ -520,7 +520,7 @@ async def test_who_reads_needs_no_slot(post: Any) -> None:
 @pytest.mark.usefixtures("patient")
 async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> None:
     """A send that was begun and waits for a slot is neither begun again nor overtaken, and its client is stuck."""
-    slots = Slots(1)
+    slots = CallbackSemaphore(1)
     first, second = post(sends=slots), post(sends=slots)
     await first.stuck_with("first")
     await second.stuck_with("begun", "behind")
@@ -538,7 +538,7 @@ async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> Non
 @pytest.mark.usefixtures("patient")
 async def test_a_send_without_a_slot_ends_with_its_connection(post: Any) -> None:
     """Discarding closes the send that was begun, counts its message, and leaves the slot to others."""
-    slots = Slots(1)
+    slots = CallbackSemaphore(1)
     first, second, third = (post(sends=slots) for _ in range(3))
     await first.stuck_with("first")
     begun = second.server.send(encode("begun").message())
@@ -557,7 +557,7 @@ async def test_a_send_without_a_slot_ends_with_its_connection(post: Any) -> None
 @pytest.mark.parametrize("by_hand", [True, False])
 async def test_a_stuck_send_gives_its_slot_up(post: Any, by_hand: bool) -> None:
     """A send that waits for longer than a healthy client makes it holds up no other, and goes on all the same."""
-    slots = Slots(1)
+    slots = CallbackSemaphore(1)
     stuck, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
     await stuck.stuck_with("stuck")
     other.server.block()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
-from fastapi_ws_stabilizer.connection.backlog import Backlog, OutboxLimits
-from fastapi_ws_stabilizer.connection.outbox_owner import SlowClient
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.connection.backlog import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.reports import Counters
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
@@ -23,7 +23,7 @@ from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadl
 @pytest.fixture
 async def stalled(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A connection whose first message is stuck for long in the server, so that all others wait in the outbox."""
-    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
 
     async def make(**options: Any) -> Any:
         b = bench(outbox_max_messages=4, **options)
@@ -36,14 +36,14 @@ async def stalled(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def offer(b: Any, *texts: str, key: Any = None) -> list[Offered]:
+def offer(b: Any, *texts: str, key: Any = None) -> list[EnqueueResult]:
     return [b.connection.outbox.offer(encode(text, key)) for text in texts]
 
 
 async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
     """The messages that have waited longest go, and each is counted."""
     b = await stalled(outbox_overflow="drop_oldest")
-    assert offer(b, *"abcdef")[-1] is Offered.SLOW
+    assert offer(b, *"abcdef")[-1] is EnqueueResult.SLOW
     b.server.release()
     await b.server.until(lambda: b.server.data == ["stuck", "c", "d", "e", "f"])
     assert b.reports.totals.messages_dropped == b.connection.dropped_messages == 2
@@ -53,7 +53,7 @@ async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
 async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
     """What waits is kept, what finds no room is counted."""
     b = await stalled(outbox_overflow="drop_newest")
-    assert offer(b, *"abcdef")[-2:] == [Offered.DROPPED, Offered.DROPPED]
+    assert offer(b, *"abcdef")[-2:] == [EnqueueResult.DROPPED, EnqueueResult.DROPPED]
     b.server.release()
     await b.server.until(lambda: b.server.data == ["stuck", "a", "b", "c", "d"])
     assert b.reports.totals.messages_dropped == 2
@@ -62,24 +62,24 @@ async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
 async def test_disconnect_closes_4507(stalled: Any) -> None:
     """The client learns that it has missed something."""
     b = await stalled()
-    assert offer(b, *"abcde")[-1] is Offered.REFUSED
+    assert offer(b, *"abcde")[-1] is EnqueueResult.REFUSED
     assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
-    assert b.slow == [SlowClient.LAGGING, SlowClient.DISCONNECTED]
+    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 
 
 async def test_each_degree_of_slowness_is_told_once_until_the_client_has_caught_up(stalled: Any) -> None:
     """Lagging, dropping, and anew after it has caught up."""
     b = await stalled(outbox_overflow="drop_newest")
     offer(b, *"abcdefgh")
-    assert b.slow == [SlowClient.LAGGING, SlowClient.DROPPING]
+    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING]
     b.server.release()
     await eventually(lambda: "client_caught_up" in b.heard.events)
     b.server.block()
     offer(b, "stuck again")
     await b.server.until(lambda: b.server.offered[-1].get("text") == "stuck again")
     offer(b, *"abcd")
-    assert b.slow == [SlowClient.LAGGING, SlowClient.DROPPING, SlowClient.LAGGING]
-    assert b.reports.totals.slow_clients == {SlowClient.LAGGING: 2, SlowClient.DROPPING: 1}
+    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
+    assert b.reports.totals.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
 
 
 async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any) -> None:
@@ -106,7 +106,7 @@ async def test_a_newer_message_takes_the_place_of_one_that_a_sender_waits_with(s
     ]
     await settle()
     assert not any(sender.done() for sender in senders)
-    assert offer(b, "p2", "p3", key="price") == [Offered.SLOW, Offered.SLOW]
+    assert offer(b, "p2", "p3", key="price") == [EnqueueResult.SLOW, EnqueueResult.SLOW]
     assert b.connection.outbox.put(encode("p4", "price"))
     b.server.release()
     await with_deadline(asyncio.gather(*senders))
@@ -141,7 +141,7 @@ async def test_a_waiting_sender_is_not_starved_by_smaller_messages(bench: Any) -
     b.connection.outbox._send = one_at_a_time
 
     def fill_up() -> None:
-        while offer(b, "0123456789") != [Offered.DROPPED]:
+        while offer(b, "0123456789") != [EnqueueResult.DROPPED]:
             pass
 
     offer(b, "first")
@@ -165,7 +165,7 @@ async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothe
     manager_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broadcast tells how many lag, whether its message was added or has replaced one."""
-    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
     manager, _ = manager_with(outbox_max_messages=4)
     server = FakeServer()
     await manager.connect("ann", await server.accepted())
@@ -206,7 +206,7 @@ _STEPS = st.lists(
 @given(_STEPS)
 def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
     """Whatever is put in and taken out, order, length, bytes and places of keys are those of a plain list."""
-    backlog = Backlog(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Totals()))
+    backlog = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Counters()))
     model: list[Any] = []
     for number, (step, key) in enumerate(steps):
         if step == "put":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.connection import server_side as server_side_module
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
 from tests.unit.fake_websocket import eventually, settle
 
 
@@ -49,19 +49,19 @@ class Protocol:
         """ASGI."""
 
 
-def side(**attributes: Any) -> ServerSide:
+def side(**attributes: Any) -> ServerTransport:
     """The server's side, for a protocol object with these attributes."""
     protocol = Protocol(**attributes)
-    return ServerSide(protocol.receive, protocol.send)
+    return ServerTransport(protocol.receive, protocol.send)
 
 
-def hidden() -> ServerSide:
+def hidden() -> ServerTransport:
     """The server's side behind a middleware."""
 
     async def receive() -> Any:
         return None
 
-    return ServerSide(receive, lambda message: None)
+    return ServerTransport(receive, lambda message: None)
 
 
 def test_a_transport_within_reach_is_aborted() -> None:
@@ -74,7 +74,7 @@ def test_a_transport_within_reach_is_aborted() -> None:
 
 
 @pytest.mark.parametrize("server", [hidden(), side(), side(transport=None), side(transport=object())])
-def test_a_hidden_transport_changes_nothing_else(server: ServerSide) -> None:
+def test_a_hidden_transport_changes_nothing_else(server: ServerTransport) -> None:
     """Where the transport cannot be had, aborting says so and nothing fails."""
     assert not server.can_abort
     assert not server.abort()
@@ -100,7 +100,7 @@ def test_the_other_end_is_what_the_transport_says(named: Any, peer: str | None) 
 
 
 @pytest.mark.parametrize("server", [hidden(), side(), side(transport=Transport())])
-def test_the_other_end_of_a_hidden_transport_is_not_known(server: ServerSide) -> None:
+def test_the_other_end_of_a_hidden_transport_is_not_known(server: ServerTransport) -> None:
     """Where the transport cannot be had, or says nothing, nobody guesses."""
     assert server.peer is None
 
@@ -122,7 +122,7 @@ async def test_a_transport_is_cut_only_if_it_does_not_flush(
     monkeypatch: pytest.MonkeyPatch, buffered: Any, aborted: int
 ) -> None:
     """What a client does not take in time is cut, and a connection that is flushed is left to itself."""
-    monkeypatch.setattr(server_side_module, "LINGER", 0.0)
+    monkeypatch.setattr(server_side_module, "FLUSH_GRACE", 0.0)
     transport = Transport(buffered)
     side(transport=transport).abort_unless_flushed()
     await settle()
@@ -143,7 +143,7 @@ async def test_a_transport_that_flushes_slowly_has_its_time(most: float, looks: 
 
 async def test_a_transport_that_flushes_in_time_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look decides, after the client had its moment."""
-    monkeypatch.setattr(server_side_module, "LINGER", 0.0)
+    monkeypatch.setattr(server_side_module, "FLUSH_GRACE", 0.0)
     transport = Transport(100)
     asked: list[int] = []
     transport.get_write_buffer_size = lambda: asked.append(1) or (100 if len(asked) == 1 else 0)  # type: ignore[method-assign]
@@ -173,7 +173,7 @@ async def test_who_does_not_answer_a_close_frame_is_cut(
     monkeypatch: pytest.MonkeyPatch, taken: bool, buffered: int, closing: bool, aborted: int
 ) -> None:
     """Unless the answer came meanwhile, or there is, or may be, something that the client is still to read."""
-    monkeypatch.setattr(server_side_module, "ANSWER_TIMEOUT", 0.0)
+    monkeypatch.setattr(server_side_module, "CLOSE_HANDSHAKE_TIMEOUT", 0.0)
     transport = Transport(buffered)
     side(transport=transport).abort_unless_answered(taken=taken)
     transport.is_closing = lambda: closing  # type: ignore[attr-defined]
@@ -194,7 +194,7 @@ async def test_who_is_closing_is_not_waited_for() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what a client has acknowledged")
 async def test_a_slow_client_is_not_cut_before_it_has_taken_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operating system still holds for it counts, and is read to the end."""
-    monkeypatch.setattr(server_side_module, "ANSWER_TIMEOUT", 0.0)
+    monkeypatch.setattr(server_side_module, "CLOSE_HANDSHAKE_TIMEOUT", 0.0)
     loop = asyncio.get_running_loop()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -279,7 +279,7 @@ def _wrapped(send: Any) -> Any:
 def test_the_servers_send_is_found_inside_the_closures_of_a_middleware() -> None:
     """Hypercorn's protocol is behind `send`, which Starlette's exception middleware wraps."""
     protocol = Protocol(connection=SimpleNamespace(state=SimpleNamespace(name="CLOSED")))
-    server = ServerSide(lambda: None, _wrapped(protocol.send))
+    server = ServerTransport(lambda: None, _wrapped(protocol.send))
     assert server.saw_close_frame({"code": 1006})
 
 
@@ -289,7 +289,7 @@ def test_an_endless_chain_of_closures_is_given_up() -> None:
     async def send(message: Any) -> None:
         await send(message)
 
-    assert not ServerSide(lambda: None, send).saw_close_frame({"code": 1006})
+    assert not ServerTransport(lambda: None, send).saw_close_frame({"code": 1006})
 
 
 def test_a_closure_whose_variable_is_gone_is_given_up() -> None:
@@ -306,4 +306,4 @@ def test_a_closure_whose_variable_is_gone_is_given_up() -> None:
 
         return sender
 
-    assert not ServerSide(lambda: None, make()).saw_close_frame({"code": 1006})
+    assert not ServerTransport(lambda: None, make()).saw_close_frame({"code": 1006})

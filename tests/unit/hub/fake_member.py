@@ -6,10 +6,10 @@ import contextvars
 import itertools
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.hub.pulse import Pulse
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.hub.pulse import Liveness
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 _numbers = itertools.count(1)
 
@@ -30,13 +30,13 @@ class FakeMember:
         self.client_id = client_id
         self.shard = shard
         self.place = 0
-        self.pulse = Pulse(0.0)
-        self.ending: Ending | None = None
+        self.pulse = Liveness(0.0)
+        self.ending: CloseInfo | None = None
         self.reading_paused = False
         self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
         self.face: Any = f"face of {self.connection_id}"
-        self.frames: list[Frame] = []
+        self.frames: list[EncodedMessage] = []
         self.protocol_pings: list[bytes] = []
         self.takes = takes
         self.room = room
@@ -45,7 +45,7 @@ class FakeMember:
         self.unsent: int | None = None
         self.taken: int | None = None
         self.silent: float | None = None
-        self.verdict = Offered.QUEUED
+        self.verdict = EnqueueResult.QUEUED
         self.held_memory = 0
 
     def evict(self) -> None:
@@ -71,17 +71,17 @@ class FakeMember:
         """It has no session."""
         return self
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, or end as a connection whose outbox is full."""
         if not self.takes:
             self.end(DisconnectReason.SLOW_CONSUMER)
-            return Offered.REFUSED
-        if self.verdict is Offered.DROPPED:
+            return EnqueueResult.REFUSED
+        if self.verdict is EnqueueResult.DROPPED:
             return self.verdict
         self.frames.append(frame)
-        return Offered.PRESSED if self.pressed else self.verdict
+        return EnqueueResult.PRESSED if self.pressed else self.verdict
 
-    def ping(self, frame: Frame | None, now: float) -> bool:
+    def ping(self, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat, if there is room."""
         if not self.room:
             return False
@@ -108,7 +108,7 @@ class FakeMember:
         """For how long no bytes have come from it."""
         return self.silent
 
-    def offer_now(self, frame: Frame) -> Offered:
+    def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`."""
         return self.offer(frame)
 
@@ -134,5 +134,5 @@ class FakeMember:
         """Begin the end."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
+        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
         return True

@@ -9,22 +9,22 @@ import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.delivery import SMALL_ROOM, Delivery
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.delivery import SMALL_ROOM, Hub
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.hub.fake_member import FakeMember
 
 
-class Hub:
+class Lobby:
     """A delivery with its turns, and connections in the room `lobby`."""
 
     def __init__(self, members: int, **options: Any) -> None:
         self.config = WebSocketConfig(**options)
-        reports = Reports()
-        self.turns = Turns(self.config.num_shards, reports)
-        self.delivery: Delivery[FakeMember] = Delivery(
+        reports = EventBus()
+        self.turns = FlushScheduler(self.config.num_shards, reports)
+        self.delivery: Hub[FakeMember] = Hub(
             self.config,
             reports,
             self.turns,
@@ -61,7 +61,7 @@ class Hub:
 @pytest.fixture
 def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the event loop have been held for long wherever that is asked."""
-    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
 
 
 @pytest.mark.usefixtures("no_hold")
@@ -77,7 +77,7 @@ def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_a_room_is_divided_if_it_is_large(members: int, num_shards: int, reached: list[int]) -> None:
     """A small room is reached at one go, and a large one in num_shards parts."""
-    hub = Hub(members, num_shards=num_shards)
+    hub = Lobby(members, num_shards=num_shards)
     assert await hub.reached_by_turn(rooms="lobby") == reached
 
 
@@ -85,15 +85,15 @@ async def test_a_room_is_divided_if_it_is_large(members: int, num_shards: int, r
 @pytest.mark.parametrize(("num_shards", "reached"), [(1, [8]), (4, [2, 4, 6, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8])])
 async def test_everybody_is_divided_into_num_shards_parts(num_shards: int, reached: list[int]) -> None:
     """A broadcast to everybody goes shard by shard, however few they are."""
-    assert await Hub(8, num_shards=num_shards).reached_by_turn() == reached
+    assert await Lobby(8, num_shards=num_shards).reached_by_turn() == reached
 
 
 @pytest.mark.parametrize("how", ["to one", "to all"])
 async def test_sending_in_a_loop_lets_overdue_work_be_done(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A send gives the loop a turn when writers have waited for longer than MAX_HOLD, and else it does not."""
+    """A send gives the loop a turn when writers have waited for longer than MAX_BLOCK, and else it does not."""
     now = [100.0]
     monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
-    hub = Hub(1, num_shards=1)
+    hub = Lobby(1, num_shards=1)
     log: list[str] = []
 
     class Writer:

@@ -8,18 +8,18 @@ import time
 import pytest
 
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult, FanOut
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.hub.fanout import Broadcaster, BroadcastResult
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 from tests.unit.hub.fake_member import FakeMember
 
 
-async def fan_out(frame: Frame, members: list[FakeMember]) -> BroadcastResult:
+async def fan_out(frame: EncodedMessage, members: list[FakeMember]) -> BroadcastResult:
     """Send a frame to some members, in one go."""
-    reports = Reports()
-    return await FanOut(Turns(1, reports), reports.totals).send(frame, lambda: ([members], ()))
+    reports = EventBus()
+    return await Broadcaster(FlushScheduler(1, reports), reports.totals).send(frame, lambda: ([members], ()))
 
 
 async def test_everybody_gets_the_same_frame() -> None:
@@ -42,7 +42,7 @@ async def test_a_client_that_cannot_be_queued_for_is_counted_and_named() -> None
 async def test_a_client_that_is_not_open_yet_is_named_too() -> None:
     """A failure without an ending has a word as well."""
     ann, new = FakeMember("ann"), FakeMember("new")
-    new.offer = lambda frame: Offered.REFUSED  # type: ignore[method-assign]
+    new.offer = lambda frame: EnqueueResult.REFUSED  # type: ignore[method-assign]
     assert (await fan_out(encode("hi"), [ann, new])).errors == [("new", "not open")]
 
 
@@ -115,7 +115,7 @@ class Held:
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every look at the time show that the loop was held for long."""
     monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.monotonic", Held())
-    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.MAX_HOLD", 0.001)
+    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.MAX_BLOCK", 0.001)
 
 
 def parts(members: list[FakeMember]) -> list[list[FakeMember]]:
@@ -125,8 +125,8 @@ def parts(members: list[FakeMember]) -> list[list[FakeMember]]:
 @pytest.mark.usefixtures("slow_clock")
 async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order() -> None:
     """Others run between two shards; a broadcast that comes meanwhile comes after it, at every client."""
-    reports = Reports()
-    fan = FanOut(Turns(4, reports), reports.totals)
+    reports = EventBus()
+    fan = Broadcaster(FlushScheduler(4, reports), reports.totals)
     members = [FakeMember(str(number)) for number in range(4)]
     first, second = encode("first"), encode("second")
     long = asyncio.ensure_future(fan.send(first, lambda: (parts(members), ())))
@@ -140,8 +140,8 @@ async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order(
 @pytest.mark.usefixtures("slow_clock")
 async def test_a_long_broadcast_that_is_cancelled_is_queued_for_the_rest_at_once() -> None:
     """Nobody is left out because the caller was cancelled between two shards."""
-    reports = Reports()
-    fan = FanOut(Turns(4, reports), reports.totals)
+    reports = EventBus()
+    fan = Broadcaster(FlushScheduler(4, reports), reports.totals)
     members = [FakeMember() for _ in range(4)]
     long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(members), ())))
     await asyncio.sleep(0)
@@ -155,16 +155,16 @@ async def test_a_long_broadcast_that_is_cancelled_is_queued_for_the_rest_at_once
 async def test_dropped_and_slow_ones_are_counted_beside_the_others() -> None:
     """A message that was left out is neither a success nor a failure, and a slow client is one that lags or loses."""
     slow, dropping, well = FakeMember(), FakeMember(), FakeMember()
-    slow.verdict, dropping.verdict = Offered.SLOW, Offered.DROPPED
+    slow.verdict, dropping.verdict = EnqueueResult.SLOW, EnqueueResult.DROPPED
     result = await fan_out(encode("hi"), [slow, dropping, well])
     assert (result.total, result.succeeded, result.failed, result.slow) == (3, 2, 0, 2)
 
 
 async def test_who_is_excluded_is_not_counted() -> None:
     """Excluded connections are no part of the total."""
-    reports = Reports()
+    reports = EventBus()
     members = [FakeMember() for _ in range(3)]
-    fan = FanOut(Turns(1, reports), reports.totals)
+    fan = Broadcaster(FlushScheduler(1, reports), reports.totals)
     result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
     assert [len(member.frames) for member in members] == [1, 0, 1]
@@ -172,8 +172,8 @@ async def test_who_is_excluded_is_not_counted() -> None:
 
 async def test_broadcasts_that_reach_no_client_give_the_event_loop_its_turns() -> None:
     """A loop of broadcasts to an empty audience ends when another task of the event loop says so."""
-    reports = Reports()
-    fan = FanOut(Turns(1, reports), reports.totals)
+    reports = EventBus()
+    fan = Broadcaster(FlushScheduler(1, reports), reports.totals)
     stopped = False
 
     def stop() -> None:

@@ -15,8 +15,8 @@ from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
 from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.heartbeat import LATE, MAX_TOGETHER, Heartbeat
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.heartbeat import MAX_TIMER_LAG, MAX_TOGETHER, HeartbeatScheduler
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import eventually, settle
@@ -29,12 +29,12 @@ class Beating:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.now = 1000.0
         self.heard = Heard()
-        self.reports = Reports()
+        self.reports = EventBus()
         self.reports.subscribe(self.heard)
         monkeypatch.setattr(heartbeat_module, "monotonic", lambda: self.now)
         monkeypatch.setattr(heartbeat_module.random, "uniform", lambda low, high: self.first(low, high))
         self.first = lambda low, high: high
-        self.heartbeat = Heartbeat(WebSocketConfig(**options), self.reports)
+        self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.reports)
 
     def add(self, client_id: str = "ann", **kwargs: Any) -> FakeMember:
         """Begin to beat for a new connection, whose first ping is due after one interval."""
@@ -98,7 +98,7 @@ async def test_the_first_ping_comes_after_a_random_part_of_the_interval(beating:
 
 async def test_first_pings_are_really_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real random numbers, a hundred connections of one moment are due all over the interval."""
-    heartbeat = Heartbeat(WebSocketConfig(heartbeat_interval=10), Reports())
+    heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=10), EventBus())
     members = [FakeMember() for _ in range(100)]
     for member in members:
         heartbeat.add(member)
@@ -269,7 +269,7 @@ async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
     beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
-    monkeypatch.setattr(send_watch_module, "HEALTHY_SEND", -1.0)
+    monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
@@ -301,7 +301,7 @@ async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None
     clock = beating(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
     member = clock.add()
     clock.at(100)
-    clock.at(101, late=LATE)
+    clock.at(101, late=MAX_TIMER_LAG)
     assert member.ending is None
     clock.at(101.25)
     assert member.ending is not None
@@ -312,7 +312,7 @@ async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     clock.at(100)
-    clock.at(105.4, late=LATE - 0.1)
+    clock.at(105.4, late=MAX_TIMER_LAG - 0.1)
     assert member.ending is not None
 
 
@@ -405,7 +405,7 @@ async def test_a_payload_that_cannot_be_encoded_is_refused_when_the_manager_is_m
     """A constant payload that JSON does not know fails early and not at each beat."""
     config = WebSocketConfig(heartbeat_type="custom", heartbeat_payload={"x": object()})
     with pytest.raises(MessageEncodeError):
-        Heartbeat(config, Reports())
+        HeartbeatScheduler(config, EventBus())
 
 
 async def test_a_payload_function_that_ends_its_connection_leaves_no_entry(beating: Any) -> None:
@@ -439,7 +439,7 @@ async def test_a_heartbeat_that_is_off_does_nothing(beating: Any) -> None:
 
 async def test_the_timer_beats_by_itself() -> None:
     """On the real clock, a connection is pinged without anybody calling."""
-    heartbeat = Heartbeat(WebSocketConfig(heartbeat_interval=0.02), Reports())
+    heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=0.02), EventBus())
     member = FakeMember()
     heartbeat.add(member)
     await eventually(lambda: len(member.frames) >= 2)
@@ -482,7 +482,7 @@ async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating:
 async def test_a_beat_for_many_gives_the_loop_turns(beating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is due when the loop was held for long comes in the next turn, and nobody is left out or pinged twice."""
     looks = iter(range(10**6))
-    monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_HOLD)
+    monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_BLOCK)
     clock = beating(heartbeat_interval=10)
     members = [clock.add() for _ in range(9)]
     clock.now = 1010.0 + MAX_TOGETHER

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub import history as history_module
-from fastapi_ws_stabilizer.hub.history import History
+from fastapi_ws_stabilizer.hub.history import RoomHistory
 from fastapi_ws_stabilizer.wire.payload import encode
 
 
@@ -25,20 +25,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def say(history: History, room: str, *texts: str) -> None:
+def say(history: RoomHistory, room: str, *texts: str) -> None:
     """Say something in a room."""
     for text in texts:
         history.add(room, encode(text))
 
 
-def last(history: History, room: str, count: int = 100) -> list[str | None]:
+def last(history: RoomHistory, room: str, count: int = 100) -> list[str | None]:
     """The last texts of a room."""
     return [frame.text for frame in history.last(room, count)]
 
 
 def test_a_newcomer_gets_the_last_messages_of_its_room() -> None:
     """The last messages come oldest first, at most as many as are asked for, and those of no other room."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "a", "b", "c")
     say(history, "attic", "d")
     assert last(history, "lobby", 2) == ["b", "c"]
@@ -50,21 +50,21 @@ def test_a_newcomer_gets_the_last_messages_of_its_room() -> None:
 @pytest.mark.parametrize("count", [0, -1])
 def test_who_asks_for_nothing_gets_nothing(count: int) -> None:
     """A count that is not positive is nothing, and not everything."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     assert last(history, "lobby", count) == []
 
 
 def test_a_room_remembers_as_many_as_it_may() -> None:
     """Of too many messages the oldest are forgotten."""
-    history = History(3, 60)
+    history = RoomHistory(3, 60)
     say(history, "lobby", *"abcde")
     assert last(history, "lobby") == ["c", "d", "e"]
 
 
 def test_where_nothing_is_to_be_remembered_nothing_is() -> None:
     """A limit of 0 costs nothing."""
-    history = History(0, 60)
+    history = RoomHistory(0, 60)
     say(history, "lobby", "a")
     assert len(history) == 0
     assert last(history, "lobby") == []
@@ -72,7 +72,7 @@ def test_where_nothing_is_to_be_remembered_nothing_is() -> None:
 
 def test_volatile_messages_are_not_remembered() -> None:
     """What is worth nothing later is not kept for newcomers."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     history.add("lobby", encode("a", volatile=True))
     assert len(history) == 0
 
@@ -80,7 +80,7 @@ def test_volatile_messages_are_not_remembered() -> None:
 def test_a_room_remembers_as_many_bytes_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of too many bytes the oldest are forgotten, and one message of any size is kept."""
     monkeypatch.setattr(history_module, "MAX_BYTES", 10)
-    history = History(100, 60)
+    history = RoomHistory(100, 60)
     say(history, "lobby", "aaaa", "bbbb", "cccc")
     assert last(history, "lobby") == ["bbbb", "cccc"]
     say(history, "lobby", "d" * 50)
@@ -91,7 +91,7 @@ def test_a_room_remembers_as_many_bytes_as_it_may(monkeypatch: pytest.MonkeyPatc
 
 def test_old_messages_are_forgotten(clock: Clock) -> None:
     """A message is remembered for its time, whoever asks."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     clock.now += 40
     say(history, "lobby", "b")
@@ -105,7 +105,7 @@ def test_old_messages_are_forgotten(clock: Clock) -> None:
 
 def test_a_room_in_which_nothing_is_said_any_more_is_forgotten(clock: Clock) -> None:
     """Rooms that are silent for too long go when anything is said anywhere."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     say(history, "attic", "b")
     clock.now += 30
@@ -119,7 +119,7 @@ def test_a_room_in_which_nothing_is_said_any_more_is_forgotten(clock: Clock) -> 
 
 def test_a_room_whose_messages_were_all_too_old_is_forgotten(clock: Clock) -> None:
     """A room that was emptied by a question is forgotten with the next message."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     clock.now += 61
     assert last(history, "lobby") == []
@@ -130,7 +130,7 @@ def test_a_room_whose_messages_were_all_too_old_is_forgotten(clock: Clock) -> No
 def test_of_too_many_rooms_the_most_silent_goes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more rooms are remembered than may be: the one in which nothing was said for longest goes first."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 2)
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     for room in ("lobby", "attic", "lobby", "cellar"):
         clock.now += 1
         say(history, room, room)
@@ -141,7 +141,7 @@ def test_of_too_many_rooms_the_most_silent_goes(clock: Clock, monkeypatch: pytes
 
 def test_a_message_is_shared_and_not_copied() -> None:
     """What a room remembers is the very message that was broadcast."""
-    history, frame = History(10, 60), encode("a")
+    history, frame = RoomHistory(10, 60), encode("a")
     history.add("lobby", frame)
     history.add("attic", frame)
     assert history.last("lobby", 1)[0] is history.last("attic", 1)[0] is frame
@@ -154,7 +154,7 @@ def test_whatever_is_said_a_room_remembers_a_tail_of_it(
     said: list[tuple[str, int]], max_messages: int, count: int
 ) -> None:
     """What a room remembers is the end of what was said in it, and its bytes are counted right."""
-    history, rooms = History(max_messages, 60), {room: [] for room in "abc"}
+    history, rooms = RoomHistory(max_messages, 60), {room: [] for room in "abc"}
     for number, (room, size) in enumerate(said):
         text = f"{number}{'.' * size}"
         rooms[room].append(text)
@@ -167,7 +167,7 @@ def test_whatever_is_said_a_room_remembers_a_tail_of_it(
 
 def test_ended_room_forgets_and_remembers_nothing_until_it_begins(clock: Clock) -> None:
     """The end of a room drops its messages and those that are sent to it since, until a member has come."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "private")
     history.end("lobby")
     say(history, "lobby", "said to no member")
@@ -180,7 +180,7 @@ def test_ended_room_forgets_and_remembers_nothing_until_it_begins(clock: Clock) 
 
 def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> None:
     """After `max_age` a room that has ended is one that nobody has joined yet; other rooms drop it by then."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     history.end("lobby")
     clock.now += 59
     say(history, "lobby", "too early")
@@ -199,7 +199,7 @@ def test_ended_rooms_do_not_push_living_ones_out(monkeypatch: pytest.MonkeyPatch
     """However many rooms end, what was said in others stays, and of the ends only the last are remembered."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 3)
     monkeypatch.setattr(history_module, "MAX_ENDED", 3)
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "precious")
     for number in range(10):
         history.begin(f"room {number}")
@@ -210,14 +210,14 @@ def test_ended_rooms_do_not_push_living_ones_out(monkeypatch: pytest.MonkeyPatch
 
 def test_disabled_history_does_not_remember_ends() -> None:
     """A limit of 0 costs nothing when a room ends either."""
-    history = History(0, 60)
+    history = RoomHistory(0, 60)
     history.end("lobby")
     assert (len(history), len(history._ended), history.enabled) == (0, 0, False)
 
 
 def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message is left out for the names that it excluded, which count as bytes of the room."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     history.add("lobby", encode("a"), frozenset({"ann", "connection 1"}))
     history.add("lobby", encode("b"))
     assert [frame.text for frame in history.last("lobby", 1, ("ann", "x"))] == ["b"]
@@ -230,7 +230,7 @@ def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_messages_since_a_moment(clock: Clock) -> None:
     """What was sent before a moment is left out."""
-    history = History(10, 60)
+    history = RoomHistory(10, 60)
     say(history, "lobby", "before")
     clock.now += 1
     say(history, "lobby", "after")

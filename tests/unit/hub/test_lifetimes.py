@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.lifetimes import JITTER, LEAVES_BY_ITSELF, LOOKS
+from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD, JITTER, LOOKS
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
 from tests.unit.routing.test_with_client import World
@@ -33,7 +33,7 @@ async def test_a_connection_is_closed_before_its_lifetime_is_over() -> None:
         lasted = [await seconds_until_closed(lines[0], 200)]
         await asyncio.sleep(100.5 - lasted[0])
         assert {line.server.close_frames[-1] for line in lines} == {(1001, "lifetime is over")}
-        assert 100 * (1 - JITTER) - LEAVES_BY_ITSELF <= lasted[0] <= 100
+        assert 100 * (1 - JITTER) - DRAIN_LEAD <= lasted[0] <= 100
         assert stage.events.count("disconnect client 1 lifetime") == 1
 
 
@@ -43,7 +43,7 @@ async def test_connections_that_came_together_go_apart() -> None:
     async with Stage(max_lifetime=100) as stage:
         lines = [stage.plain(f"client {number}") for number in range(100)]
         await soon()
-        await asyncio.sleep(100 * (1 - JITTER) - LEAVES_BY_ITSELF - 0.5)
+        await asyncio.sleep(100 * (1 - JITTER) - DRAIN_LEAD - 0.5)
         counts = []
         for _ in range(21):
             counts.append(sum(line.close_code is not None for line in lines))
@@ -61,7 +61,7 @@ async def test_a_client_with_a_session_is_asked_first() -> None:
         while not line.of("drain"):
             await asyncio.sleep(0.05)
         assert line.of("drain")[-1] == {"type": "drain", "after": 0, "within": 1000, "why": "lifetime"}
-        assert LEAVES_BY_ITSELF <= await seconds_until_closed(line, 10) + 0.1 <= LEAVES_BY_ITSELF + 0.4
+        assert DRAIN_LEAD <= await seconds_until_closed(line, 10) + 0.1 <= DRAIN_LEAD + 0.4
         assert line.close_code == 1001
         assert (await peer.dial()).outcome == "full"
 

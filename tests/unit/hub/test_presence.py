@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic_core import from_json, to_json
 
 from fastapi_ws_stabilizer.hub import presence as presence_module
-from fastapi_ws_stabilizer.hub.presence import AT_ONCE, Presence, PresenceBoard
+from fastapi_ws_stabilizer.hub.presence import AT_ONCE, Presence, PresenceTracker
 from fastapi_ws_stabilizer.tasks import TaskSet
 from tests.unit.fake_websocket import eventually, settle
 from tests.unit.hub.fake_member import FakeMember
@@ -45,7 +45,7 @@ class Watched:
         self._may_end = asyncio.Event()
         self._may_end.set()
         monkeypatch.setattr(presence_module, "monotonic", lambda: self.now)
-        self.board = PresenceBoard(
+        self.board = PresenceTracker(
             grace=grace,
             joined=lambda who: self._hear("joined", who),
             left=lambda who: self._hear("left", who),
@@ -461,7 +461,7 @@ async def test_a_grace_ends_by_itself() -> None:
         left.set()
 
     tasks = TaskSet(lambda _, __: None)
-    board = PresenceBoard(grace=0.02, joined=joined, left=gone, wanted=lambda: True, tasks=tasks)
+    board = PresenceTracker(grace=0.02, joined=joined, left=gone, wanted=lambda: True, tasks=tasks)
     board.enter("lobby", "ann", "1", None)
     await settle()
     board.leave("lobby", "ann", "1", at_once=False)
@@ -744,7 +744,7 @@ async def test_calls_that_wait_for_nothing_share_the_loop() -> None:
         said += 1
 
     tasks = TaskSet(lambda _, __: None)
-    board = PresenceBoard(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
+    board = PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
     for number in range(1000):
         board.enter("lobby", f"client-{number}", str(number), None)
     at_turns = [0]
@@ -766,7 +766,7 @@ async def test_calls_do_not_see_the_context_of_who_came_first(monkeypatch: pytes
     tasks = TaskSet(lambda _, __: None)
     makers = contextvars.copy_context()
     makers.run(VARIABLE.set, "maker's")
-    board = makers.run(lambda: PresenceBoard(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
+    board = makers.run(lambda: PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
     contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), board.enter("lobby", "ann", "1", None)))
     await settle()
     assert seen == ["maker's"]
@@ -1102,7 +1102,7 @@ def test_rooms_are_listed_while_others_come() -> None:
 
     async def check() -> None:
         tasks = TaskSet(lambda *_: None)
-        board = PresenceBoard(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
+        board = PresenceTracker(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
 
         class Changing:
             """Another room comes while this one is looked at."""

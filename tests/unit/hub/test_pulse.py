@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.pulse import MAX_OPEN_PINGS, Pulse
+from fastapi_ws_stabilizer.hub.pulse import MAX_OPEN_PINGS, Liveness
 
 
 def test_a_new_connection_owes_nothing() -> None:
     """A connection counts as seen when it opens, and has answered nothing yet."""
-    pulse = Pulse(10.0)
+    pulse = Liveness(10.0)
     assert (pulse.last_seen, pulse.awaiting_since, pulse.answers, pulse.rtt) == (10.0, None, False, None)
 
 
 def test_any_frame_pays_what_is_owed() -> None:
     """Not only a pong but any inbound frame proves life."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.pinged(5.0)
     assert pulse.awaiting_since == 5.0
     pulse.seen(6.0)
@@ -25,7 +25,7 @@ def test_any_frame_pays_what_is_owed() -> None:
 
 def test_a_pong_measures_the_round_trip() -> None:
     """The round trip is the time from the ping to its pong."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.pinged(5.0)
     pulse.seen(5.25)
     pulse.ponged(5.25)
@@ -35,7 +35,7 @@ def test_a_pong_measures_the_round_trip() -> None:
 
 def test_a_pong_that_nobody_asked_for_measures_nothing() -> None:
     """An unsolicited pong shows that the client answers, and leaves the round trip alone."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.pinged(1.0)
     pulse.ponged(1.5)
     pulse.ponged(9.0)
@@ -44,7 +44,7 @@ def test_a_pong_that_nobody_asked_for_measures_nothing() -> None:
 
 def test_as_many_pongs_are_answers_as_there_were_pings() -> None:
     """Of either kind, early or late; one that nobody has asked for is none."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     assert not pulse.ponged(0.5)
     pulse.pinged(1.0)
     pulse.asked()
@@ -59,7 +59,7 @@ def test_as_many_pongs_are_answers_as_there_were_pings() -> None:
 
 def test_pings_that_nobody_answers_are_not_saved_up() -> None:
     """A client that was silent for days may not send as many pongs as it was sent pings."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     for number in range(2 * MAX_OPEN_PINGS):
         pulse.pinged(float(number))
     assert [pulse.ponged(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
@@ -67,7 +67,7 @@ def test_pings_that_nobody_answers_are_not_saved_up() -> None:
 
 def test_the_oldest_of_several_open_pings_counts() -> None:
     """A client that answers late looks no better because it was asked again."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.ponged(0.5)
     pulse.pinged(1.0)
     pulse.pinged(2.0)
@@ -78,7 +78,7 @@ def test_the_oldest_of_several_open_pings_counts() -> None:
 
 def test_data_between_ping_and_pong_flatters_no_round_trip() -> None:
     """TCP keeps the order, so the first pong answers the first open ping, whatever was received in between."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.ponged(0.5)
     pulse.pinged(1.0)
     pulse.seen(1.1)
@@ -90,7 +90,7 @@ def test_data_between_ping_and_pong_flatters_no_round_trip() -> None:
 
 def test_the_first_answer_ever_is_measured_from_the_last_ping() -> None:
     """A client that has ignored pings for long has no round trip as long as that."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.pinged(1.0)
     pulse.pinged(100.0)
     pulse.ponged(100.5)
@@ -99,7 +99,7 @@ def test_the_first_answer_ever_is_measured_from_the_last_ping() -> None:
 
 def test_what_is_forgiven_is_neither_owed_nor_measured() -> None:
     """A pause of ours is no debt of the client, and a pong after it says nothing about the way."""
-    pulse = Pulse(0.0)
+    pulse = Liveness(0.0)
     pulse.pinged(1.0)
     pulse.forgive()
     assert pulse.awaiting_since is None

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
-from fastapi_ws_stabilizer.hub.rooms import Rooms
+from fastapi_ws_stabilizer.hub.rooms import RoomMembership
 from tests.unit.hub.fake_member import FakeMember
 
 
 @pytest.fixture
-def rooms() -> Rooms[FakeMember]:
+def rooms() -> RoomMembership[FakeMember]:
     """Rooms that a connection may be in any number of."""
-    return Rooms(None)
+    return RoomMembership(None)
 
 
 # ── joining and leaving ──
 
 
-def test_who_joins_is_in(rooms: Rooms[FakeMember]) -> None:
+def test_who_joins_is_in(rooms: RoomMembership[FakeMember]) -> None:
     """A connection that has joined is among the members, and the room among its rooms."""
     ann = FakeMember("ann")
     assert rooms.join(ann, "lobby")
@@ -33,7 +33,7 @@ def test_who_joins_is_in(rooms: Rooms[FakeMember]) -> None:
     assert "lobby" in rooms
 
 
-def test_joining_twice_is_joining_once(rooms: Rooms[FakeMember]) -> None:
+def test_joining_twice_is_joining_once(rooms: RoomMembership[FakeMember]) -> None:
     """The second time says that it was in already, keeps its place, and one leaving is enough."""
     ann, bob = FakeMember("ann"), FakeMember("bob")
     rooms.join(ann, "lobby")
@@ -44,7 +44,7 @@ def test_joining_twice_is_joining_once(rooms: Rooms[FakeMember]) -> None:
     assert rooms.members("lobby") == [bob]
 
 
-def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: Rooms[FakeMember]) -> None:
+def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: RoomMembership[FakeMember]) -> None:
     """It says so, whether the room exists, the connection is elsewhere, or neither."""
     ann, bob = FakeMember("ann"), FakeMember("bob")
     assert not rooms.leave(ann, "lobby")
@@ -56,7 +56,7 @@ def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: Rooms[FakeMemb
     assert len(rooms) == 2
 
 
-def test_a_connection_that_ends_leaves_all_its_rooms(rooms: Rooms[FakeMember]) -> None:
+def test_a_connection_that_ends_leaves_all_its_rooms(rooms: RoomMembership[FakeMember]) -> None:
     """It is in none afterwards; which they were is told in the order of joining; others stay."""
     ann, bob = FakeMember("ann"), FakeMember("bob")
     for name in ("c", "a", "b"):
@@ -68,7 +68,7 @@ def test_a_connection_that_ends_leaves_all_its_rooms(rooms: Rooms[FakeMember]) -
     assert rooms.members("a") == [bob]
 
 
-def test_a_connection_in_no_room_may_leave_all(rooms: Rooms[FakeMember]) -> None:
+def test_a_connection_in_no_room_may_leave_all(rooms: RoomMembership[FakeMember]) -> None:
     """There is nothing to leave, and no error."""
     ann = FakeMember("ann")
     assert rooms.leave_all(ann) == ()
@@ -77,7 +77,7 @@ def test_a_connection_in_no_room_may_leave_all(rooms: Rooms[FakeMember]) -> None
     assert rooms.leave_all(ann) == ()
 
 
-def test_two_connections_of_a_client_are_two_members(rooms: Rooms[FakeMember]) -> None:
+def test_two_connections_of_a_client_are_two_members(rooms: RoomMembership[FakeMember]) -> None:
     """The end of an old connection takes no newer one of the same client out."""
     old, new = FakeMember("ann"), FakeMember("ann")
     rooms.join(old, "lobby")
@@ -90,7 +90,7 @@ def test_two_connections_of_a_client_are_two_members(rooms: Rooms[FakeMember]) -
     assert rooms.of(new) == ("lobby", "attic")
 
 
-def test_who_comes_back_is_last(rooms: Rooms[FakeMember]) -> None:
+def test_who_comes_back_is_last(rooms: RoomMembership[FakeMember]) -> None:
     """Members and rooms stand in the order of the latest joining."""
     ann, bob = FakeMember("ann"), FakeMember("bob")
     for name in ("a", "b"):
@@ -106,7 +106,7 @@ def test_who_comes_back_is_last(rooms: Rooms[FakeMember]) -> None:
 
 
 @pytest.mark.parametrize("name", ["", None, 7, b"lobby", ["lobby"]])
-def test_a_name_that_is_none_is_refused(rooms: Rooms[FakeMember], name: Any) -> None:
+def test_a_name_that_is_none_is_refused(rooms: RoomMembership[FakeMember], name: Any) -> None:
     """A room's name is a string that is not empty; the error says so, and nobody is in anything."""
     ann = FakeMember("ann")
     with pytest.raises(ValueError, match="a string of at least one character"):
@@ -118,7 +118,7 @@ def test_a_name_that_is_none_is_refused(rooms: Rooms[FakeMember], name: Any) -> 
 @pytest.mark.parametrize(
     "name", ["x" * 257, "x" * 1_000_000, "\r\n[ERROR] fake", "\x1b[2J", "a\x00"], ids=lambda n: ascii(n[:9])
 )
-def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: Rooms[FakeMember], name: str) -> None:
+def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: RoomMembership[FakeMember], name: str) -> None:
     """Clients choose names of rooms: the error is one short line, and no bug where an endpoint lets it escape."""
     ann = FakeMember("ann")
     with pytest.raises(RoomNameError, match="at most 256 characters") as refused:
@@ -132,7 +132,7 @@ def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: Rooms[Fake
 
 def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:
     """The error tells room and limit; no room comes into being; the rooms that it is in are still its own."""
-    rooms: Rooms[FakeMember] = Rooms(2)
+    rooms: RoomMembership[FakeMember] = RoomMembership(2)
     ann = FakeMember("ann")
     rooms.join(ann, "a")
     rooms.join(ann, "b")
@@ -147,14 +147,14 @@ def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:
 
 def test_the_limit_is_each_connections_own() -> None:
     """A second connection of the same client has a limit of its own, whatever the first has joined."""
-    rooms: Rooms[FakeMember] = Rooms(1)
+    rooms: RoomMembership[FakeMember] = RoomMembership(1)
     rooms.join(FakeMember("ann"), "a")
     assert rooms.join(FakeMember("ann"), "b")
 
 
 def test_a_limit_of_none_lets_nobody_in() -> None:
     """With a limit of zero there are no rooms, and a refused connection costs no entry."""
-    rooms: Rooms[FakeMember] = Rooms(0)
+    rooms: RoomMembership[FakeMember] = RoomMembership(0)
     with pytest.raises(RoomLimitError):
         rooms.join(FakeMember("ann"), "a")
     assert rooms._members == rooms._names == {}
@@ -163,7 +163,7 @@ def test_a_limit_of_none_lets_nobody_in() -> None:
 # ── nothing is left ──
 
 
-def test_an_empty_room_vanishes(rooms: Rooms[FakeMember]) -> None:
+def test_an_empty_room_vanishes(rooms: RoomMembership[FakeMember]) -> None:
     """With its last member a room is gone, by one way as by the other."""
     ann = FakeMember("ann")
     rooms.join(ann, "lobby")
@@ -175,7 +175,7 @@ def test_an_empty_room_vanishes(rooms: Rooms[FakeMember]) -> None:
     assert "lobby" not in rooms
 
 
-def test_a_connection_in_no_room_costs_no_entry(rooms: Rooms[FakeMember]) -> None:
+def test_a_connection_in_no_room_costs_no_entry(rooms: RoomMembership[FakeMember]) -> None:
     """Neither who was never in a room nor who has left the last is kept."""
     ann = FakeMember("ann")
     rooms.of(ann)
@@ -190,7 +190,7 @@ def test_a_connection_in_no_room_costs_no_entry(rooms: Rooms[FakeMember]) -> Non
 # ── who is spoken to ──
 
 
-def test_an_audience_is_everybody_in_the_room(rooms: Rooms[FakeMember]) -> None:
+def test_an_audience_is_everybody_in_the_room(rooms: RoomMembership[FakeMember]) -> None:
     """One room's audience are its members in order, whether the room is named by itself or in a list."""
     ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
     rooms.join(ann, "lobby")
@@ -199,7 +199,7 @@ def test_an_audience_is_everybody_in_the_room(rooms: Rooms[FakeMember]) -> None:
     assert list(rooms.audience(["lobby"])) == list(rooms.audience("lobby")) == [ann, bob]
 
 
-def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: Rooms[FakeMember]) -> None:
+def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: RoomMembership[FakeMember]) -> None:
     """Several rooms, or one that is named twice, have no member twice; two connections of a client are two."""
     ann, again, bob = FakeMember("ann"), FakeMember("ann"), FakeMember("bob")
     for name in ("a", "b"):
@@ -210,14 +210,14 @@ def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: Rooms[FakeMemb
     assert len(rooms.audience(["b", "b"])) == 2
 
 
-def test_rooms_that_do_not_exist_have_no_audience(rooms: Rooms[FakeMember]) -> None:
+def test_rooms_that_do_not_exist_have_no_audience(rooms: RoomMembership[FakeMember]) -> None:
     """Speaking into an empty room, or none, reaches nobody and makes no room."""
     assert list(rooms.audience(["nowhere", "neither"])) == list(rooms.audience([])) == list(rooms.audience("x")) == []
     assert len(rooms) == 0
 
 
 @pytest.mark.parametrize("names", ["a", ["a"], ["a", "b"]])
-def test_an_audience_may_leave_while_it_is_spoken_to(rooms: Rooms[FakeMember], names: Any) -> None:
+def test_an_audience_may_leave_while_it_is_spoken_to(rooms: RoomMembership[FakeMember], names: Any) -> None:
     """An audience is that of the moment: who leaves or joins afterwards does not change it."""
     members = [FakeMember() for _ in range(3)]
     for member in members:
@@ -234,7 +234,7 @@ def test_an_audience_may_leave_while_it_is_spoken_to(rooms: Rooms[FakeMember], n
     assert len(audience) == 3
 
 
-def test_members_are_those_of_the_moment(rooms: Rooms[FakeMember]) -> None:
+def test_members_are_those_of_the_moment(rooms: RoomMembership[FakeMember]) -> None:
     """What is done to the returned list is not done to the room."""
     ann = FakeMember("ann")
     rooms.join(ann, "lobby")
@@ -256,7 +256,7 @@ STEPS = st.lists(
 @given(STEPS, st.none() | st.integers(0, 4))
 def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int, str]], limit: int | None) -> None:
     """Whatever is joined and left, everything that can be asked agrees with a plain list of who is where."""
-    rooms: Rooms[FakeMember] = Rooms(limit)
+    rooms: RoomMembership[FakeMember] = RoomMembership(limit)
     members = [FakeMember(f"client-{number % 3}") for number in range(6)]
     pairs: list[tuple[FakeMember, str]] = []
     for act, number, name in steps:
@@ -291,7 +291,7 @@ def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int
 
 def test_handed_over_place_is_not_left_by_the_old_member() -> None:
     """A member with the same id takes the place of another in all its rooms, and that one's end changes nothing."""
-    rooms: Rooms[Any] = Rooms(None)
+    rooms: RoomMembership[Any] = RoomMembership(None)
     old, new = FakeMember(), FakeMember()
     new.connection_id = old.connection_id
     rooms.hand_over(old, new)

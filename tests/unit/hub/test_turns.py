@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.slots import Slots
-from fastapi_ws_stabilizer.hub.turns import LOOK_EVERY, HoldTimer, Turns
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
+from fastapi_ws_stabilizer.hub.turns import LOOK_EVERY, FlushScheduler, LoopBudget
+from fastapi_ws_stabilizer.reports import EventBus
 from tests.unit.fake_websocket import settle
 from tests.unit.own_loop import run
 
@@ -41,14 +41,14 @@ class Clock:
         return self.now
 
 
-def soon(turns: Turns, shard: int, worker: Worker) -> None:
+def soon(turns: FlushScheduler, shard: int, worker: Worker) -> None:
     turns.soon(turns.pending(shard), worker)
 
 
 async def test_work_is_done_at_the_end_of_the_turn() -> None:
     """Nothing runs at the call, everything in the next turn of the event loop."""
     log: list[str] = []
-    turns = Turns(4, Reports())
+    turns = FlushScheduler(4, EventBus())
     for shard in (2, 0, 2):
         soon(turns, shard, Worker(str(shard), log))
     assert log == []
@@ -57,11 +57,11 @@ async def test_work_is_done_at_the_end_of_the_turn() -> None:
 
 
 async def test_the_loop_gets_a_turn_between_shards_when_it_was_held_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds the loop for more than MAX_HOLD goes on in the next turn, with the shard that has waited longest."""
+    """What holds the loop for more than MAX_BLOCK goes on in the next turn, with the shard that has waited longest."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = Turns(4, Reports())
+    turns = FlushScheduler(4, EventBus())
     for shard in range(4):
         soon(turns, shard, Worker(str(shard), log, clock))
     await asyncio.sleep(0)
@@ -78,7 +78,7 @@ async def test_one_shard_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = Turns(1, Reports())
+    turns = FlushScheduler(1, EventBus())
     for number in range(10):
         soon(turns, 0, Worker(str(number), log, clock))
     await asyncio.sleep(0)
@@ -89,7 +89,7 @@ async def test_a_worker_that_fails_hurts_nobody_else(heard: Any) -> None:
     """Its failure is reported as ours, and the others have their turn."""
     reports, ear = heard
     log: list[str] = []
-    turns = Turns(1, reports)
+    turns = FlushScheduler(1, reports)
     soon(turns, 0, Worker("bad", log, error=ValueError("x")))
     soon(turns, 0, Worker("good", log))
     await settle()
@@ -105,7 +105,7 @@ async def test_a_shard_of_very_many_is_cut_too(
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = Turns(num_shards, Reports())
+    turns = FlushScheduler(num_shards, EventBus())
     names = [str(number) for number in range(2 * LOOK_EVERY + 1)]
     for name in names:
         soon(turns, 0, Worker(name, log, clock))
@@ -119,7 +119,7 @@ async def test_a_shard_of_very_many_is_not_cut_before_the_time_has_come(monkeypa
     """However many workers a shard has, they share a turn of the event loop that is short."""
     monkeypatch.setattr(turns_module, "monotonic", Clock())
     log: list[str] = []
-    turns = Turns(2, Reports())
+    turns = FlushScheduler(2, EventBus())
     for number in range(2 * LOOK_EVERY + 1):
         soon(turns, 0, Worker(str(number), log))
     await asyncio.sleep(0)
@@ -133,7 +133,7 @@ async def test_a_worker_that_raises_what_is_not_ours_to_catch_silences_nobody(nu
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
     error = asyncio.CancelledError()
     log: list[str] = []
-    turns = Turns(num_shards, Reports())
+    turns = FlushScheduler(num_shards, EventBus())
     soon(turns, 0, Worker("before", log))
     soon(turns, 0, Worker("bad", log, error=error))
     soon(turns, 0, Worker("behind", log))
@@ -151,7 +151,7 @@ class Again(Worker):
 
     times = 0
 
-    def __init__(self, turns: Turns, shard: int, again: int, log: list[str], *args: Any) -> None:
+    def __init__(self, turns: FlushScheduler, shard: int, again: int, log: list[str], *args: Any) -> None:
         super().__init__(str(shard), log, *args)
         self.turns, self.shard, self.again = turns, shard, again
 
@@ -183,7 +183,7 @@ def test_nobody_takes_two_turns_or_none(workers: list[tuple[int, int, Any]], num
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(turns_module, "monotonic", clock)
             patch.setattr(turns_module, "LOOK_EVERY", 2)
-            turns = Turns(num_shards, Reports())
+            turns = FlushScheduler(num_shards, EventBus())
             log: list[str] = []
             everyone = [
                 Again(turns, shard % num_shards, again, log, clock if long else None, error)
@@ -207,7 +207,7 @@ async def test_a_loop_that_was_held_for_long_is_told_once(monkeypatch: pytest.Mo
     """Code that sends in a loop without a pause can see that it is time for one, whether any work waits or not."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
-    turns = Turns(1, Reports())
+    turns = FlushScheduler(1, EventBus())
     assert not turns.held_long()
     clock.now += 0.006
     assert turns.held_long()
@@ -222,7 +222,7 @@ async def test_a_hold_timer_starts_anew_after_it_let_go(monkeypatch: pytest.Monk
     """Each turn may be held for as long."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
-    hold = HoldTimer()
+    hold = LoopBudget()
     clock.now += 0.006
     assert hold.held_long()
     await hold.let_go()
@@ -231,7 +231,7 @@ async def test_a_hold_timer_starts_anew_after_it_let_go(monkeypatch: pytest.Monk
 
 def test_slots_are_given_in_the_order_of_the_line() -> None:
     """Who waits for a slot looks again when one is free, the first first; who needs none passes it on."""
-    slots = Slots(1)
+    slots = CallbackSemaphore(1)
     assert slots.free
     slots.take()
     assert not slots.free
@@ -255,7 +255,7 @@ def test_slots_are_given_in_the_order_of_the_line() -> None:
 
 def test_who_wants_no_slot_any_more_is_passed_over() -> None:
     """However many in a line are gone, the first that still wants a slot is reached, at once and without recursion."""
-    slots = Slots(1)
+    slots = CallbackSemaphore(1)
     slots.take()
     for _ in range(5000):
         slots.wait(lambda: False)
@@ -271,14 +271,14 @@ async def test_sender_after_a_long_turn_has_held_nothing(monkeypatch: pytest.Mon
     """Connections that took long to flush are not held against code that goes on sending."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
-    turns = Turns(1, Reports())
+    turns = FlushScheduler(1, EventBus())
 
     class Slow:
         def take_turn(self) -> None:
-            clock.now += 2 * turns_module.MAX_HOLD
+            clock.now += 2 * turns_module.MAX_BLOCK
 
     turns.soon(turns.pending(0), Slow())
     await asyncio.sleep(0)
     assert not turns.held_long()
-    clock.now += 1.1 * turns_module.MAX_HOLD
+    clock.now += 1.1 * turns_module.MAX_BLOCK
     assert turns.held_long()

@@ -16,7 +16,12 @@ from starlette.requests import HTTPConnection
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer.identity import Credential, bearer, cookie, first_message, query, subprotocol
-from fastapi_ws_stabilizer.identity.credentials import DOOR_KEY, MAX_CREDENTIAL_BYTES, SUBPROTOCOL_KEY, Place
+from fastapi_ws_stabilizer.identity.credentials import (
+    HANDSHAKE_SCOPE_KEY,
+    MAX_CREDENTIAL_BYTES,
+    SUBPROTOCOL_KEY,
+    CredentialSource,
+)
 from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
 
 TOKEN = "eyJhbGciOi.J9.x-_~+/="
@@ -175,7 +180,7 @@ def test_what_is_not_required_may_be_missing(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("place", [cookie("session"), query("token"), subprotocol("bearer"), first_message()], ids=str)
-async def test_the_scheme_is_named_only_where_a_bearer_token_is_wanted(place: Place) -> None:
+async def test_the_scheme_is_named_only_where_a_bearer_token_is_wanted(place: CredentialSource) -> None:
     """`WWW-Authenticate: Bearer` would be a lie elsewhere."""
     for kind in ("http", "websocket"):
         with pytest.raises(HTTPException) as missing:
@@ -298,9 +303,9 @@ async def test_the_first_message_is_asked_for_when_nothing_else_is_there() -> No
     """Wherever it stands among the places, it is tried last: to hear it, the socket is accepted."""
     porch = Porch("from the hello")
     find = Credential(first_message(), bearer())
-    assert await find(connection(("authorization", "Bearer x"), **{DOOR_KEY: porch})) == "x"
+    assert await find(connection(("authorization", "Bearer x"), **{HANDSHAKE_SCOPE_KEY: porch})) == "x"
     assert porch.asked == 0
-    assert await find(connection(**{DOOR_KEY: porch})) == "from the hello"
+    assert await find(connection(**{HANDSHAKE_SCOPE_KEY: porch})) == "from the hello"
     assert porch.asked == 1
 
 
@@ -308,7 +313,7 @@ async def test_the_first_message_is_asked_for_when_nothing_else_is_there() -> No
 async def test_a_first_message_may_say_nothing(said: str | None) -> None:
     """A plain client, or a hello without a credential, is one that has none."""
     with pytest.raises(HTTPException):
-        await Credential(first_message())(connection(**{DOOR_KEY: Porch(said)}))
+        await Credential(first_message())(connection(**{HANDSHAKE_SCOPE_KEY: Porch(said)}))
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
@@ -322,7 +327,7 @@ async def test_a_first_message_that_nobody_can_hear_is_told_once(caplog: pytest.
     find = Credential(first_message(), required=False)
     with caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         await find(connection(kind="http"))
-        await find(connection(**{DOOR_KEY: Porch(None)}))
+        await find(connection(**{HANDSHAKE_SCOPE_KEY: Porch(None)}))
         assert caplog.records == []
         for _ in range(3):
             await find(connection())
@@ -341,7 +346,7 @@ def everywhere(credential: str) -> Iterator[tuple[Credential, HTTPConnection]]:
     yield Credential(query("q"), required=False), connection(query=f"q={credential}")
     yield Credential(subprotocol(), required=False), connection(subprotocols=[offered(credential)])
     yield Credential(subprotocol("m"), required=False), connection(subprotocols=["m", credential])
-    yield Credential(first_message(), required=False), connection(**{DOOR_KEY: Porch(credential)})
+    yield Credential(first_message(), required=False), connection(**{HANDSHAKE_SCOPE_KEY: Porch(credential)})
 
 
 async def test_a_credential_of_more_than_8_kib_is_none() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi_ws_stabilizer.limits.ledger import Ledger, Shared
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget, SharedMessage
 
 
 class Note:
@@ -21,13 +21,13 @@ class FakeClient:
         ended_at: How much it held when that was too much for one.
     """
 
-    def __init__(self, ledger: Ledger, name: str, held: int = 0) -> None:
+    def __init__(self, ledger: MemoryBudget, name: str, held: int = 0) -> None:
         self.connection_id = name
         self.held_memory = 0
         self.evicted = False
         self.ended_at: int | None = None
         self._ledger = ledger
-        self._notes: list[Shared] = []
+        self._notes: list[SharedMessage] = []
         ledger.enter(self)
         self.takes(held)
 
@@ -37,7 +37,7 @@ class FakeClient:
         self._ledger.add(size)
         self._ledger.holds(self)
 
-    def holds(self, note: Shared) -> None:
+    def holds(self, note: SharedMessage) -> None:
         """Hold a message."""
         self.held_memory += note.size
         self._notes.append(note)
@@ -45,7 +45,7 @@ class FakeClient:
         self._ledger.holds(self)
 
     def evict(self) -> None:
-        """As `Client`."""
+        """As `Evictable`."""
         self.evicted = True
         own = self.held_memory - sum(note.size for note in self._notes)
         self._ledger.add(-own)
@@ -55,5 +55,5 @@ class FakeClient:
         self._notes.clear()
 
     def holds_too_much(self, held: int) -> None:
-        """As `Client`."""
+        """As `Evictable`."""
         self.ended_at = held

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.address import MAX_ADDRESS_CHARS, MAX_HOPS, TrustedProxies, network_of
+from fastapi_ws_stabilizer.limits.address import MAX_ADDRESS_CHARS, MAX_HOPS, TrustedProxies, rate_limit_key
 
 ADDRESSES = st.ip_addresses().filter(lambda address: address.version == 4 or address.ipv4_mapped is None)
 """What is an address of its own; those of IPv4 in IPv6 are not."""
@@ -271,7 +271,7 @@ def test_every_text_has_an_answer(peer: str, forwarded_for: Sequence[str]) -> No
 )
 def test_what_one_customer_has_is_one(address: str, network: str) -> None:
     """An address of IPv4 counts for itself, one of IPv6 for its /64, and what is none as it is, up to a length."""
-    assert network_of(address) == network
+    assert rate_limit_key(address) == network
 
 
 @given(st.ip_addresses(v=6), st.integers(0, 2**64 - 1))
@@ -279,5 +279,5 @@ def test_all_of_a_network_is_one(address: ipaddress.IPv6Address, other: int) -> 
     """All addresses of a /64 are counted as one, and it is a network that holds them."""
     neighbour = ipaddress.IPv6Address(int(address) >> 64 << 64 | other)
     if address.ipv4_mapped is None and neighbour.ipv4_mapped is None:
-        assert network_of(str(address)) == network_of(str(neighbour))
-        assert neighbour in ipaddress.IPv6Network(network_of(str(address)))
+        assert rate_limit_key(str(address)) == rate_limit_key(str(neighbour))
+        assert neighbour in ipaddress.IPv6Network(rate_limit_key(str(address)))

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, TooManyConnectionsError
-from fastapi_ws_stabilizer.limits.admission import MIN_LOBBY, RETRY_WHEN_FULL, Admission, Place
+from fastapi_ws_stabilizer.limits.admission import MIN_PENDING, RETRY_WHEN_FULL, ConnectionLimiter, Reservation
 
 
 def enter(
-    admission: Admission, client_id: str = "ann", *, address: str = "1.1.1.1", replaces: tuple[Place, ...] = ()
-) -> Place:
+    admission: ConnectionLimiter,
+    client_id: str = "ann",
+    *,
+    address: str = "1.1.1.1",
+    replaces: tuple[Reservation, ...] = (),
+) -> Reservation:
     """Let somebody knock and settle."""
     place = admission.knock(address, 0.0)
     try:
@@ -33,7 +37,7 @@ def enter(
 
 def test_as_many_as_may_be_are_inside() -> None:
     """The first one too many is refused, and told which option says so and when to come back."""
-    admission = Admission(max_connections=2)
+    admission = ConnectionLimiter(max_connections=2)
     enter(admission, "ann")
     enter(admission, "bob")
     with pytest.raises(ConnectionLimitExceededError) as refused:
@@ -46,7 +50,7 @@ def test_as_many_as_may_be_are_inside() -> None:
 
 def test_without_limits_everybody_is_let_in() -> None:
     """With no option set nobody is refused, whoever it is, and nobody is counted: all share a place."""
-    admission = Admission()
+    admission = ConnectionLimiter()
     places = {enter(admission) for _ in range(1000)}
     assert len(places) == 1
     places.pop().leave()
@@ -56,14 +60,14 @@ def test_without_limits_everybody_is_let_in() -> None:
 
 def test_who_leaves_makes_room() -> None:
     """A place that was given back is free for the next."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     enter(admission, "ann").leave()
     enter(admission, "bob")
 
 
 def test_a_place_is_given_back_once() -> None:
     """Leaving twice makes room for one, not for two."""
-    admission = Admission(max_connections=2)
+    admission = ConnectionLimiter(max_connections=2)
     ann, _ = enter(admission, "ann"), enter(admission, "bob")
     ann.leave()
     ann.leave()
@@ -74,7 +78,7 @@ def test_a_place_is_given_back_once() -> None:
 
 def test_settling_twice_counts_once() -> None:
     """A place that is settled stays one place."""
-    admission = Admission(max_connections=2)
+    admission = ConnectionLimiter(max_connections=2)
     place = enter(admission)
     place.settle("ann")
     assert len(admission) == 1
@@ -84,7 +88,7 @@ def test_settling_twice_counts_once() -> None:
 
 def test_a_place_that_was_given_back_is_not_settled() -> None:
     """A reservation that was released before it was confirmed counts no more."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     place = admission.knock("1.1.1.1", 0.0)
     place.leave()
     with pytest.raises(ConnectionLimitExceededError):
@@ -108,7 +112,7 @@ def test_released_reservation_cannot_be_confirmed(
     option: dict[str, float], limit: str, error: type[Exception], confirmed_before: bool
 ) -> None:
     """Under each limit a released reservation refuses its client with that limit, and is counted nowhere."""
-    admission = Admission(**option)  # type: ignore[arg-type]
+    admission = ConnectionLimiter(**option)  # type: ignore[arg-type]
     place = admission.knock("1.1.1.1", 0.0)
     if confirmed_before:
         place.settle("ann")
@@ -125,9 +129,9 @@ def test_released_reservation_cannot_be_confirmed(
 
 def test_while_it_is_full_a_few_may_say_who_they_are() -> None:
     """As many as the lobby holds may knock at a full server; the next is refused before anything is asked."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     enter(admission, "ann")
-    waiting = [admission.knock("1.1.1.1", 0.0) for _ in range(MIN_LOBBY)]
+    waiting = [admission.knock("1.1.1.1", 0.0) for _ in range(MIN_PENDING)]
     with pytest.raises(ConnectionLimitExceededError):
         admission.knock("1.1.1.1", 0.0)
     waiting[0].leave()
@@ -136,8 +140,8 @@ def test_while_it_is_full_a_few_may_say_who_they_are() -> None:
 
 def test_who_never_says_who_it_is_counts_too() -> None:
     """Before anybody is inside, no more may be on their way than there are places and the lobby holds."""
-    admission = Admission(max_connections=3)
-    for _ in range(3 + MIN_LOBBY):
+    admission = ConnectionLimiter(max_connections=3)
+    for _ in range(3 + MIN_PENDING):
         admission.knock("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError):
         admission.knock("1.1.1.1", 0.0)
@@ -145,7 +149,7 @@ def test_who_never_says_who_it_is_counts_too() -> None:
 
 def test_a_large_server_has_a_large_lobby() -> None:
     """The lobby is a tenth of the connections where that is more than its least."""
-    admission = Admission(max_connections=1000)
+    admission = ConnectionLimiter(max_connections=1000)
     for _ in range(1100):
         admission.knock("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError):
@@ -157,7 +161,7 @@ def test_a_large_server_has_a_large_lobby() -> None:
 
 def test_who_replaces_another_needs_no_room() -> None:
     """At a full server a client takes its old connection's place, and there are as many as before."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     new = enter(admission, "ann", replaces=(old,))
     old.leave()
@@ -170,7 +174,7 @@ def test_who_replaces_another_needs_no_room() -> None:
 
 def test_a_place_that_was_given_back_cannot_be_replaced() -> None:
     """If the old connection is over, and somebody else has its place, the new one needs room as any other."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     old.leave()
     enter(admission, "bob")
@@ -180,7 +184,7 @@ def test_a_place_that_was_given_back_cannot_be_replaced() -> None:
 
 def test_nobody_gets_the_place_of_one_that_is_being_replaced() -> None:
     """If the old connection ends by itself while the new one is on its way, its place is not free for a third."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     enter(admission, "ann", replaces=(old,))
     old.leave()
@@ -190,9 +194,9 @@ def test_nobody_gets_the_place_of_one_that_is_being_replaced() -> None:
 
 def test_those_who_replace_the_same_one_are_few() -> None:
     """One connection cannot be the ticket of any number of new ones that all wait in a handshake hook."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
-    for _ in range(MIN_LOBBY):
+    for _ in range(MIN_PENDING):
         enter(admission, "ann", replaces=(old,))
     with pytest.raises(ConnectionLimitExceededError):
         enter(admission, "ann", replaces=(old,))
@@ -203,7 +207,7 @@ def test_those_who_replace_the_same_one_are_few() -> None:
 
 def test_an_address_has_its_own_limit() -> None:
     """Who is too many from its address is refused as such, and others are not."""
-    admission = Admission(max_per_address=2)
+    admission = ConnectionLimiter(max_per_address=2)
     enter(admission, address="1.1.1.1")
     enter(admission, address="1.1.1.1")
     with pytest.raises(TooManyConnectionsError) as refused:
@@ -214,7 +218,7 @@ def test_an_address_has_its_own_limit() -> None:
 
 def test_three_at_once_from_an_address_for_two_get_two_in() -> None:
     """Those who are on their way do not count against those who were let in before them."""
-    admission = Admission(max_per_address=2)
+    admission = ConnectionLimiter(max_per_address=2)
     first, second, third = (admission.knock("1.1.1.1", 0.0) for _ in range(3))
     first.settle("ann")
     second.settle("bob")
@@ -224,7 +228,7 @@ def test_three_at_once_from_an_address_for_two_get_two_in() -> None:
 
 def test_an_address_that_is_full_has_a_lobby_as_large_as_its_limit() -> None:
     """As many as may be inside may also be on their way, and no more are asked who they are."""
-    admission = Admission(max_per_address=2)
+    admission = ConnectionLimiter(max_per_address=2)
     for _ in range(4):
         admission.knock("1.1.1.1", 0.0)
     with pytest.raises(TooManyConnectionsError):
@@ -234,14 +238,14 @@ def test_an_address_that_is_full_has_a_lobby_as_large_as_its_limit() -> None:
 
 def test_who_replaces_another_of_its_address_needs_no_room_there() -> None:
     """A client that dials again from where it was takes its own place of that address."""
-    admission = Admission(max_per_address=1)
+    admission = ConnectionLimiter(max_per_address=1)
     old = enter(admission, "ann")
     enter(admission, "ann", replaces=(old,))
 
 
 def test_who_replaces_one_elsewhere_needs_room_at_its_address() -> None:
     """Connections cannot be moved to one address until there are more than it may have."""
-    admission = Admission(max_per_address=1)
+    admission = ConnectionLimiter(max_per_address=1)
     old = enter(admission, "ann", address="2.2.2.2")
     enter(admission, "bob", address="1.1.1.1")
     with pytest.raises(TooManyConnectionsError):
@@ -253,7 +257,7 @@ def test_who_replaces_one_elsewhere_needs_room_at_its_address() -> None:
 
 def test_a_client_has_its_own_limit() -> None:
     """Who has too many connections is refused another one, and somebody else is not."""
-    admission = Admission(max_per_client=2)
+    admission = ConnectionLimiter(max_per_client=2)
     first = enter(admission, "ann")
     enter(admission, "ann")
     with pytest.raises(TooManyConnectionsError) as refused:
@@ -266,7 +270,7 @@ def test_a_client_has_its_own_limit() -> None:
 
 def test_a_session_that_is_taken_over_is_not_one_more_of_its_client() -> None:
     """A client at its limit may come back to a session whose connection is half-open, but not to that of another."""
-    admission = Admission(max_per_client=1)
+    admission = ConnectionLimiter(max_per_client=1)
     ann, bob = enter(admission, "ann"), enter(admission, "bob")
     with pytest.raises(TooManyConnectionsError):
         enter(admission, "ann", replaces=(bob,))
@@ -278,7 +282,7 @@ def test_a_session_that_is_taken_over_is_not_one_more_of_its_client() -> None:
 
 def test_only_so_many_come_in_a_second() -> None:
     """Who comes too often is refused, whoever it is, and told when it is its turn."""
-    admission = Admission(rate=2)
+    admission = ConnectionLimiter(rate=2)
     admission.knock("1.1.1.1", 0.0)
     admission.knock("2.2.2.2", 0.0)
     with pytest.raises(ConnectionLimitExceededError) as refused:
@@ -291,7 +295,7 @@ def test_only_so_many_come_in_a_second() -> None:
 
 def test_an_address_that_comes_too_often_does_not_use_up_the_rate_of_all() -> None:
     """What one address is refused for is not counted for the others."""
-    admission = Admission(rate=3, rate_per_address=1)
+    admission = ConnectionLimiter(rate=3, rate_per_address=1)
     admission.knock("1.1.1.1", 0.0)
     for _ in range(10):
         with pytest.raises(TooManyConnectionsError) as refused:
@@ -303,7 +307,7 @@ def test_an_address_that_comes_too_often_does_not_use_up_the_rate_of_all() -> No
 
 def test_a_rate_below_one_a_second_lets_one_in() -> None:
     """One connection a minute means one now, and the next in a minute."""
-    admission = Admission(rate=1 / 60)
+    admission = ConnectionLimiter(rate=1 / 60)
     admission.knock("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError) as refused:
         admission.knock("1.1.1.1", 0.0)
@@ -313,7 +317,7 @@ def test_a_rate_below_one_a_second_lets_one_in() -> None:
 @pytest.mark.parametrize("options", [{"rate": 1}, {"rate_per_address": 1}], ids=["in all", "by address"])
 def test_who_comes_too_often_takes_no_place(options: dict[str, float]) -> None:
     """Refusals leave nothing behind that is counted."""
-    admission = Admission(max_connections=1, max_per_address=1, **options)  # type: ignore[arg-type]
+    admission = ConnectionLimiter(max_connections=1, max_per_address=1, **options)  # type: ignore[arg-type]
     admission.knock("1.1.1.1", 0.0).leave()
     for _ in range(100):
         with pytest.raises(ConnectionLimitExceededError):
@@ -337,17 +341,17 @@ class Counts(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission(max_connections=MOST, max_per_client=PER_CLIENT, max_per_address=PER_ADDRESS)
-        self.there: dict[Place, str | None] = {}
-        self.came: list[Place] = []
+        self.admission = ConnectionLimiter(max_connections=MOST, max_per_client=PER_CLIENT, max_per_address=PER_ADDRESS)
+        self.there: dict[Reservation, str | None] = {}
+        self.came: list[Reservation] = []
 
     @property
-    def inside(self) -> list[Place]:
+    def inside(self) -> list[Reservation]:
         """The places that are settled."""
         return [place for place, who in self.there.items() if who is not None]
 
     @property
-    def waiting(self) -> list[Place]:
+    def waiting(self) -> list[Reservation]:
         """The places that are not."""
         return [place for place, who in self.there.items() if who is None]
 
@@ -429,7 +433,7 @@ TestCounts.settings = settings(max_examples=60, stateful_step_count=60)
 @pytest.mark.parametrize("option", ["rate", "rate_per_address"])
 def test_refused_dials_are_told_different_times(option: str) -> None:
     """Those that come too often are asked back one after the other, over the time that the rate needs for all."""
-    admission = Admission(**{option: 10.0})
+    admission = ConnectionLimiter(**{option: 10.0})
     told = []
     for number in range(120):
         now = 100.0 + number * 1e-4
@@ -446,7 +450,7 @@ def test_refused_dials_are_told_different_times(option: str) -> None:
 
 def test_refused_dials_of_one_address_delay_no_other() -> None:
     """Each address has a queue of its own, and an empty queue is forgotten."""
-    admission = Admission(rate_per_address=1.0)
+    admission = ConnectionLimiter(rate_per_address=1.0)
     for _ in range(50):
         with contextlib.suppress(TooManyConnectionsError):
             admission.knock("1.1.1.1", 0.0)
@@ -458,7 +462,7 @@ def test_refused_dials_of_one_address_delay_no_other() -> None:
 
 def test_clients_without_room_are_told_times_that_spread_them() -> None:
     """Of those that find no room no more than a hundred are asked back in each second."""
-    admission = Admission(max_connections=1)
+    admission = ConnectionLimiter(max_connections=1)
     told = []
     for _ in range(3000):
         try:
@@ -471,9 +475,9 @@ def test_clients_without_room_are_told_times_that_spread_them() -> None:
 
 def test_address_that_ignores_its_hints_delays_no_other_at_a_full_server() -> None:
     """What is refused by the limit of an address moves nobody back in the queue for room."""
-    admission = Admission(max_connections=1, rate_per_address=5)
+    admission = ConnectionLimiter(max_connections=1, rate_per_address=5)
     enter(admission)
-    for number in range(MIN_LOBBY):
+    for number in range(MIN_PENDING):
         admission.knock(f"2.2.2.{number}", 0.0)
     for _ in range(10_000):
         with pytest.raises((TooManyConnectionsError, ConnectionLimitExceededError)):

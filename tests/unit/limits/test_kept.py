@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
-from fastapi_ws_stabilizer.limits.kept import Kept
-from fastapi_ws_stabilizer.limits.ledger import Ledger
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
 from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, STEP, deep_size
 from tests.unit.client.fake_link import virtually
 from tests.unit.limits.fake_client import FakeClient
@@ -26,9 +26,9 @@ from tests.unit.limits.fake_client import FakeClient
 class Owner(FakeClient):
     """A client that holds a dict."""
 
-    def __init__(self, ledger: Ledger, name: str = "a") -> None:
+    def __init__(self, ledger: MemoryBudget, name: str = "a") -> None:
         super().__init__(ledger, name)
-        self.kept = Kept(ledger, self)
+        self.kept = MeteredDict(ledger, self)
 
     @property
     def held_memory(self) -> int:  # type: ignore[override]
@@ -51,12 +51,12 @@ def counted(kept: dict[str, Any]) -> int:
 @pytest.fixture
 async def owner() -> Owner:
     """A client that may hold 10,000 bytes."""
-    ledger = Ledger(100_000, 10_000)
+    ledger = MemoryBudget(100_000, 10_000)
     ledger.begin()
     return Owner(ledger)
 
 
-WRITES: dict[str, Callable[[Kept], object]] = {
+WRITES: dict[str, Callable[[MeteredDict], object]] = {
     "set": lambda kept: kept.__setitem__("new", "x" * 100),
     "set another": lambda kept: kept.__setitem__("a", "x" * 100),
     "set the same": lambda kept: kept.__setitem__("a", kept["a"]),
@@ -76,7 +76,9 @@ WRITES: dict[str, Callable[[Kept], object]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-async def test_every_write_is_counted_and_does_what_a_dict_does(owner: Owner, write: Callable[[Kept], object]) -> None:
+async def test_every_write_is_counted_and_does_what_a_dict_does(
+    owner: Owner, write: Callable[[MeteredDict], object]
+) -> None:
     """After it the dict holds what a plain one would, and the sums are those of a full count."""
     plain: Any = {"a": "x", "b": ["y"] * 3}
     owner.kept.update(plain)
@@ -97,7 +99,9 @@ async def test_every_write_is_counted_and_does_what_a_dict_does(owner: Owner, wr
 
 
 @pytest.mark.parametrize("write", [lambda kept: kept.__delitem__("none"), lambda kept: kept.pop("none")])
-async def test_to_take_out_what_is_not_there_is_an_error_as_ever(owner: Owner, write: Callable[[Kept], object]) -> None:
+async def test_to_take_out_what_is_not_there_is_an_error_as_ever(
+    owner: Owner, write: Callable[[MeteredDict], object]
+) -> None:
     """It raises `KeyError` and counts nothing."""
     with pytest.raises(KeyError):
         write(owner.kept)
@@ -106,14 +110,14 @@ async def test_to_take_out_what_is_not_there_is_an_error_as_ever(owner: Owner, w
 
 async def test_ten_megabytes_inside_are_ten_megabytes() -> None:
     """What is put in is measured deeply, whatever it is wrapped in."""
-    ledger = Ledger()
+    ledger = MemoryBudget()
     ledger.begin()
-    kept = Kept(ledger, None)
+    kept = MeteredDict(ledger, None)
     kept["deep"] = {"a": [{"b": ("x" * 10_000_000,)}]}
     assert 10_000_000 < ledger.total < 10_002_000
 
 
-REFUSED: dict[str, Callable[[Kept], object]] = {
+REFUSED: dict[str, Callable[[MeteredDict], object]] = {
     "set new": lambda kept: kept.__setitem__("new", "x" * 20_000),
     "set old": lambda kept: kept.__setitem__("none", "x" * 20_000),
     "update": lambda kept: kept.update({"a": 5, "none": 1, "new": "x" * 20_000}),
@@ -124,7 +128,7 @@ REFUSED: dict[str, Callable[[Kept], object]] = {
 
 
 @pytest.mark.parametrize("write", REFUSED.values(), ids=REFUSED)
-async def test_a_refused_write_changes_nothing(owner: Owner, write: Callable[[Kept], object]) -> None:
+async def test_a_refused_write_changes_nothing(owner: Owner, write: Callable[[MeteredDict], object]) -> None:
     """All or nothing: old values stay, `None` and order included, and so does the sum."""
     before = {"none": None, "a": "old"}
     owner.kept.update(before)
@@ -136,7 +140,7 @@ async def test_a_refused_write_changes_nothing(owner: Owner, write: Callable[[Ke
 
 
 @pytest.mark.parametrize("write", [lambda kept: kept.replace(None), lambda kept: kept.update(7)])
-async def test_a_write_of_nonsense_changes_nothing(owner: Owner, write: Callable[[Kept], object]) -> None:
+async def test_a_write_of_nonsense_changes_nothing(owner: Owner, write: Callable[[MeteredDict], object]) -> None:
     """What is no mapping is a `TypeError`, before anything is taken out."""
     owner.kept["a"] = 1
     with pytest.raises(TypeError):
@@ -155,7 +159,7 @@ async def test_only_the_growth_needs_room(owner: Owner) -> None:
 @virtually
 async def test_what_has_grown_beyond_the_limit_can_be_replaced_by_less() -> None:
     """A dict that has grown inside beyond what may be is found, its owner is told, and it may still shrink."""
-    ledger = Ledger(max_each=1_000, check_interval=5.0)
+    ledger = MemoryBudget(max_each=1_000, check_interval=5.0)
     ledger.begin()
     owner = Owner(ledger)
     owner.kept["list"] = grown = ["x"]
@@ -171,9 +175,9 @@ async def test_what_has_grown_beyond_the_limit_can_be_replaced_by_less() -> None
 @virtually
 async def test_what_has_shrunk_inside_is_found_too() -> None:
     """The sum goes down at the next look."""
-    ledger = Ledger(check_interval=5.0)
+    ledger = MemoryBudget(check_interval=5.0)
     ledger.begin()
-    kept = Kept(ledger, None, {"list": ["x" * 5_000]})
+    kept = MeteredDict(ledger, None, {"list": ["x" * 5_000]})
     kept["list"].clear()
     await asyncio.sleep(6.0)
     assert ledger.total == counted(kept) < 1_000
@@ -182,7 +186,7 @@ async def test_what_has_shrunk_inside_is_found_too() -> None:
 
 async def test_room_for_a_write_is_made_by_others() -> None:
     """The first in the order goes, and the write is done."""
-    ledger = Ledger(10_000)
+    ledger = MemoryBudget(10_000)
     ledger.begin()
     a, b = Owner(ledger, "a"), Owner(ledger, "b")
     a.kept["x"], b.kept["x"] = "a" * 6_000, "b" * 6_000
@@ -203,7 +207,7 @@ async def test_what_was_let_go_is_counted_no_longer_and_can_be_used(owner: Owner
 
 def test_what_is_counted_nowhere_keeps_nobody_alive() -> None:
     """A dict that is made when its client is over knows nobody."""
-    assert Kept(None, FakeClient(Ledger(), "a")).owner is None
+    assert MeteredDict(None, FakeClient(MemoryBudget(), "a")).owner is None
 
 
 async def test_it_is_a_dict_to_everybody_else(owner: Owner) -> None:
@@ -222,7 +226,7 @@ def many(number: int) -> list[object]:
     return [float(one) for one in range(number)]
 
 
-def looked_at(kept: Kept) -> int:
+def looked_at(kept: MeteredDict) -> int:
     """How many objects of a dict were looked at."""
     return sum(count for _, count in kept._sizes.values())
 
@@ -230,11 +234,11 @@ def looked_at(kept: Kept) -> int:
 async def test_no_more_objects_are_looked_at_for_more_entries() -> None:
     """One write, many writes and a look at all of it: `MAX_OBJECTS`, and each further value alone."""
     third = many(MAX_OBJECTS // 3)
-    ledger = Ledger()
+    ledger = MemoryBudget()
     ledger.begin()
-    at_once = Kept(ledger, None, {str(number): third for number in range(20)})
+    at_once = MeteredDict(ledger, None, {str(number): third for number in range(20)})
     assert looked_at(at_once) == at_once._objects <= MAX_OBJECTS + 20
-    one_by_one = Kept(ledger, None)
+    one_by_one = MeteredDict(ledger, None)
     for number in range(20):
         one_by_one[str(number)] = third
     assert looked_at(one_by_one) == one_by_one._objects <= MAX_OBJECTS + 20
@@ -252,7 +256,7 @@ async def test_no_more_objects_are_looked_at_for_more_entries() -> None:
 
 async def test_a_look_stops_within_an_entry() -> None:
     """A large value is measured in many steps, so that the event loop gets its turns."""
-    kept = Kept(None, None, {"large": many(20 * STEP)})
+    kept = MeteredDict(None, None, {"large": many(20 * STEP)})
     assert sum(1 for _ in kept.measure()) >= 20
 
 
@@ -290,7 +294,7 @@ class SlowKey(str):
 
 async def test_threads_that_write_the_same_entries_keep_the_sums_right() -> None:
     """Four threads write and delete the same keys; when they are done, the sums are those of a full count."""
-    ledger = Ledger(10**9)
+    ledger = MemoryBudget(10**9)
     ledger.begin()
     owner = Owner(ledger)
 
@@ -306,9 +310,9 @@ async def test_threads_that_write_the_same_entries_keep_the_sums_right() -> None
 
 async def test_a_thread_that_writes_while_its_client_is_let_go_leaves_nothing_behind() -> None:
     """What a thread has written is in the sum for as long as it is kept, and not a moment longer."""
-    ledger = Ledger()
+    ledger = MemoryBudget()
     ledger.begin()
-    kept = Kept(ledger, None)
+    kept = MeteredDict(ledger, None)
     written = threading.Event()
 
     def write() -> None:
@@ -326,7 +330,7 @@ async def test_a_thread_that_writes_while_its_client_is_let_go_leaves_nothing_be
 
 async def test_a_limit_holds_for_threads() -> None:
     """What is too much for one is refused in the thread that writes it, and nothing is written."""
-    ledger = Ledger(10_000, 1_000)
+    ledger = MemoryBudget(10_000, 1_000)
     ledger.begin()
     owner = Owner(ledger)
     with pytest.raises(MemoryLimitExceededError):
@@ -336,7 +340,7 @@ async def test_a_limit_holds_for_threads() -> None:
 
 async def test_room_for_a_thread_is_made_on_the_loop_and_by_others() -> None:
     """Nobody is ended from within a thread; a turn later the limit holds, and the writer is spared there too."""
-    ledger = Ledger(10_000)
+    ledger = MemoryBudget(10_000)
     ledger.begin()
     writer, other = Owner(ledger, "first in every order"), Owner(ledger, "another")
     other.kept["x"] = "x" * 6_000
@@ -350,7 +354,7 @@ async def test_room_for_a_thread_is_made_on_the_loop_and_by_others() -> None:
 
 async def test_a_thread_that_wants_more_than_there_is_for_all_is_refused() -> None:
     """Nobody has to go for what cannot be."""
-    ledger = Ledger(10_000)
+    ledger = MemoryBudget(10_000)
     ledger.begin()
     writer = Owner(ledger)
     with pytest.raises(MemoryLimitExceededError, match="max_total_memory"):

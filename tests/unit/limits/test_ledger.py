@@ -10,7 +10,7 @@ import pytest
 
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 from fastapi_ws_stabilizer.limits import ledger as ledger_module
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, SLICE, Client, Ledger, Policy
+from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, SLICE, Evictable, MemoryBudget, Policy
 from tests.unit.client.fake_link import virtually
 from tests.unit.fake_websocket import settle
 from tests.unit.limits.fake_client import FakeClient, Note
@@ -19,9 +19,9 @@ POLICIES: tuple[Policy, ...] = ("lru", "fifo", "oldest")
 
 
 @pytest.fixture
-async def ledger() -> Ledger:
+async def ledger() -> MemoryBudget:
     """A ledger for 100 bytes."""
-    made = Ledger(100)
+    made = MemoryBudget(100)
     made.begin()
     return made
 
@@ -36,7 +36,7 @@ def gone(*clients: FakeClient) -> str:
 
 def test_a_message_that_many_hold_counts_once() -> None:
     """The first who holds it adds it, the last who lets go takes it away."""
-    ledger, note = Ledger(), Note(30)
+    ledger, note = MemoryBudget(), Note(30)
     for _ in range(3):
         ledger.hold(note)
     sums = [ledger.total]
@@ -46,7 +46,7 @@ def test_a_message_that_many_hold_counts_once() -> None:
     assert sums == [30 + FRAME_OVERHEAD_BYTES] * 3 + [0]
 
 
-async def test_a_read_of_the_sum_looks_at_nobody(ledger: Ledger) -> None:
+async def test_a_read_of_the_sum_looks_at_nobody(ledger: MemoryBudget) -> None:
     """It is a number that is there, and no count of what clients hold."""
     for number in range(3):
         FakeClient(ledger, str(number), 10).held_memory = 999
@@ -59,7 +59,7 @@ async def test_a_read_of_the_sum_looks_at_nobody(ledger: Ledger) -> None:
 @pytest.mark.parametrize(("policy", "victim"), [("lru", "b"), ("fifo", "a"), ("oldest", "c")])
 async def test_each_policy_picks_another(policy: Policy, victim: str) -> None:
     """Of the same three clients, each policy picks another one: they are three orders and no names for one."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b, c = clients = [FakeClient(ledger, name, 20) for name in "abc"]
     for delivered in (c, a, b):
@@ -74,7 +74,7 @@ async def test_each_policy_picks_another(policy: Policy, victim: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_comes_back_comes_anew(policy: Policy) -> None:
     """A client that has come back is the last in every order, whenever it had come first."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
     ledger.goes_away(a)
@@ -86,7 +86,7 @@ async def test_who_comes_back_comes_anew(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_those_that_are_away_go_first_the_one_that_left_first_before_all(policy: Policy) -> None:
     """Nobody who is here goes while something is kept for somebody who is not."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
     ledger.goes_away(c)
@@ -101,7 +101,7 @@ async def test_those_that_are_away_go_first_the_one_that_left_first_before_all(p
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_the_writer_is_spared(policy: Policy) -> None:
     """Room for what a client writes is made by others, even if it would be the first to go."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
     ledger.goes_away(a)
@@ -109,14 +109,14 @@ async def test_the_writer_is_spared(policy: Policy) -> None:
     assert gone(a, b) == "b"
 
 
-async def test_as_many_go_as_must_and_no_more(ledger: Ledger) -> None:
+async def test_as_many_go_as_must_and_no_more(ledger: MemoryBudget) -> None:
     """Eviction stops as soon as there is room."""
     clients = [FakeClient(ledger, name, 20) for name in "abcde"]
     ledger.admit(None, 21)
     assert gone(*clients) == "ab"
 
 
-async def test_what_cannot_be_costs_nobody_their_connection(ledger: Ledger) -> None:
+async def test_what_cannot_be_costs_nobody_their_connection(ledger: MemoryBudget) -> None:
     """A client that wants more than there is for all is refused before anybody goes for it."""
     a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
@@ -124,7 +124,7 @@ async def test_what_cannot_be_costs_nobody_their_connection(ledger: Ledger) -> N
     assert (refused.value.limit, refused.value.most, gone(a, b)) == ("max_total_memory", 100, "")
 
 
-async def test_a_shared_message_is_free_when_its_last_holder_went(ledger: Ledger) -> None:
+async def test_a_shared_message_is_free_when_its_last_holder_went(ledger: MemoryBudget) -> None:
     """Clients go, the first before all others, until what they have shared is free."""
     shared = Note(60)
     clients = [FakeClient(ledger, name) for name in "abc"]
@@ -134,7 +134,7 @@ async def test_a_shared_message_is_free_when_its_last_holder_went(ledger: Ledger
     assert (gone(*clients), ledger.total) == ("abc", 0)
 
 
-async def test_what_grows_without_asking_is_dealt_with_at_the_end_of_the_turn(ledger: Ledger) -> None:
+async def test_what_grows_without_asking_is_dealt_with_at_the_end_of_the_turn(ledger: MemoryBudget) -> None:
     """Messages are queued first and counted; nobody goes in the middle of that, and the limit holds a turn later."""
     clients = [FakeClient(ledger, name, 40) for name in "abc"]
     assert (ledger.total, gone(*clients)) == (120, "")
@@ -142,7 +142,7 @@ async def test_what_grows_without_asking_is_dealt_with_at_the_end_of_the_turn(le
     assert (ledger.total, gone(*clients)) == (80, "a")
 
 
-async def test_a_message_that_is_too_much_for_all_ends_its_holder(ledger: Ledger) -> None:
+async def test_a_message_that_is_too_much_for_all_ends_its_holder(ledger: MemoryBudget) -> None:
     """The limit holds for what nobody has asked for, even if its holder is the only client."""
     client = FakeClient(ledger, "a")
     client.holds(Note(101))
@@ -150,7 +150,7 @@ async def test_a_message_that_is_too_much_for_all_ends_its_holder(ledger: Ledger
     assert (gone(client), ledger.total) == ("a", 0)
 
 
-async def test_who_has_left_is_found_no_more(ledger: Ledger) -> None:
+async def test_who_has_left_is_found_no_more(ledger: MemoryBudget) -> None:
     """A client that is over is no candidate; leaving twice changes nothing."""
     a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
     ledger.goes_away(a)
@@ -160,7 +160,7 @@ async def test_who_has_left_is_found_no_more(ledger: Ledger) -> None:
     assert gone(a, b) == "b"
 
 
-async def test_news_of_somebody_who_is_not_here_change_nothing(ledger: Ledger) -> None:
+async def test_news_of_somebody_who_is_not_here_change_nothing(ledger: MemoryBudget) -> None:
     """A message of a client that has left, or is away, does not bring it back."""
     a = FakeClient(ledger, "a", 40)
     b = FakeClient(ledger, "b", 40)
@@ -175,7 +175,7 @@ async def test_news_of_somebody_who_is_not_here_change_nothing(ledger: Ledger) -
 
 def test_without_a_limit_nobody_stands_anywhere() -> None:
     """Who needs no order pays for none."""
-    ledger = Ledger()
+    ledger = MemoryBudget()
     client = FakeClient(ledger, "a", 10**12)
     ledger.heard(client)
     ledger.goes_away(client)
@@ -188,7 +188,7 @@ def test_without_a_limit_nobody_stands_anywhere() -> None:
 
 def test_one_client_may_hold_only_so_much() -> None:
     """What a client holds already counts; nothing is written, and the error names the option and its value."""
-    ledger = Ledger(max_each=100)
+    ledger = MemoryBudget(max_each=100)
     client = FakeClient(ledger, "a", 60)
     ledger.admit(client, 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
@@ -200,7 +200,7 @@ def test_one_client_may_hold_only_so_much() -> None:
 
 def test_to_hold_less_is_never_refused() -> None:
     """A client that is over the limit can always shrink."""
-    ledger = Ledger(max_each=10)
+    ledger = MemoryBudget(max_each=10)
     client = FakeClient(ledger, "a", 60)
     ledger.admit(client, -20)
     ledger.admit(client, 0)
@@ -208,7 +208,7 @@ def test_to_hold_less_is_never_refused() -> None:
 
 def test_who_holds_too_much_is_found_with_its_next_message() -> None:
     """Queues and logs do not ask, so their sum is looked at when its client says something."""
-    ledger = Ledger(max_each=100)
+    ledger = MemoryBudget(max_each=100)
     client = FakeClient(ledger, "a", 100)
     ledger.heard(client)
     assert client.ended_at is None
@@ -219,7 +219,7 @@ def test_who_holds_too_much_is_found_with_its_next_message() -> None:
 
 async def test_a_flood_of_one_evicts_nobody_where_one_may_hold_only_so_much() -> None:
     """`max_memory_per_connection` refuses it before room is made."""
-    ledger = Ledger(1000, max_each=100)
+    ledger = MemoryBudget(1000, max_each=100)
     ledger.begin()
     others = [FakeClient(ledger, name, 90) for name in "abcdefghij"]
     flood = FakeClient(ledger, "x", 50)
@@ -237,7 +237,7 @@ async def test_to_evict_one_costs_the_same_whatever_their_number(
     policy: Policy, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handful of looks at the line to come, to speak, to be sent something and to go, among ten or ten thousand."""
-    ledger = Ledger(number, policy=policy)
+    ledger = MemoryBudget(number, policy=policy)
     ledger.begin()
     clients = [FakeClient(ledger, str(place), 1) for place in range(number)]
     silent = [FakeClient(ledger, f"silent {place}") for place in range(number)]
@@ -269,7 +269,7 @@ async def test_to_evict_one_costs_the_same_whatever_their_number(
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_holds_nothing_does_not_go(policy: Policy) -> None:
     """However long it was silent, its end would free nothing. When it holds something, it stands where it stood."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b, c = FakeClient(ledger, "a"), FakeClient(ledger, "b", 50), FakeClient(ledger, "c", 50)
     ledger.admit(None, 10)
@@ -283,7 +283,7 @@ async def test_who_holds_nothing_does_not_go(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_holds_nothing_any_more_leaves_the_line_until_it_does(policy: Policy) -> None:
     """It comes back to where it would have stood, and not to the end."""
-    ledger = Ledger(100, policy=policy)
+    ledger = MemoryBudget(100, policy=policy)
     ledger.begin()
     a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
     a.takes(-30)
@@ -294,7 +294,7 @@ async def test_who_holds_nothing_any_more_leaves_the_line_until_it_does(policy: 
     assert gone(a, c) == "a"
 
 
-async def test_what_has_ended_goes_before_those_that_are_away(ledger: Ledger) -> None:
+async def test_what_has_ended_goes_before_those_that_are_away(ledger: MemoryBudget) -> None:
     """Nobody goes who could come back, or is here, while something is held for what is over."""
     a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
     ledger.goes_away(a)
@@ -303,7 +303,7 @@ async def test_what_has_ended_goes_before_those_that_are_away(ledger: Ledger) ->
     assert gone(a, b, c) == "c"
 
 
-async def test_many_go_in_slices(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_go_in_slices(ledger: MemoryBudget, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a turn as many go as a slice of time is enough for, and others in the turns after it."""
     clients = [FakeClient(ledger, str(number), 10) for number in range(10)]
     now = 0.0
@@ -322,7 +322,7 @@ async def test_many_go_in_slices(ledger: Ledger, monkeypatch: pytest.MonkeyPatch
     assert counts == [3, 6, 9, 9]
 
 
-async def test_the_line_does_not_grow_by_coming_and_going(ledger: Ledger) -> None:
+async def test_the_line_does_not_grow_by_coming_and_going(ledger: MemoryBudget) -> None:
     """What means nothing any more is thrown out of it."""
     client = FakeClient(ledger, "a", 10)
     for _ in range(1_000):
@@ -331,7 +331,7 @@ async def test_the_line_does_not_grow_by_coming_and_going(ledger: Ledger) -> Non
     assert len(ledger._line) < 100
 
 
-async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(ledger: Ledger) -> None:
+async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(ledger: MemoryBudget) -> None:
     """For as long as it lasts; and what those hold that stay is not counted on."""
     a, b = FakeClient(ledger, "a", 60), FakeClient(ledger, "b", 30)
     with ledger.sparing(a), ledger.sparing(None):
@@ -351,8 +351,8 @@ async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(ledger: Ledger)
 class FakeDict:
     """A dict that grows inside."""
 
-    def __init__(self, ledger: Ledger, *sizes: int) -> None:
-        self.owner: Client | None = None
+    def __init__(self, ledger: MemoryBudget, *sizes: int) -> None:
+        self.owner: Evictable | None = None
         self.counted_bytes = 0
         self.sizes = list(sizes)
         self.looks = 0
@@ -381,7 +381,7 @@ class FakeDict:
 @virtually
 async def test_what_has_grown_inside_is_found_at_the_next_look() -> None:
     """Every `memory_check_interval`, and not before."""
-    ledger = Ledger(check_interval=5.0)
+    ledger = MemoryBudget(check_interval=5.0)
     ledger.begin()
     growing = FakeDict(ledger, 10)
     growing.sizes[0] = 70
@@ -395,7 +395,7 @@ async def test_what_has_grown_inside_is_found_at_the_next_look() -> None:
 @virtually
 async def test_a_look_that_finds_something_is_followed_by_one_look() -> None:
     """However often sizes have changed, the next look comes once an interval."""
-    ledger = Ledger(check_interval=5.0)
+    ledger = MemoryBudget(check_interval=5.0)
     ledger.begin()
     growing = FakeDict(ledger, 10)
     for seconds in range(20):
@@ -408,7 +408,7 @@ async def test_a_look_that_finds_something_is_followed_by_one_look() -> None:
 @virtually
 async def test_nothing_is_looked_at_that_is_empty() -> None:
     """With the last dict the timer goes too, and comes again with the next one."""
-    ledger = Ledger(check_interval=5.0)
+    ledger = MemoryBudget(check_interval=5.0)
     ledger.begin()
     empty = FakeDict(ledger, 10)
     empty.empty()
@@ -421,7 +421,7 @@ async def test_nothing_is_looked_at_that_is_empty() -> None:
 
 
 async def test_a_look_holds_the_loop_for_no_longer_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring stops after `SLICE`, in the middle of a dict if need be, and goes on after a turn of the loop."""
+    """Measuring stops after `PARSE_SLICE`, in the middle of a dict if need be, and goes on after a turn of the loop."""
     now = 0.0
 
     def clock() -> float:
@@ -429,7 +429,7 @@ async def test_a_look_holds_the_loop_for_no_longer_than_a_slice(monkeypatch: pyt
         now += SLICE / 10  # each look at it costs a tenth of a slice
         return now
 
-    ledger = Ledger(check_interval=0.001)
+    ledger = MemoryBudget(check_interval=0.001)
     ledger.begin()
     large, small = FakeDict(ledger, *[1] * 25), FakeDict(ledger, 1)
     monkeypatch.setattr(ledger_module, "monotonic", clock)
@@ -448,7 +448,7 @@ async def test_a_look_holds_the_loop_for_no_longer_than_a_slice(monkeypatch: pyt
 @virtually
 async def test_a_dict_that_was_let_go_in_the_middle_of_a_look_is_left_alone() -> None:
     """It is looked at no more when its turn comes."""
-    ledger = Ledger(check_interval=5.0)
+    ledger = MemoryBudget(check_interval=5.0)
     ledger.begin()
     second = FakeDict(ledger, 1)
 
@@ -464,7 +464,7 @@ async def test_a_dict_that_was_let_go_in_the_middle_of_a_look_is_left_alone() ->
     ledger.stop()
 
 
-async def test_after_its_end_nothing_is_left(ledger: Ledger) -> None:
+async def test_after_its_end_nothing_is_left(ledger: MemoryBudget) -> None:
     """No timer, no order, no dict."""
     FakeDict(ledger, 10)
     clients = [FakeClient(ledger, name, 60) for name in "ab"]

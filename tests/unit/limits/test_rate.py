@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.rate import MIN_WAIT, Rate, RateTable, RetryQueue, TokenBucket
+from fastapi_ws_stabilizer.limits.rate import MIN_WAIT, KeyedTokenBuckets, Rate, RetryQueue, TokenBucket
 
 RATE = Rate(per_second=2.0, burst=10.0)
 
@@ -216,14 +216,14 @@ def test_a_rate_is_above_zero(value: float) -> None:
 
 def test_each_sender_has_its_own_bucket() -> None:
     """Who has sent too much takes nothing from others."""
-    table = RateTable(RATE, max_keys=100)
+    table = KeyedTokenBuckets(RATE, max_keys=100)
     assert [table.take("ann", 10, 0.0), table.take("ann", 1, 0.0), table.take("bob", 10, 0.0)] == [0.0, 0.5, 0.0]
     assert len(table) == 2
 
 
 def test_full_buckets_are_forgotten() -> None:
     """Each use forgets two of those that are full again, so the table follows the senders that are there."""
-    table = RateTable(RATE, max_keys=1000)
+    table = KeyedTokenBuckets(RATE, max_keys=1000)
     for number in range(1000):
         table.take(f"sender {number}", 1, 0.0)
     assert len(table) == 1000
@@ -236,7 +236,7 @@ def test_full_buckets_are_forgotten() -> None:
 
 def test_a_bucket_that_is_not_full_is_remembered() -> None:
     """A sender that owes something owes it as long as its bucket takes to fill, whoever comes meanwhile."""
-    table = RateTable(RATE, max_keys=1000)
+    table = KeyedTokenBuckets(RATE, max_keys=1000)
     table.take("ann", 10, 0.0)
     for number in range(900):
         assert table.take(f"sender {number}", 1, 4.0) == 0.0
@@ -245,7 +245,7 @@ def test_a_bucket_that_is_not_full_is_remembered() -> None:
 
 def test_a_table_that_is_full_forgets_who_came_longest_ago() -> None:
     """There are never more buckets than `max_keys`; who has come again since is not who came longest ago."""
-    table = RateTable(RATE, max_keys=3)
+    table = KeyedTokenBuckets(RATE, max_keys=3)
     for sender in ("ann", "bob", "cid", "ann", "dan"):
         table.take(sender, 5, 0.0)
     assert len(table) == 3
@@ -256,7 +256,7 @@ def test_a_table_that_is_full_forgets_who_came_longest_ago() -> None:
 
 def test_who_comes_again_needs_no_room() -> None:
     """A table that is full forgets nobody for a sender that it knows."""
-    table = RateTable(RATE, max_keys=2)
+    table = KeyedTokenBuckets(RATE, max_keys=2)
     for sender in ("ann", "bob", "bob", "ann", "bob"):
         table.take(sender, 3, 0.0)
     assert [table.take(sender, 10, 0.0) for sender in ("ann", "bob")] == [3.0, 4.5]
@@ -264,7 +264,7 @@ def test_who_comes_again_needs_no_room() -> None:
 
 def test_a_refusal_is_a_use() -> None:
     """Who is refused again and again is not forgotten for it: it would be let in again."""
-    table = RateTable(RATE, max_keys=2)
+    table = KeyedTokenBuckets(RATE, max_keys=2)
     table.take("ann", 10, 0.0)
     for number in range(100):
         table.take(f"sender {number}", 10, 0.0)
@@ -275,7 +275,7 @@ def test_a_refusal_is_a_use() -> None:
 def test_a_table_has_room(max_keys: int) -> None:
     """A table for nobody is refused."""
     with pytest.raises(ValueError, match="room for one key at least"):
-        RateTable(RATE, max_keys)
+        KeyedTokenBuckets(RATE, max_keys)
 
 
 @given(
@@ -286,7 +286,7 @@ def test_a_table_has_room(max_keys: int) -> None:
 def test_forgetting_does_not_show(rate: Rate, max_keys: int, steps: list[tuple[str, float, float]]) -> None:
     """As long as no more than `max_keys` senders come within the time in which a bucket fills, each answer is that of a
     bucket which is never forgotten; and there are never more buckets."""
-    table, now, fills = RateTable(rate, max_keys), 0.0, rate.burst / rate.per_second
+    table, now, fills = KeyedTokenBuckets(rate, max_keys), 0.0, rate.burst / rate.per_second
     exact: dict[str, ExactBucket] = {}
     used: dict[str, float] = {}
     for sender, passed, cost in steps:
@@ -302,7 +302,7 @@ def test_forgetting_does_not_show(rate: Rate, max_keys: int, steps: list[tuple[s
 @given(st.lists(st.tuples(st.integers(0, 20), quarters(-2, 4), quarters(0, 60)), min_size=20), st.integers(1, 8))
 def test_a_table_is_never_too_big(steps: list[tuple[int, float, float]], max_keys: int) -> None:
     """Whoever comes, and whenever, there are no more buckets than `max_keys`, and nobody gets more than a burst."""
-    table, now = RateTable(RATE, max_keys), 0.0
+    table, now = KeyedTokenBuckets(RATE, max_keys), 0.0
     for sender, passed, cost in steps:
         now += passed
         assert (table.take(str(sender), cost, now) == math.inf) == (cost > RATE.burst)

@@ -5,41 +5,43 @@ from __future__ import annotations
 import pytest
 
 from fastapi_ws_stabilizer.client.outgoing import MAX_WINDOW
-from fastapi_ws_stabilizer.limits.traffic import Excess, Limit, Traffic, limit_of
+from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter, KeyedRateLimiter, RateExceeded, rate_limiter
 
 
-def flood(limit: Limit, client_id: str, rate: float, seconds: float, cost: float = 1.0) -> list[Excess | None]:
+def flood(
+    limit: KeyedRateLimiter, client_id: str, rate: float, seconds: float, cost: float = 1.0
+) -> list[RateExceeded | None]:
     """What is said to a client that sends so many in a second, evenly."""
     return [limit.take(client_id, f"tab of {client_id}", cost, number / rate) for number in range(int(seconds * rate))]
 
 
-def told(answers: list[Excess | None]) -> list[Excess]:
+def told(answers: list[RateExceeded | None]) -> list[RateExceeded]:
     """What was refused."""
     return [answer for answer in answers if answer is not None]
 
 
 def test_what_is_allowed_is_never_refused() -> None:
     """At its rate a client may send for ever."""
-    assert told(flood(Limit(10, 10), "ann", 10, 60)) == []
+    assert told(flood(KeyedRateLimiter(10, 10), "ann", 10, 60)) == []
 
 
 def test_a_burst_is_allowed_and_no_more() -> None:
     """Who was quiet may send a burst at once; the next one has to wait for one to flow in."""
-    limit = Limit(10, 5)
+    limit = KeyedRateLimiter(10, 5)
     assert [limit.take("ann", "tab of ann", 1.0, 7.0) for _ in range(5)] == [None] * 5
     assert limit.take("ann", "tab of ann", 1.0, 7.0) == (pytest.approx(0.1), False, "max_rate", None)
 
 
 def test_twice_as_fast_as_allowed_is_only_told() -> None:
     """Half of it is refused, for ever, and nobody is cut off for it."""
-    refused = told(flood(Limit(10, 10), "ann", 20, 120))
+    refused = told(flood(KeyedRateLimiter(10, 10), "ann", 20, 120))
     assert len(refused) == pytest.approx(1200, abs=20)
     assert not any(excess.over for excess in refused)
 
 
 def test_a_flood_is_told_as_often_as_a_burst_and_then_cut_off() -> None:
     """Ten times as fast: the burst passes, about as many refusals follow, then it is over."""
-    answers = flood(Limit(10, 10), "ann", 100, 1)
+    answers = flood(KeyedRateLimiter(10, 10), "ann", 100, 1)
     first = next(number for number, answer in enumerate(answers) if answer is not None)
     over = next(number for number, answer in enumerate(answers) if answer is not None and answer.over)
     assert first == pytest.approx(11, abs=1)
@@ -49,7 +51,7 @@ def test_a_flood_is_told_as_often_as_a_burst_and_then_cut_off() -> None:
 
 def test_what_was_on_its_way_behind_a_refused_message_is_no_reason_to_cut_off() -> None:
     """A client hears of a refusal late: the messages that it has sent by then end nothing, and many more do."""
-    traffic = Traffic(message_rate=10)
+    traffic = InboundRateLimiter(message_rate=10)
     while traffic.take("ann", "tab of ann", 10, 0.0) is None:
         pass
     assert [traffic.refuse("tab of ann", 10, 0.0) for _ in range(MAX_WINDOW)] == [None] * MAX_WINDOW
@@ -62,14 +64,14 @@ def test_what_was_on_its_way_behind_a_refused_message_is_no_reason_to_cut_off() 
 @pytest.mark.parametrize("size", [1.0, 4.0])
 def test_refusal_that_is_early_by_a_moment_does_not_cut_off_where_one_message_is_the_burst(size: float) -> None:
     """A client that is refused once for each accepted message stays, also when a refusal comes a moment sooner."""
-    limit = Limit(size, size)
+    limit = KeyedRateLimiter(size, size)
     answers = [limit.take("ann", "tab of ann", size, at) for at in (0.0, 0.05, 1.0, 1.049, 2.0, 2.048)]
     assert [None if answer is None else answer.over for answer in answers] == [None, False] * 3
 
 
 def test_who_waits_as_long_as_told_may_send() -> None:
     """The time that an excess names is enough."""
-    limit = Limit(3, 1)
+    limit = KeyedRateLimiter(3, 1)
     assert limit.take("ann", "tab of ann", 1.0, 0.0) is None
     excess = limit.take("ann", "tab of ann", 1.0, 0.1)
     assert excess is not None
@@ -78,7 +80,7 @@ def test_who_waits_as_long_as_told_may_send() -> None:
 
 def test_a_connection_that_was_cut_off_is_cut_off_again_until_it_has_waited() -> None:
     """Neither bucket is filled by anything but time."""
-    limit = Limit(10, 10)
+    limit = KeyedRateLimiter(10, 10)
     for _ in range(20):
         limit.take("ann", "tab of ann", 1.0, 0.0)
     for _ in range(3):
@@ -90,7 +92,7 @@ def test_a_connection_that_was_cut_off_is_cut_off_again_until_it_has_waited() ->
 
 def test_a_new_connection_of_a_client_that_was_cut_off_may_send_nothing_either() -> None:
     """What may be sent is the client's, so it waits for the same time; it is told so before it is cut off too."""
-    limit = Limit(10, 10)
+    limit = KeyedRateLimiter(10, 10)
     for _ in range(20):
         limit.take("ann", "first", 1.0, 0.0)
     again = told([limit.take("ann", "second", 1.0, 0.01) for _ in range(11)])
@@ -99,7 +101,7 @@ def test_a_new_connection_of_a_client_that_was_cut_off_may_send_nothing_either()
 
 def test_nobody_is_cut_off_for_what_another_connection_of_the_client_sends() -> None:
     """Who sends no more than it may alone is refused for the flood of the other one, and stays."""
-    limit = Limit(10, 10)
+    limit = KeyedRateLimiter(10, 10)
     refused = []
     for tick in range(600):  # a minute
         for _ in range(20):
@@ -112,7 +114,7 @@ def test_nobody_is_cut_off_for_what_another_connection_of_the_client_sends() -> 
 @pytest.mark.parametrize(("rate", "burst", "away"), [(10, 10, 1.0), (10, 50, 5.0), (1, 1000, 60.0), (0.01, 1, 100.0)])
 def test_a_client_that_was_cut_off_is_to_come_back_with_full_buckets(rate: float, burst: float, away: float) -> None:
     """It has more to send, for which it would be cut off again at once; a minute is enough, if one message may pass."""
-    limit = Limit(rate, burst)
+    limit = KeyedRateLimiter(rate, burst)
     excess = next(
         answer
         for answer in (limit.take("ann", "tab of ann", 1.0, 0.0) for _ in range(10_000))
@@ -123,14 +125,14 @@ def test_a_client_that_was_cut_off_is_to_come_back_with_full_buckets(rate: float
 
 def test_clients_do_not_use_up_each_others() -> None:
     """Each client has its own buckets."""
-    limit = Limit(10, 10)
+    limit = KeyedRateLimiter(10, 10)
     assert told(flood(limit, "ann", 1000, 1))
     assert told(flood(limit, "bob", 10, 1)) == []
 
 
 def test_more_than_the_burst_counts_as_the_burst() -> None:
     """What is larger than the bucket is not refused for ever."""
-    limit = Limit(10, 100)
+    limit = KeyedRateLimiter(10, 100)
     assert limit.take("ann", "tab of ann", 1e9, 0.0) is None
     assert limit.take("ann", "tab of ann", 1.0, 0.0) is not None
     assert limit.take("ann", "tab of ann", 1e9, 10.0) is None
@@ -141,14 +143,14 @@ def test_more_than_the_burst_counts_as_the_burst() -> None:
 
 def test_without_a_rate_there_is_no_limit() -> None:
     """No rate, no bucket."""
-    assert limit_of(None) is None
-    assert not Traffic().limited
+    assert rate_limiter(None) is None
+    assert not InboundRateLimiter().limited
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(10.0, 10), (0.1, 1), (2.5, 3)])
 def test_a_burst_is_what_comes_in_a_second(rate: float, burst: int) -> None:
     """Left out, it is the messages of one second, and one at least."""
-    limit = limit_of(rate)
+    limit = rate_limiter(rate)
     assert limit is not None
     answers = [limit.take("ann", "tab of ann", 1.0, 0.0) for _ in range(burst + 1)]
     assert answers[:-1] == [None] * burst
@@ -158,28 +160,28 @@ def test_a_burst_is_what_comes_in_a_second(rate: float, burst: int) -> None:
 def test_a_burst_needs_a_rate() -> None:
     """A burst alone is a mistake, and the error says what is missing."""
     with pytest.raises(ValueError, match="name the rate too"):
-        limit_of(None, 5)
+        rate_limiter(None, 5)
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.0, None), (-1.0, None), (float("inf"), None), (1.0, 0), (1.0, -1)])
 def test_a_rate_is_a_number_above_zero(rate: float, burst: float | None) -> None:
     """Nothing else is a rate, or a burst."""
     with pytest.raises(ValueError, match=r"number above zero|burst"):
-        limit_of(rate, burst)
+        rate_limiter(rate, burst)
 
 
 def test_a_burst_of_less_than_one_is_refused() -> None:
     """A message is one: with room for half of one, half of it would be taken, and twice the rate let through."""
     with pytest.raises(ValueError, match="at least 1"):
-        limit_of(10.0, 0.5)
+        rate_limiter(10.0, 0.5)
 
 
 def test_an_excess_says_which_limit_it_was() -> None:
     """The option that has set it, and the type of message that it is for."""
-    both = Traffic(message_rate=2, byte_rate=100)
+    both = InboundRateLimiter(message_rate=2, byte_rate=100)
     by_number = [both.take("ann", "tab of ann", 0, 0.0) for _ in range(3)][-1]
     by_bytes = [both.take("bob", "tab of bob", 100, 0.0) for _ in range(2)][-1]
-    limit = limit_of(1.0, message_type="search")
+    limit = rate_limiter(1.0, message_type="search")
     assert limit is not None
     by_type = [limit.take("ann", "tab of ann", 1.0, 0.0) for _ in range(2)][-1]
     found = [(one.option, one.message_type) for one in (by_number, by_bytes, by_type) if one is not None]
@@ -191,7 +193,7 @@ def test_an_excess_says_which_limit_it_was() -> None:
 
 def test_messages_and_bytes_are_limited_beside_each_other() -> None:
     """Whichever is used up first refuses."""
-    traffic = Traffic(message_rate=10, byte_rate=1000)
+    traffic = InboundRateLimiter(message_rate=10, byte_rate=1000)
     assert [traffic.take("ann", "tab of ann", 1, 0.0) for _ in range(10)] == [None] * 10
     assert traffic.take("ann", "tab of ann", 1, 0.0) is not None
     assert [traffic.take("bob", "tab of bob", 250, 0.0) for _ in range(4)] == [None] * 4
@@ -200,7 +202,7 @@ def test_messages_and_bytes_are_limited_beside_each_other() -> None:
 
 def test_the_largest_message_can_be_sent_by_who_was_quiet() -> None:
     """However low the byte rate, a message of `max_message_size` passes; the next one waits until it is paid for."""
-    traffic = Traffic(byte_rate=100, max_message_size=1000)
+    traffic = InboundRateLimiter(byte_rate=100, max_message_size=1000)
     assert traffic.take("ann", "tab of ann", 1000, 0.0) is None
     assert traffic.take("ann", "tab of ann", 1, 0.0) == (pytest.approx(0.01), False, "max_byte_rate", None)
     excess = traffic.take("ann", "tab of ann", 1000, 1.0)
@@ -211,5 +213,5 @@ def test_the_largest_message_can_be_sent_by_who_was_quiet() -> None:
 
 def test_messages_of_no_bytes_cost_no_bytes() -> None:
     """An empty message is a message."""
-    traffic = Traffic(byte_rate=1)
+    traffic = InboundRateLimiter(byte_rate=1)
     assert [traffic.take("ann", "tab of ann", 0, 0.0) for _ in range(100)] == [None] * 100

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
-from fastapi_ws_stabilizer.routing.messages import MessageHandlers
+from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
 from tests.unit.fake_websocket import eventually, settle, with_deadline
 
 
@@ -29,7 +29,7 @@ def chat(number: int) -> str:
 class Run:
     """A run of the dispatcher over one connection."""
 
-    def __init__(self, b: Any, handlers: MessageHandlers, concurrency: int = 1) -> None:
+    def __init__(self, b: Any, handlers: HandlerRegistry, concurrency: int = 1) -> None:
         self.b = b
         dispatcher = Dispatcher(handlers, b.config, b.reports)
         self.task = asyncio.ensure_future(dispatcher.run(b.connection, concurrency))
@@ -44,7 +44,7 @@ async def test_messages_are_handled_one_after_the_other_in_order(bench: Any) -> 
     """Per connection one message is handled at a time, however long each takes."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     log: list[str] = []
 
     async def handle(ws: Any, message: Chat) -> None:
@@ -63,7 +63,7 @@ async def test_several_messages_at_a_time_where_that_is_wanted(bench: Any) -> No
     """With `concurrency=3` three messages are handled at the same time, and never more."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     running, most = 0, 0
     gate = asyncio.Event()
 
@@ -89,7 +89,7 @@ async def test_what_came_before_the_end_is_handled_too(bench: Any) -> None:
     """A client that sends and leaves at once has its messages handled."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     seen: list[str] = []
     handlers.add("chat", lambda ws, message: seen.append(message["text"]))
     b.server.feed_text(*map(chat, range(3)))
@@ -103,7 +103,7 @@ async def test_all_handlers_of_a_message_are_called(bench: Any) -> None:
     """Several handlers of one type each get the message as they want it."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     seen: list[Any] = []
 
     async def as_model(ws: Any, message: Chat) -> None:
@@ -128,7 +128,7 @@ async def test_a_bad_message_gets_an_error_reply_and_the_connection_stays(bench:
     """Bad JSON, an unknown type and an invalid model are answered, counted and told, and the next message is taken."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     seen: list[Any] = []
 
     async def handle(ws: Any, message: Chat) -> None:
@@ -152,7 +152,7 @@ async def test_one_bad_handler_keeps_all_from_being_called(bench: Any) -> None:
     """A message that does not fit one of its handlers is handed to none, so nothing is half done."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     seen: list[Any] = []
 
     async def strict(ws: Any, message: Chat) -> None:
@@ -171,7 +171,7 @@ async def test_too_many_bad_messages_close(bench: Any) -> None:
     """After `max_bad_messages` replies the next bad message closes with 1008."""
     b = bench(max_bad_messages=2)
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", lambda ws: None)
     run = Run(b, handlers)
     b.server.feed_text("1", "2", "3", "4")
@@ -186,7 +186,7 @@ async def test_without_a_limit_bad_messages_never_close(bench: Any) -> None:
     """`max_bad_messages=None` answers each of them."""
     b = bench(max_bad_messages=None)
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", lambda ws: None)
     run = Run(b, handlers)
     b.server.feed_text(*["x"] * 150)
@@ -200,7 +200,7 @@ async def test_what_a_handler_raises_ends_the_run(bench: Any, concurrency: int) 
     """A bug in a handler goes to the endpoint at once, not at the next message, and the other handlers are stopped."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     stopped: list[str] = []
 
     async def handle(ws: Any, message: Chat) -> None:
@@ -229,7 +229,7 @@ async def test_a_handler_that_answers_a_client_that_has_left_spoils_nothing(benc
     """A handler that gets `SocketClosed` is over, and what else its client has sent is still handled."""
     b = bench()
     _, socket = await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     seen: list[str] = []
 
     async def handle(ws: Any, message: Chat) -> None:
@@ -250,7 +250,7 @@ async def test_a_handler_that_finds_another_connection_closed_fails(bench: Any) 
     await b.open()
     _, gone = await other.open()
     await with_deadline(gone.close())
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
 
     async def forward(ws: Any) -> None:
         await gone.send("forwarded")
@@ -266,7 +266,7 @@ async def test_a_run_without_handlers_says_so(bench: Any) -> None:
     """A manager whose messages go nowhere is warned about once per run."""
     b = bench()
     await b.open()
-    run = Run(b, MessageHandlers())
+    run = Run(b, HandlerRegistry())
     b.server.feed_text("1", "2")
     await run.end()
     (report,) = b.heard.of("no_message_handlers")
@@ -280,14 +280,14 @@ async def test_a_concurrency_below_one_is_refused(bench: Any, concurrency: int) 
     b = bench()
     await b.open()
     with pytest.raises(ValueError, match="concurrency must be at least 1"):
-        await with_deadline(Run(b, MessageHandlers(), concurrency).task)
+        await with_deadline(Run(b, HandlerRegistry(), concurrency).task)
 
 
 async def test_a_cancelled_run_stops_its_handlers(bench: Any) -> None:
     """Cancelling a run with several handlers at work leaves none of them behind."""
     b = bench()
     await b.open()
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     state: list[str] = []
 
     async def handle(ws: Any) -> None:

@@ -22,11 +22,11 @@ from fastapi_ws_stabilizer.errors import (
     SocketClosed,
 )
 from fastapi_ws_stabilizer.identity.credentials import Credential, first_message
-from fastapi_ws_stabilizer.limits.admission import MIN_LOBBY, Admission
+from fastapi_ws_stabilizer.limits.admission import MIN_PENDING, ConnectionLimiter
 from fastapi_ws_stabilizer.routing import door as door_module
 from fastapi_ws_stabilizer.routing import greeting as greeting_module
 from fastapi_ws_stabilizer.routing.endings import PER_PLACE
-from fastapi_ws_stabilizer.routing.served import at_the_door
+from fastapi_ws_stabilizer.routing.served import handshake_scope
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
@@ -162,7 +162,7 @@ class House:
         return self.call(path, subprotocols=[SUBPROTOCOL], **scope)
 
     @property
-    def admission(self) -> Admission:
+    def admission(self) -> ConnectionLimiter:
         """What counts."""
         return self.manager._serving.door.admission
 
@@ -267,13 +267,13 @@ async def test_numbered_clients_without_a_hello_are_few(house_with: Make, monkey
     """Who says nothing has a place in the lobby; beyond that there is 503 for everybody, until a moment has passed."""
     house = house_with(max_connections=1, hello_timeout=60)
     await house.let_in("/path/ann")
-    silent = [house.numbered(f"/path/silent{number}") for number in range(MIN_LOBBY)]
-    assert [await one.answered() for one in silent] == [101] * MIN_LOBBY
+    silent = [house.numbered(f"/path/silent{number}") for number in range(MIN_PENDING)]
+    assert [await one.answered() for one in silent] == [101] * MIN_PENDING
     assert await house.numbered("/path/bob").answered() == 503
-    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    monkeypatch.setattr(greeting_module, "MIN_HELLO_WAIT", 0.0)
     assert await house.numbered("/path/bob").answered() == 101
     await silent[0].closed()
-    assert house.counted == (1, MIN_LOBBY)
+    assert house.counted == (1, MIN_PENDING)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -337,7 +337,7 @@ async def test_those_whose_end_is_worked_on_are_not_without_number(
     house_with: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who leaves makes room at once, but not while hooks are slower than clients come and go; the log says so."""
-    monkeypatch.setattr(door_module, "MAX_ENDING", 2)
+    monkeypatch.setattr(door_module, "MAX_CLOSING", 2)
     house = house_with(disconnect_grace=60)
     gate = asyncio.Event()
 
@@ -384,10 +384,10 @@ async def test_an_endpoint_that_uses_its_grace_keeps_nobody_out(house_with: Make
 
 async def test_who_says_nothing_makes_room_for_who_comes(house_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a full server the lobby does not fill with clients that never say hello: the oldest of them goes."""
-    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    monkeypatch.setattr(greeting_module, "MIN_HELLO_WAIT", 0.0)
     house = house_with(max_connections=1, hello_timeout=60)
     old = await house.let_in("/path/ann")
-    mute = [house.call("/first", subprotocols=[SUBPROTOCOL]) for _ in range(MIN_LOBBY)]
+    mute = [house.call("/first", subprotocols=[SUBPROTOCOL]) for _ in range(MIN_PENDING)]
     for one in mute:
         assert await one.answered() == 101
     await house.let_in("/path/ann")  # whose old connection is half-open
@@ -401,7 +401,7 @@ async def test_hello_after_lost_reservation_is_refused(
     house_with: Make, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """A hello that arrives as its reservation is given to another client does not get in past `max_connections`."""
-    monkeypatch.setattr(greeting_module, "A_ROUND_TRIP", 0.0)
+    monkeypatch.setattr(greeting_module, "MIN_HELLO_WAIT", 0.0)
     house = house_with(max_connections=1, hello_timeout=60)
     house.identify = lambda: "late"
     credentials: list[str | None] = []
@@ -412,7 +412,7 @@ async def test_hello_after_lost_reservation_is_refused(
 
     silent = [house.numbered(path)]
     assert await silent[0].answered() == 101
-    silent += [house.numbered("/path/silent") for _ in range(MIN_LOBBY)]
+    silent += [house.numbered("/path/silent") for _ in range(MIN_PENDING)]
     for one in silent:
         assert await one.answered() == 101
     newcomer = house.numbered("/path/new")  # takes the reservation of the first one, in the same turn as its hello
@@ -1000,7 +1000,7 @@ async def test_gone_client_ends_pending_handshake(house_with: Make, monkeypatch:
         await hang()
 
     house.identify = hang
-    monkeypatch.setattr(door_module.ServerSide, "closing", property(lambda _: gone))
+    monkeypatch.setattr(door_module.ServerTransport, "closing", property(lambda _: gone))
     call = house.call(way)
     await with_deadline(entered.wait())
     await asyncio.sleep(0.05)
@@ -1106,7 +1106,7 @@ class Houses:
     @staticmethod
     def _knocked(house: House) -> Callable[..., AsyncIterator[None]]:
         async def knocked(websocket: WebSocket) -> AsyncIterator[None]:
-            async with at_the_door(house.manager._ensure_running(), websocket):
+            async with handshake_scope(house.manager._ensure_running(), websocket):
                 yield
 
         return knocked

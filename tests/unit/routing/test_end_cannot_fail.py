@@ -13,29 +13,29 @@ import pytest
 import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import Conversation
-from fastapi_ws_stabilizer.connection.credential import CredentialTerm
-from fastapi_ws_stabilizer.connection.endpoint import Endpoint
+from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.connection.credential import CredentialExpiry
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.inbox import Inbox
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.link_outbox import LinkOutbox
-from fastapi_ws_stabilizer.connection.server_side import ServerSide
+from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.server_side import ServerTransport
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.hub.delivery import Delivery
-from fastapi_ws_stabilizer.hub.heartbeat import Heartbeat
-from fastapi_ws_stabilizer.hub.lifetimes import Lifetimes
-from fastapi_ws_stabilizer.hub.presence import PresenceBoard
-from fastapi_ws_stabilizer.hub.registry import Registry
-from fastapi_ws_stabilizer.hub.turns import Turns
-from fastapi_ws_stabilizer.limits.admission import Place
-from fastapi_ws_stabilizer.limits.ledger import Ledger
-from fastapi_ws_stabilizer.routing.endings import Endings
-from fastapi_ws_stabilizer.routing.hooks import Hooks
+from fastapi_ws_stabilizer.hub.delivery import Hub
+from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.lifetimes import ConnectionReaper
+from fastapi_ws_stabilizer.hub.presence import PresenceTracker
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.limits.admission import Reservation
+from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
+from fastapi_ws_stabilizer.routing.endings import ClosingConnections
+from fastapi_ws_stabilizer.routing.hooks import HookRegistry
 from fastapi_ws_stabilizer.routing.leaving import Leaving
 from fastapi_ws_stabilizer.routing.resumption import Resumption
 from fastapi_ws_stabilizer.sessions.ended import EndedSessions
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.store import Sessions
+from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.connection.test_link import LinkServer
@@ -69,31 +69,31 @@ END = {
 CALLS: dict[str, tuple[type, ...]] = {
     "_left": (Leaving,),
     "_finished": (Leaving,),
-    "begun": (Endings,),
-    "over": (Endings,),
-    "leave": (Place, Ledger, PresenceBoard),
-    "remove": (Heartbeat, Lifetimes, Delivery, Registry),
-    "left": (Resumption, Sessions),
-    "has_ended": (Ledger,),
+    "begun": (ClosingConnections,),
+    "over": (ClosingConnections,),
+    "leave": (Reservation, MemoryBudget, PresenceTracker),
+    "remove": (HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
+    "left": (Resumption, SessionStore),
+    "has_ended": (MemoryBudget,),
     "_let_go": (StableSocket,),
-    "close": (Conversation, Inbox),
-    "good_for": (CredentialTerm,),
-    "unread": (Conversation, Inbox),
-    "discard": (AsgiOutbox, LinkOutbox),
-    "finish": (AsgiOutbox, LinkOutbox, Session),
-    "watch": (Endpoint,),
-    "soon": (Turns,),
-    "idle": (Endpoint,),
-    "cancel": (Endpoint,),
-    "disconnect": (Hooks,),
+    "close": (V1Protocol, Inbox),
+    "good_for": (CredentialExpiry,),
+    "unread": (V1Protocol, Inbox),
+    "discard": (AsgiOutbox, DirectOutbox),
+    "finish": (AsgiOutbox, DirectOutbox, Session),
+    "watch": (EndpointTask,),
+    "soon": (FlushScheduler,),
+    "idle": (EndpointTask,),
+    "cancel": (EndpointTask,),
+    "disconnect": (HookRegistry,),
     "session_over": (Resumption,),
-    "session_end": (Hooks,),
-    "abort": (ServerSide,),
-    "abort_unless_flushed": (ServerSide,),
-    "abort_unless_answered": (ServerSide,),
-    "end": (Sessions,),
-    "away": (Delivery,),
-    "remove_mailbox": (Registry,),
+    "session_end": (HookRegistry,),
+    "abort": (ServerTransport,),
+    "abort_unless_flushed": (ServerTransport,),
+    "abort_unless_answered": (ServerTransport,),
+    "end": (SessionStore,),
+    "away": (Hub,),
+    "remove_mailbox": (ConnectionRegistry,),
     "_stop_reading": (Connection,),
     "_close_inbox": (Connection,),
     "_end_outbox": (Connection,),
@@ -108,7 +108,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_keep": (Resumption,),
     "_leave_presence": (Resumption,),
     "_what_is_left": (Resumption,),
-    "keep_rooms": (Delivery,),
+    "keep_rooms": (Hub,),
     "add": (EndedSessions,),
 }
 """The calls that these functions make, by name, and the classes in which each is made to raise."""
@@ -131,7 +131,7 @@ SAFE = {
         "uncount",
         "detach",
     ),
-    *("pop", "detaches", "is_final"),
+    *("pop", "detaches", "is_terminal"),
     *("_leave_endpoint_behind", "len", "becomes_ended"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a

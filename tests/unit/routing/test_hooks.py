@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
-from fastapi_ws_stabilizer.errors import socket_closed
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.hooks import Hook, Hooks
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
+from fastapi_ws_stabilizer.errors import closed_error_for
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.hooks import Hook, HookRegistry
 from fastapi_ws_stabilizer.routing.signatures import Signature, is_async
 from tests.unit.conftest import Heard
 
@@ -85,7 +85,7 @@ def test_a_function_gets_as_many_arguments_as_it_takes(function: Any, arguments:
 def test_a_function_that_wants_too_much_is_refused_with_what_it_can_have() -> None:
     """A function that could not be called is refused when it is registered, by name."""
     with pytest.raises(TypeError, match=r"cannot be an on_connect function: it must take the socket"):
-        Hooks(Reports()).add("connect", lambda ws, more: None)
+        HookRegistry(EventBus()).add("connect", lambda ws, more: None)
 
 
 def test_a_function_that_needs_a_keyword_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_a_function_that_needs_a_keyword_is_refused() -> None:
         """Cannot be called with a socket."""
 
     with pytest.raises(TypeError, match="needs the keyword argument 'db'"):
-        Hooks(Reports()).add("connect", needs)
+        HookRegistry(EventBus()).add("connect", needs)
 
 
 async def test_a_function_that_is_not_async_runs_in_the_thread_pool() -> None:
@@ -138,7 +138,7 @@ async def test_a_function_that_returns_a_coroutine_is_awaited() -> None:
 @pytest.mark.parametrize(("event", "args"), [("handshake", ()), ("connect", ())])
 async def test_hooks_run_in_the_order_of_their_registration(event: str, args: tuple[Any, ...]) -> None:
     """Several hooks of one event run one after the other, and the first that raises stops them."""
-    hooks = Hooks(Reports())
+    hooks = HookRegistry(EventBus())
     order: list[int] = []
     hooks.add(event, lambda ws: order.append(1))
 
@@ -159,9 +159,9 @@ async def test_hooks_run_in_the_order_of_their_registration(event: str, args: tu
 
 async def test_all_disconnect_hooks_run_even_if_one_fails() -> None:
     """A failing disconnect hook is reported and told to the error hooks; the others run."""
-    reports, heard = Reports(), Heard()
+    reports, heard = EventBus(), Heard()
     reports.subscribe(heard)
-    hooks = Hooks(reports)
+    hooks = HookRegistry(reports)
     calls: list[Any] = []
     error = ValueError("bug")
 
@@ -180,9 +180,9 @@ async def test_all_disconnect_hooks_run_even_if_one_fails() -> None:
 
 async def test_all_error_hooks_run_even_if_one_fails() -> None:
     """A failing error hook is reported, and does not call the error hooks again."""
-    reports, heard = Reports(), Heard()
+    reports, heard = EventBus(), Heard()
     reports.subscribe(heard)
-    hooks = Hooks(reports)
+    hooks = HookRegistry(reports)
     calls: list[Any] = []
     first, second = ValueError("bug"), KeyError("bug in the hook")
 
@@ -198,10 +198,10 @@ async def test_all_error_hooks_run_even_if_one_fails() -> None:
 
 async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -> None:
     """Each disconnect hook has its own limit; the one that passes it is cancelled and told, and the next is called."""
-    reports = Reports()
+    reports = EventBus()
     told: list[str] = []
     reports.subscribe(lambda report: told.append(report.event))
-    hooks = Hooks(reports, limit=0.02)
+    hooks = HookRegistry(reports, limit=0.02)
     called: list[str] = []
 
     async def hang(_: Any) -> None:
@@ -222,12 +222,12 @@ async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -
 @pytest.mark.parametrize("event", ["disconnect", "session_end", "slow", "error"])
 async def test_hook_that_meets_a_closed_socket_reports_no_bug(event: str) -> None:
     """`SocketClosed` that a hook lets escape is a debug line, and the other hooks of the event are still called."""
-    reports, heard, called = Reports(), Heard(), []
+    reports, heard, called = EventBus(), Heard(), []
     reports.subscribe(heard)
-    hooks = Hooks(reports)
+    hooks = HookRegistry(reports)
 
     async def sends_too_late(*_: Any) -> None:
-        raise socket_closed(ending(DisconnectReason.CLIENT_CLOSE))
+        raise closed_error_for(local_close(DisconnectReason.CLIENT_CLOSE))
 
     hooks.add(event, sends_too_late)
     hooks.add(event, lambda _: called.append("second"))

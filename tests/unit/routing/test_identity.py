@@ -16,9 +16,9 @@ from fastapi_ws_stabilizer.routing import identity as identity_module
 from fastapi_ws_stabilizer.routing.identity import (
     MAX_TERM,
     client_id_from,
-    client_id_of,
+    client_id_from_request,
     fresh_client_id,
-    seconds_until,
+    seconds_until_expiry,
 )
 from tests.unit.fake_websocket import FakeServer
 
@@ -35,20 +35,20 @@ from tests.unit.fake_websocket import FakeServer
 )
 def test_the_client_id_comes_from_the_path_or_the_query(path_params: Any, query: str, expected: str) -> None:
     """The path parameter wins over the query parameter; any text is an id."""
-    assert client_id_of(FakeServer(query=query, path_params=path_params).websocket) == expected
+    assert client_id_from_request(FakeServer(query=query, path_params=path_params).websocket) == expected
 
 
 @pytest.mark.parametrize(("path_params", "query"), [({}, ""), ({}, "client_id="), ({"client_id": ""}, "")])
 def test_a_client_may_name_itself_nowhere(path_params: Any, query: str) -> None:
     """Without an id in the path or the query there is none."""
-    assert client_id_of(FakeServer(query=query, path_params=path_params).websocket) is None
+    assert client_id_from_request(FakeServer(query=query, path_params=path_params).websocket) is None
 
 
 @pytest.mark.parametrize("client_id", ["x" * 200, "🦊", "ann@example.com", "a.b.c", "x" * 256, "日本", "a b"])
 def test_what_people_are_called_is_a_client_id(client_id: str) -> None:
     """Addresses, emoji, dots and 256 characters are taken."""
-    assert client_id_of(FakeServer(path_params={"client_id": client_id}).websocket) == client_id
-    assert client_id_of(FakeServer(query=urlencode({"client_id": client_id})).websocket) == client_id
+    assert client_id_from_request(FakeServer(path_params={"client_id": client_id}).websocket) == client_id
+    assert client_id_from_request(FakeServer(query=urlencode({"client_id": client_id})).websocket) == client_id
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_no_client_id_is_refused_with_400(client_id: str) -> None:
         FakeServer(query=urlencode({"client_id": client_id})).websocket,
     ):
         with pytest.raises(HTTPException) as refused:
-            client_id_of(websocket)
+            client_id_from_request(websocket)
         assert refused.value.status_code == 400
         assert refused.value.detail == "client_id: at most 256 characters, none of them a control character"
 
@@ -142,7 +142,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("clock")
 def test_until_when_an_identity_is_good(moment: Any, seconds: float | None) -> None:
     """A moment with its time zone, or a JWT's `exp`; what is ten years away is for ever."""
-    assert seconds_until(moment) == seconds
+    assert seconds_until_expiry(moment) == seconds
 
 
 @pytest.mark.parametrize("moment", [NOW, NOW - 1, 0, -math.inf, datetime.fromtimestamp(NOW - 1, tz=timezone.utc)])
@@ -150,7 +150,7 @@ def test_until_when_an_identity_is_good(moment: Any, seconds: float | None) -> N
 def test_an_identity_of_the_past_is_refused(moment: Any) -> None:
     """Who comes with what has expired is not let in for a moment first."""
     with pytest.raises(HTTPException) as refused:
-        seconds_until(moment)
+        seconds_until_expiry(moment)
     assert refused.value.status_code == 401
 
 
@@ -159,4 +159,4 @@ def test_an_identity_of_the_past_is_refused(moment: Any) -> None:
 def test_a_moment_that_is_none_is_an_error_that_says_what_is(moment: Any) -> None:
     """A time without its zone would be good for hours too long somewhere: nobody guesses."""
     with pytest.raises(TypeError, match="a datetime with a time zone, seconds since 1970"):
-        seconds_until(moment)
+        seconds_until_expiry(moment)

@@ -12,10 +12,10 @@ from fastapi_ws_stabilizer.routing import messages as messages_module
 from fastapi_ws_stabilizer.routing.messages import (
     MAX_PROBLEM_CHARS,
     MAX_PROBLEMS,
-    BadMessage,
+    HandlerRegistry,
+    InvalidMessageError,
     MessageHandler,
-    MessageHandlers,
-    Received,
+    ReceivedMessage,
     error_reply,
 )
 
@@ -83,7 +83,7 @@ class Room:
 
 def prepare(function: Any, raw: str | bytes, *, typed: bool = True) -> Any:
     """What `function` would be given for a message."""
-    return MessageHandler(function, typed=typed).prepare(Received(raw))
+    return MessageHandler(function, typed=typed).prepare(ReceivedMessage(raw))
 
 
 def takes_loose(ws: Any, message: Loose) -> None:
@@ -210,7 +210,7 @@ def test_a_union_is_validated_by_its_discriminator() -> None:
 )
 def test_a_message_that_does_not_fit_has_a_code(function: Any, raw: str | bytes, code: str) -> None:
     """What is wrong with a message is a fixed word and a sentence for the client."""
-    with pytest.raises(BadMessage) as caught:
+    with pytest.raises(InvalidMessageError) as caught:
         prepare(function, raw)
     assert caught.value.code == code
     assert error_reply(caught.value) == {"type": "error", "code": code, "message": caught.value.message}
@@ -219,10 +219,10 @@ def test_a_message_that_does_not_fit_has_a_code(function: Any, raw: str | bytes,
 
 def test_the_wrong_fields_are_named() -> None:
     """The reply says which field is wrong and why, and nothing of the input or the inside."""
-    with pytest.raises(BadMessage) as caught:
+    with pytest.raises(InvalidMessageError) as caught:
         prepare(takes_chat, '{"type":"chat","text":"much too long secret"}')
     assert caught.value.message == "text: String should have at most 5 characters"
-    with pytest.raises(BadMessage) as caught:
+    with pytest.raises(InvalidMessageError) as caught:
         prepare(takes_chat, "[]")
     assert ":" not in caught.value.message
 
@@ -233,14 +233,14 @@ def test_no_reply_is_endless() -> None:
     def takes_many(ws: Any, message: Many) -> None:
         """Take many."""
 
-    with pytest.raises(BadMessage, match=r"and 2 more$") as caught:
+    with pytest.raises(InvalidMessageError, match=r"and 2 more$") as caught:
         prepare(takes_many, "{}")
     assert caught.value.message.count("Field required") == messages_module.MAX_PROBLEMS
 
 
 def test_a_handler_may_take_the_socket_only() -> None:
     """A handler without a message is called for it all the same."""
-    assert MessageHandler(takes_socket, typed=True).prepare(Received("anything")) == "anything"
+    assert MessageHandler(takes_socket, typed=True).prepare(ReceivedMessage("anything")) == "anything"
 
 
 async def test_a_handler_is_called_with_what_was_prepared() -> None:
@@ -254,7 +254,7 @@ async def test_a_handler_is_called_with_what_was_prepared() -> None:
 def test_a_handler_that_cannot_be_called_is_refused() -> None:
     """A function that wants more than a socket and a message is an error at once."""
     with pytest.raises(TypeError, match="cannot be an on_message function"):
-        MessageHandlers().add("chat", lambda ws, message, more: None)
+        HandlerRegistry().add("chat", lambda ws, message, more: None)
 
 
 def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,11 +267,11 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*args, **kwargs)
 
     monkeypatch.setattr(messages_module, "read_json", counting)
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     for _ in range(3):
         handlers.add(None, takes_dict)
     handlers.add("move", takes_any)
-    received = Received(TEXT)
+    received = ReceivedMessage(TEXT)
     for handler in handlers.find(received):
         handler.prepare(received)
     assert len(parsed) == 1
@@ -318,7 +318,7 @@ def takes_strict(ws: Any, message: Strict) -> None:
 
 def refusal(function: Any, raw: str) -> str:
     """What the client is told."""
-    with pytest.raises(BadMessage) as caught:
+    with pytest.raises(InvalidMessageError) as caught:
         prepare(function, raw, typed=False)
     assert caught.value.code == "invalid_message"
     return caught.value.message
@@ -355,10 +355,10 @@ def test_the_names_of_a_client_are_not_repeated_at_length() -> None:
 
 def test_an_unknown_type_is_repeated_as_far_as_it_is_short() -> None:
     """The type that nobody handles is quoted, escaped, and cut."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", takes_any)
-    with pytest.raises(BadMessage) as caught:
-        handlers.find(Received('{"type":"\\r\\n\\u001b[2J' + "x" * 100_000 + '"}'))
+    with pytest.raises(InvalidMessageError) as caught:
+        handlers.find(ReceivedMessage('{"type":"\\r\\n\\u001b[2J' + "x" * 100_000 + '"}'))
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 200
 
@@ -388,40 +388,40 @@ def test_every_handler_reads_by_the_same_limits(function: Any, typed: bool, valu
     """What the router would refuse, pydantic is not given either, whether the handler has a type or not."""
     raw = f'{{"type":"chat","text":"hi","x":{value}}}'
     for message in (raw, raw.encode()):
-        with pytest.raises(BadMessage, match=what) as caught:
+        with pytest.raises(InvalidMessageError, match=what) as caught:
             prepare(function, message, typed=typed)
         assert caught.value.code == "bad_json"
 
 
 def test_the_last_of_two_types_counts_for_the_router_and_for_the_model() -> None:
     """No message is routed as one type and validated as another."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("a", takes_loose)
     handlers.add("b", takes_loose)
-    received = Received('{"type":"a","type":"b"}')
+    received = ReceivedMessage('{"type":"a","type":"b"}')
     (handler,) = handlers.find(received)
-    assert handler is handlers.find(Received('{"type":"b"}'))[0]
+    assert handler is handlers.find(ReceivedMessage('{"type":"b"}'))[0]
     assert handler.prepare(received).type == "b"
 
 
 # ── finding ──
 
 
-def found(handlers: MessageHandlers, raw: str | bytes) -> list[Any]:
+def found(handlers: HandlerRegistry, raw: str | bytes) -> list[Any]:
     """The functions that would be called for a message."""
-    return [handler.function for handler in handlers.find(Received(raw))]
+    return [handler.function for handler in handlers.find(ReceivedMessage(raw))]
 
 
 def test_without_handlers_there_is_nothing_to_find() -> None:
     """A manager without handlers takes every message and does nothing."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     assert not handlers
     assert found(handlers, "anything") == []
 
 
 def test_the_type_of_a_message_finds_its_handler() -> None:
     """The handler of a type is called, and no other."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     handlers.add("move", takes_any)
     assert handlers
@@ -432,7 +432,7 @@ def test_the_type_of_a_message_finds_its_handler() -> None:
 @pytest.mark.parametrize("raw", ["plain text", b"\xff", '{"type":"other"}', '{"a":1}', '{"type":7}', "[]"])
 def test_what_no_typed_handler_takes_goes_to_those_that_take_all(raw: str | bytes) -> None:
     """A handler without a type gets every message that has no handler of its own, JSON or not."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     handlers.add(None, takes_any)
     assert found(handlers, raw) == [takes_any]
@@ -441,7 +441,7 @@ def test_what_no_typed_handler_takes_goes_to_those_that_take_all(raw: str | byte
 
 def test_handlers_that_take_all_take_all() -> None:
     """Without typed handlers nothing is parsed to find them."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add(None, takes_any)
     assert handlers
     assert found(handlers, "{") == [takes_any]
@@ -460,17 +460,17 @@ def test_handlers_that_take_all_take_all() -> None:
 )
 def test_a_message_that_nobody_takes_is_told_why(raw: str | bytes, code: str) -> None:
     """Where all handlers are typed, a message without one of their types is a bad message."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
-    with pytest.raises(BadMessage) as caught:
-        handlers.find(Received(raw))
+    with pytest.raises(InvalidMessageError) as caught:
+        handlers.find(ReceivedMessage(raw))
     assert caught.value.code == code
 
 
 def test_an_endless_type_is_cut_in_the_reply() -> None:
     """A reply does not send back as much as came in."""
-    handlers = MessageHandlers()
+    handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
-    with pytest.raises(BadMessage) as caught:
-        handlers.find(Received('{"type":"' + "x" * 10_000 + '"}'))
+    with pytest.raises(InvalidMessageError) as caught:
+        handlers.find(ReceivedMessage('{"type":"' + "x" * 10_000 + '"}'))
     assert len(caught.value.message) < 200

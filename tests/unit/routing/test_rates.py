@@ -13,7 +13,7 @@ import pytest
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.limits.traffic import ON_THE_WAY
-from fastapi_ws_stabilizer.reports import TOLD_EVERY
+from fastapi_ws_stabilizer.reports import THROTTLE_INTERVAL
 from fastapi_ws_stabilizer.wire.v1 import ACK_EVERY, SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
@@ -228,7 +228,7 @@ async def test_a_limit_is_named_once_in_the_log(options: Any, sent: str, option:
         await again.say(*[sent] * 2)
         if option != "control_frames":  # of which the next connection may send as many again
             assert told(stage)[1:] == [(logging.DEBUG, option, kind)] * 2
-        await asyncio.sleep(TOLD_EVERY)
+        await asyncio.sleep(THROTTLE_INTERVAL)
         late = stage.plain("bob")
         await late.say(*[sent] * 300)
         assert told(stage)[-1] == (logging.WARNING, option, kind)

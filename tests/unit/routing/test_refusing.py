@@ -27,9 +27,9 @@ from fastapi_ws_stabilizer.errors import (
     TooManyConnectionsError,
 )
 from fastapi_ws_stabilizer.identity.credentials import SUBPROTOCOL_KEY
-from fastapi_ws_stabilizer.reports import MAX_KINDS, TOLD_EVERY, Reports
+from fastapi_ws_stabilizer.reports import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
 from fastapi_ws_stabilizer.routing import refusing as module
-from fastapi_ws_stabilizer.routing.refusing import Refusing, answered_subprotocol, as_http, leave_alone
+from fastapi_ws_stabilizer.routing.refusing import Rejector, answered_subprotocol, mark_handled, to_http_exception
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer, with_deadline
@@ -45,7 +45,7 @@ async def refused(
     server = FakeServer(**scope)
     if accept:
         await server.accepted()
-    told = await with_deadline(Refusing(RejectPolicy(policy), Reports()).refuse(server.websocket, error, "1.2.3.4"))
+    told = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).refuse(server.websocket, error, "1.2.3.4"))
     return server, told
 
 
@@ -83,7 +83,7 @@ STATUSES: dict[str, tuple[Any, int, str, str | None]] = {
 def test_each_refusal_has_the_http_status_that_says_the_same(what: str) -> None:
     """A close code of 4400 on is 4000 + a status, and the others have one too; a bug tells nothing of itself."""
     error, status, detail, retry = STATUSES[what]
-    answer = as_http(error)
+    answer = to_http_exception(error)
     assert (answer.status_code, answer.detail) == (status, detail)
     assert (answer.headers or {}).get("Retry-After") == retry
 
@@ -170,7 +170,7 @@ async def test_a_handler_of_the_application_is_used_where_it_can_answer(
 async def test_of_many_from_an_address_one_is_let_in_to_be_told(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     """Who dials again at once gets 429 over HTTP, and the code again later; other addresses and refusals go on."""
     clock = Clock(monkeypatch)
-    refusing = Refusing(RejectPolicy(policy), Reports())
+    refusing = Rejector(RejectPolicy(policy), EventBus())
 
     async def told(address: str, error: Exception = MANY) -> str:
         server = FakeServer(**BROWSER)
@@ -181,7 +181,7 @@ async def test_of_many_from_an_address_one_is_let_in_to_be_told(monkeypatch: pyt
     assert await told("1.2.3.5") == "accept"
     assert [await told("1.2.3.4", HTTPException(401)) for _ in range(2)] == ["accept", "accept"]
     assert [await told(f"2001:db8::{number}") for number in (1, 2)] == ["accept", "http.response.start"]
-    clock.now += module.READABLE_EVERY
+    clock.now += module.CLOSE_CODE_INTERVAL
     assert [await told("1.2.3.4") for _ in range(2)] == ["accept", "http.response.start"]
 
 
@@ -189,7 +189,7 @@ async def test_only_so_many_are_accepted_to_be_told(monkeypatch: pytest.MonkeyPa
     """An `Origin` is easily sent: beyond a rate those who send one get the HTTP answer, until time has passed."""
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
-    refusing = Refusing(RejectPolicy.AUTO, Reports())
+    refusing = Rejector(RejectPolicy.AUTO, EventBus())
 
     async def accepts() -> bool:
         server = FakeServer(**BROWSER)
@@ -203,13 +203,13 @@ async def test_only_so_many_are_accepted_to_be_told(monkeypatch: pytest.MonkeyPa
 
 async def test_programs_use_up_no_farewells() -> None:
     """Who gets the HTTP answer anyway is not counted, and `reject="close"` is what the application has chosen."""
-    refusing = Refusing(RejectPolicy.AUTO, Reports())
+    refusing = Rejector(RejectPolicy.AUTO, EventBus())
     for _ in range(600):
         await refusing.refuse(FakeServer().websocket, HTTPException(401), "1.2.3.4")
     server = FakeServer(**BROWSER)
     await refusing.refuse(server.websocket, HTTPException(401), "1.2.3.4")
     assert kinds(server) == ["accept", "close"]
-    refusing = Refusing(RejectPolicy.CLOSE, Reports())
+    refusing = Rejector(RejectPolicy.CLOSE, EventBus())
     for _ in range(600):
         server = FakeServer()
         await refusing.refuse(server.websocket, HTTPException(401), "1.2.3.4")
@@ -294,11 +294,11 @@ def test_a_marker_that_was_not_offered_is_not_answered() -> None:
     assert answered_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
 
 
-async def test_each_refusal_is_counted_and_told(heard: tuple[Reports, Heard]) -> None:
+async def test_each_refusal_is_counted_and_told(heard: tuple[EventBus, Heard]) -> None:
     """By the option that says so, else by the close code; with the address, and nothing of a credential."""
     reports, ear = heard
     for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
-        await Refusing(RejectPolicy.HTTP, reports).refuse(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
+        await Rejector(RejectPolicy.HTTP, reports).refuse(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
     counted = {"max_connections": 2, "max_connections_per_address": 1, "4401": 1, "4403": 1, "1008": 1}
     assert reports.totals.refusals == counted
     assert ear.events == ["connection_refused"] * 6
@@ -322,56 +322,56 @@ def levels(ear: Heard) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("error", "level"), [(MANY, "WARNING"), (HTTPException(401), "INFO")], ids=["option", "code"])
 def test_a_flood_of_refusals_is_a_line_a_minute(
-    monkeypatch: pytest.MonkeyPatch, heard: tuple[Reports, Heard], error: Exception, level: str
+    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard], error: Exception, level: str
 ) -> None:
     """One of a kind is told, the others at DEBUG; the next minute's says how many they were. By an option it warns."""
     clock, (reports, ear) = Clock(monkeypatch), heard
-    refusing = Refusing(RejectPolicy.AUTO, reports)
+    refusing = Rejector(RejectPolicy.AUTO, reports)
 
     def refuse(times: int = 1) -> None:
         for _ in range(times):
             refusing.tell(FakeServer().websocket, error, "1.2.3.4")
 
     refuse(100)
-    clock.now += TOLD_EVERY - 1
+    clock.now += THROTTLE_INTERVAL - 1
     refuse()
     assert levels(ear) == [(level, 0)] + [("DEBUG", 0)] * 100
     clock.now += 1
     refuse(2)
     assert levels(ear)[101:] == [(level, 100), ("DEBUG", 0)]
-    clock.now += TOLD_EVERY
+    clock.now += THROTTLE_INTERVAL
     refuse()
-    clock.now += TOLD_EVERY
+    clock.now += THROTTLE_INTERVAL
     refuse()
     assert levels(ear)[103:] == [(level, 1), (level, 0)]
     assert reports.totals.refusals.total() == 105
 
 
-def test_one_kind_of_refusals_hides_no_other(monkeypatch: pytest.MonkeyPatch, heard: tuple[Reports, Heard]) -> None:
+def test_one_kind_of_refusals_hides_no_other(monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard]) -> None:
     """Each kind has its own minute; of the many that an application may make up, those too many share one."""
     Clock(monkeypatch)
     reports, ear = heard
-    refusing = Refusing(RejectPolicy.AUTO, reports)
-    for code in range(4000, 4000 + 2 * MAX_KINDS):
+    refusing = Rejector(RejectPolicy.AUTO, reports)
+    for code in range(4000, 4000 + 2 * MAX_THROTTLED_KINDS):
         refusing.tell(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
-    assert levels(ear) == [("INFO", 0)] * (MAX_KINDS + 1) + [("DEBUG", 0)] * (MAX_KINDS - 1)
-    assert len(reports._told["connection_refused"]) == MAX_KINDS + 1
+    assert levels(ear) == [("INFO", 0)] * (MAX_THROTTLED_KINDS + 1) + [("DEBUG", 0)] * (MAX_THROTTLED_KINDS - 1)
+    assert len(reports._told["connection_refused"]) == MAX_THROTTLED_KINDS + 1
 
 
 async def test_a_client_that_vanishes_while_it_is_told_is_no_failure() -> None:
     """Nobody is left to be told, and nothing is raised but what ends the endpoint."""
     server = FakeServer(**BROWSER)
     server.fail(OSError("gone"))
-    told = await with_deadline(Refusing(RejectPolicy.AUTO, Reports()).refuse(server.websocket, HTTPException(401), ""))
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).refuse(server.websocket, HTTPException(401), ""))
     assert isinstance(told, WebSocketException)
 
 
 async def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Telling it takes so long and no longer, and leaves no task behind."""
-    monkeypatch.setattr(module, "PATIENCE", 0.02)
+    monkeypatch.setattr(module, "REJECTION_TIMEOUT", 0.02)
     server = FakeServer(**BROWSER)
     server.block()
-    told = await with_deadline(Refusing(RejectPolicy.AUTO, Reports()).refuse(server.websocket, HTTPException(401), ""))
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).refuse(server.websocket, HTTPException(401), ""))
     assert isinstance(told, WebSocketException)
     await asyncio.sleep(0)
     assert [task for task in asyncio.all_tasks() if task.get_name() == "ws-refusal"] == []
@@ -380,7 +380,7 @@ async def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.Monke
 async def test_what_is_left_alone_sends_nothing() -> None:
     """Starlette closes what an exception ends: of that nothing reaches a WebSocket that is closed already."""
     server = FakeServer()
-    leave_alone(server.websocket)
+    mark_handled(server.websocket)
     await server.websocket.close(1008)
     await FakeServer().websocket.accept()
     assert server.offered == []

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.errors import (
-    PlainClientError,
     RequestError,
     RequestTimeoutError,
     SessionEndedError,
+    UnsupportedByClientError,
 )
-from fastapi_ws_stabilizer.hub.member import Offered
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
 from fastapi_ws_stabilizer.sessions import requests as requests_module
 from fastapi_ws_stabilizer.wire.payload import encode
 from tests.unit.client.fake_link import soon, virtually
@@ -124,9 +124,9 @@ async def test_plain_clients_and_volatile_messages_are_not_acknowledged() -> Non
         plain = stage.plain("bob")
         await Peer(stage).dial()
         assert plain.socket is not None
-        with pytest.raises(PlainClientError):
+        with pytest.raises(UnsupportedByClientError):
             await plain.socket.send("x", ack=True)
-        with pytest.raises(PlainClientError):
+        with pytest.raises(UnsupportedByClientError):
             await plain.socket.request("x")
         for socket in (plain.socket, stage.socket()):
             with pytest.raises(ValueError, match="volatile"):
@@ -330,8 +330,8 @@ async def test_a_session_that_is_over_takes_nothing() -> None:
         line = await Peer(stage).dial()
         session = stage.socket()._connection.member
         await line.leaves(1000)
-        assert session.outbox.offer(encode("x")) is Offered.REFUSED
-        assert session.outbox.offer(encode("x", volatile=True)) is Offered.REFUSED
+        assert session.outbox.offer(encode("x")) is EnqueueResult.REFUSED
+        assert session.outbox.offer(encode("x", volatile=True)) is EnqueueResult.REFUSED
         assert session.outbox.held_bytes == 0
 
 

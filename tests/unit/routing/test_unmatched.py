@@ -12,8 +12,8 @@ from fastapi import APIRouter, FastAPI, WebSocket
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from fastapi_ws_stabilizer.reports import Reports
-from fastapi_ws_stabilizer.routing.unmatched import MAX_TOLD, UnmatchedSockets, websocket_paths
+from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.routing.unmatched import MAX_TOLD, UnmatchedRouteLogger, websocket_paths
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer
 
@@ -50,9 +50,9 @@ def test_all_websocket_paths_are_found() -> None:
 
 async def test_a_path_that_nobody_serves_is_told_with_those_that_exist() -> None:
     """The bare 403 gets a warning that names the path and the known ones."""
-    app, reports, heard = make_app(), Reports(), Heard()
+    app, reports, heard = make_app(), EventBus(), Heard()
     reports.subscribe(heard)
-    UnmatchedSockets.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, reports)
     server = await knock(app, "/wss/ann")
     assert server.taken[0]["type"] == "websocket.close"
     (report,) = heard.reports
@@ -62,9 +62,9 @@ async def test_a_path_that_nobody_serves_is_told_with_those_that_exist() -> None
 
 async def test_each_path_is_told_once_and_only_so_many() -> None:
     """A scanner does not fill the log."""
-    app, reports, heard = FastAPI(), Reports(), Heard()
+    app, reports, heard = FastAPI(), EventBus(), Heard()
     reports.subscribe(heard)
-    UnmatchedSockets.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, reports)
     for number in range(3 * MAX_TOLD):
         await knock(app, f"/{number}")
         await knock(app, f"/{number}")
@@ -74,9 +74,9 @@ async def test_each_path_is_told_once_and_only_so_many() -> None:
 
 async def test_a_request_that_is_no_websocket_is_not_told() -> None:
     """A 404 of HTTP is no business of ours."""
-    app, reports, heard = FastAPI(), Reports(), Heard()
+    app, reports, heard = FastAPI(), EventBus(), Heard()
     reports.subscribe(heard)
-    UnmatchedSockets.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, reports)
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -92,10 +92,10 @@ async def test_a_request_that_is_no_websocket_is_not_told() -> None:
 
 def test_an_app_is_watched_once() -> None:
     """Attaching a manager again puts no second watch before the first."""
-    app, reports = FastAPI(), Reports()
-    UnmatchedSockets.watch(app, reports)
+    app, reports = FastAPI(), EventBus()
+    UnmatchedRouteLogger.watch(app, reports)
     first = app.router.default
-    UnmatchedSockets.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, reports)
     assert app.router.default is first
 
 
@@ -105,7 +105,7 @@ def test_an_app_is_watched_once() -> None:
 def test_an_app_of_another_kind_is_left_alone(app: Any) -> None:
     """Where there is no router with a default, nothing is watched and nothing fails."""
     before = vars(app).copy()
-    UnmatchedSockets.watch(app, Reports())
+    UnmatchedRouteLogger.watch(app, EventBus())
     assert vars(app) == before
 
 
@@ -114,9 +114,9 @@ def test_an_app_of_another_kind_is_left_alone(app: Any) -> None:
 
 def watched(app: FastAPI) -> Heard:
     """Watch an app, and hear what is told."""
-    reports, heard = Reports(), Heard()
+    reports, heard = EventBus(), Heard()
     reports.subscribe(heard)
-    UnmatchedSockets.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, reports)
     return heard
 
 

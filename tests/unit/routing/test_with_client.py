@@ -15,12 +15,12 @@ from starlette.websockets import WebSocket
 
 from fastapi_ws_stabilizer.client import (
     Client,
-    ClosedError,
+    ClientClosedError,
     Gap,
+    MessageTooLargeError,
     RefusedError,
     RequestError,
     SessionLostError,
-    TooLargeError,
 )
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.socket import StableSocket
@@ -76,7 +76,7 @@ class World(Stage):
         return client
 
     async def _read(self, client: Client) -> None:
-        with contextlib.suppress(ClosedError):  # a test looks at that itself
+        with contextlib.suppress(ClientClosedError):  # a test looks at that itself
             async for message in client:
                 self.received.append(message.data)
 
@@ -213,13 +213,13 @@ async def test_a_client_that_had_to_give_its_session_up_is_told_of_a_gap() -> No
 async def test_what_the_server_does_not_take_fails_at_once() -> None:
     """A message above the server's max_message_size raises, and does no harm to the connection."""
     async with World(max_message_size=1000) as world, world.client() as client:
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             client.send("x" * 1000, event="note")
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             client.volatile("x" * 1000)
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             client.send(b"x" * 1000, event="note")
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             await client.request("echo", "é" * 500)
         await client.send("x" * 900, event="note")
         assert client.volatile("y", event="note")
@@ -235,11 +235,11 @@ async def test_what_was_queued_before_the_first_welcome_may_be_too_large() -> No
         before, large, after = (client.send(data, event="note") for data in ("a", "x" * 2000, "b"))
         request = asyncio.ensure_future(client.request("echo", "x" * 2000))
         client.start()
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             await with_deadline(large)
         await with_deadline(asyncio.gather(before, after))
         assert (world.notes, world.outcomes) == (["a", "b"], ["none"])
-        with pytest.raises(TooLargeError):
+        with pytest.raises(MessageTooLargeError):
             await with_deadline(request)
 
 
@@ -252,7 +252,7 @@ async def test_largest_message_that_fits() -> None:
             try:
                 await client.send("x" * size, event="note")
                 break
-            except TooLargeError:
+            except MessageTooLargeError:
                 size -= 1
         assert world.outcomes == ["none"]
         assert size > 900
@@ -265,7 +265,7 @@ async def test_a_client_goes_when_the_session_is_ended() -> None:
         asking = asyncio.ensure_future(client.request("wait", 1, timeout=60))
         await asyncio.sleep(0.5)
         await world.socket().close()
-        with pytest.raises(ClosedError) as caught:
+        with pytest.raises(ClientClosedError) as caught:
             await with_deadline(asking)
         await asyncio.sleep(60)
         assert (caught.value.code, client.state, client.dials) == (4410, "closed", 1)

@@ -8,7 +8,7 @@ import pytest
 from websockets.exceptions import NegotiationError
 
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
-from fastapi_ws_stabilizer.wire.compression import TAIL, deflate
+from fastapi_ws_stabilizer.wire.compression import TAIL, deflate_message
 
 
 @pytest.mark.parametrize("bits", range(9, 16))
@@ -16,7 +16,7 @@ def test_a_window_that_is_agreed_on_can_be_compressed_for(bits: int) -> None:
     """A client may ask for any window that zlib compresses with, and gets it."""
     _, agreed = DEFLATE.process_request_params([("server_max_window_bits", str(bits))], [])
     assert agreed.local_max_window_bits == bits
-    packed = deflate(b"hello" * 200, agreed.local_max_window_bits)
+    packed = deflate_message(b"hello" * 200, agreed.local_max_window_bits)
     assert zlib.decompressobj(wbits=-bits).decompress(packed + TAIL) == b"hello" * 200
 
 

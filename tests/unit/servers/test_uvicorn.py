@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.servers import uvicorn_internals
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION
 from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
-from fastapi_ws_stabilizer.servers.uvicorn_internals import ToSink, WebSocketsSansIOProtocol
+from fastapi_ws_stabilizer.servers.uvicorn_internals import ReceiverQueue, WebSocketsSansIOProtocol
 from tests.unit.fake_websocket import eventually
 
 
@@ -138,7 +138,7 @@ async def test_without_deflate_none_is_offered() -> None:
     assert not (await made(ws_per_message_deflate=False)).conn.available_extensions
 
 
-@pytest.mark.parametrize("name", ["_OURS", "_OURS_OF_CONN", "_METHODS"])
+@pytest.mark.parametrize("name", ["REQUIRED_ATTRIBUTES", "_OURS_OF_CONN", "_METHODS"])
 async def test_unknown_internals_make_it_uvicorns_own_and_are_told_once(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,7 +152,7 @@ async def test_unknown_internals_make_it_uvicorns_own_and_are_told_once(
     assert DEFLATE not in protocols[0].conn.available_extensions
 
 
-@pytest.mark.parametrize("unknown", ["nothing", "one-bytearray", "_OURS", "_OURS_OF_CONN", "_METHODS"])
+@pytest.mark.parametrize("unknown", ["nothing", "one-bytearray", "REQUIRED_ATTRIBUTES", "_OURS_OF_CONN", "_METHODS"])
 async def test_without_a_link_messages_arrive_as_uvicorn_reads_them(
     unknown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +251,7 @@ async def test_a_close_right_behind_text_that_is_not_utf_8_is_answered() -> None
 
 async def test_who_reads_past_the_socket_is_told_so() -> None:
     """The queue is gone once a connection is attached; whoever waits for it gets an error instead of silence."""
-    sink = ToSink(object())  # type: ignore[arg-type]
+    sink = ReceiverQueue(object())  # type: ignore[arg-type]
     assert sink.empty()
     with pytest.raises(RuntimeError, match="StableSocket"):
         await sink.get()

@@ -100,7 +100,7 @@ async def test_a_full_inbox_stops_it_within_a_piece(attached: Any) -> None:
 async def test_others_have_their_turn(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that takes long is parsed in several turns of the event loop, and no more is read meanwhile."""
     protocol, sink, transport = attached
-    monkeypatch.setattr(uvicorn_reading, "SLICE", 0.0)
+    monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
     protocol.data_received(MANY)
     assert len(sink.got) < FRAMES
     assert not transport.reading
@@ -135,7 +135,7 @@ async def test_a_bug_ends_the_connection_and_repeats_nothing(
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
     sink.fails_at = 40 if later else 3
     if later:
-        monkeypatch.setattr(uvicorn_reading, "SLICE", 0.0)
+        monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
         protocol.data_received(MANY)
         await eventually(lambda: told)
         assert isinstance(told[0], ZeroDivisionError)

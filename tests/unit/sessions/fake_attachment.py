@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 
 class FakeAttachment:
@@ -22,13 +22,13 @@ class FakeAttachment:
     """
 
     def __init__(self, *, calm: bool = True, room: bool = True) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[EncodedMessage] = []
         self.calm = calm
         self.room = room
-        self.verdict = Offered.QUEUED
+        self.verdict = EnqueueResult.QUEUED
         self.pressed = False
         self.meanwhile: Callable[[], None] | None = None
-        self.ending: Ending | None = None
+        self.ending: CloseInfo | None = None
         self.face: Any = f"face of {id(self)}"
 
     @property
@@ -41,13 +41,13 @@ class FakeAttachment:
         """The texts that were queued."""
         return [frame.text for frame in self.frames]
 
-    def put_if_calm(self, frame: Frame) -> bool:
+    def put_if_calm(self, frame: EncodedMessage) -> bool:
         """Queue a frame on the fast path."""
         if self.calm:
             self.frames.append(frame)
         return self.calm
 
-    def put_now(self, frame: Frame) -> bool:
+    def put_now(self, frame: EncodedMessage) -> bool:
         """Send a frame at once."""
         return self.put_if_calm(frame)
 
@@ -58,18 +58,18 @@ class FakeAttachment:
         """Whether something waits: nothing does."""
         return False
 
-    def offer(self, frame: Frame) -> Offered:
+    def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame on the slow path."""
         if self.meanwhile is not None:
             self.meanwhile()
-        if self.verdict is Offered.SLOW or not self.room:
+        if self.verdict is EnqueueResult.SLOW or not self.room:
             self.end(DisconnectReason.SLOW_CONSUMER)
-            return Offered.REFUSED
-        if self.verdict is not Offered.REFUSED:
+            return EnqueueResult.REFUSED
+        if self.verdict is not EnqueueResult.REFUSED:
             self.frames.append(frame)
         return self.verdict
 
-    def put(self, frame: Frame) -> bool:
+    def put(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is room."""
         if self.room:
             self.frames.append(frame)
@@ -79,11 +79,11 @@ class FakeAttachment:
         """Whether there is room."""
         return self.room
 
-    def put_all(self, frames: Iterable[Frame]) -> None:
+    def put_all(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue frames, whatever room there is."""
         self.frames.extend(frames)
 
-    async def put_wait(self, frame: Frame, queued: Callable[[Frame], object] | None = None) -> bool:
+    async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
         """Queue a frame if there is room; `False` if it is over."""
         if not self.room:
             return False
@@ -107,5 +107,5 @@ class FakeAttachment:
         """Begin the end."""
         if self.ending is not None:
             return False
-        self.ending = ending(reason, code=code, text=text, from_outside=from_outside)
+        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
         return True

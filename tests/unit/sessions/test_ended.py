@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.sessions import ended as ended_module
 from fastapi_ws_stabilizer.sessions.ended import EndedSessions
 
-BANNED = ending(DisconnectReason.APPLICATION, code=4403, text="banned")
-MAINTENANCE = ending(DisconnectReason.APPLICATION, code=4321)
+BANNED = local_close(DisconnectReason.APPLICATION, code=4403, text="banned")
+MAINTENANCE = local_close(DisconnectReason.APPLICATION, code=4321)
 
 
 @pytest.fixture

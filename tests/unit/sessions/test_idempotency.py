@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.reports import Counters
 from fastapi_ws_stabilizer.sessions import idempotency
-from fastapi_ws_stabilizer.sessions.idempotency import MAX_ANSWER_BYTES, Seen
-from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.sessions.idempotency import MAX_ANSWER_BYTES, IdempotencyCache
+from fastapi_ws_stabilizer.sessions.log import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.wire.v1 import Message
 
@@ -19,7 +19,7 @@ AGAIN = Message(None, id="c7", key="k")
 
 def session_of(client_id: str = "ann") -> Session:
     """A session whose replies stay in its log."""
-    return Session(client_id, 0, LogLimits(100, 10**6, 60.0), Totals(), lambda *_: None)
+    return Session(client_id, 0, ReplayLimits(100, 10**6, 60.0), Counters(), lambda *_: None)
 
 
 def replies(session: Session) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def replies(session: Session) -> list[dict[str, Any]]:
 
 def test_a_new_key_is_known_to_nobody() -> None:
     """A key is new until a message with it is going to be handled."""
-    seen = Seen()
+    seen = IdempotencyCache()
     assert seen.look("ann", "k") is None
     seen.begin("ann", "k")
     assert seen.look("ann", "k") is not None
@@ -38,7 +38,7 @@ def test_a_new_key_is_known_to_nobody() -> None:
 
 def test_one_clients_keys_say_nothing_about_anothers() -> None:
     """Keys belong to a client id, and cannot run into those of another."""
-    seen = Seen()
+    seen = IdempotencyCache()
     seen.begin("ann", "k")
     assert seen.look("bob", "k") is None
     assert seen.look("annk", "") is None
@@ -46,7 +46,7 @@ def test_one_clients_keys_say_nothing_about_anothers() -> None:
 
 def test_who_asks_again_gets_the_same_answer() -> None:
     """A request that was handled is answered again from memory, in whatever session it comes again."""
-    seen, first, second = Seen(), session_of(), session_of()
+    seen, first, second = IdempotencyCache(), session_of(), session_of()
     seen.begin("ann", "k")
     seen.handled(first, "k", {"sum": 3})
     known = seen.look("ann", "k")
@@ -59,7 +59,7 @@ def test_who_asks_again_gets_the_same_answer() -> None:
 
 def test_who_asks_again_too_early_gets_the_answer_when_it_is_there() -> None:
     """A request that is being handled is not handled again: its second asker waits for the same answer."""
-    seen, session = Seen(), session_of()
+    seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
     assert known is not None
@@ -71,7 +71,7 @@ def test_who_asks_again_too_early_gets_the_answer_when_it_is_there() -> None:
 
 def test_a_message_that_wants_no_answer_gets_none() -> None:
     """A message without an id is only kept from being handled again."""
-    seen, session = Seen(), session_of()
+    seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
     assert known is not None
@@ -84,7 +84,7 @@ def test_a_message_that_wants_no_answer_gets_none() -> None:
 @pytest.mark.parametrize("answer", ["x" * MAX_ANSWER_BYTES, object()], ids=["too large", "no JSON"])
 def test_an_answer_that_cannot_be_kept_is_said_to_be_gone(answer: object) -> None:
     """Answers that are too large, or cannot be JSON, are not kept; who asks again is told so."""
-    seen, session = Seen(), session_of()
+    seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     seen.handled(session, "k", answer)
     known = seen.look("ann", "k")
@@ -95,7 +95,7 @@ def test_an_answer_that_cannot_be_kept_is_said_to_be_gone(answer: object) -> Non
 
 def test_the_largest_answer_that_is_kept_is_kept() -> None:
     """The limit of an answer is that of its JSON, and is itself allowed."""
-    seen, session = Seen(), session_of()
+    seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     seen.handled(session, "k", "x" * (MAX_ANSWER_BYTES - 2))
     known = seen.look("ann", "k")
@@ -106,7 +106,7 @@ def test_the_largest_answer_that_is_kept_is_kept() -> None:
 
 def test_a_message_whose_handler_has_failed_may_come_again() -> None:
     """A key that was not used up after all is new."""
-    seen = Seen()
+    seen = IdempotencyCache()
     seen.begin("ann", "k")
     seen.failed("ann", "k")
     seen.failed("ann", "k")
@@ -117,7 +117,7 @@ def test_a_message_whose_handler_has_failed_may_come_again() -> None:
 
 def test_who_waits_for_a_message_that_failed_is_told() -> None:
     """A second request with a key whose first message fails is answered with an error, not left to wait."""
-    seen, session = Seen(), session_of()
+    seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
     known = seen.look("ann", "k")
     assert known is not None
@@ -129,7 +129,7 @@ def test_who_waits_for_a_message_that_failed_is_told() -> None:
 def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded by a number of keys of all clients, and those that use theirs keep them."""
     monkeypatch.setattr(idempotency, "MAX_KEYS", 3)
-    seen = Seen()
+    seen = IdempotencyCache()
     for client_id, key in (("ann", "1"), ("bob", "1"), ("ann", "2"), ("carl", "1")):
         seen.begin(client_id, key)
     assert [seen.look(*known) is not None for known in (("ann", "1"), ("bob", "1"), ("carl", "1"))] == [
@@ -143,7 +143,7 @@ def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkey
 def test_of_too_many_keys_of_a_client_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client pushes out its own keys, and nobody else's."""
     monkeypatch.setattr(idempotency, "MAX_KEYS_OF_ONE", 3)
-    seen = Seen()
+    seen = IdempotencyCache()
     seen.begin("bob", "1")
     for number in range(5):
         seen.begin("ann", str(number))
@@ -155,7 +155,7 @@ def test_an_old_key_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded in time: a new key takes those with it that are too old."""
     now = [1000.0]
     monkeypatch.setattr(idempotency, "monotonic", lambda: now[0])
-    seen = Seen()
+    seen = IdempotencyCache()
     seen.begin("ann", "old")
     now[0] += idempotency.MAX_AGE
     seen.begin("ann", "new")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.limits.kept import Kept
+from fastapi_ws_stabilizer.limits.kept import MeteredDict
 from fastapi_ws_stabilizer.sessions import left as left_module
-from fastapi_ws_stabilizer.sessions.left import LeftBehind, LeftLuggage
+from fastapi_ws_stabilizer.sessions.left import DetachedState, DetachedStateStore
 
 ROOMS = {"lobby": {"name": "Ann"}}
 
@@ -28,13 +28,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def leave(
-    luggage: LeftLuggage, client_id: str, rooms: dict[str, dict[str, str]], user_data: dict[str, Any] | None, face: str
-) -> list[LeftBehind]:
+    luggage: DetachedStateStore,
+    client_id: str,
+    rooms: dict[str, dict[str, str]],
+    user_data: dict[str, Any] | None,
+    face: str,
+) -> list[DetachedState]:
     """Leave something."""
-    return luggage.leave(client_id, LeftBehind(rooms, Kept(None, None, user_data), 0.0, face, luggage.drop))
+    return luggage.leave(client_id, DetachedState(rooms, MeteredDict(None, None, user_data), 0.0, face, luggage.drop))
 
 
-def faces(gone: list[LeftBehind]) -> list[object]:
+def faces(gone: list[DetachedState]) -> list[object]:
     """Whose it was."""
     return [left.face for left in gone]
 
@@ -42,7 +46,7 @@ def faces(gone: list[LeftBehind]) -> list[object]:
 def test_only_who_has_a_token_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client is expected back if it was given a token, and of too many the first one is not any more."""
     monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     assert not luggage.is_expected("ann")
     for client_id in ("ann", "bob", "ann", "cid"):
         luggage.expect(client_id, 3600)
@@ -51,7 +55,7 @@ def test_only_who_has_a_token_is_expected(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_client_is_expected_as_long_as_its_token_is_good(clock: Clock) -> None:
     """A client whose token has expired cannot come back with it, and nothing of it is remembered."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     luggage.expect("ann", 3600)
     clock.now += 1800
     luggage.expect("bob", 3600)
@@ -63,14 +67,14 @@ def test_a_client_is_expected_as_long_as_its_token_is_good(clock: Clock) -> None
 
 def test_nobody_is_expected_where_nothing_is_kept() -> None:
     """Without a time to keep it nothing is left."""
-    luggage = LeftLuggage(0, 10)
+    luggage = DetachedStateStore(0, 10)
     luggage.expect("ann", 3600)
     assert not luggage.is_expected("ann")
 
 
 def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
     """Rooms, how the client is described in them, and user data come back once."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     luggage.expect("ann", 3600)
     assert leave(luggage, "ann", ROOMS, {"cart": [1]}, "face") == []
     assert len(luggage) == 1
@@ -83,12 +87,12 @@ def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
 
 def test_a_client_that_never_came_gets_nothing() -> None:
     """Nothing is kept for who has left nothing."""
-    assert LeftLuggage(60, 10).take("ann") is None
+    assert DetachedStateStore(60, 10).take("ann") is None
 
 
 def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
     """A client that comes back too late gets nothing."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 30
     leave(luggage, "bob", ROOMS, None, "bob")
@@ -103,7 +107,7 @@ def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
 
 def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
     """What is too old is given to nobody, even if nobody has collected it yet."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 60
     assert luggage.take("ann") is None
@@ -111,7 +115,7 @@ def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
 
 def test_leaving_collects_what_is_too_old(clock: Clock) -> None:
     """Whoever leaves something takes away what is too old."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     leave(luggage, "ann", ROOMS, None, "ann")
     clock.now += 60
     assert faces(leave(luggage, "bob", ROOMS, None, "bob")) == ["ann"]
@@ -119,7 +123,7 @@ def test_leaving_collects_what_is_too_old(clock: Clock) -> None:
 
 def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> None:
     """What a client left before goes for what it leaves now, and its time begins anew."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     leave(luggage, "ann", ROOMS, None, "first")
     leave(luggage, "bob", ROOMS, None, "bob")
     clock.now += 10
@@ -133,7 +137,7 @@ def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> No
 
 def test_of_too_many_the_first_goes(clock: Clock) -> None:
     """No more is kept than may be."""
-    luggage = LeftLuggage(60, 2)
+    luggage = DetachedStateStore(60, 2)
     gone = [faces(leave(luggage, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
     assert gone == [[], [], ["ann"]]
     assert len(luggage) == 2
@@ -141,7 +145,7 @@ def test_of_too_many_the_first_goes(clock: Clock) -> None:
 
 def test_all_of_it_is_taken_out_at_the_end(clock: Clock) -> None:
     """At the end everything is handed out, so that its end can be told."""
-    luggage = LeftLuggage(60, 10)
+    luggage = DetachedStateStore(60, 10)
     for who in ("ann", "bob"):
         leave(luggage, who, ROOMS, None, who)
     assert faces(luggage.clear()) == ["ann", "bob"]

@@ -9,35 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.sessions import log as log_module
-from fastapi_ws_stabilizer.sessions.log import NOTHING, LogLimits, ReplayLog
-from fastapi_ws_stabilizer.wire.payload import Frame
+from fastapi_ws_stabilizer.sessions.log import NOTHING, ReplayBuffer, ReplayLimits
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
-WIDE = LogLimits(1000, 10**6, 60.0)
+WIDE = ReplayLimits(1000, 10**6, 60.0)
 
 
-def frame(text: str = "x", at: float = 0.0) -> Frame:
+def frame(text: str = "x", at: float = 0.0) -> EncodedMessage:
     """A message that was made at some moment."""
-    made = Frame(text)
+    made = EncodedMessage(text)
     made.at = at
     return made
 
 
-def log_of(*texts: str, limits: LogLimits = WIDE) -> ReplayLog:
+def log_of(*texts: str, limits: ReplayLimits = WIDE) -> ReplayBuffer:
     """A log with some messages."""
-    log = ReplayLog(limits)
+    log = ReplayBuffer(limits)
     for text in texts:
         log.record(frame(text))
     return log
 
 
-def texts(log: ReplayLog, seq: int) -> list[str | None]:
+def texts(log: ReplayBuffer, seq: int) -> list[str | None]:
     """The messages after a number."""
     return [entry.text for entry in log.since(seq)]
 
 
 def test_messages_are_numbered_from_one() -> None:
     """The first message of a log is number 1, and each next one is one more."""
-    log = ReplayLog(WIDE)
+    log = ReplayBuffer(WIDE)
     assert (log.head, log.low, len(log.kept)) == (0, 1, 0)
     assert [log.record(frame()) for _ in range(3)] == [1, 2, 3]
     assert (log.head, log.low, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
@@ -74,19 +74,19 @@ def test_a_log_that_is_empty_again_owns_no_queue() -> None:
 
 def test_of_too_many_messages_the_oldest_go() -> None:
     """A log holds as many messages as it may, the newest ones."""
-    log = log_of(*"abcdef", limits=LogLimits(3, 10**6, 60.0))
+    log = log_of(*"abcdef", limits=ReplayLimits(3, 10**6, 60.0))
     assert (log.low, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
 
 
 def test_of_too_many_bytes_the_oldest_go() -> None:
     """A log holds as many bytes as it may."""
-    log = log_of("aaaa", "bbbb", "cccc", limits=LogLimits(1000, 9, 60.0))
+    log = log_of("aaaa", "bbbb", "cccc", limits=ReplayLimits(1000, 9, 60.0))
     assert (log.low, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
 
 
 def test_one_message_of_any_size_is_kept() -> None:
     """A message above the limit of bytes is kept until the next one comes: else it could never be resumed over."""
-    log = log_of("a", "b" * 100, limits=LogLimits(1000, 9, 60.0))
+    log = log_of("a", "b" * 100, limits=ReplayLimits(1000, 9, 60.0))
     assert (log.low, log.held_bytes) == (2, 100)
     log.record(frame("c"))
     assert (log.low, log.held_bytes, texts(log, 2)) == (3, 1, ["c"])
@@ -94,7 +94,7 @@ def test_one_message_of_any_size_is_kept() -> None:
 
 def test_old_messages_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message is kept for its time."""
-    log = ReplayLog(LogLimits(1000, 10**6, 10.0))
+    log = ReplayBuffer(ReplayLimits(1000, 10**6, 10.0))
     for at in (101.0, 102.0, 112.0):
         log.record(frame(str(at), at))
     monkeypatch.setattr(log_module, "monotonic", lambda: 112.0)
@@ -134,8 +134,8 @@ def test_a_log_is_rewound_below_what_it_holds() -> None:
 
 def test_entries_are_shared_between_logs() -> None:
     """Two sessions that got the same message hold the same object."""
-    one, shared = ReplayLog(WIDE), frame("hello")
-    other = ReplayLog(WIDE)
+    one, shared = ReplayBuffer(WIDE), frame("hello")
+    other = ReplayBuffer(WIDE)
     one.record(shared)
     other.record(shared)
     assert one.since(0)[0] is other.since(0)[0] is shared
@@ -165,7 +165,7 @@ def test_whatever_happens_a_log_is_a_tail_of_what_was_recorded(
     steps: list[tuple[str, int]], max_messages: int, max_bytes: int
 ) -> None:
     """A log holds the newest messages without a hole, within its limits, and its bytes are counted right."""
-    log, recorded = ReplayLog(LogLimits(max_messages, max_bytes, 60.0)), []
+    log, recorded = ReplayBuffer(ReplayLimits(max_messages, max_bytes, 60.0)), []
     numbers = itertools.count(1)
     for what, value in steps:
         if what == "record":

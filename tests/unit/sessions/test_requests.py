@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, ending
+from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.errors import RequestError, SessionEndedError
 from fastapi_ws_stabilizer.sessions import requests as requests_module
-from fastapi_ws_stabilizer.sessions.requests import Requests
+from fastapi_ws_stabilizer.sessions.requests import PendingRequests
 from tests.unit.fake_websocket import settle, with_deadline
 
-OVER = ending(DisconnectReason.COMPLETED)
+OVER = local_close(DisconnectReason.COMPLETED)
 
 
 async def test_an_answer_reaches_who_asked() -> None:
     """Each request has an id of its own, and its answer goes to its own future."""
-    requests = Requests()
+    requests = PendingRequests()
     (first_id, first), (second_id, second) = requests.begin(), requests.begin()
     assert first_id != second_id
     requests.answered(second_id, {"b": 2}, None)
@@ -28,7 +28,7 @@ async def test_an_answer_reaches_who_asked() -> None:
 
 async def test_an_answer_may_be_an_error() -> None:
     """An error of the client is raised where its answer is awaited."""
-    requests = Requests()
+    requests = PendingRequests()
     request_id, future = requests.begin()
     requests.answered(request_id, None, {"code": "busy", "message": "later"})
     with pytest.raises(RequestError, match="busy: later") as caught:
@@ -39,7 +39,7 @@ async def test_an_answer_may_be_an_error() -> None:
 @pytest.mark.parametrize("error", ["no", 7, [], {}, {"code": 7}, {"code": "x" * 10_000, "message": ["y" * 10_000]}])
 async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
     """Whatever a client says in place of an error is one, and a short one."""
-    requests = Requests()
+    requests = PendingRequests()
     request_id, future = requests.begin()
     requests.answered(request_id, None, error)
     with pytest.raises(RequestError) as caught:
@@ -50,7 +50,7 @@ async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
 
 async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     """Answers that come twice, too late or to nothing hurt nobody."""
-    requests = Requests()
+    requests = PendingRequests()
     requests.answered("s1", 1, None)
     request_id, future = requests.begin()
     requests.answered(request_id, 1, None)
@@ -67,13 +67,13 @@ async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
 
 async def test_forgetting_what_was_never_asked_is_quiet() -> None:
     """Forgetting is safe at any time."""
-    Requests().forget("s1")
+    PendingRequests().forget("s1")
 
 
 async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that answers nothing cannot be asked without end; a forgotten request makes room."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
-    requests = Requests()
+    requests = PendingRequests()
     first, _ = requests.begin()
     requests.begin()
     with pytest.raises(RequestError, match="2 requests") as caught:
@@ -85,7 +85,7 @@ async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_an_acknowledgement_wakes_all_it_covers() -> None:
     """Who waits for a number is woken by the first acknowledgement at or above it."""
-    requests = Requests()
+    requests = PendingRequests()
     waiting = {seq: asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)}
     await settle()
     requests.acknowledged(2)
@@ -97,7 +97,7 @@ async def test_an_acknowledgement_wakes_all_it_covers() -> None:
 
 async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
     """An acknowledgement that came before is as good, and an older one takes nothing back."""
-    requests = Requests()
+    requests = PendingRequests()
     requests.acknowledged(4)
     requests.acknowledged(2)
     await with_deadline(requests.until_acknowledged(4))
@@ -107,7 +107,7 @@ async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
 
 async def test_what_was_missed_is_not_acknowledged() -> None:
     """Who waits for a message that its client will not get is told so; what the client did get is acknowledged."""
-    requests = Requests()
+    requests = PendingRequests()
     waiting = [asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)]
     await settle()
     requests.missed(1)
@@ -125,12 +125,12 @@ async def test_what_was_missed_is_not_acknowledged() -> None:
 
 async def test_missing_nothing_is_quiet() -> None:
     """A gap that nobody waits over fails nobody."""
-    Requests().missed(3)
+    PendingRequests().missed(3)
 
 
 async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
     """A sender that waits no longer is forgotten, and the others are not touched."""
-    requests = Requests()
+    requests = PendingRequests()
     given_up = asyncio.ensure_future(requests.until_acknowledged(1))
     patient = asyncio.ensure_future(requests.until_acknowledged(2))
     await settle()
@@ -146,7 +146,7 @@ async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
 async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that acknowledges nothing cannot be waited for without end."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 1)
-    requests = Requests()
+    requests = PendingRequests()
     first = asyncio.ensure_future(requests.until_acknowledged(1))
     await settle()
     with pytest.raises(RequestError, match="1 senders"):
@@ -157,7 +157,7 @@ async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_the_end_of_the_session_fails_everything() -> None:
     """At the end whoever waits is told so, and who comes later is told at once."""
-    requests = Requests()
+    requests = PendingRequests()
     _, answer = requests.begin()
     _, nobody_waits_for_this_one = requests.begin()
     sender = asyncio.ensure_future(requests.until_acknowledged(1))
@@ -178,6 +178,6 @@ async def test_the_end_of_the_session_fails_everything() -> None:
 
 async def test_an_end_with_nothing_open_is_quiet() -> None:
     """A session for which nothing was ever asked ends without ado."""
-    requests = Requests()
+    requests = PendingRequests()
     requests.give_up(OVER)
     requests.give_up(OVER)

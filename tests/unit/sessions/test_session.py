@@ -7,13 +7,13 @@ import json
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.errors import MessageEncodeError, SessionEndedError
-from fastapi_ws_stabilizer.hub.member import Offered
-from fastapi_ws_stabilizer.reports import Totals
-from fastapi_ws_stabilizer.sessions.log import LogLimits
+from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.sessions.log import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 from tests.unit.sessions.fake_attachment import FakeAttachment
 
 
@@ -21,9 +21,9 @@ class Owned:
     """A session, and what it has told its owner."""
 
     def __init__(self) -> None:
-        self.ended: list[tuple[Session, Ending]] = []
-        self.totals = Totals()
-        limits = LogLimits(10, 10**6, 60.0)
+        self.ended: list[tuple[Session, CloseInfo]] = []
+        self.totals = Counters()
+        limits = ReplayLimits(10, 10**6, 60.0)
         self.session = Session("ann", 0, limits, self.totals, lambda *told: self.ended.append(told))
 
     def secret(self) -> str:
@@ -36,7 +36,7 @@ def said(session: Session, seq: int = 0) -> list[object]:
     return [json.loads(frame.payload)["data"] for frame in session.since(seq)]
 
 
-WELCOME = Frame("welcome")
+WELCOME = EncodedMessage("welcome")
 
 
 def test_what_is_offered_is_kept_and_queued() -> None:
@@ -45,7 +45,7 @@ def test_what_is_offered_is_kept_and_queued() -> None:
     session = owned.session
     session.attach(connection, 0, WELCOME)
     frame = encode({"n": 1})
-    assert session.offer(frame) is Offered.QUEUED
+    assert session.offer(frame) is EnqueueResult.QUEUED
     assert connection.texts == ["welcome", '{"type":"msg","data":{"n":1}}']
     assert session.since(0)[0] is connection.frames[1] is frame.enveloped
 
@@ -53,7 +53,7 @@ def test_what_is_offered_is_kept_and_queued() -> None:
 def test_what_is_offered_while_the_client_is_away_is_kept() -> None:
     """A message for a client that is away is numbered and kept."""
     session = Owned().session
-    assert session.offer(encode("hello")) is Offered.QUEUED
+    assert session.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
     assert said(session) == ["hello"]
     assert not session.here
@@ -75,12 +75,12 @@ def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
     """A volatile message goes to who is there, and is missed by who is away."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
-    assert session.offer(encode(1, volatile=True)) is Offered.MISSED
+    assert session.offer(encode(1, volatile=True)) is EnqueueResult.MISSED
     session.attach(connection, 0, WELCOME)
-    assert session.offer(encode(1, volatile=True)) is Offered.QUEUED
+    assert session.offer(encode(1, volatile=True)) is EnqueueResult.QUEUED
     assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
     connection.room = False
-    assert session.offer(encode(1, volatile=True)) is Offered.DROPPED
+    assert session.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
     assert owned.totals.messages_dropped == 1
     assert (session.head, len(session.kept)) == (0, 0)
 
@@ -89,7 +89,7 @@ def test_a_sequenced_message_is_kept_even_if_the_outbox_refuses_it() -> None:
     """A client that is too slow loses its connection, and no message: the log has it."""
     session, connection = Owned().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
-    assert session.offer(encode(1)) is Offered.SLOW
+    assert session.offer(encode(1)) is EnqueueResult.SLOW
     assert connection.ending is not None
     assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
     assert said(session) == [1]
@@ -99,9 +99,9 @@ def test_what_an_ending_connection_refuses_is_kept() -> None:
     """A message that comes while the connection ends for another reason waits for the next one."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
-    connection.verdict = Offered.REFUSED
+    connection.verdict = EnqueueResult.REFUSED
     connection.end(DisconnectReason.APPLICATION)
-    assert session.offer(encode(1)) is Offered.QUEUED
+    assert session.offer(encode(1)) is EnqueueResult.QUEUED
     assert said(session) == [1]
 
 
@@ -116,8 +116,8 @@ def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
         session.record(frame)
 
     connection.meanwhile = let_in
-    connection.verdict = Offered.PRESSED
-    assert session.offer(encode("new")) is Offered.PRESSED
+    connection.verdict = EnqueueResult.PRESSED
+    assert session.offer(encode("new")) is EnqueueResult.PRESSED
     assert [frame.text for frame in session.since(0)] == connection.texts[1:]
 
 
@@ -280,7 +280,7 @@ def test_no_secret_is_in_a_repr() -> None:
     assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' away>"
     owned.session.attach(FakeAttachment(), 0, WELCOME)
     assert "attached" in repr(owned.session)
-    owned.session.finish(ending(DisconnectReason.COMPLETED))
+    owned.session.finish(local_close(DisconnectReason.COMPLETED))
     assert "over" in repr(owned.session)
     assert secret not in repr(owned.session)
 
@@ -333,7 +333,7 @@ def test_ending_a_session_ends_its_connection() -> None:
     owned, connection = Owned(), FakeAttachment()
     owned.session.attach(connection, 0, WELCOME)
     assert owned.session.end(DisconnectReason.APPLICATION, code=4410, text="kicked")
-    assert connection.ending == ending(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert connection.ending == local_close(DisconnectReason.APPLICATION, code=4410, text="kicked")
     assert owned.ended == []
 
 
@@ -353,9 +353,9 @@ async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> N
     session.offer(encode(1))
     session.offer(encode(2))
     _, answer = session.requests.begin()
-    assert session.finish(ending(DisconnectReason.COMPLETED)) == 2
-    assert session.offer(encode(3)) is Offered.REFUSED
-    assert session.offer(encode(3, volatile=True)) is Offered.REFUSED
+    assert session.finish(local_close(DisconnectReason.COMPLETED)) == 2
+    assert session.offer(encode(3)) is EnqueueResult.REFUSED
+    assert session.offer(encode(3, volatile=True)) is EnqueueResult.REFUSED
     assert (len(session.kept), session.held_bytes, session.head) == (0, 0, 2)
     with pytest.raises(SessionEndedError):
         await answer

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, Ending, ending
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import RequestError
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.sessions import store as store_module
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import Greeting, Sessions, StaleDialError
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1 import Hello
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.conftest import Heard
@@ -36,13 +36,13 @@ class Shop:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.reports, self.heard = Reports(), Heard()
+        self.reports, self.heard = EventBus(), Heard()
         self.reports.subscribe(self.heard)
         self.began: list[Session] = []
         self.ended: list[Session] = []
-        self.endings: list[Ending] = []
+        self.endings: list[CloseInfo] = []
         numbers = itertools.count()
-        self.sessions = Sessions(
+        self.sessions = SessionStore(
             WebSocketConfig(**options),
             self.reports,
             next_shard=lambda: next(numbers),
@@ -50,25 +50,25 @@ class Shop:
             ended=self._end,
         )
 
-    def _end(self, session: Session, how: Ending) -> None:
+    def _end(self, session: Session, how: CloseInfo) -> None:
         self.ended.append(session)
         self.endings.append(how)
 
     def greet(
         self, dial: int = 1, token: str | None = None, seq: int = 0, *, who: str = "ann", instance: str | None = None
-    ) -> Greeting:
+    ) -> ResumeResult:
         """A hello."""
         return self.sessions.greet(Hello(dial, token, seq, None, instance), who)
 
     def connect(
         self, dial: int = 1, token: str | None = None, seq: int = 0, **options: Any
-    ) -> tuple[Greeting, str, FakeAttachment]:
+    ) -> tuple[ResumeResult, str, FakeAttachment]:
         """A hello, its welcome and the connection; the token is that of the welcome."""
         greeting = self.greet(dial, token, seq, **options)
         connection = FakeAttachment()
         self.sessions.returned(greeting.session)
         new = greeting.session.new_token()
-        greeting.session.attach(connection, greeting.cursor, Frame("welcome"))
+        greeting.session.attach(connection, greeting.cursor, EncodedMessage("welcome"))
         return greeting, new, connection
 
     def lose(self, session: Session) -> None:
@@ -111,7 +111,7 @@ async def test_a_client_that_has_missed_nothing_resumes_fully() -> None:
     say(before.session, 3)
     shop.lose(before.session)
     greeting = shop.greet(2, token, 3)
-    assert greeting == Greeting(before.session, FULL, None, 3)
+    assert greeting == ResumeResult(before.session, FULL, None, 3)
     assert len(before.session.kept) == 0
     assert shop.reports.totals.sessions_resumed == 1
 
@@ -180,7 +180,7 @@ async def test_a_late_dial_with_a_token_is_stale() -> None:
     shop = Shop()
     before, token, connection = shop.connect(3)
     for dial in (1, 2, 3):
-        with pytest.raises(StaleDialError):
+        with pytest.raises(StaleAttemptError):
             shop.greet(dial, token)
     assert before.session.connection is connection
     assert shop.greet(4, token).outcome is FULL
@@ -192,7 +192,7 @@ async def test_a_late_dial_is_stale_though_its_token_is_used_up() -> None:
     before, first, _ = shop.connect(1)
     _, second, _ = shop.connect(3, first)
     before.session.present(second.partition(".")[2])
-    with pytest.raises(StaleDialError):
+    with pytest.raises(StaleAttemptError):
         shop.greet(2, first)
     assert len(shop.sessions) == 1
 
@@ -201,7 +201,7 @@ async def test_a_late_dial_without_a_token_is_stale() -> None:
     """A first dial that arrives after the second one gets nothing, if its client says which instance it is."""
     shop = Shop()
     greeting = shop.greet(2, instance="tab-1")
-    with pytest.raises(StaleDialError):
+    with pytest.raises(StaleAttemptError):
         shop.greet(1, instance="tab-1")
     assert shop.greet(1, instance="tab-2").outcome is NONE
     assert shop.greet(1, instance="tab-1", who="bob").outcome is NONE
@@ -213,10 +213,10 @@ async def test_an_instance_is_forgotten_with_its_session() -> None:
     shop = Shop()
     first = shop.greet(2, instance="tab-1").session
     second = shop.greet(3, instance="tab-1").session
-    shop.sessions.end(first, ending(DisconnectReason.COMPLETED))
-    with pytest.raises(StaleDialError):
+    shop.sessions.end(first, local_close(DisconnectReason.COMPLETED))
+    with pytest.raises(StaleAttemptError):
         shop.greet(1, instance="tab-1")
-    shop.sessions.end(second, ending(DisconnectReason.COMPLETED))
+    shop.sessions.end(second, local_close(DisconnectReason.COMPLETED))
     assert shop.greet(1, instance="tab-1").outcome is NONE
     assert len(shop.sessions._of_instance) == 1
 
@@ -315,11 +315,11 @@ async def test_the_epoch_is_looked_at_before_the_numbers() -> None:
     before, token, _ = shop.connect()
     say(before.session, 5)
     session = before.session
-    assert store_module.why_not_all(session, 1, 99) == "epoch"
-    assert store_module.why_not_all(session, 0, 99) == "ahead"
-    assert store_module.why_not_all(session, 0, 3) == "overflow"
-    assert store_module.why_not_all(session, 0, 4) is None
-    assert store_module.why_not_all(session, 0, 5) is None
+    assert store_module.replay_gap(session, 1, 99) == "epoch"
+    assert store_module.replay_gap(session, 0, 99) == "ahead"
+    assert store_module.replay_gap(session, 0, 3) == "overflow"
+    assert store_module.replay_gap(session, 0, 4) is None
+    assert store_module.replay_gap(session, 0, 5) is None
     assert token
 
 
@@ -329,7 +329,7 @@ async def test_a_takeover_swaps_the_owner() -> None:
     before, token, old = shop.connect()
     greeting = shop.greet(2, token)
     new = FakeAttachment()
-    assert greeting.session.attach(new, greeting.cursor, Frame("welcome")) is old
+    assert greeting.session.attach(new, greeting.cursor, EncodedMessage("welcome")) is old
     assert not before.session.detach(old)
     assert before.session.connection is new
 
@@ -447,8 +447,8 @@ async def test_a_session_ends_once() -> None:
     """Ending a session again changes nothing, and one that is over does not go away."""
     shop = Shop()
     session = shop.connect()[0].session
-    shop.sessions.end(session, ending(DisconnectReason.APPLICATION))
-    shop.sessions.end(session, ending(DisconnectReason.COMPLETED))
+    shop.sessions.end(session, local_close(DisconnectReason.APPLICATION))
+    shop.sessions.end(session, local_close(DisconnectReason.COMPLETED))
     shop.sessions.left(session)
     assert shop.ended == [session]
     assert shop.sessions.away == 0

@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.sessions import tokens as tokens_module
-from fastapi_ws_stabilizer.sessions.tokens import MAX_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.sessions.tokens import MAX_SIGNED_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
 from fastapi_ws_stabilizer.wire.names import is_name
 
 OLD, NEW = b"the key of last year", b"the key of this year"
@@ -302,7 +302,7 @@ def test_bogus_tokens_grow_nothing() -> None:
 def test_a_token_above_the_length_limit_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is too long is refused before any work is done for it."""
     monkeypatch.setattr(tokens_module.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
-    assert problem_with(ReconnectTokens([NEW], 60), PREFIX + "A" * MAX_TOKEN_CHARS) == "malformed"
+    assert problem_with(ReconnectTokens([NEW], 60), PREFIX + "A" * MAX_SIGNED_TOKEN_CHARS) == "malformed"
 
 
 def test_a_used_token_that_was_forgotten_is_never_good_again(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ async def test_all_are_closed_at_the_same_time(bench: Any) -> None:
 
 async def test_closing_many_gives_the_loop_turns(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others run between two ends when the loop was held for long, and everybody is closed in the end."""
-    monkeypatch.setattr(turns_module, "MAX_HOLD", -1.0)
+    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
     connections = [(await bench().open())[0] for _ in range(3)]
     closing = asyncio.ensure_future(close_all(connections, 5.0))
     ended = []

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import Reports
+from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.shutdown import signals
-from fastapi_ws_stabilizer.shutdown.signals import Signals
+from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
 from tests.unit.conftest import Heard
 
 
@@ -35,7 +35,7 @@ class Draining:
     def __init__(self) -> None:
         self.count = 0
         self.over = asyncio.Event()
-        self.signals = Signals(Reports(), self)
+        self.signals = SignalHandler(EventBus(), self)
 
     async def __call__(self) -> None:
         self.count += 1
@@ -163,7 +163,7 @@ async def test_a_second_life_drains_again(server: list[int]) -> None:
         await asyncio.sleep(0.02)
         assert (drain.count, len(server)) == (times, times)
         drain.signals.stop()
-    assert not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals)
+    assert not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), SignalHandler)
 
 
 async def test_handlers_are_given_back(server: list[int]) -> None:
@@ -182,9 +182,9 @@ async def test_handlers_are_given_back(server: list[int]) -> None:
 def test_off_the_main_thread_it_is_said_once() -> None:
     """Signals come to the main thread only."""
     heard = Heard()
-    reports = Reports()
+    reports = EventBus()
     reports.subscribe(heard)
-    listening = Signals(reports, Draining)  # type: ignore[arg-type]  # never called
+    listening = SignalHandler(reports, Draining)  # type: ignore[arg-type]  # never called
 
     async def listen() -> None:
         listening.listen()

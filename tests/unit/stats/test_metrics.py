@@ -14,9 +14,9 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Totals
+from fastapi_ws_stabilizer.reports import Counters
 from fastapi_ws_stabilizer.stats.metrics import metrics_of
-from fastapi_ws_stabilizer.stats.overview import Overview
+from fastapi_ws_stabilizer.stats.overview import StatsSummary
 from tests.unit.stats.test_router import make
 
 PREFIX = "fastapi_ws_"
@@ -64,7 +64,7 @@ def test_the_answer_is_of_the_format_0_0_4() -> None:
     kinds = {name: family.type for name, family in families.items()}
     assert kinds["connections"] == kinds["total_memory"] == kinds["uptime_seconds"] == "gauge"
     assert kinds["handler_seconds"] == kinds["round_trip_seconds"] == "histogram"
-    assert all(kinds[name] == "counter" for name in {field.name for field in dataclasses.fields(Totals)})
+    assert all(kinds[name] == "counter" for name in {field.name for field in dataclasses.fields(Counters)})
 
 
 def test_everything_that_is_known_is_told() -> None:
@@ -72,8 +72,8 @@ def test_everything_that_is_known_is_told() -> None:
     manager = made()
     assert manager.reports.timings is not None
     named = {metric.name for metric in metrics_of(manager, manager.reports.timings)}
-    assert {field.name for field in dataclasses.fields(Totals)} <= set(Overview.model_fields)
-    assert set(Overview.model_fields) <= named
+    assert {field.name for field in dataclasses.fields(Counters)} <= set(StatsSummary.model_fields)
+    assert set(StatsSummary.model_fields) <= named
     memory = {"memory_per_connection_average" if "average" in name else name for name in manager.get_memory_usage()}
     assert memory - {"connection_count"} <= named  # that one is `connections`
 

@@ -256,8 +256,8 @@ def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
         "/ws-stats/drain",
     }
     schemas = document["components"]["schemas"]
-    assert {"Overview", "ConnectionPage", "ConnectionStats", "Health"} <= set(schemas)
-    assert schemas["Overview"]["properties"]["queued_bytes"]["description"]
+    assert {"StatsSummary", "ConnectionPage", "ConnectionStats", "Health"} <= set(schemas)
+    assert schemas["StatsSummary"]["properties"]["queued_bytes"]["description"]
 
 
 def test_without_a_manager_the_error_says_how_to_add_one() -> None:

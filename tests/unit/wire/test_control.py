@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, PING, Ping, Pong, parse_control
+from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, PING, TextPing, TextPong, parse_text_ping
 from fastapi_ws_stabilizer.wire.payload import encode
 
 
@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.wire.payload import encode
 )
 def test_a_pong_is_recognised(text: str) -> None:
     """The text `pong` and an object of type `pong` answer a ping."""
-    assert isinstance(parse_control(text), Pong)
+    assert isinstance(parse_text_ping(text), TextPong)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ def test_a_pong_is_recognised(text: str) -> None:
 )
 def test_a_ping_is_answered_in_kind(text: str, answer: str) -> None:
     """A text ping gets a text pong, a JSON ping a JSON pong with its own `ts`."""
-    control = parse_control(text)
-    assert isinstance(control, Ping)
+    control = parse_text_ping(text)
+    assert isinstance(control, TextPing)
     assert control.answer.text == answer
     assert control.answer.size == len(answer)
 
@@ -69,21 +69,21 @@ def test_a_ping_is_answered_in_kind(text: str, answer: str) -> None:
 )
 def test_everything_else_is_application_data(text: str) -> None:
     """What is not an exact match passes through untouched."""
-    assert parse_control(text) is None
+    assert parse_text_ping(text) is None
 
 
 def test_the_longest_control_frame_has_64_characters() -> None:
     """The bound is on the length, and 64 characters are within it."""
     fits = '{"type":"ping","ts":"' + "x" * (MAX_CONTROL_CHARS - 23) + '"}'
     assert len(fits) == MAX_CONTROL_CHARS
-    assert isinstance(parse_control(fits), Ping)
-    assert parse_control(fits + " ") is None
+    assert isinstance(parse_text_ping(fits), TextPing)
+    assert parse_text_ping(fits + " ") is None
 
 
 def test_our_own_ping_is_a_ping() -> None:
     """What the server sends is a frame that a peer of the same rules recognises, with its true size."""
     assert PING.text is not None
-    assert isinstance(parse_control(PING.text), Ping)
+    assert isinstance(parse_text_ping(PING.text), TextPing)
     assert PING.size == len(PING.text)
 
 
@@ -113,23 +113,23 @@ _OBJECTS = st.dictionaries(st.sampled_from(["type", "ts", "x"]), _VALUES, max_si
 @example("{" + '"type"' + "\x00")
 def test_reading_a_control_frame_never_raises(text: str) -> None:
     """Whatever comes in, the answer is a ping, a pong or application data."""
-    control = parse_control(text)
-    assert control is None or isinstance(control, (Ping, Pong))
+    control = parse_text_ping(text)
+    assert control is None or isinstance(control, (TextPing, TextPong))
 
 
 @given(st.text(max_size=80) | _OBJECTS.map(json.dumps))
 def test_only_exact_matches_are_kept_from_the_application(text: str) -> None:
     """The quick check says the same as the rule that the protocol states."""
-    assert (parse_control(text) is not None) == _is_control(text)
+    assert (parse_text_ping(text) is not None) == _is_control(text)
 
 
 @given(st.integers(-(10**30), 10**30) | st.text(max_size=8))
 def test_a_time_stamp_comes_back_as_it_was(ts: Any) -> None:
     """A pong has exactly the `ts` of its ping."""
     frame = encode({"type": "ping", "ts": ts})
-    control = parse_control(frame.text or "")
+    control = parse_text_ping(frame.text or "")
     if control is None:
         assert frame.text is None or len(frame.text) > MAX_CONTROL_CHARS
     else:
-        assert isinstance(control, Ping)
+        assert isinstance(control, TextPing)
         assert json.loads(control.answer.text or "") == {"type": "pong", "ts": ts}

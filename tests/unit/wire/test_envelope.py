@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire import envelope as envelope_module
-from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, again, check_size, envelop, sequenced
-from fastapi_ws_stabilizer.wire.payload import Frame, encode
+from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, check_size, copy_for_replay, sequenced_frame, to_v1
+from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, Message, message_of, parse
 
 
@@ -23,7 +23,7 @@ class Chat(BaseModel):
     text: str
 
 
-def read(frame: Frame) -> Message:
+def read(frame: EncodedMessage) -> Message:
     """The message in a frame, as a client reads it off the wire."""
     return message_of(parse(frame.payload if frame.binary else frame.payload.decode()))
 
@@ -48,19 +48,19 @@ def read(frame: Frame) -> Message:
 )
 def test_what_is_sent_is_what_arrives(message: Any, data: Any) -> None:
     """Texts arrive as texts, bytes as bytes, and all else as the JSON value that a plain client would get."""
-    assert read(envelop(encode(message))).data == data
+    assert read(to_v1(encode(message))).data == data
 
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_any_text_arrives_as_it_is(text: str) -> None:
     """A text is a JSON string in its envelope, whatever is in it, JSON included."""
-    assert read(envelop(encode(text))).data == text
+    assert read(to_v1(encode(text))).data == text
 
 
 @given(st.binary())
 def test_any_bytes_arrive_as_they_are(data: bytes) -> None:
     """Bytes stand behind the envelope."""
-    frame = envelop(encode(data))
+    frame = to_v1(encode(data))
     assert frame.binary
     assert read(frame).data == data
 
@@ -70,7 +70,7 @@ def test_room_and_volatility_are_said(room: str, volatile: bool, binary: bool) -
     """An envelope says which room a message was sent to, and whether it is volatile, and for a counted one nothing."""
     frame = encode(b"x" if binary else "x", volatile=volatile)
     frame.room = room
-    sent = parse(envelop(frame).payload if binary else envelop(frame).payload.decode())
+    sent = parse(to_v1(frame).payload if binary else to_v1(frame).payload.decode())
     assert sent["room"] == room
     assert sent.get("volatile") is (True if volatile else None)
     assert "seq" not in sent
@@ -78,30 +78,30 @@ def test_room_and_volatility_are_said(room: str, volatile: bool, binary: bool) -
 
 def test_the_least_envelope_holds_nothing_but_the_data() -> None:
     """A broadcast costs a few bytes more than to a plain client."""
-    assert envelop(encode({"a": 1})).text == '{"type":"msg","data":{"a":1}}'
-    assert envelop(encode("x")).text == '{"type":"msg","data":"x"}'
+    assert to_v1(encode({"a": 1})).text == '{"type":"msg","data":{"a":1}}'
+    assert to_v1(encode("x")).text == '{"type":"msg","data":"x"}'
 
 
 def test_an_envelope_is_made_once() -> None:
     """All clients get the same object, and an envelope is its own."""
     frame = encode("x")
-    enveloped = envelop(frame)
-    assert envelop(frame) is enveloped
-    assert envelop(enveloped) is enveloped
+    enveloped = to_v1(frame)
+    assert to_v1(frame) is enveloped
+    assert to_v1(enveloped) is enveloped
     assert enveloped.size == len(enveloped.payload)
 
 
 def test_an_envelope_knows_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The age of what is kept is counted from its envelope."""
     monkeypatch.setattr(envelope_module, "monotonic", lambda: 123.0)
-    assert envelop(encode("x")).at == 123.0
-    assert sequenced("reply", 1, re="c1").at == 123.0
+    assert to_v1(encode("x")).at == 123.0
+    assert sequenced_frame("reply", 1, re="c1").at == 123.0
 
 
 def test_only_a_volatile_message_can_be_replaced_by_a_newer_one() -> None:
     """What is numbered keeps no coalescing key: leaving it out would break the count."""
-    assert envelop(encode("x", "price", volatile=True)).key == "price"
-    assert envelop(encode("x", "price")).key is None
+    assert to_v1(encode("x", "price", volatile=True)).key == "price"
+    assert to_v1(encode("x", "price")).key is None
 
 
 def test_a_message_can_be_sent_again_to_one_more_client() -> None:
@@ -109,7 +109,7 @@ def test_a_message_can_be_sent_again_to_one_more_client() -> None:
     for message in ("ü", {"a": 1}, b"\x00"):
         frame = encode(message, "key")
         frame.room = "lobby"
-        copy = again(frame)
+        copy = copy_for_replay(frame)
         assert copy is not frame
         assert (copy.payload, copy.size, copy.binary, copy.is_json, copy.room) == (
             frame.payload,
@@ -119,16 +119,16 @@ def test_a_message_can_be_sent_again_to_one_more_client() -> None:
             "lobby",
         )
         assert copy.key is None
-        assert envelop(copy) is not envelop(frame)
-        assert envelop(copy).payload == envelop(frame).payload
+        assert to_v1(copy) is not to_v1(frame)
+        assert to_v1(copy).payload == to_v1(frame).payload
 
 
 def test_a_reply_is_its_own_envelope() -> None:
     """What is made for one client alone is enveloped from the start, text or binary."""
-    reply = sequenced("reply", {"ok": True}, re="c1", error=None)
+    reply = sequenced_frame("reply", {"ok": True}, re="c1", error=None)
     assert json.loads(reply.payload) == {"type": "reply", "re": "c1", "data": {"ok": True}}
-    assert envelop(reply) is reply
-    request = sequenced("msg", b"\x01", event="photo", id="s1")
+    assert to_v1(reply) is reply
+    request = sequenced_frame("msg", b"\x01", event="photo", id="s1")
     assert request.binary
     assert (read(request).data, read(request).event, read(request).id) == (b"\x01", "photo", "s1")
     assert not request.volatile
@@ -137,21 +137,21 @@ def test_a_reply_is_its_own_envelope() -> None:
 def test_what_cannot_be_json_is_no_reply() -> None:
     """Data that cannot be encoded raises `ValueError`."""
     with pytest.raises(ValueError, match="serialize"):
-        sequenced("reply", object(), re="c1")
+        sequenced_frame("reply", object(), re="c1")
 
 
 @pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
 def test_request_with_a_wrong_event_raises(event: Any) -> None:
     """An event that clients cannot read raises at the sender."""
     with pytest.raises(MessageEncodeError, match="an event is a text"):
-        sequenced("msg", None, event=event, id="1")
+        sequenced_frame("msg", None, event=event, id="1")
 
 
 @pytest.mark.parametrize("data", [10**400, "x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\ud800", object()])
 def test_reply_that_clients_cannot_read_raises(data: Any) -> None:
     """A reply beyond the limits of the clients raises at the sender."""
     with pytest.raises(MessageEncodeError):
-        sequenced("reply", data, re="c1")
+        sequenced_frame("reply", data, re="c1")
 
 
 @pytest.mark.parametrize("message", ["x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\x00" * (MAX_SENT_BYTES // 6)])

@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.wire.json_text import (
     MAX_FRAME_DEPTH,
     MAX_NUMBER,
     MAX_SENT_DEPTH,
-    BadJsonError,
+    InvalidJsonError,
     check_json,
     check_sent,
     read_json,
@@ -49,7 +49,7 @@ def objects(depth: int) -> str:
 def test_values_may_be_nested_to_a_limit(nested: Any, read: Any) -> None:
     """At `MAX_DEPTH` levels a text is read, at one more it is refused, and the error says why."""
     read(nested(MAX_DEPTH))
-    with pytest.raises(BadJsonError, match=f"nested deeper than {MAX_DEPTH} levels"):
+    with pytest.raises(InvalidJsonError, match=f"nested deeper than {MAX_DEPTH} levels"):
         read(nested(MAX_DEPTH + 1))
 
 
@@ -59,7 +59,7 @@ def test_sent_json_may_be_nested_to_a_limit(nested: Any, around: str) -> None:
     """What the server sends may be nested to `MAX_SENT_DEPTH` levels, whatever stands beside the deepest one."""
     outer = 0 if around == "%s" else 1
     check_sent((around % nested(MAX_SENT_DEPTH - outer)).encode())
-    with pytest.raises(BadJsonError, match=f"nested deeper than {MAX_SENT_DEPTH} levels"):
+    with pytest.raises(InvalidJsonError, match=f"nested deeper than {MAX_SENT_DEPTH} levels"):
         check_sent((around % nested(MAX_SENT_DEPTH - outer + 1)).encode())
 
 
@@ -78,14 +78,14 @@ def test_sent_numbers_are_doubles(value: Any) -> None:
     if isinstance(value, (str, float)) or value == 2**1023:
         check_sent(text)
     else:
-        with pytest.raises(BadJsonError, match="a number in it is beyond"):
+        with pytest.raises(InvalidJsonError, match="a number in it is beyond"):
             check_sent(text)
 
 
 def test_sent_json_has_no_nan() -> None:
     """A NaN or an infinity, as a pydantic model may write it, cannot be sent."""
     for text in (b"[NaN]", b'{"x":Infinity}', b"-Infinity"):
-        with pytest.raises(BadJsonError):
+        with pytest.raises(InvalidJsonError):
             check_sent(text)
 
 
@@ -93,9 +93,9 @@ def test_sent_json_has_no_nan() -> None:
 @pytest.mark.parametrize("nested", [lists, objects])
 def test_the_deepest_nesting_costs_nothing(nested: Any, depth: int) -> None:
     """However deep a text is nested, it is refused as bad JSON, and no deeper than the parser goes by itself."""
-    with pytest.raises(BadJsonError):
+    with pytest.raises(InvalidJsonError):
         read_json(nested(depth))
-    with pytest.raises(BadJsonError):
+    with pytest.raises(InvalidJsonError):
         read_json(nested(depth)[: depth // 2])
 
 
@@ -130,9 +130,9 @@ def test_a_number_that_no_double_holds_is_refused(number: str, around: str) -> N
     """Nobody is handed an infinity for a number, nor an integer that becomes one as soon as it is a float."""
     text = around % number
     for read in (read_json, check_json):
-        with pytest.raises(BadJsonError, match=r"beyond 1\.8e\+308"):
+        with pytest.raises(InvalidJsonError, match=r"beyond 1\.8e\+308"):
             read(text)
-        with pytest.raises(BadJsonError):
+        with pytest.raises(InvalidJsonError):
             read(text.encode())
 
 
@@ -163,9 +163,9 @@ def test_limits_hold_wherever_a_value_stands(around: str, value: str) -> None:
     """In a large text and in a small one, among many values and among few, no limit is passed."""
     text = around.replace("VALUE", value)
     for raw in (text, text.encode()):
-        with pytest.raises(BadJsonError):
+        with pytest.raises(InvalidJsonError):
             read_json(raw)
-        with pytest.raises(BadJsonError):
+        with pytest.raises(InvalidJsonError):
             check_json(raw)
 
 
@@ -204,7 +204,7 @@ def test_a_number_that_a_double_holds_is_read(number: str) -> None:
 def test_endless_digits_take_no_time(digits: int) -> None:
     """A number of a mebibyte is refused at once: the parser never begins to compute it."""
     started = time.perf_counter()
-    with pytest.raises(BadJsonError):
+    with pytest.raises(InvalidJsonError):
         read_json("1" * digits)
     assert time.perf_counter() - started < 0.5  # Python's own int() takes a minute
 
@@ -216,7 +216,7 @@ def test_numbers_are_read_or_refused_by_their_size(number: float) -> None:
     if -MAX_NUMBER <= number <= MAX_NUMBER:
         assert read_json(text)["n"] == number
     else:
-        with pytest.raises(BadJsonError):
+        with pytest.raises(InvalidJsonError):
             read_json(text)
 
 
@@ -224,9 +224,9 @@ def test_numbers_are_read_or_refused_by_their_size(number: float) -> None:
 @pytest.mark.parametrize("read", [read_json, check_json])
 def test_what_json_does_not_have_is_refused(text: str, read: Any) -> None:
     """NaN and infinities are refused, also where pydantic would take them."""
-    with pytest.raises(BadJsonError, match="not JSON"):
+    with pytest.raises(InvalidJsonError, match="not JSON"):
         read(text)
-    with pytest.raises(BadJsonError):
+    with pytest.raises(InvalidJsonError):
         read(text.encode())
 
 
@@ -240,7 +240,7 @@ def test_a_text_may_say_nan(text: str) -> None:
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udc00":1}', '"\\ud800\\u0041"', '"\ud800"'])
 def test_half_of_a_surrogate_pair_is_refused(text: str) -> None:
     """No handler is handed a text that it could not send back."""
-    with pytest.raises(BadJsonError, match="not JSON"):
+    with pytest.raises(InvalidJsonError, match="not JSON"):
         read_json(text)
     with pytest.raises(ValueError):  # noqa: PT011 (pydantic's own or ours)
         TypeAdapter(Anything).validate_json(f'{{"x":{text}}}')
@@ -264,14 +264,14 @@ def test_of_two_members_of_one_name_the_last_counts_for_everybody(more: int) -> 
 @pytest.mark.parametrize("raw", [b"\xff", b'"\xed\xa0\x80"', b'"\xc0\x80"', b"", b"\x00"])
 def test_bytes_are_utf8(raw: bytes) -> None:
     """Bytes that are no UTF-8 are no JSON; overlong and surrogate encodings are none."""
-    with pytest.raises(BadJsonError, match="not JSON"):
+    with pytest.raises(InvalidJsonError, match="not JSON"):
         read_json(raw)
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense", '"\ud800"', "NaN", lists(70), "1e999", "{'a':1}", "[1,]"])
 def test_an_error_says_nothing_of_the_inside(text: str) -> None:
     """No type, module or function of Python stands in what a client is told."""
-    with pytest.raises(BadJsonError) as refused:
+    with pytest.raises(InvalidJsonError) as refused:
         read_json(text)
     told = str(refused.value)
     assert not any(word in told for word in ("bytearray", "pydantic", "codec", "Error", "<"))

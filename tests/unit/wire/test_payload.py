@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.payload import close_message, encode, encode_json
+from fastapi_ws_stabilizer.wire.payload import asgi_close, encode, encode_json
 
 
 class Chat(BaseModel):
@@ -196,7 +196,7 @@ def test_every_message_of_a_frame_is_its_own_dict() -> None:
 
 def test_a_close_message_has_code_and_reason() -> None:
     """A close frame is the ASGI message with code and reason."""
-    assert close_message(4408, "bye") == {"type": "websocket.close", "code": 4408, "reason": "bye"}
+    assert asgi_close(4408, "bye") == {"type": "websocket.close", "code": 4408, "reason": "bye"}
 
 
 _JSON = st.recursive(

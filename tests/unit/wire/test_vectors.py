@@ -18,15 +18,15 @@ from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.wire.v1 import (
     SUBPROTOCOL,
-    BadFrameError,
-    control,
+    ProtocolError,
+    control_frame,
     envelope,
-    hello_of,
     message_of,
-    number,
-    optional_number,
+    optional_int,
     optional_text,
     parse,
+    parse_hello,
+    require_int,
 )
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.client.fake_link import Scene, virtually
@@ -58,24 +58,24 @@ def read(direction: str, raw: str | bytes) -> dict[str, Any]:
     frame = parse(raw)
     kind, of_client = frame["type"], direction == "client"
     if kind == "hello":
-        hello_of(raw)
+        parse_hello(raw)
     elif kind == "msg":
         message_of(frame)
     elif kind == "reply":
         optional_text(frame, "re")
         if of_client:
-            number(frame, "seq", least=1)
+            require_int(frame, "seq", least=1)
     elif kind == "welcome":
         for name in NUMBERS:
-            number(frame, name)
+            require_int(frame, name)
         if optional_text(frame, "token", 512) is None or frame["resume"] not in ("none", "full", "gap", "lost"):
-            raise BadFrameError("no welcome")
+            raise ProtocolError("no welcome")
     elif kind == "ack":
-        number(frame, "seq")
+        require_int(frame, "seq")
     elif kind in ("ping", "pong"):
-        optional_number(frame, "ack" if kind == "pong" else "seq")
+        optional_int(frame, "ack" if kind == "pong" else "seq")
     elif kind == "drain":
-        number(frame, "after")
+        require_int(frame, "after")
     elif kind == "auth" and of_client:
         optional_text(frame, "token", 8192)
     return frame
@@ -91,7 +91,7 @@ def test_a_valid_frame_is_read(vector: dict[str, Any]) -> None:
 @by_name([vector for vector in FRAMES if not vector["valid"]])
 def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
     """What the vectors call malformed is, and that of a client leads to the close code that they name."""
-    with pytest.raises(BadFrameError) as caught:
+    with pytest.raises(ProtocolError) as caught:
         read(vector["direction"], wire_of(vector))
     if vector["direction"] == "client":
         assert caught.value.code == vector["close_code"]
@@ -290,7 +290,7 @@ class Play:
             self.request = asyncio.ensure_future(self.socket.request(asked["event"], asked["data"], timeout=60))
             await asyncio.sleep(0.001)
         elif "drain" in step:
-            self.socket._connection.answer(control("drain", **step["drain"]))
+            self.socket._connection.answer(control_frame("drain", **step["drain"]))
         elif "close" in step:
             await self.socket.close(step["close"])
         elif "answered" in step:
