@@ -37,6 +37,7 @@ import mypy.build
 import mypy.modulefinder
 import mypy.options
 from mypy.nodes import (
+    AssignmentStmt,
     CallExpr,
     ClassDef,
     FuncDef,
@@ -201,6 +202,10 @@ class Finder(TraverserVisitor):
             expression.accept(self)
         self._class.append(o.info)
         self._slots(o)
+        for statement in o.defs.body:
+            for target in statement.lvalues if isinstance(statement, AssignmentStmt) else ():
+                if isinstance(target, NameExpr) and (new := self._new_member(o.info, target.name)) is not None:
+                    self._put(target.line, target.column, target.name, new)
         super().visit_class_def(o)
         self._class.pop()
 
