@@ -187,12 +187,14 @@ def close_on_disconnect_event(connection: Pumped, event: Mapping[str, Any]) -> N
 def on_inbox_full(connection: Pumped) -> bool:
     """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused.
 
-    A pause that ends as soon as it is known that the endpoint does not read is none to speak of.
+    While it is not known whether the endpoint reads, neither is done: `do_without_reader` comes back to it.
     """
+    if connection.inbox.undecided:
+        return False
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
         connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
         return True
-    if not connection.told_of_pause and not connection.inbox.undecided:
+    if not connection.told_of_pause:
         connection.told_of_pause = True
         connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox), advice=ADVICE)
     return False
@@ -229,11 +231,13 @@ def _drop(connection: Pumped) -> None:
 
 
 def do_without_reader(connection: Pumped) -> None:
-    """What the client sends holds up nothing from now on, unless the endpoint reads."""
+    """What the client sends holds up nothing from now on, unless the endpoint reads. Nothing happens after the end."""
+    if connection.ending is not None:
+        return
     connection.inbox.drop_when_full()
     refuse_requests(connection)
-    if connection.inbox.full:
-        drop_unread(connection)
+    if connection.inbox.full and not drop_unread(connection) and connection.pause is not None:
+        on_inbox_full(connection)
 
 
 def refuse_requests(connection: Pumped) -> None:

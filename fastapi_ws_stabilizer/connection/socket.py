@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.pump import do_without_reader
+from fastapi_ws_stabilizer.connection.pump import do_without_reader, on_inbox_full
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import PresenceList
 from fastapi_ws_stabilizer.wire.json_text import InvalidJsonError, read_json
@@ -138,7 +138,10 @@ class StableSocket(SocketFacts):
             return await connection.wait_over()
         finally:
             timer.cancel()
-            inbox.end_to_decide()
+            if inbox.undecided:
+                inbox.end_to_decide()
+                if connection.pause is not None and connection.ending is None:
+                    on_inbox_full(connection)
 
     # ── receiving ──
 

@@ -224,10 +224,6 @@ class ConnectionLimiter:
         return Reservation(self, address)
 
     def _settle(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
-        # Whoever is replaced is counted until it is gone. Several may be about to replace the same one, and wait for a
-        # hook meanwhile: they came through the lobby, so they are few.
-        if not replaces and self._inside >= self._max:
-            raise self._full()
         here = any(one.address == address for one in replaces)
         most = self._from_address.most
         if most is not None and self._from_address.of(address) - here >= most:
@@ -236,6 +232,10 @@ class ConnectionLimiter:
         most = self._of_client.most
         if most is not None and self._of_client.of(client_id) - its_own >= most:
             raise self._too_many("max_connections_per_client", most)
+        # Whoever is replaced is counted until it is gone. Several may be about to replace the same one, and wait for a
+        # hook meanwhile: they came through the lobby, so they are few.
+        if not replaces and self._inside >= self._max:
+            raise self._full()
         self._knocking -= 1
         self._knocking_from.remove(address)
         self._inside += 1

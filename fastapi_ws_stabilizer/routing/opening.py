@@ -297,9 +297,12 @@ class Opening(Leaving, Services):
             async def leave(_: Any, error: BaseException | None, __: Any) -> bool:
                 opened.connecting = False
                 if not connection.opened:
+                    opened.connection = None
                     return False
-                failure = await self.leave(connection, error)
-                opened.task_is_over()
+                try:
+                    failure = await self.leave(connection, error)
+                finally:
+                    opened.task_is_over()
                 if failure is None:
                     return True
                 if failure is error:

@@ -154,10 +154,13 @@ class StableWebSocketProtocol(PacedParser):
             return
         try:
             super().data_received(data)
-        except UnicodeEncodeError:  # websockets before 17 cannot say what is wrong with a header that is not ASCII
-            if self.handshake_initiated or self.conn.handshake_exc is None:
+        except UnicodeEncodeError:  # websockets before 17 lets a path and headers through that are not ASCII
+            if not self.known:
                 raise
-        if self.known and self.conn.handshake_exc is not None and not self.handshake_initiated:
+            is_bad = True
+        else:
+            is_bad = self.conn.handshake_exc is not None and not self.handshake_initiated
+        if self.known and is_bad:
             # What the HTTP parser has let through is no handshake: uvicorn would neither answer nor close.
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")

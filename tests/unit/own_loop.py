@@ -15,4 +15,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(coroutine)
     finally:
+        if left := asyncio.all_tasks(loop):  # a task that the loop dies with fails the test that collects it
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()

@@ -567,12 +567,45 @@ async def test_wait_for_the_end_that_is_given_up_decides_nothing(linked: Any) ->
     b = await linked(inbox_max_messages=2)
     waiting = asyncio.ensure_future(b.connection.face.wait_closed())
     await asyncio.sleep(0)
+    say(b, *"12")
     waiting.cancel()
     await asyncio.sleep(0)
-    say(b, *"123")
+    say(b, "3")
     await asyncio.sleep(1.5 * READER_START_GRACE)
     assert [await b.connection.face.receive() for _ in range(3)] == ["1", "2", "3"]
     assert "reading_paused" in b.heard.events
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_burst_before_it_is_known_who_reads_closes_only_where_nothing_is_dropped(
+    linked: Any, reads: bool
+) -> None:
+    """With inbox_overflow="close" a burst at an endpoint that waits for the end is dropped, unless it reads."""
+    b = await linked(inbox_max_messages=2, inbox_overflow="close")
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    say(b, *"123")
+    assert b.connection.ending is None
+    if reads:
+        assert await b.connection.face.receive() == "1"
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    assert b.connection.ending is None or reads
+    waiting.cancel()
+
+
+async def test_pause_that_began_before_it_was_known_who_reads_is_told(linked: Any) -> None:
+    """A handler that hangs from the first message on is named in the log, though wait_closed is called beside it."""
+    b = await linked(inbox_max_messages=2)
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    say(b, "0")
+    assert await b.connection.face.receive() == "0"
+    say(b, *"123")
+    assert "reading_paused" not in b.heard.events
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    assert "reading_paused" in b.heard.events
+    assert b.reports.totals.messages_discarded == 0
+    waiting.cancel()
 
 
 async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> None:

@@ -380,10 +380,10 @@ class Counts(RuleBasedStateMachine):
         refused: type[ConnectionLimitExceededError] | None = None
         too_many = len(here) - any(one in replaced for one in here) >= PER_ADDRESS
         too_many |= len(its_own) - any(one in replaced for one in its_own) >= PER_CLIENT
-        if not replaced and len(self.inside) >= MOST:
-            refused = ConnectionLimitExceededError
-        elif too_many:
+        if too_many:
             refused = TooManyConnectionsError
+        elif not replaced and len(self.inside) >= MOST:
+            refused = ConnectionLimitExceededError
         if refused is None:
             place.settle(client_id, replaces=named)
             self.there[place] = client_id
