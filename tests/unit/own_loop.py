@@ -19,4 +19,5 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()

@@ -21,6 +21,7 @@ from fastapi_ws_stabilizer.errors import (
     WrongLoopError,
 )
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from tests.unit.own_loop import run
 from tests.unit.routing.stage import Stage
 from tests.unit.test_manager import Client
 
@@ -232,7 +233,7 @@ def test_a_call_from_a_thread_before_the_start_says_that_the_manager_does_not_ru
 def test_a_call_from_a_thread_after_the_end_says_that_the_manager_does_not_run() -> None:
     """When the event loop has ended, calls raise at once."""
     manager = WebSocketConnectionManager()
-    asyncio.run(manager.start())
+    run(manager.start())
     with pytest.raises(ManagerNotRunningError):
         manager.from_thread.send_to_client("ann", "hi")
 
@@ -260,7 +261,7 @@ def test_a_call_from_a_thread_that_the_end_of_the_loop_interrupts_says_so() -> N
         thread.start()
         await asyncio.to_thread(begun.wait, 5)
 
-    asyncio.run(main())
+    run(main())
     thread.join(5)
     assert [type(error) for error in raised] == [ManagerNotRunningError]
 
