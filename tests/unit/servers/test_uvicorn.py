@@ -189,6 +189,15 @@ async def test_a_handshake_that_is_not_ascii_is_refused(header: bytes) -> None:
     protocol.connection_lost(None)
 
 
+async def test_path_that_is_not_ascii_is_answered() -> None:
+    """With websockets 17 the application gets it; before that nothing can read it, and the answer is 400."""
+    protocol, transport = await made(), FakeTransport()
+    protocol.connection_made(transport)
+    protocol.data_received(REQUEST.replace(b"GET /", b"GET \x80", 1))
+    assert protocol.tasks or (transport.written.startswith(b"HTTP/1.1 400") and transport.closed)
+    protocol.connection_lost(None)
+
+
 async def early(answer: str, *frames: bytes) -> tuple[FakeTransport, Reader]:
     """A client that sends before its handshake is answered, and its answer."""
     reader, transport = Reader(answer), FakeTransport()
