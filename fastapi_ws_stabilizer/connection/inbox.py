@@ -148,10 +148,10 @@ class Inbox:
     @property
     def ignored(self) -> bool:
         """Whether the endpoint has said that it does not read, and has neither read since nor waits for a message."""
-        return self._limits.drops and not self.read
+        return self._limits.drops and not self.has_reader
 
     @property
-    def read(self) -> bool:
+    def has_reader(self) -> bool:
         """Whether a message was taken since `taken` was set back, or a reader waits for one or is about to take it."""
         return bool(self.taken) or self._reader is not None  # which stays until it has taken a message
 

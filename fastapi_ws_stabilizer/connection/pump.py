@@ -210,7 +210,7 @@ def drop_unread(connection: Pumped) -> bool:
     """
     inbox = connection.inbox
     waits = not inbox.drops and monotonic() - connection.opened_at < connection.config.inbox_pause_timeout
-    if inbox.read or waits:
+    if inbox.has_reader or waits:
         return False
     _drop(connection)
     return True

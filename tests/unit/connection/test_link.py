@@ -547,11 +547,17 @@ async def test_ignoring_messages_ends_a_pause_that_has_begun(linked: Any) -> Non
     assert b.server.reading
 
 
+async def waits_for_the_end(b: Any) -> asyncio.Future[Any]:
+    """A task of the endpoint has called `wait_closed`."""
+    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    await asyncio.sleep(0)
+    return waiting
+
+
 async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> None:
     """`wait_closed` in an endpoint that has not read lets the oldest messages go, soon and without a warning."""
     b = await linked(inbox_max_messages=2)
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(0)
+    waiting = await waits_for_the_end(b)
     say(b, *"123")
     assert not b.server.reading
     await asyncio.sleep(1.5 * READER_START_GRACE)
@@ -565,8 +571,7 @@ async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> 
 async def test_wait_for_the_end_that_is_given_up_decides_nothing(linked: Any) -> None:
     """An endpoint that looks for the end now and then, and has not read yet, loses no message."""
     b = await linked(inbox_max_messages=2)
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(0)
+    waiting = await waits_for_the_end(b)
     say(b, *"12")
     waiting.cancel()
     await asyncio.sleep(0)
@@ -582,22 +587,20 @@ async def test_burst_before_it_is_known_who_reads_closes_only_where_nothing_is_d
 ) -> None:
     """With inbox_overflow="close" a burst at an endpoint that waits for the end is dropped, unless it reads."""
     b = await linked(inbox_max_messages=2, inbox_overflow="close")
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(0)
+    waiting = await waits_for_the_end(b)
     say(b, *"123")
     assert b.connection.ending is None
     if reads:
         assert await b.connection.face.receive() == "1"
     await asyncio.sleep(1.5 * READER_START_GRACE)
-    assert b.connection.ending is None or reads
+    assert (b.connection.ending is not None) is reads
     waiting.cancel()
 
 
 async def test_pause_that_began_before_it_was_known_who_reads_is_told(linked: Any) -> None:
     """A handler that hangs from the first message on is named in the log, though wait_closed is called beside it."""
     b = await linked(inbox_max_messages=2)
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(0)
+    waiting = await waits_for_the_end(b)
     say(b, "0")
     assert await b.connection.face.receive() == "0"
     say(b, *"123")
@@ -611,7 +614,7 @@ async def test_pause_that_began_before_it_was_known_who_reads_is_told(linked: An
 async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> None:
     """A burst that fills the inbox before the task that waits for a message has run is read whole."""
     b = await linked(inbox_max_messages=2)
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    waiting = await waits_for_the_end(b)
     await asyncio.sleep(1.5 * READER_START_GRACE)
     reading = asyncio.ensure_future(b.connection.face.receive())
     await asyncio.sleep(0)
@@ -625,8 +628,7 @@ async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> No
 async def test_a_reader_beside_a_task_that_waits_for_the_end_loses_nothing(linked: Any) -> None:
     """Where one task waits for the end and another reads slowly, reading pauses and no message is dropped."""
     b = await linked(inbox_max_messages=2)
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
-    await asyncio.sleep(0)
+    waiting = await waits_for_the_end(b)
     say(b, "1")
     assert await b.connection.face.receive() == "1"
     say(b, *"234")
