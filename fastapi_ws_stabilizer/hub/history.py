@@ -71,9 +71,7 @@ class RoomHistory:
         self._rooms: OrderedDict[str, _RoomMessages] = (
             OrderedDict()
         )  # the one in which something was said last comes last
-        self._ended: OrderedDict[str, float] = (
-            OrderedDict()
-        )  # when the last member left; the one that ended first is first
+        self._ended: OrderedDict[str, float] = OrderedDict()  # when a room's last member left, the earliest first
 
     def __len__(self) -> int:
         """How many rooms are remembered."""
