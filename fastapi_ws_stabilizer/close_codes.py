@@ -108,9 +108,9 @@ class CloseInfo:
         from_outside: Whether the manager, or a room, was told to end it, and not its socket by its own endpoint.
     """
 
-    reason: DisconnectReason
+    cause: DisconnectReason
     code: int
-    text: str = ""
+    reason: str = ""
     by_peer: bool = False
     rooms: tuple[str, ...] = field(default=(), compare=False, repr=False)
     from_outside: bool = field(default=False, compare=False, repr=False)
@@ -118,7 +118,7 @@ class CloseInfo:
     @property
     def rule(self) -> ClosePolicy:
         """The row of the table that this ending follows."""
-        return CLOSE_POLICIES[self.reason]
+        return CLOSE_POLICIES[self.cause]
 
 
 def local_close(
@@ -167,7 +167,7 @@ def detaches(how: CloseInfo) -> bool:
 
     hypercorn keeps the codes of clients to itself.
     """
-    return how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
+    return how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
 
 
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
@@ -179,9 +179,9 @@ SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
 
 def ends_session(how: CloseInfo) -> bool:
     """Whether nobody is expected back after this ending: one side has said that it is over for good."""
-    if how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE:
+    if how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE:
         return how.code == 1000
-    if how.reason is DisconnectReason.MEMORY:
+    if how.cause is DisconnectReason.MEMORY:
         return True  # else what is held would be held on
     return how.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(how.code)
 

@@ -293,7 +293,7 @@ class WebSocketConfig(BaseModel):
     session_ttl: _Seconds = Field(
         default=120.0, description="Seconds that a session waits for its client after a disconnect."
     )
-    max_sessions_away: _Count = Field(default=10_000, description="Most sessions that wait for their clients.")
+    max_detached_sessions: _Count = Field(default=10_000, description="Most sessions that wait for their clients.")
     hello_timeout: _Seconds = Field(
         default=10.0,
         description="Seconds that a client of `stabilizer.v1.json` has for its first frame, and each `on_auth` and "

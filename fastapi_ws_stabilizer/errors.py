@@ -62,21 +62,21 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
     """The connection is over: nothing can be sent, and everything that was received has been read.
 
     Attributes:
-        ending: How it ended.
+        close_info: How it ended.
         code: Close code, as in Starlette's `WebSocketDisconnect`.
         reason: Close reason, as in Starlette's `WebSocketDisconnect`.
     """
 
-    def __init__(self, ending: CloseInfo) -> None:
-        WebSocketDisconnect.__init__(self, ending.code, ending.text)
-        self.ending = ending
+    def __init__(self, close_info: CloseInfo) -> None:
+        WebSocketDisconnect.__init__(self, close_info.code, close_info.reason)
+        self.close_info = close_info
 
     def __str__(self) -> str:
-        text = f" ({self.ending.text})" if self.ending.text else ""
-        return f"the connection is over: {self.ending.reason.value}, code {self.ending.code}{text}"
+        text = f" ({self.close_info.reason})" if self.close_info.reason else ""
+        return f"the connection is over: {self.close_info.cause.value}, code {self.close_info.code}{text}"
 
     def __reduce__(self) -> tuple[type[SocketClosed], tuple[CloseInfo]]:
-        return type(self), (self.ending,)
+        return type(self), (self.close_info,)
 
 
 class ConnectionTimeoutError(SocketClosed):
@@ -90,14 +90,14 @@ class SessionEndedError(SocketClosed):
     """The session of a client is over: it has said goodbye, or has not come back in time."""
 
     def __str__(self) -> str:
-        return f"the session is over ({self.ending.reason.value}), and with it what was waited for"
+        return f"the session is over ({self.close_info.cause.value}), and with it what was waited for"
 
 
-def closed_error_for(ending: CloseInfo) -> SocketClosed:
+def closed_error_for(close_info: CloseInfo) -> SocketClosed:
     """The error that tells a reader or sender of an ended connection how it ended."""
-    if ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT:
-        return ConnectionTimeoutError(ending)
-    return SocketClosed(ending)
+    if close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT:
+        return ConnectionTimeoutError(close_info)
+    return SocketClosed(close_info)
 
 
 class NotOpenError(WebSocketStabilizerError, RuntimeError):

@@ -35,7 +35,7 @@ class _Report(Protocol):
     @property
     def level(self) -> int: ...
     @property
-    def facts(self) -> Mapping[str, Any]: ...
+    def fields(self) -> Mapping[str, Any]: ...
     @property
     def error(self) -> BaseException | None: ...
 
@@ -55,19 +55,19 @@ def write_report(report: _Report) -> None:
     logger = logging.getLogger(ROOT)
     if not logger.isEnabledFor(report.level):
         return
-    extra = _attributes(report.facts)
+    extra = _attributes(report.fields)
     extra["event"] = report.event
     error = report.error
     logger.log(
         report.level,
-        format_event(report.event, report.facts),
+        format_event(report.event, report.fields),
         exc_info=None if error is None else (type(error), error, error.__traceback__),
         extra=extra,
     )
 
 
-def _attributes(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): _cut(value) for key, value in facts.items()}
+def _attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): _cut(value) for key, value in fields.items()}
 
 
 def _cut(value: Any) -> Any:
@@ -76,9 +76,9 @@ def _cut(value: Any) -> Any:
     return f"{value[:MAX_FACT_CHARS]}… ({len(value)} characters)"
 
 
-def format_event(event: str, facts: Mapping[str, Any]) -> str:
+def format_event(event: str, fields: Mapping[str, Any]) -> str:
     """Write an event and its facts as one line: `connection_opened client_id=ann connection_id=5f3a`."""
-    return " ".join([escape_control_chars(event), *(f"{key}={_quoted(value)}" for key, value in facts.items())])
+    return " ".join([escape_control_chars(event), *(f"{key}={_quoted(value)}" for key, value in fields.items())])
 
 
 def escape_control_chars(text: str) -> str:
@@ -162,10 +162,10 @@ class StructuredLogger:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
-    def log(self, level: int, event: str, **facts: Any) -> None:
+    def log(self, level: int, event: str, **fields: Any) -> None:
         """Write one event: the facts stand in the message and are attributes of the record."""
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, format_event(event, facts), extra={**_attributes(facts), "event": event})
+            self._logger.log(level, format_event(event, fields), extra={**_attributes(fields), "event": event})
 
     def log_connection(self, event: str, client_id: str, **kwargs: Any) -> None:
         """Write an event of a connection's life."""

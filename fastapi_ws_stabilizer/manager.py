@@ -89,19 +89,19 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
 
     Attributes:
         config: Its options.
-        reports: Where to subscribe to what happens.
+        events: Where to subscribe to what happens.
     """
 
     def __init__(self, config: WebSocketConfig | None = None) -> None:
         if config is not None and not isinstance(config, WebSocketConfig):
             raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
         self.config = config or WebSocketConfig()
-        self.reports = EventBus()
-        self.reports.subscribe(write_report)
+        self.events = EventBus()
+        self.events.subscribe(write_report)
         if self.config.enable_metrics:
-            self.reports.timings = Timings()
+            self.events.timings = Timings()
         super().__init__(
-            HookRegistry(self.reports, self.config.disconnect_grace, self.config.hello_timeout), HandlerRegistry()
+            HookRegistry(self.events, self.config.disconnect_grace, self.config.hello_timeout), HandlerRegistry()
         )
         # What it does for all connections must not run with the context variables of the first one, which may start it.
         self._context = contextvars.copy_context()
@@ -111,14 +111,14 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         secrets = [secret.get_secret_value().encode() for secret in self.config.reconnect_secret or ()]
         self._tokens = ReconnectTokens(secrets, self.config.reconnect_token_ttl.total_seconds())
         self._tickets = Tickets(secrets, self.config.ticket_ttl)
-        self._told_of_workers = False
-        self._told_findings: set[str] = set()
+        self._reported_workers = False
+        self._reported_findings: set[str] = set()
         self._app: Any = None
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for it reads its failure
         self._drain: Drain | None = None
         self._drained: asyncio.Task[ShutdownReport] | None = None
-        self._signals = SignalHandler(self.reports, self._drain_before_exit)
-        self._serving = self._make_serving()
+        self._signals = SignalHandler(self.events, self._drain_before_exit)
+        self._node = self._create_node()
 
     if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 
@@ -144,48 +144,48 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         self._context = contextvars.copy_context()
         self._shut = False
         if self._drain is not None:
-            self._drain.abandon()
+            self._drain.cancel()
         self._drain = self._drained = None
-        self._serving.reopen()
-        self._ensure_running()
+        self._node.resume_accepting()
+        self._require_node()
         if self.config.handle_signals:
             self._signals.listen()
 
-    def _ensure_running(self) -> Node:
+    def _require_node(self) -> Node:
         loop = _running_loop()
         if self._shut and self._loop in (None, loop):
             raise shutdown_error(self.config.drain_window)
         if self._loop is loop:
-            return self._serving
+            return self._node
         self._check_other_loop(loop)
         # Either the first start, or a loop of the past: a TestClient without `with` makes one for each connection.
         self._loop = loop
         self._shut = False
         self._started_at = monotonic()
         self._drain = self._drained = None
-        self._serving = self._context.run(self._make_serving)
+        self._node = self._context.run(self._create_node)
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
             logger.setLevel(self.config.log_level)  # a default does not undo what configure_logging() was told
         if problem := missing_websocket_library():
-            self.reports.tell("websocket_library_missing", logging.ERROR, problem=problem)
+            self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
         report_at_start(
-            self.reports, self.config, self._app, refuses=refuses, guarded=guarded, told=self._told_findings
+            self.events, self.config, self._app, refuses=refuses, guarded=guarded, reported=self._reported_findings
         )
-        return self._serving
+        return self._node
 
     def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Raise if another event loop than this one is in use: it runs, or it has connections and may run again."""
         known = self._loop
         if known is None or known is loop or known.is_closed():
             return
-        if known.is_running() or self._serving.registry:
+        if known.is_running() or self._node.registry:
             raise WrongLoopError("two_loops")
 
-    def _make_serving(self) -> Node:
-        dispatcher = Dispatcher(self._handlers, self.config, self.reports)
-        return Node(self.config, self.reports, self._hooks, dispatcher, self._tokens, self._loop, self._tell_of_workers)
+    def _create_node(self) -> Node:
+        dispatcher = Dispatcher(self._handlers, self.config, self.events)
+        return Node(self.config, self.events, self._hooks, dispatcher, self._tokens, self._loop, self._report_workers)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.
@@ -196,26 +196,26 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Args:
             timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
-        self._serving.delivery.check_loop()
+        self._node.hub.check_loop()
         timeout = self.config.drain_timeout if timeout is None else timeout
         until = monotonic() + timeout
-        mine = self._serving.served_here()
+        mine = self._node.served_here()
         try:
             window = 0.0 if exits_on_signal() else self.config.drain_window
             report = await self._drained_within(timeout, window, mine)
         finally:
             self._signals.stop()
             if mine:  # else it would cut the end of the socket whose code has called this
-                self._tasks.spawn(self._stop_after_drain(self._serving, until), name="ws-stop")
+                self._tasks.spawn(self._stop_after_drain(self._node, until), name="ws-stop")
             else:
-                await self._serving.stop(max(1.0, until - monotonic()))
-        self.reports.tell("shutdown", logging.INFO, **vars(report))
+                await self._node.stop(max(1.0, until - monotonic()))
+        self.events.emit("shutdown", logging.INFO, **vars(report))
         return report
 
-    async def _stop_after_drain(self, serving: Node, until: float) -> None:
+    async def _stop_after_drain(self, node: Node, until: float) -> None:
         if self._drained is not None:
             await wait_for_all([self._drained], max(0.0, until - monotonic()))
-        await serving.stop(max(1.0, until - monotonic()))
+        await node.stop(max(1.0, until - monotonic()))
 
     async def drain(self, timeout: float | None = None) -> ShutdownReport:
         """Take no new connections, let those that are open come back elsewhere, spread over a while, and wait for them.
@@ -230,8 +230,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         Args:
             timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
         """
-        self._serving.delivery.check_loop()
-        return await self._drained_within(timeout, self.config.drain_window, self._serving.served_here())
+        self._node.hub.check_loop()
+        return await self._drained_within(timeout, self.config.drain_window, self._node.served_here())
 
     async def _drain_before_exit(self) -> ShutdownReport:
         """Drain, at once where the server does not wait: then that reaches more clients than none."""
@@ -243,16 +243,16 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     ) -> ShutdownReport:
         timeout = self.config.drain_timeout if timeout is None else timeout
         self._shut = True
-        self._serving.close()
+        self._node.stop_accepting()
         running = self._drained
         if self._drain is None or running is None or (running.done() and (running.cancelled() or running.exception())):
-            self._drain = Drain(self.reports, window, timeout, self._serving.sessions.__len__)
-            work = self._drain.run(self._serving.unfinished, self._serving.door)
+            self._drain = Drain(self.events, window, timeout, self._node.sessions.__len__)
+            work = self._drain.run(self._node.connections, self._node.admission)
             running = self._drained = self._tasks.spawn(work, name="ws-drain", context=self._context.copy())
         else:
-            self._drain.hasten(timeout)
+            self._drain.shorten(timeout)
         if mine and not running.done():
-            return await self._drain.wait_for_others(self._serving.unfinished, mine)
+            return await self._drain.wait_for_others(self._node.connections, mine)
         await wait_for_all([running], None)
         return running.result()
 
@@ -359,7 +359,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def _attach(self, app: Any) -> None:
         self._app = app
         setattr(app.state, STATE_KEY, self)
-        UnmatchedRouteLogger.watch(app, self.reports)
+        UnmatchedRouteLogger.watch(app, self.events)
 
     # ── dependencies ──
 
@@ -408,7 +408,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         client_id: str | None = None,
         *,
         identity: Any = None,
-        good_for: float | None = None,
+        expires_in: float | None = None,
         control_frames: bool = True,
         subprotocols: str | Sequence[str] = (),
     ) -> SocketContext:
@@ -420,7 +420,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             websocket: A WebSocket that is not accepted yet.
             client_id: Whose it is; taken from the path or query, or made up, when left out.
             identity: What `ws.identity` is.
-            good_for: For how many seconds that is good; for ever when left out.
+            expires_in: For how many seconds that is good; for ever when left out.
             control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
             subprotocols: What the endpoint speaks: the first that the client offers is answered.
 
@@ -436,7 +436,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             websocket,
             client_id,
             identity=identity,
-            good_for=good_for,
+            expires_in=expires_in,
             control_frames=control_frames,
             subprotocols=served_subprotocols(subprotocols),
         )
@@ -463,12 +463,12 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         """
         check_client_id(client_id)
         try:
-            serving = self._ensure_running()
+            node = self._require_node()
         except ShutdownError as error:
-            self._serving.refused_by_hand(websocket, error, client_id)
+            self._node.reject_adoption(websocket, error, client_id)
             raise
-        connection = await serving.open_by_hand(websocket, client_id, metadata)
-        socket: StableSocket = connection.face
+        connection = await node.adopt(websocket, client_id, metadata)
+        socket: StableSocket = connection.socket
         return socket
 
     async def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
@@ -485,22 +485,22 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
-        self._serving.delivery.check_loop()
-        connections = self._serving.meant(client_id)
-        away = [] if self._serving.own_connection(client_id) else self._serving.resumption.away_of(client_id)
+        self._node.hub.check_loop()
+        connections = self._node.resolve(client_id)
+        away = [] if self._node.current_connection(client_id) else self._node.resumption.detached_of(client_id)
         if not connections and not away:
             raise ConnectionNotFoundError(client_id)
-        ending: list[Any] = [*connections, *away]
-        for one in ending:
-            one.end(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
+        close_info: list[Any] = [*connections, *away]
+        for one in close_info:
+            one.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
 
     async def handle_pong(self, client_id: str) -> None:
         """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""
-        self._serving.delivery.check_loop()
+        self._node.hub.check_loop()
         now = monotonic()
-        for connection in self._serving.meant(client_id):
-            connection.pulse.seen(now)
-            connection.pulse.ponged(now)
+        for connection in self._node.resolve(client_id):
+            connection.liveness.on_frame(now)
+            connection.liveness.on_pong(now)
 
     # ── other threads ──
 
@@ -515,9 +515,9 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     # ── how it is doing ──
 
     @property
-    def totals(self) -> Counters:
+    def counters(self) -> Counters:
         """What has been counted since the manager was made."""
-        return self.reports.totals
+        return self.events.counters
 
     @property
     def running(self) -> bool:

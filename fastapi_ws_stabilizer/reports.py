@@ -33,13 +33,13 @@ class Event:
     Attributes:
         event: Its name, a fixed word such as `connection_opened`.
         level: How much it matters, as a level of the `logging` module.
-        facts: What is known of it: plain values, `connection_id` and `client_id` among them where one is concerned.
+        fields: What is known of it: plain values, `connection_id` and `client_id` among them where one is concerned.
         error: The exception, where the report is about one.
     """
 
     event: str
     level: int
-    facts: Mapping[str, Any]
+    fields: Mapping[str, Any]
     error: BaseException | None = None
 
 
@@ -84,16 +84,16 @@ class EventBus:
     """The interface between the core and everybody who wants to know.
 
     Attributes:
-        totals: The counters.
+        counters: The counters.
         timings: How long things took; `None` if nobody wants to know.
     """
 
-    __slots__ = ("_listeners", "_told", "timings", "totals")
+    __slots__ = ("_listeners", "_throttled", "counters", "timings")
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
-        self._told: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
-        self.totals = Counters()
+        self._throttled: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
+        self.counters = Counters()
         self.timings: Timings | None = None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
@@ -106,16 +106,16 @@ class EventBus:
 
         return unsubscribe
 
-    def tell(self, event: str, level: int, *, error: BaseException | None = None, **facts: Any) -> None:
+    def emit(self, event: str, level: int, *, error: BaseException | None = None, **fields: Any) -> None:
         """Hand one report to all listeners. A listener that fails is logged and hurts nobody else."""
-        report = Event(event, level, facts, error)
+        report = Event(event, level, fields, error)
         for listener in tuple(self._listeners):
             try:
                 listener(report)
             except Exception:
                 logger.exception("a listener of reports failed", extra={"event": "listener_failed"})
 
-    def tell_now_and_then(self, event: str, level: int, kind: str, **facts: Any) -> bool:
+    def emit_throttled(self, event: str, level: int, kind: str, **fields: Any) -> bool:
         """Report something that a client can cause as often as it likes, so that one of them cannot fill the log.
 
         One of a kind is told at its level in `THROTTLE_INTERVAL` seconds, the others at DEBUG. The next one that is
@@ -125,12 +125,12 @@ class EventBus:
             event: Its name.
             level: How much it matters.
             kind: What sort of this event it is.
-            facts: What is known of it.
+            fields: What is known of it.
 
         Returns:
             Whether it was told at its level.
         """
-        told = self._told.setdefault(event, {})
+        told = self._throttled.setdefault(event, {})
         if kind not in told and len(told) >= MAX_THROTTLED_KINDS:
             kind = ""
         now = monotonic()
@@ -138,10 +138,10 @@ class EventBus:
         due = now - at >= THROTTLE_INTERVAL
         told[kind] = (now, 0) if due else (at, left_out + 1)
         if due and left_out:
-            facts["more"] = left_out
-        self.tell(event, level if due else logging.DEBUG, **facts)
+            fields["more"] = left_out
+        self.emit(event, level if due else logging.DEBUG, **fields)
         return due
 
-    def bug(self, event: str, error: BaseException, **facts: Any) -> None:
+    def emit_exception(self, event: str, error: BaseException, **fields: Any) -> None:
         """Report an error that somebody has to mend, with its traceback."""
-        self.tell(event, logging.ERROR, error=error, **facts)
+        self.emit(event, logging.ERROR, error=error, **fields)

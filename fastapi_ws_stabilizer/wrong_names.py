@@ -57,7 +57,7 @@ OF_MANAGER: Final[Mapping[str, str]] = _by_name(
     ("websocket route", "write @app.websocket(path) above an endpoint with `ws: StableSocketDep`"),
     ("dependency depends", "write `Depends(manager.socket)`"),
     ("init_app setup", "write `manager.install(app)`"),
-    ("stats metrics get_stats", "`manager.totals` has the counters, and `stats_router` serves them"),
+    ("stats metrics get_stats", "`manager.counters` has the counters, and `stats_router` serves them"),
     ("user_data", "write `ws.user_data`, or `await manager.get_user_data(client_id, key)`"),
 )
 """Names that a manager does not have."""
@@ -77,7 +77,7 @@ OF_SOCKET: Final[Mapping[str, str]] = _by_name(
     ("data session context store extra", "write `ws.user_data`, a dict"),
     ("client_state application_state connected is_connected open is_open", "write `not ws.closed`"),
     ("is_closed", "write `ws.closed`"),
-    ("close_code close_reason", "`ws.ending` has `code` and `text`; it is None while the connection is open"),
+    ("close_code close_reason", "`ws.close_info` has `code` and `reason`; it is None while the connection is open"),
     ("ping pong", "the heartbeat sends pings by itself; `ws.rtt` is the last round trip"),
     ("latency", "write `ws.rtt`"),
     ("on on_message", "write @manager.on_message(...) above a function, and `await ws.run()` in the endpoint"),

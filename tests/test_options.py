@@ -233,7 +233,7 @@ async def a_slow_client(stage: Stage) -> tuple[Any, int]:
     for number in range(8):
         await stage.manager.send_to_client("ann", f"{number}" + "x" * 1000)
         await soon()
-    return socket.ending and socket.ending.code, socket.dropped_messages
+    return socket.close_info and socket.close_info.code, socket.dropped_messages
 
 
 async def a_stuck_client(stage: Stage) -> int | None:
@@ -545,7 +545,7 @@ def dialled(server: LiveServer, path: str, **headers: str) -> Any:
         if answer.status != 101:
             return answer.status
         if path == "/identified":
-            return client.ending(answer=True)[0]
+            return client.close_info(answer=True)[0]
         return "open"
 
 
@@ -569,7 +569,7 @@ def sigterm(server: LiveServer) -> bool:
     """Whether SIGTERM tells a client when to come back, as a drain does."""
     with connect(server) as client:
         server.process.terminate()
-        code, reason = client.ending(answer=True)
+        code, reason = client.close_info(answer=True)
         assert code == 1012
         return "retry=" in reason
 
@@ -617,7 +617,7 @@ CASES: dict[str, Case | LiveCase] = {
     "reconnect_secret": Case(SECRET, a_token_of_another_worker, "InvalidTokenError", "ann"),
     "ticket_ttl": Case(5, an_old_ticket, "ann", 401),
     "session_ttl": Case(10, away_for_a_minute, "full", "lost"),
-    "max_sessions_away": Case(1, two_go_away, {"sessions": 2, "away": 2}, {"sessions": 1, "away": 1}),
+    "max_detached_sessions": Case(1, two_go_away, {"sessions": 2, "away": 2}, {"sessions": 1, "away": 1}),
     "hello_timeout": Case(2, no_hello, 10, 2),
     "replay_max_messages": Case(2, away_for_a_minute, "full", "gap"),
     "replay_max_bytes": Case(1000, away_for_a_minute, "full", "gap"),

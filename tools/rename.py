@@ -6,7 +6,7 @@ It needs a mypy that is not compiled, whose visitors can be subclassed: `pip ins
 environment of its own that also has what the project imports.
 
 mypy says which object each name in the source means, so two attributes of one name are told apart. What it cannot
-type (`Any`) is listed at the end, to be looked at by hand. The file has four tables:
+type (`Any`) is listed at the end, to be looked at by hand. The file has these tables:
 
     [modules]                       # paths below the package; whole files or whole folders
     "routing.door" = "handshake.admission"
@@ -14,6 +14,10 @@ type (`Any`) is listed at the end, to be looked at by hand. The file has four ta
     "routing.door.Visitor" = "Handshake"
     [members]                       # of a class: methods, attributes, properties; `|` joins what one protocol ties
     "routing.door.Visitor.answered | routing.door.Door.answered" = "rejected"
+    [tokens]                        # words of the whole source: attributes and variables that mean one thing everywhere
+    visitor = "handshake"
+    [locals."routing/door.py"]      # words of one file that are not attributes: parameters and variables
+    place = "reservation"
     [replace."tests/x.py"]          # texts of one file, what no type tells
     "old" = "new"
 
@@ -92,11 +96,19 @@ def instances(found: Any) -> Iterator[TypeInfo]:
 class Finder(TraverserVisitor):
     """Collects the places of one file at which something to be renamed stands."""
 
-    def __init__(self, types: dict[Any, Any], names: dict[str, str], members: dict[str, str], lines: list[str]) -> None:
+    def __init__(
+        self,
+        types: dict[Any, Any],
+        names: dict[str, str],
+        members: dict[str, str],
+        only: dict[str, str],
+        lines: list[str],
+    ) -> None:
         super().__init__()
         self._types = types
         self._names = names
         self._members = members
+        self._only = only
         self._lines = lines
         self._wanted = {name.rpartition(".")[2] for name in members}
         self._class: list[TypeInfo] = []
@@ -151,7 +163,9 @@ class Finder(TraverserVisitor):
                 if new is not None:
                     break
             if not infos:
-                self.untyped.append((o.end_line or o.line, o.name))
+                new = self._only.get(o.name)
+                if new is None:
+                    self.untyped.append((o.end_line or o.line, o.name))
         if new is not None and o.end_line is not None and o.end_column is not None:
             self._put(o.end_line, o.end_column - len(o.name), o.name, new)
 
@@ -167,6 +181,7 @@ class Finder(TraverserVisitor):
     def visit_call_expr(self, o: CallExpr) -> None:
         """`setattr(module, "NAME", ...)`, and the same of pytest."""
         super().visit_call_expr(o)
+        self._keywords(o)
         called = o.callee.name if isinstance(o.callee, (NameExpr, MemberExpr)) else ""
         if not called.endswith("attr") or len(o.args) < 2 or not isinstance(o.args[1], StrExpr):
             return
@@ -185,6 +200,22 @@ class Finder(TraverserVisitor):
                 self.untyped.append((what.line, what.value))
         if new is not None:
             self._search(what.line, what.column, what.value, new, what.end_line or what.line)
+
+    def _keywords(self, o: CallExpr) -> None:
+        """Fields of a dataclass or a named tuple, where one is made or replaced."""
+        infos = [o.callee.node] if isinstance(o.callee, RefExpr) and isinstance(o.callee.node, TypeInfo) else []
+        if isinstance(o.callee, RefExpr) and o.callee.name == "replace" and o.args:
+            infos = list(instances(self._types.get(o.args[0])))
+        for name, argument in zip(o.arg_names, o.args, strict=True):
+            for info in infos if name in self._wanted else ():
+                new = self._new_member(info, name or "")
+                if new is None:
+                    continue
+                for line in range(argument.line, max(0, argument.line - 2), -1):
+                    text = self._lines[line - 1][: argument.column if line == argument.line else None]
+                    if found := list(re.finditer(rf"\b{name}\s*=\s*\(?\s*$", text.rstrip("\n"))):
+                        self.edits.add((line, found[-1].start(), name or "", new))
+                        break
 
     def visit_import_from(self, o: ImportFrom) -> None:
         for name, _ in o.names:
@@ -278,6 +309,53 @@ def build(paths: list[Path]) -> mypy.build.BuildResult:
     return mypy.build.build(sources, options)
 
 
+def unambiguous(result: mypy.build.BuildResult, members: dict[str, str]) -> dict[str, str]:
+    """New names of members whose old name no class has that keeps it: what is not typed can mean nothing else."""
+    new_of: dict[str, set[str]] = defaultdict(set)
+    for full, new in members.items():
+        new_of[full.rpartition(".")[2]].add(new)
+    for tree in result.files.values():
+        for symbol in tree.names.values():
+            info = symbol.node
+            if isinstance(info, TypeInfo) and info.module_name == tree.fullname:
+                for name in info.names:
+                    inherited = any(f"{base.fullname}.{name}" in members for base in info.mro)
+                    if name in new_of and not inherited:
+                        new_of[name].add(name)
+    return {old: next(iter(new)) for old, new in new_of.items() if len(new) == 1}
+
+
+def reword(path: Path, tokens: dict[str, str], variables: dict[str, str]) -> None:
+    """Replace words of one file: `tokens` wherever they stand in the code, `variables` where they are no attributes."""
+    text = path.read_text()
+    edits: set[Edit] = set()
+    previous, importing, naming = "", False, False
+    for token in tokenize.generate_tokens(StringIO(text).readline):
+        if token.type == tokenize.NAME:
+            if previous in ("", "\n") and token.string in ("from", "import"):
+                importing = True
+            elif token.string == "import":
+                importing = False
+            new = tokens.get(token.string) or (variables.get(token.string) if previous != "." else None)
+            if new is not None and not importing:
+                edits.add((*token.start, token.string, new))
+        elif token.type == tokenize.STRING and (new := tokens.get(token.string[1:-1])) is not None:
+            line = token.line
+            if re.search(r"__slots__|attr\(", line) or re.fullmatch(r'\s+"\w+",\s*', line):
+                edits.add((token.start[0], token.start[1] + 1, token.string[1:-1], new))
+        if token.type == tokenize.NEWLINE:
+            importing = False
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            previous = "\n" if token.type == tokenize.NEWLINE else token.string
+    if edits:
+        apply(path, edits)
+    text = path.read_text()
+    words = {**tokens, **variables}
+    changed = re.sub(r"^(\s+)(\w+)(?=: )", lambda m: m[1] + words.get(m[2], m[2]), text, flags=re.MULTILINE)
+    if changed != text:
+        path.write_text(changed)
+
+
 def files_of(*patterns: str) -> list[Path]:
     """Files under version control."""
     listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, check=True)
@@ -316,13 +394,14 @@ def rename(names: dict[str, str], members: dict[str, str]) -> list[str]:
     for full in names:
         if full not in defined:
             print("not found:", full)
+    only = unambiguous(result, members)
     for path in paths:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         tree: MypyFile | None = result.files.get(module)
         if tree is None:
             continue
         lines = path.read_text().splitlines(keepends=True)
-        finder = Finder(result.types, names, members, lines)
+        finder = Finder(result.types, names, members, only, lines)
         tree.accept(finder)
         imported = {name: str(node.fullname) for name, node in tree.names.items() if node.fullname}
         edits = finder.edits | set(annotations(lines, names, imported))
@@ -476,6 +555,11 @@ def main() -> None:
         for line in rename(names, members):
             print("untyped:", line)
         rename_in_texts(names, members)
+    variables = {ROOT / PACKAGE / name: words for name, words in table.get("locals", {}).items()}
+    for path in files_of("*.py") if "tokens" in table or variables else ():
+        if path.relative_to(ROOT).parts[0] in SOURCES:
+            everywhere = table.get("locals", {}).get("*", {})
+            reword(path, table.get("tokens", {}), {**everywhere, **variables.get(path, {})})
     for name, words in table.get("replace", {}).items():
         path = ROOT / name
         text = path.read_text()

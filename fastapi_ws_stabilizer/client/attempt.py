@@ -113,14 +113,14 @@ class ClientConnection:
 
     async def run(self, dial: Connect) -> ConnectionLost:
         """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
-        self._timers.start("connect", self._connect_timeout, lambda: self.lose(4408, "connect timeout"))
+        self._timers.start("connect", self._connect_timeout, lambda: self.mark_lost(4408, "connect timeout"))
         tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
         try:
             await wait_for_all([self._lost], None)
             return self._lost.result()
         finally:
             self._timers.stop_all()
-            self.lose(1006, "cancelled")
+            self.mark_lost(1006, "cancelled")
             for task in tasks:
                 task.cancel()
             if self._transport is not None:
@@ -130,7 +130,7 @@ class ClientConnection:
                 if code == 1000:  # a goodbye is waited for; everything else dials again meanwhile
                     await wait_for_all([closing], CLOSE_WITHIN + 1.0)
 
-    def lose(self, code: int, reason: str, *, at_once: bool = False) -> None:
+    def mark_lost(self, code: int, reason: str, *, at_once: bool = False) -> None:
         """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
         if not self._lost.done():
             self._note_unfinished(code)
@@ -166,7 +166,7 @@ class ClientConnection:
                 frame = await transport.receive()
                 if self._lost.done():
                     return
-                self._heard()
+                self._mark_heard()
                 self._receive(frame)
                 self._pausing = True
                 await self._client.incoming.room()
@@ -176,12 +176,12 @@ class ClientConnection:
         except TransportClosedError as lost:
             if isinstance(lost, UnreadableMessageError):
                 self._left_out(lost.reason)
-            self.lose(lost.code, lost.reason)
+            self.mark_lost(lost.code, lost.reason)
         except ClientClosedError as final:
-            self.lose(final.code, final.reason)
+            self.mark_lost(final.code, final.reason)
         except Exception as error:  # of the user's functions for the URL or the credential
-            self._client.told("error", error)
-            self.lose(1006, repr(error))
+            self._client.emit("error", error)
+            self.mark_lost(1006, repr(error))
 
     async def _connected(self, dial: Connect) -> Transport:
         client = self._client
@@ -201,7 +201,7 @@ class ClientConnection:
         await transport.send(to_json(hello).decode())
         return transport
 
-    def _heard(self) -> None:
+    def _mark_heard(self) -> None:
         self._heard_at = monotonic()
         self._whole_bytes = self._received()[0]
         self._timers.stop("probe")
@@ -219,7 +219,7 @@ class ClientConnection:
         except ProtocolError as bad:
             self._left_out(str(bad))
             if not self._open and not self._lost.done():
-                self.lose(4412, "the welcome cannot be read")
+                self.mark_lost(4412, "the welcome cannot be read")
 
     def _left_out(self, why: str) -> None:
         """A frame cannot be read: it ends nothing, because another client may have put it together."""
@@ -227,7 +227,7 @@ class ClientConnection:
 
     def _count(self) -> None:
         self._client.last += 1  # before it is handled: a handler that fails does not get it again
-        self._owe_ack()
+        self._schedule_ack()
 
     def _dispatch(self, frame: dict[str, Any]) -> None:
         kind = frame["type"]
@@ -282,11 +282,11 @@ class ClientConnection:
     def _pinged(self, frame: dict[str, Any]) -> None:
         sent = optional_int(frame, "seq")
         if sent is not None and sent != self._client.last:
-            self.lose(4412, "a message is missing")
+            self.mark_lost(4412, "a message is missing")
             return
         if sent is not None:  # it comes in its turn among the messages
             self._client.not_unfinished()
-        self._forget_debt()
+        self._reset_ack()
         fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
         if "ts" in frame:
             fields["ts"] = frame["ts"]
@@ -296,18 +296,18 @@ class ClientConnection:
         try:
             token = await self._client.credential(force=True)
         except Exception as error:
-            self._client.told("error", error)
+            self._client.emit("error", error)
             return
         if token is not None and self._open:
             self.put(to_json({"type": "auth", "token": token}).decode())
 
     def _drain(self, frame: dict[str, Any]) -> None:
         after, within = require_int(frame, "after") / 1000, (optional_int(frame, "within") or 0) / 1000
-        self._client.told("drain", after, within)
+        self._client.emit("drain", after, within)
         due = monotonic() + after
         if self._leave_at is None or due < self._leave_at:
             self._leave_at = due
-            self._timers.start("drain", after, lambda: self.lose(4000, "drain", at_once=True))
+            self._timers.start("drain", after, lambda: self.mark_lost(4000, "drain", at_once=True))
 
     # ── the welcome ──
 
@@ -320,7 +320,7 @@ class ClientConnection:
             raise ProtocolError("welcome: token, session or resume is missing")
         before = client.last
         if outcome == "full" and seq != before:
-            self.lose(4412, "the server resumes elsewhere")
+            self.mark_lost(4412, "the server resumes elsewhere")
             return
         if outcome == "none" and client.session is not None:  # we have given the old one up
             outcome, frame = "lost", {**frame, "why": "given_up"}
@@ -334,28 +334,28 @@ class ClientConnection:
         if outcome in ("none", "lost"):
             client.lost_session(accepted)
         else:
-            client.buffer.resumed(accepted)
+            client.buffer.resume(accepted)
         self._open = True
         self._timers.stop("connect")
         self._timers.start("stable", self._stable_after, client.stable)
-        self._timers.start("replay", REPLAY_WITHIN, self._look_for_replay)
+        self._timers.start("replay", REPLAY_WITHIN, self._track_replay)
         self._send_ack()
         if outcome in ("gap", "lost"):
             lost = outcome == "lost"
             why = optional_text(frame, "why")
-            client.told("gap", Gap(lost, why, before + 1, None if lost else seq))
+            client.emit("gap", Gap(lost, why, before + 1, None if lost else seq))
         client.opened(outcome)
         self._watch()
         self.wake()
 
-    def _look_for_replay(self) -> None:
+    def _track_replay(self) -> None:
         """What the server sends again comes with its welcome: if nothing does, it sends nothing again."""
         if not self._pausing and self._received()[0] == self._whole_bytes:
             self._client.not_unfinished()
 
     # ── acknowledging ──
 
-    def _owe_ack(self) -> None:
+    def _schedule_ack(self) -> None:
         self._unacknowledged += 1
         if self._unacknowledged >= ACK_EVERY:
             self._send_ack()
@@ -363,10 +363,10 @@ class ClientConnection:
             self._timers.start("ack", ACK_WITHIN, self._send_ack)
 
     def _send_ack(self) -> None:
-        self._forget_debt()
+        self._reset_ack()
         self.put(to_json({"type": "ack", "seq": self._client.last}).decode())
 
-    def _forget_debt(self) -> None:
+    def _reset_ack(self) -> None:
         self._unacknowledged = 0
         self._timers.stop("ack")
 
@@ -415,11 +415,11 @@ class ClientConnection:
         except TransportClosedError as lost:
             # The reader may know better why, and has what came in before.
             code, reason = lost.code, lost.reason
-            self._timers.start("write", READ_ERROR_GRACE, lambda: self.lose(code, reason))
+            self._timers.start("write", READ_ERROR_GRACE, lambda: self.mark_lost(code, reason))
         except Exception as error:
             # Without a writer the connection is dead, though it looks open: nobody else would find out.
             logger.exception("the writing failed")
-            self.lose(1006, repr(error))
+            self.mark_lost(1006, repr(error))
 
     def _next_frame(self) -> str | bytes | None:
         if self._control:
@@ -429,7 +429,7 @@ class ClientConnection:
         message = self._client.buffer.next()
         if message is None:
             return None
-        self._doubt_if_not_accepted()
+        self._check_unacked()
         frame = message.frame()
         if self._deflates and isinstance(frame, str):
             return deflated(frame) or frame
@@ -447,7 +447,7 @@ class ClientConnection:
         heard = max(self._heard_at, self._received()[1])
         silent = now - heard
         if silent >= self._silence:
-            self.lose(4408, "heartbeat timeout")
+            self.mark_lost(4408, "heartbeat timeout")
             return
         if silent < self._beat <= now - self._heard_at:
             # A large message is on its way, and the server's ping behind it: the server has to know that we live.
@@ -465,14 +465,14 @@ class ClientConnection:
         """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
         oldest = self._client.buffer.oldest_sent
         self._asked_at, self._progress = monotonic(), self._send_progress()
-        on_its_way = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
-        self._timers.start("probe", self._client.probe_timeout + on_its_way, self._unanswered)
+        in_flight = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
+        self._timers.start("probe", self._client.probe_timeout + in_flight, self._unanswered)
 
     def _unanswered(self) -> None:
         if self._pausing or self._bytes_pass():  # it may have answered, and it is we who do not read
             self._await_answer()
         else:
-            self.lose(4408, "no answer", at_once=True)
+            self.mark_lost(4408, "no answer", at_once=True)
 
     def _bytes_pass(self) -> bool:
         """Whether bytes have come or gone since an answer was last waited for: it is behind a large message."""
@@ -487,9 +487,9 @@ class ClientConnection:
         self.wake()  # more may be on their way now
         if buffer.oldest_sent is not oldest:
             self._timers.stop("accept")
-            self._doubt_if_not_accepted()
+            self._check_unacked()
 
-    def _doubt_if_not_accepted(self) -> None:
+    def _check_unacked(self) -> None:
         """Look, when its time is over, whether the message that waits longest is accepted."""
         oldest = self._client.buffer.oldest_sent
         if oldest is None or "accept" in self._timers:
@@ -498,4 +498,4 @@ class ClientConnection:
         if left <= 0:
             self.probe()
             left = ACK_TIMEOUT
-        self._timers.start("accept", left, self._doubt_if_not_accepted)
+        self._timers.start("accept", left, self._check_unacked)

@@ -56,8 +56,8 @@ class Backoff:
     """
 
     base: float = 1.0
-    most: float = 30.0
-    least: float = 0.2
+    max_delay: float = 30.0
+    min_delay: float = 0.2
     attempt: int = 0
 
     def delay(self, code: int, reason: str) -> float:
@@ -71,10 +71,10 @@ class Backoff:
         if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _TOO_MUCH):
             hinted = min(int(hint.group(1)) / 1000, _MAX_HINT)
             if attempt >= _HINTED_ATTEMPTS:  # a hint of no time is no reason to dial without a pause for ever
-                hinted = max(hinted, self.least)
-            return hinted + random.uniform(0.0, self.least + hinted / 10)  # noqa: S311 (others were told the same)
+                hinted = max(hinted, self.min_delay)
+            return hinted + random.uniform(0.0, self.min_delay + hinted / 10)  # noqa: S311 (others were told the same)
         window = self.base * (_SLOWER if code in _SLOW else 1) * 2 ** min(attempt, 30)
-        return self.least + random.uniform(0.0, min(self.most, window))  # noqa: S311 (spreads load, guards nothing)
+        return self.min_delay + random.uniform(0.0, min(self.max_delay, window))  # noqa: S311 (spreads load, guards nothing)
 
     def reset(self) -> None:
         """The connection was stable."""

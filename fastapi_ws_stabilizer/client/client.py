@@ -136,7 +136,7 @@ class Client(ClientEvents):
         self._state: State = "idle"
         self._attempt: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
-        self._hurry: asyncio.Future[None] = loop.create_future()
+        self._wakeup: asyncio.Future[None] = loop.create_future()
         self._ending: ClientClosedError | None = None
         self._unreadable = self._refused = 0
         self._warns_unstarted = False
@@ -281,21 +281,21 @@ class Client(ClientEvents):
         """Leave the connection, or the wait for one, and dial now. The session goes on."""
         self._redial.at_once()
         if self._attempt is not None:
-            self._attempt.lose(4000, "reconnect", at_once=True)
-        self._dial_now()
+            self._attempt.mark_lost(4000, "reconnect", at_once=True)
+        self._reconnect_now()
 
-    def check(self) -> None:
+    def probe(self) -> None:
         """Something says that the link may be dead: ask the server, and dial again if it does not answer soon.
 
         While waiting for the next dial, this dials now.
         """
         if self._attempt is not None:
             self._attempt.probe()
-        self._dial_now()
+        self._reconnect_now()
 
-    def _dial_now(self) -> None:
-        if not self._hurry.done():
-            self._hurry.set_result(None)
+    def _reconnect_now(self) -> None:
+        if not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     # ── sending ──
 
@@ -322,7 +322,7 @@ class Client(ClientEvents):
         """
         return self._queue("msg", data, event=event, key=key or self._key()).done
 
-    def volatile(self, data: Any, *, event: str | None = None) -> bool:
+    def send_volatile(self, data: Any, *, event: str | None = None) -> bool:
         """Send a message now or never: `False` if there is no connection. It is neither kept nor acknowledged.
 
         Raises:
@@ -354,7 +354,7 @@ class Client(ClientEvents):
                 return future.result()
         finally:
             self._requests.forget(request_id)
-            self.buffer.withdraw(message)
+            self.buffer.cancel(message)
         raise RequestTimeoutError(timeout)
 
     def _queue(self, type_: str, data: Any, **fields: Any) -> PendingMessage:
@@ -395,7 +395,7 @@ class Client(ClientEvents):
         """Answer with an error in place of what cannot be sent: who has asked shall not wait in vain."""
         if self._ending is not None:
             return
-        self.told("error", problem)
+        self.emit("error", problem)
         why = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
         error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {why}"}
         try:
@@ -445,13 +445,13 @@ class Client(ClientEvents):
     def _set_state(self, state: State) -> None:
         if state != self._state:
             self._state = state
-            self.told("state", state)
+            self.emit("state", state)
 
     def left_out(self, error: UnreadableFrameError) -> None:
         """A frame of the server could not be read."""
         self._unreadable += 1
         logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
-        self.told("error", error)
+        self.emit("error", error)
 
     def refused(self, error: RefusedError) -> None:
         """The server has refused a message."""
@@ -459,7 +459,7 @@ class Client(ClientEvents):
         logger.log(
             logging.WARNING if self._refused == 1 else logging.INFO, "the server has refused a message: %s", error
         )
-        self.told("error", error)
+        self.emit("error", error)
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """An answer has come."""
@@ -473,7 +473,7 @@ class Client(ClientEvents):
             logger.info("connected to %s after %d failed dials", self._where, self._failed_dials)
             self._failed_dials = 0
         self._set_state("open")
-        self.told("open", outcome)
+        self.emit("open", outcome)
 
     def stable(self) -> None:
         """A connection has been open for long enough to forget what was before."""
@@ -491,7 +491,7 @@ class Client(ClientEvents):
         if self._unfinished[1] >= MAX_UNFINISHED:
             self.last += 1
             self._unfinished = (0, 0)
-            self.told("gap", Gap(False, "unfinished", self.last, self.last))
+            self.emit("gap", Gap(False, "unfinished", self.last, self.last))
 
     def not_unfinished(self) -> None:
         """Something else has come than the message that had broken off, or nothing: it is not begun anew."""
@@ -500,7 +500,7 @@ class Client(ClientEvents):
     def lost_session(self, accepted: int) -> None:
         """The server has begun a new session in place of the one that was asked for."""
         self._unfinished = (0, 0)
-        self.buffer.begun_anew(accepted, replay=self._replay)
+        self.buffer.restart_session(accepted, replay=self._replay)
         self.incoming.begun_anew()
         self._requests.session_lost()
 
@@ -520,7 +520,7 @@ class Client(ClientEvents):
     @property
     def refused_credential(self) -> bool:
         """Whether the server has refused the last credential."""
-        return self._redial.refused_credential
+        return self._redial.credential_rejected
 
     # ── dialling ──
 
@@ -531,7 +531,7 @@ class Client(ClientEvents):
                 lost = await self._one_connection()
                 if self._ending is not None:
                     break
-                self.told("close", lost.code, lost.reason)
+                self.emit("close", lost.code, lost.reason)
                 if lost.code == 4429:
                     self.buffer.cut_off()
                 delay = self._redial.after(lost)
@@ -544,9 +544,9 @@ class Client(ClientEvents):
                     break
                 self._log_lost(lost, delay)
                 self._set_state("waiting")
-                self._hurry = asyncio.get_running_loop().create_future()
+                self._wakeup = asyncio.get_running_loop().create_future()
                 if delay > 0:
-                    await wait_for_all([self._hurry], delay)
+                    await wait_for_all([self._wakeup], delay)
         finally:
             self._finish(self._ending or ClientClosedError(1006, "cancelled"))
 
@@ -586,8 +586,8 @@ class Client(ClientEvents):
         if left := sum(not done.done() for done in self.buffer.undecided()):
             logger.warning("the client is closed, and the server has not accepted %d messages", left)
         if self._attempt is not None:
-            self._attempt.lose(how.code if how.code in (1000, 4000) else 1000, how.reason)
-        self._dial_now()
+            self._attempt.mark_lost(how.code if how.code in (1000, 4000) else 1000, how.reason)
+        self._reconnect_now()
         self.token = None
         self.buffer.give_up(how)
         self._requests.give_up(how)

@@ -85,7 +85,7 @@ class InboundMessages:
         self._changed = asyncio.Event()
         self._over = False
         self._error: Callable[[], Exception] | None = None
-        self._told = False
+        self._unhandled_logged = False
         self.unhandled = 0
 
     def on(self, event: str, handler: Handler) -> None:
@@ -108,8 +108,8 @@ class InboundMessages:
         if len(self._to_read) >= MAX_UNREAD and not self._iterated:
             self._to_read.popleft()
             self.unhandled += 1
-            if not self._told:
-                self._told = True
+            if not self._unhandled_logged:
+                self._unhandled_logged = True
                 logger.warning("messages are thrown away: nobody iterates over the client, and they have no handler")
         self._to_read.append(message)
         self._changed.set()

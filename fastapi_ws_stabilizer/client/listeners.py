@@ -57,7 +57,7 @@ class ClientEvents:
     def _stop_listening(self, event: str, listener: Callable[..., Any]) -> None:
         self._listeners[event].remove(listener)
 
-    def told(self, event: str, *args: Any) -> None:
+    def emit(self, event: str, *args: Any) -> None:
         """Something has happened."""
         for listener in tuple(self._listeners[event]):
             try:

@@ -168,7 +168,7 @@ class SendBuffer:
         self._fresh.append(message)
         self._bytes += message.size
 
-    def withdraw(self, message: PendingMessage) -> bool:
+    def cancel(self, message: PendingMessage) -> bool:
         """Take a message back that was never sent; `False` if it was."""
         if message not in self._fresh:
             return False
@@ -237,7 +237,7 @@ class SendBuffer:
                 return message.event
         return next((event for number, event in self._accepted if number == seq), None)
 
-    def resumed(self, accepted: int) -> None:
+    def resume(self, accepted: int) -> None:
         """The session goes on in a new connection: what the server has not accepted is sent again."""
         self.accepted(accepted)
         self._window = min(self._window, RESUMED_WINDOW)
@@ -247,7 +247,7 @@ class SendBuffer:
         for message in self._again:
             message.sent_at = now
 
-    def begun_anew(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
+    def restart_session(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
         """It is a new session: what was sent in the old one fails, or is sent again under new numbers.
 
         Answers fail whether they were sent or not: who has asked is gone, and in the new session another request may

@@ -74,7 +74,7 @@ class Owner(Protocol):
     def stable(self) -> None:
         """It has been so for long enough."""
 
-    def told(self, name: str, *args: Any) -> None:
+    def emit(self, name: str, *args: Any) -> None:
         """Something that listeners want to know."""
 
     def left_out(self, error: UnreadableFrameError) -> None:

@@ -31,7 +31,7 @@ class ReconnectPolicy:
         self.gives_session_up = False
 
     @property
-    def refused_credential(self) -> bool:
+    def credential_rejected(self) -> bool:
         """Whether the server has refused the last credential."""
         return self._auth_failures > 0
 

@@ -18,11 +18,11 @@ SPINS: Final = 1000
 PAUSE: Final = 0.05
 """Seconds that each further call waits in such a task, and in an endpoint that has swallowed its cancellation."""
 
-_told: weakref.WeakKeyDictionary[asyncio.Task[Any], Told] = weakref.WeakKeyDictionary()
+_errors_of: weakref.WeakKeyDictionary[asyncio.Task[Any], EndErrors] = weakref.WeakKeyDictionary()
 """The tasks that were told of an end."""
 
 
-class Told:
+class EndErrors:
     """What one task was told of ended connections in a row: while it did not wait for anything else, and sent nothing.
 
     A task that sends to many connections meets ended ones again and again, and is well: it waits between its rounds, or
@@ -37,7 +37,7 @@ class Told:
         self._waited = False
         self._sends = 0
 
-    def again(self, connection_id: str, *, sends: int, own: bool) -> int:
+    def count(self, connection_id: str, *, sends: int, own: bool) -> int:
         """Count one more error.
 
         Args:
@@ -53,7 +53,7 @@ class Told:
         times = self._times[connection_id] = self._times.get(connection_id, 0) + 1
         return times
 
-    def goes_on(self, *, sends: int) -> None:
+    def mark_resumed(self, *, sends: int) -> None:
         """The task gets its error now. What it does until the next one decides whether that is in a row."""
         self.is_new = self._waited = False
         self._sends = sends
@@ -63,16 +63,16 @@ class Told:
         self._waited = True
 
 
-def told_by_end(task: asyncio.Task[Any]) -> Told:
+def end_errors_of(task: asyncio.Task[Any]) -> EndErrors:
     """What a task was told of ended connections."""
-    told = _told.get(task)
-    if told is None:
-        told = _told[task] = Told()
-        task.add_done_callback(_is_no_news)
-    return told
+    errors = _errors_of.get(task)
+    if errors is None:
+        errors = _errors_of[task] = EndErrors()
+        task.add_done_callback(_mark_exception_retrieved)
+    return errors
 
 
-def _is_no_news(task: asyncio.Task[Any]) -> None:
+def _mark_exception_retrieved(task: asyncio.Task[Any]) -> None:
     """A task that was told of an end has ended by it: asyncio need not log that no code has looked at its exception.
 
     The exception is looked at where asyncio keeps it, because asking for another one would hide a bug.
@@ -115,7 +115,7 @@ class _Ended(WebSocket):
     async def _repeated(self) -> None:
         """Count a call that Starlette is going to refuse by itself."""
         if self.application_state is not WebSocketState.CONNECTED:
-            await self._receive.__self__.told_again()  # type: ignore[attr-defined]
+            await self._receive.__self__.yield_after_end()  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -53,14 +53,14 @@ class AsgiOutbox(Outbox):
     """
 
     __slots__ = (
-        "_by_hand",
         "_delivers",
         "_in_flight",
-        "_in_line",
-        "_parked",
+        "_inline",
+        "_queued_for_slot",
         "_send",
         "_slot",
         "_slot_timer",
+        "_suspended",
         "_task",
         "_writers",
     )
@@ -69,43 +69,43 @@ class AsgiOutbox(Outbox):
         self,
         owner: OutboxOwner,
         limits: OutboxLimits,
-        turns: FlushScheduler,
+        scheduler: FlushScheduler,
         shard: int,
         *,
         send: Send,
         by_hand: bool,
         writers: WriterPool,
     ) -> None:
-        super().__init__(owner, limits, turns, shard)
+        super().__init__(owner, limits, scheduler, shard)
         self._send = send
-        self._by_hand = by_hand
+        self._inline = by_hand
         self._writers = writers
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
         self._delivers = False  # whether that is a message, and no control frame
-        self._in_line = False  # whether we wait for a slot
-        self._parked: StartedCoroutine | None = None  # a send that waits for a slot to wait for the server in
+        self._queued_for_slot = False  # whether we wait for a slot
+        self._suspended: StartedCoroutine | None = None  # a send that waits for a slot to wait for the server in
         self._slot: CallbackSemaphore | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
-        frame = self._alone
+        frame = self._single
         if (
             frame is None
-            or not self._by_hand
+            or not self._inline
             or self._shut
             or self._task is not None
-            or self._in_line
-            or self._urgent
+            or self._queued_for_slot
+            or self._control
             or self._waiters
             or self._slow
             or self._broken
         ):
-            super().take_turn()
+            super().flush_now()
             return
         self._due = False
-        self._alone = self._keyed = None
+        self._single = self._keyed = None
         self.held_bytes = 0
         self._in_flight = 1
         self._delivers = True
@@ -118,21 +118,21 @@ class AsgiOutbox(Outbox):
             self._send_failed(error)
             return
         else:
-            self._park(StartedCoroutine(coroutine, waits_for))
+            self._suspend(StartedCoroutine(coroutine, waits_for))
             return
         self._in_flight = 0
         limits = self._limits
-        limits.totals.messages_sent += 1
+        limits.counters.messages_sent += 1
         if limits.tells_delivery:
-            self.owner.delivered()
+            self.owner.on_delivered()
 
     def _carry(self) -> None:
         """Send one message after the other, as long as the server takes them."""
-        if self._task is not None or self._in_line:
+        if self._task is not None or self._queued_for_slot:
             return
         while self._waiting():
             slots = self._slots()
-            if self._by_hand and slots is self._writers.sends:
+            if self._inline and slots is self._writers.sends:
                 try:
                     sending = start_inline(self._begin_next())
                 except Exception as error:
@@ -141,29 +141,29 @@ class AsgiOutbox(Outbox):
                 if sending is None:
                     self._has_sent()
                     continue
-                self._park(sending)
+                self._suspend(sending)
                 return
             if not slots.free:
-                self._stand_in_line_for(slots)
+                self._wait_for_slot(slots)
                 return
-            self._hand_over(None, slots)
+            self._start_writer(None, slots)
             if self._task is not None:
                 return
         self._rest()
 
-    def _park(self, sending: StartedCoroutine) -> None:
+    def _suspend(self, sending: StartedCoroutine) -> None:
         """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
         if self._writers.sends.free:
-            self._hand_over(sending, self._writers.sends)
+            self._start_writer(sending, self._writers.sends)
             return
-        self._parked = sending
+        self._suspended = sending
         self._block()
-        self._stand_in_line_for(self._writers.sends)
+        self._wait_for_slot(self._writers.sends)
 
-    def _stand_in_line_for(self, slots: CallbackSemaphore) -> None:
-        self._count()
-        self._due = self._in_line = True
-        slots.wait(self._look_again)
+    def _wait_for_slot(self, slots: CallbackSemaphore) -> None:
+        self._start_accounting()
+        self._due = self._queued_for_slot = True
+        slots.wait(self._on_slot_free)
 
     def _waiting(self) -> bool:
         return not self._broken and (self._any or self._close is not None)
@@ -173,10 +173,10 @@ class AsgiOutbox(Outbox):
 
     def _begin_next(self) -> Any:
         """Take out what is next, and call `send` with it."""
-        self._delivers = not self._urgent
-        if self._urgent:
+        self._delivers = not self._control
+        if self._control:
             self._in_flight = 1
-            message = self._urgent.pop(0).message()
+            message = self._control.pop(0).message()
         elif self._any:
             self._in_flight = 1
             frame = self._pop()
@@ -192,15 +192,15 @@ class AsgiOutbox(Outbox):
     def _has_sent(self) -> None:
         if self._in_flight:
             self._in_flight = 0
-            self._limits.totals.messages_sent += 1
+            self._limits.counters.messages_sent += 1
             if self._delivers and self._limits.tells_delivery:
-                self.owner.delivered()
+                self.owner.on_delivered()
 
-    def _hand_over(self, begun: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
+    def _start_writer(self, begun: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
         """Let a task wait for a send that was begun, and send what is behind it."""
         context = copied(self.owner.context)  # not that of whoever has sent to this client first
         task = self._writers.tasks.spawn(
-            self._go_on(begun), name=f"ws-writer-{self.owner.connection_id}", context=context, eager=begun is None
+            self._write_loop(begun), name=f"ws-writer-{self.owner.connection_id}", context=context, eager=begun is None
         )
         if task.done():  # it began at once, and did not wait
             return
@@ -209,9 +209,9 @@ class AsgiOutbox(Outbox):
         slots.take()
         self._slot = slots
         self._watch_slot()
-        task.add_done_callback(self._task_over, context=context)
+        task.add_done_callback(self._writer_done, context=context)
 
-    async def _go_on(self, sending: Awaitable[None] | None) -> None:
+    async def _write_loop(self, sending: Awaitable[None] | None) -> None:
         """Send until nothing is left, or others wait for the slot."""
         try:
             if sending is None and self._waiting():
@@ -230,57 +230,57 @@ class AsgiOutbox(Outbox):
         unsent, self._in_flight = self._in_flight, 0
         self._failed(error, unsent)
 
-    def _task_over(self, _: asyncio.Task[None]) -> None:
+    def _writer_done(self, _: asyncio.Task[None]) -> None:
         self._task = None
         self._unblock()
         self._give_slot_back()
         if self._in_flight:  # cancelled
             unsent, self._in_flight = self._in_flight, 0
-            self.owner.unsent(unsent)
+            self.owner.on_unsent(unsent)
         if self._waiting():
-            self._book_turn()
+            self._schedule_flush()
         else:
             self._rest()
 
     def _rest(self) -> None:
         """Everything is sent, or nothing can be."""
-        self._calm_down()
-        self._writers.sends.pass_on()
-        self._writers.closes.pass_on()
+        self._on_drained()
+        self._writers.sends.wake_next()
+        self._writers.closes.wake_next()
         if self._shut:
             self._set_done()
 
     # ── slots ──
 
-    def _look_again(self) -> bool:
+    def _on_slot_free(self) -> bool:
         """There may be a slot. Tell whether we still want one."""
-        self._in_line = False
-        parked, self._parked = self._parked, None
+        self._queued_for_slot = False
+        parked, self._suspended = self._suspended, None
         if parked is not None:
-            self._hand_over(parked, self._writers.sends)
+            self._start_writer(parked, self._writers.sends)
             return True
         if not self._waiting():
             return False
         self._due = False
-        self._book_turn()
+        self._schedule_flush()
         return True
 
     @property
-    def stuck(self) -> bool:
+    def is_stalled(self) -> bool:
         """As every outbox; or it has to wait for others."""
-        return self._in_line or super().stuck
+        return self._queued_for_slot or super().is_stalled
 
     def lingers(self) -> bool:
         """As every outbox; what the server has been given and has not taken waits too."""
-        return (self._any or self._in_flight > 0) and not self.send_waits
+        return (self._any or self._in_flight > 0) and not self.on_send_delayed
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(
-            STALL_THRESHOLD, self._look_at_slot, context=self._limits.context
+            STALL_THRESHOLD, self._check_slot, context=self._limits.context
         )
 
-    def _look_at_slot(self) -> None:
-        if self.send_waits:
+    def _check_slot(self) -> None:
+        if self.on_send_delayed:
             self._slot_timer = None
             self._give_slot_back()
         else:
@@ -298,9 +298,9 @@ class AsgiOutbox(Outbox):
 
     def discard(self) -> int:
         """Take nothing more, send nothing more, and tell how many messages were thrown away."""
-        if self._parked is not None:
-            self._parked.close()
-            self._parked = None
+        if self._suspended is not None:
+            self._suspended.close()
+            self._suspended = None
             discarded_on_the_way, self._in_flight = self._in_flight, 0
         else:
             discarded_on_the_way = 0

@@ -23,35 +23,35 @@ class OutboxLimits:
     """The bounds and the policy that all outboxes of a manager share, and where they count."""
 
     __slots__ = (
-        "calm_bytes",
-        "calm_messages",
+        "budget",
         "context",
-        "ledger",
+        "counters",
         "max_bytes",
         "max_messages",
         "overflow",
         "send_timeout",
+        "soft_bytes",
+        "soft_messages",
         "tells_delivery",
-        "totals",
     )
 
-    def __init__(self, config: WebSocketConfig, totals: Counters, ledger: MemoryBudget | None = None) -> None:
+    def __init__(self, config: WebSocketConfig, counters: Counters, budget: MemoryBudget | None = None) -> None:
         self.bound(config.outbox_max_messages, config.outbox_max_bytes)
         if config.max_memory_per_connection is not None:
             self.bound(config.outbox_max_messages, config.max_memory_per_connection // 2)  # the rest has room too
         self.overflow = config.outbox_overflow
         self.send_timeout = config.send_timeout
-        self.totals = totals
-        self.ledger = MemoryBudget() if ledger is None else ledger
+        self.counters = counters
+        self.budget = MemoryBudget() if budget is None else budget
         self.context = contextvars.copy_context()  # what timers run in: one that is cancelled is held until its time
-        self.tells_delivery = self.ledger.output_counts
+        self.tells_delivery = self.budget.output_counts
 
     def bound(self, max_messages: int, max_bytes: int) -> None:
         """Lower the bounds to these, where they are higher."""
         self.max_messages = min(max_messages, getattr(self, "max_messages", max_messages))
         self.max_bytes = min(max_bytes, getattr(self, "max_bytes", max_bytes))
-        self.calm_messages = self.max_messages // 2
-        self.calm_bytes = self.max_bytes // 2
+        self.soft_messages = self.max_messages // 2
+        self.soft_bytes = self.max_bytes // 2
 
 
 class SendQueue:
@@ -67,21 +67,21 @@ class SendQueue:
         held_bytes: Bytes of the frames that wait.
     """
 
-    __slots__ = ("_alone", "_counted", "_cut", "_extra", "_head", "_keyed", "_limits", "_queue", "held_bytes")
+    __slots__ = ("_counted", "_extra", "_head", "_keyed", "_limits", "_queue", "_single", "_trimmed", "held_bytes")
 
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
-        self._alone: EncodedMessage | None = None  # the only frame that waits; then the queue is empty
+        self._single: EncodedMessage | None = None  # the only frame that waits; then the queue is empty
         self._queue = NOTHING
         self._head = 0  # where the first frame that waits stands
-        self._cut = 0  # how many places have been cut off since the queue was empty
+        self._trimmed = 0  # how many places have been cut off since the queue was empty
         self._keyed: dict[Any, int] | None = None  # coalesce_key → place, counted from before the cut
         self._extra: tuple[int, int] | None = None  # messages and bytes beyond the bounds, until the queue is empty
         self._counted = False  # whether what waits is in the ledger; then nothing stands alone
         self.held_bytes = 0
 
     def __len__(self) -> int:
-        return 1 if self._alone is not None else len(self._queue) - self._head
+        return 1 if self._single is not None else len(self._queue) - self._head
 
     @property
     def counted_bytes(self) -> int:
@@ -114,41 +114,41 @@ class SendQueue:
         messages, held = self._bounds
         return waiting < messages and self.held_bytes + size <= held
 
-    def _is_calm(self, size: int) -> bool:
+    def _below_soft_limit(self, size: int) -> bool:
         """Whether no more than half is used with a message of `size` bytes."""
         limits, waiting = self._limits, len(self)
-        return not waiting or (waiting < limits.calm_messages and self.held_bytes + size <= limits.calm_bytes)
+        return not waiting or (waiting < limits.soft_messages and self.held_bytes + size <= limits.soft_bytes)
 
-    def _line_up(self) -> None:
+    def _promote_to_list(self) -> None:
         """Make a list of the frame that waits alone."""
-        if self._alone is not None:
-            self._queue = [self._alone]
-            self._alone = None
+        if self._single is not None:
+            self._queue = [self._single]
+            self._single = None
 
-    def _count(self) -> None:
+    def _start_accounting(self) -> None:
         """What waits, and what comes, does so for longer than a turn: count it, until `_counted` is taken back."""
         if self._counted:
             return
-        self._line_up()
+        self._promote_to_list()
         self._counted = True
         for frame in self._queue[self._head :]:
-            self._limits.ledger.hold(frame)
+            self._limits.budget.retain(frame)
         self._is_held()
 
     def _is_held(self) -> None:
         """What waits is counted: nothing else may be held for the client."""
 
     def _append(self, frame: EncodedMessage) -> None:
-        self._line_up()
+        self._promote_to_list()
         if self._counted:
-            self._limits.ledger.hold(frame)
+            self._limits.budget.retain(frame)
             self._is_held()
         if frame.key is not None:
             keyed = self._keyed = {} if self._keyed is None else self._keyed
             if len(keyed) > 2 * self._limits.max_messages:  # most of them are keys of frames that are long sent
-                first = self._cut + self._head
-                keyed = self._keyed = {key: place for key, place in keyed.items() if place >= first}
-            keyed[frame.key] = self._cut + len(self._queue)
+                first = self._trimmed + self._head
+                keyed = self._keyed = {key: index for key, index in keyed.items() if index >= first}
+            keyed[frame.key] = self._trimmed + len(self._queue)
         if self._queue:
             self._queue.append(frame)
         else:
@@ -159,24 +159,24 @@ class SendQueue:
         """Put a frame in the place of one with its key; `False` if none waits, or there is no room for what is more."""
         if self._keyed is None:
             return False
-        self._line_up()
-        place = self._keyed.get(frame.key, -1) - self._cut
-        if place < self._head or not self._queue:
+        self._promote_to_list()
+        index = self._keyed.get(frame.key, -1) - self._trimmed
+        if index < self._head or not self._queue:
             return False
-        more = frame.size - self._queue[place].size
+        more = frame.size - self._queue[index].size
         if more > 0 and len(self) > 1 and self.held_bytes + more > self._limits.max_bytes:
             return False
         if self._counted:
-            self._limits.ledger.release(self._queue[place])
-            self._limits.ledger.hold(frame)
-        self._queue[place] = frame
+            self._limits.budget.release(self._queue[index])
+            self._limits.budget.retain(frame)
+        self._queue[index] = frame
         self.held_bytes += more
         return True
 
     def _pop(self) -> EncodedMessage:
         """Take out the first frame."""
-        if self._alone is not None:
-            frame = self._alone
+        if self._single is not None:
+            frame = self._single
             self._empty()
             return frame
         queue, head = self._queue, self._head
@@ -186,18 +186,18 @@ class SendQueue:
             return frame
         queue[head] = _REMOVED
         if self._counted:
-            self._limits.ledger.release(frame)
+            self._limits.budget.release(frame)
         self._head = head + 1
         self.held_bytes -= frame.size
         if head > _MAX_DEAD and 2 * head > len(queue):
             del queue[: self._head]
-            self._cut += self._head
+            self._trimmed += self._head
             self._head = 0
         return frame
 
     def _pop_up_to(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Take out frames until `max_bytes` are reached; at least one."""
-        self._line_up()
+        self._promote_to_list()
         if self.held_bytes <= max_bytes:
             frames = self._queue[self._head :] if self._head else self._queue
             self._empty()
@@ -211,10 +211,10 @@ class SendQueue:
     def _empty(self) -> None:
         if self._counted:
             for frame in self._queue[self._head :]:
-                self._limits.ledger.release(frame)
-        self._alone = None
+                self._limits.budget.release(frame)
+        self._single = None
         self._queue = NOTHING
-        self._head = self._cut = self.held_bytes = 0
+        self._head = self._trimmed = self.held_bytes = 0
         self._keyed = self._extra = None
 
 

@@ -60,10 +60,10 @@ class Speaker(Protocol):
     """The connection of a conversation."""
 
     config: WebSocketConfig
-    reports: EventBus
-    pulse: Liveness
-    ending: CloseInfo | None
-    face: Any
+    events: EventBus
+    liveness: Liveness
+    close_info: CloseInfo | None
+    socket: Any
     used: bool
     watches_input: bool
 
@@ -74,7 +74,7 @@ class Speaker(Protocol):
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -84,25 +84,25 @@ class Speaker(Protocol):
     ) -> bool:
         """End the connection from our side."""
 
-    def control_came(self) -> None:
+    def on_control_frame(self) -> None:
         """A control frame of its client has come that we have not asked for. Too many end the connection."""
 
-    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+    def admit_message(self, raw: str | bytes, message: Message | None = None) -> bool:
         """Whether its client may send a message now. If not, it is told so, or its connection ends."""
 
-    def came_too_soon(self, raw: str | bytes) -> None:
+    def on_early_message(self, raw: str | bytes) -> None:
         """A message has come behind one that was refused, and is not looked at. Too many end the connection."""
 
-    def heard(self) -> None:
+    def on_message(self) -> None:
         """A message of its client has come."""
 
     def evict(self) -> None:
         """End the connection, because room is needed for others."""
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """End the connection, because more is held for it than may be."""
 
-    def tell(self, event: str, level: int, **facts: Any) -> None:
+    def emit(self, event: str, level: int, **fields: Any) -> None:
         """Report something about this connection."""
 
 
@@ -111,13 +111,13 @@ class V1Protocol:
 
     Args:
         connection: The connection.
-        greeting: What its client's hello has led to.
+        resume_result: What its client's hello has led to.
         seen: The idempotency keys that were handled.
         renewed: Called with a credential that the client sends later.
 
     Attributes:
         session: The session that it belongs to, until another connection takes it over.
-        greeting: What the hello has led to.
+        resume_result: What the hello has led to.
         credential: How long its client's credential is good.
         max_inflated: Bytes that a compressed frame of the client may hold; 0 if compressed frames were not agreed on.
     """
@@ -131,21 +131,27 @@ class V1Protocol:
         "_seen",
         "_unacknowledged",
         "credential",
-        "greeting",
         "max_inflated",
+        "resume_result",
         "session",
     )
 
     def __init__(
-        self, connection: Speaker, greeting: ResumeResult, seen: IdempotencyCache, renewed: Callable[[str | None], None]
+        self,
+        connection: Speaker,
+        resume_result: ResumeResult,
+        seen: IdempotencyCache,
+        renewed: Callable[[str | None], None],
     ) -> None:
-        self.session: Session = greeting.session
-        self.greeting = greeting
+        self.session: Session = resume_result.session
+        self.resume_result = resume_result
         self._connection = connection
         self._seen = seen
-        compresses = greeting.deflates and connection.config.compression is CompressionMode.DEFLATE
+        compresses = resume_result.deflates and connection.config.compression is CompressionMode.DEFLATE
         self.max_inflated = connection.config.max_message_size if compresses else 0
-        self._refused = 0 if greeting.retries else -1  # the number that its client is to send again, if it can do that
+        self._refused = (
+            0 if resume_result.retries else -1
+        )  # the number that its client is to send again, if it can do that
         self._unacknowledged = 0
         self._acknowledged = -1  # the highest number that the client has acknowledged here
         self._ack_timer: asyncio.TimerHandle | None = None
@@ -154,16 +160,16 @@ class V1Protocol:
 
     def welcome(self) -> EncodedMessage:
         """The frame that answers the hello, with a new token."""
-        config, session, greeting = self._connection.config, self.session, self.greeting
+        config, session, resume_result = self._connection.config, self.session, self.resume_result
         beats = config.heartbeat_type is not HeartbeatType.OFF
         return control_frame(
             "welcome",
             v=VERSION,
             session=session.connection_id,
             token=session.new_token(),
-            resume=greeting.outcome.value,
-            why=greeting.why,
-            seq=greeting.cursor,
+            resume=resume_result.outcome.value,
+            why=resume_result.why,
+            seq=resume_result.cursor,
             ack=session.accepted,
             ping=to_milliseconds(config.heartbeat_interval) if beats else 0,
             timeout=to_milliseconds(config.heartbeat_timeout) if beats else 0,
@@ -179,13 +185,13 @@ class V1Protocol:
 
     def close(self) -> None:
         """The connection is over."""
-        self._settle_ack()
+        self._clear_pending_ack()
         if self._asking is not None:
             self._asking.cancel()
 
     # ── what comes in ──
 
-    def take(self, raw: str | bytes) -> Message | None:
+    def receive(self, raw: str | bytes) -> Message | None:
         """Deal with a frame; return the message in it if it is one for user code."""
         session = self.session
         if not self.is_current:
@@ -211,14 +217,14 @@ class V1Protocol:
         except ProtocolError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
-            self._connection.end(reason, code=problem.code, text=str(problem))
+            self._connection.close(reason, code=problem.code, text=str(problem))
         return None
 
     def _message(self, message: Message, raw: str | bytes) -> Message | None:
         if message.seq is not None and not self._is_next(message.seq, raw):
             return None
         watches = self._connection.watches_input
-        if watches and not self._connection.may_send(raw, message):
+        if watches and not self._connection.admit_message(raw, message):
             return None
         if message.seq is not None:
             self._accept(message.seq)
@@ -228,19 +234,19 @@ class V1Protocol:
                 known.answer(self.session, message)
                 return None
             self._seen.begin(self.session.client_id, message.key)
-        self._connection.reports.totals.messages_received += 1
+        self._connection.events.counters.messages_received += 1
         self._connection.used = True
         if message.id is not None and (inbox := self.session.inbox) is not None and inbox.ignored:
-            self._connection.reports.totals.messages_discarded += 1
+            self._connection.events.counters.messages_discarded += 1
             self.dropped(message)
             return None
         message.size = sys.getsizeof(raw)
         if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
             inbox = self.session.inbox
-            if inbox is None or not inbox.awaited:  # else it is read in this turn, and not worth the time
+            if inbox is None or not inbox.has_waiting_reader:  # else it is read in this turn, and not worth the time
                 message.size += estimate_parsed_size(raw)
         if watches:
-            self._connection.heard()
+            self._connection.on_message()
         return message
 
     def _is_next(self, seq: int, raw: str | bytes) -> bool:
@@ -249,44 +255,44 @@ class V1Protocol:
         if seq == next_one:
             return True
         if seq < next_one:  # sent again, because our word did not reach the client
-            self._owe_ack()
-            self._connection.control_came()
+            self._schedule_ack()
+            self._connection.on_control_frame()
         elif self._refused == next_one:  # it was on its way already, and comes again behind the one that was refused
-            self._connection.came_too_soon(raw)
+            self._connection.on_early_message(raw)
         else:
-            self._connection.end(DisconnectReason.POLICY, code=4412, text="a message is missing")
+            self._connection.close(DisconnectReason.POLICY, code=4412, text="a message is missing")
         return False
 
     def _accept(self, seq: int) -> None:
         """A message counts as accepted from here on, whatever its handler does."""
         self.session.accepted = seq
-        self._owe_ack()
+        self._schedule_ack()
 
     def _other(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session, connection = self.session, self._connection
         if kind not in ("ack", "reply", "pong"):
-            connection.control_came()
+            connection.on_control_frame()
         if kind == "ack":
             self._acknowledge(seq := require_int(frame, "seq"))
             self._count_ack(seq)
         elif kind == "ping":
-            self._settle_ack()
+            self._clear_pending_ack()
             connection.answer(control_frame("pong", ts=ping_timestamp(frame), ack=session.accepted))
         elif kind == "pong":
-            if not connection.pulse.ponged(monotonic()):
-                connection.control_came()
+            if not connection.liveness.on_pong(monotonic()):
+                connection.on_control_frame()
             if (acknowledged := optional_int(frame, "ack")) is not None:
                 self._acknowledge(acknowledged)
         elif kind == "reply":
             if self._is_next(seq := require_int(frame, "seq", least=1), raw):
                 self._accept(seq)
-                if not session.requests.answered(
+                if not session.requests.resolve(
                     optional_identifier(frame, "re") or "", frame.get("data"), frame.get("error")
                 ):
-                    connection.control_came()
+                    connection.on_control_frame()
         elif kind == "auth":
             token = optional_text(frame, "token", most=8192)
-            self.credential.offered(token)
+            self.credential.renewal_requested(token)
         elif kind == "hello":
             raise ProtocolError("a second hello")
 
@@ -299,7 +305,7 @@ class V1Protocol:
         if seq > self._acknowledged:
             self._acknowledged = seq
         else:
-            self._connection.control_came()
+            self._connection.on_control_frame()
 
     # ── what goes out ──
 
@@ -307,7 +313,7 @@ class V1Protocol:
         """Send a heartbeat in its turn among the messages, so that its number proves the client's count."""
         if not self._send_ping():
             return False
-        self._connection.pulse.pinged(now)
+        self._connection.liveness.on_ping_sent(now)
         return True
 
     def _send_ping(self) -> bool:
@@ -317,7 +323,7 @@ class V1Protocol:
         queued: bool = outbox.put(control_frame("ping", seq=session.head))
         return queued
 
-    def ask_for_ack(self) -> None:
+    def request_ack(self) -> None:
         """Ask the client for its number: a pong carries it, and comes at once. All who ask in one turn ask together."""
         if self._asking is None:
             self._asking = asyncio.get_running_loop().call_soon(self._ask)
@@ -325,16 +331,16 @@ class V1Protocol:
     def _ask(self) -> None:
         self._asking = None
         if self._send_ping():
-            self._connection.pulse.asked()
+            self._connection.liveness.on_unmeasured_ping()
 
-    def failed(self, message: Message) -> None:
+    def on_failed(self, message: Message) -> None:
         """A handler has failed with a message. It is not handled again in this session, but its key is not used up."""
         if message.key is not None:
             self._seen.failed(self.session.client_id, message.key)
 
     def gave_up(self, message: Message, code: str, text: str) -> None:
         """A handler is over without an answer. A request is answered with an error, which survives a reconnect."""
-        self.failed(message)
+        self.on_failed(message)
         if message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
 
@@ -344,16 +350,16 @@ class V1Protocol:
             error = {"code": "no_handler", "message": "the endpoint reads messages itself, and answers no requests"}
             self.session.reply(message.id, error=error)
 
-    def unread(self, item: object) -> None:
+    def on_discarded(self, item: object) -> None:
         """A message was accepted, and nobody will ever read it: if it comes again, it is a new one."""
         if isinstance(item, Message):
-            self.failed(item)
+            self.on_failed(item)
 
     def dropped(self, message: Message) -> None:
         """A message was accepted and goes unread, because the endpoint does not read. A request is answered so."""
-        self.failed(message)
+        self.on_failed(message)
         if message.id is not None:
-            self.refused(message, "not_read", "the endpoint does not read messages")
+            self.reject(message, "not_read", "the endpoint does not read messages")
 
     def too_much(self, message: Message | None, code: str, text: str, wait: float) -> None:
         """Refuse a message because of a rate.
@@ -363,17 +369,17 @@ class V1Protocol:
         """
         seq = None if message is None else message.seq
         if message is None or seq is None or seq <= self.session.accepted:
-            self.refused(message, code, text)
+            self.reject(message, code, text)
         elif self._refused < 0 or message.id is not None:
             self._accept(seq)
-            self.refused(message, code, text)
+            self.reject(message, code, text)
         else:
             self._refused = seq
             self._connection.answer(
                 control_frame("error", code=code, message=text, seq=seq, retry=to_milliseconds(wait))
             )
 
-    def refused(self, message: Message | None, code: str, text: str) -> None:
+    def reject(self, message: Message | None, code: str, text: str) -> None:
         """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""
         if message is not None and message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
@@ -381,7 +387,7 @@ class V1Protocol:
         seq = None if message is None else message.seq
         self._connection.answer(control_frame("error", code=code, message=text, seq=seq))
 
-    def handled(self, message: Message, answer: Any) -> None:
+    def on_handled(self, message: Message, answer: Any) -> None:
         """A message was handled: answer it if it is a request, and remember the answer under its key.
 
         Raises:
@@ -392,7 +398,7 @@ class V1Protocol:
         if message.key is not None:
             self._seen.handled(self.session, message.key, answer if message.id is not None else None)
 
-    def interrupted(self, message: Message) -> None:
+    def on_interrupted(self, message: Message) -> None:
         """The connection broke in a handler, which may have done its work. The client may be back, and is told so."""
         if message.id is not None:
             error = {"code": "interrupted", "message": "the connection broke while this was handled"}
@@ -400,7 +406,7 @@ class V1Protocol:
         if message.key is not None:
             self._seen.interrupted(self.session.client_id, message.key)
 
-    def _owe_ack(self) -> None:
+    def _schedule_ack(self) -> None:
         self._unacknowledged += 1
         if self._unacknowledged >= ACK_EVERY:
             self._send_ack()
@@ -408,11 +414,11 @@ class V1Protocol:
             self._ack_timer = asyncio.get_running_loop().call_later(ACK_WITHIN, self._send_ack)
 
     def _send_ack(self) -> None:
-        self._settle_ack()
-        if self._connection.ending is None and self.is_current:
+        self._clear_pending_ack()
+        if self._connection.close_info is None and self.is_current:
             self._connection.answer(control_frame("ack", seq=self.session.accepted))
 
-    def _settle_ack(self) -> None:
+    def _clear_pending_ack(self) -> None:
         self._unacknowledged = 0
         if self._ack_timer is not None:
             self._ack_timer.cancel()
@@ -420,10 +426,10 @@ class V1Protocol:
 
     def tell_outcome(self) -> None:
         """Report what the hello has led to."""
-        self._connection.tell(
+        self._connection.emit(
             "session_attached",
             logging.INFO,
             session_id=self.session.connection_id,
-            outcome=self.greeting.outcome.value,
-            why=self.greeting.why,
+            outcome=self.resume_result.outcome.value,
+            why=self.resume_result.why,
         )

@@ -29,12 +29,12 @@ MAX_RENEWAL_CHARS: Final = 8 * 1024 + 64
 class Holder(Protocol):
     """The connection of the client that has the credential."""
 
-    ending: CloseInfo | None
+    close_info: CloseInfo | None
 
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
 
 
@@ -58,18 +58,18 @@ class CredentialExpiry:
         self._has_end = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def offered(self, credential: str | None) -> None:
+    def renewal_requested(self, credential: str | None) -> None:
         """The client has sent a new credential. One is looked at at a time, since each is a call of the application."""
         if not self._renewing:
             self._renewing = True
             self._renew(credential)
 
-    def begins(self, good_for: float | None, identity_good_for: float | None) -> None:
+    def start(self, expires_in: float | None, identity_expires_in: float | None) -> None:
         """It is good for the shorter of what `on_auth` and the identity say, in seconds; `None` is no word."""
-        self._has_end = identity_good_for is not None
-        self.good_for(min((one for one in (good_for, identity_good_for) if one is not None), default=None))
+        self._has_end = identity_expires_in is not None
+        self.reset(min((one for one in (expires_in, identity_expires_in) if one is not None), default=None))
 
-    def good_for(self, seconds: float | None) -> None:
+    def reset(self, seconds: float | None) -> None:
         """The credential is good for so long; for ever when left out."""
         if self._timer is not None:
             self._timer.cancel()
@@ -80,23 +80,23 @@ class CredentialExpiry:
                 seconds - lead, self._ask, lead, context=contextvars.Context()
             )
 
-    def taken(self, good_for: float | None) -> None:
+    def renewed(self, expires_in: float | None) -> None:
         """A new credential was looked at, and is good."""
-        if good_for is None and self._has_end:
-            self.refused("nobody has said for how long the new credential is good")
+        if expires_in is None and self._has_end:
+            self.renewal_rejected("nobody has said for how long the new credential is good")
             return
         self._renewing = False
-        if self._holder.ending is not None:
+        if self._holder.close_info is not None:
             return
         self._holder.answer(
-            control_frame("auth", ok=True, **({} if good_for is None else {"in": to_milliseconds(good_for)}))
+            control_frame("auth", ok=True, **({} if expires_in is None else {"in": to_milliseconds(expires_in)}))
         )
-        self.good_for(good_for)
+        self.reset(expires_in)
 
-    def refused(self, why: str) -> None:
+    def renewal_rejected(self, why: str) -> None:
         """Nothing has changed by a renewal: the time goes on."""
         self._renewing = False
-        if self._holder.ending is None:
+        if self._holder.close_info is None:
             self._holder.answer(control_frame("error", code="auth_refused", message=why))
 
     def _ask(self, within: float) -> None:
@@ -105,7 +105,7 @@ class CredentialExpiry:
 
     def _expired(self) -> None:
         self._timer = None
-        self._holder.end(DisconnectReason.POLICY, code=4401, text="the credential has expired")
+        self._holder.close(DisconnectReason.POLICY, code=4401, text="the credential has expired")
 
 
 def parse_renewal(message: str | bytes) -> str | None:

@@ -23,7 +23,7 @@ class _NoOutbox:
     def __len__(self) -> int:
         return 0
 
-    def put_if_calm(self, _: EncodedMessage) -> bool:
+    def try_enqueue(self, _: EncodedMessage) -> bool:
         return False
 
     def put_now(self, _: EncodedMessage) -> bool:
@@ -53,7 +53,7 @@ class EndedConnection(Messages):
 
     __slots__ = ("_outcome", "_session", "opened_at")
 
-    before: Final = ()
+    predecessors: Final = ()
     hooks_done: Final = True
     is_finished: Final = True
     pause = None
@@ -62,11 +62,11 @@ class EndedConnection(Messages):
         self.client_id = connection.client_id
         self.connection_id = connection.connection_id
         self.opened_at = connection.opened_at
-        self.ending = connection.ending
+        self.close_info = connection.close_info
         self.dropped_messages = connection.dropped_messages
-        self.pulse = connection.pulse
+        self.liveness = connection.liveness
         self.opened = True
-        self.conversation = None
+        self.protocol = None
         self.outbox = _OUTBOX
         self.inbox = _INBOX
         self._parts = connection._parts
@@ -84,19 +84,19 @@ class EndedConnection(Messages):
         return self._outcome
 
     @property
-    def member(self) -> Any:
+    def recipient(self) -> Any:
         """As what it was in rooms."""
         return self._session or self
 
     @property
-    def ledger(self) -> MemoryBudget:
+    def budget(self) -> MemoryBudget:
         """Where what was held for it was counted."""
-        return self._parts.ledger
+        return self._parts.budget
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that are held for its session."""
-        return 0 if self._session is None else self._session.held_memory
+        return 0 if self._session is None else self._session.memory_usage
 
     @property
     def websocket(self) -> Any:
@@ -113,38 +113,38 @@ class EndedConnection(Messages):
     async def wait_for_hooks(self) -> None:
         """The disconnect hooks have run."""
 
-    async def wait_over(self) -> CloseInfo:
+    async def wait_closing(self) -> CloseInfo:
         """How it ended."""
-        return self.ending or local_close(DisconnectReason.SERVER_SHUTDOWN)
+        return self.close_info or local_close(DisconnectReason.SERVER_SHUTDOWN)
 
-    async def told_again(self) -> None:
+    async def yield_after_end(self) -> None:
         """Code that goes on after the end gives the event loop its turns."""
         await asyncio.sleep(0)
 
-    def tie(self, coroutine: Any, _: str | None) -> Any:
+    def spawn(self, coroutine: Any, _: str | None) -> Any:
         """Start no task any more."""
         coroutine.close()
         self.check_open()
 
     # ── what a connection that is over does not do ──
 
-    def end(self, *_: Any, **__: Any) -> bool:
+    def close(self, *_: Any, **__: Any) -> bool:
         """It has ended."""
         return False
 
-    def delivered(self) -> None:
+    def on_delivered(self) -> None:
         """Nothing is delivered."""
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """It holds nothing."""
 
     def evict(self) -> None:
         """It holds nothing."""
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """It holds nothing."""
 
-    def lost(self, error: BaseException) -> None:
+    def on_connection_lost(self, error: BaseException) -> None:
         """It has ended."""
 
 

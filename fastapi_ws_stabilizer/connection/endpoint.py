@@ -68,9 +68,9 @@ class EndpointTask(LazyEvent):
         self._at_work = 0
         self._idle: asyncio.Future[None] | None = None
         if not cancellable:
-            self.has_returned()  # nobody would tell us when it does
+            self.mark_returned()  # nobody would tell us when it does
 
-    def has_returned(self) -> None:
+    def mark_returned(self) -> None:
         """Note that the user's code has ended."""
         self.set()
 
@@ -92,11 +92,11 @@ class EndpointTask(LazyEvent):
         """A future that is done when the user's code has ended."""
         return self.future
 
-    def busy(self) -> AbstractContextManager[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Note, for the length of a block, that user code is at work on what the connection has received."""
         return _Busy(self)
 
-    def idle(self) -> asyncio.Future[None]:
+    def wait_idle(self) -> asyncio.Future[None]:
         """A future that is done as soon as nobody is at work. The disconnect hooks wait for that."""
         self._idle = asyncio.get_running_loop().create_future()
         if not self._at_work:
@@ -119,7 +119,7 @@ class EndpointTask(LazyEvent):
             stack.push(self._on_exit)  # less memory than a callback, which is a closure
 
     def _on_exit(self, *_: object) -> None:
-        self.has_returned()
+        self.mark_returned()
 
     def cancel(self) -> bool:
         """Cancel the task, once, unless the user's code has ended; tell whether that was done now."""

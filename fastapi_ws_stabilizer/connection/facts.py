@@ -29,7 +29,7 @@ class SocketFacts:
         self._metadata: MeteredDict | None = None
         self._user_data: MeteredDict | None = None
         if metadata:
-            self._metadata = MeteredDict(connection.ledger, None, metadata)
+            self._metadata = MeteredDict(connection.budget, None, metadata)
             self._metadata.owner = connection
 
     # ── who and where ──
@@ -45,16 +45,16 @@ class SocketFacts:
         return self._connection.connection_id
 
     @property
-    def member_id(self) -> str:
+    def recipient_id(self) -> str:
         """By what rooms know it: its connection, or its session if it has one."""
-        member_id: str = self._connection.member.connection_id
+        member_id: str = self._connection.recipient.connection_id
         return member_id
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What `manager.connect(..., metadata=...)` was given."""
         if self._metadata is None:
-            self._metadata = MeteredDict(self._counts, self._connection.member)
+            self._metadata = MeteredDict(self._counts, self._connection.recipient)
         return self._metadata
 
     @property
@@ -67,7 +67,7 @@ class SocketFacts:
         session = self._connection.session
         if session is not None:
             if session.user_data is None:
-                session.user_data = MeteredDict(self._connection.ledger if session.over is None else None, session)
+                session.user_data = MeteredDict(self._connection.budget if session.ended is None else None, session)
             return session.user_data
         if self._user_data is None:
             self._user_data = MeteredDict(self._counts, self._connection)
@@ -87,10 +87,10 @@ class SocketFacts:
     @property
     def _counts(self) -> MemoryBudget | None:
         """Where what is kept for it is counted: nowhere any more when it is over, for nobody would take it out."""
-        return self._connection.ledger if self._connection.ending is None else None
+        return self._connection.budget if self._connection.close_info is None else None
 
     @property
-    def _kept_bytes(self) -> int:
+    def _user_data_bytes(self) -> int:
         """Bytes that its user data and its metadata hold, but not those of its session."""
         return self._metadata_bytes + (0 if self._user_data is None else self._user_data.held_bytes)
 
@@ -99,7 +99,7 @@ class SocketFacts:
         """Bytes that its metadata hold."""
         return 0 if self._metadata is None else self._metadata.held_bytes
 
-    def _inherit(self, user_data: MeteredDict) -> None:
+    def _transfer_user_data(self, user_data: MeteredDict) -> None:
         """Have the user data of a connection before, the same dict: a hook of that one may still fill it.
 
         Raises:
@@ -114,9 +114,9 @@ class SocketFacts:
         except MemoryLimitExceededError:
             self._user_data, user_data.owner = own, before
             raise
-        own.let_go()
+        own.detach()
 
-    def _copy(self, user_data: Mapping[str, Any]) -> None:
+    def _copy_user_data(self, user_data: Mapping[str, Any]) -> None:
         """Have a copy of the user data of another connection.
 
         Raises:
@@ -124,12 +124,12 @@ class SocketFacts:
         """
         self.user_data.update({**user_data, **self.user_data})
 
-    def _let_go(self) -> None:
+    def _detach_user_data(self) -> None:
         """Its connection is over: count no longer what is kept for it, and for nobody else."""
         if self._metadata is not None:
-            self._metadata.let_go()
+            self._metadata.detach()
         if self._user_data is not None and self._user_data.owner is self._connection:
-            self._user_data.let_go()
+            self._user_data.detach()
         if not self._connection.opened:  # it has been turned away, and has no ending by which that can be seen
             self._metadata = self._metadata or MeteredDict(None, None)
             self._user_data = self._user_data or MeteredDict(None, None)
@@ -219,24 +219,24 @@ class SocketFacts:
     # ── how it is doing ──
 
     @property
-    def ending(self) -> CloseInfo | None:
+    def close_info(self) -> CloseInfo | None:
         """How the connection ended; `None` while it is open."""
-        return self._connection.ending
+        return self._connection.close_info
 
     @property
     def closed(self) -> bool:
         """Whether the connection is over or ending."""
-        return self._connection.ending is not None
+        return self._connection.close_info is not None
 
     @property
     def reason(self) -> DisconnectReason | None:
         """Why the connection ended; `None` while it is open."""
-        return None if self.ending is None else self.ending.reason
+        return None if self.close_info is None else self.close_info.cause
 
     @property
     def rtt(self) -> float | None:
         """Seconds of the last measured round trip; `None` before the first answered ping."""
-        return self._connection.pulse.rtt
+        return self._connection.liveness.rtt
 
     @property
     def connected_seconds(self) -> float:
@@ -246,7 +246,7 @@ class SocketFacts:
     @property
     def silent_seconds(self) -> float:
         """Seconds since the last frame came from the client."""
-        return monotonic() - self._connection.pulse.last_seen
+        return monotonic() - self._connection.liveness.last_seen
 
     @property
     def queued_messages(self) -> int:
@@ -261,7 +261,7 @@ class SocketFacts:
     @property
     def held_bytes(self) -> int:
         """Bytes of memory that are held for it, or for its session: what waits, what is unacknowledged, user data."""
-        return self._connection.held_memory
+        return self._connection.memory_usage
 
     @property
     def dropped_messages(self) -> int:

@@ -36,7 +36,7 @@ class InboxLimits:
     Args:
         max_messages: Most messages that wait.
         max_bytes: Most bytes of them.
-        ledger: Where they are counted.
+        budget: Where they are counted.
 
     Attributes:
         drops: Whether the oldest messages make room for new ones, because the endpoint does not read.
@@ -46,12 +46,12 @@ class InboxLimits:
         deciding: The same bounds, for inboxes of which it is not known yet.
     """
 
-    __slots__ = ("deciding", "dropping", "drops", "keeping", "ledger", "max_bytes", "max_messages", "undecided")
+    __slots__ = ("budget", "deciding", "dropping", "drops", "keeping", "max_bytes", "max_messages", "undecided")
 
-    def __init__(self, max_messages: int, max_bytes: int, ledger: MemoryBudget | None = None) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, budget: MemoryBudget | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
-        self.ledger = MemoryBudget() if ledger is None else ledger
+        self.budget = MemoryBudget() if budget is None else budget
         self.drops = self.undecided = False
         self.keeping = self.dropping = self.deciding = self
         dropping, deciding = copy(self), copy(self)
@@ -88,32 +88,32 @@ class Inbox:
     """
 
     __slots__ = (
-        "_alone",
         "_closed",
         "_in_hand",
         "_items",
         "_limits",
+        "_on_room",
         "_reader",
-        "_relief",
         "_settled",
+        "_single",
         "held_bytes",
-        "taken",
+        "reads",
     )
 
     def __init__(self, limits: InboxLimits) -> None:
-        self._alone: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
+        self._single: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
         self._items = _NOTHING
         self._limits = limits
         self.held_bytes = 0
-        self.taken = 0
+        self.reads = 0
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
-        self._relief: Callable[[], None] | None = None
+        self._on_room: Callable[[], None] | None = None
         self._in_hand = False  # whether its reader may still be busy with the message that it has taken last
         self._settled: LazyEvent | None = None
 
     def __len__(self) -> int:
-        return 1 if self._alone is not None else len(self._items)
+        return 1 if self._single is not None else len(self._items)
 
     @property
     def full(self) -> bool:
@@ -153,43 +153,43 @@ class Inbox:
     @property
     def has_reader(self) -> bool:
         """Whether a message was taken since `taken` was set back, or a reader waits for one or is about to take it."""
-        return bool(self.taken) or self._reader is not None  # which stays until it has taken a message
+        return bool(self.reads) or self._reader is not None  # which stays until it has taken a message
 
     def take_requests(self) -> list[Message]:
         """Take out the messages that ask for an answer, and return them."""
-        waiting = tuple(self._items) if self._alone is None else (self._alone,)
+        waiting = tuple(self._items) if self._single is None else (self._single,)
         requests = [(item, size) for item, size in waiting if isinstance(item, Message) and item.id is not None]
         if not requests:
             return []
         taken = sum(size for _, size in requests)
         self.held_bytes -= taken
-        self._limits.ledger.total -= taken + UNREAD_OVERHEAD_BYTES * len(requests)
+        self._limits.budget.total -= taken + UNREAD_OVERHEAD_BYTES * len(requests)
         rest = deque(entry for entry in waiting if not (isinstance(entry[0], Message) and entry[0].id is not None))
-        self._alone = None
+        self._single = None
         self._items = rest or _NOTHING
         if not self.full:
-            self._relieve()
+            self._notify_room()
         return [item for item, _ in requests]
 
     def drop_oldest(self) -> list[Item]:
         """Take out the oldest messages until the mark is no longer reached, and return them."""
         dropped: list[Item] = []
         while self.full and len(self):
-            if self._alone is not None:
-                message, size = self._alone
-                self._alone = None
+            if self._single is not None:
+                message, size = self._single
+                self._single = None
             else:
                 message, size = self._items.popleft()
             self.held_bytes -= size
-            self._limits.ledger.total -= size + UNREAD_OVERHEAD_BYTES
+            self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
             dropped.append(message)
         if not self._items:
             self._items = _NOTHING
-        self._relieve()
+        self._notify_room()
         return dropped
 
     @property
-    def awaited(self) -> bool:
+    def has_waiting_reader(self) -> bool:
         """Whether its reader waits, so that the next message is taken at once."""
         return self._reader is not None and not self._reader.done()
 
@@ -209,21 +209,21 @@ class Inbox:
             size = sys.getsizeof(message)
         if self._items:
             self._items.append((message, size))
-        elif self._alone is None:
-            self._alone = (message, size)
+        elif self._single is None:
+            self._single = (message, size)
         else:
-            self._items = deque((self._alone, (message, size)))
-            self._alone = None
+            self._items = deque((self._single, (message, size)))
+            self._single = None
         self.held_bytes += size
-        ledger = self._limits.ledger
-        ledger.total += size + UNREAD_OVERHEAD_BYTES
-        if ledger.total > ledger.limit:
-            ledger.relieve_soon()
+        budget = self._limits.budget
+        budget.total += size + UNREAD_OVERHEAD_BYTES
+        if budget.total > budget.limit:
+            budget.schedule_eviction()
         reader = self._reader
         if reader is not None and not reader.done():
             reader.set_result(None)
 
-    async def room(self, timeout: float | None = None, take: Callable[[], None] | None = None) -> bool:
+    async def wait_for_room(self, timeout: float | None = None, take: Callable[[], None] | None = None) -> bool:
         """Wait until the mark is no longer reached or the inbox is closed; tell whether it is so. Cancelling is safe.
 
         Args:
@@ -233,20 +233,20 @@ class Inbox:
         """
         if self.full and not self._closed:
             room = asyncio.get_running_loop().create_future()
-            relief = self._relief = functools.partial(_wake, room, take)
+            relief = self._on_room = functools.partial(_wake, room, take)
             try:
                 await wait_for_all([room], timeout)
             finally:
-                if self._relief is relief:  # else the inbox was handed over, and another one wants to be told
-                    self._relief = None
+                if self._on_room is relief:  # else the inbox was handed over, and another one wants to be told
+                    self._on_room = None
         return self._closed or not self.full
 
-    def call_when_room(self, relief: Callable[[], None]) -> None:
+    def notify_when_room(self, relief: Callable[[], None]) -> None:
         """Call a function, once, as soon as the mark is no longer reached or the inbox is closed."""
-        self._relief = relief
+        self._on_room = relief
 
-    def _relieve(self) -> None:
-        relief, self._relief = self._relief, None
+    def _notify_room(self) -> None:
+        relief, self._on_room = self._on_room, None
         if relief is not None:
             relief()
 
@@ -260,7 +260,7 @@ class Inbox:
         if self._reader is not None:
             raise ConcurrentReceiveError
         self._in_hand = False
-        while self._alone is None and not self._items:
+        while self._single is None and not self._items:
             if self._closed:
                 if self._settled is not None:
                     self._settled.set()
@@ -274,22 +274,22 @@ class Inbox:
                     self._reader = None
             if not ours:  # the inbox was handed over while we were woken, and another one reads it
                 raise InboxClosed
-        if self._alone is not None:
-            message, size = self._alone
-            self._alone = None
+        if self._single is not None:
+            message, size = self._single
+            self._single = None
         else:
             message, size = self._items.popleft()
         self.held_bytes -= size
-        self._limits.ledger.total -= size + UNREAD_OVERHEAD_BYTES
-        self.taken += 1
+        self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
+        self.reads += 1
         self._in_hand = True
         if not self._items:
             self._items = _NOTHING
-        if self._relief is not None and not self.full:
-            self._relieve()
+        if self._on_room is not None and not self.full:
+            self._notify_room()
         return message
 
-    def hand_over(self) -> Inbox:
+    def transfer(self) -> Inbox:
         """Turn its reader away and open it again for another one.
 
         Returns:
@@ -298,7 +298,7 @@ class Inbox:
         """
         rest = Inbox(self._limits)
         self._limits = self._limits.keeping  # what its reader has read, and said of reading, holds for that one alone
-        self.taken = 0
+        self.reads = 0
         rest._closed = True
         rest._settled = LazyEvent()
         if not self._in_hand:
@@ -307,22 +307,22 @@ class Inbox:
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
             reader.set_exception(InboxClosed())
-        self._relieve()
+        self._notify_room()
         return rest
 
-    def uncount(self) -> None:
+    def stop_accounting(self) -> None:
         """Its connection is over, and whoever may still read what is unread does so on their own account."""
-        self._limits.ledger.total -= self.counted_bytes
+        self._limits.budget.total -= self.counted_bytes
         self._limits = _UNCOUNTED
 
     @property
-    def settled(self) -> asyncio.Future[None] | None:
+    def drained(self) -> asyncio.Future[None] | None:
         """Of an inbox that was left behind: a future that is done when its reader has nothing in hand any more."""
         return None if self._settled is None else self._settled.future
 
     def unread(self) -> list[Item]:
         """The messages that wait, oldest first."""
-        waiting = list(self._items) if self._alone is None else [self._alone]
+        waiting = list(self._items) if self._single is None else [self._single]
         return [item for item, _ in waiting]
 
     def close(self, *, discard: bool) -> int:
@@ -335,13 +335,13 @@ class Inbox:
         discarded = 0
         if discard:
             discarded = len(self)
-            self._limits.ledger.total -= self.counted_bytes
-            self._alone = None
+            self._limits.budget.total -= self.counted_bytes
+            self._single = None
             self._items = _NOTHING
             self.held_bytes = 0
         if self._reader is not None:
             _wake(self._reader)
-        self._relieve()
+        self._notify_room()
         return discarded
 
 

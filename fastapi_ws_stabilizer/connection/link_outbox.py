@@ -31,13 +31,13 @@ class DirectOutbox(Outbox):
         self,
         owner: OutboxOwner,
         limits: OutboxLimits,
-        turns: FlushScheduler,
+        scheduler: FlushScheduler,
         shard: int,
         *,
         link: DirectTransport,
         min_bytes: int,
     ) -> None:
-        super().__init__(owner, limits, turns, shard)
+        super().__init__(owner, limits, scheduler, shard)
         self._link = link
         self._min_bytes = min_bytes
         # Copies of what the link knows. Of a broadcast to many, waiting for the memory of each connection's objects is
@@ -46,15 +46,15 @@ class DirectOutbox(Outbox):
         self._window_bits = 0
         self._write: Callable[[bytes], None] = link.transport.write
 
-    def attached(self, *, compress: bool) -> None:
+    def on_attached(self, *, compress: bool) -> None:
         """The link is ours now, and has negotiated what it has."""
         if self._link.write_paused:
-            self.write_paused()
+            self.pause_writing()
         self._window_bits = self._link.window_bits if compress else 0
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
-        frame = self._alone
+        frame = self._single
         if (
             frame is None
             or self._shut
@@ -62,13 +62,13 @@ class DirectOutbox(Outbox):
             or self._deflates
             or self._paused
             or self._slow
-            or self._urgent
+            or self._control
             or self._waiters
         ):
-            super().take_turn()
+            super().flush_now()
             return
         self._due = False
-        self._alone = self._keyed = None
+        self._single = self._keyed = None
         self.held_bytes = 0
         try:
             self._write(frame.compressed(self._window_bits, self._min_bytes) if self._window_bits else frame.framed())
@@ -76,9 +76,9 @@ class DirectOutbox(Outbox):
             self._failed(error, 1)
         else:
             limits = self._limits
-            limits.totals.messages_sent += 1
+            limits.counters.messages_sent += 1
             if limits.tells_delivery:
-                self.owner.delivered()
+                self.owner.on_delivered()
 
     def _carry(self) -> None:
         """What is queued becomes one write, as far as the transport takes it."""
@@ -86,7 +86,7 @@ class DirectOutbox(Outbox):
             if self._paused:
                 self._block()
                 return
-            delivers = not self._urgent
+            delivers = not self._control
             frames = self._take(MAX_WRITE_BYTES)
             try:
                 if self._deflates:
@@ -99,11 +99,11 @@ class DirectOutbox(Outbox):
             except Exception as error:
                 self._failed(error, len(frames))
                 return
-            self._limits.totals.messages_sent += len(frames)
+            self._limits.counters.messages_sent += len(frames)
             if delivers and self._limits.tells_delivery:
-                self.owner.delivered()
+                self.owner.on_delivered()
         if not self._paused:
-            self._calm_down()
+            self._on_drained()
         if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
             close, self._close = self._close, None
             try:
@@ -120,7 +120,7 @@ class DirectOutbox(Outbox):
             self._carry()
         return discarded
 
-    def write_paused(self) -> None:
+    def pause_writing(self) -> None:
         """The transport holds more than it should.
 
         The watch begins, even if nothing waits: a client that has stopped reading in the middle of its only message
@@ -130,7 +130,7 @@ class DirectOutbox(Outbox):
         if not self._shut:
             self._block()
 
-    def writable(self) -> None:
+    def resume_writing(self) -> None:
         """The transport takes more again."""
         self._paused = False
         self._unblock()

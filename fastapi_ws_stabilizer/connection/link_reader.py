@@ -38,46 +38,46 @@ class DirectReader:
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def heard(self) -> bool:
+    def data_received(self) -> bool:
         """Bytes have come in, be it only a part of a message."""
-        self._connection.pulse.last_seen = monotonic()  # what is owed is paid by a whole message
-        return self._connection.ending is None
+        self._connection.liveness.last_seen = monotonic()  # what is owed is paid by a whole message
+        return self._connection.close_info is None
 
-    def received(self, message: str | bytes) -> None:
+    def message_received(self, message: str | bytes) -> None:
         """A message has come in. Hot path."""
         connection = self._connection
         try:  # in here, and not round a call: that would cost each message more than this does
-            if connection.ending is not None:
-                connection.reports.totals.messages_discarded += 1
+            if connection.close_info is not None:
+                connection.events.counters.messages_discarded += 1
                 return
-            connection.pulse.awaiting_since = None
+            connection.liveness.awaiting_since = None
             item = decode(connection, message)
             if item is None:
                 return
             inbox = connection.inbox
             full = bool(inbox.held_bytes) and inbox.full and not drop_unread(connection)
             if full and on_inbox_full(connection) and item is message:
-                connection.reports.totals.messages_discarded += 1
+                connection.events.counters.messages_discarded += 1
                 return
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None:
                 self._pause()
         except Exception as error:  # a bug of ours, which the server would hold against the client in silence
-            connection.reports.bug("internal_task_failed", error, task="ws-link")
-            connection.lost(error)
+            connection.events.emit_exception("internal_task_failed", error, task="ws-link")
+            connection.on_connection_lost(error)
 
-    def pinged(self) -> None:
+    def ping_received(self) -> None:
         """A ping frame has come in."""
-        self._connection.pulse.awaiting_since = None
-        self._connection.control_came()
+        self._connection.liveness.awaiting_since = None
+        self._connection.on_control_frame()
 
-    def ponged(self, payload: bytes) -> None:
+    def pong_received(self, payload: bytes) -> None:
         """A pong frame has come in."""
-        self._connection.pulse.awaiting_since = None
-        if not self._connection.pulse.ponged_by_protocol(payload, monotonic()):
-            self._connection.control_came()
+        self._connection.liveness.awaiting_since = None
+        if not self._connection.liveness.ponged_by_protocol(payload, monotonic()):
+            self._connection.on_control_frame()
 
-    def gone(self, event: Mapping[str, Any]) -> None:
+    def connection_lost(self, event: Mapping[str, Any]) -> None:
         """The connection is over."""
         self._stop_timer()
         connection = self._connection
@@ -85,20 +85,20 @@ class DirectReader:
             close_on_disconnect_event(connection, event)
             connection.stop_sending()  # also if we were about to end it, and were still flushing
         except Exception as error:  # the server would forget to take its own end of it out of its list
-            connection.reports.bug("internal_task_failed", error, task="ws-link")
-            connection.lost(error)
+            connection.events.emit_exception("internal_task_failed", error, task="ws-link")
+            connection.on_connection_lost(error)
 
-    def write_paused(self) -> None:
+    def pause_writing(self) -> None:
         """The transport holds more than it should."""
-        self._outbox.write_paused()
+        self._outbox.pause_writing()
 
-    def writable(self) -> None:
+    def resume_writing(self) -> None:
         """The transport takes more again."""
-        self._outbox.writable()
+        self._outbox.resume_writing()
 
-    def last_call(self) -> None:
+    def before_shutdown(self) -> None:
         """The server is about to close."""
-        self._outbox.take_turn()
+        self._outbox.flush_now()
 
     # ── a full inbox ──
 
@@ -106,14 +106,14 @@ class DirectReader:
         connection = self._connection
         begin_pause(connection)
         self._link.pause_reading()
-        self._taken, self._since = connection.inbox.taken, monotonic()
-        connection.inbox.call_when_room(self._resume)
+        self._taken, self._since = connection.inbox.reads, monotonic()
+        connection.inbox.notify_when_room(self._resume)
         self._watch(connection.config.inbox_pause_timeout)
 
     def _resume(self) -> None:
         self._stop_timer()
         self._connection.pause = None
-        self._connection.pulse.seen(monotonic())  # the pause was ours
+        self._connection.liveness.on_frame(monotonic())  # the pause was ours
         self._link.resume_reading()
 
     def _watch(self, delay: float) -> None:
@@ -125,11 +125,11 @@ class DirectReader:
         """See whether anybody has read since the last look."""
         self._timer = None
         connection = self._connection
-        if connection.ending is not None:
+        if connection.close_info is not None:
             return
         now, timeout = monotonic(), connection.config.inbox_pause_timeout
-        if connection.inbox.taken != self._taken:
-            self._taken, self._since = connection.inbox.taken, now
+        if connection.inbox.reads != self._taken:
+            self._taken, self._since = connection.inbox.reads, now
             begin_pause(connection)
         if drop_unread(connection):  # there is room, so reading goes on
             return

@@ -46,8 +46,8 @@ class Messages(SendingHalf):
         """A message as code gets it that knows nothing of `stabilizer.v1.json`."""
         if not isinstance(item, Message):
             return item
-        if self.conversation is not None:
-            self.conversation.unanswerable(item)
+        if self.protocol is not None:
+            self.protocol.unanswerable(item)
         return item.raw
 
     async def receive_item(self) -> Item:
@@ -64,7 +64,7 @@ class Messages(SendingHalf):
         except InboxClosed:
             raise await self._closed() from None
         except ConcurrentReceiveError:
-            await self.told_again()
+            await self.yield_after_end()
             raise
 
     async def send(self, frame: EncodedMessage) -> None:
@@ -77,17 +77,17 @@ class Messages(SendingHalf):
             WrongLoopError: This is not the event loop of the connection.
         """
         if not self.put_now(frame):
-            if self.conversation is None:
+            if self.protocol is None:
                 queued = await self.outbox.put_wait(frame)
             else:
-                queued = self.ending is None and await self.conversation.session.put_wait(self, frame)
+                queued = self.close_info is None and await self.protocol.session.put_wait(self, frame)
             if not queued:
                 raise await self._closed()
             if self.pause is not None:
                 self.pause.sent = True
             self.outbox.flush()
         if self.should_yield():
-            await self.let_it_leave()
+            await self.yield_for_send()
 
     def put_now(self, frame: EncodedMessage) -> bool:
         """Send a frame at once if there is nothing to think about; `False` says nothing but that there is. Hot path."""
@@ -95,23 +95,23 @@ class Messages(SendingHalf):
             self.check_loop()
         if self.pause is not None:
             self.pause.sent = True
-        if self.conversation is None:
+        if self.protocol is None:
             return self.outbox.put_now(frame)
-        return self.ending is None and self.conversation.session.put_now(self, frame)
+        return self.close_info is None and self.protocol.session.put_now(self, frame)
 
     def should_yield(self) -> bool:
         """Whether the event loop should turn now, for what user code has just sent, or for everybody else. Hot path."""
         outbox = self.outbox
-        return (outbox._due and outbox.lingers()) or self._parts.turns.held_long()
+        return (outbox._due and outbox.lingers()) or self._parts.scheduler.exceeded()
 
-    async def let_it_leave(self) -> None:
+    async def yield_for_send(self) -> None:
         """Let the event loop turn, more than once if what was sent has not left yet, and not for a slow client."""
         for _ in range(MAX_TURNS):
             await asyncio.sleep(0)
             if not self.outbox.lingers():
                 break
 
-    async def send_acknowledged(self, frame: EncodedMessage) -> None:
+    async def send_with_ack(self, frame: EncodedMessage) -> None:
         """Queue a frame, and wait until the client has acknowledged it, in this connection or a later one.
 
         Raises:
@@ -123,12 +123,12 @@ class Messages(SendingHalf):
         self.check_loop()
         if frame.volatile:
             raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
-        if self.conversation is None:
+        if self.protocol is None:
             await self.still_open()
             raise UnsupportedByClientError
-        seq = await self._numbered(self.conversation.session, frame)
-        self.conversation.ask_for_ack()
-        await self.conversation.session.requests.until_acknowledged(seq)
+        seq = await self._enqueue_sequenced(self.protocol.session, frame)
+        self.protocol.request_ack()
+        await self.protocol.session.requests.until_acknowledged(seq)
 
     async def request(self, event: str, data: Any, timeout: float) -> Any:
         """Send a request to the client and wait for its answer, in this connection or a later one.
@@ -142,22 +142,22 @@ class Messages(SendingHalf):
             MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
         """
         await self.still_open()
-        if self.conversation is None:
+        if self.protocol is None:
             raise UnsupportedByClientError
-        session = self.conversation.session
-        request_id, answer = session.requests.begin()
+        session = self.protocol.session
+        request_id, answer = session.requests.open()
         try:
-            await self._numbered(session, sequenced_frame("msg", data, event=event, id=request_id))
+            await self._enqueue_sequenced(session, sequenced_frame("msg", data, event=event, id=request_id))
             if not await wait_for_all([answer], timeout):
                 raise RequestTimeoutError(timeout)
             return answer.result()
         finally:
             session.requests.forget(request_id)
 
-    async def _numbered(self, session: Session, frame: EncodedMessage) -> int:
+    async def _enqueue_sequenced(self, session: Session, frame: EncodedMessage) -> int:
         """Queue a frame and return its number."""
         numbers: list[int] = []
-        queued = self.ending is None and await session.put_wait(self, frame, numbers.append)
+        queued = self.close_info is None and await session.put_wait(self, frame, numbers.append)
         if not queued:
             raise await self._closed()
         return numbers[0] if numbers else session.head
@@ -168,7 +168,7 @@ class Messages(SendingHalf):
         Raises:
             WrongLoopError: It is another one.
         """
-        self._parts.turns.check_loop()
+        self._parts.scheduler.check_loop()
 
     def check_opened(self) -> None:
         """Raise unless the connection is open or has been.
@@ -188,7 +188,7 @@ class Messages(SendingHalf):
             WrongLoopError: This is another event loop.
         """
         self.check_loop()
-        if not self.opened or self.ending is not None:
+        if not self.opened or self.close_info is not None:
             raise self._closed_error()
 
     async def still_open(self) -> None:
@@ -200,20 +200,20 @@ class Messages(SendingHalf):
             WrongLoopError: This is not the event loop of the connection.
         """
         self.check_loop()
-        if not self.opened or self.ending is not None:
+        if not self.opened or self.close_info is not None:
             raise await self._closed()
 
     @abc.abstractmethod
-    async def told_again(self) -> None:
+    async def yield_after_end(self) -> None:
         """Your code is told that the connection has ended. From the second time on the event loop has a turn first."""
 
     async def _closed(self) -> Exception:
         """The error for code that goes on after the end."""
-        await self.told_again()
+        await self.yield_after_end()
         return self._closed_error()
 
     def _closed_error(self) -> Exception:
-        return NotOpenError() if self.ending is None else closed_error_for(self.ending)
+        return NotOpenError() if self.close_info is None else closed_error_for(self.close_info)
 
     async def _asgi_receive(self) -> dict[str, Any]:
         """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
@@ -221,16 +221,16 @@ class Messages(SendingHalf):
         try:
             item = await self.inbox.get()
         except InboxClosed:
-            await self.told_again()
-            how = self.ending or local_close(DisconnectReason.NETWORK_LOST)
-            return {"type": "websocket.disconnect", "code": how.code, "reason": how.text}
+            await self.yield_after_end()
+            how = self.close_info or local_close(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": how.code, "reason": how.reason}
         message = self.read(item)
         return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
 
     async def _asgi_send(self, message: Any) -> None:
         """Stand in for the server's `send`, for code that writes to the `WebSocket` itself."""
         if message["type"] == CLOSE:
-            self.end(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
+            self.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
             return
         if message["type"] != "websocket.send":
             raise RuntimeError(f"an accepted WebSocket cannot send {message['type']!r}")

@@ -28,11 +28,11 @@ RATE_LIMITED: Final = "rate_limited"
 class Metered(Messages):
     """What is held for a connection, and what comes over it, with the limits of both."""
 
-    __slots__ = ("_controls", "remains", "told_of_limit")
+    __slots__ = ("_controls", "limit_reported", "remains")
 
     _controls: TokenBucket | None
     remains: Remains | None
-    told_of_limit: bool
+    limit_reported: bool
 
     @abc.abstractmethod
     def close_unread(self) -> None:
@@ -41,98 +41,98 @@ class Metered(Messages):
     # ── memory ──
 
     @property
-    def ledger(self) -> MemoryBudget:
+    def budget(self) -> MemoryBudget:
         """Counts what is held."""
-        return self._parts.ledger
+        return self._parts.budget
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that are held for it, or for its session."""
-        if self.conversation is not None:
-            return self.conversation.session.held_memory
-        described = self._parts.ledger.described.get(self.connection_id, 0)
-        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.face._kept_bytes) + described
+        if self.protocol is not None:
+            return self.protocol.session.memory_usage
+        described = self._parts.budget.described.get(self.connection_id, 0)
+        return self.outbox.counted_bytes + self.inbox.counted_bytes + int(self.socket._user_data_bytes) + described
 
     def evict(self) -> None:
         """End it, because room is needed for others."""
         self._parts.evicted(self)
         retry = math.ceil(retry_delay() * 1000)
-        self.end(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
+        self.close(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """End it, because more is held for it than may be."""
         limit = self.config.max_memory_per_connection
-        if self.opened and self.end(DisconnectReason.MEMORY, text=f"over {limit} bytes are held"):
-            self.tell("memory_limit_exceeded", logging.WARNING, held_bytes=held, max_memory_per_connection=limit)
+        if self.opened and self.close(DisconnectReason.MEMORY, text=f"over {limit} bytes are held"):
+            self.emit("memory_limit_exceeded", logging.WARNING, held_bytes=held, max_memory_per_connection=limit)
 
-    def heard(self) -> None:
+    def on_message(self) -> None:
         """A message of its client has come. Called only where input is watched."""
-        self._parts.ledger.heard(self.member)
+        self._parts.budget.on_inbound(self.recipient)
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """Something is held for it, where nothing may have been before."""
-        self._parts.ledger.holds(self.remains or self.member)
+        self._parts.budget.on_nonzero(self.remains or self.recipient)
 
     @property
-    def left_over(self) -> int:
+    def residual_memory(self) -> int:
         """Bytes that it alone holds. Its client's session, while that lives, holds what is unread."""
-        shared = self.conversation is not None and self.conversation.session.over is None
+        shared = self.protocol is not None and self.protocol.session.ended is None
         return self.outbox.counted_bytes + (0 if shared else self.inbox.counted_bytes)
 
-    def clear_out(self) -> None:
+    def discard_residual(self) -> None:
         """It has ended: throw away what nobody has read and what is not sent yet, but for the close frame."""
         self.close_unread()
         self._discarded(self.outbox.forget())
 
     # ── what its client may send ──
 
-    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+    def admit_message(self, raw: str | bytes, message: Message | None = None) -> bool:
         """Whether its client may send a message now. If not, it is told so, or its connection ends."""
         if not self._parts.traffic.limited:
             return True
         excess = self._parts.traffic.take(self.client_id, self.connection_id, wire_size(raw), monotonic())
         if excess is not None:
-            self.exceeded(excess, message)
+            self.on_rate_exceeded(excess, message)
         return excess is None
 
-    def exceeded(self, excess: RateExceeded, message: Message | None) -> None:
+    def on_rate_exceeded(self, excess: RateExceeded, message: Message | None) -> None:
         """Its client has sent more than it may: tell it, and end its connection if it was told often enough."""
-        self.reports.totals.messages_refused += 1
-        self._tell_limit(excess.option, excess.message_type)
-        text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
-        if self.conversation is not None:
-            self.conversation.too_much(message, RATE_LIMITED, text, excess.wait)
+        self.events.counters.messages_refused += 1
+        self._emit_limit(excess.option, excess.message_type)
+        text = f"too many messages; retry={math.ceil(excess.retry_after * 1000)}"
+        if self.protocol is not None:
+            self.protocol.too_much(message, RATE_LIMITED, text, excess.retry_after)
         else:
             self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
-        if excess.over:
-            self.end(DisconnectReason.POLICY, code=4429, text=text)
+        if excess.disconnect:
+            self.close(DisconnectReason.POLICY, code=4429, text=text)
 
-    def came_too_soon(self, raw: str | bytes) -> None:
+    def on_early_message(self, raw: str | bytes) -> None:
         """A message has come behind one that was refused, and is not looked at. Too many end the connection."""
         excess = self._parts.traffic.refuse(self.connection_id, wire_size(raw), monotonic())
         if excess is not None:
-            text = f"too many messages; retry={math.ceil(excess.wait * 1000)}"
-            self.end(DisconnectReason.POLICY, code=4429, text=text)
+            text = f"too many messages; retry={math.ceil(excess.retry_after * 1000)}"
+            self.close(DisconnectReason.POLICY, code=4429, text=text)
 
-    def control_came(self) -> None:
+    def on_control_frame(self) -> None:
         """A control frame of its client has come that we have not asked for. Too many end the connection."""
         if self._controls is None:
             self._controls = TokenBucket()
         if wait := self._controls.take(CONTROL_FRAMES, 1.0, monotonic()):
             text = f"too many control frames; retry={math.ceil(wait * 1000)}"
-            self._tell_limit("control_frames")
-            self.end(DisconnectReason.POLICY, code=4429, text=text)
+            self._emit_limit("control_frames")
+            self.close(DisconnectReason.POLICY, code=4429, text=text)
 
-    def _tell_limit(self, option: str, message_type: str | None = None) -> None:
+    def _emit_limit(self, option: str, message_type: str | None = None) -> None:
         """Say which limit its client has run into, until that was told at its level once."""
-        if not self.told_of_limit:
+        if not self.limit_reported:
             about = {"option": option} if message_type is None else {"option": option, "message_type": message_type}
             kind = " ".join(about.values())
-            self.told_of_limit = self.tell_now_and_then("rate_limited", logging.WARNING, kind, **about)
+            self.limit_reported = self.emit_throttled("rate_limited", logging.WARNING, kind, **about)
 
-    def delivered(self) -> None:
+    def on_delivered(self) -> None:
         """A message has gone out. Told only where somebody wants to know."""
-        self._parts.ledger.delivered(self.member)
+        self._parts.budget.on_delivered(self.recipient)
 
 
 def wire_size(raw: str | bytes) -> int:

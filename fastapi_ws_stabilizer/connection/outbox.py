@@ -54,24 +54,24 @@ class Outbox(StallWatch, abc.ABC):
 
     __slots__ = (
         "_close",
+        "_control",
         "_deflates",
         "_pending",
+        "_scheduler",
         "_shut",
         "_slow",
-        "_turns",
-        "_urgent",
         "_waiters",
-        "place",
+        "shard_index",
         "used",
     )
 
-    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, turns: FlushScheduler, shard: int) -> None:
+    def __init__(self, owner: OutboxOwner, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
         super().__init__(owner, limits)
-        self.place = 0
+        self.shard_index = 0
         self.used = False  # whether a message was put in since that was asked
-        self._turns = turns
-        self._pending = turns.pending(shard)
-        self._urgent: list[EncodedMessage] | None = None
+        self._scheduler = scheduler
+        self._pending = scheduler.pending(shard)
+        self._control: list[EncodedMessage] | None = None
         self._shut = True
         self._deflates = False
         self._slow: SlowConsumer | None = None
@@ -79,7 +79,7 @@ class Outbox(StallWatch, abc.ABC):
         self._close: tuple[int, str] | None = None
 
     def __len__(self) -> int:
-        return super().__len__() + len(self._urgent or ())
+        return super().__len__() + len(self._control or ())
 
     def open(self) -> None:
         """Take messages from now on."""
@@ -96,9 +96,9 @@ class Outbox(StallWatch, abc.ABC):
 
         Hot path: called for each recipient of each broadcast. All that is unusual is elsewhere.
         """
-        return EnqueueResult.QUEUED if self.put_if_calm(frame) else self._offer_with_care(frame)
+        return EnqueueResult.QUEUED if self.try_enqueue(frame) else self._offer_slow_path(frame)
 
-    def put_if_calm(self, frame: EncodedMessage) -> bool:
+    def try_enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is nothing to think about; `False` says nothing but that there is.
 
         Hot path: this alone runs for nearly all messages.
@@ -109,11 +109,11 @@ class Outbox(StallWatch, abc.ABC):
         held = self.held_bytes + frame.size
         if queue:
             limits = self._limits
-            if len(queue) >= limits.calm_messages or held > limits.calm_bytes:
+            if len(queue) >= limits.soft_messages or held > limits.soft_bytes:
                 return False
             queue.append(frame)
-        elif self._alone is None:
-            self._alone = frame
+        elif self._single is None:
+            self._single = frame
         else:  # the second of a burst
             return False
         self.held_bytes = held
@@ -122,7 +122,7 @@ class Outbox(StallWatch, abc.ABC):
             self._due = True
             pending = self._pending
             if not pending:
-                self._turns.book(pending)
+                self._scheduler.mark_ready(pending)
             pending.append(self)
         return True
 
@@ -134,10 +134,10 @@ class Outbox(StallWatch, abc.ABC):
         """
         if self._due or self._shut or self._counted or frame.key is not None or self._waiters:
             return False
-        self._alone = frame
+        self._single = frame
         self.held_bytes = frame.size
         self.used = True
-        self.take_turn()
+        self.flush_now()
         return True
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
@@ -155,29 +155,29 @@ class Outbox(StallWatch, abc.ABC):
 
     def lingers(self) -> bool:
         """Whether something waits that the network may take as soon as the event loop turns."""
-        return self._any and not self.send_waits
+        return self._any and not self.on_send_delayed
 
-    def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
+    def _offer_slow_path(self, frame: EncodedMessage) -> EnqueueResult:
         if self._shut:
             return EnqueueResult.REFUSED
-        if frame.key is not None and self._takes_a_place(frame):
-            return EnqueueResult.SLOW if self.half_full and self.send_waits else EnqueueResult.QUEUED
-        calm = self._is_calm(frame.size)
+        if frame.key is not None and self._occupies_slot(frame):
+            return EnqueueResult.SLOW if self.half_full and self.on_send_delayed else EnqueueResult.QUEUED
+        calm = self._below_soft_limit(frame.size)
         if not calm and not self.blocked:
             self._carry()  # the network may take all of it at once
-            calm = self._is_calm(frame.size)
+            calm = self._below_soft_limit(frame.size)
             if self._shut:
                 return EnqueueResult.REFUSED
         if self._fits(frame.size):
             self._put_in(frame)
             if calm:
                 return EnqueueResult.QUEUED
-            if not self.send_waits:
+            if not self.on_send_delayed:
                 return EnqueueResult.PRESSED
-            self._becomes(SlowConsumer.LAGGING)
+            self._set_slow(SlowConsumer.LAGGING)
             return EnqueueResult.SLOW
         if self._limits.overflow is OutboxOverflow.DISCONNECT:
-            self._becomes(SlowConsumer.DISCONNECTED)
+            self._set_slow(SlowConsumer.DISCONNECTED)
             return EnqueueResult.REFUSED
         if self._limits.overflow is OutboxOverflow.DROP_NEWEST:
             self._drop(1)
@@ -194,7 +194,7 @@ class Outbox(StallWatch, abc.ABC):
         """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
         if self._shut:
             return False
-        if frame.key is not None and self._takes_a_place(frame):
+        if frame.key is not None and self._occupies_slot(frame):
             return True
         if not self.make_room(frame.size):
             return False
@@ -207,17 +207,17 @@ class Outbox(StallWatch, abc.ABC):
             self._carry()
         return not self._shut and self._fits(size)
 
-    def put_urgent(self, frame: EncodedMessage) -> bool:
+    def put_control(self, frame: EncodedMessage) -> bool:
         """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
-        urgent = self._urgent or []
+        urgent = self._control or []
         if self._shut or len(urgent) >= MAX_URGENT:
             return False
         urgent.append(frame)
-        self._urgent = urgent
-        self._book_turn()
+        self._control = urgent
+        self._schedule_flush()
         return True
 
-    def put_all(self, frames: Iterable[EncodedMessage]) -> None:
+    def preload(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue what a connection begins with, whatever room there is. It takes none from what comes after it."""
         for frame in frames:
             self._put_in(frame)
@@ -254,47 +254,47 @@ class Outbox(StallWatch, abc.ABC):
         """Wait behind the others, or in the place of one whose message this one makes worthless."""
         if self._waiters is None:
             self._waiters = deque()
-        for place, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
+        for index, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
             if other.frame.key == waiter.frame.key:
-                self._waiters[place] = waiter
-                self.owner.coalesced()
+                self._waiters[index] = waiter
+                self.owner.on_coalesced()
                 other.settle(True)
                 return
         self._waiters.append(waiter)
 
-    def _takes_a_place(self, frame: EncodedMessage) -> bool:
+    def _occupies_slot(self, frame: EncodedMessage) -> bool:
         """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
         self.used = True
         for waiter in self._waiters or ():
             if waiter.frame.key == frame.key:  # it is newer than all that are queued
                 waiter.frame = frame
-                self.owner.coalesced()
+                self.owner.on_coalesced()
                 return True
         if self._coalesce(frame):
-            self.owner.coalesced()
+            self.owner.on_coalesced()
             return True
         return False
 
     def _put_in(self, frame: EncodedMessage) -> None:
         self._append(frame)
         self.used = True
-        self._book_turn()
+        self._schedule_flush()
 
     # ── slowness ──
 
-    def _becomes(self, how: SlowConsumer) -> None:
+    def _set_slow(self, how: SlowConsumer) -> None:
         """Tell, once in an episode, that the client has become that slow."""
         if self._slow is not how and self._slow is not SlowConsumer.DROPPING:
             self._slow = how
-            self.owner.slow(how)
+            self.owner.on_slow(how)
 
     def _drop(self, count: int) -> None:
-        self.owner.dropped(count)
-        self._becomes(SlowConsumer.DROPPING)
+        self.owner.on_dropped(count)
+        self._set_slow(SlowConsumer.DROPPING)
 
     # ── taking out ──
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """Send what can be sent now. Called at the end of a turn of the event loop in which something was queued."""
         self._due = False
         if not self._broken:
@@ -306,8 +306,8 @@ class Outbox(StallWatch, abc.ABC):
 
     def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Take out what is next, control frames first, until `max_bytes` are reached."""
-        if self._urgent:
-            urgent, self._urgent = self._urgent, None
+        if self._control:
+            urgent, self._control = self._control, None
             return urgent
         frames = self._pop_up_to(max_bytes)
         if self._waiters:
@@ -320,41 +320,41 @@ class Outbox(StallWatch, abc.ABC):
             waiter = self._waiters.popleft()
             if waiter.done.done():
                 continue
-            if waiter.frame.key is None or not self._takes_a_place(waiter.frame):
+            if waiter.frame.key is None or not self._occupies_slot(waiter.frame):
                 self._put_in(waiter.frame)
             if waiter.queued is not None:
                 waiter.queued(waiter.frame)
             waiter.settle(True)
 
-    def _book_turn(self) -> None:
+    def _schedule_flush(self) -> None:
         if not self._due:
             self._due = True
-            self._turns.soon(self._pending, self)
+            self._scheduler.schedule(self._pending, self)
 
     def _failed(self, error: BaseException, unsent: int) -> None:
         """The server has refused a message: nothing can be sent any more, and the end is on its way to us."""
         self._broken = self._due = True
         if unsent:
-            self.owner.unsent(unsent)
-        self.owner.send_failed(error)
+            self.owner.on_unsent(unsent)
+        self.owner.on_send_failed(error)
 
     def _is_held(self) -> None:
-        if self._limits.ledger.orders:
-            self.owner.holds()
+        if self._limits.budget.evicts:
+            self.owner.on_nonzero()
 
     @property
     def _any(self) -> bool:
         """Whether anything waits."""
-        return bool(self._alone is not None or self._queue or self._urgent)
+        return bool(self._single is not None or self._queue or self._control)
 
-    def _calm_down(self) -> None:
+    def _on_drained(self) -> None:
         """The queue is empty: tell if the client was slow and has caught up."""
         if self._broken:  # what is queued stays, and is counted, until it is thrown away
             return
         self._counted = False
         if self._slow is not None and not self._shut:
             self._slow = None
-            self.owner.caught_up()
+            self.owner.on_caught_up()
 
     # ── the end ──
 
@@ -374,8 +374,8 @@ class Outbox(StallWatch, abc.ABC):
         self._shut = True
         discarded = 0 if flush else self._clear()
         self._close = (code, text)
-        self._turn_away()
-        self._book_turn()
+        self._fail_waiters()
+        self._schedule_flush()
         return discarded
 
     def forget(self) -> int:
@@ -387,17 +387,17 @@ class Outbox(StallWatch, abc.ABC):
         self._shut = True
         self._close = None
         discarded = self._clear()
-        self._turn_away()
+        self._fail_waiters()
         self._set_done()
         return discarded
 
     def _clear(self) -> int:
         discarded = SendQueue.__len__(self)
-        self._urgent = None
+        self._control = None
         self._empty()
         return discarded
 
-    def _turn_away(self) -> None:
+    def _fail_waiters(self) -> None:
         for waiter in self._waiters or ():
             waiter.settle(False)
         self._waiters = None

@@ -24,35 +24,35 @@ class OutboxOwner(Protocol):
     connection_id: str
     context: contextvars.Context | None
 
-    def delivered(self) -> None:
+    def on_delivered(self) -> None:
         """The server, or its transport, has taken a message. Told only where somebody wants to know."""
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """What waits is counted, where nothing may have been before."""
 
-    def unsent(self, count: int) -> None:
+    def on_unsent(self, count: int) -> None:
         """Messages were given to the server and not taken."""
 
-    def dropped(self, count: int) -> None:
+    def on_dropped(self, count: int) -> None:
         """Messages were thrown away because the client is slow."""
 
-    def coalesced(self) -> None:
+    def on_coalesced(self) -> None:
         """A newer message has taken the place of one that waited."""
 
-    def slow(self, how: SlowConsumer) -> None:
+    def on_slow(self, how: SlowConsumer) -> None:
         """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
 
-    def caught_up(self) -> None:
+    def on_caught_up(self) -> None:
         """The client is slow no longer."""
 
     def send_progress(self) -> int | None:
         """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
 
-    def send_stuck(self) -> None:
+    def on_send_stalled(self) -> None:
         """A send has made no progress for `send_timeout`."""
 
-    def send_waits(self) -> None:
+    def on_send_delayed(self) -> None:
         """A send has made no progress for a while, and `send_timeout` is not over."""
 
-    def send_failed(self, error: BaseException) -> None:
+    def on_send_failed(self, error: BaseException) -> None:
         """The server refused a message: the connection is gone."""

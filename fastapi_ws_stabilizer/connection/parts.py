@@ -25,10 +25,10 @@ class SharedResources:
 
     Args:
         config: Its options.
-        reports: Where to tell what happens.
+        events: Where to tell what happens.
         tasks: Holds the tasks of all connections.
-        turns: Runs what connections have to do at the end of a turn of the event loop.
-        ledger: Counts what is held for connections.
+        scheduler: Runs what connections have to do at the end of a turn of the event loop.
+        budget: Counts what is held for connections.
         traffic: How much their clients may send.
         next_shard: Gives a new connection its shard.
         left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
@@ -37,8 +37,8 @@ class SharedResources:
         disconnected: Runs the disconnect hooks.
         session_over: Runs the hooks for the end of a connection's session, if it has ended with it.
         slow: Called, without waiting, when a client has become slow.
-        failed: Told of a bug in user code, after it has been reported.
-        judge: Finds out how a connection ends by an error of user code, and what of it is a bug.
+        on_error: Told of a bug in user code, after it has been reported.
+        close_info_by_handler: Finds out how a connection ends by an error of user code, and what of it is a bug.
 
     Attributes:
         inbox_limits: What all inboxes share.
@@ -53,28 +53,28 @@ class SharedResources:
     """
 
     __slots__ = (
-        "asked_to_leave",
+        "budget",
         "cleanups",
+        "close_info_by_handler",
         "config",
-        "disconnected",
+        "drain_requests",
+        "events",
         "evicted",
-        "failed",
-        "finished",
         "inbox_limits",
-        "judge",
-        "ledger",
-        "left",
         "loop",
         "next_shard",
         "numbered_limits",
+        "on_closed",
+        "on_closing",
+        "on_disconnect",
+        "on_error",
+        "on_session_end",
         "outbox_limits",
-        "reports",
         "round_trips",
-        "session_over",
+        "scheduler",
         "slow",
         "tasks",
         "traffic",
-        "turns",
         "watches_input",
         "writers",
     )
@@ -82,51 +82,52 @@ class SharedResources:
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: EventBus,
+        events: EventBus,
         tasks: TaskSet,
-        turns: FlushScheduler,
-        ledger: MemoryBudget,
+        scheduler: FlushScheduler,
+        budget: MemoryBudget,
         traffic: InboundRateLimiter,
         *,
         next_shard: Callable[[], int],
-        left: Callable[[Any], None],
+        on_closing: Callable[[Any], None],
         evicted: Callable[[Any], None],
-        finished: Callable[[Any], None],
-        disconnected: Callable[[Any, DisconnectReason], Awaitable[None]],
-        session_over: Callable[[Any], Awaitable[None]],
+        on_closed: Callable[[Any], None],
+        on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]],
+        on_session_end: Callable[[Any], Awaitable[None]],
         slow: Callable[[Any, SlowConsumer], None],
-        failed: Callable[[Any, BaseException], Awaitable[None]],
-        judge: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]] | None = None,
+        on_error: Callable[[Any, BaseException], Awaitable[None]],
+        close_info_by_handler: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]]
+        | None = None,
     ) -> None:
         self.config = config
-        self.reports = reports
-        self.round_trips = None if reports.timings is None else reports.timings.round_trips
+        self.events = events
+        self.round_trips = None if events.timings is None else events.timings.round_trips
         self.tasks = tasks
-        self.turns = turns
-        self.loop = turns.loop
+        self.scheduler = scheduler
+        self.loop = scheduler.loop
         self.next_shard = next_shard
-        self.left = left
+        self.on_closing = on_closing
         self.evicted = evicted
-        self.finished = finished
-        self.disconnected = disconnected
-        self.session_over = session_over
+        self.on_closed = on_closed
+        self.on_disconnect = on_disconnect
+        self.on_session_end = on_session_end
         self.slow = slow
-        self.failed = failed
-        self.judge = judge
-        self.ledger = ledger
+        self.on_error = on_error
+        self.close_info_by_handler = close_info_by_handler
+        self.budget = budget
         self.traffic = traffic
-        self.watches_input = traffic.limited or ledger.watches_input
+        self.watches_input = traffic.limited or budget.watches_input
         max_unread = config.inbox_max_bytes
         if config.max_memory_per_connection is not None:  # half of it, for the message that reaches the mark is taken:
             max_unread = min(max_unread, config.max_memory_per_connection // 2)  # who sends too fast is to be slowed
-        self.inbox_limits = InboxLimits(config.inbox_max_messages, max_unread, ledger)
-        self.outbox_limits = OutboxLimits(config, reports.totals, ledger)
-        self.numbered_limits = OutboxLimits(config, reports.totals, ledger)
+        self.inbox_limits = InboxLimits(config.inbox_max_messages, max_unread, budget)
+        self.outbox_limits = OutboxLimits(config, events.counters, budget)
+        self.numbered_limits = OutboxLimits(config, events.counters, budget)
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
         # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
         self.writers = WriterPool(
             tasks, CallbackSemaphore(config.max_concurrent_broadcast), CallbackSemaphore(config.max_concurrent_cleanup)
         )
-        self.asked_to_leave: dict[str, DisconnectReason] = {}
+        self.drain_requests: dict[str, DisconnectReason] = {}
         self.cleanups = asyncio.Semaphore(config.max_concurrent_cleanup)

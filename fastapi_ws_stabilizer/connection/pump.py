@@ -40,50 +40,50 @@ class Pumped(Protocol):
     """What the pump needs of its connection."""
 
     config: WebSocketConfig
-    reports: EventBus
-    pulse: Liveness
+    events: EventBus
+    liveness: Liveness
     inbox: Inbox
-    server_side: ServerTransport
+    server_transport: ServerTransport
     control_frames: bool
-    conversation: V1Protocol | None
+    protocol: V1Protocol | None
     pause: Pause | None
     opened_at: float
     outbox: AsgiOutbox | DirectOutbox
-    told_of_pause: bool
+    pause_reported: bool
     used: bool
     watches_input: bool
-    ending: CloseInfo | None
+    close_info: CloseInfo | None
 
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
 
-    def ended_by_peer(self, how: CloseInfo) -> None:
+    def on_peer_close(self, how: CloseInfo) -> None:
         """The connection is gone."""
 
-    def lost(self, error: BaseException) -> None:
+    def on_connection_lost(self, error: BaseException) -> None:
         """The connection broke."""
 
     credential: CredentialExpiry | None
 
-    def heard(self) -> None:
+    def on_message(self) -> None:
         """A message of its client has come."""
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """Something is held for it, where nothing may have been before."""
 
-    def control_came(self) -> None:
+    def on_control_frame(self) -> None:
         """A control frame of its client has come that we have not asked for. Too many end the connection."""
 
-    def may_send(self, raw: str | bytes, message: Message | None = None) -> bool:
+    def admit_message(self, raw: str | bytes, message: Message | None = None) -> bool:
         """Whether its client may send a message now. If not, it is told so, or its connection ends."""
 
     def stop_sending(self) -> None:
         """Send nothing more, not even a close frame."""
 
-    def tell(self, event: str, level: int, **facts: Any) -> None:
+    def emit(self, event: str, level: int, **fields: Any) -> None:
         """Report something about this connection."""
 
 
@@ -92,18 +92,18 @@ async def read_pump(connection: Pumped, receive: Receive) -> None:
 
     Every idle connection holds its frame, so everything else is elsewhere.
     """
-    while connection.ending is None:
+    while connection.close_info is None:
         try:
             event = await receive()
         except Exception as error:  # a server or a test client that tears its stream down instead of saying so
-            connection.lost(error)
+            connection.on_connection_lost(error)
             return
         try:
             if not _handle_event(connection, event):
                 await _enqueue_when_room(connection, event)
         except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
-            connection.reports.bug("internal_task_failed", error, task="ws-pump")
-            connection.lost(error)
+            connection.events.emit_exception("internal_task_failed", error, task="ws-pump")
+            connection.on_connection_lost(error)
         del event  # or the last message would be held until the next one comes
 
 
@@ -112,14 +112,14 @@ def _handle_event(connection: Pumped, event: Mapping[str, Any]) -> bool:
     if event["type"] != "websocket.receive":
         close_on_disconnect_event(connection, event)
         return True
-    connection.pulse.seen(monotonic())
+    connection.liveness.on_frame(monotonic())
     text: str | None = event.get("text")
     message: str | bytes = (event.get("bytes") or b"") if text is None else text
     item = decode(connection, message)
     if item is None:
         return True
     inbox = connection.inbox
-    full = bool(inbox.held_bytes) and inbox.full and not connection.server_side.closing
+    full = bool(inbox.held_bytes) and inbox.full and not connection.server_transport.closing
     if isinstance(item, Message):  # it is numbered and accepted, so it cannot wait outside
         inbox.put(item, item.size)
     elif not full:
@@ -132,8 +132,8 @@ def decode(connection: Pumped, message: str | bytes) -> Item | None:
 
     Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
     """
-    if connection.conversation is not None:
-        return None if _is_too_big(connection, message) else connection.conversation.take(message)
+    if connection.protocol is not None:
+        return None if _is_too_big(connection, message) else connection.protocol.receive(message)
     if (
         isinstance(message, str)
         and len(message) <= MAX_CONTROL_CHARS
@@ -141,26 +141,26 @@ def decode(connection: Pumped, message: str | bytes) -> Item | None:
         and (control := parse_text_ping(message)) is not None
     ):
         if isinstance(control, TextPing):
-            connection.control_came()
+            connection.on_control_frame()
             connection.answer(control.answer)
-        elif not connection.pulse.ponged(monotonic()):
-            connection.control_came()
+        elif not connection.liveness.on_pong(monotonic()):
+            connection.on_control_frame()
         return None
     # Nearly all are far below the limit, and a call for each would cost more than this.
     if 4 * len(message) > connection.config.max_message_size and _is_too_big(connection, message):
         return None
     credential = connection.credential
     if credential is not None and (token := parse_renewal(message)) is not None:
-        connection.control_came()
-        credential.offered(token)
+        connection.on_control_frame()
+        credential.renewal_requested(token)
         return None
     watches = connection.watches_input
-    if watches and not connection.may_send(message):
+    if watches and not connection.admit_message(message):
         return None
-    connection.reports.totals.messages_received += 1
+    connection.events.counters.messages_received += 1
     connection.used = True
     if watches:
-        connection.heard()
+        connection.on_message()
     return message
 
 
@@ -173,15 +173,15 @@ def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
         and not message.isascii()
         and len(message.encode("utf-8", "surrogatepass")) > max_size
     ):
-        connection.end(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
+        connection.close(DisconnectReason.MESSAGE_TOO_BIG, text=f"message over {max_size} bytes")
         return True
     return False
 
 
 def close_on_disconnect_event(connection: Pumped, event: Mapping[str, Any]) -> None:
     """End a connection as an ASGI `websocket.disconnect` says."""
-    close_frame = connection.server_side.saw_close_frame(event)
-    connection.ended_by_peer(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
+    close_frame = connection.server_transport.saw_close_frame(event)
+    connection.on_peer_close(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
 
 
 def on_inbox_full(connection: Pumped) -> bool:
@@ -192,11 +192,11 @@ def on_inbox_full(connection: Pumped) -> bool:
     if connection.inbox.undecided:
         return False
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
-        connection.end(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
+        connection.close(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
         return True
-    if not connection.told_of_pause:
-        connection.told_of_pause = True
-        connection.tell("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox), advice=ADVICE)
+    if not connection.pause_reported:
+        connection.pause_reported = True
+        connection.emit("reading_paused", logging.WARNING, waiting_messages=len(connection.inbox), advice=ADVICE)
     return False
 
 
@@ -220,19 +220,19 @@ def _drop(connection: Pumped) -> None:
     """Let the oldest messages go, now and whenever the inbox is full, until one is read. Each of them is counted."""
     inbox = connection.inbox
     if not inbox.drops:
-        connection.tell("messages_not_read", logging.WARNING, advice=ADVICE)
+        connection.emit("messages_not_read", logging.WARNING, advice=ADVICE)
         inbox.drop_when_full()
         refuse_requests(connection)
-    inbox.taken = 0
+    inbox.reads = 0
     for item in inbox.drop_oldest():
-        connection.reports.totals.messages_discarded += 1
-        if connection.conversation is not None and isinstance(item, Message):
-            connection.conversation.dropped(item)
+        connection.events.counters.messages_discarded += 1
+        if connection.protocol is not None and isinstance(item, Message):
+            connection.protocol.dropped(item)
 
 
 def do_without_reader(connection: Pumped) -> None:
     """What the client sends holds up nothing from now on, unless the endpoint reads. Nothing happens after the end."""
-    if connection.ending is not None:
+    if connection.close_info is not None:
         return
     connection.inbox.drop_when_full()
     refuse_requests(connection)
@@ -242,12 +242,12 @@ def do_without_reader(connection: Pumped) -> None:
 
 def refuse_requests(connection: Pumped) -> None:
     """Answer the requests in the inbox of an endpoint that has said that it does not read, unless it reads."""
-    conversation = connection.conversation
-    if conversation is None or connection.ending is not None or not connection.inbox.ignored:
+    protocol = connection.protocol
+    if protocol is None or connection.close_info is not None or not connection.inbox.ignored:
         return
     for request in connection.inbox.take_requests():
-        connection.reports.totals.messages_discarded += 1
-        conversation.dropped(request)
+        connection.events.counters.messages_discarded += 1
+        protocol.dropped(request)
 
 
 def begin_pause(connection: Pumped) -> None:
@@ -263,11 +263,11 @@ def end_pause(connection: Pumped) -> None:
     the endpoint has not said that it does not read: their client knows that they were accepted and sends them no more,
     so they are kept for its next connection.
     """
-    sends = connection.conversation is None and connection.pause is not None and connection.pause.sent
+    sends = connection.protocol is None and connection.pause is not None and connection.pause.sent
     if connection.inbox.drops or sends:
         _drop(connection)
     else:
-        connection.end(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+        connection.close(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
 class _InHand:
@@ -290,14 +290,14 @@ class _InHand:
         if self.taken:
             return
         self.taken = True
-        if connection.conversation is not None:  # it is in the inbox already
+        if connection.protocol is not None:  # it is in the inbox already
             return
-        how = connection.ending
+        how = connection.close_info
         if how is not None and not how.rule.deliver:
-            connection.reports.totals.messages_discarded += 1
+            connection.events.counters.messages_discarded += 1
         else:
             connection.inbox.put(self._message)
-            connection.holds()
+            connection.on_nonzero()
 
 
 async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
@@ -311,10 +311,12 @@ async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> No
     if not drop_unread(connection) and not on_inbox_full(connection):
         begin_pause(connection)
         inbox = connection.inbox
-        taken, since = inbox.taken, monotonic()
-        while not (await inbox.room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_side.closing):
-            if inbox.taken != taken:
-                taken, since = inbox.taken, monotonic()
+        taken, since = inbox.reads, monotonic()
+        while not (
+            await inbox.wait_for_room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_transport.closing
+        ):
+            if inbox.reads != taken:
+                taken, since = inbox.reads, monotonic()
                 begin_pause(connection)
             elif drop_unread(connection):
                 break
@@ -322,5 +324,5 @@ async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> No
                 end_pause(connection)
                 break
         connection.pause = None
-        connection.pulse.seen(monotonic())
+        connection.liveness.on_frame(monotonic())
     in_hand()

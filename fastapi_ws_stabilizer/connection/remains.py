@@ -11,10 +11,10 @@ class Ended(Protocol):
     connection_id: str
 
     @property
-    def left_over(self) -> int:
+    def residual_memory(self) -> int:
         """Bytes that it alone holds."""
 
-    def clear_out(self) -> None:
+    def discard_residual(self) -> None:
         """Throw them away."""
 
 
@@ -36,13 +36,13 @@ class Remains:
         return self._connection.connection_id
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that it holds."""
-        return self._connection.left_over
+        return self._connection.residual_memory
 
     def evict(self) -> None:
         """Throw it away, because room is needed."""
-        self._connection.clear_out()
+        self._connection.discard_residual()
 
-    def holds_too_much(self, _: int) -> None:
+    def on_limit_exceeded(self, _: int) -> None:
         """It grows no more."""

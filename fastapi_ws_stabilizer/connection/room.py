@@ -27,11 +27,11 @@ class Room:
 
     __slots__ = ("_delivery_now", "_history", "name")
 
-    def __init__(self, name: str, delivery: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
+    def __init__(self, name: str, hub: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
         check_room_name(name)
         self.name = name
         self._history = history  # whether what is sent by this object is remembered where the call does not say
-        self._delivery_now = delivery  # not the delivery: a manager that is started anew has another one
+        self._delivery_now = hub  # not the delivery: a manager that is started anew has another one
 
     if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 
@@ -43,21 +43,21 @@ class Room:
         return f"<Room {self.name!r} {len(self)} connections>"
 
     @property
-    def _delivery(self) -> Hub[Connection]:
+    def _hub(self) -> Hub[Connection]:
         return self._delivery_now()
 
     def __len__(self) -> int:
-        return self._delivery.rooms.count(self.name)
+        return self._hub.rooms.count(self.name)
 
     def __bool__(self) -> bool:
         """Whether a client is in the room, is away, or is expected back there."""
-        return self._delivery.room_exists(self.name)
+        return self._hub.room_exists(self.name)
 
     def __contains__(self, whom: object) -> bool:
         """Whether a socket, or a client id with any of its connections, is in the room now, present or away."""
         if isinstance(whom, StableSocket):
-            return self.name in self._delivery.rooms.of(whom._connection.member)
-        return isinstance(whom, str) and self._delivery.is_in(whom, self.name)
+            return self.name in self._hub.rooms.rooms_of(whom._connection.recipient)
+        return isinstance(whom, str) and self._hub.is_in(whom, self.name)
 
     @property
     def members(self) -> list[StableSocket]:
@@ -65,12 +65,12 @@ class Room:
 
         The socket of a member that is away is its last one, and is `closed`. `send` reaches its session all the same.
         """
-        return [member.face for member in self._delivery.rooms.members(self.name)]
+        return [member.socket for member in self._hub.rooms.members(self.name)]
 
     @property
     def clients(self) -> list[str]:
         """The ids of the clients in the room, each once: those that are present, then those that are away."""
-        return self._delivery.clients_in(self.name)
+        return self._hub.clients_in(self.name)
 
     @property
     def presence(self) -> list[Presence]:
@@ -78,16 +78,16 @@ class Room:
 
         A client whose connection broke is so until `presence_grace` has passed.
         """
-        return self._delivery.presence.present(self.name)
+        return self._hub.presence.present(self.name)
 
-    def describe(self, client_id: str, **metadata: Any) -> bool:
+    def set_presence(self, client_id: str, **metadata: Any) -> bool:
         """Replace the presence metadata of a client; `False` if it is not here.
 
         Raises:
             MemoryLimitExceededError: It is more than may be held for the client. What was there stays.
         """
-        self._delivery.check_loop()
-        return self._delivery.describe(client_id, self.name, metadata)
+        self._hub.check_loop()
+        return self._hub.describe(client_id, self.name, metadata)
 
     async def send(
         self,
@@ -110,7 +110,7 @@ class Room:
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         kept = self._history if history is None else history
-        return await self._delivery.broadcast(frame, self.name, exclude, history=kept)
+        return await self._hub.broadcast(frame, self.name, exclude, history=kept)
 
     async def remove(self, client_id: str) -> bool:
         """Take a client out of the room, with all its connections, present or away. They stay open.
@@ -121,14 +121,14 @@ class Room:
         Returns:
             Whether it was in the room, or expected back there.
         """
-        return self._delivery.remove_client(client_id, self.name)
+        return self._hub.remove_client(client_id, self.name)
 
     async def close(self) -> int:
         """Take all members out of the room, those that are away too; connections stay open. Return how many there were.
 
         Cancelling leaves the others in.
         """
-        return await self._delivery.empty_room(self.name)
+        return await self._hub.empty_room(self.name)
 
     async def disconnect(self, code: int = 1000, reason: str = "") -> int:
         """Close the connections of all members, and return how many there were. Waits for none of them.
@@ -141,4 +141,4 @@ class Room:
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
-        return await self._delivery.end_room(self.name, code, reason)
+        return await self._hub.end_room(self.name, code, reason)

@@ -40,7 +40,7 @@ class StallWatch(SendQueue):
         self._watch: asyncio.TimerHandle | None = None
 
     @property
-    def send_waits(self) -> bool:
+    def on_send_delayed(self) -> bool:
         """Whether the network has taken nothing for longer than it does for a client that reads."""
         return self._blocked_since is not None and monotonic() - self._blocked_since > STALL_THRESHOLD
 
@@ -50,22 +50,22 @@ class StallWatch(SendQueue):
         return 0.0 if self._blocked_since is None else monotonic() - self._blocked_since
 
     @property
-    def stuck(self) -> bool:
+    def is_stalled(self) -> bool:
         """Whether what is queued waits for longer than it does for a client that reads."""
-        return self.send_waits
+        return self.on_send_delayed
 
     @property
     def blocked(self) -> bool:
         """Whether what is queued cannot be sent now."""
         return self._broken or self._blocked_since is not None
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half is used, and the client seems to read."""
-        return self.half_full and not self.send_waits
+        return self.half_full and not self.on_send_delayed
 
     def _block(self) -> None:
         """The client takes nothing for the moment."""
-        self._count()
+        self._start_accounting()
         if self._blocked_since is None:
             self._blocked_since = monotonic()
             self._progress = None
@@ -93,10 +93,10 @@ class StallWatch(SendQueue):
             self._blocked_since = since = monotonic()  # the client reads, if slowly
         waited = monotonic() - since
         if waited >= self._limits.send_timeout:
-            self.owner.send_stuck()
+            self.owner.on_send_stalled()
             return
         if waited >= POLL_INTERVAL:
-            self.owner.send_waits()
+            self.owner.on_send_delayed()
         if self._done is None or not self._done.is_set:
             self._set_watch(waited)
 

@@ -48,7 +48,7 @@ class ServerTransport:
         owner = getattr(self.send, "__self__", None)
         return inspect.iscoroutinefunction(self.send) and type(owner).__module__.startswith(_SERVERS)
 
-    def link(self, scope: Mapping[str, Any]) -> DirectTransport | None:
+    def direct_transport(self, scope: Mapping[str, Any]) -> DirectTransport | None:
         """What the server offers beyond ASGI, if no middleware stands between."""
         owner: Any = getattr(self.send, "__self__", None)
         if not has_direct_transport(scope) or owner is None or owner is not self._receiver or owner.in_use:

@@ -110,7 +110,7 @@ class StableSocket(SocketFacts):
             ) from None
 
     def __repr__(self) -> str:
-        how = "open" if self.ending is None else self.ending.reason.value
+        how = "open" if self.close_info is None else self.close_info.cause.value
         return f"<StableSocket client_id={self.client_id!r} connection_id={self.connection_id} {how}>"
 
     @property
@@ -127,20 +127,20 @@ class StableSocket(SocketFacts):
         """
         connection = self._connection
         connection.check_loop()
-        if connection.ending is not None:
-            return await connection.wait_over()
+        if connection.close_info is not None:
+            return await connection.wait_closing()
         inbox = connection.inbox
         inbox.begin_to_decide()
         # A cancelled timer keeps its context until it is due, and that of this endpoint should go with the connection.
         context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
         timer = loop.call_later(READER_START_GRACE, do_without_reader, connection, context=context)
         try:
-            return await connection.wait_over()
+            return await connection.wait_closing()
         finally:
             timer.cancel()
             if inbox.undecided:
                 inbox.end_to_decide()
-                if connection.pause is not None and connection.ending is None:
+                if connection.pause is not None and connection.close_info is None:
                     on_inbox_full(connection)
 
     # ── receiving ──
@@ -159,7 +159,7 @@ class StableSocket(SocketFacts):
         connection = self._connection
         connection.check_opened()
         connection.check_loop()
-        connection.inbox.taken = 0
+        connection.inbox.reads = 0
         do_without_reader(connection)
 
     async def receive(self) -> str | bytes:
@@ -229,10 +229,10 @@ class StableSocket(SocketFacts):
         try:  # not by receive(), which an idle connection would hold a frame of
             item = await self._connection.inbox.get()
         except InboxClosed:
-            await self._connection.told_again()
+            await self._connection.yield_after_end()
             raise StopAsyncIteration from None
         except ConcurrentReceiveError:
-            await self._connection.told_again()
+            await self._connection.yield_after_end()
             raise
         return self._connection.read(item)
 
@@ -344,11 +344,11 @@ class StableSocket(SocketFacts):
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         if ack:
-            await self._connection.send_acknowledged(frame)
+            await self._connection.send_with_ack(frame)
         elif not self._connection.put_now(frame):
             await self._connection.send(frame)
         elif self._connection.should_yield():
-            await self._connection.let_it_leave()
+            await self._connection.yield_for_send()
 
     async def request(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
         """Ask the client something, and return its answer. Survives a reconnect in between. Cancelling is safe.
@@ -412,7 +412,7 @@ class StableSocket(SocketFacts):
             ValueError: `code` cannot be sent.
         """
         self._connection.check_loop()
-        self._connection.end(DisconnectReason.APPLICATION, code=code, text=reason or "")
+        self._connection.close(DisconnectReason.APPLICATION, code=code, text=reason or "")
         await asyncio.wait({self._connection.outbox.done})
 
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
@@ -427,4 +427,4 @@ class StableSocket(SocketFacts):
             SocketClosed: The connection is over.
             NotOpenError: The connection is not accepted yet.
         """
-        return self._connection.tie(coroutine, name)
+        return self._connection.spawn(coroutine, name)

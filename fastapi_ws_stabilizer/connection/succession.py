@@ -15,13 +15,13 @@ from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all, wait_for_first
 class Handover(Metered):
     """A connection that may have others before it, which are still busy for what is its own now."""
 
-    __slots__ = ("_finished", "_hooks_done", "before", "begun", "endpoint")
+    __slots__ = ("_finished", "_hooks_done", "connect_hooks_started", "endpoint", "predecessors")
 
     _finished: LazyEvent
     _hooks_done: LazyEvent
-    before: tuple[Handover, ...]
+    predecessors: tuple[Handover, ...]
     """Those that are still busy for what is ours now."""
-    begun: bool
+    connect_hooks_started: bool
     """Whether the connect or resume hooks have begun."""
     endpoint: EndpointTask
 
@@ -35,47 +35,49 @@ class Handover(Metered):
         """Whether everything is done for this connection."""
         return self._finished.is_set
 
-    def _take_over(self, conversation: V1Protocol) -> None:
+    def _take_over(self, protocol: V1Protocol) -> None:
         """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
 
         Nothing of this waits, so no message comes between, and none is sent or read twice.
         """
-        session = conversation.session
-        last: Handover | None = session.predecessor
+        session = protocol.session
+        last: Handover | None = session.previous_connection
         if session.inbox is not None:
-            rest = session.inbox.hand_over()
+            rest = session.inbox.transfer()
             self.inbox = session.inbox
             if last is not None:  # else everything was done for it
                 last.inbox = rest
                 self.follow(last)
-        session.inbox, session.predecessor = self.inbox, self
-        if conversation.max_inflated:
+        session.inbox, session.previous_connection = self.inbox, self
+        if protocol.max_inflated:
             self.outbox.deflate_frames()
-        before = session.attach(self, conversation.greeting.cursor, conversation.welcome())
-        conversation.tell_outcome()
+        before = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
+        protocol.tell_outcome()
         if before is not None:
-            before.end(DisconnectReason.REPLACED, text="another connection has taken the session over")
+            before.close(DisconnectReason.REPLACED, text="another connection has taken the session over")
 
     def follow(self, last: Handover) -> None:
         """Nothing is done here until everything is done there, and where that one waits for in its turn."""
-        self.before = tuple(one for one in (*last.before, last) if not one.is_finished)
+        self.predecessors = tuple(one for one in (*last.predecessors, last) if not one.is_finished)
 
     def wait_for_hooks_of(self, ended: Iterable[Handover]) -> None:
         """Begin no hook here before the hooks for the end of these connections of the same client have run.
 
         A connection whose connect hooks never began has none to wait for.
         """
-        more = tuple(one for one in ended if one.begun and not one.hooks_done and one not in self.before)
+        more = tuple(
+            one for one in ended if one.connect_hooks_started and not one.hooks_done and one not in self.predecessors
+        )
         if more:
-            self.before += more
+            self.predecessors += more
 
-    async def wait_for_those_before(self) -> None:
+    async def wait_for_predecessors(self) -> None:
         """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
-        if self.before:
-            await asyncio.gather(*(one.handed_over() for one in self.before))
-            self.before = ()
+        if self.predecessors:
+            await asyncio.gather(*(one.released() for one in self.predecessors))
+            self.predecessors = ()
 
-    async def handed_over(self) -> None:
+    async def released(self) -> None:
         """Wait until nothing more is done here for a session that another connection has taken over.
 
         That is: the message that was in hand is handled, and the disconnect hooks have run. Each of them is bounded,
@@ -83,7 +85,7 @@ class Handover(Metered):
         where there are many.
         """
         grace = self.config.disconnect_grace
-        settled = self.inbox.settled
+        settled = self.inbox.drained
         if settled is not None:
             await wait_for_first([settled, self.endpoint.returned], grace)
         await wait_for_all([self._hooks_done.future], None)

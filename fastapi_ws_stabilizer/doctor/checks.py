@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.doctor.going_away import (
 )
 from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
 from fastapi_ws_stabilizer.doctor.way import Value
-from fastapi_ws_stabilizer.limits.address import EVERYBODY
+from fastapi_ws_stabilizer.limits.address import ANY_ADDRESS
 from fastapi_ws_stabilizer.platforms.known import PLATFORMS
 from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options
 
@@ -42,7 +42,7 @@ NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
 def _advised(s: DeploymentContext, option: str) -> float | None:
     """What `WebSocketConfig.for_platform` would set for these hops."""
     most = {name: WebSocketConfig.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
-    return derive_options(s.way.hops, most).get(option)
+    return derive_options(s.network_path.hops, most).get(option)
 
 
 # ── how long nothing passes ──
@@ -79,7 +79,7 @@ def _quicker(s: DeploymentContext) -> str:
 def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
     """D01."""
     seconds, what = _beat(s)
-    idle = s.way.smallest("idle_timeout")
+    idle = s.network_path.smallest("idle_timeout")
     if idle is None or seconds < idle.seconds:
         return None
     return Problem(f"{what}: idle connections are cut by the idle timeout, {idle}, without a close frame", _quicker(s))
@@ -88,7 +88,7 @@ def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
 def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
     """D02."""
     seconds, what = _beat(s)
-    idle = s.way.smallest("idle_timeout")
+    idle = s.network_path.smallest("idle_timeout")
     if idle is None or not PART_OF_IDLE * idle.seconds < seconds < idle.seconds:
         return None
     return Problem(
@@ -99,7 +99,7 @@ def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
 
 def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
     """D03."""
-    limit = s.way.smallest("max_lifetime")
+    limit = s.network_path.smallest("max_lifetime")
     ours = s.config.max_lifetime
     if limit is None or (ours is not None and ours < limit.seconds):
         return None
@@ -114,7 +114,7 @@ def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
 def platform_default_too_short(s: DeploymentContext) -> Problem | None:
     """D04."""
     for name, value in TOO_SHORT.items():
-        limit = s.way.smallest(value)
+        limit = s.network_path.smallest(value)
         if limit is not None and limit.hop == name:
             return Problem(
                 f"WebSockets end by the default timeout, {limit}, for which a heartbeat is no help, or not for sure",
@@ -225,14 +225,14 @@ def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
         )
         if most is not None
     ]
-    if EVERYBODY in s.config.trusted_proxies:
+    if ANY_ADDRESS in s.config.trusted_proxies:
         if not limits:
             return None
         return Problem(
             f"trusted_proxies holds '*', so a client can write its address itself and evade {', '.join(limits)}",
             "name the addresses and networks of the proxies",
         )
-    hops = [hop.name for hop in s.way.hops if hop.name in PLATFORMS and hop.name not in NO_PROXIES]
+    hops = [hop.name for hop in s.network_path.hops if hop.name in PLATFORMS and hop.name not in NO_PROXIES]
     if s.config.trusted_proxies or not hops:
         return None
     effect = f"all clients share {', '.join(limits)}" if limits else "logs and stats show it for every client"
@@ -309,19 +309,21 @@ def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
 
 def platform_hosts_no_sockets(s: DeploymentContext) -> Problem | None:
     """D15."""
-    if not s.way.unable:
+    if not s.network_path.unsupported:
         return None
-    return Problem("; ".join(f"{hop}: {why}" for hop, why in s.way.unable), "deploy to something that holds sockets")
+    return Problem(
+        "; ".join(f"{hop}: {why}" for hop, why in s.network_path.unsupported), "deploy to something that holds sockets"
+    )
 
 
 def platform_breaks_the_upgrade(s: DeploymentContext) -> Problem | None:
     """D16."""
-    if s.http2 and s.way.has("google-cloud-run"):
+    if s.http2 and s.network_path.has("google-cloud-run"):
         return Problem(
             "HTTP/2 end to end is on, over which Cloud Run passes no WebSocket",
             "switch it off: `gcloud run services update SERVICE --no-use-http2`",
         )
-    if s.caching and s.way.has("azure-front-door"):
+    if s.caching and s.network_path.has("azure-front-door"):
         return Problem("the Front Door route caches, and passes no WebSocket then", "switch caching off for this route")
     return None
 

@@ -9,7 +9,7 @@ from typing import Final
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Problem
 from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
-from fastapi_ws_stabilizer.doctor.way import TOLD, HopLimit
+from fastapi_ws_stabilizer.doctor.way import GIVEN, HopLimit
 from fastapi_ws_stabilizer.platforms.path import MAX_MARGIN, margin
 from fastapi_ws_stabilizer.servers.options import shutdown_timeout
 
@@ -29,7 +29,7 @@ def shutdown_unbounded(s: DeploymentContext) -> Problem | None:
         return None
     if s.option("timeout_graceful_shutdown") is not None:
         return None
-    grace = s.way.smallest("grace")
+    grace = s.network_path.smallest("grace")
     room = ROOMY if grace is None else math.floor(min(ROOMY, _available(s, grace.seconds) - _drain(s)))
     if s.server.name == "uvicorn-worker":
         advice = "gunicorn cannot set it: subclass UvicornWorker, with timeout_graceful_shutdown in its CONFIG_KWARGS"
@@ -54,8 +54,8 @@ def _available(s: DeploymentContext, grace: float) -> float:
 def _fitting(s: DeploymentContext, grace: HopLimit) -> str:
     """Advise options with which D07 and D08 find nothing, or to raise the grace where there are none."""
     room = _available(s, grace.seconds)
-    hops = [hop.name for hop in s.way.hops if hop.name != TOLD]
-    if grace.hop != TOLD and _platform_needs(hops) <= room:
+    hops = [hop.name for hop in s.network_path.hops if hop.name != GIVEN]
+    if grace.hop != GIVEN and _platform_needs(hops) <= room:
         names = ", ".join(f'"{name}"' for name in hops)
         return f"use WebSocketConfig.for_platform({names}) and manager.uvicorn_options(), which fit"
     if room < SHORTEST:
@@ -102,7 +102,7 @@ def _killed_by_master(s: DeploymentContext) -> Problem | None:
 
 
 def _killed_by_platform(s: DeploymentContext) -> Problem | None:
-    grace = s.way.smallest("grace")
+    grace = s.network_path.smallest("grace")
     if grace is None:
         return None
     drain, limit = _drain(s), None if s.server is None else s.option(s.server.graceful_timeout)

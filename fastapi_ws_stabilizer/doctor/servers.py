@@ -64,8 +64,8 @@ _UVICORN: Final = {
 }
 
 
-def _server(name: str, modules: tuple[str, ...], options: Mapping[str, Any], **facts: Any) -> ServerProfile:
-    return ServerProfile(name, modules, MappingProxyType(dict(options)), **facts)
+def _server(name: str, modules: tuple[str, ...], options: Mapping[str, Any], **fields: Any) -> ServerProfile:
+    return ServerProfile(name, modules, MappingProxyType(dict(options)), **fields)
 
 
 SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(

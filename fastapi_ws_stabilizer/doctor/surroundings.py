@@ -56,7 +56,7 @@ class DeploymentContext:
     options: Mapping[str, Any] | None = None
     version: tuple[int, ...] = ()
     python: tuple[int, ...] = tuple(sys.version_info[:2])
-    way: NetworkPath = field(default_factory=NetworkPath)
+    network_path: NetworkPath = field(default_factory=NetworkPath)
     pre_stop: float = 0.0
     http2: bool = False
     caching: bool = False

@@ -51,21 +51,21 @@ def collect_context(
         raise ValueError("name the server whose options these are")
     if not 0 <= pre_stop < math.inf:
         raise ValueError(f"pre_stop is a number of seconds, not {pre_stop:g}")
-    way = path_through(
+    path = path_through(
         (platform,) if isinstance(platform, str) else platform,
         idle_timeout=idle_timeout,
         max_lifetime=max_lifetime,
         grace=grace,
     )
     if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
-        way = way.past(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
+        path = path.with_hop(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
     logins, unguarded = unguarded_routes(app)
     return DeploymentContext(
         config=config,
         server=one,
         options=options,
         version=() if one is None else version_of(one),
-        way=way,
+        network_path=path,
         pre_stop=pre_stop,
         http2=http2,
         caching=caching,
@@ -82,7 +82,13 @@ def collect_context(
 
 
 def report_at_start(
-    reports: EventBus, config: WebSocketConfig, app: Any = None, *, refuses: bool, guarded: bool = False, told: set[str]
+    events: EventBus,
+    config: WebSocketConfig,
+    app: Any = None,
+    *,
+    refuses: bool,
+    guarded: bool = False,
+    reported: set[str],
 ) -> None:
     """Make the checks for which a starting process knows enough, and report what they find, each once.
 
@@ -90,12 +96,12 @@ def report_at_start(
     process serves; what is wrong shows when it is told to stop, or when a client is refused, or never.
 
     Args:
-        reports: Where it is told.
+        events: Where it is told.
         config: The options of the manager that starts.
         app: The app that it belongs to, if it is known.
         refuses: Whether hooks refuse connections before the accept.
         guarded: Whether hooks look at who comes.
-        told: The codes that have been told, to which it adds.
+        reported: The codes that have been told, to which it adds.
     """
     try:
         server = running_server()
@@ -117,9 +123,9 @@ def report_at_start(
             background=routes_with_background_tasks(app),
         )
         for finding in run_checks(surroundings, at_start=True):
-            if finding.code not in told:
-                told.add(finding.code)
-                reports.tell(
+            if finding.code not in reported:
+                reported.add(finding.code)
+                events.emit(
                     "doctor_finding",
                     logging.WARNING,
                     code=finding.code,
@@ -128,4 +134,4 @@ def report_at_start(
                     advice=finding.advice,
                 )
     except Exception as error:
-        reports.bug("doctor_failed", error)
+        events.emit_exception("doctor_failed", error)

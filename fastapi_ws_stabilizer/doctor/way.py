@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.errors import UnsupportedPlatformError
 from fastapi_ws_stabilizer.platforms.path import resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
-TOLD: Final = "told"
+GIVEN: Final = "told"
 """The name of the hop that stands for limits which were told, and not taken from a platform's defaults."""
 
 Value = Literal["idle_timeout", "max_lifetime", "grace"]
@@ -31,7 +31,7 @@ class HopLimit:
     hop: str
 
     def __str__(self) -> str:
-        return f"{self.seconds:g} s, as told" if self.hop == TOLD else f"{self.seconds:g} s of {self.hop}"
+        return f"{self.seconds:g} s, as told" if self.hop == GIVEN else f"{self.seconds:g} s of {self.hop}"
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class NetworkPath:
     """
 
     hops: tuple[Platform, ...] = ()
-    unable: tuple[tuple[str, str], ...] = ()
+    unsupported: tuple[tuple[str, str], ...] = ()
 
     def has(self, name: str) -> bool:
         """Whether a hop of that name is on it."""
         return any(hop.name == name for hop in self.hops)
 
-    def past(self, hop: Platform) -> NetworkPath:
+    def with_hop(self, hop: Platform) -> NetworkPath:
         """The way with one hop more."""
-        return NetworkPath((*self.hops, hop), self.unable)
+        return NetworkPath((*self.hops, hop), self.unsupported)
 
     def smallest(self, value: Value) -> HopLimit | None:
         """The smallest of the hops' limits of one kind; `None` if no hop has any."""
@@ -86,12 +86,12 @@ def path_through(
             hops.extend(resolve_hops(name))
         except UnsupportedPlatformError as error:
             unable.append((error.name, error.refusal))
-    told = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
-    changed = {value: seconds for value, seconds in told.items() if seconds is not None}
+    given = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
+    changed = {value: seconds for value, seconds in given.items() if seconds is not None}
     if wrong := [value for value, seconds in changed.items() if not 0 < seconds < math.inf]:  # nan is not, either
         raise ValueError(f"{wrong[0]} is a number of seconds above zero, not {changed[wrong[0]]:g}")
     if changed:
         without: dict[str, None] = dict.fromkeys(changed)
         hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # names of floats alone
-        hops.append(dataclasses.replace(Platform(TOLD, "as told", ()), **changed))  # type: ignore[arg-type]
+        hops.append(dataclasses.replace(Platform(GIVEN, "as told", ()), **changed))  # type: ignore[arg-type]
     return NetworkPath(tuple(hops), tuple(unable))

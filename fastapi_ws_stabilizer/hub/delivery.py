@@ -31,7 +31,7 @@ _NOT_QUEUED = (EnqueueResult.DROPPED, EnqueueResult.MISSED, EnqueueResult.REFUSE
 SMALL_ROOM: Final = 64
 """Members that are never divided."""
 
-_MEANT_IT = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
+_DELIBERATE = frozenset({DisconnectReason.COMPLETED, DisconnectReason.APPLICATION, DisconnectReason.POLICY})
 """Endings by which this side has said that it is over. Nobody is expected back after them."""
 
 
@@ -40,14 +40,14 @@ class Hub(Generic[M]):
 
     Args:
         config: Its options.
-        reports: Where what is broadcast is counted.
-        turns: The turns of the event loop that work for many is cut into.
+        events: Where what is broadcast is counted.
+        scheduler: The turns of the event loop that work for many is cut into.
         tasks: Holds the tasks that announce who has joined and left.
         joined: Told of a client that has come to a room.
-        left: Told of a client that has gone from one.
+        state: Told of a client that has gone from one.
         wanted: Whether anybody wants to be told.
         away_of: The sessions of a client that are away, and what is kept of its plain connections.
-        ledger: Where presence metadata is counted.
+        budget: Where presence metadata is counted.
 
     Attributes:
         registry: The open connections.
@@ -59,20 +59,20 @@ class Hub(Generic[M]):
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: EventBus,
-        turns: FlushScheduler,
+        events: EventBus,
+        scheduler: FlushScheduler,
         tasks: TaskSet,
         *,
         joined: Callable[[Presence], Awaitable[None]],
         left: Callable[[Presence], Awaitable[None]],
         wanted: Callable[[], bool],
         away_of: Callable[[str], Sequence[Any]] = lambda _: (),
-        ledger: MemoryBudget | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
-        self._turns = turns
+        self._scheduler = scheduler
         self._num_shards = config.num_shards
-        self._fan_out = Broadcaster(turns, reports.totals)
-        self._away_of = away_of
+        self._fan_out = Broadcaster(scheduler, events.counters)
+        self._detached_of = away_of
         self._history = RoomHistory(config.room_history, config.room_history_max_age)
         self.registry: ConnectionRegistry[M] = ConnectionRegistry(config.num_shards)
         self.rooms: RoomMembership[M] = RoomMembership(config.max_rooms_per_connection)
@@ -84,9 +84,9 @@ class Hub(Generic[M]):
             tasks=tasks,
             emptied=self.end_if_empty,
         )
-        self._descriptions = Descriptions(MemoryBudget() if ledger is None else ledger)
-        self._away_since: dict[str, dict[str, float]] = {}  # connection id → rooms of which it has missed something
-        self.check_loop = turns.check_loop
+        self._descriptions = Descriptions(MemoryBudget() if budget is None else budget)
+        self._detached_since: dict[str, dict[str, float]] = {}  # connection id → rooms of which it has missed something
+        self.check_loop = scheduler.check_loop
 
     # ── sending ──
 
@@ -121,23 +121,27 @@ class Hub(Generic[M]):
         check_size(frame)
 
         def audience() -> tuple[Iterable[Sequence[SendQueueLike]], frozenset[str]]:
-            excluded = self.connections_of(exclude)
+            excluded = self.resolve_recipients(exclude)
             if rooms is not None and history and self._history.enabled:
                 hidden = excluded | _client_ids_in(exclude)
                 for room in (rooms,) if isinstance(rooms, str) else rooms:
                     self._history.add(room, frame, hidden)
-            groups = self.registry.outboxes() if rooms is None else self._parts(tuple(self.rooms.audience(rooms)))
+            groups = (
+                self.registry.outboxes()
+                if rooms is None
+                else self._recipient_groups(tuple(self.rooms.recipients(rooms)))
+            )
             return groups, excluded
 
         return await self._fan_out.send(frame, audience)
 
-    def _parts(self, members: Sequence[M]) -> Iterator[Sequence[SendQueueLike]]:
+    def _recipient_groups(self, members: Sequence[M]) -> Iterator[Sequence[SendQueueLike]]:
         """The outboxes of some members, in as many parts as everybody is divided into, unless they are few."""
         size = max(SMALL_ROOM, -(-len(members) // self._num_shards))
         for start in range(0, len(members), size):
             yield [member.outbox for member in members[start : start + size]]
 
-    async def to_client(self, client_id: str, frame: EncodedMessage) -> bool:
+    async def send_to_client(self, client_id: str, frame: EncodedMessage) -> bool:
         """Queue a frame for all connections and sessions of a client; tell whether it was queued for one.
 
         Raises:
@@ -145,28 +149,28 @@ class Hub(Generic[M]):
         """
         self.check_loop()
         check_size(frame)
-        mailboxes: list[SendQueueLike] = [one.member.outbox for one in self.registry.of_client(client_id)]
-        mailboxes += [session.outbox for session in self._away_of(client_id)]
+        mailboxes: list[SendQueueLike] = [one.recipient.outbox for one in self.registry.of_client(client_id)]
+        mailboxes += [session.outbox for session in self._detached_of(client_id)]
         offered = [mailbox.offer_now(frame) for mailbox in mailboxes]
         if EnqueueResult.PRESSED in offered:
-            await yield_to_writers([mailbox for mailbox in mailboxes if mailbox.under_pressure()])
-        elif self._turns.held_long() or any(mailbox.lingers() for mailbox in mailboxes):
+            await yield_to_writers([mailbox for mailbox in mailboxes if mailbox.is_backpressured()])
+        elif self._scheduler.exceeded() or any(mailbox.lingers() for mailbox in mailboxes):
             await asyncio.sleep(0)
         return any(how not in _NOT_QUEUED for how in offered)
 
-    def connections_of(self, whom: Any) -> frozenset[str]:
+    def resolve_recipients(self, whom: Any) -> frozenset[str]:
         """The ids of the members that are meant by a client id, a socket, or several of them."""
         if whom is None:
             return frozenset()
         if isinstance(whom, str):
-            here = (connection.member.connection_id for connection in self.registry.of_client(whom))
-            return frozenset((*here, *(session.connection_id for session in self._away_of(whom))))
-        connection_id = getattr(whom, "member_id", None)
+            here = (connection.recipient.connection_id for connection in self.registry.of_client(whom))
+            return frozenset((*here, *(session.connection_id for session in self._detached_of(whom))))
+        connection_id = getattr(whom, "recipient_id", None)
         if isinstance(connection_id, str):
             return frozenset((connection_id,))
         if isinstance(whom, (bytes, bytearray)) or not isinstance(whom, Iterable):
             raise TypeError(f"exclude takes client ids and sockets, not a {type(whom).__name__}")
-        return frozenset().union(*(self.connections_of(one) for one in whom))
+        return frozenset().union(*(self.resolve_recipients(one) for one in whom))
 
     # ── rooms ──
 
@@ -193,7 +197,7 @@ class Hub(Generic[M]):
             self._history.begin(room)
         if metadata is not None:
             self._is_described_by(member.connection_id, room, member.client_id)
-        self.presence.enter(room, member.client_id, member.connection_id, metadata)
+        self.presence.join(room, member.client_id, member.connection_id, metadata)
         return self.presence.roster(room)
 
     def describe(self, client_id: str, room: str, metadata: Mapping[str, Any]) -> bool:
@@ -208,13 +212,13 @@ class Hub(Generic[M]):
         if connection_id is not None and (member := self.rooms.get(room, connection_id)) is not None:
             self._descriptions.put(member, room, metadata)
             self._is_described_by(member.connection_id, room, client_id)
-        elif away := [one for one in self._away_of(client_id) if room in self.rooms.of(one)]:
+        elif away := [one for one in self._detached_of(client_id) if room in self.rooms.rooms_of(one)]:
             newest = away.pop()
             self._descriptions.put(newest, room, metadata)
-            newest.described_while_away(room, metadata)
+            newest.update_saved_presence(room, metadata)
             for other in away:  # whichever comes back first, the client is described so
                 self._descriptions.let_go(other.connection_id, room)
-                other.described_while_away(room, metadata)
+                other.update_saved_presence(room, metadata)
         else:
             self._descriptions.check(metadata)
         return self.presence.update(room, client_id, metadata)
@@ -236,13 +240,13 @@ class Hub(Generic[M]):
         self._descriptions.let_go(member.connection_id, room, heir)
         return was_here
 
-    def recall(self, member: M, room: str, count: int, *, newcomer: bool) -> None:
+    def replay_history(self, member: M, room: str, count: int, *, newcomer: bool) -> None:
         """Send a member the last messages of a room: a newcomer all of them, others what they have missed, once.
 
         Only a plain connection whose client came back with a token has missed something: a session gets what it missed
         by itself.
         """
-        since = -math.inf if newcomer else self._away_since.get(member.connection_id, {}).pop(room, math.inf)
+        since = -math.inf if newcomer else self._detached_since.get(member.connection_id, {}).pop(room, math.inf)
         for frame in self._history.last(room, count, (member.client_id, member.connection_id), since):
             member.outbox.offer(copy_for_replay(frame))
         member.outbox.flush()
@@ -250,7 +254,7 @@ class Hub(Generic[M]):
     def has_missed(self, member: M, rooms: Iterable[str], since: float) -> None:
         """The client of a connection was away since a moment: it has missed what was said in these rooms."""
         if self._history.enabled and (missed := dict.fromkeys(rooms, since)):
-            self._away_since[member.connection_id] = missed
+            self._detached_since[member.connection_id] = missed
 
     def end_if_empty(self, room: str) -> None:
         """End a room, and forget what was said in it, if no client is in it or expected back."""
@@ -272,14 +276,14 @@ class Hub(Generic[M]):
         It is not expected back there any more.
         """
         self.check_loop()
-        here = [connection.member for connection in self.registry.of_client(client_id)]
-        left = [self.leave(member, room) for member in (*here, *self._away_of(client_id))]
-        return self.presence.give_up(room, client_id) or any(left)
+        here = [connection.recipient for connection in self.registry.of_client(client_id)]
+        state = [self.leave(member, room) for member in (*here, *self._detached_of(client_id))]
+        return self.presence.give_up(room, client_id) or any(state)
 
     def is_in(self, client_id: str, room: str) -> bool:
         """Whether a connection or session of a client is in a room."""
-        here = [connection.member for connection in self.registry.of_client(client_id)]
-        return any(room in self.rooms.of(member) for member in (*here, *self._away_of(client_id)))
+        here = [connection.recipient for connection in self.registry.of_client(client_id)]
+        return any(room in self.rooms.rooms_of(member) for member in (*here, *self._detached_of(client_id)))
 
     def room_exists(self, room: str) -> bool:
         """Whether a member is in a room, or a client is expected back there."""
@@ -301,9 +305,9 @@ class Hub(Generic[M]):
         members = self.rooms.members(room)
         for member in members:
             self.leave(member, room)
-            if hold.held_long():
-                await hold.let_go()
-        self.presence.give_up_waiting(room)
+            if hold.exceeded():
+                await hold.yield_to_loop()
+        self.presence.expire_all(room)
         return len(members)
 
     async def end_room(self, room: str, code: int, reason: str) -> int:
@@ -312,70 +316,70 @@ class Hub(Generic[M]):
         hold = LoopBudget()
         ended = 0
         for member in self.rooms.members(room):
-            if member.end(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True):
+            if member.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True):
                 ended += 1
-            if hold.held_long():
-                await hold.let_go()
+            if hold.exceeded():
+                await hold.yield_to_loop()
         return ended
 
     def begin_session(self, session: M) -> None:
         """Let a session get what everybody gets, from now on, with a connection or without."""
-        self.registry.add_mailbox(session.outbox, session.shard)
+        self.registry.add_queue(session.outbox, session.shard)
 
     def end_session(self, session: M) -> None:
         """Take a session that is over out of everything."""
         try:
-            self.registry.remove_mailbox(session.outbox, session.shard)
+            self.registry.remove_queue(session.outbox, session.shard)
         finally:
             self.leave_rooms(session)
 
-    def described(self, member: M) -> dict[str, Mapping[str, Any]]:
+    def presence_metadata(self, member: M) -> dict[str, Mapping[str, Any]]:
         """The rooms of a member, and how its client is described in each."""
-        return {room: self.presence.metadata(room, member.client_id) for room in self.rooms.of(member)}
+        return {room: self.presence.metadata(room, member.client_id) for room in self.rooms.rooms_of(member)}
 
-    def away(self, session: M) -> dict[str, Mapping[str, Any]]:
+    def suspend(self, session: M) -> dict[str, Mapping[str, Any]]:
         """The client of a session is away: it stays in its rooms, and is present there for the grace only.
 
         Returns:
             How it is described in each.
         """
-        described = self.described(session)
+        described = self.presence_metadata(session)
         for room in described:
             self.presence.leave(room, session.client_id, session.connection_id, at_once=False)
         return described
 
-    def back(self, session: M, described: Mapping[str, Mapping[str, Any]]) -> None:
+    def restore(self, session: M, described: Mapping[str, Mapping[str, Any]]) -> None:
         """The client of a session is back. Where it is still expected, it is described as it was meanwhile."""
-        for room in self.rooms.of(session):
+        for room in self.rooms.rooms_of(session):
             gone = not self.presence.knows(room, session.client_id)
-            self.presence.enter(room, session.client_id, session.connection_id, described.get(room) if gone else None)
+            self.presence.join(room, session.client_id, session.connection_id, described.get(room) if gone else None)
 
-    def keep_rooms(self, member: M, left: M) -> None:
+    def keep_rooms(self, member: M, state: M) -> None:
         """Leave the rooms of a plain connection that is ending to what is kept of it. It is present for the grace.
 
         What it is described with belongs to that too, which has the same connection id.
         """
-        self.rooms.hand_over(member, left)
-        for room in self.rooms.of(left):
-            self.presence.leave(room, left.client_id, left.connection_id, at_once=False)
+        self.rooms.hand_over(member, state)
+        for room in self.rooms.rooms_of(state):
+            self.presence.leave(room, state.client_id, state.connection_id, at_once=False)
 
-    def take_rooms(self, left: M) -> tuple[str, ...]:
+    def take_rooms(self, state: M) -> tuple[str, ...]:
         """Take what is kept of a plain connection out of its rooms, which its client joins anew; return their names."""
-        rooms = self.rooms.leave_all(left)
-        self._descriptions.let_go_all(left.connection_id)
+        rooms = self.rooms.leave_all(state)
+        self._descriptions.let_go_all(state.connection_id)
         return rooms
 
     def remove(self, member: M) -> None:
         """Take a connection that is over out of everything that it was in by itself."""
-        self._away_since.pop(member.connection_id, None)
+        self._detached_since.pop(member.connection_id, None)
         try:
-            self.registry.remove(member, mailbox=member.member is member)
+            self.registry.remove(member, mailbox=member.recipient is member)
         finally:
             self.leave_rooms(member)
 
     def leave_rooms(self, member: M) -> None:
         """Take a member that is over out of its rooms."""
-        self._leave_presence(member, self.rooms.leave_all(member), final=_is_final(member.ending))
+        self._leave_presence(member, self.rooms.leave_all(member), final=_is_final(member.close_info))
 
     def _leave_presence(self, member: M, rooms: Iterable[str], *, final: bool) -> None:
         failure: Exception | None = None
@@ -388,7 +392,7 @@ class Hub(Generic[M]):
                     self.end_if_empty(room)
             except Exception as error:  # the other rooms must not keep it
                 failure = error
-        if not self.rooms.of(member):  # else they were handed over, with what describes it there
+        if not self.rooms.rooms_of(member):  # else they were handed over, with what describes it there
             self._descriptions.let_go_all(member.connection_id)
         if failure is not None:
             raise failure
@@ -409,6 +413,6 @@ def _is_final(how: CloseInfo | None) -> bool:
     """Whether nobody is expected back after this ending: one side has said goodbye."""
     if how is None:
         return False
-    if how.reason is DisconnectReason.CLIENT_CLOSE:
+    if how.cause is DisconnectReason.CLIENT_CLOSE:
         return how.code in (1000, NO_STATUS)  # a page that is left or reloaded says 1001
-    return how.reason in _MEANT_IT
+    return how.cause in _DELIBERATE

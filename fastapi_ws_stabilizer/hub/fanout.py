@@ -39,7 +39,7 @@ class BroadcastResult:
     errors: list[tuple[str, str]] = field(default_factory=list)
     dropped: int = 0
     slow: int = 0
-    missed: int = 0
+    skipped: int = 0
 
     def raise_for_failure(self) -> BroadcastResult:
         """Raise if there were recipients and the message could be queued for none of them; else return this result.
@@ -59,9 +59,9 @@ class Broadcaster:
     that come after it, and only those.
     """
 
-    def __init__(self, turns: FlushScheduler, totals: Counters) -> None:
-        self._turns = turns
-        self._totals = totals
+    def __init__(self, scheduler: FlushScheduler, counters: Counters) -> None:
+        self._scheduler = scheduler
+        self._counters = counters
         self._one_after_the_other = asyncio.Lock()
 
     async def send(
@@ -82,22 +82,22 @@ class Broadcaster:
         result = BroadcastResult()
         pressed: list[SendQueueLike] = []
         async with self._one_after_the_other:
-            self._totals.broadcasts += 1
+            self._counters.broadcasts += 1
             groups, excluded = audience()
             hold = LoopBudget()
             rest = iter(groups)
             for group in rest:
                 self._queue(frame, group, excluded, result, pressed)
-                if hold.held_long():
+                if hold.exceeded():
                     try:
-                        await hold.let_go()
+                        await hold.yield_to_loop()
                     except asyncio.CancelledError:
                         for late in rest:
                             self._queue(frame, late, excluded, result, pressed)
                         raise
         if pressed:
             await yield_to_writers(pressed)
-        elif self._turns.held_long():  # also where it has reached no client
+        elif self._scheduler.exceeded():  # also where it has reached no client
             await asyncio.sleep(0)
         return result
 
@@ -112,7 +112,7 @@ class Broadcaster:
         """Queue a frame for one group. Hot path: one call for each recipient, and nothing else for most of them."""
         if excluded:
             group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
-        dropped_before = self._totals.messages_dropped
+        dropped_before = self._counters.messages_dropped
         queued = EnqueueResult.QUEUED
         unusual = [(outbox, offered) for outbox in group if (offered := outbox.offer(frame)) is not queued]
         result.total += len(group)
@@ -124,21 +124,21 @@ class Broadcaster:
                 pressed.append(outbox)
                 continue
             member: Recipient = outbox.owner
-            how = member.ending
+            how = member.close_info
             if offered is EnqueueResult.REFUSED:
                 result.succeeded -= 1
                 result.failed += 1
-                if how is not None and how.reason is DisconnectReason.SLOW_CONSUMER:
+                if how is not None and how.cause is DisconnectReason.SLOW_CONSUMER:
                     result.slow += 1
-                result.errors.append((member.client_id, how.reason.value if how else "not open"))
+                result.errors.append((member.client_id, how.cause.value if how else "not open"))
             elif offered is EnqueueResult.MISSED:
                 result.succeeded -= 1
-                result.missed += 1
+                result.skipped += 1
             else:
                 if offered is EnqueueResult.DROPPED:
                     result.succeeded -= 1
                 result.slow += 1
-        result.dropped += self._totals.messages_dropped - dropped_before
+        result.dropped += self._counters.messages_dropped - dropped_before
 
 
 async def yield_to_writers(pressed: Sequence[SendQueueLike]) -> None:
@@ -147,5 +147,5 @@ async def yield_to_writers(pressed: Sequence[SendQueueLike]) -> None:
         return
     for turn in range(MAX_TURNS):
         await asyncio.sleep(0 if turn < MAX_TURNS // 2 else 0.001)
-        if not any(outbox.under_pressure() for outbox in pressed):
+        if not any(outbox.is_backpressured() for outbox in pressed):
             break

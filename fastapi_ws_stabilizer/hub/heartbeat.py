@@ -44,7 +44,7 @@ MUCH: Final = 16 * 1024
 """Bytes before a ping that delay it so much that they are watched: what a slow link carries in a second."""
 
 
-class Debt:
+class UnansweredPing:
     """What is remembered of a client that owes an answer, while bytes show that it lives.
 
     Attributes:
@@ -78,7 +78,7 @@ class HeartbeatScheduler:
     are not pinged together.
     """
 
-    def __init__(self, config: WebSocketConfig, reports: EventBus) -> None:
+    def __init__(self, config: WebSocketConfig, events: EventBus) -> None:
         self._interval = config.heartbeat_interval
         self._timeout = config.heartbeat_timeout
         self._together = min(MAX_TOGETHER, config.heartbeat_interval / 50)
@@ -86,13 +86,13 @@ class HeartbeatScheduler:
         self._payload = config.heartbeat_payload
         self._on = config.heartbeat_type is not HeartbeatType.OFF
         self._longest_upload = config.max_message_size / SLOWEST_UPLOAD
-        self._debts: dict[Liveness, Debt] = {}
+        self._debts: dict[Liveness, UnansweredPing] = {}
         self._constant: EncodedMessage | None = None
         if config.heartbeat_type is HeartbeatType.PING:
             self._constant = PING
         elif self._on and not callable(self._payload):
             self._constant = encode(self._payload)
-        self._reports = reports
+        self._events = events
         self._heap: list[Liveness] = []
         self._count = 0
         self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
@@ -107,18 +107,18 @@ class HeartbeatScheduler:
         if not self._on:
             return
         now = monotonic()
-        member.pulse.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
-        self._push(member, member.pulse.next_ping)
+        member.liveness.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
+        self._push(member, member.liveness.next_ping)
         self._arm()
 
     def remove(self, member: Recipient) -> None:
         """Stop beating for a connection and let go of it at once."""
-        self._debts.pop(member.pulse, None)
-        if member.pulse.member is not None:
-            member.pulse.member = None
+        self._debts.pop(member.liveness, None)
+        if member.liveness.member is not None:
+            member.liveness.member = None
             self._count -= 1
             if len(self._heap) > 64 and len(self._heap) > 2 * self._count:
-                self._heap = [pulse for pulse in self._heap if pulse.member is not None]
+                self._heap = [liveness for liveness in self._heap if liveness.member is not None]
                 heapq.heapify(self._heap)
 
     def stop(self) -> None:
@@ -126,13 +126,13 @@ class HeartbeatScheduler:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for pulse in self._heap:
-            pulse.member = None
+        for liveness in self._heap:
+            liveness.member = None
         self._heap.clear()
         self._debts.clear()
         self._count = 0
 
-    def beat_due(self, now: float, late: float = 0.0) -> None:
+    def run_due(self, now: float, late: float = 0.0) -> None:
         """Do everything that is due at `now`.
 
         Args:
@@ -141,13 +141,13 @@ class HeartbeatScheduler:
         """
         hold = LoopBudget()
         while self._heap and self._heap[0].due <= now:
-            if hold.held_long():
+            if hold.exceeded():
                 break  # the timer is set anew at once: nobody is left out, and the loop gets a turn
-            pulse = heapq.heappop(self._heap)
-            member: Recipient | None = pulse.member
+            liveness = heapq.heappop(self._heap)
+            member: Recipient | None = liveness.member
             if member is None:
                 continue
-            pulse.member = None
+            liveness.member = None
             self._count -= 1
             due = self._beat(member, now, late)
             if due is not None:
@@ -155,78 +155,80 @@ class HeartbeatScheduler:
 
     def _beat(self, member: Recipient, now: float, late: float) -> float | None:
         """Beat for one connection and return when to look at it again; `None` if it is over."""
-        if member.ending is not None:
+        if member.close_info is not None:
             return None
-        pulse = member.pulse
+        liveness = member.liveness
         if member.reading_paused or member.has_backlog():  # what we have not read or sent is no debt of the client
-            pulse.forgive()
+            liveness.reset_deadline()
         deadline = self._deadline(member)
         if deadline is not None and now >= deadline and not self._shows_life(member, now):
             if late < MAX_TIMER_LAG:
                 self._end(member, now)
                 return None
-            pulse.awaiting_since = now - self._timeout + min(GRACE_AFTER_LAG, self._timeout)
-        if now >= pulse.next_ping:
+            liveness.awaiting_since = now - self._timeout + min(GRACE_AFTER_LAG, self._timeout)
+        if now >= liveness.next_ping:
             self._ping(member, now)
-            pulse.next_ping = now + self._interval
-            if member.ending is not None:  # the payload function ended it
+            liveness.next_ping = now + self._interval
+            if member.close_info is not None:  # the payload function ended it
                 return None
         deadline = self._deadline(member)
-        return pulse.next_ping if deadline is None else min(pulse.next_ping, deadline)
+        return liveness.next_ping if deadline is None else min(liveness.next_ping, deadline)
 
     def _deadline(self, member: Recipient) -> float | None:
-        pulse = member.pulse
-        enforced = pulse.answers or member.pings_by_protocol if self._require_pong == "auto" else self._require_pong
-        if not enforced or pulse.awaiting_since is None:
+        liveness = member.liveness
+        enforced = (
+            liveness.has_ponged or member.pings_by_protocol if self._require_pong == "auto" else self._require_pong
+        )
+        if not enforced or liveness.awaiting_since is None:
             return None
-        return pulse.awaiting_since + self._timeout
+        return liveness.awaiting_since + self._timeout
 
     def _shows_life(self, member: Recipient, now: float) -> bool:
         """Whether bytes have gone to or come from the client since it was pinged. Then its time begins anew.
 
         A pong waits behind a large message that the client is sending, and a ping behind one that it is reading.
         """
-        pulse = member.pulse
-        since = shown = pulse.awaiting_since or 0.0
-        debt = self._debts.setdefault(pulse, Debt(since))
+        liveness = member.liveness
+        since = shown = liveness.awaiting_since or 0.0
+        unanswered = self._debts.setdefault(liveness, UnansweredPing(since))
         silent = member.seconds_since_received()
-        received = pulse.last_seen if silent is None else max(pulse.last_seen, now - silent)
+        received = liveness.last_seen if silent is None else max(liveness.last_seen, now - silent)
         if received > since:
-            pulse.last_seen = received
-            shown = min(received, debt.since + self._longest_upload)
-        if debt.has_shrunk(member):
+            liveness.last_seen = received
+            shown = min(received, unanswered.since + self._longest_upload)
+        if unanswered.has_shrunk(member):
             shown = now
         if shown + self._timeout <= now:
             return False
-        pulse.awaiting_since = shown
+        liveness.awaiting_since = shown
         return True
 
-    def _look_at_queue(self, member: Recipient, now: float) -> None:
+    def _check_queue(self, member: Recipient, now: float) -> None:
         """A ping is about to be queued: remember what the client has taken, if much is on its way before it."""
-        pulse = member.pulse
-        since = pulse.awaiting_since
-        debt = self._debts.get(pulse)
-        if since is None and debt is not None:  # it has answered
-            del self._debts[pulse]
-            debt = None
-        if debt is not None:
-            if debt.has_shrunk(member):
-                pulse.awaiting_since = now
+        liveness = member.liveness
+        since = liveness.awaiting_since
+        unanswered = self._debts.get(liveness)
+        if since is None and unanswered is not None:  # it has answered
+            del self._debts[liveness]
+            unanswered = None
+        if unanswered is not None:
+            if unanswered.has_shrunk(member):
+                liveness.awaiting_since = now
             return
         unsent = member.unsent_bytes()
         if unsent is not None and unsent >= MUCH:
-            self._debts[pulse] = Debt(now if since is None else since, member.send_progress(), unsent)
+            self._debts[liveness] = UnansweredPing(now if since is None else since, member.send_progress(), unsent)
 
     def _end(self, member: Recipient, now: float) -> None:
-        silent = now - member.pulse.last_seen
-        self._reports.tell(
+        silent = now - member.liveness.last_seen
+        self._events.emit(
             "heartbeat_timeout",
             logging.INFO,
             client_id=member.client_id,
             connection_id=member.connection_id,
             silent_seconds=silent,
         )
-        member.end(DisconnectReason.HEARTBEAT_TIMEOUT)
+        member.close(DisconnectReason.HEARTBEAT_TIMEOUT)
 
     def _ping(self, member: Recipient, now: float) -> None:
         frame = self._constant
@@ -235,25 +237,25 @@ class HeartbeatScheduler:
         elif frame is None:
             try:
                 context = member.context
-                value = self._payload(member.face) if context is None else context.run(self._payload, member.face)
+                value = self._payload(member.socket) if context is None else context.run(self._payload, member.socket)
                 frame = encode(value)
             except Exception as error:  # the user's function or what it returned; the next beat tries again
                 name = (
                     "heartbeat_payload_invalid" if isinstance(error, MessageEncodeError) else "heartbeat_payload_failed"
                 )
-                self._reports.bug(name, error, client_id=member.client_id, connection_id=member.connection_id)
+                self._events.emit_exception(name, error, client_id=member.client_id, connection_id=member.connection_id)
                 return
-        if member.ending is None:  # else the function has ended it, and nothing is remembered of it any more
-            self._look_at_queue(member, now)
+        if member.close_info is None:  # else the function has ended it, and nothing is remembered of it any more
+            self._check_queue(member, now)
         if member.ping(frame, now):  # a client that takes nothing is under another watch; a ping would prove nothing
-            self._reports.totals.pings_sent += 1
+            self._events.counters.pings_sent += 1
 
     def _push(self, member: Recipient, due: float) -> None:
-        pulse = member.pulse
-        pulse.due = due
-        pulse.member = member
+        liveness = member.liveness
+        liveness.due = due
+        liveness.member = member
         self._count += 1
-        heapq.heappush(self._heap, pulse)
+        heapq.heappush(self._heap, liveness)
 
     def _arm(self) -> None:
         """Set the one timer to the first entry of the heap."""
@@ -274,8 +276,8 @@ class HeartbeatScheduler:
         now = monotonic()
         late = now - self._timer_due
         if late >= MAX_TIMER_LAG:
-            self._reports.tell("event_loop_blocked", logging.WARNING, blocked_seconds=late)
+            self._events.emit("event_loop_blocked", logging.WARNING, blocked_seconds=late)
         try:
-            self.beat_due(now, late)
+            self.run_due(now, late)
         finally:
             self._arm()

@@ -113,19 +113,19 @@ class ConnectionReaper:
     def _look(self, term: _Deadline, member: Recipient, now: float) -> None:
         """Look at a connection, and say in `due` when to look again."""
         if now >= term.ends:
-            if term.asked or not member.ask_to_leave(0.0, self._lead, DisconnectReason.LIFETIME):
-                member.end(DisconnectReason.LIFETIME)
+            if term.asked or not member.request_drain(0.0, self._lead, DisconnectReason.LIFETIME):
+                member.close(DisconnectReason.LIFETIME)
                 return
             term.asked = True
             term.ends = now + self._lead
         term.due = term.ends
         if self._idle_timeout is None:
             return
-        if member.was_used():
+        if member.consume_activity():
             term.used = now
         idle_at = term.used + self._idle_timeout
         if now >= idle_at:
-            member.end(DisconnectReason.IDLE)
+            member.close(DisconnectReason.IDLE)
             return
         term.due = min(term.ends, idle_at, now + self._idle_timeout / LOOKS)
 
@@ -147,7 +147,7 @@ class ConnectionReaper:
         now = monotonic()
         hold = LoopBudget()
         try:
-            while self._heap and self._heap[0].due <= now and not hold.held_long():
+            while self._heap and self._heap[0].due <= now and not hold.exceeded():
                 term = heapq.heappop(self._heap)
                 if term.member is None:
                     continue

@@ -36,7 +36,7 @@ class SendQueueLike(Protocol):
         place: Where it stands in its shard, for the registry.
     """
 
-    place: int
+    shard_index: int
 
     @property
     def owner(self) -> Any:
@@ -54,7 +54,7 @@ class SendQueueLike(Protocol):
     def lingers(self) -> bool:
         """Whether something waits that the network may take as soon as the event loop turns."""
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half of it is used, and its client seems to read."""
 
 
@@ -63,14 +63,14 @@ class Recipient(Evictable, Protocol):
 
     client_id: str
     shard: int
-    pulse: Liveness
+    liveness: Liveness
 
     @property
-    def member(self) -> Any:
+    def recipient(self) -> Any:
         """As what it is in rooms and gets messages: itself, or the session that it belongs to."""
 
     @property
-    def here(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether there is a connection: a session may be without."""
 
     @property
@@ -78,7 +78,7 @@ class Recipient(Evictable, Protocol):
         """What waits to be sent to it."""
 
     @property
-    def ending(self) -> CloseInfo | None:
+    def close_info(self) -> CloseInfo | None:
         """How it ended; `None` while it is open."""
 
     @property
@@ -94,7 +94,7 @@ class Recipient(Evictable, Protocol):
         """Whether it can be sent ping frames, which every client answers by itself."""
 
     @property
-    def face(self) -> Any:
+    def socket(self) -> Any:
         """What user code knows the connection by."""
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
@@ -112,13 +112,13 @@ class Recipient(Evictable, Protocol):
     def seconds_since_received(self) -> float | None:
         """Seconds since bytes last came from it, whole message or not; `None` where that cannot be seen."""
 
-    def was_used(self) -> bool:
+    def consume_activity(self) -> bool:
         """Whether it has carried a message, either way, since this was asked last."""
 
-    def ask_to_leave(self, after: float, within: float, why: DisconnectReason) -> bool:
+    def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
         """Ask its client to leave by itself after some seconds, and come back; `False` if it cannot be asked."""
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,

@@ -72,15 +72,15 @@ class _Block:
 class _RoomPresence:
     """The people of a room, and those of whom something may have to be said, in order."""
 
-    __slots__ = ("blocks", "name", "people", "states", "talking", "unlooked", "unsaid")
+    __slots__ = ("announcing", "blocks", "entries", "name", "pending", "states", "unlooked")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.people: dict[str, _Entry] = {}
+        self.entries: dict[str, _Entry] = {}
         self.blocks: list[_Block] = []  # the same people
         self.states: _States | None = None
-        self.unsaid: OrderedDict[str, _Entry] = OrderedDict()  # a plain dict is slow to empty from its front
-        self.talking = False
+        self.pending: OrderedDict[str, _Entry] = OrderedDict()  # a plain dict is slow to empty from its front
+        self.announcing = False
         self.unlooked: list[weakref.ref[PresenceList]] = []  # rosters of the state that is now
 
     def about_to_change(self, person: _Entry | None = None) -> None:
@@ -98,9 +98,9 @@ class _RoomPresence:
         if person is not None:
             person.state = person.block.states = None
 
-    def arrives(self, person: _Entry) -> _Block:
+    def add(self, person: _Entry) -> _Block:
         """Put a person at the end of the last block, and return that."""
-        self.people[person.client_id] = person
+        self.entries[person.client_id] = person
         if not self.blocks or len(self.blocks[-1].people) >= BLOCK:
             self.blocks.append(_Block())
         block = self.blocks[-1]
@@ -108,9 +108,9 @@ class _RoomPresence:
         block.states = None
         return block
 
-    def departs(self, person: _Entry) -> None:
+    def remove(self, person: _Entry) -> None:
         """Take a person out."""
-        del self.people[person.client_id]
+        del self.entries[person.client_id]
         person.block.people.remove(person)
         if not person.block.people:
             self.blocks.remove(person.block)
@@ -151,7 +151,7 @@ class _Entry:
         self.expected_until = 0.0  # until when one of its connections, which broke, may be back
         self.announced = False
         self.state: _State | None = None
-        self.block = room.arrives(self)
+        self.block = room.add(self)
 
     def snapshot(self) -> _State:
         """Its state, the same object until something about it changes."""
@@ -206,7 +206,7 @@ class PresenceTracker:
         """How many rooms there are in which somebody is present or something is still to be said."""
         return len(self._rooms)
 
-    def enter(self, room: str, client_id: str, connection_id: str, metadata: Mapping[str, Any] | None) -> None:
+    def join(self, room: str, client_id: str, connection_id: str, metadata: Mapping[str, Any] | None) -> None:
         """A connection of a client has come into a room.
 
         Args:
@@ -219,15 +219,15 @@ class PresenceTracker:
         here = self._rooms.get(room)
         if here is None:
             here = self._rooms[room] = _RoomPresence(room)
-        person = here.people.get(client_id)
+        person = here.entries.get(client_id)
         here.about_to_change(person)
         if person is None:
             person = _Entry(here, client_id, metadata or {}, monotonic())
             person.connections.add(connection_id)
-            if here.unsaid.pop(client_id, None) is not None:  # it is back before its departure was said
+            if here.pending.pop(client_id, None) is not None:  # it is back before its departure was said
                 person.announced = True
             elif self._wanted():
-                self._say(person)
+                self._enqueue_announcement(person)
         else:
             person.connections.add(connection_id)
             person.expected_until = 0.0
@@ -272,10 +272,10 @@ class PresenceTracker:
         self._depart(person, monotonic())
         return True
 
-    def give_up_waiting(self, room: str) -> None:
+    def expire_all(self, room: str) -> None:
         """Nobody who has left a room is expected back any more."""
         here = self._rooms.get(room)
-        for client_id in list(here.people) if here is not None else ():
+        for client_id in list(here.entries) if here is not None else ():
             self.give_up(room, client_id)
 
     def roster(self, room: str) -> PresenceList:
@@ -293,16 +293,16 @@ class PresenceTracker:
         if here is None:
             return []
         now = monotonic()
-        return [person.look(now) for person in list(here.people.values())]  # which another thread may ask for
+        return [person.look(now) for person in list(here.entries.values())]  # which another thread may ask for
 
     def is_present(self, room: str) -> bool:
         """Whether a client is in a room, or expected back there."""
         here = self._rooms.get(room)
-        return here is not None and bool(here.people)
+        return here is not None and bool(here.entries)
 
     def rooms(self) -> list[str]:
         """The rooms in which clients are, or are expected back."""
-        return [name for name, here in list(self._rooms.items()) if here.people]  # in other threads too
+        return [name for name, here in list(self._rooms.items()) if here.entries]  # in other threads too
 
     def knows(self, room: str, client_id: str) -> bool:
         """Whether a client is in a room, or expected back there."""
@@ -334,30 +334,30 @@ class PresenceTracker:
             self._timer = None
         for room in self._rooms.values():
             room.about_to_change()
-            room.unsaid.clear()
+            room.pending.clear()
         self._rooms.clear()
         self._graces.clear()
 
     def _find(self, room: str, client_id: str) -> _Entry | None:
         here = self._rooms.get(room)
-        return None if here is None else here.people.get(client_id)
+        return None if here is None else here.entries.get(client_id)
 
     def _depart(self, person: _Entry, until: float) -> None:
         room = person.room
         room.about_to_change(person)
-        room.departs(person)
+        room.remove(person)
         person.until = until
         if person.announced:
-            self._say(person)
+            self._enqueue_announcement(person)
         else:
-            room.unsaid.pop(person.client_id, None)
+            room.pending.pop(person.client_id, None)
             self._forget_if_idle(room)
-        if not room.people:
+        if not room.entries:
             self._emptied(room.name)
 
     def _forget_if_idle(self, room: _RoomPresence) -> None:
         # After close() its name may belong to another room.
-        if not (room.people or room.unsaid or room.talking) and self._rooms.get(room.name) is room:
+        if not (room.entries or room.pending or room.announcing) and self._rooms.get(room.name) is room:
             del self._rooms[room.name]
 
     # ── graces ──
@@ -383,22 +383,22 @@ class PresenceTracker:
 
     # ── announcements ──
 
-    def _say(self, person: _Entry) -> None:
+    def _enqueue_announcement(self, person: _Entry) -> None:
         """Put a client whose arrival or departure is not yet said at the end of its room's list."""
         room = person.room
-        room.unsaid[person.client_id] = person
-        if not room.talking:
-            self._talk(room)
+        room.pending[person.client_id] = person
+        if not room.announcing:
+            self._start_announcer(room)
 
-    def _talk(self, room: _RoomPresence) -> None:
-        room.talking = True  # before the task is made: an eager one begins at once
+    def _start_announcer(self, room: _RoomPresence) -> None:
+        room.announcing = True  # before the task is made: an eager one begins at once
         task = self._tasks.spawn(self._announce(room), name="ws-presence", context=self._context.copy())
-        task.add_done_callback(lambda task: self._fell_silent(room, task), context=self._context.copy())
+        task.add_done_callback(lambda task: self._announcer_done(room, task), context=self._context.copy())
 
-    def _fell_silent(self, room: _RoomPresence, task: asyncio.Task[None]) -> None:
-        room.talking = False
-        if room.unsaid and not task.cancelled():  # it came after the last look, or a call has raised after all
-            self._talk(room)
+    def _announcer_done(self, room: _RoomPresence, task: asyncio.Task[None]) -> None:
+        room.announcing = False
+        if room.pending and not task.cancelled():  # it came after the last look, or a call has raised after all
+            self._start_announcer(room)
         else:
             self._forget_if_idle(room)
 
@@ -408,8 +408,8 @@ class PresenceTracker:
         Cancelling ends the call that has begun; what is unsaid then waits for the next change in the room.
         """
         said = 0
-        while room.unsaid:
-            _, person = room.unsaid.popitem(last=False)
+        while room.pending:
+            _, person = room.pending.popitem(last=False)
             if person.until is None:
                 person.announced = True  # before the call: who goes while it runs has been said to have come
                 await self._joined(person.look(monotonic()))

@@ -35,9 +35,9 @@ class Liveness:
         "_open_pings",
         "_ping_sent",
         "_round_trips",
-        "answers",
         "awaiting_since",
         "due",
+        "has_ponged",
         "last_seen",
         "member",
         "next_ping",
@@ -47,7 +47,7 @@ class Liveness:
     def __init__(self, now: float, round_trips: Histogram | None = None) -> None:
         self.last_seen = now
         self.awaiting_since: float | None = None
-        self.answers = False
+        self.has_ponged = False
         self.rtt: float | None = None
         self.next_ping = now
         self.due = now
@@ -60,28 +60,28 @@ class Liveness:
         """Whether its beat comes first: pulses stand in the heartbeat's heap themselves."""
         return self.due < other.due
 
-    def seen(self, now: float) -> None:
+    def on_frame(self, now: float) -> None:
         """Any frame has come in: the client lives and owes nothing."""
         self.last_seen = now
         self.awaiting_since = None
 
-    def asked(self) -> None:
+    def on_unmeasured_ping(self) -> None:
         """A ping has been queued that measures nothing: its pong is all that is wanted."""
         self._open_pings = min(self._open_pings + 1, MAX_OPEN_PINGS)
 
-    def pinged(self, now: float) -> None:
+    def on_ping_sent(self, now: float) -> None:
         """A ping has been queued."""
-        self.asked()
+        self.on_unmeasured_ping()
         if self.awaiting_since is None:
             self.awaiting_since = now
         # Of several open pings the oldest counts, so that no round trip is flattered, once we know that pings are
         # answered at all.
-        if self._ping_sent is None or not self.answers:
+        if self._ping_sent is None or not self.has_ponged:
             self._ping_sent = now
 
     def pinged_by_protocol(self, now: float) -> bytes:
         """A ping frame is being sent; return its payload, by which its pong is known."""
-        self.asked()
+        self.on_unmeasured_ping()
         if self.awaiting_since is None:
             self.awaiting_since = now
         self._ping_sent = now
@@ -94,12 +94,12 @@ class Liveness:
             Whether a ping was open that it may answer.
         """
         if self._ping_sent is not None and payload == _payload(self._ping_sent):
-            return self.ponged(now)
+            return self.on_pong(now)
         return self._is_expected()
 
-    def ponged(self, now: float) -> bool:
+    def on_pong(self, now: float) -> bool:
         """A pong has come in. Return whether a ping was open that it may answer."""
-        self.answers = True
+        self.has_ponged = True
         if self._ping_sent is not None:
             self.rtt = now - self._ping_sent
             self._ping_sent = None
@@ -112,7 +112,7 @@ class Liveness:
         self._open_pings -= expected
         return expected
 
-    def forgive(self) -> None:
+    def reset_deadline(self) -> None:
         """What the client owes is not its fault: start counting anew at the next ping."""
         self.awaiting_since = None
         self._ping_sent = None

@@ -34,18 +34,18 @@ class ConnectionRegistry(Generic[M]):
         """The shard for a new connection: in turn, so that all have the same size."""
         return next(self._numbers) % len(self._shards)
 
-    def add_mailbox(self, mailbox: SendQueueLike, shard: int) -> None:
+    def add_queue(self, mailbox: SendQueueLike, shard: int) -> None:
         """Add a mailbox to those that everybody means: a connection's, or that of a session."""
-        mailbox.place = len(self._shards[shard])
+        mailbox.shard_index = len(self._shards[shard])
         self._shards[shard].append(mailbox)
 
-    def remove_mailbox(self, mailbox: SendQueueLike, number: int) -> None:
+    def remove_queue(self, mailbox: SendQueueLike, number: int) -> None:
         """Remove a mailbox that is there."""
         shard = self._shards[number]
         last = shard.pop()
         if last is not mailbox:
-            shard[mailbox.place] = last
-            last.place = mailbox.place
+            shard[mailbox.shard_index] = last
+            last.shard_index = mailbox.shard_index
 
     def add(self, member: M, *, mailbox: bool = True) -> None:
         """Add a connection.
@@ -56,7 +56,7 @@ class ConnectionRegistry(Generic[M]):
         """
         self._by_id[member.connection_id] = member
         if mailbox:
-            self.add_mailbox(member.outbox, member.shard)
+            self.add_queue(member.outbox, member.shard)
         known = self._by_client.get(member.client_id)
         if known is None:
             self._by_client[member.client_id] = member
@@ -70,7 +70,7 @@ class ConnectionRegistry(Generic[M]):
         if self._by_id.pop(member.connection_id, None) is None:
             return
         if mailbox:
-            self.remove_mailbox(member.outbox, member.shard)
+            self.remove_queue(member.outbox, member.shard)
         known = self._by_client[member.client_id]
         if isinstance(known, dict) and len(known) > 1:
             del known[member.connection_id]

@@ -87,7 +87,7 @@ class RoomMembership(Generic[M]):
 
         Nothing happens if its place in them was handed over.
         """
-        names = self.of(member)
+        names = self.rooms_of(member)
         if names and self._members[names[0]][member.connection_id] is not member:
             return ()
         self._names.pop(member.connection_id, None)
@@ -97,7 +97,7 @@ class RoomMembership(Generic[M]):
 
     def hand_over(self, member: M, other: M) -> None:
         """Put another member with the same connection id in the place of one, in all its rooms."""
-        for name in self.of(member):
+        for name in self.rooms_of(member):
             self._members[name][member.connection_id] = other
 
     def _take_out(self, connection_id: str, name: str) -> None:
@@ -106,7 +106,7 @@ class RoomMembership(Generic[M]):
         if not members:
             del self._members[name]
 
-    def of(self, member: M) -> tuple[str, ...]:
+    def rooms_of(self, member: M) -> tuple[str, ...]:
         """The rooms of a connection, in the order in which it joined them."""
         return tuple(self._names.get(member.connection_id, ()))
 
@@ -122,7 +122,7 @@ class RoomMembership(Generic[M]):
         """How many connections are in a room."""
         return len(self._members.get(name, ()))
 
-    def audience(self, names: str | Iterable[str]) -> Collection[M]:
+    def recipients(self, names: str | Iterable[str]) -> Collection[M]:
         """The connections that are in any of these rooms, each once, as they are now.
 
         Args:
@@ -133,10 +133,10 @@ class RoomMembership(Generic[M]):
         rooms = [room for name in names if (room := self._members.get(name)) is not None]
         if len(rooms) == 1:  # the usual case, per message: one copy, and no id is hashed
             return list(rooms[0].values())
-        everybody: dict[str, M] = {}
+        recipients: dict[str, M] = {}
         for room in rooms:
-            everybody.update(room)
-        return everybody.values()
+            recipients.update(room)
+        return recipients.values()
 
     def names(self) -> list[str]:
         """The rooms that somebody is in, oldest first."""

@@ -18,16 +18,16 @@ class CallbackSemaphore:
         line: Who waits.
     """
 
-    __slots__ = ("limit", "line", "taken")
+    __slots__ = ("limit", "taken", "waiters")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
-        self.line: deque[Callable[[], bool]] = deque()
+        self.waiters: deque[Callable[[], bool]] = deque()
 
     def __len__(self) -> int:
         """How many wait in line."""
-        return len(self.line)
+        return len(self.waiters)
 
     @property
     def free(self) -> bool:
@@ -41,14 +41,14 @@ class CallbackSemaphore:
     def release(self) -> None:
         """Give a slot back and let the first in line look."""
         self.taken -= 1
-        self.pass_on()
+        self.wake_next()
 
     def wait(self, look_again: Callable[[], bool]) -> None:
         """Stand in line."""
-        self.line.append(look_again)
+        self.waiters.append(look_again)
 
-    def pass_on(self) -> None:
+    def wake_next(self) -> None:
         """Let the first in line that wants to look, if there is a slot."""
-        while self.line and self.free:
-            if self.line.popleft()():
+        while self.waiters and self.free:
+            if self.waiters.popleft()():
                 break

@@ -21,14 +21,14 @@ MAX_BLOCK: Final = 0.005
 """Seconds after which the event loop gets a turn between two shards."""
 
 
-LOOK_EVERY: Final = 256
+CHECK_INTERVAL: Final = 256
 """Workers of a shard between two looks at the clock."""
 
 
 class Flushable(Protocol):
     """Something that has work to do soon."""
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """Do it. Must not wait."""
 
 
@@ -39,7 +39,7 @@ class FlushScheduler:
 
     Args:
         num_shards: How many shards there are.
-        reports: Where a worker that fails is reported. The others go on.
+        events: Where a worker that fails is reported. The others go on.
         loop: The event loop that all this happens on; `None` where nothing is checked.
 
     Attributes:
@@ -47,15 +47,15 @@ class FlushScheduler:
         sends: How many times user code has sent something.
     """
 
-    __slots__ = ("_context", "_divided", "_ready", "_reports", "_scheduled", "_shards", "_turned_at", "loop", "sends")
+    __slots__ = ("_context", "_divided", "_events", "_ready", "_scheduled", "_shards", "_turned_at", "loop", "sends")
 
-    def __init__(self, num_shards: int, reports: EventBus, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, num_shards: int, events: EventBus, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
         self.sends = 0
         self._shards: tuple[list[Flushable], ...] = tuple([] for _ in range(num_shards))
         self._divided = num_shards > 1
         self._ready: list[list[Flushable]] = []  # the shards in which somebody waits, in the order in which it began
-        self._reports = reports
+        self._events = events
         self._context = contextvars.copy_context()  # not that of the connection that happens to book a turn first
         self._scheduled = False
         self._turned_at = monotonic()  # when the event loop is known to have turned
@@ -76,19 +76,19 @@ class FlushScheduler:
         """The list of those in a shard who wait for a turn. Whoever puts the first into one calls `book` with it."""
         return self._shards[shard]
 
-    def soon(self, pending: list[Flushable], worker: Flushable) -> None:
+    def schedule(self, pending: list[Flushable], worker: Flushable) -> None:
         """Let a worker take its turn soon."""
         if not pending:
-            self.book(pending)
+            self.mark_ready(pending)
         pending.append(worker)
 
-    def book(self, pending: list[Flushable]) -> None:
+    def mark_ready(self, pending: list[Flushable]) -> None:
         """See to it that a list is looked at, in which nobody has waited until now."""
         self._ready.append(pending)
         if not self._scheduled:
             self._schedule()
 
-    def held_long(self) -> bool:
+    def exceeded(self) -> bool:
         """Whether the event loop may have been held for longer than `MAX_BLOCK`: whoever asks lets it turn then.
 
         A sender that computes between two messages gives it no other occasion, and transports and other connections
@@ -130,10 +130,10 @@ class FlushScheduler:
             for worker in workers:
                 done += 1
                 try:
-                    worker.take_turn()
+                    worker.flush_now()
                 except Exception as error:  # ours to mend, and nobody else's connection may suffer from it
-                    self._reports.bug("internal_task_failed", error, task=type(worker).__name__)
-                if not done % LOOK_EVERY and self._divided and monotonic() > until:
+                    self._events.emit_exception("internal_task_failed", error, task=type(worker).__name__)
+                if not done % CHECK_INTERVAL and self._divided and monotonic() > until:
                     break
         finally:
             if done < len(workers):
@@ -150,11 +150,11 @@ class LoopBudget:
     def __init__(self) -> None:
         self._since = monotonic()
 
-    def held_long(self) -> bool:
+    def exceeded(self) -> bool:
         """Whether `MAX_BLOCK` has passed since it was made or let go."""
         return monotonic() - self._since > MAX_BLOCK
 
-    async def let_go(self) -> None:
+    async def yield_to_loop(self) -> None:
         """Give the event loop a turn. Cancelling is safe."""
         await asyncio.sleep(0)
         self._since = monotonic()

@@ -29,7 +29,7 @@ message."""
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 _BEARER: Final = re.compile("bearer +([!-~]+)", re.IGNORECASE)
-_NOT_HEARD: Final = (
+_NOT_READ: Final = (
     "first_message() was asked of a WebSocket that no manager.socket_for has taken yet, so nobody can hear it: put the "
     "socket first among the endpoint's parameters, and the identity into no dependencies="
 )
@@ -113,7 +113,7 @@ class _SubprotocolSource:
 
 class _FirstMessageSource:
     def __init__(self) -> None:
-        self._told = False
+        self._warned = False
 
     def __str__(self) -> str:
         return "the first message"
@@ -125,9 +125,9 @@ class _FirstMessageSource:
         door: Door | None = connection.scope.get(HANDSHAKE_SCOPE_KEY)
         if door is not None:
             return await door.credential()
-        if connection.scope["type"] == "websocket" and not self._told:
-            self._told = True
-            logger.warning("%s", _NOT_HEARD, extra={"event": "first_message_not_heard"})
+        if connection.scope["type"] == "websocket" and not self._warned:
+            self._warned = True
+            logger.warning("%s", _NOT_READ, extra={"event": "first_message_not_heard"})
         return None
 
 
@@ -177,21 +177,21 @@ class Credential:
     dependency to say that wants it.
 
     Args:
-        places: Where it may be, tried in this order, the first message last.
+        sources: Where it may be, tried in this order, the first message last.
         required: Whether it is an error if there is none; else there is `None`.
 
     Raises:
         TypeError: There is no place.
     """
 
-    def __init__(self, *places: CredentialSource, required: bool = True) -> None:
-        if not places:
+    def __init__(self, *sources: CredentialSource, required: bool = True) -> None:
+        if not sources:
             raise TypeError("say where a credential may be: Credential(bearer(), ...)")
-        self._places = places
+        self._sources = sources
         self._required = required
 
     def __repr__(self) -> str:
-        return f"<Credential in {_either(self._places)}>"
+        return f"<Credential in {_either(self._sources)}>"
 
     async def __call__(self, connection: HTTPConnection) -> str | None:
         """The credential of this connection. Cancelling it gives up waiting for the first message.
@@ -202,22 +202,22 @@ class Credential:
         found = await self._find(connection)
         if found is None and self._required:
             headers = (
-                {"WWW-Authenticate": "Bearer"} if any(isinstance(one, _BearerSource) for one in self._places) else None
+                {"WWW-Authenticate": "Bearer"} if any(isinstance(one, _BearerSource) for one in self._sources) else None
             )
-            raise HTTPException(401, f"a credential is wanted, in {_either(self._places)}", headers=headers)
+            raise HTTPException(401, f"a credential is wanted, in {_either(self._sources)}", headers=headers)
         return found
 
     async def _find(self, connection: HTTPConnection) -> str | None:
-        for place in self._places:  # all of them, before the first one that finds something: a cookie comes by itself
-            if isinstance(place, _SubprotocolSource):
-                place.mark(connection)
-        for place in self._places:
-            if (found := _credential(place.find(connection))) is not None:
+        for source in self._sources:  # all of them, before the first one that finds something: a cookie comes by itself
+            if isinstance(source, _SubprotocolSource):
+                source.mark(connection)
+        for source in self._sources:
+            if (found := _credential(source.find(connection))) is not None:
                 return found
-        for place in self._places:
+        for source in self._sources:
             if (
-                isinstance(place, _FirstMessageSource)
-                and (found := _credential(await place.ask(connection))) is not None
+                isinstance(source, _FirstMessageSource)
+                and (found := _credential(await source.ask(connection))) is not None
             ):
                 return found
         return None
@@ -228,5 +228,5 @@ def _credential(text: str | None) -> str | None:
     return text if text and len(text.encode("utf-8", "replace")) <= MAX_CREDENTIAL_BYTES else None
 
 
-def _either(places: tuple[CredentialSource, ...]) -> str:
-    return " or ".join(map(str, places))
+def _either(sources: tuple[CredentialSource, ...]) -> str:
+    return " or ".join(map(str, sources))

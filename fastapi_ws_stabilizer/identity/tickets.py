@@ -34,4 +34,4 @@ class Tickets(SignedTokens):
                 before.
             TokenExpiredError: Its time is over.
         """
-        return self.use(ticket).client_id
+        return self.consume(ticket).client_id

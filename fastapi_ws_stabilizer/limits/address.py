@@ -9,7 +9,7 @@ from typing import Final
 UNIX: Final = "unix"
 """The name of a peer that has no address: it has come over a Unix socket."""
 
-EVERYBODY: Final = "*"
+ANY_ADDRESS: Final = "*"
 
 MAX_HOPS: Final = 64
 """Entries of X-Forwarded-For that are looked at, from the right."""
@@ -39,9 +39,9 @@ class TrustedProxies:
     def __init__(self, entries: Sequence[str]) -> None:
         if isinstance(entries, str):
             raise ValueError(f"trusted proxies are a list: write [{entries!r}]")
-        self._everybody = EVERYBODY in entries
+        self._trusts_all = ANY_ADDRESS in entries
         self._unix = UNIX in entries
-        networks = [_network(entry) for entry in entries if entry not in (EVERYBODY, UNIX)]
+        networks = [_network(entry) for entry in entries if entry not in (ANY_ADDRESS, UNIX)]
         # Asked at each handshake, about lists of clouds with dozens of networks: a set for each length of prefix.
         self._texts = frozenset(str(one.network_address) for one in networks if one.prefixlen == one.max_prefixlen)
         self._prefixes: dict[tuple[int, int], set[int]] = {}  # version of IP, bits behind the prefix → prefixes
@@ -55,7 +55,7 @@ class TrustedProxies:
         Args:
             peer: Its address as the server tells it; `None` where it has none.
         """
-        if self._everybody:
+        if self._trusts_all:
             return True
         if not peer:
             return self._unix
@@ -84,7 +84,7 @@ class TrustedProxies:
             if address is None:
                 break
             client = str(address)
-            if not self._everybody and not self._has(address):
+            if not self._trusts_all and not self._has(address):
                 break
         return client
 

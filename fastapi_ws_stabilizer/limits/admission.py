@@ -1,10 +1,10 @@
 """Who may come in: how many at a time, in all and from one address, and how many in a second.
 
 Whoever dials *knocks* first, which costs a few dictionary look-ups and nothing else. A place is counted from then on,
-but whether there is one is only decided when it is known who has come (`Place.settle`): a client whose old connection
-is half-open takes that one's place and needs none of its own, or a full server could never get rid of its ghosts.
-So while a server is full a few may stand in the lobby and say who they are. The lobby has its limit too, or those who
-say nothing would have none.
+but whether there is one is only decided when it is known who has come (`RouteEntry.settle`): a client whose old
+connection is half-open takes that one's place and needs none of its own, or a full server could never get rid of its
+ghosts. So while a server is full a few may stand in the lobby and say who they are. The lobby has its limit too, or
+those who say nothing would have none.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Reservation:
         """The client that it is confirmed for; `None` before, and when it is released."""
         return self._holder if isinstance(self._holder, str) else None
 
-    def settle(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
+    def confirm(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
         """Confirm the reservation for a client, if there is room.
 
         Args:
@@ -77,7 +77,7 @@ class Reservation:
         self.check()
         if self._holder is None:
             taken = [one for one in replaces if one.client_id is not None]
-            self._admission._settle(self.address, client_id, taken)
+            self._admission._confirm(self.address, client_id, taken)
             self._holder = client_id
 
     def check(self) -> None:
@@ -87,13 +87,13 @@ class Reservation:
             ConnectionLimitExceededError: It was, and another client may have the room by now.
         """
         if self._holder is _RELEASED:
-            raise self._admission._taken_back()
+            raise self._admission._released_error()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Release the reservation. Nothing happens if that was done."""
         if self._holder is not _RELEASED:
             client_id, self._holder = self.client_id, _RELEASED
-            self._admission._leave(self.address, client_id)
+            self._admission._release(self.address, client_id)
 
 
 class _Uncounted(Reservation):
@@ -101,10 +101,10 @@ class _Uncounted(Reservation):
 
     __slots__ = ()
 
-    def settle(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
+    def confirm(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
         """Do nothing: there is room."""
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Do nothing: nothing is counted."""
 
 
@@ -171,12 +171,12 @@ class ConnectionLimiter:
         rate_per_address: float | None = None,
     ) -> None:
         self._max = math.inf if max_connections is None else max_connections
-        self._lobby = max(MIN_PENDING, PENDING_FRACTION * self._max)
-        self._inside = 0
-        self._knocking = 0
+        self._max_pending = max(MIN_PENDING, PENDING_FRACTION * self._max)
+        self._established = 0
+        self._pending = 0
         self._of_client = _Counter(max_per_client)
         self._from_address = _Counter(max_per_address)
-        self._knocking_from = _Counter(max_per_address)
+        self._pending_from = _Counter(max_per_address)
         self._rate = None if rate is None else _DialRate(rate, 1)
         self._rates = None if rate_per_address is None else _DialRate(rate_per_address, MAX_ADDRESSES)
         self._retry_when_full = RetryQueue(BACK_PER_SECOND)
@@ -189,14 +189,14 @@ class ConnectionLimiter:
 
     def __len__(self) -> int:
         """How many are inside."""
-        return self._inside
+        return self._established
 
     @property
-    def crowded(self) -> bool:
+    def is_full(self) -> bool:
         """Whether there is no room, not even in the lobby."""
-        return self._inside + self._knocking >= self._max + self._lobby
+        return self._established + self._pending >= self._max + self._max_pending
 
-    def knock(self, address: str, now: float) -> Reservation:
+    def reserve(self, address: str, now: float) -> Reservation:
         """Somebody has come, and it is not known yet who.
 
         Args:
@@ -211,19 +211,19 @@ class ConnectionLimiter:
             return self._uncounted
         # The limits of one address come first: beyond them it moves back no other client's turn.
         most = self._from_address.most
-        if most is not None and self._from_address.of(address) + self._knocking_from.of(address) >= 2 * most:
+        if most is not None and self._from_address.of(address) + self._pending_from.of(address) >= 2 * most:
             raise self._too_many("max_connections_per_address", most)
         if self._rates is not None and (wait := self._rates.take(address, now)):
             raise TooManyConnectionsError("max_connect_rate_per_address", self._max_rates[1] or 0, wait)
-        if self.crowded:
+        if self.is_full:
             raise self._full()
         if self._rate is not None and (wait := self._rate.take("", now)):
             raise ConnectionLimitExceededError("max_connect_rate", self._max_rates[0] or 0, wait)
-        self._knocking += 1
-        self._knocking_from.add(address)
+        self._pending += 1
+        self._pending_from.add(address)
         return Reservation(self, address)
 
-    def _settle(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
+    def _confirm(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
         here = any(one.address == address for one in replaces)
         most = self._from_address.most
         if most is not None and self._from_address.of(address) - here >= most:
@@ -234,24 +234,24 @@ class ConnectionLimiter:
             raise self._too_many("max_connections_per_client", most)
         # Whoever is replaced is counted until it is gone. Several may be about to replace the same one, and wait for a
         # hook meanwhile: they came through the lobby, so they are few.
-        if not replaces and self._inside >= self._max:
+        if not replaces and self._established >= self._max:
             raise self._full()
-        self._knocking -= 1
-        self._knocking_from.remove(address)
-        self._inside += 1
+        self._pending -= 1
+        self._pending_from.remove(address)
+        self._established += 1
         self._from_address.add(address)
         self._of_client.add(client_id)
 
-    def _leave(self, address: str, client_id: str | None) -> None:
+    def _release(self, address: str, client_id: str | None) -> None:
         if client_id is None:
-            self._knocking -= 1
-            self._knocking_from.remove(address)
+            self._pending -= 1
+            self._pending_from.remove(address)
         else:
-            self._inside -= 1
+            self._established -= 1
             self._from_address.remove(address)
             self._of_client.remove(client_id)
 
-    def _taken_back(self) -> ConnectionLimitExceededError:
+    def _released_error(self) -> ConnectionLimitExceededError:
         """Why a reservation that was released cannot be confirmed: another client may have it by now."""
         if self._max != math.inf:
             return self._full()

@@ -13,13 +13,13 @@ class Descriptions:
     """The sizes of presence metadata, by member and room. They are in the sum of the ledger.
 
     Args:
-        ledger: Where they are counted.
+        budget: Where they are counted.
     """
 
-    __slots__ = ("_ledger", "_rooms")
+    __slots__ = ("_budget", "_rooms")
 
-    def __init__(self, ledger: MemoryBudget) -> None:
-        self._ledger = ledger
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
         self._rooms: dict[str, dict[str, int]] = {}  # member → room → bytes
 
     def __iter__(self) -> Iterator[str]:
@@ -34,10 +34,10 @@ class Descriptions:
         """
         size = deep_size(metadata) if metadata else 0
         more = size - self._rooms.get(member.connection_id, {}).get(room, 0)
-        self._ledger.admit(member, more)
+        self._budget.reserve(member, more)
         self._add(member.connection_id, room, more)
         if more > 0:
-            self._ledger.holds(member)
+            self._budget.on_nonzero(member)
 
     def check(self, metadata: Mapping[str, Any]) -> None:
         """Look whether a client of which nothing is kept may be described so, for the rest of its grace.
@@ -45,7 +45,7 @@ class Descriptions:
         Raises:
             MemoryLimitExceededError: It is more than may be held.
         """
-        self._ledger.admit(None, deep_size(metadata) if metadata else 0)
+        self._budget.reserve(None, deep_size(metadata) if metadata else 0)
 
     def let_go(self, member_id: str, room: str, heir: str | None = None) -> None:
         """A member has left a room.
@@ -76,4 +76,4 @@ class Descriptions:
             del sizes[room]
         if not sizes:
             del self._rooms[member_id]
-        self._ledger.describe(member_id, size)
+        self._budget.describe(member_id, size)

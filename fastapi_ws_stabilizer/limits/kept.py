@@ -25,7 +25,7 @@ class MeteredDict(dict[str, Any]):
     it, so that neither a write nor a look takes longer for more entries.
 
     Args:
-        ledger: Where it is counted.
+        budget: Where it is counted.
         owner: For whom it is kept.
 
     Attributes:
@@ -33,14 +33,14 @@ class MeteredDict(dict[str, Any]):
         counted_bytes: How much of that is in the ledger. Only the event loop touches it.
     """
 
-    __slots__ = ("_ledger", "_objects", "_sizes", "counted_bytes", "held_bytes", "owner")
+    __slots__ = ("_budget", "_objects", "_sizes", "counted_bytes", "held_bytes", "owner")
 
     def __init__(
-        self, ledger: MemoryBudget | None, owner: Evictable | None, values: Mapping[str, Any] | None = None
+        self, budget: MemoryBudget | None, owner: Evictable | None, values: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self._ledger = ledger
-        self.owner = None if ledger is None else owner
+        self._budget = budget
+        self.owner = None if budget is None else owner
         self._sizes: dict[str, tuple[int, int]] = {}  # bytes and objects of each entry
         self._objects = 0
         self.held_bytes = self.counted_bytes = 0
@@ -85,14 +85,14 @@ class MeteredDict(dict[str, Any]):
             size, count = size_and_count(value, left)
             sizes[key] = sys.getsizeof(key) + size, count
             left -= count
-        if self._ledger is not None:
-            self._ledger.admit(self.owner, sum(size for size, _ in sizes.values()) - before)
+        if self._budget is not None:
+            self._budget.reserve(self.owner, sum(size for size, _ in sizes.values()) - before)
         with _WRITING:
             if anew:
                 super().clear()
-                self._note({}, gone=list(self._sizes))
+                self._record_sizes({}, gone=list(self._sizes))
             super().update(values)
-            self._note(sizes)
+            self._record_sizes(sizes)
         self._changed()
 
     def __ior__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> MeteredDict:  # type: ignore[override, misc]
@@ -114,14 +114,14 @@ class MeteredDict(dict[str, Any]):
     def __delitem__(self, key: str) -> None:
         with _WRITING:
             super().__delitem__(key)
-            self._note({}, gone=[key])
+            self._record_sizes({}, gone=[key])
         self._changed()
 
     def pop(self, key: str, *default: Any) -> Any:
         """Take an entry out, and return its value."""
         with _WRITING:
             value = super().pop(key, *default)
-            self._note({}, gone=[key])
+            self._record_sizes({}, gone=[key])
         self._changed()
         return value
 
@@ -129,7 +129,7 @@ class MeteredDict(dict[str, Any]):
         """Take the entry out that was put in last."""
         with _WRITING:
             key, value = super().popitem()
-            self._note({}, gone=[key])
+            self._record_sizes({}, gone=[key])
         self._changed()
         return key, value
 
@@ -137,12 +137,12 @@ class MeteredDict(dict[str, Any]):
         """Take everything out."""
         with _WRITING:
             super().clear()
-            self._note({}, gone=list(self._sizes))
+            self._record_sizes({}, gone=list(self._sizes))
         self._changed()
 
     # ── counting ──
 
-    def _note(self, sizes: Mapping[str, tuple[int, int]], gone: Iterable[str] = ()) -> None:
+    def _record_sizes(self, sizes: Mapping[str, tuple[int, int]], gone: Iterable[str] = ()) -> None:
         """Note the sizes of entries that were put in, and forget those of entries that are gone."""
         for key in (*gone, *sizes):
             size, count = self._sizes.pop(key, _NOTHING)
@@ -154,32 +154,32 @@ class MeteredDict(dict[str, Any]):
             self._sizes[key] = size, count
 
     def _changed(self) -> None:
-        ledger = self._ledger  # it may be let go while a thread writes
-        if ledger is not None:
-            ledger.changed(self)
+        budget = self._budget  # it may be let go while a thread writes
+        if budget is not None:
+            budget.changed(self)
 
-    def settle(self) -> int:
+    def flush_accounting(self) -> int:
         """How much more it holds than is in the ledger, where it is from now on. On the event loop only."""
-        held = 0 if self._ledger is None else self.held_bytes
+        held = 0 if self._budget is None else self.held_bytes
         more, self.counted_bytes = held - self.counted_bytes, held
         return more
 
-    def measure(self) -> Iterator[None]:
+    def remeasure(self) -> Iterator[None]:
         """Measure everything anew, a part of an entry at each step: values may have grown or shrunk inside."""
         for key, value in list(self.items()):
             known = self._sizes.get(key, _NOTHING)[1]
             size, count = yield from iter_size(value, MAX_OBJECTS - self._objects + known)
             with _WRITING:
                 if self.get(key) is value:
-                    self._note({key: (sys.getsizeof(key) + size, count)})
+                    self._record_sizes({key: (sys.getsizeof(key) + size, count)})
             self._changed()
             yield
-        if self._ledger is not None and self.owner is not None:
-            self._ledger.look_at(self.owner)
+        if self._budget is not None and self.owner is not None:
+            self._budget.check_limit(self.owner)
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """It is kept for nobody any more, and counted no longer. Whoever still has it can use it."""
-        ledger, self._ledger = self._ledger, None
+        budget, self._budget = self._budget, None
         self.owner = None
-        if ledger is not None:
-            ledger.changed(self)
+        if budget is not None:
+            budget.changed(self)

@@ -38,7 +38,7 @@ SLICE: Final = 0.005
 """Seconds of measuring, or of letting clients go, before the event loop gets a turn."""
 
 _ENDED: Final = 0
-_AWAY: Final = 1
+_DETACHED: Final = 1
 _HERE: Final = 2
 
 _MAX_STALE: Final = 64
@@ -56,7 +56,7 @@ class SharedMessage(Protocol):
     """A message that several may hold."""
 
     size: int
-    holders: int
+    refcount: int
 
 
 class Evictable(Protocol):
@@ -67,13 +67,13 @@ class Evictable(Protocol):
         """Its id: no other has the same."""
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that are held for it."""
 
     def evict(self) -> None:
         """End it now, because room is needed. It leaves the ledger by that, and lets go of what it holds."""
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """It holds more than one client may: end it."""
 
 
@@ -85,10 +85,10 @@ class Remeasurable(Protocol):
     counted_bytes: int
     """How much of it is in the sum."""
 
-    def settle(self) -> int:
+    def flush_accounting(self) -> int:
         """How much more it holds than is in the sum, where it is from now on. On the event loop only."""
 
-    def measure(self) -> Iterator[None]:
+    def remeasure(self) -> Iterator[None]:
         """Measure it anew, one entry at each step, and put the sums right."""
 
 
@@ -99,15 +99,15 @@ class _EvictionEntry:
         client: Who it is.
         rank: Whether it has ended, is away or is here.
         moment: What the policy asks for: the lower it is, the earlier it goes.
-        entry: By what it stands in line; `None` while it holds nothing. Its moment may be an old one.
+        item: By what it stands in line; `None` while it holds nothing. Its moment may be an old one.
     """
 
-    __slots__ = ("client", "entry", "moment", "rank")
+    __slots__ = ("client", "heap_item", "moment", "rank")
 
     def __init__(self, client: Evictable) -> None:
         self.client = client
         self.rank = self.moment = 0
-        self.entry: tuple[int, int, _EvictionEntry] | None = None
+        self.heap_item: tuple[int, int, _EvictionEntry] | None = None
 
 
 class MemoryBudget:
@@ -139,11 +139,11 @@ class MemoryBudget:
         self.described: dict[str, int] = {}
         self.limit: float = math.inf if max_total is None else max_total
         self.max_each = max_each
-        self.orders = max_total is not None
-        self.watches_input = self.orders or max_each is not None
-        self._input_counts = self.orders and policy == "lru"
-        self.output_counts = self.orders and policy == "oldest"
-        self._places: dict[object, _EvictionEntry] = {}
+        self.evicts = max_total is not None
+        self.watches_input = self.evicts or max_each is not None
+        self._input_counts = self.evicts and policy == "lru"
+        self.output_counts = self.evicts and policy == "oldest"
+        self._entries: dict[object, _EvictionEntry] = {}
         self._line: list[tuple[int, int, _EvictionEntry]] = []
         self._moments = itertools.count(1)
         self._spared: Counter[Evictable] = Counter()
@@ -168,25 +168,25 @@ class MemoryBudget:
 
     # ── what is held ──
 
-    def hold(self, message: SharedMessage) -> None:
+    def retain(self, message: SharedMessage) -> None:
         """Somebody holds a message."""
-        if not message.holders:
+        if not message.refcount:
             self.total += message.size + FRAME_OVERHEAD_BYTES
             if self.total > self.limit:
-                self.relieve_soon()
-        message.holders += 1
+                self.schedule_eviction()
+        message.refcount += 1
 
     def release(self, message: SharedMessage) -> None:
         """Somebody lets a message go."""
-        message.holders -= 1
-        if not message.holders:
+        message.refcount -= 1
+        if not message.refcount:
             self.total -= message.size + FRAME_OVERHEAD_BYTES
 
     def add(self, size: int) -> None:
         """Something is held that nobody else holds; or let go, where `size` is negative."""
         self.total += size
         if self.total > self.limit:
-            self.relieve_soon()
+            self.schedule_eviction()
 
     def describe(self, member_id: str, size: int) -> None:
         """A member holds so much more presence metadata; or less, where `size` is negative."""
@@ -197,50 +197,50 @@ class MemoryBudget:
 
     # ── who stands where ──
 
-    def enter(self, client: Evictable) -> None:
+    def attach(self, client: Evictable) -> None:
         """A client has come, or has come back."""
         self._stand(client, _HERE)
 
-    def goes_away(self, client: Evictable) -> None:
+    def detach(self, client: Evictable) -> None:
         """A client is away, and something is kept for it."""
-        self._stand(client, _AWAY)
+        self._stand(client, _DETACHED)
 
-    def has_ended(self, client: Evictable) -> None:
+    def mark_closed(self, client: Evictable) -> None:
         """What is left of a connection that has ended goes before everybody else."""
         self._stand(client, _ENDED)
 
-    def leave(self, client: Evictable) -> None:
+    def remove(self, client: Evictable) -> None:
         """A client is over. Nothing happens if it was."""
-        place = self._places.pop(client, None)
-        if place is not None:
-            place.entry = None
+        entry = self._entries.pop(client, None)
+        if entry is not None:
+            entry.heap_item = None
 
-    def holds(self, client: object) -> None:
+    def on_nonzero(self, client: object) -> None:
         """A client that may have held nothing holds something."""
-        place = self._places.get(client)
-        if place is not None and place.entry is None:
-            self._line_up(place)
+        entry = self._entries.get(client)
+        if entry is not None and entry.heap_item is None:
+            self._line_up(entry)
 
-    def heard(self, client: Evictable) -> None:
+    def on_inbound(self, client: Evictable) -> None:
         """A message has come from a client. Hot path."""
-        if self.orders:
-            place = self._places.get(client)
-            if place is not None and place.rank == _HERE:
+        if self.evicts:
+            entry = self._entries.get(client)
+            if entry is not None and entry.rank == _HERE:
                 if self._input_counts:
-                    place.moment = next(self._moments)
-                if place.entry is None:
-                    self._line_up(place)
+                    entry.moment = next(self._moments)
+                if entry.heap_item is None:
+                    self._line_up(entry)
         if self.max_each is not None:
-            self.look_at(client)
+            self.check_limit(client)
 
-    def delivered(self, client: Evictable) -> None:
+    def on_delivered(self, client: Evictable) -> None:
         """A message was delivered to a client."""
-        place = self._places.get(client)
-        if place is not None and place.rank == _HERE:
-            place.moment = next(self._moments)
+        entry = self._entries.get(client)
+        if entry is not None and entry.rank == _HERE:
+            entry.moment = next(self._moments)
 
     @contextmanager
-    def sparing(self, client: Evictable | None) -> Iterator[None]:
+    def pinned(self, client: Evictable | None) -> Iterator[None]:
         """Let a client not go for others meanwhile: it is on its way back."""
         if client is None:
             yield
@@ -254,31 +254,31 @@ class MemoryBudget:
                 del self._spared[client]
 
     def _stand(self, client: Evictable, rank: int) -> None:
-        if not self.orders:
+        if not self.evicts:
             return
-        place = self._places.get(client)
-        if place is None:
-            place = self._places[client] = _EvictionEntry(client)
-        place.rank, place.moment, place.entry = rank, next(self._moments), None
-        if client.held_memory:
-            self._line_up(place)
+        entry = self._entries.get(client)
+        if entry is None:
+            entry = self._entries[client] = _EvictionEntry(client)
+        entry.rank, entry.moment, entry.heap_item = rank, next(self._moments), None
+        if client.memory_usage:
+            self._line_up(entry)
 
-    def _line_up(self, place: _EvictionEntry) -> None:
-        place.entry = place.rank, place.moment, place
-        if len(self._line) > 2 * len(self._places) + _MAX_STALE:
-            self._line = [one.entry for one in self._places.values() if one.entry is not None]
+    def _line_up(self, entry: _EvictionEntry) -> None:
+        entry.heap_item = entry.rank, entry.moment, entry
+        if len(self._line) > 2 * len(self._entries) + _MAX_STALE:
+            self._line = [one.heap_item for one in self._entries.values() if one.heap_item is not None]
             heapify(self._line)
         else:
-            heappush(self._line, place.entry)
+            heappush(self._line, entry.heap_item)
 
     # ── the limits ──
 
-    def look_at(self, client: Evictable) -> None:
+    def check_limit(self, client: Evictable) -> None:
         """End a client if more is held for it than may be."""
-        if self.max_each is not None and (held := client.held_memory) > self.max_each:
-            client.holds_too_much(held)
+        if self.max_each is not None and (held := client.memory_usage) > self.max_each:
+            client.on_limit_exceeded(held)
 
-    def admit(self, client: Evictable | None, size: int) -> None:
+    def reserve(self, client: Evictable | None, size: int) -> None:
         """Make room for something that a client is going to hold. Others go for it, if they must; it never does.
 
         Raises:
@@ -286,20 +286,20 @@ class MemoryBudget:
         """
         if size <= 0:
             return
-        held = 0 if client is None else client.held_memory
+        held = 0 if client is None else client.memory_usage
         if self.max_each is not None and held + size > self.max_each:
             raise MemoryLimitExceededError("max_memory_per_connection", self.max_each, held + size)
         if self.total + size <= self.limit:
             return
         if self.is_elsewhere and held + size <= self.limit:
             return  # it is counted on the event loop, and room is made there
-        stay = sum(one.held_memory for one in self._spared if one is not client)
+        stay = sum(one.memory_usage for one in self._spared if one is not client)
         if held + stay + size <= self.limit:  # else nobody needs to go for what cannot be
             self._relieve(size, client)
         if self.total + size > self.limit:
             raise MemoryLimitExceededError("max_total_memory", int(self.limit), self.total + size)
 
-    def relieve_soon(self) -> None:
+    def schedule_eviction(self) -> None:
         """Let somebody go at the end of this turn of the event loop, if more is held then than may be."""
         if self._due is None and self._loop is not None:
             self._due = self._loop.call_soon(self._relieve_now, context=self._context)
@@ -317,10 +317,10 @@ class MemoryBudget:
             client = self._first(spared)
             if client is None:
                 return
-            self.leave(client)
+            self.remove(client)
             client.evict()
             if monotonic() >= until:
-                self.relieve_soon()
+                self.schedule_eviction()
                 return
 
     def _first(self, spared: Evictable | None) -> Evictable | None:
@@ -328,21 +328,21 @@ class MemoryBudget:
         line, aside = self._line, []
         found = None
         while line and found is None:
-            entry = heappop(line)
-            place = entry[2]
-            if entry is not place.entry:
+            item = heappop(line)
+            entry = item[2]
+            if item is not entry.heap_item:
                 continue  # it has left, or stands elsewhere
-            if place.client is spared or place.client in self._spared:
-                aside.append(entry)
-            elif not place.client.held_memory:
-                place.entry = None
-            elif entry[1] != place.moment:
-                place.entry = entry[0], place.moment, place
-                heappush(line, place.entry)
+            if entry.client is spared or entry.client in self._spared:
+                aside.append(item)
+            elif not entry.client.memory_usage:
+                entry.heap_item = None
+            elif item[1] != entry.moment:
+                entry.heap_item = item[0], entry.moment, entry
+                heappush(line, entry.heap_item)
             else:
-                found = place.client
-        for entry in aside:
-            heappush(line, entry)
+                found = entry.client
+        for item in aside:
+            heappush(line, item)
         return found
 
     # ── what grows without telling ──
@@ -350,19 +350,19 @@ class MemoryBudget:
     def changed(self, measured: Remeasurable) -> None:
         """A dict has grown, or shrunk. Can be called from any thread."""
         if not self.is_elsewhere:
-            self._settle(measured)
+            self._flush_accounting(measured)
         elif self._loop is not None:
-            self._loop.call_soon_threadsafe(self._settle_later, measured, context=self._context)
+            self._loop.call_soon_threadsafe(self._schedule_accounting, measured, context=self._context)
 
-    def _settle_later(self, measured: Remeasurable) -> None:
+    def _schedule_accounting(self, measured: Remeasurable) -> None:
         """A thread has written, for which room could not be made there: the writer is spared here too."""
-        self._settle(measured)
+        self._flush_accounting(measured)
         self._relieve(0, measured.owner)
 
-    def _settle(self, measured: Remeasurable) -> None:
-        self.add(measured.settle())
-        if self.orders and measured.owner is not None:
-            self.holds(measured.owner)
+    def _flush_accounting(self, measured: Remeasurable) -> None:
+        self.add(measured.flush_accounting())
+        if self.evicts and measured.owner is not None:
+            self.on_nonzero(measured.owner)
         if not measured.counted_bytes:  # it is empty, or was let go since a thread has written
             self._measured.pop(id(measured), None)
             return
@@ -390,7 +390,7 @@ class MemoryBudget:
     def _measure_all(self) -> Iterator[None]:
         for measured in list(self._measured.values()):
             if id(measured) in self._measured:
-                yield from measured.measure()
+                yield from measured.remeasure()
 
     def stop(self) -> None:
         """Let go of the timer and of everybody."""
@@ -398,6 +398,6 @@ class MemoryBudget:
             if timer is not None:
                 timer.cancel()
         self._timer = self._due = self._looking = None
-        self._places.clear()
+        self._entries.clear()
         self._line.clear()
         self._measured.clear()

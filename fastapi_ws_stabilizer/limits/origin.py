@@ -34,11 +34,11 @@ class _HostPort(NamedTuple):
 
 class _Origin(NamedTuple):
     scheme: str
-    place: _HostPort
+    host_port: _HostPort
 
     def __str__(self) -> str:
-        port = "" if self.place.port is None else f":{self.place.port}"
-        return f"{self.scheme}://{self.place.host}{port}"
+        port = "" if self.host_port.port is None else f":{self.host_port.port}"
+        return f"{self.scheme}://{self.host_port.host}{port}"
 
 
 class OriginPolicy:
@@ -129,14 +129,16 @@ class OriginPolicy:
         else:
             wild, origin = _parse_entry(entry)
             if wild:
-                self._below.append((origin.scheme, f".{origin.place.host}", origin.place.port))
+                self._below.append((origin.scheme, f".{origin.host_port.host}", origin.host_port.port))
             else:
                 self._exact.add(origin)
 
 
 def _is_same(origin: _Origin, hosts: Sequence[str]) -> bool:
     """Whether an origin is that of one of the hosts. A host without a port has the one of the origin's scheme."""
-    return origin.scheme in _DEFAULT_PORTS and any(_place_of(host, origin.scheme) == origin.place for host in hosts)
+    return origin.scheme in _DEFAULT_PORTS and any(
+        _host_port_of(host, origin.scheme) == origin.host_port for host in hosts
+    )
 
 
 # ── reading what a browser sends ──
@@ -151,11 +153,11 @@ def _origin_of(text: str) -> _Origin | None:
         return None
     if not authority and scheme not in _DEFAULT_PORTS:  # `file://`, as some web views send it
         return _Origin(scheme, _HostPort("", None))
-    place = _place_of(authority, scheme)
-    return None if place is None else _Origin(scheme, place)
+    host_port = _host_port_of(authority, scheme)
+    return None if host_port is None else _Origin(scheme, host_port)
 
 
-def _place_of(authority: str, scheme: str) -> _HostPort | None:
+def _host_port_of(authority: str, scheme: str) -> _HostPort | None:
     """The host and port of an authority, as a Host header or an origin has it; `None` if it is none."""
     if len(authority) >= MAX_ORIGIN_CHARS or not authority.isascii():
         return None
@@ -231,9 +233,9 @@ def _parse_entry(entry: str) -> tuple[bool, _Origin]:
         page = "https" if scheme.lower() == "wss" else "http"
         raise ValueError(f"allowed origin {entry!r} is a socket's; that of the page is wanted: '{page}://{host}'")
     origin = _origin_of(f"{scheme}://{_ascii(name, entry)}")
-    if origin is None or (wild and not origin.place.host):
+    if origin is None or (wild and not origin.host_port.host):
         raise ValueError(f"allowed origin {entry!r} is none: write 'https://app.example.com', with ':8443' for a port")
-    if wild and not _is_domain(origin.place.host):
+    if wild and not _is_domain(origin.host_port.host):
         raise ValueError(f"allowed origin {entry!r} is too wide: write at least two labels, as in '*.example.com'")
     return wild, origin
 

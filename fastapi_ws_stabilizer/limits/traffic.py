@@ -23,13 +23,13 @@ from fastapi_ws_stabilizer.limits.rate import KeyedTokenBuckets, Rate
 MAX_REMEMBERED: Final = 65_536
 """Clients, and connections, whose buckets are remembered at most, beside those that are full."""
 
-ON_THE_WAY: Final = 512
+IN_FLIGHT: Final = 512
 """Messages that a client may have sent before it hears that the first of them is refused."""
 
-BYTES_ON_THE_WAY: Final = 1024 * 1024
+IN_FLIGHT_BYTES: Final = 1024 * 1024
 """Bytes of them: as many as our client keeps, if its own option does not say more."""
 
-MAX_AWAY: Final = 60.0
+MAX_DETACHED: Final = 60.0
 """Seconds that a client which was cut off is asked to stay away at most, if it need not wait longer for a message."""
 
 
@@ -44,8 +44,8 @@ class RateExceeded(NamedTuple):
         message_type: The type of message that it is said of, if it is one.
     """
 
-    wait: float
-    over: bool
+    retry_after: float
+    disconnect: bool
     option: str
     message_type: str | None
 
@@ -58,7 +58,7 @@ class KeyedRateLimiter:
         burst: How much at once.
         option: The name of the option that says so.
         message_type: The type of message that it is said of; all when left out.
-        on_the_way: How much may come behind a refused message, beside the burst, before that ends the connection.
+        in_flight: How much may come behind a refused message, beside the burst, before that ends the connection.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class KeyedRateLimiter:
         option: str = "max_rate",
         message_type: str | None = None,
         *,
-        on_the_way: float = 0.0,
+        in_flight: float = 0.0,
     ) -> None:
         rate = Rate(per_second, burst)
         self._burst = burst
         self._option = option
         self._message_type = message_type
-        self._full_after = min(burst / per_second, MAX_AWAY)
+        self._full_after = min(burst / per_second, MAX_DETACHED)
         self._allowed = KeyedTokenBuckets(rate, MAX_REMEMBERED)
         self._refused = KeyedTokenBuckets(rate, MAX_REMEMBERED)
-        self._behind = KeyedTokenBuckets(Rate(per_second, burst + on_the_way), MAX_REMEMBERED)
+        self._behind = KeyedTokenBuckets(Rate(per_second, burst + in_flight), MAX_REMEMBERED)
 
     def take(self, client_id: str, connection_id: str, cost: float, now: float) -> RateExceeded | None:
         """Take what a client sends; `None` if it may.
@@ -116,7 +116,7 @@ def rate_limiter(
     option: str = "max_rate",
     message_type: str | None = None,
     *,
-    on_the_way: float = 0.0,
+    in_flight: float = 0.0,
 ) -> KeyedRateLimiter | None:
     """The limit that goes with a rate; `None` without one.
 
@@ -125,7 +125,7 @@ def rate_limiter(
         burst: How much at once; as much as in a second when left out, and one at least.
         option: The name of the option that says so.
         message_type: The type of message that it is said of; all when left out.
-        on_the_way: How much may come behind a refused message, beside the burst, before that ends the connection.
+        in_flight: How much may come behind a refused message, beside the burst, before that ends the connection.
 
     Raises:
         ValueError: The rate is not a number above zero, the burst is below one, or there is a burst without a rate.
@@ -138,7 +138,7 @@ def rate_limiter(
         burst = max(1.0, math.ceil(Rate(per_second, 1.0).per_second))
     if not burst >= 1:  # a message is one: with room for less, less than one would be taken for it
         raise ValueError(f"a burst is at least 1, not {burst!r}")
-    return KeyedRateLimiter(per_second, burst, option, message_type, on_the_way=on_the_way)
+    return KeyedRateLimiter(per_second, burst, option, message_type, in_flight=in_flight)
 
 
 class InboundRateLimiter:
@@ -159,9 +159,9 @@ class InboundRateLimiter:
         *,
         max_message_size: int = 1,
     ) -> None:
-        self._messages = rate_limiter(message_rate, message_burst, "max_message_rate", on_the_way=ON_THE_WAY)
+        self._messages = rate_limiter(message_rate, message_burst, "max_message_rate", in_flight=IN_FLIGHT)
         byte_burst = None if byte_rate is None else max(byte_rate, max_message_size)
-        self._bytes = rate_limiter(byte_rate, byte_burst, "max_byte_rate", on_the_way=BYTES_ON_THE_WAY)
+        self._bytes = rate_limiter(byte_rate, byte_burst, "max_byte_rate", in_flight=IN_FLIGHT_BYTES)
         self.limited = self._messages is not None or self._bytes is not None
 
     def take(self, client_id: str, connection_id: str, size: int, now: float) -> RateExceeded | None:

@@ -52,10 +52,10 @@ AMAZON: Final = (
     Platform(
         "aws-alb-lambda",
         "AWS Application Load Balancer with a Lambda function",
-        refusal="the load balancer answers a WebSocket handshake for a function with HTTP 400",
+        unsupported_reason="the load balancer answers a WebSocket handshake for a function with HTTP 400",
         facts=(
             verified(
-                "refusal",
+                "unsupported_reason",
                 "WebSockets are not supported: upgrade requests are rejected with HTTP 400.",
                 f"{_AWS}/elasticloadbalancing/latest/application/lambda-functions.html",
             ),
@@ -64,10 +64,10 @@ AMAZON: Final = (
     Platform(
         "aws-api-gateway",
         "Amazon API Gateway, WebSocket APIs",
-        refusal="the gateway holds the socket itself and hands its messages to the app as single calls",
+        unsupported_reason="the gateway holds the socket itself and hands its messages to the app as single calls",
         facts=(
             verified(
-                "refusal",
+                "unsupported_reason",
                 "The gateway holds the socket, with limits of its own: 10 min idle, 2 h in all, messages of 128 KB.",
                 f"{_AWS}/apigateway/latest/developerguide/apigateway-execution-service-websocket-limits-table.html",
             ),
@@ -193,7 +193,7 @@ GOOGLE: Final = (
     Platform(
         "google-app-engine-standard",
         "Google App Engine, standard environment",
-        refusal="WebSockets are for its flexible environment",
-        facts=(verified("refusal", "The standard environment has no WebSockets.", _APP_ENGINE),),
+        unsupported_reason="WebSockets are for its flexible environment",
+        facts=(verified("unsupported_reason", "The standard environment has no WebSockets.", _APP_ENGINE),),
     ),
 )

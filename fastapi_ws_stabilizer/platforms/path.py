@@ -86,8 +86,8 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
         if platform is None:
             similar = difflib.get_close_matches(name.lower().replace("_", "-"), PLATFORMS, n=1)
             raise UnknownPlatformError(name, tuple(sorted(PLATFORMS)), similar[0] if similar else None)
-        if platform.refusal is not None:
-            raise UnsupportedPlatformError(platform.name, platform.refusal)
+        if platform.unsupported_reason is not None:
+            raise UnsupportedPlatformError(platform.name, platform.unsupported_reason)
         path.append(platform)
     return tuple(path)
 

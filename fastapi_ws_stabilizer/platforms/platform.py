@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-About = Literal["idle_timeout", "max_lifetime", "grace", "refusal", "note"]
+About = Literal["idle_timeout", "max_lifetime", "grace", "unsupported_reason", "note"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Fact:
     """
 
     about: About
-    says: str
+    statement: str
     source: str
     checked: str
-    quoted: bool = False
+    second_hand: bool = False
 
 
 def verified(about: About, says: str, source: str, checked: str = "2026-11-25") -> Fact:
@@ -34,7 +34,7 @@ def verified(about: About, says: str, source: str, checked: str = "2026-11-25") 
 
 def second_hand(about: About, says: str, source: str, checked: str = "2026-09-25") -> Fact:
     """A fact that was read in a quotation of its source."""
-    return Fact(about, says, source, checked, quoted=True)
+    return Fact(about, says, source, checked, second_hand=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Platform:
         idle_timeout: Seconds without traffic after which it cuts a connection.
         max_lifetime: Seconds after which it cuts a connection whatever passes.
         grace: Seconds between SIGTERM and the end of the process or of its connections.
-        refusal: Why no socket can be held there; `None` where one can.
+        unsupported_reason: Why no socket can be held there; `None` where one can.
         facts: The grounds.
     """
 
@@ -60,4 +60,4 @@ class Platform:
     idle_timeout: float | None = None
     max_lifetime: float | None = None
     grace: float | None = None
-    refusal: str | None = None
+    unsupported_reason: str | None = None

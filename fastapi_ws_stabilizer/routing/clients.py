@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.wire.payload import encode
 class Clients:
     """The part of a manager that reaches those who are connected."""
 
-    _serving: Node
+    _node: Node
 
     # ── sending ──
 
@@ -37,7 +37,7 @@ class Clients:
         Raises:
             MessageEncodeError: The message cannot be encoded.
         """
-        return await self._serving.delivery.to_client(client_id, encode(message, coalesce_key, volatile=volatile))
+        return await self._node.hub.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
 
     async def broadcast(
         self,
@@ -71,7 +71,7 @@ class Clients:
         frame = encode(message, coalesce_key, volatile=volatile)
         if exclude_client is not None:
             exclude = exclude_client if exclude is None else (exclude_client, exclude)
-        return await self._serving.delivery.broadcast(frame, room, exclude, history=history)
+        return await self._node.hub.broadcast(frame, room, exclude, history=history)
 
     def room(self, name: str) -> Room:
         """A room: who is in it, to send to it, to close it. It need not exist.
@@ -79,36 +79,36 @@ class Clients:
         Raises:
             ValueError: The name is empty.
         """
-        return Room(name, lambda: self._serving.delivery)
+        return Room(name, lambda: self._node.hub)
 
     def get_rooms(self) -> list[str]:
         """The names of the rooms that exist: a client is in them, is away, or is expected back there."""
-        return self._serving.delivery.room_names()
+        return self._node.hub.room_names()
 
     # ── looking ──
 
     def get_active_connections(self) -> list[str]:
         """The ids of the connected clients, each once, in the order in which they came."""
-        return self._serving.registry.client_ids()
+        return self._node.registry.client_ids()
 
     def get_connection_count(self) -> int:
         """How many connections are open; one client can have several."""
-        return len(self._serving.registry)
+        return len(self._node.registry)
 
     def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
         """The open connections, or those of one client, oldest first."""
-        registry = self._serving.registry
-        return [connection.face for connection in (registry if client_id is None else registry.of_client(client_id))]
+        registry = self._node.registry
+        return [connection.socket for connection in (registry if client_id is None else registry.of_client(client_id))]
 
     def get_socket(self, connection_id: str) -> StableSocket | None:
         """The open connection with that connection id."""
-        connection = self._serving.registry.get(connection_id)
-        return None if connection is None else connection.face
+        connection = self._node.registry.get(connection_id)
+        return None if connection is None else connection.socket
 
     def get_session_counts(self) -> dict[str, int]:
         """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
-        sessions = self._serving.sessions
-        return {"sessions": len(sessions), "away": sessions.away}
+        sessions = self._node.sessions
+        return {"sessions": len(sessions), "away": sessions.detached_count}
 
     def get_memory_usage(self) -> dict[str, int | float]:
         """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
@@ -118,7 +118,7 @@ class Clients:
         Returns:
             `total_memory`, `connection_count` and `per_connection_average`.
         """
-        total, count = self._serving.ledger.total, self.get_connection_count()
+        total, count = self._node.budget.total, self.get_connection_count()
         return {
             "total_memory": total,
             "connection_count": count,
@@ -134,14 +134,14 @@ class Clients:
             ConnectionNotFoundError: No such client is connected.
             MemoryLimitExceededError: That would be more than may be kept. What was there stays, on each of them.
         """
-        self._serving.delivery.check_loop()
-        connections = self._serving.meant(client_id)
+        self._node.hub.check_loop()
+        connections = self._node.resolve(client_id)
         if not connections:
             raise ConnectionNotFoundError(client_id)
         written: list[tuple[dict[str, Any], dict[str, Any]]] = []
         try:
             for connection in connections:
-                data = connection.face.user_data
+                data = connection.socket.user_data
                 before = {key: data[key]} if key in data else {}
                 data[key] = value
                 written.append((data, before))
@@ -154,8 +154,8 @@ class Clients:
 
     async def get_user_data(self, client_id: str, key: str) -> Any | None:
         """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
-        self._serving.delivery.check_loop()
-        for connection in self._serving.meant(client_id):
-            if key in connection.face.user_data:
-                return connection.face.user_data[key]
+        self._node.hub.check_loop()
+        for connection in self._node.resolve(client_id):
+            if key in connection.socket.user_data:
+                return connection.socket.user_data[key]
         return None

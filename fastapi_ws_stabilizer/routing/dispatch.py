@@ -25,10 +25,10 @@ from fastapi_ws_stabilizer.wire.v1 import Message
 class Dispatcher:
     """Hands messages to handlers and answers those that nobody can take."""
 
-    def __init__(self, handlers: HandlerRegistry, config: WebSocketConfig, reports: EventBus) -> None:
+    def __init__(self, handlers: HandlerRegistry, config: WebSocketConfig, events: EventBus) -> None:
         self._handlers = handlers
         self._max_bad = config.max_bad_messages
-        self._reports = reports
+        self._events = events
 
     async def run(self, connection: Connection | EndedConnection, concurrency: int) -> None:
         """Handle every message of a connection until it is over.
@@ -44,8 +44,8 @@ class Dispatcher:
         if isinstance(connection, EndedConnection):
             raise await connection._closed()
         if not self._handlers:
-            connection.tell("no_message_handlers", logging.WARNING)
-        with connection.endpoint.busy():
+            connection.emit("no_message_handlers", logging.WARNING)
+        with connection.endpoint.running():
             if concurrency == 1:
                 while True:
                     try:
@@ -89,7 +89,7 @@ class Dispatcher:
             if error is not None:
                 errors.append(error)
         for error in errors[1:]:
-            self._reports.bug(
+            self._events.emit_exception(
                 "handler_failed", error, client_id=connection.client_id, connection_id=connection.connection_id
             )
         if errors:
@@ -97,25 +97,25 @@ class Dispatcher:
 
     async def _handle(self, connection: Connection, item: Item) -> None:
         received = ReceivedMessage(item)
-        socket: StableSocket = connection.face
+        socket: StableSocket = connection.socket
         message = item if isinstance(item, Message) else None
         try:
-            handlers = self._handlers.find(received)
+            handlers = self._handlers.match(received)
             for handler in handlers:
                 excess = handler.limit and handler.limit.take(
                     connection.client_id, connection.connection_id, 1.0, monotonic()
                 )
                 if excess:
-                    self._not_handled(connection, message)
-                    connection.exceeded(excess, message)
+                    self._release_key(connection, message)
+                    connection.on_rate_exceeded(excess, message)
                     return
-            prepared = [(handler, handler.prepare(received)) for handler in handlers]
+            prepared = [(handler, handler.validate(received)) for handler in handlers]
         except InvalidMessageError as problem:
-            self._refuse(connection, problem, message)
+            self._reject(connection, problem, message)
             return
         answer: Any = None
         interrupted = False
-        timings = self._reports.timings
+        timings = self._events.timings
         for handler, content in prepared:
             try:
                 call = handler(socket, content)
@@ -123,12 +123,12 @@ class Dispatcher:
                 answer = answered if answer is None else answer
             except SocketClosed:
                 # It wanted to answer a client that has left. What else that client sent is still handled.
-                if connection.ending is None:
+                if connection.close_info is None:
                     raise
                 interrupted = True
             except BroadcastFailedError as error:
                 # The handler called raise_for_failure(): others were too slow. That is no fault of this client.
-                connection.tell("broadcast_failed", logging.WARNING, recipients=error.total)
+                connection.emit("broadcast_failed", logging.WARNING, recipients=error.total)
             except RequestError as refusal:
                 self._answer_error(connection, message, refusal.code, refusal.message)
                 return
@@ -138,43 +138,43 @@ class Dispatcher:
             except BaseException:
                 self._gave_up(connection, message, "handler_failed", "the server could not handle this")
                 raise
-        if message is not None and connection.conversation is not None:
+        if message is not None and connection.protocol is not None:
             if interrupted and answer is None:
-                connection.conversation.interrupted(message)
+                connection.protocol.on_interrupted(message)
             else:
                 try:
-                    connection.conversation.handled(message, answer)
+                    connection.protocol.on_handled(message, answer)
                 except MessageEncodeError:
                     self._gave_up(connection, message, "handler_failed", "the server's answer cannot be sent")
                     raise
 
     @staticmethod
-    def _not_handled(connection: Connection, message: Message | None) -> None:
+    def _release_key(connection: Connection, message: Message | None) -> None:
         """Its key is not used up: the next message with that key is handled."""
-        if message is not None and connection.conversation is not None:
-            connection.conversation.failed(message)
+        if message is not None and connection.protocol is not None:
+            connection.protocol.on_failed(message)
 
     @staticmethod
     def _gave_up(connection: Connection, message: Message | None, code: str, text: str) -> None:
         """A handler is over without an answer: a request gets this one, so that its sender does not wait in vain."""
-        if message is not None and connection.conversation is not None:
-            connection.conversation.gave_up(message, code, text)
+        if message is not None and connection.protocol is not None:
+            connection.protocol.gave_up(message, code, text)
 
     def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
-        self._not_handled(connection, message)
+        self._release_key(connection, message)
         code, text = sendable(code, MAX_CODE_CHARS), sendable(text, MAX_TEXT_CHARS)
-        if connection.conversation is not None:
-            connection.conversation.refused(message, code, text)
+        if connection.protocol is not None:
+            connection.protocol.reject(message, code, text)
         else:
             connection.enqueue(encode(error_reply(InvalidMessageError(code, text))))
             connection.outbox.flush()
 
-    def _refuse(self, connection: Connection, problem: InvalidMessageError, message: Message | None) -> None:
-        self._reports.totals.bad_messages += 1
+    def _reject(self, connection: Connection, problem: InvalidMessageError, message: Message | None) -> None:
+        self._events.counters.bad_messages += 1
         connection.bad_messages += 1
-        connection.tell("bad_message", logging.INFO, code=problem.code)
+        connection.emit("bad_message", logging.INFO, code=problem.code)
         over = self._max_bad is not None and connection.bad_messages > self._max_bad
         if not over or message is not None:  # what was accepted is answered in any case
             self._answer_error(connection, message, problem.code, problem.message)
         if over:
-            connection.end(DisconnectReason.POLICY, text="too many bad messages")
+            connection.close(DisconnectReason.POLICY, text="too many bad messages")

@@ -30,15 +30,15 @@ from fastapi_ws_stabilizer.wire.v1 import Hello, offers_v1
 MAX_ROUTES: Final = 64
 """Routes for which it is told that subprotocols are answered by none."""
 
-LOOK_INTERVAL: Final = 1.0
+WATCH_INTERVAL: Final = 1.0
 """Seconds between two looks whether the client of a handshake is still there."""
 
 
-class _Unheard:
+class _NoHello:
     """In the place of a credential: no hello has come that could hold one."""
 
 
-_UNHEARD: Final = _Unheard()
+_NO_HELLO: Final = _NoHello()
 
 
 class Handshake:
@@ -47,13 +47,13 @@ class Handshake:
     Attributes:
         websocket: Its WebSocket.
         numbered: Whether it speaks `stabilizer.v1.json`.
-        place: Its place among the connections.
+        reservation: Its place among the connections.
         answered: Whether it was turned away, and knows it.
         inside: Whether it has a connection.
         door: The door where it has knocked.
         outer: The same client at another manager's door, where it has knocked before.
         endpoint: The task that serves it. Its connection takes it over.
-        gone: Whether its client has left during the handshake.
+        abandoned: Whether its client has left during the handshake.
         revoked: Clients whose right was taken away since it came: who it is may have been found out before that.
     """
 
@@ -61,40 +61,40 @@ class Handshake:
         "_compresses",
         "_credential",
         "_hello",
-        "_reception",
+        "_hello_reader",
         "_timer",
-        "answered",
-        "door",
+        "admission",
         "endpoint",
+        "established",
         "gone",
-        "inside",
-        "numbered",
-        "outer",
-        "place",
+        "parent",
+        "rejected",
+        "reservation",
         "revoked",
+        "speaks_v1",
         "websocket",
     )
 
     def __init__(
         self,
         websocket: WebSocket,
-        place: Reservation,
-        reception: HelloReader,
+        reservation: Reservation,
+        hello_reader: HelloReader,
         *,
         compresses: bool,
-        door: AdmissionController,
-        outer: Handshake | None,
+        admission: AdmissionController,
+        parent: Handshake | None,
     ) -> None:
         self._compresses = compresses
-        self.door = door
-        self.outer = outer
+        self.admission = admission
+        self.parent = parent
         self.websocket = websocket
-        self.numbered = offers_v1(websocket.scope.get("subprotocols") or ())
-        self.place = place
-        self._reception = reception
+        self.speaks_v1 = offers_v1(websocket.scope.get("subprotocols") or ())
+        self.reservation = reservation
+        self._hello_reader = hello_reader
         self._hello: Hello | None = None
-        self._credential: str | _Unheard | None = _UNHEARD
-        self.answered = self.inside = self.gone = False
+        self._credential: str | _NoHello | None = _NO_HELLO
+        self.rejected = self.established = self.gone = False
         self.endpoint = EndpointTask(cancellable=True)
         self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
@@ -105,17 +105,17 @@ class Handshake:
         Nothing is read meanwhile: your code may accept the WebSocket, and what comes then is its own.
         """
         self._timer = asyncio.get_running_loop().call_later(
-            LOOK_INTERVAL,
-            self._look,
+            WATCH_INTERVAL,
+            self._check_abandoned,
             context=contextvars.Context(),  # it may outlive its connection in the event loop
         )
 
-    def _look(self) -> None:
+    def _check_abandoned(self) -> None:
         self._timer = None
         if ServerTransport(self.websocket._receive, self.websocket._send).closing:
             self.gone = True
             self.cut()
-        elif not self.inside and not self.answered:
+        elif not self.established and not self.rejected:
             self.watch()
 
     def stop_watching(self) -> None:
@@ -126,15 +126,15 @@ class Handshake:
 
     def cut(self) -> None:
         """Go on with the handshake no longer: cancel what it waits for. It is turned away then, unless it was."""
-        if not self.inside and not self.answered:
+        if not self.established and not self.rejected:
             self.endpoint.cancel()
 
-    async def let_in(self) -> None:
+    async def accept(self) -> None:
         """Accept its WebSocket. Nothing happens if that was done."""
         websocket = self.websocket
         if websocket.application_state is not WebSocketState.CONNECTED:
             if not self._compresses:
-                link = ServerTransport(websocket._receive, websocket._send).link(websocket.scope)
+                link = ServerTransport(websocket._receive, websocket._send).direct_transport(websocket.scope)
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
@@ -144,7 +144,7 @@ class Handshake:
             if subprotocol is not None:
                 scope[ANSWERED_KEY] = subprotocol
             elif scope.get("subprotocols"):
-                self.door.left_unanswered(websocket)
+                self.admission.on_unanswered(websocket)
 
     async def take_hello(self) -> Hello:
         """As `hello`, for the last time: the hello is kept no longer. The credential in it is, as `credential` says."""
@@ -159,16 +159,16 @@ class Handshake:
             WebSocketException: None came in time, or none that is good. It is closed already.
             ConnectionLimitExceededError: It came when its place had been given to another client.
         """
-        if self.answered:
+        if self.rejected:
             raise WebSocketException(1008, "refused already")
         if self._hello is None:
-            await self.let_in()
+            await self.accept()
             try:
-                hello = await self._reception.hello(self.websocket, thrown_out=self.place.leave)
+                hello = await self._hello_reader.hello(self.websocket, on_evicted=self.reservation.release)
             except WebSocketException:
-                self.answered = True
+                self.rejected = True
                 raise
-            self.place.check()
+            self.reservation.check()
             self._hello = hello
             self._credential = credential_in(hello, self.websocket)
         return self._hello
@@ -182,9 +182,9 @@ class Handshake:
         Raises:
             WebSocketException: No such message came. It is closed already.
         """
-        if not self.numbered:
+        if not self.speaks_v1:
             return None
-        if isinstance(self._credential, _Unheard):
+        if isinstance(self._credential, _NoHello):
             self._credential = credential_in(await self.hello(), self.websocket)
         return self._credential
 
@@ -194,23 +194,23 @@ class AdmissionController:
 
     Args:
         config: What is asked.
-        reports: Where refusals are told.
-        refusing: Turns away who may not come in.
-        reception: Takes the hellos.
-        ending: The connections that are over, and whose end is still worked on.
+        events: Where refusals are told.
+        rejector: Turns away who may not come in.
+        hello_reader: Takes the hellos.
+        endings: The connections that are over, and whose end is still worked on.
     """
 
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: EventBus,
-        refusing: Rejector,
-        reception: HelloReader,
-        ending: ClosingConnections,
+        events: EventBus,
+        rejector: Rejector,
+        hello_reader: HelloReader,
+        endings: ClosingConnections,
     ) -> None:
-        self._reports = reports
-        self._reception = reception
-        self._ending = ending
+        self._events = events
+        self._hello_reader = hello_reader
+        self._endings = endings
         self._max = config.max_connections
         self._drain_window = config.drain_window
         self._max_cleanups = config.max_concurrent_cleanup
@@ -218,8 +218,8 @@ class AdmissionController:
         self._proxies = TrustedProxies(config.trusted_proxies)
         self._reads_headers = bool(config.trusted_proxies)
         self._origins = OriginPolicy(config.allowed_origins, required=config.require_origin)
-        self.refusing = refusing
-        self.admission = ConnectionLimiter(
+        self.rejector = rejector
+        self.limiter = ConnectionLimiter(
             max_connections=config.max_connections,
             max_per_client=config.max_connections_per_client if config.on_duplicate is DuplicatePolicy.ALLOW else None,
             max_per_address=config.max_connections_per_address,
@@ -227,20 +227,20 @@ class AdmissionController:
             rate_per_address=config.max_connect_rate_per_address,
         )
         self.closed = False
-        self._visitors: set[Handshake] = set()
+        self._handshakes: set[Handshake] = set()
         self._empty: LazyEvent | None = None
         self._unanswered: set[str] = set()
 
     def revoke(self, client_id: str) -> None:
         """Let in nobody as that client who stands at the door now."""
-        for visitor in self._visitors:
-            visitor.revoked |= {client_id}
+        for handshake in self._handshakes:
+            handshake.revoked |= {client_id}
 
     def close(self) -> None:
         """Let nobody in any more, and turn those away who stand at the door."""
         self.closed = True
-        for visitor in list(self._visitors):
-            visitor.cut()
+        for handshake in list(self._handshakes):
+            handshake.cut()
 
     def reopen(self) -> None:
         """Let clients in again."""
@@ -248,7 +248,7 @@ class AdmissionController:
 
     async def wait_until_empty(self, timeout: float) -> bool:
         """Wait until all handshakes are over, at most `timeout` seconds; tell whether they are. Cancelling is safe."""
-        if not self._visitors:
+        if not self._handshakes:
             return True
         if self._empty is None:
             self._empty = LazyEvent()
@@ -256,22 +256,22 @@ class AdmissionController:
 
     def abort(self) -> None:
         """Cut the connections whose handshakes do not come to an end."""
-        for visitor in list(self._visitors):
-            ServerTransport(visitor.websocket._receive, visitor.websocket._send).abort()
+        for handshake in list(self._handshakes):
+            ServerTransport(handshake.websocket._receive, handshake.websocket._send).abort()
 
     def stopping(self) -> ShutdownError:
         """Why nobody is let in any more, and when to come back."""
         return shutdown_error(self._drain_window)
 
-    def left(self, visitor: Handshake) -> None:
+    def forget(self, handshake: Handshake) -> None:
         """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""
-        self._visitors.discard(visitor)
-        visitor.stop_watching()
-        if self._empty is not None and not self._visitors:
+        self._handshakes.discard(handshake)
+        handshake.stop_watching()
+        if self._empty is not None and not self._handshakes:
             self._empty.set()
             self._empty = None
 
-    def left_unanswered(self, websocket: WebSocket) -> None:
+    def on_unanswered(self, websocket: WebSocket) -> None:
         """Report, once for a route, that a client has offered subprotocols and was answered none.
 
         RFC 6455 lets a server do so, and browsers close the connection then. What was offered may be a credential, and
@@ -282,7 +282,7 @@ class AdmissionController:
         if route in self._unanswered or len(self._unanswered) >= MAX_ROUTES:
             return
         self._unanswered.add(route)
-        self._reports.tell(
+        self._events.emit(
             "subprotocol_unanswered",
             logging.WARNING,
             route=route,
@@ -315,7 +315,7 @@ class AdmissionController:
         if problem is not None:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
 
-    def knock(self, websocket: WebSocket, outer: Handshake | None = None) -> Handshake:
+    def admit(self, websocket: WebSocket, parent: Handshake | None = None) -> Handshake:
         """Ask what can be asked of a handshake before it is known who has come. Nothing of it waits.
 
         Args:
@@ -331,16 +331,18 @@ class AdmissionController:
         if self.closed:
             raise self.stopping()
         self._check_origin(websocket)
-        if len(self._ending) >= MAX_CLOSING:  # the option by which more hooks run at the same time
+        if len(self._endings) >= MAX_CLOSING:  # the option by which more hooks run at the same time
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_delay())
-        self._ending.hurry(self._max)
-        if self.admission.crowded:
-            self._reception.make_room()
-        address = rate_limit_key(self.address_of(websocket)) if self.admission.by_address else ""
-        place = self.admission.knock(address, monotonic())
-        visitor = Handshake(websocket, place, self._reception, compresses=self._compresses, door=self, outer=outer)
-        self._visitors.add(visitor)
-        return visitor
+        self._endings.expedite_oldest(self._max)
+        if self.limiter.is_full:
+            self._hello_reader.evict_oldest_pending()
+        address = rate_limit_key(self.address_of(websocket)) if self.limiter.by_address else ""
+        reservation = self.limiter.reserve(address, monotonic())
+        handshake = Handshake(
+            websocket, reservation, self._hello_reader, compresses=self._compresses, admission=self, parent=parent
+        )
+        self._handshakes.add(handshake)
+        return handshake
 
 
 def _headers(websocket: WebSocket, name: bytes) -> list[str]:

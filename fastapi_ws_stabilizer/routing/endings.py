@@ -10,7 +10,7 @@ from fastapi_ws_stabilizer.connection.lifecycle import Connection
 MAX_CLOSING: Final = 10_000
 """How many there may be before nobody is let in: then hooks are slower than clients come and go."""
 
-PER_PLACE: Final = 2
+CLOSING_PER_SLOT: Final = 2
 """How many for each of `max_connections` have all of their grace."""
 
 
@@ -24,12 +24,12 @@ class ClosingConnections:
     def __len__(self) -> int:
         return len(self._connections)
 
-    def begun(self, connection: Connection) -> None:
+    def add(self, connection: Connection) -> None:
         """A connection has begun to end."""
         self._connections[connection.connection_id] = connection
         self._by_client.setdefault(connection.client_id, {})[connection.connection_id] = connection
 
-    def over(self, connection: Connection) -> None:
+    def remove(self, connection: Connection) -> None:
         """Everything is done for a connection."""
         if self._connections.pop(connection.connection_id, None) is None:
             return
@@ -42,10 +42,10 @@ class ClosingConnections:
         """Return the connections of a client whose end is not done, the one that ended first comes first."""
         return list(self._by_client.get(client_id, {}).values())
 
-    def hurry(self, max_connections: int | None) -> None:
+    def expedite_oldest(self, max_connections: int | None) -> None:
         """Let nobody's grace be a reason to keep others out: cut the longest one short, if there are many."""
-        if max_connections is None or len(self._connections) < PER_PLACE * max_connections:
+        if max_connections is None or len(self._connections) < CLOSING_PER_SLOT * max_connections:
             return
         connection = next(iter(self._connections.values()))
         self._connections.move_to_end(connection.connection_id)
-        connection.hurry()
+        connection.expedite()

@@ -30,7 +30,7 @@ class HelloReader:
     Args:
         config: How long a client has.
         sessions: Where its session is found or made.
-        refusing: Turns clients away.
+        rejector: Turns clients away.
         address_of: Says where a client comes from.
     """
 
@@ -38,23 +38,25 @@ class HelloReader:
         self,
         config: WebSocketConfig,
         sessions: SessionStore,
-        refusing: Rejector,
+        rejector: Rejector,
         address_of: Callable[[WebSocket], str],
     ) -> None:
         self._timeout = config.hello_timeout
         self._drain_window = config.drain_window
         self._address_of = address_of
         self._sessions = sessions
-        self._refusing = refusing
+        self._rejector = rejector
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
         self._closed = LazyEvent()
-        self._mute: dict[LazyEvent, tuple[float, Callable[[], None]]] = {}  # since when; the longest comes first
-        self._guests: set[asyncio.Future[None]] = set()
+        self._awaiting_hello: dict[
+            LazyEvent, tuple[float, Callable[[], None]]
+        ] = {}  # since when; the longest comes first
+        self._pending: set[asyncio.Future[None]] = set()
 
     @property
-    def guests(self) -> list[asyncio.Future[None]]:
+    def pending(self) -> list[asyncio.Future[None]]:
         """A future for each client that has no session yet: it is done when the client has one, or is refused."""
-        return list(self._guests)
+        return list(self._pending)
 
     def reopen(self) -> None:
         """Take clients again."""
@@ -65,22 +67,22 @@ class HelloReader:
         """Refuse everybody from now on, those included who are being greeted."""
         self._closed.set()
 
-    async def greet(
+    async def negotiate(
         self,
         websocket: WebSocket,
         hello: Hello,
-        whose: Callable[[Session | None], str],
+        client_id_of: Callable[[Session | None], str],
         authenticate: Callable[[str | None], Awaitable[Exception | None]],
-        lets_in: Callable[[str, Session | None], Exception | None],
+        check_admission: Callable[[str, Session | None], Exception | None],
     ) -> ResumeResult:
         """Give a client that has said hello its session.
 
         Args:
             websocket: Its WebSocket, accepted.
             hello: What it has said.
-            whose: Says who it is, given the session that it proves to have.
+            client_id_of: Says who it is, given the session that it proves to have.
             authenticate: Looks at its credential, and returns what is wrong if it is not good.
-            lets_in: Why that client may not come now, with that session.
+            check_admission: Why that client may not come now, with that session.
 
         Returns:
             What it gets.
@@ -88,63 +90,63 @@ class HelloReader:
         Raises:
             WebSocketException: It was refused, or is gone. It is closed already.
         """
-        proven = self._sessions.proven(hello)
-        who = whose(proven)  # before it is authenticated: the hooks ask who it is
-        with self._guest(), self._sessions.sparing(proven):
+        proven = self._sessions.authenticate(hello)
+        client_id = client_id_of(proven)  # before it is authenticated: the hooks ask who it is
+        with self._pending_handshake(), self._sessions.pinned(proven):
             refused = await authenticate(credential_in(hello, websocket))
         if refused is not None:
-            raise await self._refuse(websocket, refused, who)
+            raise await self._refuse(websocket, refused, client_id)
         if self._closed.is_set:
-            raise await self._refuse(websocket, self._stopping(), who)
-        its_own = self._sessions.proven(hello) or self._sessions.begun_anew(hello, who)
-        refused = lets_in(who, its_own)  # before anything of its session is touched
+            raise await self._refuse(websocket, self._stopping(), client_id)
+        its_own = self._sessions.authenticate(hello) or self._sessions.superseded_by(hello, client_id)
+        refused = check_admission(client_id, its_own)  # before anything of its session is touched
         if refused is not None:
-            raise await self._refuse(websocket, refused, who)
+            raise await self._refuse(websocket, refused, client_id)
         try:
-            return self._sessions.greet(hello, who)
+            return self._sessions.resume(hello, client_id)
         except StaleAttemptError as stale:
             error = WebSocketException(SUPERSEDED, "a newer connection has the session")
-            raise await self._refuse(websocket, error, who) from stale
+            raise await self._refuse(websocket, error, client_id) from stale
 
-    def make_room(self) -> None:
+    def evict_oldest_pending(self) -> None:
         """Wait no longer for whoever has been waited for longest, if an honest client would have said hello by now."""
-        mute = next(iter(self._mute), None)
-        if mute is not None and monotonic() - self._mute[mute][0] >= MIN_HELLO_WAIT:
-            _, thrown_out = self._mute.pop(mute)
-            thrown_out()
-            mute.set()
+        evicted = next(iter(self._awaiting_hello), None)
+        if evicted is not None and monotonic() - self._awaiting_hello[evicted][0] >= MIN_HELLO_WAIT:
+            _, on_evicted = self._awaiting_hello.pop(evicted)
+            on_evicted()
+            evicted.set()
 
-    async def hello(self, websocket: WebSocket, thrown_out: Callable[[], None] = lambda: None) -> Hello:
+    async def hello(self, websocket: WebSocket, on_evicted: Callable[[], None] = lambda: None) -> Hello:
         """Wait for the hello of an accepted client.
 
         Args:
             websocket: Its WebSocket.
-            thrown_out: Called, without waiting, when it is waited for no longer because room is needed.
+            on_evicted: Called, without waiting, when it is waited for no longer because room is needed.
 
         Raises:
             WebSocketException: None came in time, or none that is good. It is closed already.
         """
-        with self._guest():
-            return await self._hello(websocket, thrown_out)
+        with self._pending_handshake():
+            return await self._hello(websocket, on_evicted)
 
     @contextmanager
-    def _guest(self) -> Iterator[None]:
-        guest = LazyEvent()
-        self._guests.add(guest.future)
+    def _pending_handshake(self) -> Iterator[None]:
+        pending = LazyEvent()
+        self._pending.add(pending.future)
         try:
             yield
         finally:
-            self._guests.discard(guest.future)
-            guest.set()
+            self._pending.discard(pending.future)
+            pending.set()
 
-    async def _hello(self, websocket: WebSocket, thrown_out: Callable[[], None]) -> Hello:
+    async def _hello(self, websocket: WebSocket, on_evicted: Callable[[], None]) -> Hello:
         waiting = self._tasks.spawn(websocket.receive(), name="ws-hello")
-        mute = LazyEvent()
-        self._mute[mute] = monotonic(), thrown_out
+        evicted = LazyEvent()
+        self._awaiting_hello[evicted] = monotonic(), on_evicted
         try:
-            await wait_for_first([waiting, self._closed.future, mute.future], self._timeout)
+            await wait_for_first([waiting, self._closed.future, evicted.future], self._timeout)
         finally:
-            self._mute.pop(mute, None)
+            self._awaiting_hello.pop(evicted, None)
             if not waiting.done():
                 waiting.cancel()
         if self._closed.is_set:
@@ -167,8 +169,8 @@ class HelloReader:
 
     async def _refuse(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
         """Close a client that has no session yet; the exception ends its endpoint, and nothing else."""
-        how = self._refusing.tell(websocket, error, self._address_of(websocket), client_id)
-        return await self._refusing.close(websocket, how.code, how.text)
+        how = self._rejector.record(websocket, error, self._address_of(websocket), client_id)
+        return await self._rejector.close(websocket, how.code, how.reason)
 
 
 def credential_in(hello: Hello, websocket: WebSocket) -> str | None:

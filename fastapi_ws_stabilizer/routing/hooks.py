@@ -75,13 +75,13 @@ class HookRegistry:
     """The hooks of one manager, called in the order in which they were registered.
 
     Args:
-        reports: Where failures are told.
+        events: Where failures are told.
         limit: Seconds that a disconnect or error hook may take.
         auth_limit: Seconds that a hook may take that looks at a handshake or at a credential.
     """
 
-    def __init__(self, reports: EventBus, limit: float = 10.0, auth_limit: float = 10.0) -> None:
-        self._reports = reports
+    def __init__(self, events: EventBus, limit: float = 10.0, auth_limit: float = 10.0) -> None:
+        self._events = events
         self._limit = limit
         self._auth_limit = auth_limit
         self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
@@ -121,19 +121,19 @@ class HookRegistry:
         Returns:
             For how many seconds it is good, the shortest of what they say; `None` if none says so.
         """
-        told = []
+        limits = []
         for hook in self._hooks["auth"]:
-            good_for = await self._in_this_context(hook, socket, credential)
-            if good_for is None or good_for is True or good_for == math.inf:
+            expires_in = await self._in_this_context(hook, socket, credential)
+            if expires_in is None or expires_in is True or expires_in == math.inf:
                 continue
-            if isinstance(good_for, bool) or not isinstance(good_for, (int, float)) or not good_for >= 0:
+            if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0:
                 name = getattr(hook.function, "__qualname__", repr(hook.function))
                 raise TypeError(
-                    f"{name} returned {good_for!r}: an on_auth function returns for how many seconds the credential is "
+                    f"{name} returned {expires_in!r}: an on_auth function returns for how many seconds the credential is "
                     "good, or None, and refuses it by raising HTTPException(401)"
                 )
-            told.append(float(good_for))
-        return min(told, default=None)
+            limits.append(float(expires_in))
+        return min(limits, default=None)
 
     async def _in_this_context(self, hook: Hook, *args: Any) -> Any:
         """Run a hook in a task, so that its time is bounded, and keep the context variables that it has set."""
@@ -141,7 +141,7 @@ class HookRegistry:
         async def run(*args: Any) -> tuple[Any, contextvars.Context]:
             return await hook(*args), contextvars.copy_context()
 
-        result, context = await self._bounded(run, self._auth_limit, "hello_timeout", *args)
+        result, context = await self._run_with_timeout(run, self._auth_limit, "hello_timeout", *args)
         for variable, value in context.items():
             if variable.get(_NOTHING) is not value:
                 variable.set(value)
@@ -149,12 +149,12 @@ class HookRegistry:
 
     async def session_end(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the hooks for a session that is over, all of them, even if one fails or hangs."""
-        await self._all("session_end", _of(socket), socket, reason)
+        await self._run_all("session_end", _of(socket), socket, reason)
 
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
-        await self._bounded(hook, self._limit, "disconnect_grace", *args)
+        await self._run_with_timeout(hook, self._limit, "disconnect_grace", *args)
 
-    async def _bounded(
+    async def _run_with_timeout(
         self, hook: Callable[..., Coroutine[Any, Any, Any]], limit: float, option: str, *args: Any
     ) -> Any:
         """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
@@ -173,28 +173,28 @@ class HookRegistry:
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
         """Run the disconnect hooks, all of them, even if one fails or hangs."""
-        await self._all("disconnect", _of(socket), socket, reason)
+        await self._run_all("disconnect", _of(socket), socket, reason)
 
     async def slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         """Run the hooks for a client that has become slow, all of them, even if one fails or hangs."""
-        await self._all("slow", _of(socket), socket, how)
+        await self._run_all("slow", _of(socket), socket, how)
 
-    async def presence(self, event: str, room: Room, who: Presence) -> None:
+    async def presence(self, event: str, room: Room, presence: Presence) -> None:
         """Run the hooks for a client that has joined or left a room, all of them, even if one fails or hangs."""
-        await self._all(event, {"room": room.name}, room, who)
+        await self._run_all(event, {"room": room.name}, room, presence)
 
-    async def _all(self, event: str, facts: dict[str, Any], *args: Any) -> None:
+    async def _run_all(self, event: str, fields: dict[str, Any], *args: Any) -> None:
         for hook in self._hooks[event]:
             try:
                 await self._within_limit(hook, *args)
             except BroadcastFailedError as error:
-                self._reports.tell("broadcast_failed", logging.WARNING, recipients=error.total, **facts)
+                self._events.emit("broadcast_failed", logging.WARNING, recipients=error.total, **fields)
             except Exception as error:
                 if isinstance(root_cause(error), WebSocketDisconnect):  # a connection was over: no bug
-                    self._reports.tell("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **facts)
+                    self._events.emit("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **fields)
                     continue
-                self._reports.bug(_FAILED[event], error, **facts)
-                if "connection_id" in facts:
+                self._events.emit_exception(_FAILED[event], error, **fields)
+                if "connection_id" in fields:
                     await self.error(args[0], error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
@@ -204,9 +204,9 @@ class HookRegistry:
                 await self._within_limit(hook, socket, error)
             except Exception as second:
                 if isinstance(root_cause(second), WebSocketDisconnect):
-                    self._reports.tell("hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_of(socket))
+                    self._events.emit("hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_of(socket))
                     continue
-                self._reports.bug("error_hook_failed", second, **_of(socket))
+                self._events.emit_exception("error_hook_failed", second, **_of(socket))
 
 
 def _of(socket: StableSocket) -> dict[str, Any]:

@@ -63,20 +63,20 @@ class Leaving:
     """Ends connections, each with the code that fits how its endpoint ended."""
 
     _config: WebSocketConfig
-    _reports: EventBus
+    _events: EventBus
     _hooks: HookRegistry
     _tasks: TaskSet
     _parts: SharedResources
-    _ending: ClosingConnections
-    delivery: Hub[Connection]
-    door: AdmissionController
+    _closing_connections: ClosingConnections
+    hub: Hub[Connection]
+    admission: AdmissionController
     heartbeat: HeartbeatScheduler
-    ledger: MemoryBudget
-    lifetimes: ConnectionReaper
+    budget: MemoryBudget
+    reaper: ConnectionReaper
     resumption: Resumption
-    unfinished: set[Connection]
+    connections: set[Connection]
 
-    async def leave(self, connection: Connection, error: BaseException | None) -> BaseException | None:
+    async def close_after_endpoint(self, connection: Connection, error: BaseException | None) -> BaseException | None:
         """End a connection whose endpoint has returned (`None`) or let `error` escape, and wait until that is done.
 
         Dependencies that were entered before ours must learn that the endpoint has stopped half-way, or they would
@@ -89,9 +89,9 @@ class Leaving:
         """
         endpoint = connection.endpoint
         cancelled_by_us = error is not None and endpoint.is_own_cancellation(error)
-        endpoint.has_returned()
+        endpoint.mark_returned()
         if error is not None and not cancelled_by_us and self._is_foreign(endpoint, error):
-            connection.end(DisconnectReason.SERVER_SHUTDOWN)
+            connection.close(DisconnectReason.SERVER_SHUTDOWN)
             if isinstance(error, asyncio.CancelledError):
                 # Whoever cancels us means the endpoint; the close frame and the hooks still have their time. The scope
                 # is for callers like Starlette's TestClient, whose cancellation strikes at every await.
@@ -101,23 +101,25 @@ class Leaving:
         how, bug = close_info_for(error), None
         if error is not None and not cancelled_by_us:
             try:
-                how, bug = await self.judge(connection, error)
+                how, bug = await self.close_info_by_handler(connection, error)
             except BaseException:  # cancelled while the application's handler was at work
-                connection.end(DisconnectReason.SERVER_SHUTDOWN)
+                connection.close(DisconnectReason.SERVER_SHUTDOWN)
                 raise
-        connection.end(how.reason, code=how.code, text=how.text)
+        connection.close(how.cause, code=how.code, text=how.reason)
         raises = bug is not None and test_client_wants_errors()
         with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as its test has left
             if bug is not None:
-                await connection.bug("endpoint_failed", bug)
+                await connection.report_bug("endpoint_failed", bug)
             await wait_for_all([connection.finished], None)
         if error is None:
             return None
         if raises:
             return bug
-        return self._seen_by_dependencies(connection, error)
+        return self._error_for_dependencies(connection, error)
 
-    async def judge(self, connection: Connection, error: BaseException) -> tuple[CloseInfo, BaseException | None]:
+    async def close_info_by_handler(
+        self, connection: Connection, error: BaseException
+    ) -> tuple[CloseInfo, BaseException | None]:
         """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
 
         The handler can close the connection. Where it does not, what it returns stands for its HTTP status, and what it
@@ -158,7 +160,7 @@ class Leaving:
         return answer
 
     @staticmethod
-    def _seen_by_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
+    def _error_for_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
         """What the dependencies before the socket see in place of what has ended the endpoint."""
         websocket = connection.websocket
         known = known_handlers(websocket)
@@ -166,7 +168,7 @@ class Leaving:
             return None  # outside of Starlette nothing would handle it, and there are no dependencies
         # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
         websocket.application_state = WebSocketState.CONNECTED
-        seen = WebSocketException(connection.ending.code if connection.ending else 1000)
+        seen = WebSocketException(connection.close_info.code if connection.close_info else 1000)
         if known is None or handler_of(websocket, seen) is None:
             return seen
         known[0].setdefault(_Handled, _nothing)  # the application's handler was asked
@@ -179,39 +181,39 @@ class Leaving:
             return endpoint.is_cancelled_by_others(error)
         return True
 
-    def _left(self, connection: Connection) -> None:
+    def _on_closing(self, connection: Connection) -> None:
         """A connection has begun to end: it is found nowhere any more. Each step is taken whatever the others raise."""
         attempt = connection.attempt
-        attempt(self._ending.begun, connection)
+        attempt(self._closing_connections.add, connection)
         attempt(self._keep_rooms, connection)
-        if connection.place is not None:
-            attempt(connection.place.leave)
+        if connection.reservation is not None:
+            attempt(connection.reservation.release)
         attempt(self.heartbeat.remove, connection)
-        attempt(self.lifetimes.remove, connection)
-        attempt(self.ledger.leave, connection)
-        attempt(self.resumption.left, connection)
-        if self.ledger.orders:
+        attempt(self.reaper.remove, connection)
+        attempt(self.budget.remove, connection)
+        attempt(self.resumption.detach, connection)
+        if self.budget.evicts:
             connection.remains = Remains(connection)
-            attempt(self.ledger.has_ended, connection.remains)
-        attempt(connection.face._let_go)
+            attempt(self.budget.mark_closed, connection.remains)
+        attempt(connection.socket._detach_user_data)
 
     def _keep_rooms(self, connection: Connection) -> None:
         """Keep the names of its rooms, since it is in none of them when its hooks ask."""
-        if connection.ending is not None and (rooms := self.delivery.rooms.of(connection.member)):
-            connection.ending = replace(connection.ending, rooms=rooms)
+        if connection.close_info is not None and (rooms := self.hub.rooms.rooms_of(connection.recipient)):
+            connection.close_info = replace(connection.close_info, rooms=rooms)
 
-    def _finished(self, connection: Connection) -> None:
-        self.unfinished.discard(connection)
+    def _on_closed(self, connection: Connection) -> None:
+        self.connections.discard(connection)
         connection.attempt(own.finished, connection)
         if connection.remains is not None:
-            connection.attempt(self.ledger.leave, connection.remains)
+            connection.attempt(self.budget.remove, connection.remains)
             connection.remains = None
-        connection.attempt(self._ending.over, connection)
-        connection.attempt(self.resumption.finished, connection)
+        connection.attempt(self._closing_connections.remove, connection)
+        connection.attempt(self.resumption.on_closed, connection)
 
-    def _evicted(self, connection: Connection) -> None:
-        self._reports.totals.evictions += 1
-        connection.tell("connection_evicted", logging.WARNING, held_bytes=connection.held_memory)
+    def _on_evicted(self, connection: Connection) -> None:
+        self._events.counters.evictions += 1
+        connection.emit("connection_evicted", logging.WARNING, held_bytes=connection.memory_usage)
 
     def _closed(self, connection: Connection) -> SocketClosed:
-        return closed_error_for(connection.ending or local_close(DisconnectReason.COMPLETED))
+        return closed_error_for(connection.close_info or local_close(DisconnectReason.COMPLETED))

@@ -105,7 +105,7 @@ class MessageHandler:
     came for one that takes all.
     """
 
-    __slots__ = ("_adapter", "_hook", "_wants", "function", "limit")
+    __slots__ = ("_adapter", "_hook", "_input_kind", "function", "limit")
 
     def __init__(self, function: Callable[..., Any], *, typed: bool, limit: KeyedRateLimiter | None = None) -> None:
         signature = Signature(function, "on_message", ("the socket", "the message"))
@@ -115,23 +115,23 @@ class MessageHandler:
         self._adapter: TypeAdapter[Any] | None = None
         annotation = signature.message_annotation
         if signature.arguments < 2:
-            self._wants = "nothing"
+            self._input_kind = "nothing"
         elif annotation in (inspect.Parameter.empty, Any):
-            self._wants = "json" if typed else "raw"
+            self._input_kind = "json" if typed else "raw"
         elif annotation is str:
-            self._wants = "text"
+            self._input_kind = "text"
         elif annotation is bytes:
-            self._wants = "bytes"
+            self._input_kind = "bytes"
         elif annotation == str | bytes:
-            self._wants = "raw"
+            self._input_kind = "raw"
         else:
-            self._wants = "what the adapter makes"
+            self._input_kind = "what the adapter makes"
             try:
                 self._adapter = TypeAdapter(annotation)
             except Exception as error:
                 raise signature.cannot_be_read(annotation, error) from error
 
-    def prepare(self, received: ReceivedMessage) -> Any:
+    def validate(self, received: ReceivedMessage) -> Any:
         """Turn a message into what the function wants.
 
         Raises:
@@ -145,11 +145,11 @@ class MessageHandler:
             except ValidationError as error:
                 value = received.json()  # says better than pydantic when it is not JSON at all
                 raise InvalidMessageError("invalid_message", _problems(error, value)) from None
-        if self._wants == "json":
+        if self._input_kind == "json":
             return received.json()
-        if self._wants == "text" and not isinstance(raw, str):
+        if self._input_kind == "text" and not isinstance(raw, str):
             raise InvalidMessageError("text_expected", "a text message is expected here, not a binary one")
-        if self._wants == "bytes" and not isinstance(raw, bytes):
+        if self._input_kind == "bytes" and not isinstance(raw, bytes):
             raise InvalidMessageError("binary_expected", "a binary message is expected here, not a text one")
         return raw
 
@@ -194,7 +194,7 @@ class HandlerRegistry:
     def __bool__(self) -> bool:
         return bool(self._typed or self._others)
 
-    def find(self, received: ReceivedMessage) -> list[MessageHandler]:
+    def match(self, received: ReceivedMessage) -> list[MessageHandler]:
         """The handlers for a message.
 
         Raises:
@@ -225,39 +225,41 @@ def _type_of(value: Any) -> str | None:
 
 def _problems(error: ValidationError, value: Any) -> str:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [_problem(problem["loc"], problem["type"], problem["msg"], value) for problem in problems[:MAX_PROBLEMS]]
+    problems_shown = [
+        _problem(problem["loc"], problem["type"], problem["msg"], value) for problem in problems[:MAX_PROBLEMS]
+    ]
     if len(problems) > MAX_PROBLEMS:
-        told.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    return "; ".join(told)
+        problems_shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
+    return "; ".join(problems_shown)
 
 
-def _problem(place: tuple[int | str, ...], kind: str, text: str, value: Any) -> str:
-    if kind in _TOLD_BY_CLASS or (kind in _TOLD_BY_FUNCTION and "()" in text):
+def _problem(location: tuple[int | str, ...], kind: str, text: str, value: Any) -> str:
+    if kind in _NAMES_A_CLASS or (kind in _NAMES_A_FUNCTION and "()" in text):
         text = "Input is not valid"
-    where = ".".join(_path(place, value, missing=kind == "missing"))
+    where = ".".join(_path(location, value, missing=kind == "missing"))
     sentence = f"{where}: {text}" if where else text
     return sentence if len(sentence) <= MAX_PROBLEM_CHARS else f"{sentence[: MAX_PROBLEM_CHARS - 1]}…"
 
 
-_TOLD_BY_CLASS: Final = frozenset({"is_instance_of", "is_subclass_of", "needs_python_object"})
+_NAMES_A_CLASS: Final = frozenset({"is_instance_of", "is_subclass_of", "needs_python_object"})
 """Problems for which pydantic names a class of the application, or of its own."""
 
-_TOLD_BY_FUNCTION: Final = frozenset({"union_tag_invalid", "union_tag_not_found"})
+_NAMES_A_FUNCTION: Final = frozenset({"union_tag_invalid", "union_tag_not_found"})
 """Problems for which it names the function that tells the members of a union apart, where it is one."""
 
 
-def _path(place: tuple[int | str, ...], value: Any, *, missing: bool) -> list[str]:
+def _path(location: tuple[int | str, ...], value: Any, *, missing: bool) -> list[str]:
     """Where in a message a problem is: the members and indexes that lead to it.
 
     What pydantic puts between them, the member of a union that it has tried, names classes and functions of the
     application. That is none of the client's business, and is not in its message.
     """
     path: list[str] = []
-    for number, step in enumerate(place):
+    for number, step in enumerate(location):
         try:
             value = value[step]
         except (LookupError, TypeError):
-            if not (missing and number == len(place) - 1):
+            if not (missing and number == len(location) - 1):
                 continue
         path.append(str(step))
     return path

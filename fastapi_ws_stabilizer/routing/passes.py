@@ -27,11 +27,11 @@ class Passes:
     """The part of a manager that gives out passes, and takes them."""
 
     config: WebSocketConfig
-    reports: EventBus
-    _serving: Node
+    events: EventBus
+    _node: Node
     _tokens: ReconnectTokens
     _tickets: Tickets
-    _told_of_workers: bool
+    _reported_workers: bool
 
     # ── coming back ──
 
@@ -57,15 +57,15 @@ class Passes:
         if isinstance(client, StableSocket):
             return client.reconnect_token()
         check_client_id(client)
-        self._serving.delivery.check_loop()
-        self._tell_of_workers()
-        newest = next(reversed(self._serving.meant(client)), None)
-        return self._serving.resumption.issue_token(client, newest)
+        self._node.hub.check_loop()
+        self._report_workers()
+        newest = next(reversed(self._node.resolve(client)), None)
+        return self._node.resumption.issue_token(client, newest)
 
-    def _tell_of_workers(self) -> None:
-        if self.config.reconnect_secret is None and not self._told_of_workers and several_workers():
-            self._told_of_workers = True
-            self.reports.tell("reconnect_secret_missing", logging.WARNING)
+    def _report_workers(self) -> None:
+        if self.config.reconnect_secret is None and not self._reported_workers and several_workers():
+            self._reported_workers = True
+            self.events.emit("reconnect_secret_missing", logging.WARNING)
 
     async def validate_reconnect_token(self, token: str) -> str:
         """Use a token up, and return the client id that it was issued for.
@@ -81,9 +81,9 @@ class Passes:
         """
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
-        self._serving.delivery.check_loop()
-        claim = self._serving.resumption.use(token)
-        self._serving.resumption.prove(claim)
+        self._node.hub.check_loop()
+        claim = self._node.resumption.consume(token)
+        self._node.resumption.mark_verified(claim)
         return claim.client_id
 
     # ── tickets ──
@@ -96,7 +96,7 @@ class Passes:
         Raises:
             ValueError: `client_id` is empty, or breaks the rule for names.
         """
-        self._tell_of_workers()
+        self._report_workers()
         return self._tickets.issue(client_id)
 
     async def ticket(self, connection: HTTPConnection) -> str:
@@ -114,7 +114,7 @@ class Passes:
         try:
             return self._tickets.redeem(ticket)
         except (InvalidTokenError, TokenExpiredError) as error:
-            self.reports.tell("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
+            self.events.emit("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
             raise HTTPException(401, error.reason) from error
 
     # ── taking the right away ──
@@ -137,14 +137,14 @@ class Passes:
         """
         if not client_id or not isinstance(client_id, str):
             raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
-        self._serving.delivery.check_loop()
+        self._node.hub.check_loop()
         self._tokens.revoke(client_id)
         self._tickets.revoke(client_id)
-        serving = self._serving
-        serving.door.revoke(client_id)
-        ended: list[Any] = [*serving.registry.of_client(client_id), *serving.resumption.away_of(client_id)]
+        node = self._node
+        node.admission.revoke(client_id)
+        ended: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
         for one in ended:
-            one.end(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
-        serving.resumption.forget(client_id)
-        self.reports.tell("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
+            one.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
+        node.resumption.forget(client_id)
+        self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
         return len(ended)

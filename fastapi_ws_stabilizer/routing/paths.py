@@ -24,7 +24,7 @@ _SAMPLES: Final = {
 """A value of each kind of path parameter, such as no route has as a fixed part."""
 
 
-class Place(NamedTuple):
+class RouteEntry(NamedTuple):
     """What a router tries a path on.
 
     Attributes:
@@ -50,52 +50,52 @@ class Place(NamedTuple):
         return _regex(self.path if self.kind == "socket" else f"{self.path}/{{path:path}}").match(path) is not None
 
 
-def places(routes: Iterable[Any], prefix: str = "") -> Iterator[Place]:
+def route_entries(routes: Iterable[Any], prefix: str = "") -> Iterator[RouteEntry]:
     """All places of these routes, those of included routers and mounted apps too, in order."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
-            yield Place("socket", prefix + route.path, route)
+            yield RouteEntry("socket", prefix + route.path, route)
         elif (included := getattr(route, "original_router", None)) is not None:  # newer FastAPI keeps it whole
-            yield from places(included.routes, prefix + str(getattr(route.include_context, "prefix", "")))
+            yield from route_entries(included.routes, prefix + str(getattr(route.include_context, "prefix", "")))
         elif isinstance(route, Mount):
             path = prefix + route.path
             app = _inside(route)
             inner = getattr(app, "routes", None)
             if inner is not None:
-                yield from places(inner, path)
-                yield Place("routes", path, app)
+                yield from route_entries(inner, path)
+                yield RouteEntry("routes", path, app)
             else:
-                yield Place("files" if isinstance(app, StaticFiles) else "app", path, app)
+                yield RouteEntry("files" if isinstance(app, StaticFiles) else "app", path, app)
         elif isinstance(route, Host):
-            yield Place("host", prefix, route.app)
+            yield RouteEntry("host", prefix, route.app)
 
 
-def taken_by(routes: Iterable[Any], path: str) -> tuple[Place | None, Place | None]:
+def entries_for_path(routes: Iterable[Any], path: str) -> tuple[RouteEntry | None, RouteEntry | None]:
     """What takes a path, and a WebSocket route of that path behind it which is never reached; `None` for none."""
-    first: Place | None = None
-    for place in places(routes):
-        if not place.takes(path):
+    first: RouteEntry | None = None
+    for entry in route_entries(routes):
+        if not entry.takes(path):
             continue
         if first is None:
-            first = place
-            if place.kind in ("socket", "app", "host"):
-                return place, None
-        elif place.kind == "socket":
-            return first, place
+            first = entry
+            if entry.kind in ("socket", "app", "host"):
+                return entry, None
+        elif entry.kind == "socket":
+            return first, entry
     return first, None
 
 
 def shadowed_routes(app: Any) -> tuple[tuple[str, str], ...]:
     """The WebSocket routes that are never reached, each with what takes its clients before."""
-    before: list[Place] = []
+    before: list[RouteEntry] = []
     shadowed: list[tuple[str, str]] = []
-    for place in places(getattr(app, "routes", None) or ()):
-        if place.kind == "socket" and (sample := _sample(place.path)) is not None:
+    for entry in route_entries(getattr(app, "routes", None) or ()):
+        if entry.kind == "socket" and (sample := _sample(entry.path)) is not None:
             first = next((one for one in before if one.takes(sample)), None)
             if first is not None:
-                shadowed.append((place.path, str(first)))
-        if place.kind != "host":
-            before.append(place)
+                shadowed.append((entry.path, str(first)))
+        if entry.kind != "host":
+            before.append(entry)
     return tuple(shadowed)
 
 

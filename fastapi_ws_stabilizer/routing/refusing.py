@@ -94,7 +94,7 @@ def to_http_exception(error: WebSocketStabilizerError | WebSocketException) -> H
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return HTTPException(503, type(error).close_text, headers=wait)
     how = close_info_for(error)
-    return HTTPException(_STATUS_OF.get(how.code, 403), how.text or None)
+    return HTTPException(_STATUS_OF.get(how.code, 403), how.reason or None)
 
 
 class Rejector:
@@ -102,17 +102,17 @@ class Rejector:
 
     Args:
         policy: How.
-        reports: Where it is told.
+        events: Where it is told.
     """
 
-    def __init__(self, policy: RejectPolicy, reports: EventBus) -> None:
+    def __init__(self, policy: RejectPolicy, events: EventBus) -> None:
         self._policy = policy
-        self._reports = reports
-        self._farewells = TokenBucket()
-        self._let_in_to_be_told = KeyedTokenBuckets(Rate(1 / CLOSE_CODE_INTERVAL, 1.0), MAX_ADDRESSES)
+        self._events = events
+        self._accept_to_close = TokenBucket()
+        self._close_code_buckets = KeyedTokenBuckets(Rate(1 / CLOSE_CODE_INTERVAL, 1.0), MAX_ADDRESSES)
         self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
 
-    async def refuse(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
+    async def reject(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
         """Turn a client away, whose WebSocket may be accepted or not.
 
         Args:
@@ -124,11 +124,11 @@ class Rejector:
             What is to be raised instead, so that the framework does nothing more; where the application has a handler
             of its own for what it is told over HTTP, so that this does the rest.
         """
-        how = self.tell(websocket, error, address)
+        how = self.record(websocket, error, address)
         accepted = websocket.application_state is WebSocketState.CONNECTED
-        closes = self._closes(websocket) and not _always_over_http(error) and not self._is_too_much(error, address)
+        closes = self._closes(websocket) and not _is_http_only(error) and not self._is_throttled(error, address)
         if accepted or closes:
-            return await self.close(websocket, how.code, how.text)
+            return await self.close(websocket, how.code, how.reason)
         if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
             error = to_http_exception(error)
         if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
@@ -136,40 +136,42 @@ class Rejector:
                 return error
             answer = await _answer(error)
             await self._last_words(websocket, websocket.send_denial_response(answer))
-            return WebSocketException(how.code, how.text)
-        return await self.close(websocket, how.code, how.text, accept=False)
+            return WebSocketException(how.code, how.reason)
+        return await self.close(websocket, how.code, how.reason, accept=False)
 
-    def tell(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> CloseInfo:
+    def record(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> CloseInfo:
         """Count and report that a client is turned away; returns how its connection ends, if it is told by closing.
 
         One by an option is a warning: it may be a setting that is wrong.
         """
         how = close_info_for(error)
-        facts: dict[str, Any] = {"address": address, "code": how.code, "text": how.text}
+        fields: dict[str, Any] = {"address": address, "code": how.code, "text": how.reason}
         if client_id is not None:
-            facts["client_id"] = client_id
+            fields["client_id"] = client_id
         kind = f"{how.code}"
         if isinstance(error, ConnectionLimitExceededError):
-            kind = facts["option"] = error.limit
+            kind = fields["option"] = error.limit
         elif isinstance(error, OriginNotAllowedError):
-            facts |= {"option": "allowed_origins", "why": error.problem, "origin": websocket.headers.get("origin", "")}
-            facts["host"] = error.host
-        self._reports.totals.refusals[kind] += 1
-        level = logging.WARNING if "option" in facts else logging.INFO
-        self._reports.tell_now_and_then("connection_refused", level, kind, **facts)
+            fields |= {"option": "allowed_origins", "why": error.problem, "origin": websocket.headers.get("origin", "")}
+            fields["host"] = error.host
+        self._events.counters.refusals[kind] += 1
+        level = logging.WARNING if "option" in fields else logging.INFO
+        self._events.emit_throttled("connection_refused", level, kind, **fields)
         return how
 
-    def _is_too_much(self, error: Exception, address: str) -> bool:
+    def _is_throttled(self, error: Exception, address: str) -> bool:
         """Whether somebody who is to be few was let in just to be told so a moment ago, and dials again."""
         if not isinstance(error, TooManyConnectionsError):
             return False
-        return self._let_in_to_be_told.take(rate_limit_key(address), 1.0, monotonic()) > 0
+        return self._close_code_buckets.take(rate_limit_key(address), 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
         if websocket.scope.get("subprotocols") and answered_subprotocol(websocket) is None:
             return False  # any of them may be a credential, and Chrome takes no answer without one
         if self._policy is RejectPolicy.AUTO:
-            return "origin" in websocket.headers and not self._farewells.take(ACCEPT_TO_CLOSE_RATE, 1.0, monotonic())
+            return "origin" in websocket.headers and not self._accept_to_close.take(
+                ACCEPT_TO_CLOSE_RATE, 1.0, monotonic()
+            )
         return self._policy is RejectPolicy.CLOSE
 
     async def close(self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True) -> WebSocketException:
@@ -191,8 +193,8 @@ class Rejector:
             await websocket.close(code, truncate_reason(reason))
 
         if accept:  # before it is sent: one implementation of uvicorn's waits for the answer itself
-            server_side = ServerTransport(websocket._receive, websocket._send)
-            server_side.abort_unless_answered(taken=False)  # there is nothing but the close frame
+            server_transport = ServerTransport(websocket._receive, websocket._send)
+            server_transport.abort_unless_answered(taken=False)  # there is nothing but the close frame
         await self._last_words(websocket, close())
         return WebSocketException(code, truncate_reason(reason))
 
@@ -220,7 +222,7 @@ def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:
     return _STARLETTE >= (0, 41) and handler_of(websocket, error) is not None
 
 
-def _always_over_http(error: Exception) -> bool:
+def _is_http_only(error: Exception) -> bool:
     """Whether to accept its client would cost what is to be saved, or would do a foreign page a favour."""
     if isinstance(error, TooManyConnectionsError):
         return False

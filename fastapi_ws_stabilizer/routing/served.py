@@ -25,67 +25,67 @@ from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
 class Manager(Protocol):
     """What it needs of a manager."""
 
-    _serving: Node
+    _node: Node
 
-    def _ensure_running(self) -> Node:
+    def _require_node(self) -> Node:
         """Get ready for connections on the running event loop."""
 
 
 async def require_node(manager: Manager, websocket: WebSocket) -> Node:
     """Get a manager ready; if it is shut down, its client is told so by HTTP."""
     try:
-        return manager._ensure_running()
+        return manager._require_node()
     except ShutdownError as error:
-        raise await reject_handshake(manager._serving.door, websocket, error) from error
+        raise await reject_handshake(manager._node.admission, websocket, error) from error
 
 
 async def reject_handshake(door: AdmissionController, websocket: WebSocket, error: Exception) -> Exception:
     """Turn a client away; at the doors where it stands too, nobody else has to."""
-    visitor: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
-    while visitor is not None:
-        visitor.answered = True
-        if visitor.door is door:
-            visitor.place.leave()  # it may take its time to hear that it has none
-        visitor = visitor.outer
-    return await door.refusing.refuse(websocket, error, door.address_of(websocket))
+    handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    while handshake is not None:
+        handshake.rejected = True
+        if handshake.admission is door:
+            handshake.reservation.release()  # it may take its time to hear that it has none
+        handshake = handshake.parent
+    return await door.rejector.reject(websocket, error, door.address_of(websocket))
 
 
 def current_handshake(door: AdmissionController, websocket: WebSocket) -> Handshake | None:
     """The client that stands at a door, if it has knocked there."""
-    visitor: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
-    while visitor is not None and visitor.door is not door:
-        visitor = visitor.outer
-    return visitor
+    handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    while handshake is not None and handshake.admission is not door:
+        handshake = handshake.parent
+    return handshake
 
 
 @asynccontextmanager
-async def handshake_scope(serving: Node, websocket: WebSocket) -> AsyncIterator[Handshake]:
+async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Handshake]:
     """Let a client knock, and turn it away if it is refused meanwhile. It has knocked only once if this is nested."""
-    door, outer = serving.door, websocket.scope.get(HANDSHAKE_SCOPE_KEY)
-    visitor = current_handshake(door, websocket)
-    if visitor is not None:
-        yield visitor
+    door, outer = node.admission, websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    handshake = current_handshake(door, websocket)
+    if handshake is not None:
+        yield handshake
         return
     try:
-        visitor = websocket.scope[HANDSHAKE_SCOPE_KEY] = door.knock(websocket, outer)
-        visitor.watch()
-        yield visitor
+        handshake = websocket.scope[HANDSHAKE_SCOPE_KEY] = door.admit(websocket, outer)
+        handshake.watch()
+        yield handshake
     except REFUSALS as error:
-        if is_bug(error) or (visitor is not None and (visitor.inside or visitor.answered)):
+        if is_bug(error) or (handshake is not None and (handshake.established or handshake.rejected)):
             raise
         raise await reject_handshake(door, websocket, error) from error
     except asyncio.CancelledError as error:
-        if visitor is None or visitor.inside or not visitor.endpoint.is_own_cancellation(error):
+        if handshake is None or handshake.established or not handshake.endpoint.is_own_cancellation(error):
             raise
-        if visitor.gone:  # Starlette closes, which the server refuses in silence
+        if handshake.gone:  # Starlette closes, which the server refuses in silence
             raise WebSocketException(1000) from error
         raise await reject_handshake(door, websocket, door.stopping()) from error
     finally:
         websocket.scope[HANDSHAKE_SCOPE_KEY] = outer
-        if visitor is not None:
-            door.left(visitor)
-            if not visitor.inside:
-                visitor.place.leave()
+        if handshake is not None:
+            door.forget(handshake)
+            if not handshake.established:
+                handshake.reservation.release()
 
 
 class SocketContext:
@@ -94,10 +94,10 @@ class SocketContext:
     A class and not a generator, because each open connection holds one.
     """
 
-    __slots__ = ("_connection", "_manager", "_opening", "_serving")
+    __slots__ = ("_connection", "_manager", "_node", "_opening")
 
     _connection: Connection
-    _serving: Node
+    _node: Node
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class SocketContext:
         client_id: str | None,
         *,
         identity: Any,
-        good_for: float | None,
+        expires_in: float | None,
         control_frames: bool,
         subprotocols: tuple[str, ...] = (),
     ) -> None:
@@ -114,29 +114,29 @@ class SocketContext:
             websocket.scope[SERVED_KEY] = subprotocols
         self._manager = manager
         self._opening: tuple[WebSocket, str | None, Any, float | None, bool] | None
-        self._opening = websocket, client_id, identity, good_for, control_frames
+        self._opening = websocket, client_id, identity, expires_in, control_frames
 
     async def __aenter__(self) -> StableSocket:
         if self._opening is None:
             raise RuntimeError("what manager.serve() returns can be entered once")
-        websocket, client_id, identity, good_for, control_frames = self._opening
+        websocket, client_id, identity, expires_in, control_frames = self._opening
         self._opening = None
-        self._serving = await require_node(self._manager, websocket)
-        async with handshake_scope(self._serving, websocket) as visitor:
-            self._connection = await self._serving.open_by_dependency(
-                visitor,
+        self._node = await require_node(self._manager, websocket)
+        async with handshake_scope(self._node, websocket) as handshake:
+            self._connection = await self._node.accept(
+                handshake,
                 client_id_from_request(websocket) if client_id is None else client_id,
                 identity=identity,
-                good_for=good_for,
+                expires_in=expires_in,
                 control_frames=control_frames,
             )
-        socket: StableSocket = self._connection.face
+        socket: StableSocket = self._connection.socket
         return socket
 
     async def __aexit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> bool:
-        failure = await self._serving.leave(self._connection, error)
+        failure = await self._node.close_after_endpoint(self._connection, error)
         if failure is None:
             return True
         if failure is error:
@@ -153,7 +153,7 @@ class Serve(Protocol):
         client_id: str | None = None,
         *,
         identity: Any = None,
-        good_for: float | None = None,
+        expires_in: float | None = None,
         control_frames: bool = True,
         subprotocols: Sequence[str] = (),
     ) -> SocketContext:
@@ -192,12 +192,12 @@ def identity_dependency(
 
     async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
         client_id = client_id_from(identity, key)
-        good_for = None if expires_at is None else seconds_until_expiry(expires_at(identity))
+        expires_in = None if expires_at is None else seconds_until_expiry(expires_at(identity))
         served = serve(
             websocket,
             client_id,
             identity=identity,
-            good_for=good_for,
+            expires_in=expires_in,
             control_frames=control_frames,
             subprotocols=subprotocols,
         )

@@ -42,7 +42,7 @@ class Node(Opening):
     Made for one event loop.
 
     Attributes:
-        delivery: Who is connected, in which rooms, and how they are reached.
+        hub: Who is connected, in which rooms, and how they are reached.
         door: Where clients knock.
         unfinished: The open connections and those whose end is still being worked on.
         closing: Whether no more connections are taken.
@@ -51,7 +51,7 @@ class Node(Opening):
     def __init__(
         self,
         config: WebSocketConfig,
-        reports: EventBus,
+        events: EventBus,
         hooks: HookRegistry,
         dispatcher: Dispatcher,
         tokens: ReconnectTokens,
@@ -60,50 +60,52 @@ class Node(Opening):
     ) -> None:
         self._config = config
         self._before_token = before_token
-        self._reports = reports
+        self._events = events
         self._hooks = hooks
         self._dispatcher = dispatcher
         self._tasks = TaskSet(self._task_failed)
-        turns = FlushScheduler(config.num_shards, reports, loop)
-        self.ledger = MemoryBudget(
+        scheduler = FlushScheduler(config.num_shards, events, loop)
+        self.budget = MemoryBudget(
             config.max_total_memory,
             config.max_memory_per_connection,
             MemoryEvictionPolicy(config.memory_eviction_policy).value,
             config.memory_check_interval,
         )
-        self.delivery: Hub[Connection] = Hub(
+        self.hub: Hub[Connection] = Hub(
             config,
-            reports,
-            turns,
+            events,
+            scheduler,
             self._tasks,
             joined=functools.partial(self._presence, "join"),
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
-            away_of=lambda client_id: self.resumption.away_of(client_id),
-            ledger=self.ledger,
+            away_of=lambda client_id: self.resumption.detached_of(client_id),
+            budget=self.budget,
         )
-        self.registry = self.delivery.registry
+        self.registry = self.hub.registry
         self._seen = IdempotencyCache()
-        self.resumption = Resumption(config, reports, hooks, self.delivery, tokens, self.ledger, self._seen)
+        self.resumption = Resumption(config, events, hooks, self.hub, tokens, self.budget, self._seen)
         self.sessions = self.resumption.sessions
-        self.unfinished: set[Connection] = set()
-        self._ending = ClosingConnections()
-        refusing = Rejector(RejectPolicy(config.reject), reports)
-        self._reception = HelloReader(
-            config, self.sessions, refusing, address_of=lambda websocket: self.door.address_of(websocket)
+        self.connections: set[Connection] = set()
+        self._closing_connections = ClosingConnections()
+        rejector = Rejector(RejectPolicy(config.reject), events)
+        self._hello_reader = HelloReader(
+            config, self.sessions, rejector, address_of=lambda websocket: self.admission.address_of(websocket)
         )
-        self.door = AdmissionController(config, reports, refusing, self._reception, ending=self._ending)
-        self.heartbeat = HeartbeatScheduler(config, reports)
-        self.lifetimes = ConnectionReaper(config)
+        self.admission = AdmissionController(
+            config, events, rejector, self._hello_reader, endings=self._closing_connections
+        )
+        self.heartbeat = HeartbeatScheduler(config, events)
+        self.reaper = ConnectionReaper(config)
         self.closing = False
-        self._told_of_server = False
+        self._warned_about_server = False
         self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # of rooms and of slow clients
         self._parts = SharedResources(
             config,
-            reports,
+            events,
             self._tasks,
-            turns,
-            self.ledger,
+            scheduler,
+            self.budget,
             InboundRateLimiter(
                 config.max_message_rate,
                 config.max_message_burst,
@@ -111,14 +113,14 @@ class Node(Opening):
                 max_message_size=config.max_message_size,
             ),
             next_shard=self.registry.next_shard,
-            left=self._left,
-            evicted=self._evicted,
-            finished=self._finished,
-            disconnected=hooks.disconnect,
-            session_over=self.resumption.session_over,
+            on_closing=self._on_closing,
+            evicted=self._on_evicted,
+            on_closed=self._on_closed,
+            on_disconnect=hooks.disconnect,
+            on_session_end=self.resumption.notify_session_end,
             slow=self._slow,
-            failed=hooks.error,
-            judge=self.judge,
+            on_error=hooks.error,
+            close_info_by_handler=self.close_info_by_handler,
         )
 
     # ── what sockets ask for ──
@@ -129,24 +131,24 @@ class Node(Opening):
 
     def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
         """Let a connection into a room."""
-        return self.delivery.join(connection.member, room, metadata)
+        return self.hub.join(connection.recipient, room, metadata)
 
     def leave_room(self, connection: Connection, room: str) -> bool:
         """Take a connection out of a room."""
-        return self.delivery.leave(connection.member, room)
+        return self.hub.leave(connection.recipient, room)
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
         """The rooms that a connection, or its session, is in, or was in when it ended."""
-        ended: CloseInfo | None = connection.member.ending
-        return self.delivery.rooms.of(connection.member) if ended is None else ended.rooms
+        ended: CloseInfo | None = connection.recipient.close_info
+        return self.hub.rooms.rooms_of(connection.recipient) if ended is None else ended.rooms
 
     def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
         """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
-        self.delivery.recall(connection.member, room, count, newcomer=newcomer)
+        self.hub.replay_history(connection.recipient, room, count, newcomer=newcomer)
 
     def address_of(self, connection: Connection) -> str:
         """Where the client of a connection comes from."""
-        return self.door.address_of(connection.websocket)
+        return self.admission.address_of(connection.websocket)
 
     def reconnect_token(self, connection: Connection) -> str:
         """Make a reconnect token for a connection.
@@ -157,20 +159,20 @@ class Node(Opening):
         self._before_token()
         return self.resumption.issue_token(connection.client_id, connection)
 
-    async def _presence(self, event: str, who: Presence) -> None:
+    async def _presence(self, event: str, presence: Presence) -> None:
         async with self._hook_slots:
-            await self._hooks.presence(event, Room(who.room, lambda: self.delivery, history=False), who)
+            await self._hooks.presence(event, Room(presence.room, lambda: self.hub, history=False), presence)
 
     def _slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         if self._hooks.has("slow"):
             context = copied(socket._connection.context)
-            self._tasks.spawn(self._tell_slow(socket, how), name="ws-slow-hooks", context=context)
+            self._tasks.spawn(self._report_slow(socket, how), name="ws-slow-hooks", context=context)
 
-    async def _tell_slow(self, socket: StableSocket, how: SlowConsumer) -> None:
+    async def _report_slow(self, socket: StableSocket, how: SlowConsumer) -> None:
         async with self._hook_slots:
             await self._hooks.slow(socket, how)
 
-    def own_connection(self, client_id: str) -> Connection | None:
+    def current_connection(self, client_id: str) -> Connection | None:
         """The connection that the current task, or the one that has started it, has opened under this client id."""
         connection = own.current_for(client_id)
         return connection if connection is not None and connection.belongs_to(self._parts) else None
@@ -179,22 +181,22 @@ class Node(Opening):
         """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
         return {one for one in own.all_current() if one.belongs_to(self._parts) and one.waits_for_user_code}
 
-    def meant(self, client_id: str) -> list[Connection]:
+    def resolve(self, client_id: str) -> list[Connection]:
         """The connections that a call with this client id means: the current task's own one, else all of the client."""
-        connection = self.own_connection(client_id)
+        connection = self.current_connection(client_id)
         return self.registry.of_client(client_id) if connection is None else [connection]
 
-    def reopen(self) -> None:
+    def resume_accepting(self) -> None:
         """Take connections again."""
         self.closing = False
-        self.door.reopen()
-        self._reception.reopen()
+        self.admission.reopen()
+        self._hello_reader.reopen()
 
-    def close(self) -> None:
+    def stop_accepting(self) -> None:
         """Take no more connections, and refuse those that are being opened."""
         self.closing = True
-        self._reception.close()
-        self.door.close()
+        self._hello_reader.close()
+        self.admission.close()
 
     async def stop(self, patience: float) -> None:
         """Let go of the heartbeat, of the sessions, and of tasks that are left over.
@@ -203,17 +205,17 @@ class Node(Opening):
             patience: Seconds that the hooks for the end of sessions may take in all.
         """
         self.heartbeat.stop()
-        self.lifetimes.stop()
-        await wait_for_all(self._reception.guests, 1.0)
-        await self.door.wait_until_empty(1.0)
+        self.reaper.stop()
+        await wait_for_all(self._hello_reader.pending, 1.0)
+        await self.admission.wait_until_empty(1.0)
         # Their time is over, but nobody's disconnect goes untold.
         await wait_for_all(self._for_unfinished(Connection.run_disconnect_hooks, "ws-last-hooks"), 1.0)
-        await wait_for_all(self._for_unfinished(self.resumption.session_over, "ws-last-ends"), patience)
-        for connection in list(self.unfinished):
-            connection.give_up()
+        await wait_for_all(self._for_unfinished(self.resumption.notify_session_end, "ws-last-ends"), patience)
+        for connection in list(self.connections):
+            connection.force_finish()
         await self.resumption.stop(patience)
-        self.delivery.stop()
-        self.ledger.stop()
+        self.hub.stop()
+        self.budget.stop()
         if left_over := self._tasks.cancel():
             await wait_for_all(left_over, 1.0)
 
@@ -223,8 +225,8 @@ class Node(Opening):
         """Do something for each connection that is not finished, each in a task with its own context variables."""
         return [
             self._tasks.spawn(what(connection), name=name, context=copied(connection.context))
-            for connection in self.unfinished
+            for connection in self.connections
         ]
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
-        self._reports.bug("internal_task_failed", error, task=task.get_name())
+        self._events.emit_exception("internal_task_failed", error, task=task.get_name())

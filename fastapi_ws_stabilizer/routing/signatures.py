@@ -236,8 +236,8 @@ class Signature:
             )
         annotation = self._evaluated_or_none(first.annotation)
         fits = None if annotation is _EMPTY else _can_be(annotation, self._first_thing)
-        place = self._place_of_first(positional)
-        if fits is False or (fits is None and (place or 0) > self._offset):
+        index = self._place_of_first(positional)
+        if fits is False or (fits is None and (index or 0) > self._offset):
             raise self._refusal(f"its first parameter, {first.name!r}, is something else: {self._advice}")
         if fits is not None or self._says_first(first.annotation):
             return
@@ -288,8 +288,8 @@ class Signature:
             named = [one for one in parameters if one.name == parameter.name]
             if not named:
                 positional = [one for one in parameters if one.kind in _POSITIONAL]
-                place = (self._place_of_first(positional) or 0) + 1
-                named = positional[place : place + 1]
+                index = (self._place_of_first(positional) or 0) + 1
+                named = positional[index : index + 1]
             if named and named[0].annotation is not _EMPTY:
                 return named[0].annotation
         return parameter.annotation

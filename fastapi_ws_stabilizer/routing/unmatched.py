@@ -15,36 +15,36 @@ from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
 from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.routing.paths import Place, taken_by
+from fastapi_ws_stabilizer.routing.paths import RouteEntry, entries_for_path
 
-MAX_TOLD: Final = 10
+MAX_LOGGED: Final = 10
 """How many different unmatched paths are told. A scanner must not fill the log."""
 
 
 class UnmatchedRouteLogger:
     """Stands before a router and its default app, and tells which WebSocket paths no route serves."""
 
-    def __init__(self, router: Any, reports: EventBus) -> None:
+    def __init__(self, router: Any, events: EventBus) -> None:
         self._router = router
         self._default = router.default
         self._routed: Any = getattr(router, "middleware_stack", None)
-        self._reports = reports
-        self._told: set[str] = set()
+        self._events = events
+        self._logged: set[str] = set()
 
     @classmethod
-    def watch(cls, app: Any, reports: EventBus) -> None:
+    def watch(cls, app: Any, events: EventBus) -> None:
         """Begin to watch an app's router; nothing happens if it is watched already or has no such default."""
         router: Any = getattr(app, "router", None)
         default = getattr(router, "default", None)
         if callable(default) and not isinstance(default, cls):
-            watch = router.default = cls(router, reports)
+            watch = router.default = cls(router, events)
             if callable(watch._routed):
                 router.middleware_stack = watch.route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell, and let the router's own default answer."""
         if scope["type"] == "websocket":
-            self._tell(scope)
+            self._log(scope)
         await self._default(scope, receive, send)
 
     def route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -53,27 +53,27 @@ class UnmatchedRouteLogger:
         It is no coroutine function: an open connection would hold a frame of it.
         """
         if scope["type"] == "websocket":
-            place, behind = taken_by(self._router.routes, _path_in(scope))
-            if place is not None and place.kind in ("files", "routes") and not _is_watched(place):
-                self._tell(scope, place, behind)
-                if place.kind == "files":
+            entry, behind = entries_for_path(self._router.routes, _path_in(scope))
+            if entry is not None and entry.kind in ("files", "routes") and not _is_watched(entry):
+                self._log(scope, entry, behind)
+                if entry.kind == "files":
                     default: Awaitable[None] = self._default(scope, receive, send)
                     return default
         routed: Awaitable[None] = self._routed(scope, receive, send)
         return routed
 
-    def _tell(self, scope: Scope, place: Place | None = None, behind: Place | None = None) -> None:
+    def _log(self, scope: Scope, entry: RouteEntry | None = None, behind: RouteEntry | None = None) -> None:
         path = str(scope.get("path"))
-        if path in self._told or len(self._told) >= MAX_TOLD:
+        if path in self._logged or len(self._logged) >= MAX_LOGGED:
             return
-        self._told.add(path)
+        self._logged.add(path)
         known = sorted(set(websocket_paths(self._router.routes)))
-        facts: dict[str, Any] = {"path": path, "known": ", ".join(known) or "none"}
-        if place is not None:
-            facts["taken_by"] = str(place)
+        fields: dict[str, Any] = {"path": path, "known": ", ".join(known) or "none"}
+        if entry is not None:
+            fields["taken_by"] = str(entry)
         if behind is not None:
-            facts["advice"] = f"{behind} stands behind {place}: put the mount last"
-        self._reports.tell("no_websocket_route", logging.WARNING, **facts)
+            fields["advice"] = f"{behind} stands behind {entry}: put the mount last"
+        self._events.emit("no_websocket_route", logging.WARNING, **fields)
 
 
 def _path_in(scope: Scope) -> str:
@@ -83,9 +83,9 @@ def _path_in(scope: Scope) -> str:
     return below if below.startswith("/") else path
 
 
-def _is_watched(place: Place) -> bool:
+def _is_watched(entry: RouteEntry) -> bool:
     """Whether a mounted app has a manager of its own, which tells what no route of it takes."""
-    router = getattr(place.target, "router", place.target)
+    router = getattr(entry.target, "router", entry.target)
     return isinstance(getattr(router, "default", None), UnmatchedRouteLogger)
 
 

@@ -21,28 +21,28 @@ def has_direct_transport(scope: Mapping[str, Any]) -> bool:
 class DirectReceiver(Protocol):
     """The application's end of a link. Nothing here waits, and nothing raises."""
 
-    def heard(self) -> bool:
+    def data_received(self) -> bool:
         """Bytes have come in: the client lives. `False` if nobody wants its messages any more."""
 
-    def received(self, message: str | bytes) -> None:
+    def message_received(self, message: str | bytes) -> None:
         """A message has come in."""
 
-    def pinged(self) -> None:
+    def ping_received(self) -> None:
         """A ping frame has come in, and is answered."""
 
-    def ponged(self, payload: bytes) -> None:
+    def pong_received(self, payload: bytes) -> None:
         """A pong frame has come in."""
 
-    def gone(self, event: Mapping[str, Any]) -> None:
+    def connection_lost(self, event: Mapping[str, Any]) -> None:
         """The connection is over; `event` is the ASGI `websocket.disconnect`."""
 
-    def write_paused(self) -> None:
+    def pause_writing(self) -> None:
         """The transport holds more than it should. What is written then is kept, without a limit."""
 
-    def writable(self) -> None:
+    def resume_writing(self) -> None:
         """The transport takes more again."""
 
-    def last_call(self) -> None:
+    def before_shutdown(self) -> None:
         """The server is about to close: what is queued can be written now, or never."""
 
 

@@ -29,7 +29,7 @@ from websockets.protocol import State
 from fastapi_ws_stabilizer.servers.deflate import DEFLATE
 from fastapi_ws_stabilizer.servers.link import EXTENSION, DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn_internals import ALWAYS_WRITABLE, ReceiverQueue, missing_internals
-from fastapi_ws_stabilizer.servers.uvicorn_reading import FAREWELL, PacedParser
+from fastapi_ws_stabilizer.servers.uvicorn_reading import CLOSE_GRACE, PacedParser
 from fastapi_ws_stabilizer.wire.framing import CLOSE, PING, frame_bytes
 
 MAX_FRAGMENTS: Final = 1024
@@ -115,9 +115,9 @@ class StableWebSocketProtocol(PacedParser):
             event = came_before.get_nowait()
             if event["type"] == "websocket.receive":
                 text = event.get("text")
-                sink.received(event["bytes"] if text is None else text)
+                sink.message_received(event["bytes"] if text is None else text)
             else:
-                sink.gone(event)
+                sink.connection_lost(event)
 
     def ping(self, payload: bytes) -> None:
         """As `DirectTransport`."""
@@ -135,7 +135,7 @@ class StableWebSocketProtocol(PacedParser):
         self.close_sent = True
         self.resume_reading()  # for the client's answer
         if self.parting:
-            self._farewell()
+            self._close_after_grace()
             return
         self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
 
@@ -172,7 +172,7 @@ class StableWebSocketProtocol(PacedParser):
         if self.sink is None:
             super().pause_writing()
         else:
-            self.sink.write_paused()
+            self.sink.pause_writing()
 
     def resume_writing(self) -> None:
         """The transport takes more."""
@@ -180,7 +180,7 @@ class StableWebSocketProtocol(PacedParser):
         if self.sink is None:
             super().resume_writing()
         else:
-            self.sink.writable()
+            self.sink.resume_writing()
 
     def shutdown(self) -> None:
         """The server stops: it sends 1012 next."""
@@ -188,10 +188,10 @@ class StableWebSocketProtocol(PacedParser):
             # It has a close frame or is broken, and perhaps a client that does not read. uvicorn would close it again,
             # which raises, and everybody else would go without a goodbye.
             self.stop_keepalive()
-            self.loop.call_later(FAREWELL, self.transport.abort)
+            self.loop.call_later(CLOSE_GRACE, self.transport.abort)
             return
         if self.sink is not None and not self.close_sent:
-            self.sink.last_call()
+            self.sink.before_shutdown()
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -222,10 +222,10 @@ class StableWebSocketProtocol(PacedParser):
         if self.close_sent:
             return
         if len(data) > self.max_message_bytes:
-            self._too_big()
+            self._fail_too_big()
             return
         if self.curr_msg_data_type != "text":
-            sink.received(bytes(data))
+            sink.message_received(bytes(data))
             return
         try:
             text = str(data, "utf-8")
@@ -233,7 +233,7 @@ class StableWebSocketProtocol(PacedParser):
             self.conn.fail(1007, "text that is not UTF-8")
             self.handle_parser_exception()
         else:
-            sink.received(text)
+            sink.message_received(text)
 
     def handle_cont(self, event: Any) -> None:
         """A fragment has come in."""
@@ -245,14 +245,14 @@ class StableWebSocketProtocol(PacedParser):
         self.fragments += 1
         self.fragment_bytes += len(event.data)
         if self.fragment_bytes > self.max_message_bytes:
-            self._too_big()
+            self._fail_too_big()
             return
         if len(self.frames) >= MAX_FRAGMENTS:
             self.frames = [b"".join(self.frames)]
         if event.data or event.fin:
             super().handle_cont(event)
 
-    def _too_big(self) -> None:
+    def _fail_too_big(self) -> None:
         if not self.close_sent:
             self.conn.fail(1009)
             self.handle_parser_exception()
@@ -262,7 +262,7 @@ class StableWebSocketProtocol(PacedParser):
         if self.sink is None:
             super().handle_ping()
             return
-        self.sink.pinged()
+        self.sink.ping_received()
         if self.write_paused or self.close_sent:
             # A client that floods pings and reads no pongs gets none; RFC 6455 section 5.5.3 allows to leave some out.
             self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
@@ -272,7 +272,7 @@ class StableWebSocketProtocol(PacedParser):
     def handle_pong(self, event: Any) -> None:
         """A pong has come in."""
         if self.sink is not None:
-            self.sink.ponged(bytes(event.data))
+            self.sink.pong_received(bytes(event.data))
         super().handle_pong(event)
 
     def handle_parser_exception(self) -> None:
@@ -294,7 +294,7 @@ class StableWebSocketProtocol(PacedParser):
         self._write_output()
         self.close_sent = self.parting = True
         self.frames = []
-        self._farewell()
+        self._close_after_grace()
 
     def _say_too_big(self) -> None:
         text = f"message over {self.max_message_bytes} bytes"

@@ -75,7 +75,7 @@ class ReceiverQueue:
     def put_nowait(self, event: dict[str, Any]) -> None:
         """As a queue has it."""
         if self.sink is not None:
-            self.sink.gone(event)
+            self.sink.connection_lost(event)
 
     def empty(self) -> bool:
         """As a queue has it."""

@@ -9,7 +9,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.servers.link import DirectReceiver
 from fastapi_ws_stabilizer.servers.uvicorn_internals import WebSocketsSansIOProtocol
 
-FAREWELL: Final = 2.0
+CLOSE_GRACE: Final = 2.0
 """Seconds in which a client that broke the protocol can read why, before its connection is cut."""
 
 MAX_PARSED_AT_ONCE: Final = 2048
@@ -83,7 +83,7 @@ class PacedParser(WebSocketsSansIOProtocol):
     def read(self, data: bytes) -> None:
         """Bytes have come in for the sink. Hot path: nearly always they are few, and nothing is unusual."""
         if self.parting:
-            self._throw_away()
+            self._discard()
         elif self.unparsed or len(data) > MAX_PARSED_AT_ONCE:
             self.unparsed += data
             if not self.parse_later:
@@ -93,34 +93,34 @@ class PacedParser(WebSocketsSansIOProtocol):
 
     def _looks_at(self, size: int) -> bool:
         """Whether so many bytes more are parsed. After our end there may be a close frame in them, if they are few."""
-        if self.sink is None or self.sink.heard():
+        if self.sink is None or self.sink.data_received():
             return True
         self.after_end += size
         if self.after_end > MAX_AFTER_END:
             self.parting = True
             self.frames = []
             if self.close_sent:
-                self._farewell()
+                self._close_after_grace()
         return not self.parting
 
-    def _throw_away(self) -> None:
+    def _discard(self) -> None:
         """Read on, so that a client that was writing comes to our close frame, but not as fast as one can flood."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
-            self.loop.call_later(DISCARD_INTERVAL, self._throw_more_away)
+            self.loop.call_later(DISCARD_INTERVAL, self._discard_more)
 
-    def _throw_more_away(self) -> None:
+    def _discard_more(self) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
-    def _farewell(self) -> None:
+    def _close_after_grace(self) -> None:
         """Close our half, and let the client read why for a moment, while what it sends is thrown away."""
         if self.close_timer is not None:
             self.close_timer.cancel()
         if self.transport.can_write_eof() and not self.transport.is_closing():
             with suppress(OSError):  # asyncio's own transport raises for a connection that its client has reset
                 self.transport.write_eof()
-        self.close_timer = self.loop.call_later(FAREWELL, self.transport.close)
+        self.close_timer = self.loop.call_later(CLOSE_GRACE, self.transport.close)
 
     def _parse_soon(self) -> None:
         if not self.parse_later:

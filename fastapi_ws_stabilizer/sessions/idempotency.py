@@ -64,29 +64,29 @@ class IdempotencyRecord:
         except MessageEncodeError:
             small = False
         self._answer = answer if small else _FORGOTTEN
-        for session, request_id in self._those_who_wait():
+        for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
     def interrupted(self) -> None:
         """The message was handled, or a part of it, and there is no answer."""
         self._done = True
         self._answer = _FORGOTTEN
-        for session, request_id in self._those_who_wait():
+        for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
     def forgotten(self) -> None:
         """Nothing is known of it any more, though its message may still be in hand."""
-        for session, request_id in self._those_who_wait():
+        for session, request_id in self._waiting_requests():
             session.reply(request_id, error=_IN_PROGRESS)
 
     def failed(self) -> None:
         """The message was not handled after all."""
-        for session, request_id in self._those_who_wait():
+        for session, request_id in self._waiting_requests():
             session.reply(
                 request_id, error={"code": "not_handled", "message": "the first message with this key failed"}
             )
 
-    def _those_who_wait(self) -> list[tuple[Session, str]]:
+    def _waiting_requests(self) -> list[tuple[Session, str]]:
         waiting, self._waiting = self._waiting or [], None
         return waiting
 

@@ -25,45 +25,45 @@ class DetachedState:
         rooms: The rooms that it was in, and how its client is described in each.
         user_data: The application's.
         until: Until when it is kept.
-        face: The socket that has left it.
+        socket: The socket that has left it.
         forget: Called when it is to be kept no longer: room is needed, it was ended, or another takes its place.
         key: Under which it is kept.
-        ending: How it was ended; `None` while it is kept, and where room was needed.
+        close_info: How it was ended; `None` while it is kept, and where room was needed.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
     user_data: MeteredDict
     until: float
-    face: Any
+    socket: Any
     forget: Callable[[DetachedState], None]
     key: str = ""
-    ending: CloseInfo | None = None
+    close_info: CloseInfo | None = None
 
     @property
     def connection_id(self) -> str:
         """The id of the connection that has left it."""
-        return str(self.face.connection_id)
+        return str(self.socket.connection_id)
 
     @property
     def client_id(self) -> str:
         """The client that it belongs to."""
-        return str(self.face.client_id)
+        return str(self.socket.client_id)
 
     @property
     def described_bytes(self) -> int:
         """How much presence metadata is in `rooms`."""
-        ledger = self.user_data._ledger
-        return 0 if ledger is None else ledger.described.get(self.connection_id, 0)
+        budget = self.user_data._budget
+        return 0 if budget is None else budget.described.get(self.connection_id, 0)
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that it holds."""
         return self.user_data.held_bytes + self.described_bytes
 
     # ── as a member of rooms ──
 
     @property
-    def member(self) -> DetachedState:
+    def recipient(self) -> DetachedState:
         """Itself."""
         return self
 
@@ -78,11 +78,11 @@ class DetachedState:
         return self
 
     @property
-    def here(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether there is a connection: there is none."""
         return False
 
-    def described_while_away(self, room: str, metadata: Mapping[str, Any]) -> None:
+    def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
         """The application has described its client anew in one of its rooms."""
         self.rooms = {**self.rooms, room: dict(metadata)}
 
@@ -101,11 +101,11 @@ class DetachedState:
         """Whether something waits that the network may take: nothing does."""
         return False
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether something waits in it: nothing does."""
         return False
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -114,9 +114,9 @@ class DetachedState:
         from_outside: bool = False,
     ) -> bool:
         """Keep it no longer; `False` if it was ended before."""
-        if self.ending is not None:
+        if self.close_info is not None:
             return False
-        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
+        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
         self.forget(self)
         return True
 
@@ -126,12 +126,12 @@ class DetachedState:
         """Forget it, because room is needed for others."""
         self.forget(self)
 
-    def holds_too_much(self, _: int) -> None:
+    def on_limit_exceeded(self, _: int) -> None:
         """Forget it, because it holds more than may be."""
         self.forget(self)
 
 
-MAX_KEPT_OF_ONE: Final = 16
+MAX_DETACHED_PER_CLIENT: Final = 16
 """Connections of one client of which something is kept at most; the one that left first is forgotten first."""
 
 _BETWEEN: Final = "\n"
@@ -153,33 +153,33 @@ class DetachedStateStore:
 
     Args:
         ttl: Seconds that it is kept.
-        max_kept: How many connections' are kept at most.
+        max_states: How many connections' are kept at most.
     """
 
-    def __init__(self, ttl: float, max_kept: int) -> None:
+    def __init__(self, ttl: float, max_states: int) -> None:
         self._ttl = ttl
-        self._max_kept = max_kept
+        self._max_states = max_states
         self._expected: OrderedDict[str, float] = OrderedDict()  # until when, the one that got its token first is first
-        self._kept: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the one that left first comes first
+        self._states: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the one that left first comes first
         self._of_client: dict[str, dict[str, DetachedState]] = {}  # the same, by client id and key
 
     def __len__(self) -> int:
         """Of how many connections something is kept."""
-        return len(self._kept)
+        return len(self._states)
 
-    def expect(self, key: str, seconds: float) -> None:
+    def mark_resumable(self, key: str, seconds: float) -> None:
         """A client has been given a token, which is good for that long."""
         now = monotonic()
         self._expected[key] = now + seconds
         self._expected.move_to_end(key)
-        self._expect_no_more(now)
+        self._forget_resumable(now)
 
-    def is_expected(self, *keys: str) -> bool:
+    def is_resumable(self, *keys: str) -> bool:
         """Whether a client may come back with a token for one of these keys."""
         now = monotonic()
         return self._ttl > 0 and any(self._expected.get(key, now) > now for key in keys)
 
-    def _expect_no_more(self, now: float) -> None:
+    def _forget_resumable(self, now: float) -> None:
         """Forget those whose token is not good any more."""
         while self._expected:
             key, until = next(iter(self._expected.items()))
@@ -187,23 +187,23 @@ class DetachedStateStore:
                 break
             del self._expected[key]
 
-    def leave(self, key: str, left: DetachedState) -> list[DetachedState]:
+    def save(self, key: str, state: DetachedState) -> list[DetachedState]:
         """Keep what a connection has left. Of several with one key the last one is kept.
 
         Returns:
             What is kept no longer, because it is too old or too much.
         """
         gone = self.collect()
-        if key in self._kept:
+        if key in self._states:
             gone.append(self._take_out(key))
-        left.until, left.key = monotonic() + self._ttl, key
-        self._kept[key] = left
+        state.until, state.key = monotonic() + self._ttl, key
+        self._states[key] = state
         of_client = self._of_client.setdefault(_client_of(key), {})
-        of_client[key] = left
-        if len(of_client) > MAX_KEPT_OF_ONE:
+        of_client[key] = state
+        if len(of_client) > MAX_DETACHED_PER_CLIENT:
             gone.append(self._take_out(next(iter(of_client))))
-        while len(self._kept) > self._max_kept:
-            gone.append(self._take_out(next(iter(self._kept))))
+        while len(self._states) > self._max_states:
+            gone.append(self._take_out(next(iter(self._states))))
         return gone
 
     def of(self, client_id: str) -> DetachedState | None:
@@ -214,50 +214,50 @@ class DetachedStateStore:
         """All that is kept for a client, which stays where it is; what was left first comes first."""
         return list(self._of_client.get(client_id, {}).values())
 
-    def take(self, key: str) -> DetachedState | None:
+    def claim(self, key: str) -> DetachedState | None:
         """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
-        left = self._kept.get(key)
-        if left is None or left.until <= monotonic():  # `collect` takes it out, and its end is told
+        state = self._states.get(key)
+        if state is None or state.until <= monotonic():  # `collect` takes it out, and its end is told
             return None
         return self._take_out(key)
 
-    def drop(self, left: DetachedState) -> bool:
+    def discard(self, state: DetachedState) -> bool:
         """Keep something no longer; `False` if it was not kept."""
-        if self._kept.get(left.key) is not left:
+        if self._states.get(state.key) is not state:
             return False
-        self._take_out(left.key)
+        self._take_out(state.key)
         return True
 
-    def drop_of(self, client_id: str) -> list[DetachedState]:
+    def discard_of(self, client_id: str) -> list[DetachedState]:
         """Keep no longer what a client has left, and expect it no more."""
-        gone = [self._take_out(left.key) for left in self.all_of(client_id)]
-        for key in (client_id, *(left.key for left in gone)):
+        gone = [self._take_out(state.key) for state in self.all_of(client_id)]
+        for key in (client_id, *(state.key for state in gone)):
             self._expected.pop(key, None)
         return gone
 
-    def left_at(self, left: DetachedState) -> float:
+    def detached_at(self, state: DetachedState) -> float:
         """When something was left, on the monotonic clock."""
-        return left.until - self._ttl
+        return state.until - self._ttl
 
     def next_due(self) -> float | None:
         """When the first of it is kept no longer."""
-        return next((left.until for left in self._kept.values()), None)
+        return next((state.until for state in self._states.values()), None)
 
     def collect(self) -> list[DetachedState]:
         """Take out what is kept no longer."""
         now, gone = monotonic(), []
-        self._expect_no_more(now)
-        while self._kept:
-            key, left = next(iter(self._kept.items()))
-            if left.until > now:
+        self._forget_resumable(now)
+        while self._states:
+            key, state = next(iter(self._states.items()))
+            if state.until > now:
                 break
             gone.append(self._take_out(key))
         return gone
 
     def clear(self) -> list[DetachedState]:
         """Take all of it out."""
-        gone = list(self._kept.values())
-        self._kept.clear()
+        gone = list(self._states.values())
+        self._states.clear()
         self._of_client.clear()
         return gone
 
@@ -267,7 +267,7 @@ class DetachedStateStore:
         del of_client[key]
         if not of_client:
             del self._of_client[client_id]
-        return self._kept.pop(key)
+        return self._states.pop(key)
 
 
 def _client_of(key: str) -> str:

@@ -20,17 +20,17 @@ class ReplayLimits:
         max_messages: Most messages.
         max_bytes: Most bytes of messages. They are shared by all sessions that hold them, and counted in each.
         max_age: Seconds that a message is kept.
-        ledger: Where they are counted.
+        budget: Where they are counted.
     """
 
-    __slots__ = ("ledger", "max_age", "max_bytes", "max_messages", "orders")
+    __slots__ = ("budget", "max_age", "max_bytes", "max_messages", "orders")
 
-    def __init__(self, max_messages: int, max_bytes: int, max_age: float, ledger: MemoryBudget | None = None) -> None:
+    def __init__(self, max_messages: int, max_bytes: int, max_age: float, budget: MemoryBudget | None = None) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.max_age = max_age
-        self.ledger = MemoryBudget() if ledger is None else ledger
-        self.orders = self.ledger.orders
+        self.budget = MemoryBudget() if budget is None else budget
+        self.orders = self.budget.evicts
 
 
 class ReplayBuffer:
@@ -62,22 +62,22 @@ class ReplayBuffer:
         return self.held_bytes + FRAME_OVERHEAD_BYTES * len(self._entries)
 
     @property
-    def low(self) -> int:
+    def first_seq(self) -> int:
         """Number of the oldest message that is still here; `head + 1` if there is none."""
         return self.head - len(self._entries) + 1
 
-    def record(self, frame: EncodedMessage) -> int:
+    def append(self, frame: EncodedMessage) -> int:
         """Keep a message, and return its number. Hot path: called for each session of each broadcast."""
         self.head += 1
-        size, holders = frame.size, frame.holders
+        size, refcount = frame.size, frame.refcount
         self.held_bytes += size
         entries, limits = self._entries, self._limits
-        frame.holders = holders + 1
-        if not holders:  # as `MemoryBudget.hold`
-            ledger = limits.ledger
-            ledger.total += size + FRAME_OVERHEAD_BYTES
-            if ledger.total > ledger.limit:
-                ledger.relieve_soon()
+        frame.refcount = refcount + 1
+        if not refcount:  # as `MemoryBudget.retain`
+            budget = limits.budget
+            budget.total += size + FRAME_OVERHEAD_BYTES
+            if budget.total > budget.limit:
+                budget.schedule_eviction()
         if entries:
             entries.append(frame)
             if len(entries) > limits.max_messages or self.held_bytes > limits.max_bytes:
@@ -85,26 +85,26 @@ class ReplayBuffer:
         else:
             self._entries = [frame]
             if limits.orders:
-                limits.ledger.holds(self)
+                limits.budget.on_nonzero(self)
         return self.head
 
     def forget_up_to(self, seq: int) -> None:
         """Forget all messages up to a number."""
-        self._drop(seq - self.low + 1)
+        self._drop(seq - self.first_seq + 1)
 
     def forget_old(self) -> None:
         """Forget messages that are older than they may be."""
         oldest = monotonic() - self._limits.max_age
         old = 0
         for frame in self._entries:
-            if frame.at >= oldest:
+            if frame.created_at >= oldest:
                 break
             old += 1
         self._drop(old)
 
     def since(self, seq: int) -> Sequence[EncodedMessage]:
         """The messages after a number, oldest first. They must all be here: `seq + 1` is not below `low`."""
-        return self._entries[seq + 1 - self.low :]
+        return self._entries[seq + 1 - self.first_seq :]
 
     def forget_all(self) -> None:
         """Forget all messages; numbers go on."""
@@ -115,7 +115,7 @@ class ReplayBuffer:
         for _ in range(min(lost, len(self._entries))):
             frame = self._entries.pop()
             self.held_bytes -= frame.size
-            self._limits.ledger.release(frame)
+            self._limits.budget.release(frame)
         self.head = max(0, self.head - lost)
         self._drop(0)
 
@@ -145,8 +145,8 @@ class ReplayBuffer:
             return
         size += FRAME_OVERHEAD_BYTES * len(entries)
         for frame in entries:  # as `MemoryBudget.release`
-            frame.holders = holders = frame.holders - 1
-            if holders:
+            frame.refcount = refcount = frame.refcount - 1
+            if refcount:
                 size -= frame.size + FRAME_OVERHEAD_BYTES  # others hold it
         if size:
-            self._limits.ledger.total -= size
+            self._limits.budget.total -= size

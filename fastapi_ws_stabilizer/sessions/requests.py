@@ -17,25 +17,25 @@ MAX_OPEN: Final = 1024
 class PendingRequests:
     """The open requests and awaited acknowledgements of one session. They survive a reconnect, as the session does."""
 
-    __slots__ = ("_acknowledged", "_acks", "_ids", "_open", "_over", "_prefix")
+    __slots__ = ("_acknowledged", "_acks", "_closed", "_ids", "_open", "_prefix")
 
     def __init__(self) -> None:
         self._open: dict[str, asyncio.Future[Any]] | None = None
         self._acks: dict[int, asyncio.Future[None]] | None = None
         self._acknowledged = 0
-        self._over: CloseInfo | None = None
+        self._closed: CloseInfo | None = None
         self._prefix = ""
         self._ids: itertools.count[int] | None = None
 
-    def begin(self) -> tuple[str, asyncio.Future[Any]]:
+    def open(self) -> tuple[str, asyncio.Future[Any]]:
         """Open a request: the id to send with it, and the future of its answer.
 
         Raises:
             RequestError: Too many are open.
             SessionEndedError: The session is over.
         """
-        if self._over is not None:
-            raise SessionEndedError(self._over)
+        if self._closed is not None:
+            raise SessionEndedError(self._closed)
         if self._open is None or self._ids is None:
             # Random: an answer that comes late, from another session, must not be taken for that of another question.
             self._open, self._ids, self._prefix = {}, itertools.count(1), f"{secrets.token_hex(6)}-"
@@ -50,7 +50,7 @@ class PendingRequests:
         if self._open is not None:
             self._open.pop(request_id, None)
 
-    def answered(self, request_id: str, data: Any, error: Any) -> bool:
+    def resolve(self, request_id: str, data: Any, error: Any) -> bool:
         """An answer has come. One that nobody waits for, or that came twice, is ignored: `False`."""
         future = None if self._open is None else self._open.pop(request_id, None)
         if future is None or future.done():
@@ -58,8 +58,10 @@ class PendingRequests:
         if error is None:
             future.set_result(data)
             return True
-        told = error if isinstance(error, dict) else {}
-        future.set_exception(RequestError(str(told.get("code", "error"))[:64], str(told.get("message", ""))[:1024]))
+        settled = error if isinstance(error, dict) else {}
+        future.set_exception(
+            RequestError(str(settled.get("code", "error"))[:64], str(settled.get("message", ""))[:1024])
+        )
         return True
 
     async def until_acknowledged(self, seq: int) -> None:
@@ -71,8 +73,8 @@ class PendingRequests:
         """
         if seq <= self._acknowledged:
             return
-        if self._over is not None:
-            raise SessionEndedError(self._over)
+        if self._closed is not None:
+            raise SessionEndedError(self._closed)
         if self._acks is None:
             self._acks = {}
         if len(self._acks) >= MAX_OPEN:
@@ -94,7 +96,7 @@ class PendingRequests:
             if future is not None and not future.done():
                 future.set_result(None)
 
-    def missed(self, seq: int) -> None:
+    def fail_after_gap(self, seq: int) -> None:
         """The client has got everything up to a number, and will not get what was sent after it until now."""
         self.acknowledged(seq)
         self._acknowledged = seq  # also where that is less than before: a store that went back in time counts anew
@@ -103,9 +105,9 @@ class PendingRequests:
                 future.set_exception(RequestError("missed", "the client came back too late for this message"))
                 future.exception()  # whoever waits gets it; nobody has to
 
-    def give_up(self, how: CloseInfo) -> None:
+    def fail_all(self, how: CloseInfo) -> None:
         """The session is over: nothing will come."""
-        self._over = how
+        self._closed = how
         waiting = [*(self._open or {}).values(), *(self._acks or {}).values()]
         self._open = self._acks = None
         for future in waiting:

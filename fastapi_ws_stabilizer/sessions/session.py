@@ -41,7 +41,7 @@ class ResumeOutcome(str, Enum):
 class Outlet(Protocol):
     """The outbox of a connection, as its session uses it."""
 
-    def put_if_calm(self, frame: EncodedMessage) -> bool:
+    def try_enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame if there is nothing to think about."""
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
@@ -53,7 +53,7 @@ class Outlet(Protocol):
     def make_room(self, size: int) -> bool:
         """Whether a frame of `size` bytes can be queued, after what can be sent was sent."""
 
-    def put_all(self, frames: Any) -> None:
+    def preload(self, frames: Any) -> None:
         """Queue frames, whatever room there is."""
 
     async def put_wait(self, frame: EncodedMessage, queued: Any = None) -> bool:
@@ -72,14 +72,14 @@ class Outlet(Protocol):
     def lingers(self) -> bool:
         """Whether something waits that the network may take as soon as the event loop turns."""
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half of it is used, and its client seems to read."""
 
 
 class Attachment(Protocol):
     """The connection of a session."""
 
-    face: Any
+    socket: Any
     used: bool
 
     @property
@@ -87,10 +87,10 @@ class Attachment(Protocol):
         """What waits to be sent."""
 
     @property
-    def ending(self) -> CloseInfo | None:
+    def close_info(self) -> CloseInfo | None:
         """How it ended; `None` while it is open."""
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -103,7 +103,7 @@ class Attachment(Protocol):
     def evict(self) -> None:
         """End it, because room is needed for others."""
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """End it, because more is held for it than may be."""
 
 
@@ -116,7 +116,7 @@ class Session(ReplayBuffer):
         shard: Its shard in the hub.
         place: Where it stands in its shard.
         connection: The connection that it has now; `None` while its client is away.
-        face: What user code knows it by: the socket of its last connection.
+        socket: What user code knows it by: the socket of its last connection.
         accepted: Number of the last message of its client that was taken.
         dials: The highest dial counter that its client has presented.
         instance: What tells its client instance from others, if that says so.
@@ -132,28 +132,28 @@ class Session(ReplayBuffer):
 
     __slots__ = (
         "_confirmed",
-        "_end_away",
+        "_counters",
+        "_end_detached",
         "_issued",
-        "_outlet",
-        "_totals",
+        "_target",
         "accepted",
-        "admitted",
         "client_id",
+        "connect_hooks_passed",
+        "connect_hooks_started",
         "connection",
         "connection_id",
-        "dials",
+        "end_reported",
+        "ended",
         "epoch",
-        "face",
         "inbox",
         "instance",
-        "known",
-        "left",
-        "over",
-        "place",
-        "predecessor",
+        "last_attempt",
+        "previous_connection",
         "requests",
+        "saved_presence",
         "shard",
-        "told",
+        "shard_index",
+        "socket",
         "until",
         "user_data",
     )
@@ -163,36 +163,36 @@ class Session(ReplayBuffer):
         client_id: str,
         shard: int,
         limits: ReplayLimits,
-        totals: Counters,
+        counters: Counters,
         end_away: Callable[[Session, CloseInfo], None],
     ) -> None:
         super().__init__(limits)
         self.connection_id = secrets.token_hex(8)
         self.client_id = client_id
         self.shard = shard
-        self.place = 0
+        self.shard_index = 0
         self.connection: Attachment | None = None
-        self._outlet: Outlet | None = None  # the outbox of that connection
-        self.predecessor: Any = None
-        self.face: Any = None
+        self._target: Outlet | None = None  # the outbox of that connection
+        self.previous_connection: Any = None
+        self.socket: Any = None
         self.accepted = 0
-        self.dials = -1
+        self.last_attempt = -1
         self.instance = ""
         self.epoch = 0
         self.user_data: MeteredDict | None = None
         self.inbox: Any = None
-        self.left: dict[str, Any] = {}
+        self.saved_presence: dict[str, Any] = {}
         self.requests = PendingRequests()
         self.until: float | None = None
-        self.known = self.admitted = self.told = False
-        self.over: CloseInfo | None = None
-        self._totals = totals
-        self._end_away = end_away
+        self.connect_hooks_started = self.connect_hooks_passed = self.end_reported = False
+        self.ended: CloseInfo | None = None
+        self._counters = counters
+        self._end_detached = end_away
         self._confirmed: tuple[str, int] | None = None  # secret, and the epoch in which it was issued
         self._issued: tuple[str, int] | None = None
 
     def __repr__(self) -> str:
-        how = "over" if self.over else "away" if self.connection is None else "attached"
+        how = "over" if self.ended else "away" if self.connection is None else "attached"
         return f"<Session {self.connection_id} of {self.client_id!r} {how}>"
 
     # ── as a member of the hub ──
@@ -208,9 +208,9 @@ class Session(ReplayBuffer):
         return self
 
     @property
-    def ending(self) -> CloseInfo | None:
+    def close_info(self) -> CloseInfo | None:
         """How it ended; `None` while it lives, with a connection or without."""
-        return self.over
+        return self.ended
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Number and keep a message, and queue it if there is a connection. Hot path, as that of an outbox.
@@ -218,78 +218,78 @@ class Session(ReplayBuffer):
         First the queue, then the log: making room may let in who has waited, and both must agree on the order.
         """
         frame = frame.enveloped or to_v1(frame)
-        outlet = self._outlet
-        if outlet is None or frame.volatile or not outlet.put_if_calm(frame):
+        outlet = self._target
+        if outlet is None or frame.volatile or not outlet.try_enqueue(frame):
             return self._offer_with_care(frame)
-        self.record(frame)
+        self.append(frame)
         return EnqueueResult.QUEUED
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
         """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
-        outlet = self._outlet
+        outlet = self._target
         enveloped = frame.enveloped or to_v1(frame)
         if outlet is not None and not enveloped.volatile and outlet.put_now(enveloped):
-            self.record(enveloped)
+            self.append(enveloped)
             return EnqueueResult.QUEUED
         offered = self.offer(frame)
         self.flush()
         return offered
 
     def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
-        if self.over is not None:
+        if self.ended is not None:
             return EnqueueResult.REFUSED
         if frame.volatile:
             return self._offer_volatile(frame)
-        connection, outlet = self.connection, self._outlet
+        connection, outlet = self.connection, self._target
         offered = EnqueueResult.QUEUED if outlet is None else outlet.offer(frame)
-        if self.over is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
-            self._totals.messages_discarded += 1
+        if self.ended is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
+            self._counters.messages_discarded += 1
             return EnqueueResult.REFUSED
-        self.record(frame)
+        self.append(frame)
         if offered is not EnqueueResult.REFUSED or connection is None:
             return offered
         # It is in the log, and the client gets it when it comes back.
-        how = connection.ending
-        slow = how is not None and how.reason is DisconnectReason.SLOW_CONSUMER
+        how = connection.close_info
+        slow = how is not None and how.cause is DisconnectReason.SLOW_CONSUMER
         return EnqueueResult.SLOW if slow else EnqueueResult.QUEUED
 
     def _offer_volatile(self, frame: EncodedMessage) -> EnqueueResult:
-        if self._outlet is None or self.connection is None:
+        if self._target is None or self.connection is None:
             return EnqueueResult.MISSED
         self.connection.used = True
-        if self._outlet.put(frame):
+        if self._target.put(frame):
             return EnqueueResult.QUEUED
-        self._totals.messages_dropped += 1
+        self._counters.messages_dropped += 1
         return EnqueueResult.DROPPED
 
     def flush(self) -> None:
         """Send what is queued now, if there is a connection."""
-        if self._outlet is not None:
-            self._outlet.flush()
+        if self._target is not None:
+            self._target.flush()
 
     def lingers(self) -> bool:
         """Whether something waits that the network may take as soon as the event loop turns."""
-        return self._outlet is not None and self._outlet.lingers()
+        return self._target is not None and self._target.lingers()
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half of its outbox is used, and its client seems to read."""
-        return self._outlet is not None and self._outlet.under_pressure()
+        return self._target is not None and self._target.is_backpressured()
 
-    def described_while_away(self, room: str, metadata: Mapping[str, Any]) -> None:
+    def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
         """The application has described its client anew in one of its rooms."""
-        self.left[room] = dict(metadata)
+        self.saved_presence[room] = dict(metadata)
 
     @property
-    def member(self) -> Session:
+    def recipient(self) -> Session:
         """Itself."""
         return self
 
     @property
-    def here(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether it has a connection."""
         return self.connection is not None
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -299,25 +299,25 @@ class Session(ReplayBuffer):
     ) -> bool:
         """Begin the end of its connection; without one it is over at once. `False` if it was."""
         if self.connection is not None:
-            return self.connection.end(reason, code=code, text=text, from_outside=from_outside)
-        if self.over is not None:
+            return self.connection.close(reason, code=code, text=text, from_outside=from_outside)
+        if self.ended is not None:
             return False
         how = local_close(reason, code=code, text=text, from_outside=from_outside)
         if how.code == 1000:  # as where it has a connection: 1000 also comes from proxies, and keeps no client away
             how = replace(how, code=SESSION_ENDED)
-        self._end_away(self, how)
+        self._end_detached(self, how)
         return True
 
     # ── memory ──
 
     @property
-    def held_memory(self) -> int:
+    def memory_usage(self) -> int:
         """Bytes that are held for it. What waits to be sent is in its log too, and counts once."""
-        queued = 0 if self._outlet is None else self._outlet.counted_bytes
+        queued = 0 if self._target is None else self._target.counted_bytes
         unread = 0 if self.inbox is None else int(self.inbox.counted_bytes)
         kept = 0 if self.user_data is None else self.user_data.held_bytes
-        metadata = 0 if self.connection is None else int(self.connection.face._metadata_bytes)
-        described = self._limits.ledger.described.get(self.connection_id, 0)
+        metadata = 0 if self.connection is None else int(self.connection.socket._metadata_bytes)
+        described = self._limits.budget.described.get(self.connection_id, 0)
         return max(self.counted_bytes, queued) + unread + kept + metadata + described
 
     def evict(self) -> None:
@@ -325,14 +325,14 @@ class Session(ReplayBuffer):
         if self.connection is not None:
             self.connection.evict()
         else:
-            self._end_away(self, local_close(DisconnectReason.MEMORY))
+            self._end_detached(self, local_close(DisconnectReason.MEMORY))
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """End it, because more is held for it than may be."""
         if self.connection is not None:
-            self.connection.holds_too_much(held)
+            self.connection.on_limit_exceeded(held)
         else:
-            self._end_away(self, local_close(DisconnectReason.MEMORY))
+            self._end_detached(self, local_close(DisconnectReason.MEMORY))
 
     # ── what its own connection sends ──
 
@@ -354,9 +354,9 @@ class Session(ReplayBuffer):
             return await connection.outbox.put_wait(frame)
 
         def record(queued: EncodedMessage) -> None:
-            if self.over is not None:
+            if self.ended is not None:
                 return
-            seq = self.record(queued)
+            seq = self.append(queued)
             if numbered is not None:
                 numbered(seq)
 
@@ -370,7 +370,7 @@ class Session(ReplayBuffer):
         frame = frame.enveloped or to_v1(frame)
         if frame.volatile or connection is not self.connection or not connection.outbox.put_now(frame):
             return False
-        self.record(frame)
+        self.append(frame)
         return True
 
     def reply(self, to: str, data: Any = None, *, error: dict[str, str] | None = None) -> None:
@@ -433,18 +433,18 @@ class Session(ReplayBuffer):
             The connection that it had, which is to be closed now. What that one still receives is not its any more.
         """
         before, self.connection = self.connection, connection
-        self._limits.ledger.enter(self)
+        self._limits.budget.attach(self)
         self.until = None
-        self.face = connection.face
-        self._outlet = connection.outbox
-        self._outlet.put_all([welcome, *self.since(seq)])
+        self.socket = connection.socket
+        self._target = connection.outbox
+        self._target.preload([welcome, *self.since(seq)])
         return before
 
     def detach(self, connection: Attachment) -> bool:
         """Its connection is over; `False` if it has another one already."""
         if self.connection is not connection:
             return False
-        self.connection = self._outlet = None
+        self.connection = self._target = None
         return True
 
     def acknowledged(self, seq: int) -> bool:
@@ -455,22 +455,22 @@ class Session(ReplayBuffer):
         self.requests.acknowledged(seq)
         return True
 
-    def rewound(self, lost: int) -> None:
+    def rewind(self, lost: int) -> None:
         """Its store has gone back in time: numbers will be given out a second time, so tokens of before prove nothing.
 
         Args:
             lost: How many of the last messages it no longer knows.
         """
         self.epoch += 1
-        self.rewind(lost)
+        super().rewind(lost)
 
     def finish(self, how: CloseInfo) -> int:
         """It is over. Return how many messages its client has not acknowledged."""
-        self.over = how
-        self._outlet = None
+        self.ended = how
+        self._target = None
         left = len(self.kept)
         self.forget_all()
         if self.user_data is not None:
-            self.user_data.let_go()
-        self.requests.give_up(how)
+            self.user_data.detach()
+        self.requests.fail_all(how)
         return left

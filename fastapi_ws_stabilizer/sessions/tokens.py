@@ -149,14 +149,14 @@ class SignedTokens:
         claim = self.read(token)
         if client_id is not None and claim.client_id != client_id:
             raise InvalidTokenError("other_client", kind=self.kind)
-        self.check_right(claim)
+        self.check_not_revoked(claim)
         if claim.number in self._used:
             raise InvalidTokenError("used", kind=self.kind)
         if claim.issued <= self._floor:
             raise TokenExpiredError(kind=self.kind)
         return claim
 
-    def check_right(self, claim: TokenClaims) -> None:
+    def check_not_revoked(self, claim: TokenClaims) -> None:
         """Look whether what a token says still holds, which may have been used up meanwhile.
 
         Raises:
@@ -165,7 +165,7 @@ class SignedTokens:
         if claim.issued <= self._revoked.get(claim.client_id, -1):
             raise InvalidTokenError("revoked", kind=self.kind)
 
-    def use(self, token: str, client_id: str | None = None) -> TokenClaims:
+    def consume(self, token: str, client_id: str | None = None) -> TokenClaims:
         """Verify a token and use it up. Raises as `check`."""
         claim = self.check(token, client_id)
         self._remember(claim)

@@ -43,10 +43,10 @@ async def close_all(connections: Iterable[Connection], timeout: float) -> Shutdo
     ours = []
     hold = LoopBudget()
     for connection in everyone:
-        if connection.end(DisconnectReason.SERVER_SHUTDOWN):
+        if connection.close(DisconnectReason.SERVER_SHUTDOWN):
             ours.append(connection)
-        if hold.held_long():
-            await hold.let_go()
+        if hold.exceeded():
+            await hold.yield_to_loop()
     await wait_for_all([connection.finished for connection in everyone], timeout)
     late = [connection for connection in everyone if not connection.is_finished]
     for connection in late:

@@ -29,7 +29,7 @@ CLOSES_PER_SECOND: Final = 100.0
 CLOSE_WINDOW_FRACTION: Final = 0.6
 """The part of the whole time that the closes may be spread over. The rest is for hooks, and for who is slow."""
 
-LOOK_INTERVAL: Final = 0.25
+POLL_INTERVAL: Final = 0.25
 """Seconds between two looks for clients that take nothing."""
 
 
@@ -47,14 +47,14 @@ class Drain:
     """One drain of one manager.
 
     Args:
-        reports: Where it is told.
+        events: Where it is told.
         window: Seconds that the closes are spread over at most.
         timeout: Seconds that all of it may take. What is not done by then is cut.
         resumable: Counts the sessions that clients can come back to.
     """
 
-    def __init__(self, reports: EventBus, window: float, timeout: float, resumable: Callable[[], int]) -> None:
-        self._reports = reports
+    def __init__(self, events: EventBus, window: float, timeout: float, resumable: Callable[[], int]) -> None:
+        self._events = events
         self._window = window
         self._resumable = resumable
         self._started = monotonic()
@@ -62,7 +62,7 @@ class Drain:
         self._sooner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._abandoned = False
 
-    def hasten(self, timeout: float) -> None:
+    def shorten(self, timeout: float) -> None:
         """Be done in so many seconds from now, if that is sooner."""
         until = monotonic() + timeout
         if until < self._until:
@@ -77,12 +77,12 @@ class Drain:
             mine: Those whose code has called this. Their close frames are waited for.
         """
         others = [connection for connection in everyone if connection not in mine]
-        await wait_for_all([*(one.finished for one in others), *(one.over for one in mine)], self._left)
-        await wait_for_all([one.outbox.done for one in mine], self._left)
+        await wait_for_all([*(one.finished for one in others), *(one.closing for one in mine)], self._departed)
+        await wait_for_all([one.outbox.done for one in mine], self._departed)
         closed = sum(connection.is_finished for connection in others)
         return ShutdownReport(closed, 0, monotonic() - self._started, resumable_count=self._resumable())
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Leave alone who has not been closed yet."""
         self._abandoned = True
         self._wake()
@@ -92,7 +92,7 @@ class Drain:
             self._sooner.set_result(None)
 
     @property
-    def _left(self) -> float:
+    def _departed(self) -> float:
         return max(0.0, self._until - monotonic())
 
     async def run(self, connections: Iterable[Connection], handshakes: Handshakes | None = None) -> ShutdownReport:
@@ -103,17 +103,17 @@ class Drain:
             handshakes: Those that are in progress: they have been refused, and are cut when the time is over.
         """
         everyone = list(connections)
-        open_ones = [connection for connection in everyone if connection.ending is None]
-        window = min(self._window, self._left * CLOSE_WINDOW_FRACTION, len(open_ones) / CLOSES_PER_SECOND)
-        self._reports.tell("drain_started", logging.INFO, connections=len(open_ones), window_seconds=window)
+        open_ones = [connection for connection in everyone if connection.close_info is None]
+        window = min(self._window, self._departed * CLOSE_WINDOW_FRACTION, len(open_ones) / CLOSES_PER_SECOND)
+        self._events.emit("drain_started", logging.INFO, connections=len(open_ones), window_seconds=window)
         random.shuffle(open_ones)
         closed = await self._close_in_turn(await self._announce(open_ones, window))
-        forced = await self._wait_for_goodbyes(closed)
+        forced = await self._wait_for_close_handshakes(closed)
         if handshakes is not None:
             await self._wait_for_refusals(handshakes)
         report = ShutdownReport()
         if not self._abandoned:
-            report = await close_all(everyone, self._left)
+            report = await close_all(everyone, self._departed)
         report.closed_count += sum(connection.is_finished for connection in closed)
         report.forced_count += sum(connection.is_finished for connection in forced)  # the others are counted there
         report.resumable_count = self._resumable()
@@ -122,8 +122,8 @@ class Drain:
 
     async def _wait_for_refusals(self, handshakes: Handshakes) -> None:
         """Wait until no handshake is in progress; cut those that are when the time is over."""
-        while not self._abandoned and not await handshakes.wait_until_empty(min(LOOK_INTERVAL, self._left)):
-            if self._left <= 0:
+        while not self._abandoned and not await handshakes.wait_until_empty(min(POLL_INTERVAL, self._departed)):
+            if self._departed <= 0:
                 handshakes.abort()
                 break
 
@@ -134,11 +134,11 @@ class Drain:
         moments = []
         for number, connection in enumerate(everyone):
             after = step * (number + 0.5)
-            if connection.ask_to_leave(after, after + DRAIN_LEAD, DisconnectReason.SERVER_SHUTDOWN):
+            if connection.request_drain(after, after + DRAIN_LEAD, DisconnectReason.SERVER_SHUTDOWN):
                 after += DRAIN_LEAD
             moments.append((after, connection))
-            if hold.held_long():
-                await hold.let_go()
+            if hold.exceeded():
+                await hold.yield_to_loop()
         moments.sort(key=lambda one: one[0])
         return moments
 
@@ -151,30 +151,30 @@ class Drain:
             if self._abandoned:
                 break
             text = shutdown_error(self._window).reason
-            connection.end(DisconnectReason.SERVER_SHUTDOWN, text=text)
+            connection.close(DisconnectReason.SERVER_SHUTDOWN, text=text)
             done.append(connection)
-            if hold.held_long():
-                await hold.let_go()
+            if hold.exceeded():
+                await hold.yield_to_loop()
         return done
 
     async def _wait_until(self, after: float, connection: Connection) -> None:
         """Wait for the moment of a connection, or for its end; but no longer than leaves time for what comes then."""
-        while connection.ending is None and not self._abandoned:
+        while connection.close_info is None and not self._abandoned:
             latest = self._started + (self._until - self._started) * CLOSE_WINDOW_FRACTION
             wait = min(self._started + after, latest) - monotonic()
             if wait <= 0:
                 return
             if self._sooner.done():
                 self._sooner = asyncio.get_running_loop().create_future()
-            await wait_for_first([connection.over, self._sooner], wait)
+            await wait_for_first([connection.closing, self._sooner], wait)
 
-    async def _wait_for_goodbyes(self, closed: list[Connection]) -> list[Connection]:
+    async def _wait_for_close_handshakes(self, closed: list[Connection]) -> list[Connection]:
         """Wait until all is over; cut, on the way, whose client takes nothing, not even the goodbye. Return those."""
         waiting, forced = closed, []
         while waiting := [connection for connection in waiting if not connection.is_finished]:
-            if self._left <= 0 or self._abandoned:
+            if self._departed <= 0 or self._abandoned:
                 break
-            await wait_for_all([connection.finished for connection in waiting], min(LOOK_INTERVAL, self._left))
+            await wait_for_all([connection.finished for connection in waiting], min(POLL_INTERVAL, self._departed))
             for connection in waiting:
                 if connection.outbox.blocked_seconds >= FLUSH_GRACE and connection not in forced:
                     forced.append(connection)

@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
-HEARD: Final = (signal.SIGTERM, signal.SIGINT)
+HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 STILL_RUNNING_AFTER: Final = 5.0
 """Seconds after a signal was handed on: if the lifespan has not ended by then, that is told."""
@@ -37,20 +37,20 @@ class SignalHandler:
     Other managers of the process may stand behind this one. They drain at the same time.
 
     Args:
-        reports: Where it is told that signals cannot be heard.
+        events: Where it is told that signals cannot be heard.
         drain: What a first signal starts.
     """
 
-    def __init__(self, reports: EventBus, drain: Callable[[], Awaitable[Any]]) -> None:
-        self._reports = reports
+    def __init__(self, events: EventBus, drain: Callable[[], Awaitable[Any]]) -> None:
+        self._events = events
         self._drain = drain
         self._before: dict[int, Handler] = {}
         self._context = contextvars.copy_context()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks = TaskSet(lambda _, error: reports.bug("internal_task_failed", error, task="ws-drain"))
+        self._tasks = TaskSet(lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-drain"))
         self._first_at: float | None = None
-        self._told_twice = self._handed_on = False
-        self._told_deaf = False
+        self._second_signal = self._handed_on = False
+        self._reported_unhandled = False
         self._timer: asyncio.TimerHandle | None = None
 
     def _stop_timer(self) -> None:
@@ -63,16 +63,16 @@ class SignalHandler:
         self._loop = asyncio.get_running_loop()
         self._stop_timer()
         self._context = contextvars.copy_context()  # not that of the code that a signal interrupts
-        self._first_at, self._told_twice, self._handed_on = None, False, False
+        self._first_at, self._second_signal, self._handed_on = None, False, False
         if threading.current_thread() is threading.main_thread():
-            for number in HEARD:
+            for number in HANDLED_SIGNALS:
                 before = signal.getsignal(number)
                 if number not in self._before and callable(before):  # else a library stands before us since last time
                     self._before[number] = before
-                    signal.signal(number, self._heard)
-        if signal.SIGTERM not in self._before and not self._told_deaf:
-            self._told_deaf = True
-            self._reports.tell("signals_not_heard", logging.INFO)
+                    signal.signal(number, self._on_signal)
+        if signal.SIGTERM not in self._before and not self._reported_unhandled:
+            self._reported_unhandled = True
+            self._events.emit("signals_not_heard", logging.INFO)
 
     def stop(self) -> None:
         """Give the handlers back, where they are still ours. Where a library has put its own before them, hand on."""
@@ -85,11 +85,11 @@ class SignalHandler:
 
     def _give_back(self) -> None:
         for number, before in list(self._before.items()):
-            if signal.getsignal(number) == self._heard:
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, before)
                 del self._before[number]
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = monotonic()
         if self._loop is None and self._first_at is None:  # stopped: whoever is behind us may not be
             before = self._before.get(number)
@@ -99,36 +99,36 @@ class SignalHandler:
         if self._first_at is not None:
             if now - self._first_at < SAME_STOP:
                 return
-            self._told_twice = True
+            self._second_signal = True
         elif (loop := self._loop) is not None and loop.is_running():
             self._first_at = now
             loop.call_soon_threadsafe(self._start, loop, number, context=self._context)
             return
-        self._hand_on(number)
+        self._forward(number)
 
     def _start(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
         self._tasks.spawn(self._drain_first(loop, number), name="ws-drain-first")
 
     async def _drain_first(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
-        managers = [one for one in self._chain(number) if one._loop is loop]
+        managers = [one for one in self._managers_in_chain(number) if one._loop is loop]
         drains = [self._tasks.spawn(one._drain_it(), name="ws-drain-on-signal") for one in managers]
         await wait_for_all(drains, None)
-        if not self._told_twice:
+        if not self._second_signal:
             # Not from here: a handler that raises KeyboardInterrupt means the loop, and not this task.
-            loop.call_soon(self._hand_on, number)
+            loop.call_soon(self._forward, number)
 
     async def _drain_it(self) -> None:
         await self._drain()
 
-    def _chain(self, number: int) -> list[SignalHandler]:
+    def _managers_in_chain(self, number: int) -> list[SignalHandler]:
         """This one, and those of other managers that stand behind it."""
         chain = [self]
         while isinstance(behind := getattr(chain[-1]._before.get(number), "__self__", None), SignalHandler):
             chain.append(behind)
         return chain
 
-    def _hand_on(self, number: int) -> None:
-        before = self._chain(number)[-1]._before.get(number)
+    def _forward(self, number: int) -> None:
+        before = self._managers_in_chain(number)[-1]._before.get(number)
         self._handed_on = True
         if self._loop is None:
             self._give_back()
@@ -142,12 +142,12 @@ class SignalHandler:
         self._stop_timer()
         if (loop := self._loop) is not None and self._handed_on:
             after, context = STILL_RUNNING_AFTER, self._context
-            self._timer = loop.call_later(after, self._tell_still_running, number, handler, context=context)
+            self._timer = loop.call_later(after, self._report_still_running, number, handler, context=context)
 
-    def _tell_still_running(self, number: int, handler: Handler) -> None:
+    def _report_still_running(self, number: int, handler: Handler) -> None:
         self._timer = None
         name = f"{getattr(handler, '__module__', '')}.{getattr(handler, '__qualname__', repr(handler))}"
-        self._reports.tell(
+        self._events.emit(
             "still_running",
             logging.WARNING,
             signal=signal.Signals(number).name,

@@ -101,7 +101,7 @@ async def connection(manager: Manager, connection_id: str) -> ConnectionStats:
 )
 async def metrics(manager: Manager) -> PlainTextResponse:
     """All numbers in the text format 0.0.4 of Prometheus; 404 without `enable_metrics`."""
-    timings = manager.reports.timings
+    timings = manager.events.timings
     if timings is None:
         raise HTTPException(404, "metrics are not collected: WebSocketConfig(enable_metrics=True) turns them on")
     return PlainTextResponse(exposition(metrics_of(manager, timings)), media_type=CONTENT_TYPE)

@@ -26,7 +26,7 @@ def to_v1(frame: EncodedMessage) -> EncodedMessage:
     if frame.is_envelope:
         return frame
     if frame.enveloped is None:
-        frame.enveloped = _as_kept(_made(frame), volatile=frame.volatile)
+        frame.enveloped = _cached(_made(frame), volatile=frame.volatile)
         if frame.volatile:  # what is numbered cannot be left out for a newer one
             frame.enveloped.key = frame.key
     return frame.enveloped
@@ -69,12 +69,12 @@ def sequenced_frame(type_: str, data: Any, **fields: Any) -> EncodedMessage:
     try:
         payload = envelope(type_, data, **fields)
         if isinstance(payload, bytes):
-            return _as_kept(_small(EncodedMessage(payload, binary=True)), volatile=False)
+            return _cached(_small(EncodedMessage(payload, binary=True)), volatile=False)
         encoded = payload.encode("utf-8")
         check_sent(encoded, MAX_FRAME_DEPTH)
     except ValueError as error:
         raise MessageEncodeError(f"a {type(data).__name__} cannot be sent as JSON: {error}") from error
-    return _as_kept(_small(EncodedMessage(encoded)), volatile=False)
+    return _cached(_small(EncodedMessage(encoded)), volatile=False)
 
 
 def _made(frame: EncodedMessage) -> EncodedMessage:
@@ -97,8 +97,8 @@ def _small(frame: EncodedMessage) -> EncodedMessage:
     return frame
 
 
-def _as_kept(frame: EncodedMessage, *, volatile: bool) -> EncodedMessage:
+def _cached(frame: EncodedMessage, *, volatile: bool) -> EncodedMessage:
     frame.volatile = volatile
-    frame.at = monotonic()
+    frame.created_at = monotonic()
     frame.is_envelope = True
     return frame

@@ -32,7 +32,7 @@ class EncodedMessage:
         deflated: The same frame as a compressed one of the v1 protocol; `None` until it was made, and `False` where
             that is not worth it.
         at: When it was made, on the monotonic clock; only of frames that are kept.
-        holders: How many outboxes and logs hold it for longer than a turn of the event loop.
+        refcount: How many outboxes and logs hold it for longer than a turn of the event loop.
     """
 
     __slots__ = (
@@ -40,14 +40,14 @@ class EncodedMessage:
         "_framed",
         "_payload",
         "_text",
-        "at",
         "binary",
+        "created_at",
         "deflated",
         "enveloped",
-        "holders",
         "is_envelope",
         "is_json",
         "key",
+        "refcount",
         "room",
         "size",
         "volatile",
@@ -69,8 +69,8 @@ class EncodedMessage:
         self.enveloped: EncodedMessage | None = None
         self.is_envelope = False
         self.deflated: EncodedMessage | Literal[False] | None = None
-        self.at = 0.0
-        self.holders = 0
+        self.created_at = 0.0
+        self.refcount = 0
         self._framed: bytes | None = None
         self._compressed: dict[int, bytes] | None = None
 

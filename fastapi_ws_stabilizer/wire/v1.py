@@ -374,7 +374,7 @@ class Hello:
         retries: Whether it sends a message again that was refused with a time.
     """
 
-    __slots__ = ("auth", "deflates", "dial", "instance", "retries", "seq", "token")
+    __slots__ = ("attempt", "auth", "deflates", "instance", "retries", "seq", "token")
 
     def __init__(
         self,
@@ -390,13 +390,13 @@ class Hello:
         self.instance = instance
         self.deflates = deflates
         self.retries = retries
-        self.dial = dial
+        self.attempt = dial
         self.token = token
         self.seq = seq
         self.auth = auth
 
     def __repr__(self) -> str:  # neither the token nor the credential
-        return f"<Hello dial={self.dial} seq={self.seq} resumes={self.token is not None}>"
+        return f"<Hello dial={self.attempt} seq={self.seq} resumes={self.token is not None}>"
 
 
 def parse_hello(raw: str | bytes) -> Hello:

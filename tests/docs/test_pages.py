@@ -106,9 +106,9 @@ def test_every_app_on_a_page_serves_its_sockets(block: Block, run: Callable[[Blo
     routes = [route.path for route in module.app.routes if isinstance(route, APIWebSocketRoute)]
     assert routes
     within(DEADLINE, lambda: _visit(module.app, routes))
-    assert module.manager.totals.connections_opened == len(routes)
+    assert module.manager.counters.connections_opened == len(routes)
     assert module.manager.get_connection_count() == 0
-    assert not {reason.value for reason in module.manager.totals.endings} & {"error", "policy", "slow_consumer"}
+    assert not {reason.value for reason in module.manager.counters.endings} & {"error", "policy", "slow_consumer"}
 
 
 def _visit(app: FastAPI, routes: list[str]) -> None:

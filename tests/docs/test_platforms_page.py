@@ -14,7 +14,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _sets(name: str) -> str:
-    if PLATFORMS[name].refusal is not None:
+    if PLATFORMS[name].unsupported_reason is not None:
         return "refused"
     config = WebSocketConfig.for_platform(name)
     options = [
@@ -43,7 +43,12 @@ def test_the_table_of_platforms_is_that_of_the_package() -> None:
 def test_the_table_of_facts_is_that_of_the_package() -> None:
     """Every fact stands in the table, in order, with its source, the day on which it was read, and how."""
     assert table(PAGE, "| Name | Fact | Source |") == [
-        [f"`{platform.name}`", fact.says, f"<{fact.source}>", fact.checked + (", quoted" if fact.quoted else "")]
+        [
+            f"`{platform.name}`",
+            fact.statement,
+            f"<{fact.source}>",
+            fact.checked + (", quoted" if fact.second_hand else ""),
+        ]
         for platform in PLATFORMS.values()
         for fact in platform.facts
     ]

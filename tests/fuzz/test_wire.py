@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.servers.deflate import WholeMessageDeflate
 from tests.fuzz import strategies
-from tests.fuzz.targets import conversations as conversation
+from tests.fuzz.targets import conversations as protocol
 from tests.fuzz.targets import frames, negotiation
 
 _FRAMES = strategies.v1_frames().map(str.encode)
@@ -61,7 +61,7 @@ _LINES = st.one_of(
 @given(st.lists(_LINES, max_size=14).map(b"\n".join))
 def test_a_conversation_holds_its_rules(script: bytes) -> None:
     """Whatever a client says over its connections, its server numbers, answers, keeps and ends by the rules."""
-    conversation.conversations(script)
+    protocol.conversations(script)
 
 
 _OFFERS = st.lists(

@@ -165,7 +165,7 @@ async def test_every_way_in_works_under_httpx_ws(make: Callable[[], Made]) -> No
             with anyio.fail_after(2):
                 while manager.get_connection_count():
                     await anyio.sleep(0)
-    assert manager.totals.connections_opened == 1
+    assert manager.counters.connections_opened == 1
 
 
 @pytest.mark.anyio
@@ -179,7 +179,7 @@ async def test_the_dependency_works_under_anyios_own_pytest_plugin(anyio_backend
                 async with aconnect_ws(f"http://test{path}", client) as ws:
                     await ws.send_text("hi")
                     assert await ws.receive_text() == "ann: hi"
-    assert manager.totals.connections_opened == 1
+    assert manager.counters.connections_opened == 1
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def test_a_refusal_is_an_answer_under_the_test_client(what: str) -> None:
         with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path, headers=headers):
             pass
         assert (denied.value.status_code, denied.value.json()) == (status, detail)
-        assert manager.totals.refusals.total() == 1
+        assert manager.counters.refusals.total() == 1
 
 
 class TeapotError(HTTPException):

@@ -84,8 +84,8 @@ async def probe() -> dict[str, Any]:
         "clients": manager.get_active_connections(),
         "tasks": sorted(task.get_name() for task in asyncio.all_tasks()),
         "events": events,
-        "endings": {reason.value: count for reason, count in manager.totals.endings.items()},
-        "discarded": manager.totals.messages_discarded,
+        "endings": {reason.value: count for reason, count in manager.counters.endings.items()},
+        "discarded": manager.counters.messages_discarded,
         "unread_bytes": sum(socket.unread_bytes for socket in manager.get_sockets()),
         "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -156,8 +156,8 @@ async def connected(ws: StableSocket) -> None:
 
 @manager.on_disconnect
 async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
-    assert ws.ending is not None
-    note(f"disconnect {ws.client_id} {reason.value} {ws.ending.code}")
+    assert ws.close_info is not None
+    note(f"disconnect {ws.client_id} {reason.value} {ws.close_info.code}")
 
 
 @manager.on_error
@@ -233,7 +233,7 @@ async def flood(ws: StableSocketDep) -> None:
         while True:
             await ws.send_bytes(b"x" * 65536)
     except SocketClosed as closed:
-        note(f"flood ended {ws.client_id} {closed.ending.reason.value}")
+        note(f"flood ended {ws.client_id} {closed.close_info.cause.value}")
 
 
 @app.websocket("/flush/{client_id}")

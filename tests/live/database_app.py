@@ -101,5 +101,5 @@ async def pool() -> dict[str, Any]:
         "cancelled": cancelled,
         "checked_out": engine.pool.checkedout(),  # type: ignore[attr-defined]
         "connections": manager.get_connection_count(),
-        "unfinished": len(manager._serving.unfinished),
+        "unfinished": len(manager._node.connections),
     }

@@ -48,10 +48,10 @@ async def session_over(ws: StableSocket, reason: DisconnectReason) -> None:
         reasons.append(f"{ws.client_id} session {reason.value}")
 
 
-@manager.reports.subscribe
+@manager.events.subscribe
 def tell(report: Any) -> None:
     if report.event in ("drain_started", "shutdown"):
-        print(report.event.upper(), json.dumps(dict(report.facts)), flush=True)
+        print(report.event.upper(), json.dumps(dict(report.fields)), flush=True)
 
 
 @manager.on_message("say")

@@ -9,4 +9,4 @@ __all__ = ["StableWorker", "app"]
 
 @app.get("/linked")
 async def linked() -> list[bool]:
-    return [connection.is_linked for connection in manager._serving.unfinished]
+    return [connection.is_direct for connection in manager._node.connections]

@@ -105,7 +105,7 @@ Transaction = Annotated[list[str], Depends(transaction)]
 
 @app.get("/probe")
 async def probe() -> dict[str, Any]:
-    return {"events": events, "endings": {reason.value: n for reason, n in manager.totals.endings.items()}}
+    return {"events": events, "endings": {reason.value: n for reason, n in manager.counters.endings.items()}}
 
 
 @manager.on_error

@@ -120,7 +120,7 @@ async def by_hand(websocket: WebSocket, client_id: str) -> None:
 @app.get("/probe")
 async def probe() -> dict[str, Any]:
     return {
-        "handshakes": len(manager._serving.door._visitors),
+        "handshakes": len(manager._node.admission._handshakes),
         "connections": manager.get_connection_count(),
         "events": events,
     }

@@ -93,8 +93,8 @@ if not os.environ.get("TEST_DENY_ALL"):  # with it the doctor takes the sockets 
 
 @manager.on_disconnect
 async def gone(ws: StableSocket, reason: DisconnectReason) -> None:
-    assert ws.ending is not None
-    notes.append(f"gone {ws.client_id} {reason.value} {ws.ending.code}")
+    assert ws.close_info is not None
+    notes.append(f"gone {ws.client_id} {reason.value} {ws.close_info.code}")
 
 
 @manager.on_message("say")

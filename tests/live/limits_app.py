@@ -71,19 +71,19 @@ def ways_in(options: dict[str, Any]) -> APIRouter:
 
     @router.get("/counts")
     async def counts() -> dict[str, Any]:
-        serving = manager._serving
+        node = manager._node
         return {
-            "inside": len(serving.door.admission),
-            "knocking": serving.door.admission._knocking,
+            "inside": len(node.admission.limiter),
+            "knocking": node.admission.limiter._pending,
             "connections": manager.get_connection_count(),
-            "unfinished": len(serving.unfinished),
-            "sessions": len(serving.sessions),
-            "refusals": manager.totals.refusals,
+            "unfinished": len(node.connections),
+            "sessions": len(node.sessions),
+            "refusals": manager.counters.refusals,
         }
 
     @router.post("/drain")
     async def drain() -> bool:
-        manager._serving.close()
+        manager._node.stop_accepting()
         return True
 
     return router

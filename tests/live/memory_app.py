@@ -72,7 +72,7 @@ async def probe() -> dict[str, Any]:
         **manager.get_memory_usage(),
         "events": events,
         "clients": manager.get_active_connections(),
-        "evictions": manager.totals.evictions,
+        "evictions": manager.counters.evictions,
     }
 
 

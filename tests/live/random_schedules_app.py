@@ -270,30 +270,30 @@ async def broadcast() -> None:
 @app.get("/state")
 async def state() -> dict[str, Any]:
     """Everything that has to be empty, zero or equal when no client is there."""
-    serving = manager._serving
-    admission = serving.door.admission
+    node = manager._node
+    admission = node.admission.limiter
     own = asyncio.current_task()
     running = [task.get_name() for task in asyncio.all_tasks() if task is not own]
     empty = {
         "tasks": [name for name in running if name.startswith(("ws-", "user-"))],
         "connections": manager.get_connection_count(),
         "rooms": manager.get_rooms(),
-        "room members": dict(serving.delivery.rooms._members),
-        "presence": len(serving.delivery.presence),
-        "presence that ends soon": len(serving.delivery.presence._graces),
-        "sessions": len(serving.sessions),
-        "detached sessions": serving.sessions.away,
-        "kept plain clients": len(serving.resumption.luggage),
-        "reservations": (admission._inside, admission._knocking),
+        "room members": dict(node.hub.rooms._members),
+        "presence": len(node.hub.presence),
+        "presence that ends soon": len(node.hub.presence._graces),
+        "sessions": len(node.sessions),
+        "detached sessions": node.sessions.detached_count,
+        "kept plain clients": len(node.resumption.detached),
+        "reservations": (admission._established, admission._pending),
         "reservations by client": dict(admission._of_client._counts),
-        "reservations by address": [dict(admission._from_address._counts), dict(admission._knocking_from._counts)],
-        "handshakes": len(serving.door._visitors),
-        "handshakes without hello": len(serving._reception._mute),
-        "unfinished": len(serving.unfinished),
-        "ending": len(serving._ending),
-        "memory total": serving.ledger.total,
-        "memory accounts": len(serving.ledger._places),
-        "heartbeats": len(serving.heartbeat),
+        "reservations by address": [dict(admission._from_address._counts), dict(admission._pending_from._counts)],
+        "handshakes": len(node.admission._handshakes),
+        "handshakes without hello": len(node._hello_reader._awaiting_hello),
+        "unfinished": len(node.connections),
+        "ending": len(node._closing_connections),
+        "memory total": node.budget.total,
+        "memory accounts": len(node.budget._entries),
+        "heartbeats": len(node.heartbeat),
         "connects without disconnect": len(connects - disconnects),
         "disconnects without connect": len(disconnects - connects),
         "hooks called twice": [
@@ -302,5 +302,5 @@ async def state() -> dict[str, Any]:
         "dependencies not cleaned up": clean_ups["begun"] - clean_ups["done"],
     }
     left = {name: str(value) for name, value in empty.items() if value and value != (0, 0) and value != [{}, {}]}
-    endings = {reason.value: count for reason, count in manager.totals.endings.items()}
+    endings = {reason.value: count for reason, count in manager.counters.endings.items()}
     return {"left": left, "connects": len(connects), "resumes": resumes, "endings": endings}

@@ -94,8 +94,8 @@ async def probe() -> dict[str, Any]:
         "connections": manager.get_connection_count(),
         "rooms": {name: manager.room(name).clients for name in manager.get_rooms()},
         "events": events,
-        "dropped": manager.totals.messages_dropped,
-        "coalesced": manager.totals.messages_coalesced,
+        "dropped": manager.counters.messages_dropped,
+        "coalesced": manager.counters.messages_coalesced,
     }
 
 

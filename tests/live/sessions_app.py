@@ -85,8 +85,8 @@ async def what_happened() -> list[str]:
 
 @app.get("/count")
 async def count() -> dict[str, int]:
-    sessions = manager._serving.sessions
-    return {"connections": manager.get_connection_count(), "sessions": len(sessions), "away": sessions.away}
+    sessions = manager._node.sessions
+    return {"connections": manager.get_connection_count(), "sessions": len(sessions), "away": sessions.detached_count}
 
 
 @app.post("/push/{client_id}")

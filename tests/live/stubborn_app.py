@@ -28,7 +28,7 @@ events: list[str] = []
 
 @app.get("/probe")
 async def probe() -> dict[str, Any]:
-    return {"events": events, "unfinished": len(manager._serving.unfinished)}
+    return {"events": events, "unfinished": len(manager._node.connections)}
 
 
 @manager.on_disconnect
@@ -142,7 +142,7 @@ async def swallows(ws: StableSocketDep, way: str) -> None:
         except BaseException:
             pass
         else:
-            if ws.ending is None:
+            if ws.close_info is None:
                 await asyncio.sleep(0.01)
 
 

@@ -118,12 +118,12 @@ async def test_tab_with_a_session_misses_nothing_while_its_link_is_cut(address: 
 
             while (await hear(other, "joined"))["who"]["name"] != "Ann":
                 pass
-            proxy.refusing = True
+            proxy.rejector = True
             proxy.streams[-1].cut()
             assert (await hear(other, "away"))["who"]["name"] == "Ann"
             for number in range(5):
                 await other.send(json.dumps({"type": "say", "text": f"missed {number}"}))
-            proxy.refusing = False
+            proxy.rejector = False
             assert (await hear(other, "back"))["who"]["name"] == "Ann"
             await client.send({"text": "I am back"}, event="say")
             await until(lambda: len(heard) == 6, DEADLINE)

@@ -76,7 +76,7 @@ def are_spread_over(window: float, server: LiveServer) -> bool:
     return len(times) == CLIENTS and fullest(times) <= 2 * len(times) * 0.1 / window
 
 
-def facts(server: LiveServer, event: str) -> dict[str, Any]:
+def fields(server: LiveServer, event: str) -> dict[str, Any]:
     """What the server has told of an event."""
     found: dict[str, Any] = json.loads(re.findall(rf"{event} (.*)", server.log)[-1])
     return found
@@ -95,8 +95,8 @@ async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind:
     assert found.codes == {1012}
     assert all(re.fullmatch(r"server shutdown; retry=\d{4,5}", reason) for reason in found.reasons)
     assert are_spread_over(WINDOW, server)
-    assert facts(server, "SHUTDOWN")["closed_count"] == CLIENTS
-    assert facts(server, "LIFESPAN over") == {"hooks": CLIENTS, "clean-ups": CLIENTS}
+    assert fields(server, "SHUTDOWN")["closed_count"] == CLIENTS
+    assert fields(server, "LIFESPAN over") == {"hooks": CLIENTS, "clean-ups": CLIENTS}
     assert WINDOW * 0.9 < took < WINDOW + 3
     assert not server.errors()
 

@@ -194,7 +194,7 @@ async def test_a_bad_frame_ends_its_connection(server: LiveServer, data: bytes, 
     with WireClient(server.port) as client:
         assert (await asyncio.to_thread(client.upgrade)).status == 101
         client.write(data)
-        assert (await asyncio.to_thread(client.ending))[0] == code
+        assert (await asyncio.to_thread(client.close_info))[0] == code
 
 
 # ── frames of stabilizer.v1.json ──
@@ -274,7 +274,7 @@ async def test_a_bomb_beyond_the_limit_is_closed_1009(server: LiveServer) -> Non
     with WireClient(server.port) as client:
         await asyncio.to_thread(client.upgrade, "/run", {"Sec-WebSocket-Extensions": BROWSER_OFFER})
         client.write(frame(BINARY, deflate(b" " * (50 * LIMIT), client.window_bits), rsv=RSV1))
-        assert (await asyncio.to_thread(client.ending))[0] == 1009
+        assert (await asyncio.to_thread(client.close_info))[0] == 1009
     assert await asyncio.to_thread(peak.growth) < 10 * LIMIT
 
 
@@ -356,7 +356,7 @@ async def test_what_a_client_chooses_forges_no_line_of_the_log(server: LiveServe
         client.write(request.decode("utf-8").encode("latin-1"))
         assert (await asyncio.to_thread(client.answer)).status == 101
         client.write(close_frame(4000, FORGERY.encode()))
-        await asyncio.to_thread(client.ending)
+        await asyncio.to_thread(client.close_info)
         ended = f"connection_ended client_id={client.name}"
         await until(lambda: ended in server.log)
     assert "no_websocket_route" in server.log
@@ -432,4 +432,4 @@ async def test_a_goodbye_with_a_hostile_reason_is_a_goodbye(server: LiveServer) 
     with WireClient(server.port) as client:
         await asyncio.to_thread(client.upgrade)
         client.write(close_frame(4000, b"\xff\xfe"))
-        assert (await asyncio.to_thread(client.ending))[0] in (1002, 1007)
+        assert (await asyncio.to_thread(client.close_info))[0] in (1002, 1007)

@@ -123,7 +123,7 @@ def test_a_length_that_is_not_in_its_shortest_form_is_read_or_refused(
 def test_a_64_bit_length_with_the_top_bit_set_is_refused(client: WireClient, length: int) -> None:
     """The most significant bit of a 64-bit length is 0; the header alone fails the connection (5.2)."""
     client.write(frame(BINARY, b"rest", announced=length))
-    assert client.ending()[0] in (1002, 1009)
+    assert client.close_info()[0] in (1002, 1009)
 
 
 @pytest.mark.parametrize("opcode", [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG])
@@ -131,7 +131,7 @@ def test_a_64_bit_length_with_the_top_bit_set_is_refused(client: WireClient, len
 def test_an_unmasked_frame_is_refused(client: WireClient, opcode: int, payload: bytes) -> None:
     """A server fails with 1002 when a frame of a client is not masked (5.1)."""
     client.write(frame(opcode, payload, mask=None))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, CLOSE, PING, PONG])
@@ -139,14 +139,14 @@ def test_an_unmasked_frame_is_refused(client: WireClient, opcode: int, payload: 
 def test_a_reserved_bit_without_an_extension_is_refused(client: WireClient, opcode: int, rsv: int) -> None:
     """A reserved bit that no extension has given a meaning fails with 1002 (5.2)."""
     client.write(frame(opcode, rsv=rsv))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("rsv", [RSV1, RSV2, RSV3], ids=hex)
 def test_a_reserved_bit_on_a_continuation_is_refused(client: WireClient, rsv: int) -> None:
     """The rule of the reserved bits holds for each fragment (5.2)."""
     client.write(frame(TEXT, b"a", fin=False), frame(CONTINUATION, b"b", rsv=rsv))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
@@ -154,7 +154,7 @@ def test_a_reserved_bit_on_a_continuation_is_refused(client: WireClient, rsv: in
 def test_a_reserved_opcode_is_refused(client: WireClient, opcode: int, payload: bytes, fin: bool) -> None:
     """An unknown opcode fails with 1002 (5.2)."""
     client.write(frame(opcode, payload, fin=fin))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 def test_messages_before_a_broken_frame_do_not_hide_it(client: WireClient) -> None:
@@ -218,7 +218,7 @@ def test_a_continuation_without_a_start_is_refused(client: WireClient, before: l
     if before:
         assert client.echoed(TEXT, b"whole")
     client.write(frame(CONTINUATION, b"?", fin=fin))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @KINDS
@@ -229,14 +229,14 @@ def test_a_new_message_inside_a_fragmented_one_is_refused(
 ) -> None:
     """The fragments of two messages must not be interleaved: 1002 (5.4)."""
     client.write(frame(start, b"one", fin=False), frame(opcode, b"two", fin=fin))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
 def test_a_fragmented_control_frame_is_refused(client: WireClient, opcode: int) -> None:
     """A control frame must not be fragmented: 1002 without waiting for the rest (5.5)."""
     client.write(frame(opcode, b"", fin=False))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 # ── 7.4.1: messages that are too big ──
@@ -257,14 +257,14 @@ def test_a_message_as_large_as_the_limit_comes_back(client: WireClient, opcode: 
 def test_a_frame_over_the_limit_is_refused_from_its_header(client: WireClient, opcode: int, length: int) -> None:
     """A frame that announces more than the limit and a control frame ends with 1009 before its payload has come."""
     client.write(frame(opcode, b"begin", announced=length))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
 
 
 @KINDS
 def test_a_message_one_byte_over_the_limit_is_refused(client: WireClient, opcode: int) -> None:
     """A whole message that is too big ends with 1009 (7.4.1)."""
     client.write(frame(opcode, text_of(MAX_SIZE + 1)))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
 
 
 @KINDS
@@ -275,7 +275,7 @@ def test_fragments_over_the_limit_are_refused_without_waiting_for_the_end(client
     client.write(frame(PING))
     assert client.next_frame() == Frame(PONG, b"")
     client.write(frame(CONTINUATION, b"!", fin=False))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
 
 
 @KINDS
@@ -312,10 +312,10 @@ def test_the_limit_of_the_library_is_in_bytes_of_the_wire(
         client.write(*fragments(opcode, [good[:400], good[400:]]))
         assert client.echoed(opcode, good)
         client.write(frame(opcode, bad))
-        assert client.ending(answer=True)[0] == 1009
+        assert client.close_info(answer=True)[0] == 1009
     with connect(wide_server) as client:
         client.write(*fragments(opcode, [bad[:400], bad[400:]]))
-        assert client.ending(answer=True)[0] == 1009
+        assert client.close_info(answer=True)[0] == 1009
     assert not wide_server.errors()
 
 
@@ -441,7 +441,7 @@ VALID_UTF8 = {
 def test_a_text_that_is_not_utf_8_is_refused(client: WireClient, payload: bytes) -> None:
     """Text that is no UTF-8 fails with 1007 (8.1)."""
     client.write(frame(TEXT, payload))
-    assert client.ending()[0] == 1007
+    assert client.close_info()[0] == 1007
 
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
@@ -458,7 +458,7 @@ def test_a_text_that_is_not_utf_8_over_the_border_of_fragments_is_refused(server
     for at in range(len(payload) + 1):
         with connect(server) as client:
             client.write(*fragments(TEXT, [payload[:at], payload[at:]]))
-            assert client.ending()[0] == 1007
+            assert client.close_info()[0] == 1007
 
 
 @pytest.mark.parametrize("text", VALID_UTF8.values(), ids=VALID_UTF8)
@@ -488,7 +488,7 @@ def test_a_ping_of_every_size_comes_back_as_a_pong(client: WireClient) -> None:
 def test_a_control_frame_of_more_than_125_bytes_is_refused(client: WireClient, opcode: int, size: int) -> None:
     """A control frame carries at most 125 bytes: 1002 (5.5)."""
     client.write(frame(opcode, b"\x03\xe8" + text_of(size - 2)))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 def test_pings_in_one_segment_are_answered_in_order(client: WireClient) -> None:
@@ -553,7 +553,7 @@ def test_a_close_frame_is_answered_at_once(server: LiveServer, witness: Witness,
         witness.barrier()
         started = time.monotonic()
         client.write(close_frame(4001, b"bye"))
-        assert client.ending() == (4001, "bye")
+        assert client.close_info() == (4001, "bye")
         assert time.monotonic() - started < 0.5
 
 
@@ -586,14 +586,14 @@ def test_a_flood_does_not_fill_the_memory(server: LiveServer, path: str, flood: 
 def test_an_empty_close_frame_is_answered(client: WireClient) -> None:
     """A close frame without a code is answered with one, and the server ends TCP (5.5.1, 7.1.1)."""
     client.write(close_frame())
-    assert client.ending()[0] in (None, 1000)
+    assert client.close_info()[0] in (None, 1000)
 
 
 @pytest.mark.parametrize("code", [*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999])
 def test_a_close_code_that_may_be_sent_is_echoed(client: WireClient, code: int) -> None:
     """The answer to a close frame has its code, and the server ends TCP (5.5.1, 7.4)."""
     client.write(close_frame(code))
-    assert client.ending()[0] == code
+    assert client.close_info()[0] == code
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_a_close_code_that_may_be_sent_is_echoed(client: WireClient, code: int) 
 def test_a_close_frame_with_a_reason_is_answered(client: WireClient, reason: bytes) -> None:
     """A reason of up to 123 bytes of UTF-8 may follow the code (5.5.1)."""
     client.write(close_frame(1000, reason))
-    code, text = client.ending()
+    code, text = client.close_info()
     assert code == 1000
     assert text in ("", reason.decode())
 
@@ -612,21 +612,21 @@ def test_a_close_frame_with_a_reason_is_answered(client: WireClient, reason: byt
 def test_a_close_code_that_must_not_be_sent_is_refused(client: WireClient, code: int, reason: bytes) -> None:
     """A code that is reserved, unassigned or out of range is a protocol error: 1002 (7.4)."""
     client.write(close_frame(code, reason))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("payload", [b"\x03", b"\xff"], ids=bytes.hex)
 def test_a_close_frame_of_one_byte_is_refused(client: WireClient, payload: bytes) -> None:
     """The body of a close frame begins with a code of two bytes: 1002 (5.5.1)."""
     client.write(frame(CLOSE, payload))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("reason", INVALID_UTF8.values(), ids=INVALID_UTF8)
 def test_a_reason_that_is_not_utf_8_is_refused(client: WireClient, reason: bytes) -> None:
     """The reason is UTF-8 (5.5.1, 8.1)."""
     client.write(close_frame(1000, reason))
-    assert client.ending()[0] in (1002, 1007)
+    assert client.close_info()[0] in (1002, 1007)
 
 
 @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ def test_data_after_a_close_frame_is_ignored(
             client.write(*after)
     except ConnectionError:
         assert not together
-    assert client.ending()[0] == 1000
+    assert client.close_info()[0] == 1000
     assert server.get("/ws-stats/")["messages_received"] == received
 
 
@@ -666,7 +666,7 @@ def test_a_close_frame_inside_a_fragmented_message_ends_the_connection(server: L
     """A close frame may stand between fragments; the message that it cuts off is not delivered (5.4, 5.5.1)."""
     received = server.get("/ws-stats/")["messages_received"]
     client.write(frame(TEXT, b"cut", fin=False), close_frame(1000), frame(CONTINUATION, b" off"))
-    assert client.ending()[0] in (1000, 1002)
+    assert client.close_info()[0] in (1000, 1002)
     assert server.get("/ws-stats/")["messages_received"] == received
 
 
@@ -675,7 +675,7 @@ async def test_the_application_learns_the_code_of_the_client(server: LiveServer,
     """The code of the received close frame, or 1005 for none, is the close code of the connection (7.1.5)."""
     with connect(server) as client:
         client.write(close_frame(code))
-        client.ending()
+        client.close_info()
         await server.until_event(f"disconnect {client.name} client_close {code or 1005}")
 
 
@@ -683,7 +683,7 @@ async def test_the_application_learns_that_the_protocol_was_broken(server: LiveS
     """A connection that the server fails has ended for a reason that is not the client's close (7.1.7)."""
     with connect(server) as client:
         client.write(frame(3))
-        assert client.ending()[0] == 1002
+        assert client.close_info()[0] == 1002
         await server.until_event(f"disconnect {client.name} policy 1002")
 
 
@@ -691,7 +691,7 @@ async def test_the_application_learns_that_the_protocol_was_broken(server: LiveS
 def test_the_server_closes_with_code_and_reason_and_ends_tcp_first(server: LiveServer, code: int) -> None:
     """A close by the application is one close frame; the client's answer ends TCP (7.1.2)."""
     with connect(server, f"/close?code={code}&reason=bye") as client:
-        assert client.ending(answer=True) == (code, "bye")
+        assert client.close_info(answer=True) == (code, "bye")
 
 
 def test_both_sides_may_close_at_the_same_time(server: LiveServer) -> None:
@@ -700,7 +700,7 @@ def test_both_sides_may_close_at_the_same_time(server: LiveServer) -> None:
         client.write(client.request("/close?code=4001"))
         assert client.answer().status == 101
         client.write(close_frame(4002))
-        assert client.ending()[0] in (4001, 4002)
+        assert client.close_info()[0] in (4001, 4002)
 
 
 # ── 4: the handshake ──

@@ -250,7 +250,7 @@ def test_without_an_offer_nothing_is_compressed(server: LiveServer, opcode: int)
         client.write(frame(opcode, LONG))
         assert client.message() == (opcode, LONG, False)
         client.write(frame(opcode, deflate(LONG), rsv=RSV1))
-        assert client.ending()[0] == 1002
+        assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_compression_can_be_turned_off(config: dict[str, str], args: tuple[str, 
         client.write(frame(TEXT, LONG))
         assert client.message() == (TEXT, LONG, False)
         client.write(frame(TEXT, deflate(LONG), rsv=RSV1))
-        assert client.ending()[0] == 1002
+        assert client.close_info()[0] == 1002
         assert not server.errors()
 
 
@@ -321,7 +321,7 @@ def test_control_frames_are_never_compressed(client: WireClient) -> None:
     client.write(frame(PING, b"x" * 125))
     assert client.next_frame() == Frame(PONG, b"x" * 125)
     client.write(close_frame(4000, b"x" * 123))
-    assert client.ending()[0] == 4000
+    assert client.close_info()[0] == 4000
 
 
 LISTENERS = [
@@ -473,7 +473,7 @@ def test_rsv1_on_a_continuation_is_refused(client: WireClient, first: int, fin: 
     """RSV1 belongs to the first frame of a message and to no other: 1002 (6.1)."""
     packed = deflate(b"Hello") if first else b"Hello"
     client.write(frame(TEXT, packed[:3], fin=False, rsv=first), frame(CONTINUATION, packed[3:], fin=fin, rsv=RSV1))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
@@ -483,14 +483,14 @@ def test_rsv1_on_a_continuation_is_refused(client: WireClient, first: int, fin: 
 def test_rsv1_on_a_control_frame_is_refused(client: WireClient, opcode: int, payload: bytes) -> None:
     """A control frame is never compressed: 1002 (6.1)."""
     client.write(frame(opcode, payload, rsv=RSV1))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("rsv", [RSV2, RSV3, RSV1 | RSV2, RSV1 | RSV3], ids=hex)
 def test_the_other_reserved_bits_stay_reserved(client: WireClient, rsv: int) -> None:
     """The extension gives a meaning to RSV1 alone: 1002 (6)."""
     client.write(frame(TEXT, deflate(b"Hello"), rsv=rsv))
-    assert client.ending()[0] == 1002
+    assert client.close_info()[0] == 1002
 
 
 CORRUPT = {
@@ -509,7 +509,7 @@ def test_data_that_does_not_inflate_is_refused(client: WireClient, payload: byte
     """A message that is no deflate stream fails the connection (7.2.2)."""
     half = len(payload) // 2
     client.write(*fragments(TEXT, [payload[:half], payload[half:]] if cut else [payload], rsv=RSV1))
-    assert client.ending()[0] in BROKEN
+    assert client.close_info()[0] in BROKEN
 
 
 def test_a_stream_that_is_cut_off_breaks_nothing(server: LiveServer) -> None:
@@ -531,7 +531,7 @@ def test_a_compressed_text_that_is_not_utf_8_is_refused(client: WireClient, text
     """Text is UTF-8 after it has been inflated: 1007 (RFC 6455, 8.1)."""
     packed = deflate(text, 9)
     client.write(*fragments(TEXT, [packed[:2], packed[2:]] if cut else [packed], rsv=RSV1))
-    assert client.ending()[0] == 1007
+    assert client.close_info()[0] == 1007
 
 
 def test_messages_that_end_with_a_final_block_follow_each_other(client: WireClient) -> None:
@@ -556,7 +556,7 @@ def test_several_final_blocks_make_one_message(client: WireClient) -> None:
 def test_a_flood_of_final_blocks_is_refused(client: WireClient) -> None:
     """Empty final blocks without end are the end of their connection, and no work without end (7.2.3.4)."""
     client.write(frame(TEXT, b"\x03\x00" * 40_000, rsv=RSV1))
-    assert client.ending()[0] in BROKEN
+    assert client.close_info()[0] in BROKEN
 
 
 def test_the_context_of_the_client_lasts_over_a_final_block(client: WireClient) -> None:
@@ -589,7 +589,7 @@ def test_a_message_that_inflates_to_more_than_the_limit_is_refused(client: WireC
     packed = bomb(client, MAX_SIZE + over)
     half = len(packed) // 2
     client.write(*fragments(BINARY, [packed[:half], packed[half:]] if cut else [packed], rsv=RSV1))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
 
 
 @KINDS
@@ -599,7 +599,7 @@ def test_a_bomb_is_refused_without_its_memory(server: LiveServer, client: WireCl
     packed = bomb(client, size)
     memory = PeakMemory(server)
     client.write(frame(opcode, packed, rsv=RSV1))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
     assert memory.growth() < 8 * MAX_SIZE
 
 
@@ -612,7 +612,7 @@ def test_a_bomb_in_fragments_is_refused_without_waiting_for_the_end(server: Live
     client.write(frame(PING, b"fine so far"))
     assert client.next_frame() == Frame(PONG, b"fine so far")
     client.write(frame(CONTINUATION, parts[2], fin=False))
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
     assert memory.growth() < 8 * MAX_SIZE
 
 
@@ -625,7 +625,7 @@ def test_a_bomb_in_tiny_fragments_is_refused(server: LiveServer, client: WireCli
             client.write(frame(CONTINUATION if at else BINARY, packed[at : at + 50], fin=False, rsv=0 if at else RSV1))
     except ConnectionError:  # it was found before all of it was sent
         pass
-    assert client.ending()[0] == 1009
+    assert client.close_info()[0] == 1009
     assert memory.growth() < 8 * MAX_SIZE
 
 
@@ -635,7 +635,7 @@ async def test_bombs_on_many_connections_leave_nothing_behind(server: LiveServer
     for _ in range(20):
         with connect(server, offer=BROWSER_OFFER) as client:
             client.write(frame(BINARY, bomb(client, 10 * MAX_SIZE), rsv=RSV1))
-            assert client.ending()[0] == 1009
+            assert client.close_info()[0] == 1009
     await until(lambda: server.probe()["connections"] == 1)
     assert server.post("/collect")["rss"] - before < 8 * MAX_SIZE
 
@@ -646,6 +646,6 @@ def test_a_bomb_is_bounded_where_the_limit_of_uvicorn_is_its_default() -> None:
         packed = bomb(client, 100 * MAX_SIZE)
         memory = PeakMemory(server)
         client.write(frame(BINARY, packed, rsv=RSV1))
-        assert client.ending(answer=True)[0] == 1009
+        assert client.close_info(answer=True)[0] == 1009
         assert memory.growth() < 48 * MAX_SIZE
         assert not server.errors()

@@ -75,7 +75,7 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
                 await asyncio.to_thread(server.post, "/push/ann", {"number": number})
                 pushed.append(number)
                 if number % 40 == 0:
-                    client.check()
+                    client.probe()
                 await asyncio.sleep(0.05)
             await storm
             last = client.send(number + 1, event="say")
@@ -116,11 +116,11 @@ async def test_ten_messages_sent_meanwhile_arrive_after_the_reconnect(serve: Ser
         async with client:
             reader = asyncio.ensure_future(collect(client, got))
             assert await client.request("note", "remember") == "remember"
-            proxy.refusing = True
+            proxy.rejector = True
             proxy.streams[-1].cut()
             await until(lambda: server.get("/count")["away"] == 1, 5)
             assert await asyncio.to_thread(server.post, "/push-many/ann/10")
-            proxy.refusing = False
+            proxy.rejector = False
             await until(lambda: len(got) >= 10)
             assert await client.request("add", [1, 2]) == 3
             assert [message["number"] for message in got] == list(range(10))
@@ -148,14 +148,14 @@ async def test_who_comes_back_too_late_is_told_so(serve: Serve, why: str) -> Non
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann", **QUICK_DIALS)
         client.on_gap(gaps.append)
         async with client:
-            proxy.refusing = True
+            proxy.rejector = True
             proxy.streams[-1].cut()
             await until(lambda: server.get("/count")["connections"] == 0, 5)
             if why == "overflow":
                 await asyncio.to_thread(server.post, "/push-many/ann/10")
             else:
                 await until(lambda: server.get("/count")["sessions"] == 0)
-            proxy.refusing = False
+            proxy.rejector = False
             await until(lambda: gaps)
             assert [(gap.session_lost, gap.why) for gap in gaps] == [(why == "unknown", why)]
             assert await client.request("add", [1, 2]) == 3
@@ -353,11 +353,11 @@ async def test_session_client_that_was_kicked_while_away_hears_its_code(serve: S
         client = connect(f"ws://127.0.0.1:{proxy.port}/ws/ann?room=lobby", **QUICK_DIALS)
         with pytest.raises(ClientClosedError) as closed:
             async with client:
-                proxy.refusing = True
+                proxy.rejector = True
                 proxy.streams[-1].cut()
                 await until(lambda: server.get("/count")["away"] == 1, 5)
                 assert await asyncio.to_thread(server.post, f"/end/{what}/ann") == 1
-                proxy.refusing = False
+                proxy.rejector = False
                 await asyncio.wait_for(client.request("add", [1, 2], timeout=5), 5)
     assert (closed.value.code, closed.value.reason) == (4403, "banned")
     assert server.get("/events").count("connect ann none") == 1

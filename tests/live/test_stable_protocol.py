@@ -235,7 +235,7 @@ async def test_who_goes_on_sending_after_an_error_is_cut(strict: LiveServer) -> 
     with connect(strict) as client:
         client.write(frame(TEXT, b"\xff"))
         started = time.monotonic()
-        assert client.ending()[0] == 1007
+        assert client.close_info()[0] == 1007
         await until(refused, 5)
         assert 1.5 < time.monotonic() - started < 4
 
@@ -254,7 +254,7 @@ def test_an_oversized_message_is_told_the_limit(strict: LiveServer, message: lis
     """The close reason names max_message_size, whoever has noticed: the parser, the inflater or this library."""
     with connect(strict, offer=BROWSER_OFFER) as client:
         client.write(*message)
-        assert client.ending() == (1009, f"message over {LIMIT} bytes")
+        assert client.close_info() == (1009, f"message over {LIMIT} bytes")
 
 
 def test_an_oversized_message_is_told_the_smaller_limit(serve: Serve) -> None:
@@ -263,7 +263,7 @@ def test_an_oversized_message_is_told_the_smaller_limit(serve: Serve) -> None:
     for size in (LIMIT + 1, 5 * LIMIT):
         with connect(server) as client:
             client.write(frame(BINARY, b"x" * size))
-            assert client.ending() == (1009, f"message over {LIMIT} bytes")
+            assert client.close_info() == (1009, f"message over {LIMIT} bytes")
 
 
 # ── an inbox that nobody reads ──
@@ -284,7 +284,7 @@ async def test_compressed_messages_do_not_overrun_a_full_inbox(serve: Serve) -> 
         server.post("/release")
         assert [client.message().payload for _ in messages] == [message[:8] for message in messages]
         client.write(close_frame(1000))
-        assert client.ending()[0] == 1000
+        assert client.close_info()[0] == 1000
     assert not server.errors()
 
 

@@ -32,9 +32,9 @@ async def test_a_client_of_an_endpoint_that_does_not_read_stays_connected(serve:
                 assert await asyncio.to_thread(server.post, "/broadcast") == 1
             assert await asyncio.wait_for(ws.recv(), 5) in ("tick", "news")
         await ws.send("the last")
-    totals = server.get("/ws-stats/")
-    assert totals["endings"] == {"client_close": 1}
-    assert totals["messages_discarded"] >= SENT - 10
+    counters = server.get("/ws-stats/")
+    assert counters["endings"] == {"client_close": 1}
+    assert counters["messages_discarded"] >= SENT - 10
     assert server.errors() == []
     assert ("ignore_messages" in server.log) == (how in ("sends", "subscribed"))
 

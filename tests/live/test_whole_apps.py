@@ -230,13 +230,13 @@ async def test_tables_kick_a_member_that_is_away(serve: Serve, kind: str) -> Non
             await ann.send({"type": "join", "room": "red"})
             await bob.send('{"type": "join", "room": "red"}')
             await until(lambda: set(server.get("/rooms/red")) == {"ann", "bob"})
-            proxy.refusing = True
+            proxy.rejector = True
             proxy.streams[-1].cut()
             await asyncio.to_thread(server.post, "/rooms/red/kick/ann")
             await bob.send('{"type": "say", "room": "red", "line": "after the kick"}')
             await hear(bob, "said")
             assert server.get("/rooms/red") == ["bob"]
-            proxy.refusing = False
+            proxy.rejector = False
             await asyncio.wait_for(ann.wait_open(), DEADLINE)
             await ann.send({"type": "say", "room": "red", "line": "let me in"})
             await until(lambda: ann.state == "open")
@@ -250,11 +250,11 @@ async def test_tables_ban_a_client_that_is_away(serve: Serve, kind: str) -> None
     async with CuttingProxy(server.port) as proxy:
         client = connect_client(f"ws://127.0.0.1:{proxy.port}/ws/ann").start()
         await asyncio.wait_for(client.wait_open(), DEADLINE)
-        proxy.refusing = True
+        proxy.rejector = True
         proxy.streams[-1].cut()
         await asyncio.sleep(0.2)
         await asyncio.to_thread(server.post, "/ban/ann")
-        proxy.refusing = False
+        proxy.rejector = False
         with pytest.raises(ClientClosedError) as closed:
             async for _ in client:
                 pass

@@ -294,7 +294,7 @@ class WireClient(RawClient):
         found = self.message()
         return (found.opcode, found.payload) == (opcode, payload)
 
-    def ending(self, *, answer: bool = False) -> tuple[int | None, str]:
+    def close_info(self, *, answer: bool = False) -> tuple[int | None, str]:
         """Read the close frame, which comes next, and after it the end of TCP; return its code and reason.
 
         Args:

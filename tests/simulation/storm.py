@@ -117,7 +117,7 @@ class Storm:
                 max_bad_messages=None,
             )
         )
-        manager.reports._listeners.clear()  # no logs
+        manager.events._listeners.clear()  # no logs
 
         @manager.on_message("c")
         async def take(ws: StableSocket, data: str) -> None:
@@ -141,7 +141,7 @@ class Storm:
 
     @property
     def sessions(self) -> list[Session]:
-        return list(self.manager._serving.sessions._by_id.values())
+        return list(self.manager._node.sessions._by_id.values())
 
     def publish(self, session: Session, data: str) -> None:
         """Send a message to one session."""
@@ -152,12 +152,12 @@ class Storm:
     def restart(self) -> None:
         """The server goes away and comes back, and has forgotten something."""
         if self.scenario.restart == "rewind":
-            for connection in list(self.manager._serving.unfinished):
-                connection.ended_by_peer(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
+            for connection in list(self.manager._node.connections):
+                connection.on_peer_close(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True))
             self._cut()
             for session in self.sessions:
                 lost = self.dice.randrange(5)
-                session.rewound(lost)
+                session.rewind(lost)
                 self.rewound.add(session.connection_id)
                 for entry in self.published.get(session.connection_id, []):
                     entry.void |= entry.seq > session.head
@@ -251,14 +251,14 @@ class Storm:
             if self.scenario.restart:
                 self.restart()
         elif roll < 0.90:
-            self.client.check()
+            self.client.probe()
         elif roll < 0.91:
             self.client.reconnect()
 
     async def _last_look(self) -> None:
         """With the storm over, everything has to arrive."""
         probes = [f"z{number}" for number in range(PROBES)]
-        session = self.manager._serving.sessions.get(self.client.session or "")
+        session = self.manager._node.sessions.get(self.client.session or "")
         for probe in probes:
             if session is not None:
                 self.publish(session, probe)

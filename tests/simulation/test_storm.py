@@ -57,7 +57,7 @@ def test_the_same_for_five_hundred_seeds(scenario: Scenario) -> None:
 
 def test_without_epochs_a_store_that_went_back_in_time_is_noticed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the epoch away breaks a promise."""
-    monkeypatch.setattr(Session, "rewound", lambda self, lost: self.rewind(lost))
+    monkeypatch.setattr(Session, "rewind", lambda self, lost: self.rewind(lost))
     assert first_violation(REWINDS) is not None
 
 
@@ -107,7 +107,7 @@ def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         self._next = max(self._next, accepted + 1)
         self._again = deque(self._sent)
 
-    monkeypatch.setattr(SendBuffer, "resumed", resumed)
+    monkeypatch.setattr(SendBuffer, "resume", resumed)
 
 
 def test_a_client_that_sends_too_much_again_is_deduplicated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_without_deduplication_messages_are_handled_twice(monkeypatch: pytest.Mo
 
     def always(self: V1Protocol, seq: int) -> bool:
         self.session.accepted = max(self.session.accepted, seq)
-        self._owe_ack()
+        self._schedule_ack()
         return True
 
     monkeypatch.setattr(V1Protocol, "_is_next", always)

@@ -22,16 +22,16 @@ class _NoWaiting(selectors.SelectSelector):
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
         self._loop = loop
-        self._turns = 0
+        self._scheduler = 0
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
             raise AssertionError("nothing is left to do, and nobody will ever be woken")
         self._loop.now += timeout
-        self._turns = 0 if timeout else self._turns + 1
-        if self._turns and self._turns % 1000 == 0:
+        self._scheduler = 0 if timeout else self._scheduler + 1
+        if self._scheduler and self._scheduler % 1000 == 0:
             self._loop.now += 1e-9  # a deadline that sums of floats miss by a hair: on a real clock it passes
-        if self._turns > MAX_TURNS:
+        if self._scheduler > MAX_TURNS:
             raise AssertionError("the loop turns and turns, and no time passes")
         return []
 

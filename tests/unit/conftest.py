@@ -30,19 +30,19 @@ from tests.unit.fake_websocket import FakeServer
 class Heard:
     """What a manager or a connection has reported."""
 
-    reports: list[Event] = field(default_factory=list)
+    all: list[Event] = field(default_factory=list)
 
     def __call__(self, report: Event) -> None:
-        self.reports.append(report)
+        self.all.append(report)
 
     @property
     def events(self) -> list[str]:
         """The names of all events, in order."""
-        return [report.event for report in self.reports]
+        return [report.event for report in self.all]
 
     def of(self, event: str) -> list[Event]:
         """The reports of one event."""
-        return [report for report in self.reports if report.event == event]
+        return [report for report in self.all if report.event == event]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Bench:
     config: WebSocketConfig
     server: FakeServer = field(default_factory=FakeServer)
     heard: Heard = field(default_factory=Heard)
-    reports: EventBus = field(default_factory=EventBus)
+    events: EventBus = field(default_factory=EventBus)
     left: list[Connection] = field(default_factory=list)
     finished: list[Connection] = field(default_factory=list)
     slow: list[SlowConsumer] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Bench:
     on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
-        self.reports.subscribe(self.heard)
+        self.events.subscribe(self.heard)
         self.tasks = TaskSet(lambda _, error: self.task_failures.append(error))
 
     async def open(
@@ -74,24 +74,24 @@ class Bench:
         websocket = await self.server.accepted() if accept else self.server.websocket
         parts = SharedResources(
             self.config,
-            self.reports,
+            self.events,
             self.tasks,
-            FlushScheduler(1, self.reports),
+            FlushScheduler(1, self.events),
             MemoryBudget(),
             InboundRateLimiter(),
             next_shard=lambda: 0,
-            left=self.left.append,
+            on_closing=self.left.append,
             evicted=lambda _: None,
-            finished=self.finished.append,
-            disconnected=self._disconnected,
-            session_over=self._session_over,
+            on_closed=self.finished.append,
+            on_disconnect=self._disconnected,
+            on_session_end=self._session_over,
             slow=lambda _, how: self.slow.append(how),
-            failed=self._failed,
+            on_error=self._failed,
         )
         endpoint = EndpointTask(cancellable=cancellable)
         self.connection = Connection(websocket, "ann", parts, control_frames=control_frames, endpoint=endpoint)
         socket = StableSocket(self.connection, self)
-        self.connection.face = socket
+        self.connection.socket = socket
         if accept:
             self.connection.open()
         return self.connection, socket
@@ -159,7 +159,7 @@ async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectio
     def make(**options: Any) -> tuple[WebSocketConnectionManager, Heard]:
         manager = WebSocketConnectionManager(WebSocketConfig(**options))
         heard = Heard()
-        manager.reports.subscribe(heard)
+        manager.events.subscribe(heard)
         made.append(manager)
         return manager, heard
 
@@ -171,9 +171,9 @@ async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectio
 @pytest.fixture
 def heard() -> tuple[EventBus, Heard]:
     """Reports, and an ear on them."""
-    reports, ear = EventBus(), Heard()
-    reports.subscribe(ear)
-    return reports, ear
+    events, ear = EventBus(), Heard()
+    events.subscribe(ear)
+    return events, ear
 
 
 @pytest.fixture(autouse=True)

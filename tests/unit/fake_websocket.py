@@ -152,7 +152,7 @@ async def eventually(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0)
 
 
-async def settle(turns: int = 20) -> None:
+async def settle(scheduler: int = 20) -> None:
     """Let everything happen that is ready to happen."""
-    for _ in range(turns):
+    for _ in range(scheduler):
         await asyncio.sleep(0)

@@ -105,7 +105,7 @@ class World:
             disconnect_grace=1,
             log_level="CRITICAL",
         )
-        self.stage.manager.reports.subscribe(self._hear)
+        self.stage.manager.events.subscribe(self._hear)
         self.stage.endpoint = self._endpoint
         self.guests: dict[str, Guest] = {}
         self.problems: list[str] = []
@@ -121,19 +121,19 @@ class World:
             await ws.run()
 
     @property
-    def ledger(self) -> Any:
+    def budget(self) -> Any:
         """The sums under test."""
-        return self.stage.manager._serving.ledger
+        return self.stage.manager._node.budget
 
     # ── who goes ──
 
     def _hear(self, report: Event) -> None:
-        facts = report.facts
-        away = report.event == "session_evicted" and facts.get("why") == "memory"
+        fields = report.fields
+        away = report.event == "session_evicted" and fields.get("why") == "memory"
         if away or report.event == "connection_evicted":
-            self._goes(facts["client_id"])
-        elif report.event == "slow_client" and facts["how"] == "disconnected":  # its session waits for it
-            guest = self.guests[facts["client_id"]]
+            self._goes(fields["client_id"])
+        elif report.event == "slow_client" and fields["how"] == "disconnected":  # its session waits for it
+            guest = self.guests[fields["client_id"]]
             guest.left, guest.line = next(_clock), None
 
     def _goes(self, client_id: str) -> None:
@@ -150,40 +150,40 @@ class World:
         worst = min(candidates, key=lambda guest: guest.worst_first(self.policy), default=None)
         if victim is not worst:
             self.problems.append(f"{client_id} went, and {worst and worst.client_id} is worse")
-        if self.ledger.total + self._wanted <= self.limit:
+        if self.budget.total + self._wanted <= self.limit:
             self.problems.append(f"{client_id} went though there was room")
         victim.member = None
         victim.line = None
 
     def _holds(self, guest: Guest) -> bool:
         """Whether anything is held for a guest: else its end would free nothing."""
-        serving = self.stage.manager._serving
+        node = self.stage.manager._node
         client: Any = None
         if guest.left is not None:
-            client = serving.sessions.get(guest.member or "") or serving.resumption.luggage.of(guest.client_id)
+            client = node.sessions.get(guest.member or "") or node.resumption.detached.of(guest.client_id)
         elif guest.line is not None and guest.line.socket is not None:
             client = guest.line.socket._connection
-        return client is not None and client.held_memory > 0
+        return client is not None and client.memory_usage > 0
 
     # ── what should be held ──
 
     def full_count(self) -> int:
         """Everything that is held, each message once, counted from nothing."""
-        serving = self.stage.manager._serving
-        sessions = list(serving.sessions._by_id.values())
+        node = self.stage.manager._node
+        sessions = list(node.sessions._by_id.values())
         frames = {id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.kept}
         inboxes: dict[int, tuple[str, Inbox]] = {
             id(session.inbox): (session.client_id, session.inbox) for session in sessions if session.inbox is not None
         }
         kept: dict[int, Any] = {id(session.user_data): session.user_data for session in sessions}
-        for connection in serving.unfinished:
+        for connection in node.connections:
             outbox = connection.outbox
-            waiting = [outbox._alone] if outbox._alone is not None else outbox._queue[outbox._head :]
+            waiting = [outbox._single] if outbox._single is not None else outbox._queue[outbox._head :]
             frames.update((id(frame), frame.size + FRAME_OVERHEAD_BYTES) for frame in waiting)
             inboxes[id(connection.inbox)] = (connection.client_id, connection.inbox)
-            if connection.ending is None and connection.conversation is None:
-                kept[id(connection.face._user_data)] = connection.face._user_data
-        kept.update((id(left.user_data), left.user_data) for left in serving.resumption.luggage._kept.values())
+            if connection.close_info is None and connection.protocol is None:
+                kept[id(connection.socket._user_data)] = connection.socket._user_data
+        kept.update((id(left.user_data), left.user_data) for left in node.resumption.detached._states.values())
         unread = [(client_id, item) for client_id, inbox in inboxes.values() for item in inbox.unread()]
         return (
             sum(frames.values())
@@ -198,7 +198,7 @@ class World:
 
     def check(self) -> None:
         """Compare."""
-        total = self.ledger.total
+        total = self.budget.total
         assert self.problems == []
         assert total == self.full_count()
         assert total <= self.limit
@@ -220,7 +220,7 @@ class World:
         guest.line, guest.left, guest.token = line, None, None
         guest.came = next(_clock)
         assert line.socket is not None
-        guest.member = line.socket.member_id
+        guest.member = line.socket.recipient_id
         line.server.taken.got = max(line.server.taken.got, guest.came)  # type: ignore[attr-defined]
 
     async def leaves(self, guest: Guest) -> None:
@@ -253,7 +253,7 @@ class World:
             await self.stage.manager.set_user_data(guest.client_id, key, value)
         except MemoryLimitExceededError:
             assert dict(data) == before
-            held = guest.line.socket._connection.held_memory
+            held = guest.line.socket._connection.memory_usage
             if held + self._wanted <= self.limit // 2:  # what others hold can go
                 self.problems.append(f"{guest.client_id} was refused {self._wanted} bytes, and holds {held}")
         finally:
@@ -315,7 +315,7 @@ class World:
         """Everything is over, and nothing is held."""
         self._stop.set()
         await self.stage.__aexit__(None, None, None)
-        assert self.ledger.total == 0
+        assert self.budget.total == 0
 
     def add(self, client_id: str, *, numbered: bool, deaf: bool) -> Guest:
         """One more client."""

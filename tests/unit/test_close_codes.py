@@ -88,8 +88,8 @@ def test_an_ending_takes_code_and_text_from_the_caller() -> None:
     assert local_close(DisconnectReason.POLICY, code=4401, text="who?") == CloseInfo(
         DisconnectReason.POLICY, 4401, "who?"
     )
-    assert local_close(DisconnectReason.POLICY, text="").text == ""
-    assert local_close(DisconnectReason.POLICY, text="x" * 200).text == "x" * 123
+    assert local_close(DisconnectReason.POLICY, text="").reason == ""
+    assert local_close(DisconnectReason.POLICY, text="x" * 200).reason == "x" * 123
 
 
 def test_an_ending_with_a_code_that_cannot_be_sent_is_refused() -> None:
@@ -122,4 +122,4 @@ def test_what_the_server_says_of_a_gone_connection_is_read(
 
 def test_the_reason_of_a_peer_is_kept() -> None:
     """What the client says in its close frame reaches the ending."""
-    assert remote_close(4000, "see you", close_frame=True).text == "see you"
+    assert remote_close(4000, "see you", close_frame=True).reason == "see you"

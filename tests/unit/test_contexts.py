@@ -88,7 +88,7 @@ async def test_the_timers_of_a_manager_do_not_hold_what_the_first_connection_kne
     await manager.broadcast("all")
     await has(first, "all")
     await first.gone()
-    await eventually(lambda: not any(one.client_id == "ann" for one in manager._serving.unfinished))
+    await eventually(lambda: not any(one.client_id == "ann" for one in manager._node.connections))
     del first, ws
     for _ in range(3):
         await asyncio.sleep(0)
@@ -183,7 +183,7 @@ async def test_a_task_that_an_endpoint_leaves_running_does_not_keep_its_connecti
     ws = await client.connected()
     gone = weakref.ref(ws.websocket)
     await client.gone()
-    await eventually(lambda: not manager._serving.unfinished)
+    await eventually(lambda: not manager._node.connections)
     del client, ws
     for _ in range(3):
         await asyncio.sleep(0)
@@ -202,7 +202,7 @@ async def test_a_task_that_serves_one_socket_after_the_other_keeps_only_the_last
             alive.append(weakref.ref(ws.websocket))
             server.feed_disconnect(1001)
             await ws.wait_closed()
-        await eventually(lambda: not manager._serving.unfinished)
+        await eventually(lambda: not manager._node.connections)
         del server, ws
     gc.collect()
     assert sum(one() is not None for one in alive) <= 1
@@ -222,11 +222,11 @@ async def test_a_task_that_has_opened_a_connection_by_hand_lets_it_go_with_its_o
         left_running.append(asyncio.ensure_future(asyncio.sleep(60)))
         if leave_first:
             server.feed_disconnect(1001)
-            await eventually(lambda: not manager._serving.unfinished)
+            await eventually(lambda: not manager._node.connections)
 
     for leave_first in (True, False):
         await asyncio.ensure_future(serve_one(leave_first=leave_first))
-        await eventually(lambda: not manager._serving.unfinished)
+        await eventually(lambda: not manager._node.connections)
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()

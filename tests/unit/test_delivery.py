@@ -96,7 +96,7 @@ async def test_two_connections_of_a_client_are_one_person(manager_with: Any) -> 
     await first.leave("lobby")
     await settle()
     assert told == [("join", "lobby", "ann")]
-    assert manager.room("lobby").describe("ann", name="Anna")
+    assert manager.room("lobby").set_presence("ann", name="Anna")
     assert manager.room("lobby").presence[0].metadata == {"name": "Anna"}
     await second.leave("lobby")
     await eventually(lambda: told[1:] == [("leave", "lobby", "ann")])
@@ -132,7 +132,7 @@ async def test_a_hook_that_fails_is_reported_with_its_room(manager_with: Any) ->
     _, ann = await connected(manager, "ann")
     await ann.join("lobby")
     await eventually(lambda: heard.of("join_hook_failed"))
-    assert heard.of("join_hook_failed")[0].facts == {"room": "lobby"}
+    assert heard.of("join_hook_failed")[0].fields == {"room": "lobby"}
 
 
 async def test_the_slow_hook_gets_the_socket_and_how(manager_with: Any) -> None:
@@ -313,10 +313,10 @@ async def test_a_tab_that_was_opened_while_a_broadcast_waited_is_excluded_too(
         tabs.append(server)
         await tab.wait_closed()
 
-    serving: list[asyncio.Future[None]] = []
+    node: list[asyncio.Future[None]] = []
 
     async def open_tab() -> None:
-        serving.append(asyncio.ensure_future(serve_tab()))
+        node.append(asyncio.ensure_future(serve_tab()))
         await eventually(lambda: tabs)
 
     result = await overtaken(manager, manager.broadcast("later", room=room, exclude=iter(["ann"])), open_tab())
@@ -327,7 +327,7 @@ async def test_a_tab_that_was_opened_while_a_broadcast_waited_is_excluded_too(
     assert clients[0][0].data == ["first"]
     assert "later" not in tabs[0].data
     tabs[0].feed_disconnect(1001)
-    await with_deadline(serving[0])
+    await with_deadline(node[0])
 
 
 @pytest.mark.usefixtures("held")
@@ -340,7 +340,7 @@ async def test_a_broadcast_that_is_cancelled_while_it_waits_has_not_been(manager
     second.cancel()
     await with_deadline(asyncio.wait({first, second, third}))
     assert second.cancelled()
-    assert manager.totals.broadcasts == 2
+    assert manager.counters.broadcasts == 2
     for server, _ in clients:
         await server.until(lambda server=server: len(server.data) == 2)
         assert server.data == ["first", "third"]
@@ -353,7 +353,7 @@ async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
     await connected(manager, "ann")
     await manager.broadcast("ann")
     await manager.room("nowhere").send("x")
-    assert manager.totals.broadcasts == 3
+    assert manager.counters.broadcasts == 3
 
 
 # ── many at once ──
@@ -386,13 +386,13 @@ async def test_disconnecting_a_room_gives_the_loop_turns(manager_with: Any) -> N
     clients = [await connected(manager, f"c{number}") for number in range(3)]
     for _, socket in clients:
         await socket.join("lobby")
-    ending = asyncio.ensure_future(manager.room("lobby").disconnect(4000))
+    close_info = asyncio.ensure_future(manager.room("lobby").disconnect(4000))
     ended = []
     for _ in range(3):
         await asyncio.sleep(0)
         ended.append(sum(socket.closed for _, socket in clients))
     assert ended == [1, 2, 3]
-    assert await with_deadline(ending) == 3
+    assert await with_deadline(close_info) == 3
 
 
 # ── hooks ──
@@ -453,7 +453,7 @@ async def test_hooks_of_rooms_and_slow_clients_run_a_few_at_a_time(manager_with:
         for socket in sockets:
             await socket.join(f"room of {socket.client_id}")
     if event == "leave":
-        await eventually(lambda: len(manager._serving._tasks) == 0)  # until all have been said to have come
+        await eventually(lambda: len(manager._node._tasks) == 0)  # until all have been said to have come
         for socket in sockets:
             await socket.leave(f"room of {socket.client_id}")
     await eventually(lambda: len(crowd.begun) == 2)
@@ -531,7 +531,7 @@ async def test_who_was_refused_leaves_no_presence(manager_with: Any) -> None:
     server, socket = await connected(manager, "ann")
     await socket.join("lobby")
     server.feed_text("a", "b", "c")
-    assert (await with_deadline(socket.wait_closed())).reason is DisconnectReason.POLICY
+    assert (await with_deadline(socket.wait_closed())).cause is DisconnectReason.POLICY
     assert manager.room("lobby").clients == []
 
 
@@ -547,5 +547,5 @@ async def test_after_a_shutdown_nobody_is_expected_back(manager_with: Any) -> No
     await manager.graceful_shutdown(timeout=1)
     await settle()
     assert manager.room("lobby").clients == []
-    assert manager._serving.delivery.presence._timer is None
+    assert manager._node.hub.presence._timer is None
     assert told == []

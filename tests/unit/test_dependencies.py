@@ -30,7 +30,7 @@ def with_endpoint(app: Any, path: str = "/ws/{client_id}") -> Any:
     return app
 
 
-def greeting(client: TestClient, path: str = "/ws/ann") -> str:
+def resume_result(client: TestClient, path: str = "/ws/ann") -> str:
     """What the endpoint says to a client, which is then closed with 1000."""
     with client.websocket_connect(path) as ws:
         said = ws.receive_text()
@@ -43,23 +43,23 @@ def test_with_the_managers_lifespan() -> None:
     """`FastAPI(lifespan=manager.lifespan)` is all that is needed."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     with TestClient(app) as client:
-        assert greeting(client) == "ann"
+        assert resume_result(client) == "ann"
 
 
 def test_with_a_lifespan_that_nobody_runs() -> None:
     """A test client without `with` runs no lifespan, and sockets work all the same."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
-    assert greeting(TestClient(app)) == "ann"
-    assert greeting(TestClient(app)) == "ann"
+    assert resume_result(TestClient(app)) == "ann"
+    assert resume_result(TestClient(app)) == "ann"
 
 
 def test_with_an_installed_manager() -> None:
     """`manager.install(app)` works with and without a running lifespan."""
     app = with_endpoint(FastAPI())
     WebSocketConnectionManager().install(app)
-    assert greeting(TestClient(app)) == "ann"
+    assert resume_result(TestClient(app)) == "ann"
     with TestClient(app) as client:
-        assert greeting(client) == "ann"
+        assert resume_result(client) == "ann"
 
 
 def test_with_a_lifespan_of_ones_own() -> None:
@@ -72,7 +72,7 @@ def test_with_a_lifespan_of_ones_own() -> None:
             yield state
 
     with TestClient(with_endpoint(FastAPI(lifespan=lifespan))) as client:
-        assert greeting(client) == "ann"
+        assert resume_result(client) == "ann"
 
 
 def test_in_a_router_and_in_a_mounted_app() -> None:
@@ -81,8 +81,8 @@ def test_in_a_router_and_in_a_mounted_app() -> None:
     app.include_router(with_endpoint(APIRouter()), prefix="/router")
     app.mount("/sub", with_endpoint(FastAPI()))
     with TestClient(app) as client:
-        assert greeting(client, "/router/ws/bob") == "bob"
-        assert greeting(client, "/sub/ws/eve") == "eve"
+        assert resume_result(client, "/router/ws/bob") == "bob"
+        assert resume_result(client, "/sub/ws/eve") == "eve"
 
 
 def test_the_short_form_is_the_same() -> None:
@@ -146,7 +146,7 @@ def test_the_client_id_of_another_dependency() -> None:
         with client.websocket_connect("/ws?token=7") as ws:
             ws.send_text("ping")
             assert ws.receive_json() == ["user-7", "User", "ping"]
-    assert manager.totals.connections_opened == 1
+    assert manager.counters.connections_opened == 1
 
 
 def test_an_overridden_dependency() -> None:

@@ -41,7 +41,7 @@ class Place:
             config=WebSocketConfig(**self.config),
             server=server,
             options=None if server is None else with_defaults(server, self.options),
-            way=path_through(self.platform, **self.limits),
+            network_path=path_through(self.platform, **self.limits),
             **self.rest,
         )
         return {finding.code: finding for finding in run_checks(surroundings)}
@@ -326,22 +326,27 @@ def test_the_findings_come_in_order() -> None:
     assert len(codes) > 3
 
 
-@pytest.mark.parametrize("name", sorted(name for name, platform in PLATFORMS.items() if platform.refusal is None))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, platform in PLATFORMS.items() if platform.unsupported_reason is None)
+)
 def test_what_a_platform_advises_the_doctor_accepts(name: str) -> None:
     """The options of `for_platform` are quick enough and short enough for the checks of the same platform."""
     place = Place(server=None, platform=(name,))
-    surroundings = DeploymentContext(WebSocketConfig.for_platform(name), way=path_through(place.platform))
+    surroundings = DeploymentContext(WebSocketConfig.for_platform(name), network_path=path_through(place.platform))
     assert not {finding.code for finding in run_checks(surroundings)} & {"D01", "D02", "D03"}
 
 
-@pytest.mark.parametrize("name", sorted(name for name, platform in PLATFORMS.items() if platform.refusal is None))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, platform in PLATFORMS.items() if platform.unsupported_reason is None)
+)
 def test_for_platform_with_uvicorn_options_passes(name: str) -> None:
     """The two production helpers together satisfy the doctor on every platform that has time for a shutdown."""
     config = WebSocketConfig.for_platform(name, trusted_proxies=["10.0.0.0/8"], reconnect_secret=SECRET)
     server = SERVERS["uvicorn"]
     options = with_defaults(server, uvicorn_options(config))
     codes = {
-        finding.code for finding in run_checks(DeploymentContext(config, server, options, way=path_through([name])))
+        finding.code
+        for finding in run_checks(DeploymentContext(config, server, options, network_path=path_through([name])))
     }
     expected = {"D04"} if name in TOO_SHORT else set()  # platforms by whose default no WebSocket can live
     if PLATFORMS[name].grace == 0:
@@ -406,7 +411,7 @@ def test_short_grace_is_an_error_only_where_loss_is_certain(place: Place, severi
 ENDS_IN_TIME = sorted(
     name
     for name, platform in PLATFORMS.items()
-    if platform.refusal is None and (platform.grace is None or platform.grace >= 15)
+    if platform.unsupported_reason is None and (platform.grace is None or platform.grace >= 15)
 )
 
 
@@ -416,13 +421,15 @@ def test_what_a_platform_advises_is_over_in_its_grace(name: str) -> None:
     config = WebSocketConfig.for_platform(name)
     for server in (None, "uvicorn", "granian", "daphne"):
         options = None if server is None else with_defaults(SERVERS[server], {})
-        surroundings = DeploymentContext(config, server and SERVERS[server], options, way=path_through([name]))
+        surroundings = DeploymentContext(config, server and SERVERS[server], options, network_path=path_through([name]))
         assert "D08" not in {finding.code for finding in run_checks(surroundings)}
 
 
 def test_the_drain_counts_where_nobody_knows_how_long_gunicorn_waits() -> None:
     """Without the server's options there is no graceful_timeout, and the drain is what is left to look at."""
-    surroundings = DeploymentContext(WebSocketConfig(), SERVERS["gunicorn"], None, way=path_through(["kubernetes"]))
+    surroundings = DeploymentContext(
+        WebSocketConfig(), SERVERS["gunicorn"], None, network_path=path_through(["kubernetes"])
+    )
     (finding,) = run_checks(surroundings)
     assert (finding.code, "drain_timeout 30" in finding.problem) == ("D08", True)
 

@@ -66,7 +66,7 @@ def test_start_warns_of_background_tasks_once(manager_with: Any) -> None:
     for _ in range(2):
         with TestClient(app):
             assert "D23" in {finding.code for finding in own.check()}
-    (report,) = [report for report in heard.of("doctor_finding") if report.facts["code"] == "D23"]
+    (report,) = [report for report in heard.of("doctor_finding") if report.fields["code"] == "D23"]
     assert report.level == logging.WARNING
-    assert "/ws takes BackgroundTasks" in report.facts["problem"]
-    assert "ws.create_task(" in report.facts["advice"]
+    assert "/ws takes BackgroundTasks" in report.fields["problem"]
+    assert "ws.create_task(" in report.fields["advice"]

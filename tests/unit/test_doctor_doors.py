@@ -136,10 +136,10 @@ async def told(endpoint: Any) -> list[int]:
 async def test_the_warning_is_true() -> None:
     """Behind the socket a browser reads why it is refused; before it, it gets an HTTP status that it cannot read."""
     assert await told(after) == [4401]
-    counted = dict(manager.totals.refusals)
+    counted = dict(manager.counters.refusals)
     assert counted == {"4401": 1}
     assert await told(before) == []
-    assert manager.totals.refusals == counted
+    assert manager.counters.refusals == counted
 
 
 def test_a_start_tells_it_once(manager_with: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_start_tells_it_once(manager_with: Any) -> None:
     for _ in range(2):
         with TestClient(app):
             assert "D19" in {finding.code for finding in own.check()}
-    (report,) = [report for report in heard.of("doctor_finding") if report.facts["code"] == "D19"]
+    (report,) = [report for report in heard.of("doctor_finding") if report.fields["code"] == "D19"]
     assert report.level == logging.WARNING
-    assert "/ws" in report.facts["problem"]
-    assert "first" in report.facts["advice"]
+    assert "/ws" in report.fields["problem"]
+    assert "first" in report.fields["advice"]

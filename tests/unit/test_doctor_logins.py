@@ -400,11 +400,11 @@ def test_the_warning_is_true_and_told_once(manager_with: Any) -> None:
             assert client.get("/").status_code == 403
             with client.websocket_connect("/ws/mallory"):
                 pass
-    (report,) = [report for report in heard.of("doctor_finding") if report.facts["code"] == "D17"]
-    assert (report.level, report.facts["severity"]) == (logging.WARNING, "warning")
-    assert "Deny" in report.facts["problem"]
-    assert "/ws/{client_id}" in report.facts["problem"]
-    assert "on_handshake" in report.facts["advice"]
+    (report,) = [report for report in heard.of("doctor_finding") if report.fields["code"] == "D17"]
+    assert (report.level, report.fields["severity"]) == (logging.WARNING, "warning")
+    assert "Deny" in report.fields["problem"]
+    assert "/ws/{client_id}" in report.fields["problem"]
+    assert "on_handshake" in report.fields["advice"]
 
 
 @pytest.mark.parametrize("hook", ["on_handshake", "on_auth"])
@@ -416,7 +416,7 @@ def test_a_hook_that_looks_at_who_comes_is_enough(manager_with: Any, hook: str) 
     app.add_api_websocket_route("/ws", stable)
     with TestClient(app):
         assert "D17" not in {finding.code for finding in own.check()}
-    assert [report for report in heard.of("doctor_finding") if report.facts["code"] == "D17"] == []
+    assert [report for report in heard.of("doctor_finding") if report.fields["code"] == "D17"] == []
 
 
 def test_a_manager_finds_it_when_it_is_asked() -> None:

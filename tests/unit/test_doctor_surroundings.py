@@ -319,9 +319,9 @@ async def test_a_start_tells_what_it_can_know(manager_with: Any, under: Any) -> 
     await own.start()
     (report,) = heard.of("doctor_finding")
     assert report.level == logging.WARNING
-    assert (report.facts["code"], report.facts["severity"]) == ("D10", "warning")
-    assert "granian" in report.facts["problem"]
-    assert "preStop" in report.facts["advice"]
+    assert (report.fields["code"], report.fields["severity"]) == ("D10", "warning")
+    assert "granian" in report.fields["problem"]
+    assert "preStop" in report.fields["advice"]
 
 
 @pytest.mark.parametrize(("in_worker", "codes"), [(True, ["D09"]), (False, [])])
@@ -333,7 +333,7 @@ async def test_a_start_under_hypercorn_knows_whether_it_is_in_a_worker(
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if in_worker else None)
     own, heard = manager_with()
     await own.start()
-    assert [report.facts["code"] for report in heard.of("doctor_finding")] == codes
+    assert [report.fields["code"] for report in heard.of("doctor_finding")] == codes
 
 
 async def test_a_start_takes_a_drain_secret_for_a_drain_in_pre_stop(
@@ -382,6 +382,6 @@ async def test_the_checks_of_a_start_are_quick(manager_with: Any, under: Any) ->
     spent = []
     for _ in range(5):
         begun = time.perf_counter()
-        survey_module.report_at_start(own.reports, own.config, refuses=True, told=set())
+        survey_module.report_at_start(own.events, own.config, refuses=True, reported=set())
         spent.append(time.perf_counter() - begun)
     assert min(spent) < 0.01

@@ -105,7 +105,7 @@ def test_a_closed_socket_tells_how_it_ended() -> None:
     how = local_close(DisconnectReason.REPLACED)
     error = errors.closed_error_for(how)
     assert type(error) is errors.SocketClosed
-    assert error.ending is how
+    assert error.close_info is how
     assert (error.code, error.reason) == (4409, "replaced by a newer connection")
     assert str(error) == "the connection is over: replaced, code 4409 (replaced by a newer connection)"
 

@@ -71,7 +71,7 @@ async def test_law_1_the_end_of_an_old_connection_never_touches_a_newer_one(mana
     await with_deadline(old._connection.finished)
     await with_deadline(old.close())
     assert manager.get_sockets("ann") == [new]
-    assert new.ending is None
+    assert new.close_info is None
     assert await manager.send_to_client("ann", "still here")
     await new_server.until(lambda: new_server.data == ["still here"])
 
@@ -87,7 +87,7 @@ async def test_law_2_pongs_and_closes_are_handled_while_user_code_is_busy(manage
     server.feed_text("ping", "pong", "data")
     server.feed_disconnect(1001)
     await with_deadline(socket.wait_closed())
-    assert socket._connection.pulse.answers
+    assert socket._connection.liveness.has_ponged
     assert socket.unread_messages == 1
     assert socket.reason is DisconnectReason.CLIENT_CLOSE
 
@@ -120,7 +120,7 @@ async def test_law_4_every_ending_of_ours_sends_the_close_frame_of_the_table(ben
             continue
         b = bench()
         connection, _ = await b.open()
-        connection.end(reason)
+        connection.close(reason)
         await with_deadline(connection.finished)
         assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].text)]
 
@@ -132,7 +132,7 @@ async def test_law_4_a_normal_disconnect_is_never_an_error_log(bench: Any) -> No
         connection, _ = await b.open()
         b.server.feed_disconnect(code)
         await with_deadline(connection.finished)
-        assert max(report.level for report in b.heard.reports) <= logging.INFO
+        assert max(report.level for report in b.heard.all) <= logging.INFO
 
 
 # ── no silent loss ──
@@ -148,13 +148,13 @@ async def test_law_5_what_is_never_sent_or_never_read_is_counted_and_reported(be
     connection.enqueue(_frame("never sent"))
     b.server.feed_text("never read")
     await eventually(lambda: len(connection.inbox) == 1)
-    connection.end(DisconnectReason.APPLICATION)
+    connection.close(DisconnectReason.APPLICATION)
     connection.abort()
     await with_deadline(connection.finished)
-    assert b.reports.totals.messages_received == 1
-    assert b.reports.totals.messages_sent == 0
-    assert b.reports.totals.messages_discarded == 3
-    assert sum(report.facts["count"] for report in b.heard.of("messages_discarded")) == 3
+    assert b.events.counters.messages_received == 1
+    assert b.events.counters.messages_sent == 0
+    assert b.events.counters.messages_discarded == 3
+    assert sum(report.fields["count"] for report in b.heard.of("messages_discarded")) == 3
 
 
 async def test_law_5_a_received_message_that_nobody_will_read_is_counted(manager_with: Any) -> None:
@@ -166,7 +166,7 @@ async def test_law_5_a_received_message_that_nobody_will_read_is_counted(manager
     async with manager.serve(server.websocket, "ann") as socket:
         await with_deadline(socket.wait_closed())
         assert await socket.receive() == "1"
-    assert manager.totals.messages_discarded == 2
+    assert manager.counters.messages_discarded == 2
 
 
 # ── encode once ──
@@ -199,7 +199,7 @@ async def test_law_6_a_payload_that_cannot_be_encoded_touches_no_socket(manager_
     await settle()
     assert server.data == []
     assert manager.get_connection_count() == 1
-    assert manager.totals.broadcasts == 0
+    assert manager.counters.broadcasts == 0
     assert heard.events == ["connection_opened"]
 
 
@@ -414,18 +414,18 @@ async def test_an_ended_connection_leaves_no_entry(manager_with: Any) -> None:
     servers[1].feed(RuntimeError("reset"))
     await manager.disconnect("c2")
     await sockets[3].close()
-    sockets[4]._connection.end(DisconnectReason.HEARTBEAT_TIMEOUT)
-    sockets[5]._connection.send_stuck()
+    sockets[4]._connection.close(DisconnectReason.HEARTBEAT_TIMEOUT)
+    sockets[5]._connection.on_send_stalled()
     for socket in sockets:
         await with_deadline(asyncio.shield(socket._connection.finished))
-    serving = manager._serving
-    await eventually(lambda: len(serving._tasks) == 0)
+    node = manager._node
+    await eventually(lambda: len(node._tasks) == 0)
     assert manager.get_connection_count() == 0
     assert manager.get_active_connections() == []
-    assert len(serving.heartbeat) == 0
-    assert len(serving.unfinished) == 0
+    assert len(node.heartbeat) == 0
+    assert len(node.connections) == 0
     await eventually(lambda: not _of_connections(asyncio.all_tasks() - before))
-    assert sum(manager.totals.endings.values()) == 6
+    assert sum(manager.counters.endings.values()) == 6
 
 
 def _frame(text: str) -> Any:

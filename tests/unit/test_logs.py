@@ -26,10 +26,10 @@ from fastapi_ws_stabilizer.reports import Event
 FORGERY = 'ann\n2026-01-01 ERROR forged event=x\r\x1b[2J\u2028"quoted"'
 
 
-def record(**facts: Any) -> logging.LogRecord:
+def record(**fields: Any) -> logging.LogRecord:
     """A record as the library writes it."""
     made = logging.LogRecord(ROOT, logging.INFO, __file__, 1, "hello %s", ("there",), None)
-    vars(made).update(facts)
+    vars(made).update(fields)
     return made
 
 
@@ -116,13 +116,13 @@ def test_the_log_repeats_no_more_of_a_text_than_it_must(json_lines: bool, capsys
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["client_id", "cause", "path"]), st.text()))
-def test_a_sentence_is_one_line_and_its_facts_can_be_read_back(event: str, facts: dict[str, str]) -> None:
+def test_a_sentence_is_one_line_and_its_facts_can_be_read_back(event: str, fields: dict[str, str]) -> None:
     """Whatever stands in event and facts, the sentence is one printable line; a quoted fact is JSON."""
-    line = format_event(event, facts)
+    line = format_event(event, fields)
     assert line.isprintable()
     assert len(line.splitlines()) <= 1
-    alone = format_event("e", facts)
-    for key, value in facts.items():
+    alone = format_event("e", fields)
+    for key, value in fields.items():
         quoted = value if value and value.isprintable() and not set(value) & set(' "=') else None
         assert f"{key}={quoted if quoted is not None else ''}" in alone
         if quoted is None:
@@ -219,7 +219,7 @@ def test_a_level_that_does_not_exist_is_refused(level: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "args", "event", "facts"),
+    ("method", "args", "event", "fields"),
     [
         ("log_connection", ("connected", "ann"), "connected", {"client_id": "ann"}),
         ("log_broadcast", (3, 2, 1), "broadcast", {"total": 3, "succeeded": 2, "failed": 1}),
@@ -229,7 +229,7 @@ def test_a_level_that_does_not_exist_is_refused(level: str) -> None:
     ],
 )
 def test_the_structured_logger_writes_events_with_facts(
-    method: str, args: tuple[Any, ...], event: str, facts: dict[str, Any], caplog: pytest.LogCaptureFixture
+    method: str, args: tuple[Any, ...], event: str, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each method of `StructuredLogger` writes one record with its event, its facts and further ones."""
     with caplog.at_level(logging.DEBUG, logger=ROOT):
@@ -237,7 +237,7 @@ def test_the_structured_logger_writes_events_with_facts(
     (written,) = caplog.records
     assert written.event == event
     assert written.extra_fact == 7
-    for name, value in facts.items():
+    for name, value in fields.items():
         assert getattr(written, name) == value
     assert written.getMessage().startswith(event)
 

@@ -106,10 +106,10 @@ async def test_starting_twice_changes_nothing(manager_with: Any, clients_of: Any
     manager, _ = manager_with()
     await manager.start()
     (client,) = await clients_of(manager, "ann")
-    heartbeat = manager._serving.heartbeat
+    heartbeat = manager._node.heartbeat
     tasks = len(asyncio.all_tasks())
     await manager.start()
-    assert manager._serving.heartbeat is heartbeat
+    assert manager._node.heartbeat is heartbeat
     assert len(asyncio.all_tasks()) == tasks
     assert manager.get_active_connections() == ["ann"]
     assert manager.running
@@ -128,7 +128,7 @@ async def test_the_defaults_warn_of_nothing(manager_with: Any) -> None:
     """A manager whose options are all honoured or untouched starts in silence."""
     manager, heard = manager_with(heartbeat_interval=5, send_timeout=1)
     await manager.start()
-    assert [report.event for report in heard.reports if report.level >= logging.WARNING] == []
+    assert [report.event for report in heard.all if report.level >= logging.WARNING] == []
 
 
 async def test_a_missing_websocket_library_is_told(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ async def test_a_missing_websocket_library_is_told(manager_with: Any, monkeypatc
     await manager.start()
     (report,) = heard.of("websocket_library_missing")
     assert report.level == logging.ERROR
-    assert report.facts == {"problem": "pip install something"}
+    assert report.fields == {"problem": "pip install something"}
 
 
 async def test_the_first_socket_starts_a_manager_that_nobody_started(manager_with: Any, clients_of: Any) -> None:
@@ -161,7 +161,7 @@ async def test_a_shutdown_closes_everybody_with_1012(manager_with: Any, clients_
         assert [(code, text.split(";")[0]) for code, text in client.server.close_frames] == [(1012, "server shutdown")]
     assert manager.get_connection_count() == 0
     assert not manager.running
-    assert heard.of("shutdown")[0].facts["closed_count"] == 2
+    assert heard.of("shutdown")[0].fields["closed_count"] == 2
 
 
 async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> None:
@@ -175,7 +175,7 @@ async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> Non
             pass
     assert server.taken[0]["status"] == 503
     assert dict(server.taken[0]["headers"])[b"retry-after"].isdigit()
-    assert manager.totals.refusals == {"1012": 1}
+    assert manager.counters.refusals == {"1012": 1}
     with pytest.raises(ShutdownError):
         await manager.connect("ann", await FakeServer().accepted())
 
@@ -210,7 +210,7 @@ async def test_a_shutdown_cuts_what_does_not_end(manager_with: Any, clients_of: 
     report = await with_deadline(manager.graceful_shutdown(timeout=0.05))
     assert (report.closed_count, report.failed_count) == (0, 1)
     await with_deadline(client.task)
-    await eventually(lambda: len(manager._serving._tasks) == 0)
+    await eventually(lambda: len(manager._node._tasks) == 0)
     assert manager.get_connection_count() == 0
 
 
@@ -251,10 +251,10 @@ async def test_a_second_loop_takes_no_manager_from_the_one_that_runs_it(manager_
     """Also without open connections: sessions, histories and handshakes belong to the event loop that still runs."""
     manager, _ = manager_with()
     await manager.start()
-    serving = manager._serving
+    node = manager._node
     with pytest.raises(WrongLoopError, match="serves on another event loop"):
         await asyncio.to_thread(lambda: asyncio.run(manager.start()))
-    assert manager._serving is serving
+    assert manager._node is node
 
 
 async def test_the_lifespan_starts_and_stops(manager_with: Any, clients_of: Any) -> None:
@@ -360,8 +360,8 @@ async def test_an_endpoint_that_lets_the_disconnect_escape_is_quiet(manager_with
     server.feed_disconnect(1001)
     async with manager.serve(server.websocket, "ann") as socket:
         await with_deadline(socket.receive())
-    assert max(report.level for report in heard.reports) < logging.WARNING
-    assert heard.of("connection_ended")[0].facts["reason"] == "client_close"
+    assert max(report.level for report in heard.all) < logging.WARNING
+    assert heard.of("connection_ended")[0].fields["reason"] == "client_close"
 
 
 async def test_an_endpoint_that_fails_after_its_client_was_lost_leaves_one_error(manager_with: Any) -> None:
@@ -527,7 +527,7 @@ async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
         async with manager.serve(server.websocket, "ann"):
             pass
     assert server.taken[0]["status"] == 500
-    assert [(report.event, report.error) for report in heard.reports] == [
+    assert [(report.event, report.error) for report in heard.all] == [
         ("handshake_hook_failed", error),
         ("connection_refused", None),
     ]
@@ -570,7 +570,7 @@ async def test_a_connect_hook_can_refuse_by_closing(manager_with: Any) -> None:
         async with manager.serve(server.websocket, "ann"):
             pytest.fail("the endpoint began")
     assert server.close_frames == [(4010, "not today")]
-    assert max(report.level for report in heard.reports) < logging.WARNING
+    assert max(report.level for report in heard.all) < logging.WARNING
 
 
 async def test_messages_reach_their_handlers(manager_with: Any) -> None:
@@ -623,10 +623,10 @@ async def test_the_old_endpoint_of_the_readme_never_hurts_the_new_connection(
     (new,) = await clients_of(manager, "ann", by_hand=True)
     await with_deadline(old.task)
     assert manager.get_sockets("ann") == [new.socket]
-    assert new.socket.ending is None
+    assert new.socket.close_info is None
     assert old.server.close_frames == [(4409, "replaced by a newer connection")]
     await new.gone()
-    assert max(report.level for report in heard.reports) < logging.WARNING
+    assert max(report.level for report in heard.all) < logging.WARNING
 
 
 async def test_a_newer_connection_can_be_rejected(manager_with: Any, clients_of: Any) -> None:
@@ -821,10 +821,10 @@ async def test_a_pong_that_user_code_read_counts(manager_with: Any, clients_of: 
     """`handle_pong` is a sign of life; for a client that is gone nothing happens."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
-    pulse = client.socket._connection.pulse
-    pulse.pinged(pulse.last_seen)
+    liveness = client.socket._connection.liveness
+    liveness.on_ping_sent(liveness.last_seen)
     await manager.handle_pong("ann")
-    assert (pulse.answers, pulse.awaiting_since) == (True, None)
+    assert (liveness.has_ponged, liveness.awaiting_since) == (True, None)
     assert client.socket.rtt is not None
     await manager.handle_pong("nobody")
     await client.gone()
@@ -842,7 +842,7 @@ async def test_a_broadcast_reaches_everybody_but_who_is_excluded(manager_with: A
     for client in clients[:2]:
         await client.server.until(lambda client=client: client.server.json == [{"n": 1}])
     assert clients[2].server.data == []
-    assert manager.totals.broadcasts == 1
+    assert manager.counters.broadcasts == 1
     for client in clients:
         await client.gone()
 
@@ -968,8 +968,8 @@ async def test_the_heartbeat_reaches_served_sockets(manager_with: Any, clients_o
     await with_deadline(client.task)
     assert client.server.close_frames == [(4408, "heartbeat timeout")]
     assert manager.get_connection_count() == 0
-    assert len(manager._serving.heartbeat) == 0
-    assert heard.of("connection_ended")[0].facts["reason"] == "heartbeat_timeout"
+    assert len(manager._node.heartbeat) == 0
+    assert heard.of("connection_ended")[0].fields["reason"] == "heartbeat_timeout"
 
 
 async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
@@ -980,10 +980,10 @@ async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
     async def fail() -> None:
         raise ValueError("internal")
 
-    manager._serving._tasks.spawn(fail(), name="ws-internal")
+    manager._node._tasks.spawn(fail(), name="ws-internal")
     await settle()
     (report,) = heard.of("internal_task_failed")
-    assert report.facts == {"task": "ws-internal"}
+    assert report.fields == {"task": "ws-internal"}
 
 
 # ── hooks that hang, and the end of the manager ──
@@ -1159,25 +1159,25 @@ _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
 
 
 @pytest.mark.usefixtures("held")
-@pytest.mark.parametrize(("num_shards", "turns"), _BY_SHARD)
+@pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_what_is_queued_for_many_is_sent_shard_by_shard(
-    manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, turns: list[int]
+    manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, scheduler: list[int]
 ) -> None:
     """One turn of the event loop sends to one of num_shards parts when it takes long, and with one part to all."""
-    monkeypatch.setattr(turns_module, "LOOK_EVERY", 2)
+    monkeypatch.setattr(turns_module, "CHECK_INTERVAL", 2)
     manager, _ = manager_with(num_shards=num_shards)
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
         client.socket._connection.enqueue(encode("hi"))
-    assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == turns
+    assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == scheduler
     for client in clients:
         await client.gone()
 
 
 @pytest.mark.usefixtures("held")
-@pytest.mark.parametrize(("num_shards", "turns"), _BY_SHARD)
+@pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_connections_that_end_together_end_shard_by_shard(
-    manager_with: Any, clients_of: Any, num_shards: int, turns: list[int]
+    manager_with: Any, clients_of: Any, num_shards: int, scheduler: list[int]
 ) -> None:
     """The ends of many are decided at once, and what is left to do for them begins one part after the other."""
     manager, _ = manager_with(num_shards=num_shards)
@@ -1191,7 +1191,7 @@ async def test_connections_that_end_together_end_shard_by_shard(
     for client in clients:
         await manager.disconnect(client.client_id)
     assert all(client.socket.closed for client in clients)
-    assert await counts_by_turn(lambda: len(told), 8) == turns
+    assert await counts_by_turn(lambda: len(told), 8) == scheduler
     for client in clients:
         await with_deadline(client.task)
 
@@ -1255,7 +1255,7 @@ async def test_failure_while_registering_finishes_the_connection(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("cannot be registered")
 
-    monkeypatch.setattr(type(manager._serving.heartbeat), "add", fail)
+    monkeypatch.setattr(type(manager._node.heartbeat), "add", fail)
     server = FakeServer(path_params={"client_id": "ann"})
     with pytest.raises((WebSocketException, SocketClosed, RuntimeError)):
         if by_hand:
@@ -1264,6 +1264,6 @@ async def test_failure_while_registering_finishes_the_connection(
             async with manager.serve(server.websocket):
                 pass
     assert server.close_frames == [(1011, "internal error")]
-    assert not manager._serving.unfinished
-    assert len(manager._serving.registry) == 0
-    assert [report.event for report in heard.reports if report.error is not None] == ["endpoint_failed"]
+    assert not manager._node.connections
+    assert len(manager._node.registry) == 0
+    assert [report.event for report in heard.all if report.error is not None] == ["endpoint_failed"]

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a small share": {"max_memory_per_connection": 8_000, "max_total_memory": 200_000},
     "several tabs": {"on_duplicate": "allow", "max_total_memory": 100_000, "memory_eviction_policy": "oldest"},
     "dropping": {"outbox_overflow": "drop_oldest", "max_total_memory": 80_000, "memory_eviction_policy": "fifo"},
-    "few away": {"max_sessions_away": 2, "session_ttl": 5.0},
+    "few away": {"max_detached_sessions": 2, "session_ttl": 5.0},
 }
 
 
@@ -189,14 +189,14 @@ class Churn:
             await ws.leave(self.dice.choice(("lobby", "kitchen")))
 
     async def is_described(self) -> None:
-        self.stage.manager.room("lobby").describe(self._name(), about=BIG[: self.dice.randrange(5_000)])
+        self.stage.manager.room("lobby").set_presence(self._name(), about=BIG[: self.dice.randrange(5_000)])
 
     async def is_described_while_away(self) -> None:
-        resumption = self.stage.manager._serving.resumption
-        for client_id in sorted({one.client_id for one in resumption.luggage._kept.values()} | set(self.peers)):
-            if resumption.away_of(client_id):
+        resumption = self.stage.manager._node.resumption
+        for client_id in sorted({one.client_id for one in resumption.detached._states.values()} | set(self.peers)):
+            if resumption.detached_of(client_id):
                 room = self.stage.manager.room(self.dice.choice(("lobby", "kitchen")))
-                room.describe(client_id, about=BIG[: self.dice.randrange(5_000)])
+                room.set_presence(client_id, about=BIG[: self.dice.randrange(5_000)])
 
     async def is_kicked(self) -> None:
         await self.stage.manager.disconnect(self._name())
@@ -250,17 +250,17 @@ class Churn:
 
 def check_nothing_is_held(stage: Stage) -> None:
     """No sum, table or line knows anything of a client any more."""
-    serving = stage.manager._serving
-    ledger, resumption = serving.ledger, serving.resumption
+    node = stage.manager._node
+    budget, resumption = node.budget, node.resumption
     assert stage.manager.get_memory_usage()["total_memory"] == 0
-    assert (ledger.total, ledger._places, ledger._measured, list(ledger._spared)) == (0, {}, {}, [])
-    assert [entry for entry in ledger._line if entry is entry[2].entry] == []
-    assert (len(serving.unfinished), len(resumption.luggage), resumption.sessions._by_id) == (0, 0, {})
-    assert (resumption.sessions._away, resumption.sessions._of_instance) == ({}, {})
-    assert (resumption._keys, resumption.luggage._of_client) == ({}, {})
+    assert (budget.total, budget._entries, budget._measured, list(budget._spared)) == (0, {}, {}, [])
+    assert [entry for entry in budget._line if entry is entry[2].heap_item] == []
+    assert (len(node.connections), len(resumption.detached), resumption.sessions._by_id) == (0, 0, {})
+    assert (resumption.sessions._detached, resumption.sessions._of_instance) == ({}, {})
+    assert (resumption._keys, resumption.detached._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
-    assert len(serving.delivery.presence) == 0
-    assert (ledger.described, list(serving.delivery._descriptions)) == ({}, [])
+    assert len(node.hub.presence) == 0
+    assert (budget.described, list(node.hub._descriptions)) == ({}, [])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -307,7 +307,7 @@ async def test_offer_that_ends_the_session_is_not_recorded(reconnect: bool) -> N
         assert result.total == 0
         assert stage.manager.get_session_counts()["sessions"] == 0
         check_nothing_is_held(stage)
-        assert stage.manager.totals.messages_discarded == 4
+        assert stage.manager.counters.messages_discarded == 4
 
 
 @virtually
@@ -329,4 +329,4 @@ async def test_on_slow_hook_that_sends_to_the_ended_client_is_no_bug() -> None:
             await soon()
         assert told == [SlowConsumer.DISCONNECTED]
         assert stage.bugs == []
-        assert stage.manager.totals.slow_clients[SlowConsumer.DISCONNECTED] == 1
+        assert stage.manager.counters.slow_clients[SlowConsumer.DISCONNECTED] == 1

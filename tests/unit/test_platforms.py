@@ -23,9 +23,9 @@ FACTS = [
     for platform in PLATFORMS.values()
     for number, fact in enumerate(platform.facts)
 ]
-VALUES = ("idle_timeout", "max_lifetime", "grace", "refusal")
-USABLE = [name for name, platform in PLATFORMS.items() if platform.refusal is None]
-REFUSED = [name for name, platform in PLATFORMS.items() if platform.refusal is not None]
+VALUES = ("idle_timeout", "max_lifetime", "grace", "unsupported_reason")
+USABLE = [name for name, platform in PLATFORMS.items() if platform.unsupported_reason is None]
+REFUSED = [name for name, platform in PLATFORMS.items() if platform.unsupported_reason is not None]
 DEFAULTS = WebSocketConfig()
 
 
@@ -49,8 +49,8 @@ def test_every_fact_has_a_source_and_a_day(fact: Fact) -> None:
     assert source.scheme == "https"
     assert "." in source.netloc
     assert date.fromisoformat(fact.checked).isoformat() == fact.checked
-    assert fact.says.endswith(".")
-    assert "|" not in fact.says, "it stands in a table"
+    assert fact.statement.endswith(".")
+    assert "|" not in fact.statement, "it stands in a table"
 
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
@@ -229,7 +229,7 @@ def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
         with pytest.raises(UnsupportedPlatformError) as refused:
             WebSocketConfig.for_platform(*path)
         assert refused.value.name == name
-        assert refused.value.refusal == PLATFORMS[name].refusal
+        assert refused.value.refusal == PLATFORMS[name].unsupported_reason
         assert name in str(refused.value)
         assert refused.value.refusal in str(refused.value)
 

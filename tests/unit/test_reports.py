@@ -11,52 +11,52 @@ from fastapi_ws_stabilizer.reports import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL
 
 def test_every_listener_hears_every_report() -> None:
     """A report reaches all listeners with its event, level and facts."""
-    reports = EventBus()
+    events = EventBus()
     first: list[Event] = []
     second: list[Event] = []
-    reports.subscribe(first.append)
-    reports.subscribe(second.append)
-    reports.tell("connection_opened", logging.INFO, client_id="ann")
+    events.subscribe(first.append)
+    events.subscribe(second.append)
+    events.emit("connection_opened", logging.INFO, client_id="ann")
     assert first == second == [Event("connection_opened", logging.INFO, {"client_id": "ann"})]
 
 
 def test_a_listener_that_has_unsubscribed_hears_nothing() -> None:
     """What `subscribe` returns ends the subscription."""
-    reports = EventBus()
+    events = EventBus()
     heard: list[Event] = []
-    stop = reports.subscribe(heard.append)
+    stop = events.subscribe(heard.append)
     stop()
-    reports.tell("x", logging.INFO)
+    events.emit("x", logging.INFO)
     assert heard == []
 
 
 def test_a_listener_may_unsubscribe_while_it_is_called() -> None:
     """A listener that leaves in the middle of a report keeps nobody else from hearing it."""
-    reports = EventBus()
+    events = EventBus()
     heard: list[str] = []
 
     def once(report: Event) -> None:
         heard.append("once")
         stop()
 
-    stop = reports.subscribe(once)
-    reports.subscribe(lambda report: heard.append("always"))
-    reports.tell("x", logging.INFO)
-    reports.tell("x", logging.INFO)
+    stop = events.subscribe(once)
+    events.subscribe(lambda report: heard.append("always"))
+    events.emit("x", logging.INFO)
+    events.emit("x", logging.INFO)
     assert heard == ["once", "always", "always"]
 
 
 def test_a_listener_that_fails_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
     """The failure of one listener is logged, and the others still hear the report."""
-    reports = EventBus()
+    events = EventBus()
     heard: list[Event] = []
 
     def broken(report: Event) -> None:
         raise ValueError("broken listener")
 
-    reports.subscribe(broken)
-    reports.subscribe(heard.append)
-    reports.tell("x", logging.INFO)
+    events.subscribe(broken)
+    events.subscribe(heard.append)
+    events.emit("x", logging.INFO)
     assert len(heard) == 1
     assert [record.event for record in caplog.records] == ["listener_failed"]
     assert "broken listener" in caplog.text
@@ -64,21 +64,21 @@ def test_a_listener_that_fails_is_logged_and_hurts_nobody(caplog: pytest.LogCapt
 
 def test_a_bug_is_an_error_report_with_its_exception() -> None:
     """A bug is reported at level ERROR with the exception itself."""
-    reports = EventBus()
+    events = EventBus()
     heard: list[Event] = []
-    reports.subscribe(heard.append)
+    events.subscribe(heard.append)
     error = ValueError("bug")
-    reports.bug("endpoint_failed", error, connection_id="5f")
+    events.emit_exception("endpoint_failed", error, connection_id="5f")
     assert heard == [Event("endpoint_failed", logging.ERROR, {"connection_id": "5f"}, error)]
 
 
 def test_totals_begin_at_zero_and_are_each_ones_own() -> None:
     """Two managers do not count into each other's totals."""
     one, other = EventBus(), EventBus()
-    one.totals.broadcasts += 1
-    one.totals.endings["x"] += 1  # type: ignore[index]
-    assert other.totals.broadcasts == 0
-    assert not other.totals.endings
+    one.counters.broadcasts += 1
+    one.counters.endings["x"] += 1  # type: ignore[index]
+    assert other.counters.broadcasts == 0
+    assert not other.counters.endings
 
 
 class Clock:
@@ -91,14 +91,14 @@ class Clock:
 
 def test_what_clients_can_cause_at_will_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of a kind has its level, the others are at DEBUG, and the next one that has it says how many they were."""
-    clock, reports = Clock(monkeypatch), EventBus()
+    clock, events = Clock(monkeypatch), EventBus()
     heard: list[Event] = []
-    reports.subscribe(heard.append)
-    assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="ann")
-    assert not reports.tell_now_and_then("refused", logging.WARNING, "full", who="bob")
+    events.subscribe(heard.append)
+    assert events.emit_throttled("refused", logging.WARNING, "full", who="ann")
+    assert not events.emit_throttled("refused", logging.WARNING, "full", who="bob")
     clock.now += THROTTLE_INTERVAL
-    assert reports.tell_now_and_then("refused", logging.WARNING, "full", who="cid")
-    assert reports.tell_now_and_then("refused", logging.INFO, "late", who="dan")
+    assert events.emit_throttled("refused", logging.WARNING, "full", who="cid")
+    assert events.emit_throttled("refused", logging.INFO, "late", who="dan")
     assert heard == [
         Event("refused", logging.WARNING, {"who": "ann"}),
         Event("refused", logging.DEBUG, {"who": "bob"}),
@@ -110,8 +110,8 @@ def test_what_clients_can_cause_at_will_is_told_once_a_minute(monkeypatch: pytes
 def test_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kinds are counted for each event: too many of one, which share a minute then, leave the others at their level."""
     Clock(monkeypatch)
-    reports = EventBus()
-    told = [reports.tell_now_and_then("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
+    events = EventBus()
+    told = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
     assert told == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
-    assert reports.tell_now_and_then("limited", logging.WARNING, "0")
-    assert reports.tell_now_and_then("limited", logging.WARNING, "")
+    assert events.emit_throttled("limited", logging.WARNING, "0")
+    assert events.emit_throttled("limited", logging.WARNING, "")

@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.hub.pulse import Liveness
 from fastapi_ws_stabilizer.reports import EventBus
 from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_OF_ONE, IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.sessions.store import MAX_AWAY_OF_ONE, SessionStore, StaleAttemptError
+from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.compression import deflate_stream
 from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1 import Message, ProtocolError, parse, parse_hello
@@ -33,7 +33,7 @@ from tests.fuzz.strict_json import strict_json
 from tests.unit.sessions.fake_attachment import FakeAttachment
 
 CONFIG: Final = WebSocketConfig(
-    max_message_size=4096, replay_max_messages=16, replay_max_bytes=2048, max_sessions_away=20, session_ttl=60
+    max_message_size=4096, replay_max_messages=16, replay_max_bytes=2048, max_detached_sessions=20, session_ttl=60
 )
 
 CODES: Final = {1009, 4400, 4401, 4409, 4410, 4412, 4507}
@@ -50,11 +50,11 @@ def conversations(data: bytes) -> None:
 class _Speaker(FakeAttachment):
     """A connection without a socket, for a conversation and its session."""
 
-    def __init__(self, reports: EventBus, now: float) -> None:
+    def __init__(self, events: EventBus, now: float) -> None:
         super().__init__()
         self.config = CONFIG
-        self.reports = reports
-        self.pulse = Liveness(now)
+        self.events = events
+        self.liveness = Liveness(now)
         self.used = self.watches_input = False
         self.answers: list[EncodedMessage] = []
 
@@ -62,7 +62,7 @@ class _Speaker(FakeAttachment):
         """Send a control frame."""
         self.answers.append(frame)
 
-    def tell(self, event: str, level: int, **facts: Any) -> None:
+    def tell(self, event: str, level: int, **fields: Any) -> None:
         """Nobody listens."""
 
     def may_send(self, size: int, message: Message | None = None) -> bool:
@@ -89,18 +89,18 @@ class _Stage:
     """The sessions of a server, and the one client that speaks at a time."""
 
     def __init__(self) -> None:
-        self.reports = EventBus()
+        self.events = EventBus()
         self.ended: dict[str, CloseInfo] = {}
         self.sessions = SessionStore(
             CONFIG,
-            self.reports,
+            self.events,
             next_shard=lambda: 0,
             began=lambda _: None,
             ended=lambda session, how: self.ended.update({session.connection_id: how}),
         )
         self.seen = IdempotencyCache()
         self.speaker: _Speaker | None = None
-        self.conversation: V1Protocol | None = None
+        self.protocol: V1Protocol | None = None
         self.messages: deque[Message] = deque()
         self.tokens: dict[str, Session] = {}
         self.token = ""
@@ -124,12 +124,12 @@ class _Stage:
             self._connects("ann" if sign == b"R" else "bob", text_of(rest).replace("$TOKEN", self.token))
         elif sign == b"W":
             await asyncio.sleep(0.1 + len(rest))
-        elif self.conversation is None or self.speaker is None:
+        elif self.protocol is None or self.speaker is None:
             return
         elif sign in b"OVPA" and sign:
-            self._serves(sign, rest, self.conversation)
+            self._serves(sign, rest, self.protocol)
         elif sign in b"HFIX" and sign:
-            self._handles(sign, self.conversation)
+            self._handles(sign, self.protocol)
         else:
             self._says(_frame_of(sign, rest, line))
 
@@ -138,22 +138,22 @@ class _Stage:
     def _connects(self, client_id: str, said: str) -> None:
         try:
             hello = parse_hello(said)
-            greeting = self.sessions.greet(hello, client_id)
+            resume_result = self.sessions.resume(hello, client_id)
         except (ProtocolError, StaleAttemptError):
             return
         self.clients.add(client_id)
         proven = self.tokens.get(hello.token or "")
-        assert greeting.session.client_id == client_id
-        if greeting.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
-            assert greeting.session is proven, "a session was got back with a token that is not its own"
-        self.sessions.returned(greeting.session)
-        self.speaker = _Speaker(self.reports, asyncio.get_running_loop().time())
-        self.conversation = V1Protocol(self.speaker, greeting, self.seen, self._renewed)
-        welcome = self.conversation.welcome()
+        assert resume_result.session.client_id == client_id
+        if resume_result.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
+            assert resume_result.session is proven, "a session was got back with a token that is not its own"
+        self.sessions.on_attached(resume_result.session)
+        self.speaker = _Speaker(self.events, asyncio.get_running_loop().time())
+        self.protocol = V1Protocol(self.speaker, resume_result, self.seen, self._renewed)
+        welcome = self.protocol.welcome()
         frame = strict_json(welcome.payload)
         self.token = frame["token"]
-        self.tokens[self.token] = greeting.session
-        if greeting.session.attach(self.speaker, greeting.cursor, welcome) is not None:
+        self.tokens[self.token] = resume_result.session
+        if resume_result.session.attach(self.speaker, resume_result.cursor, welcome) is not None:
             raise AssertionError("there is one connection at a time here")
 
     def _renewed(self, credential: str | None) -> None:
@@ -161,72 +161,72 @@ class _Stage:
         self.renewals += 1
 
     def _leaves(self) -> None:
-        if self.conversation is None or self.speaker is None:
+        if self.protocol is None or self.speaker is None:
             return
-        self.conversation.close()
+        self.protocol.close()
         while self.messages:
-            self.conversation.unread(self.messages.popleft())
-        if self.conversation.session.detach(self.speaker):
-            self.sessions.left(self.conversation.session)
-        self.conversation = self.speaker = None
+            self.protocol.on_discarded(self.messages.popleft())
+        if self.protocol.session.detach(self.speaker):
+            self.sessions.on_detached(self.protocol.session)
+        self.protocol = self.speaker = None
 
     def _says(self, raw: str | bytes) -> None:
-        conversation, speaker = self.conversation, self.speaker
-        if conversation is None or speaker is None or speaker.ending is not None:
+        protocol, speaker = self.protocol, self.speaker
+        if protocol is None or speaker is None or speaker.close_info is not None:
             return
-        before = conversation.session.accepted
-        message = conversation.take(raw)
-        assert conversation.session.accepted in (before, before + 1)
+        before = protocol.session.accepted
+        message = protocol.receive(raw)
+        assert protocol.session.accepted in (before, before + 1)
         if message is not None:
-            assert message.seq in (None, conversation.session.accepted)
+            assert message.seq in (None, protocol.session.accepted)
             assert isinstance(message.raw, (str, bytes))
             self.messages.append(message)
-        if speaker.ending is not None:
+        if speaker.close_info is not None:
             assert message is None
-            assert speaker.ending.code in CODES
-            assert len(speaker.ending.text.encode()) <= 123
+            assert speaker.close_info.code in CODES
+            assert len(speaker.close_info.reason.encode()) <= 123
 
     # ── the server ──
 
-    def _serves(self, sign: bytes, rest: bytes, conversation: V1Protocol) -> None:
+    def _serves(self, sign: bytes, rest: bytes, protocol: V1Protocol) -> None:
         if sign == b"P":
-            conversation.ping(asyncio.get_running_loop().time())
+            protocol.ping(asyncio.get_running_loop().time())
         elif sign == b"A":
-            conversation.credential.taken(len(rest) or None)
+            protocol.credential.renewed(len(rest) or None)
         else:
             frame = encode(text_of(rest).encode("utf-8", "replace").decode(), volatile=sign == b"V")
-            assert conversation.session.offer(frame) in EnqueueResult
+            assert protocol.session.offer(frame) in EnqueueResult
 
-    def _handles(self, sign: bytes, conversation: V1Protocol) -> None:
+    def _handles(self, sign: bytes, protocol: V1Protocol) -> None:
         if not self.messages:
             return
         message = self.messages.popleft()
         if sign == b"H":
-            conversation.handled(message, message.data)
+            protocol.on_handled(message, message.data)
         elif sign == b"F":
-            conversation.failed(message)
+            protocol.on_failed(message)
         elif sign == b"I":
-            conversation.interrupted(message)
+            protocol.on_interrupted(message)
         else:
-            conversation.refused(message, "refused", "no")
+            protocol.reject(message, "refused", "no")
 
     # ── what has to be true at any time ──
 
     def _looks(self) -> None:
         assert len(self.seen) <= MAX_KEYS_OF_ONE * len(self.clients)
-        assert self.sessions.away <= min(CONFIG.max_sessions_away, 2 * MAX_AWAY_OF_ONE)
-        if self.conversation is None or self.speaker is None:
+        assert self.sessions.detached_count <= min(CONFIG.max_detached_sessions, 2 * MAX_DETACHED_PER_CLIENT)
+        if self.protocol is None or self.speaker is None:
             return
-        session, speaker = self.conversation.session, self.speaker
+        session, speaker = self.protocol.session, self.speaker
         assert session.held_bytes == sum(frame.size for frame in session.kept)
         assert len(session.kept) <= max(1, CONFIG.replay_max_messages)
         assert session.held_bytes <= CONFIG.replay_max_bytes or len(session.kept) == 1
-        assert session.low == session.head - len(session.kept) + 1
+        assert session.first_seq == session.head - len(session.kept) + 1
         for frame in (*speaker.answers, *speaker.frames):
             _is_well_formed(frame)
         speaker.answers.clear()
         speaker.frames.clear()
-        if speaker.ending is not None:
+        if speaker.close_info is not None:
             self._leaves()
 
 

@@ -117,7 +117,7 @@ def reads_hello(raw: str | bytes) -> None:
         return
     assert isinstance(raw, str)
     assert len(raw.encode()) <= MAX_HELLO_BYTES
-    assert 0 <= hello.dial <= MAX_SEQ
+    assert 0 <= hello.attempt <= MAX_SEQ
     assert 0 <= hello.seq <= MAX_SEQ
     assert hello.token is None or len(hello.token) <= MAX_RESUME_TOKEN_CHARS
     assert hello.instance is None or len(hello.instance) <= MAX_NAME_CHARS

@@ -218,7 +218,7 @@ class _Application:
         self.outcome = Outcome()
         self._circumstances = circumstances
         self.manager = WebSocketConnectionManager(OPTIONS)
-        self.manager.reports.subscribe(self._heard)
+        self.manager.events.subscribe(self._heard)
         self.open, self.reads = asyncio.Event(), asyncio.Event()
         self.left = False
         self.socket: StableSocket | None = None

@@ -36,7 +36,7 @@ def tokens(data: bytes) -> None:
     assert store.read(good).client_id == client_id
     if client_id != text:
         _refuses_for(store, good, text)
-    assert store.use(good, client_id).client_id == client_id
+    assert store.consume(good, client_id).client_id == client_id
     refuses_to_use(store, good)
     refuses_to_use(store, altered)
     assert len(store) == 1
@@ -45,7 +45,7 @@ def tokens(data: bytes) -> None:
 
 def refuses(store: ReconnectTokens, token: str) -> None:
     """A text that is no token of ours never gets in, whatever it is used for."""
-    for door in (store.read, store.check, store.use):
+    for door in (store.read, store.check, store.consume):
         try:
             claim: TokenClaims = door(token)
         except (InvalidTokenError, TokenExpiredError) as refused:
@@ -57,7 +57,7 @@ def refuses(store: ReconnectTokens, token: str) -> None:
 def refuses_to_use(store: ReconnectTokens, token: str) -> None:
     """A used token is not good a second time."""
     try:
-        claim = store.use(token)
+        claim = store.consume(token)
     except (InvalidTokenError, TokenExpiredError):
         return
     raise AssertionError(f"{token!r} got in a second time, as {claim!r}")

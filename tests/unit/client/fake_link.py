@@ -185,7 +185,7 @@ class Scene:
 
     def of(self, name: str) -> list[Any]:
         """What listeners of one event were told; of those with one argument that."""
-        return [facts[0] if len(facts) == 1 else tuple(facts) for event, *facts in self.told if event == name]
+        return [fields[0] if len(fields) == 1 else tuple(fields) for event, *fields in self.told if event == name]
 
     async def opened(self, **options: Any) -> FakeLink:
         """Welcome the client in its first connection."""

@@ -72,7 +72,7 @@ def test_the_window_is_wider_where_all_were_told_the_same(monkeypatch: pytest.Mo
 
 def test_the_numbers_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least delay, the first window and the largest one can be chosen."""
-    assert delays(monkeypatch, 1.0, [1006] * 4, base=0.5, most=3.0, least=0.0) == [0.5, 1.0, 2.0, 3.0]
+    assert delays(monkeypatch, 1.0, [1006] * 4, base=0.5, max_delay=3.0, min_delay=0.0) == [0.5, 1.0, 2.0, 3.0]
 
 
 @given(st.sampled_from(AGAIN), st.integers(0, 10_000))

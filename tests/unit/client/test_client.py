@@ -515,18 +515,18 @@ async def test_a_ping_is_answered_at_once_with_the_count() -> None:
 async def test_a_volatile_message_goes_now_or_never() -> None:
     """Without a connection it is not sent, and with one it has no number and is not kept."""
     async with Scene() as scene:
-        assert not scene.client.volatile(1)
+        assert not scene.client.send_volatile(1)
         await scene.opened()
-        assert scene.client.volatile([3, 4], event="cursor")
+        assert scene.client.send_volatile([3, 4], event="cursor")
         await soon()
         assert scene.link.of("msg") == [{"type": "msg", "event": "cursor", "data": [3, 4]}]
         scene.link.may_send.clear()
-        taken = [scene.client.volatile(number) for number in range(100)]
+        taken = [scene.client.send_volatile(number) for number in range(100)]
         assert not taken[-1], "a connection that takes nothing is as good as none"
         assert len(scene.client.buffer) == 0
         scene.link.may_send.set()
         await scene.link.closes(1006)
-        assert not scene.client.volatile(1)
+        assert not scene.client.send_volatile(1)
 
 
 @virtually
@@ -900,13 +900,13 @@ async def test_a_doubted_link_is_probed() -> None:
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened()
         assert scene.client.rtt is None
-        scene.client.check()
+        scene.client.probe()
         await asyncio.sleep(0.25)
         await scene.link.say({"type": "pong"})
         assert scene.client.rtt == pytest.approx(0.25, abs=0.01)
         await asyncio.sleep(10)
         assert scene.client.state == "open"
-        scene.client.check()
+        scene.client.probe()
         await asyncio.sleep(5.1)
         assert scene.of("close") == [(4408, "no answer")]
         assert len(scene.links) == 2, "it dials without waiting"
@@ -1001,7 +1001,7 @@ async def test_who_does_not_read_blames_nobody_for_silence(monkeypatch: pytest.M
         await reader.is_told(6)
         scene.client.send("x")
         if asked == "by check()":
-            scene.client.check()
+            scene.client.probe()
         await scene.link.say({"type": "ack", "seq": 1}, {"type": "pong"})
         await asyncio.sleep(60)
         assert (scene.client.state, reader.handled) == ("open", [])
@@ -1018,7 +1018,7 @@ async def test_a_dead_link_is_left_soon_after_the_reading_goes_on(monkeypatch: p
         await scene.opened(ping=0)
         reader = SlowReader(scene, monkeypatch)
         await reader.is_told(3)
-        scene.client.check()
+        scene.client.probe()
         await asyncio.sleep(22)
         assert scene.client.state == "open"
         reader.may_go_on.set()
@@ -1077,7 +1077,7 @@ async def test_bytes_that_pass_are_an_answer_to_a_probe(what: str) -> None:
     async with Scene(probe_timeout=5.0) as scene:
         link = await scene.opened(ping=0)
         link.taken = 0
-        scene.client.check()
+        scene.client.probe()
         for _ in range(20):
             await asyncio.sleep(4)
             if what == "come":
@@ -1300,7 +1300,7 @@ async def test_a_check_while_waiting_dials_now() -> None:
         await scene.link.closes(1006)
         await asyncio.sleep(1)
         assert len(scene.dials) == 1
-        scene.client.check()
+        scene.client.probe()
         await soon()
         assert len(scene.dials) == 2
 
@@ -1694,7 +1694,7 @@ async def test_close_sends_what_is_queued_first() -> None:
     async with Scene() as scene:
         await scene.opened()
         sent = [scene.client.send(number) for number in range(300)]
-        assert all(scene.client.volatile(number) for number in range(50))
+        assert all(scene.client.send_volatile(number) for number in range(50))
         closing = asyncio.ensure_future(scene.client.close())
         for seq in (128, 300):
             await soon()
@@ -1711,7 +1711,7 @@ async def test_close_writes_volatile_messages_first() -> None:
     """What `volatile` has taken is written before the goodbye, though no acknowledgement is waited for."""
     async with Scene() as scene:
         await scene.opened()
-        scene.client.volatile("x")
+        scene.client.send_volatile("x")
         await scene.client.close()
         assert [frame["data"] for frame in scene.link.of("msg")] == ["x"]
 

@@ -28,7 +28,7 @@ def test_a_listener_hears_its_event_and_no_other(event: str) -> None:
 
     assert getattr(listeners, f"on_{event}")(listener) is listener
     for other in EVENTS:
-        listeners.told(other, other, 1)
+        listeners.emit(other, other, 1)
     assert heard == [(event, 1)]
 
 
@@ -39,7 +39,7 @@ def test_listeners_are_told_in_the_order_in_which_they_came(caplog: pytest.LogCa
     listeners.on_open(lambda _: heard.append("first"))
     listeners.on_open(lambda _: 1 / 0)
     listeners.on_open(lambda _: heard.append("third"))
-    listeners.told("open", "none")
+    listeners.emit("open", "none")
     assert heard == ["first", "third"]
     assert [record.getMessage() for record in caplog.records] == ["a listener for 'open' failed"]
 
@@ -55,8 +55,8 @@ def test_a_listener_may_stop_listening_while_it_is_told() -> None:
 
     listeners.on_open(once)
     listeners.on_open(lambda _: heard.append("always"))
-    listeners.told("open", "none")
-    listeners.told("open", "none")
+    listeners.emit("open", "none")
+    listeners.emit("open", "none")
     assert heard == ["once", "always", "always"]
 
 
@@ -70,7 +70,7 @@ async def test_an_async_listener_runs_in_a_task_of_its_own() -> None:
         raise KeyError("broken")
 
     listeners.on_open(listener)
-    listeners.told("open", "full")
+    listeners.emit("open", "full")
     assert heard == []
     await settle()
     assert heard == ["full"]

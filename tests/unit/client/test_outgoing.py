@@ -83,9 +83,9 @@ async def test_a_resumed_session_is_sent_what_it_has_not_accepted() -> None:
     put(out, "a", "b", "c")
     sent(out)
     put(out, "d")
-    out.resumed(1)
+    out.resume(1)
     assert sent(out) == [(2, "b"), (3, "c"), (4, "d")]
-    out.resumed(4)
+    out.resume(4)
     assert sent(out) == []
 
 
@@ -100,10 +100,10 @@ async def test_window_has_an_end_and_is_small_in_a_later_connection() -> None:
         last = batch[-1][0]
         out.accepted(last)
     assert on_the_way == [128, 256, 512, 512, 512]
-    out.resumed(last)
+    out.resume(last)
     assert len(sent(out)) == 32
     out.cut_off()
-    out.resumed(last)
+    out.resume(last)
     assert len(sent(out)) == 1
 
 
@@ -112,9 +112,9 @@ async def test_a_reconnect_in_the_middle_of_sending_again_starts_over() -> None:
     out = buffer()
     put(out, "a", "b", "c")
     sent(out)
-    out.resumed(0)
+    out.resume(0)
     assert parse(out.next().frame())["seq"] == 1  # type: ignore[union-attr]
-    out.resumed(0)
+    out.resume(0)
     assert sent(out) == [(1, "a"), (2, "b"), (3, "c")]
 
 
@@ -123,10 +123,10 @@ async def test_what_is_accepted_meanwhile_is_not_sent_again() -> None:
     out = buffer()
     put(out, "a", "b", "c")
     sent(out)
-    out.resumed(0)
+    out.resume(0)
     out.accepted(2)
     assert sent(out) == [(3, "c")]
-    out.resumed(2)
+    out.resume(2)
     out.accepted(3)
     assert sent(out) == []
 
@@ -134,7 +134,7 @@ async def test_what_is_accepted_meanwhile_is_not_sent_again() -> None:
 async def test_numbers_go_on_where_the_server_is() -> None:
     """A server that has accepted more than this client remembers sets the next number."""
     out = buffer()
-    out.resumed(7)
+    out.resume(7)
     put(out, "a")
     assert sent(out) == [(8, "a")]
 
@@ -145,7 +145,7 @@ async def test_a_lost_session_fails_what_was_sent_and_keeps_what_was_not() -> No
     lost = put(out, "a", "b")
     sent(out)
     (kept,) = put(out, "c")
-    assert out.begun_anew(0, replay=False) == lost
+    assert out.restart_session(0, replay=False) == lost
     for message in lost:
         assert isinstance(message.done.exception(), SessionLostError)
     assert sent(out) == [(1, "c")]
@@ -159,7 +159,7 @@ async def test_a_lost_session_can_be_sent_again() -> None:
     messages = put(out, "a", "b")
     sent(out)
     messages += put(out, "c")
-    assert out.begun_anew(4, replay=True) == []
+    assert out.restart_session(4, replay=True) == []
     assert sent(out) == [(5, "a"), (6, "b"), (7, "c")]
     out.accepted(7)
     assert all(message.done.done() for message in messages)
@@ -203,7 +203,7 @@ async def test_the_buffer_has_a_limit_in_bytes() -> None:
     (large,) = put(out, "x" * 200)
     with pytest.raises(BufferFullError):
         put(out, "a")
-    assert out.withdraw(large)
+    assert out.cancel(large)
     put(out, "a", "b")
     with pytest.raises(BufferFullError):
         put(out, "x" * 60)
@@ -216,9 +216,9 @@ async def test_bytes_are_free_again_when_a_message_is_gone() -> None:
     sent(out)
     out.accepted(1)
     (withdrawn,) = put(out, "x" * 100)
-    assert out.withdraw(withdrawn)
+    assert out.cancel(withdrawn)
     put(out, "x" * 100)
-    out.begun_anew(0, replay=False)
+    out.restart_session(0, replay=False)
     put(out, "x" * 100)
     with pytest.raises(BufferFullError):
         put(out, "x" * 100)
@@ -244,9 +244,9 @@ async def test_only_what_was_never_sent_can_be_withdrawn() -> None:
     out = buffer()
     first, second = put(out, "a", "b")
     out.next()
-    assert not out.withdraw(first)
-    assert out.withdraw(second)
-    assert not out.withdraw(second)
+    assert not out.cancel(first)
+    assert out.cancel(second)
+    assert not out.cancel(second)
     assert len(out) == 1
     put(out, "c")
     assert sent(out) == [(2, "c")]
@@ -257,7 +257,7 @@ async def test_giving_up_fails_everything() -> None:
     out = buffer()
     messages = put(out, "a", "b", "c")
     out.next()
-    out.resumed(0)
+    out.resume(0)
     out.give_up(ClientClosedError(1000))
     assert all(isinstance(message.done.exception(), ClientClosedError) for message in messages)
     assert (len(out), out.next(), out.oldest_sent) == (0, None, None)
@@ -308,7 +308,7 @@ async def test_a_message_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> Non
     data["n"] = 2
     for _ in range(3):
         assert sent(out) == [(1, {"n": 1})]
-        out.resumed(0)
+        out.resume(0)
     assert len(encoded) == 1
 
 
@@ -340,7 +340,7 @@ async def test_answers_to_a_lost_session_are_dropped(replay: bool) -> None:
     fresh = PendingMessage("reply", 2, {"re": "s2"})
     out.add(fresh)
     put(out, "b")
-    failed = out.begun_anew(0, replay=replay)
+    failed = out.restart_session(0, replay=replay)
     assert sent(out) == ([(1, "a"), (2, "b")] if replay else [(1, "b")])
     assert {old, fresh} <= set(failed)
     assert all(isinstance(reply.done.exception(), SessionLostError) for reply in (old, fresh))
@@ -383,7 +383,7 @@ def test_whatever_breaks_the_server_gets_all_of_it_in_order(steps: list[tuple[st
             elif what == "ack":
                 out.accepted(max(0, len(took) - value))
             else:
-                out.resumed(len(took))
+                out.resume(len(took))
         while send():
             pass
         assert took == list(range(count))

@@ -21,29 +21,29 @@ async def ended(bench: Any, **options: Any) -> Any:
     """A connection that has ended."""
     b = bench(**options)
     await b.open()
-    b.connection.end(DisconnectReason.APPLICATION)
+    b.connection.close(DisconnectReason.APPLICATION)
     await with_deadline(b.connection.finished)
     return b
 
 
 async def turns_of(*calls: Any) -> list[int]:
     """How many turns of the event loop each call took."""
-    turns = 0
+    scheduler = 0
     over = False
 
     async def count() -> None:
-        nonlocal turns
+        nonlocal scheduler
         while not over:
-            turns += 1
+            scheduler += 1
             await asyncio.sleep(0)
 
     async def make() -> list[int]:
         taken = []
         for call in calls:
-            before = turns
+            before = scheduler
             with pytest.raises(SocketClosed):
                 await call()
-            taken.append(turns - before)
+            taken.append(scheduler - before)
         return taken
 
     counting = asyncio.ensure_future(count())
@@ -56,7 +56,7 @@ async def turns_of(*calls: Any) -> list[int]:
 async def test_first_error_after_end_is_raised_at_once(bench: Any) -> None:
     """A task is told of the end without a turn of the event loop the first time, and with one from then on."""
     b = await ended(bench)
-    socket = b.connection.face
+    socket = b.connection.socket
     assert await turns_of(socket.receive, lambda: socket.send("x"), socket.receive_json) == [0, 1, 1]
 
 
@@ -64,7 +64,7 @@ async def test_each_task_is_told_of_the_end_at_once(bench: Any) -> None:
     """What one task was told does not slow another one down."""
     b = await ended(bench)
     for _ in range(3):
-        assert await turns_of(b.connection.face.receive) == [0]
+        assert await turns_of(b.connection.socket.receive) == [0]
 
 
 async def test_task_that_ignores_the_end_is_slowed_down(bench: Any) -> None:
@@ -76,7 +76,7 @@ async def test_task_that_ignores_the_end_is_slowed_down(bench: Any) -> None:
         nonlocal count
         while True:
             try:
-                await b.connection.face.receive()
+                await b.connection.socket.receive()
             except SocketClosed:
                 count += 1
 
@@ -99,16 +99,16 @@ async def spin(*sockets: Any) -> None:
 async def test_task_that_spins_on_two_ended_connections_is_named(bench: Any) -> None:
     """A loop that ignores the ends of several connections in turn is named by its coroutine, and slowed down."""
     benches = [await ended(bench), await ended(bench)]
-    task = asyncio.ensure_future(spin(*(b.connection.face for b in benches)))
+    task = asyncio.ensure_future(spin(*(b.connection.socket for b in benches)))
     task.set_name("the publisher")
     await asyncio.wait({task}, timeout=0.5)
     task.cancel()
     await settle()
     for b in benches:
         (report,) = b.heard.of("end_ignored")
-        assert report.facts["task"] == "the publisher"
-        assert report.facts["coroutine"] == "spin"
-        assert "endpoint" not in report.facts
+        assert report.fields["task"] == "the publisher"
+        assert report.fields["coroutine"] == "spin"
+        assert "endpoint" not in report.fields
 
 
 async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], stale: int) -> tuple[float, list[Any]]:
@@ -117,14 +117,14 @@ async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], st
     live = bench()
     await live.open()
     for b in benches:  # as connections of one manager do
-        b.connection._parts.turns = live.connection._parts.turns
+        b.connection._parts.scheduler = live.connection._parts.scheduler
 
     async def publish(rounds: int) -> None:
         for _ in range(rounds):
             for b in benches:
                 with contextlib.suppress(SocketClosed):
-                    await b.connection.face.send("price")
-            await between(live.connection.face)
+                    await b.connection.socket.send("price")
+            await between(live.connection.socket)
 
     async def measure() -> float:
         await publish(SPINS + 1)
@@ -143,8 +143,8 @@ async def test_publisher_with_ended_connections_among_others_is_not_slowed_down(
 ) -> None:
     """A task that waits, or sends to connections that are open, between two errors is well: nothing is said of it."""
 
-    async def between(face: Any) -> None:
-        await (asyncio.sleep(0.0001) if how == "sleeps" else face.send("price"))
+    async def between(socket: Any) -> None:
+        await (asyncio.sleep(0.0001) if how == "sleeps" else socket.send("price"))
 
     seconds, told = await rounds_among(bench, between, stale)
     assert told == []
@@ -157,16 +157,16 @@ async def test_endpoint_that_sleeps_between_errors_is_named(bench: Any) -> None:
 
     async def endpoint() -> None:
         await b.open(cancellable=True)
-        b.connection.end(DisconnectReason.APPLICATION)
+        b.connection.close(DisconnectReason.APPLICATION)
         for _ in range(IGNORED):
             await asyncio.sleep(0.001)
             with contextlib.suppress(SocketClosed):
-                await b.connection.face.receive()
-        b.connection.endpoint.has_returned()
+                await b.connection.socket.receive()
+        b.connection.endpoint.mark_returned()
 
     await with_deadline(asyncio.ensure_future(endpoint()))
     (report,) = b.heard.of("end_ignored")
-    assert report.facts["endpoint"] == b.connection.endpoint_name
+    assert report.fields["endpoint"] == b.connection.endpoint_name
 
 
 async def test_ended_websocket_reads_what_is_unread_then_disconnects(bench: Any) -> None:
@@ -200,7 +200,7 @@ async def test_ended_websocket_is_still_of_its_own_class(bench: Any) -> None:
     b.server.websocket.__class__ = Own
     await b.open(accept=False)
     b.connection.open()
-    b.connection.end(DisconnectReason.APPLICATION)
+    b.connection.close(DisconnectReason.APPLICATION)
     await with_deadline(b.connection.finished)
     assert isinstance(b.connection.websocket, Own)
     assert b.connection.websocket.client_state is WebSocketState.DISCONNECTED

@@ -22,7 +22,7 @@ class Held:
     """A connection that writes down what it is told, with the time."""
 
     def __init__(self) -> None:
-        self.ending: CloseInfo | None = None
+        self.close_info: CloseInfo | None = None
         self.told: list[tuple[float, dict[str, Any]]] = []
         self.ended: list[tuple[float, int | None]] = []
         self.asked: list[str | None] = []
@@ -32,12 +32,12 @@ class Held:
         """As a connection."""
         self.told.append((now(), json.loads(frame.text)))
 
-    def end(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """As a connection."""
         assert reason is DisconnectReason.POLICY
         assert text == "the credential has expired"
         self.ended.append((now(), code))
-        self.ending = local_close(reason, code=code, text=text)
+        self.close_info = local_close(reason, code=code, text=text)
         return True
 
 
@@ -62,7 +62,7 @@ def now() -> float:
 async def test_a_client_is_asked_in_time_and_ended_on_time(life: float, asked_at: float) -> None:
     """It gets as much notice as its credential's life allows, and 4401 when that is over."""
     held = Held()
-    held.term.good_for(life)
+    held.term.reset(life)
     await asyncio.sleep(life + 1)
     assert held.told == [(asked_at, {"type": "auth", "in": to_milliseconds(life - asked_at)})]
     assert held.ended == [(life, 4401)]
@@ -72,7 +72,7 @@ async def test_a_client_is_asked_in_time_and_ended_on_time(life: float, asked_at
 async def test_what_is_good_for_ever_is_never_asked_for() -> None:
     """Without a term nothing happens."""
     held = Held()
-    held.term.good_for(None)
+    held.term.reset(None)
     await asyncio.sleep(1e6)
     assert (held.told, held.ended) == ([], [])
 
@@ -81,11 +81,11 @@ async def test_what_is_good_for_ever_is_never_asked_for() -> None:
 async def test_a_new_credential_begins_a_new_term() -> None:
     """The client is told that it was taken, and is asked anew."""
     held = Held()
-    held.term.good_for(10.0)
+    held.term.reset(10.0)
     await asyncio.sleep(8.5)
-    held.term.offered("new")
+    held.term.renewal_requested("new")
     assert held.asked == ["new"]
-    held.term.taken(10.0)
+    held.term.renewed(10.0)
     await asyncio.sleep(9.0)
     assert [frame for _, frame in held.told] == [
         {"type": "auth", "in": 2000},
@@ -102,10 +102,10 @@ async def test_one_credential_is_looked_at_at_a_time() -> None:
     """What comes meanwhile is not looked at: each look is a call of the application."""
     held = Held()
     for credential in ("one", "two", None):
-        held.term.offered(credential)
+        held.term.renewal_requested(credential)
     assert held.asked == ["one"]
-    held.term.taken(None)
-    held.term.offered("three")
+    held.term.renewed(None)
+    held.term.renewal_requested("three")
     assert held.asked == ["one", "three"]
 
 
@@ -113,9 +113,9 @@ async def test_one_credential_is_looked_at_at_a_time() -> None:
 async def test_a_credential_that_nobody_can_judge_changes_nothing() -> None:
     """The old one's time goes on, and the client is told that it cannot be renewed here."""
     held = Held()
-    held.term.good_for(10.0)
-    held.term.offered("new")
-    held.term.refused("credentials are not renewed here")
+    held.term.reset(10.0)
+    held.term.renewal_requested("new")
+    held.term.renewal_rejected("credentials are not renewed here")
     assert held.told[0][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
     assert held.ended == [(10.0, 4401)]
@@ -125,11 +125,11 @@ async def test_a_credential_that_nobody_can_judge_changes_nothing() -> None:
 async def test_a_credential_that_is_found_good_too_late() -> None:
     """The connection is over: nothing is sent, and no timer is left."""
     held = Held()
-    held.term.good_for(1.0)
-    held.term.offered("new")
+    held.term.reset(1.0)
+    held.term.renewal_requested("new")
     await asyncio.sleep(2)
     told = len(held.told)
-    held.term.taken(1.0)
+    held.term.renewed(1.0)
     await asyncio.sleep(10)
     assert len(held.told) == told
     assert held.ended == [(1.0, 4401)]
@@ -177,9 +177,9 @@ def test_durations_cross_the_wire_in_milliseconds(seconds: float, told: int) -> 
 async def test_a_renewal_without_a_word_about_its_end_leaves_the_end_of_the_identity() -> None:
     """`expires_at` is an end that only a new time moves, and not an `on_auth` that returns nothing."""
     held = Held()
-    held.term.begins(None, 10.0)
-    held.term.offered("new")
-    held.term.taken(None)
+    held.term.start(None, 10.0)
+    held.term.renewal_requested("new")
+    held.term.renewed(None)
     assert held.told[-1][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
     assert held.ended == [(10.0, 4401)]
@@ -189,6 +189,6 @@ async def test_a_renewal_without_a_word_about_its_end_leaves_the_end_of_the_iden
 async def test_the_shorter_of_two_ends_counts() -> None:
     """What `on_auth` says and when the identity ends: whichever comes first."""
     held = Held()
-    held.term.begins(5.0, 10.0)
+    held.term.start(5.0, 10.0)
     await asyncio.sleep(6)
     assert held.ended == [(5.0, 4401)]

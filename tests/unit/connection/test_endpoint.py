@@ -88,26 +88,26 @@ def test_each_way_to_end_has_its_code(error: Any, reason: DisconnectReason, code
 
 def test_an_http_error_with_an_odd_status_still_has_a_code() -> None:
     """A status that makes no close code of 4000 + status ends the connection all the same."""
-    assert close_info_for(HTTPException(1500, "odd")).reason in (DisconnectReason.POLICY, DisconnectReason.ERROR)
+    assert close_info_for(HTTPException(1500, "odd")).cause in (DisconnectReason.POLICY, DisconnectReason.ERROR)
 
 
 def test_a_detail_that_json_does_not_know_is_written_as_text() -> None:
     """Any detail can stand in the close reason."""
-    assert "object" in close_info_for(HTTPException(400, {"x": object()})).text
+    assert "object" in close_info_for(HTTPException(400, {"x": object()})).reason
 
 
 def test_a_validation_error_names_the_parameters() -> None:
     """Invalid parameters close with 1008 and a reason that names them as JSON."""
     error = WebSocketRequestValidationError([{"loc": ("query", "page"), "msg": "not an int", "type": "int"}])
     how = close_info_for(error)
-    assert (how.reason, how.code) == (DisconnectReason.POLICY, 1008)
-    assert json.loads(how.text) == [{"loc": "query.page", "msg": "not an int"}]
+    assert (how.cause, how.code) == (DisconnectReason.POLICY, 1008)
+    assert json.loads(how.reason) == [{"loc": "query.page", "msg": "not an int"}]
 
 
 def test_only_whole_problems_stand_in_a_reason() -> None:
     """Of many problems as many are told as fit whole, so that the reason stays JSON."""
     problems = [{"loc": ("query", f"parameter{number}"), "msg": "not an int"} for number in range(10)]
-    text = close_info_for(WebSocketRequestValidationError(problems)).text
+    text = close_info_for(WebSocketRequestValidationError(problems)).reason
     assert 0 < len(json.loads(text)) < 10
     assert len(text.encode()) <= MAX_REASON_BYTES
 
@@ -115,7 +115,7 @@ def test_only_whole_problems_stand_in_a_reason() -> None:
 def test_a_problem_that_is_too_long_is_told_by_its_place() -> None:
     """A single problem that does not fit is cut to the parameter's name."""
     problem = {"loc": ("query", "page"), "msg": "x" * 500}
-    assert close_info_for(WebSocketRequestValidationError([problem])).text == "invalid: query.page"
+    assert close_info_for(WebSocketRequestValidationError([problem])).reason == "invalid: query.page"
 
 
 def test_a_validation_error_without_problems_is_told_too() -> None:
@@ -199,8 +199,8 @@ async def test_user_code_that_has_returned_is_not_cancelled() -> None:
 
     async def endpoint() -> str:
         mine = EndpointTask(cancellable=True)
-        mine.has_returned()
-        mine.has_returned()
+        mine.mark_returned()
+        mine.mark_returned()
         mine.cancel()
         await asyncio.sleep(0)
         return "cleaned up"

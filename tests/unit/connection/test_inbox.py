@@ -133,7 +133,7 @@ async def test_room_comes_when_a_message_is_read() -> None:
     inbox = make(max_messages=2)
     for text in ("a", "b", "c"):
         inbox.put(text)
-    room = asyncio.ensure_future(inbox.room())
+    room = asyncio.ensure_future(inbox.wait_for_room())
     await settle()
     await inbox.get()
     await settle()
@@ -146,7 +146,7 @@ async def test_room_comes_when_a_message_is_read() -> None:
 async def test_there_is_room_at_once_where_the_mark_is_not_reached() -> None:
     """Waiting for room that is there takes no turn."""
     inbox = make()
-    await with_deadline(inbox.room())
+    await with_deadline(inbox.wait_for_room())
     assert not inbox.full
 
 
@@ -154,23 +154,23 @@ async def test_waiting_for_room_ends_with_the_connection() -> None:
     """A full inbox that is closed lets the pump go on to its end."""
     inbox = make(max_messages=1)
     inbox.put("a")
-    room = asyncio.ensure_future(inbox.room())
+    room = asyncio.ensure_future(inbox.wait_for_room())
     await settle()
     inbox.close(discard=False)
     await with_deadline(room)
     assert inbox.full
-    await with_deadline(inbox.room())
+    await with_deadline(inbox.wait_for_room())
 
 
 async def test_cancelling_the_wait_for_room_is_safe() -> None:
     """After a cancelled wait the next one works."""
     inbox = make(max_messages=1)
     inbox.put("a")
-    room = asyncio.ensure_future(inbox.room())
+    room = asyncio.ensure_future(inbox.wait_for_room())
     await settle()
     room.cancel()
     await settle()
-    again = asyncio.ensure_future(inbox.room())
+    again = asyncio.ensure_future(inbox.wait_for_room())
     await settle()
     assert await inbox.get() == "a"
     await with_deadline(again)
@@ -215,9 +215,9 @@ async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() 
     inbox.put("one")
     await inbox.get()
     inbox.drop_when_full()
-    inbox.hand_over()
+    inbox.transfer()
     assert not inbox.drops
-    assert inbox.taken == 0
+    assert inbox.reads == 0
     inbox.drop_when_full()
     assert inbox.drops
 
@@ -225,15 +225,15 @@ async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() 
 @pytest.mark.parametrize("others", [0, 1, 2])
 async def test_requests_are_taken_out_of_an_inbox(others: int) -> None:
     """Only what asks for an answer is taken out, and the memory of it is given back."""
-    ledger = MemoryBudget()
-    inbox = Inbox(InboxLimits(10, 10_000, ledger))
+    budget = MemoryBudget()
+    inbox = Inbox(InboxLimits(10, 10_000, budget))
     for number in range(others):
         inbox.put(str(number))
-    before = (inbox.held_bytes, ledger.total)
+    before = (inbox.held_bytes, budget.total)
     request = message_of({"type": "msg", "event": "ask", "id": "1", "data": 1})
     inbox.put(request, 50)
     assert inbox.take_requests() == [request]
     assert inbox.take_requests() == []
-    assert (inbox.held_bytes, ledger.total) == before
+    assert (inbox.held_bytes, budget.total) == before
     inbox.put("last")
     assert inbox.unread() == [*map(str, range(others)), "last"]

@@ -29,10 +29,10 @@ async def test_an_open_connection_is_told_and_counted(bench: Any) -> None:
     """Opening is reported with both ids."""
     b = bench()
     connection, _ = await b.open()
-    (report,) = b.heard.reports
+    (report,) = b.heard.all
     assert (report.event, report.level) == ("connection_opened", logging.INFO)
-    assert report.facts == {"client_id": "ann", "connection_id": connection.connection_id}
-    assert b.reports.totals.connections_opened == 1
+    assert report.fields == {"client_id": "ann", "connection_id": connection.connection_id}
+    assert b.events.counters.connections_opened == 1
 
 
 async def test_each_connection_has_an_id_of_its_own(bench: Any) -> None:
@@ -48,16 +48,16 @@ async def test_the_first_ending_wins(bench: Any) -> None:
     """Whatever else would end the connection later changes nothing."""
     b = bench()
     connection, _ = await b.open()
-    assert connection.end(DisconnectReason.HEARTBEAT_TIMEOUT)
-    assert not connection.end(DisconnectReason.APPLICATION, code=4000)
-    connection.lost(OSError("gone"))
-    connection.ended_by_peer(remote_close(1001, None, close_frame=True))
+    assert connection.close(DisconnectReason.HEARTBEAT_TIMEOUT)
+    assert not connection.close(DisconnectReason.APPLICATION, code=4000)
+    connection.on_connection_lost(OSError("gone"))
+    connection.on_peer_close(remote_close(1001, None, close_frame=True))
     b.server.feed_disconnect(1001)
     await with_deadline(connection.finished)
-    assert connection.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert connection.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
     assert b.server.close_frames == [(4408, "heartbeat timeout")]
     assert b.left == [connection]
-    assert b.reports.totals.endings == {DisconnectReason.HEARTBEAT_TIMEOUT: 1}
+    assert b.events.counters.endings == {DisconnectReason.HEARTBEAT_TIMEOUT: 1}
     assert len(b.heard.of("connection_ended")) == 1
 
 
@@ -68,9 +68,9 @@ async def test_the_end_is_told_with_its_facts(bench: Any) -> None:
     b.server.feed_disconnect(4000, "see you")
     await with_deadline(connection.finished)
     (report,) = b.heard.of("connection_ended")
-    facts = dict(report.facts)
-    assert facts.pop("seconds") >= 0
-    assert facts == {
+    fields = dict(report.fields)
+    assert fields.pop("seconds") >= 0
+    assert fields == {
         "client_id": "ann",
         "connection_id": connection.connection_id,
         "reason": "client_close",
@@ -100,12 +100,12 @@ async def test_what_is_queued_is_flushed_where_the_ending_says_so(
     connection, _ = await b.open()
     for number in range(3):
         assert connection.enqueue(encode(str(number)))
-    connection.end(reason)
+    connection.close(reason)
     await with_deadline(connection.finished)
     assert b.server.data == (["0", "1", "2"] if flushed else [])
     assert len(b.server.close_frames) == 1
-    assert b.reports.totals.messages_discarded == (0 if flushed else 3)
-    assert b.reports.totals.messages_sent == (3 if flushed else 0)
+    assert b.events.counters.messages_discarded == (0 if flushed else 3)
+    assert b.events.counters.messages_sent == (3 if flushed else 0)
 
 
 async def test_messages_that_came_in_before_the_end_can_be_read(bench: Any) -> None:
@@ -118,7 +118,7 @@ async def test_messages_that_came_in_before_the_end_can_be_read(bench: Any) -> N
     assert [await connection.receive(), await connection.receive()] == ["1", "2"]
     with pytest.raises(SocketClosed) as caught:
         await connection.receive()
-    assert (caught.value.code, caught.value.ending) == (1001, connection.ending)
+    assert (caught.value.code, caught.value.close_info) == (1001, connection.close_info)
 
 
 async def test_messages_that_nobody_will_read_are_counted(bench: Any) -> None:
@@ -127,10 +127,10 @@ async def test_messages_that_nobody_will_read_are_counted(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
     await eventually(lambda: len(connection.inbox) == 2)
-    connection.end(DisconnectReason.APPLICATION)
+    connection.close(DisconnectReason.APPLICATION)
     await with_deadline(connection.finished)
-    assert b.reports.totals.messages_discarded == 2
-    assert b.heard.of("messages_discarded")[0].facts["count"] == 2
+    assert b.events.counters.messages_discarded == 2
+    assert b.heard.of("messages_discarded")[0].fields["count"] == 2
 
 
 async def test_senders_and_readers_learn_of_the_end_at_once(bench: Any) -> None:
@@ -143,13 +143,13 @@ async def test_senders_and_readers_learn_of_the_end_at_once(bench: Any) -> None:
     assert connection.enqueue(encode("queued"))
     sender = asyncio.ensure_future(connection.send(encode("waiting")))
     reader = asyncio.ensure_future(connection.receive())
-    waiter = asyncio.ensure_future(connection.wait_over())
+    waiter = asyncio.ensure_future(connection.wait_closing())
     await settle()
-    connection.end(DisconnectReason.REPLACED)
+    connection.close(DisconnectReason.REPLACED)
     for task in (sender, reader):
         with pytest.raises(SocketClosed):
             await with_deadline(task)
-    assert await with_deadline(waiter) == connection.ending
+    assert await with_deadline(waiter) == connection.close_info
     assert not connection.finished.done()
 
 
@@ -161,13 +161,13 @@ async def test_a_full_outbox_ends_the_connection(bench: Any) -> None:
     assert connection.enqueue(encode("sending"))
     await b.server.until(lambda: len(b.server.offered) == 2)
     assert connection.enqueue(encode("1"))
-    assert not connection.outbox.under_pressure()
+    assert not connection.outbox.is_backpressured()
     assert connection.enqueue(encode("2"))
-    assert connection.outbox.under_pressure()
+    assert connection.outbox.is_backpressured()
     assert not connection.outbox.put(encode("may be left out"))
-    assert connection.ending is None
+    assert connection.close_info is None
     assert not connection.enqueue(encode("3"))
-    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert not connection.enqueue(encode("4"))
     b.server.release()
     await with_deadline(connection.finished)
@@ -182,11 +182,11 @@ async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: 
     b.server.block()
     connection.enqueue(encode("stuck"))
     await with_deadline(connection.finished)
-    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert aborted
     (report,) = b.heard.of("send_stuck")
     assert report.level == logging.WARNING
-    assert report.facts["send_timeout"] == 0.03
+    assert report.fields["send_timeout"] == 0.03
 
 
 async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monk
     assert aborted == []
     closing.append(True)
     await eventually(lambda: aborted)
-    assert connection.ending is None
+    assert connection.close_info is None
 
 
 async def test_a_close_frame_that_is_stuck_does_not_hold_up_the_end(bench: Any) -> None:
@@ -213,7 +213,7 @@ async def test_a_close_frame_that_is_stuck_does_not_hold_up_the_end(bench: Any) 
     aborted = transport_of(b.server)
     connection, _ = await b.open()
     b.server.block()
-    connection.end(DisconnectReason.APPLICATION)
+    connection.close(DisconnectReason.APPLICATION)
     await with_deadline(connection.finished)
     assert aborted
     assert b.heard.of("send_stuck") == []
@@ -228,7 +228,7 @@ async def test_a_refused_send_waits_for_the_server_to_say_why(bench: Any) -> Non
     await b.server.until(lambda: len(b.server.offered) == 2)
     b.server.feed_disconnect(1001, "going away")
     await with_deadline(connection.finished)
-    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
+    assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
 
 
 async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ async def test_a_refused_send_without_a_word_is_a_lost_network(bench: Any, monke
     b.server.fail(OSError("broken pipe"))
     connection.enqueue(encode("late"))
     await with_deadline(connection.finished)
-    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.NETWORK_LOST, 1006)
+    assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
     assert b.task_failures == []
 
 
@@ -251,10 +251,10 @@ async def test_a_flush_that_fails_counts_what_was_not_sent(bench: Any, monkeypat
     b.server.fail(OSError("broken pipe"))
     for number in range(3):
         connection.enqueue(encode(str(number)))
-    connection.end(DisconnectReason.SERVER_SHUTDOWN)
+    connection.close(DisconnectReason.SERVER_SHUTDOWN)
     await with_deadline(connection.finished)
-    assert b.reports.totals.messages_sent == 0
-    assert b.reports.totals.messages_discarded == 3
+    assert b.events.counters.messages_sent == 0
+    assert b.events.counters.messages_discarded == 3
     assert (len(connection.outbox), connection.outbox.held_bytes) == (0, 0)
 
 
@@ -265,10 +265,10 @@ async def test_a_message_and_a_disconnect_in_one_turn_end_at_once(bench: Any) ->
     await settle()
     b.server.feed_disconnect(1001)
     connection.enqueue(encode("too late"))
-    connection.ended_by_peer(remote_close(1001, None, close_frame=True))
+    connection.on_peer_close(remote_close(1001, None, close_frame=True))
     await asyncio.wait_for(socket.close(), 1.0)
     await asyncio.wait_for(asyncio.shield(connection.finished), 1.0)
-    assert b.reports.totals.messages_discarded == 1
+    assert b.events.counters.messages_discarded == 1
 
 
 # ── before it is open ──
@@ -283,11 +283,11 @@ async def test_nothing_can_be_done_before_it_is_open(bench: Any) -> None:
     with pytest.raises(NotOpenError):
         await connection.send(encode("early"))
     with pytest.raises(NotOpenError):
-        connection.end(DisconnectReason.APPLICATION)
+        connection.close(DisconnectReason.APPLICATION)
     with pytest.raises(NotOpenError):
         await socket.close()
     assert not connection.enqueue(encode("early"))
-    assert connection.ending is None
+    assert connection.close_info is None
     assert b.server.offered == []
 
 
@@ -344,7 +344,7 @@ async def test_closing_the_websocket_itself_ends_the_connection(bench: Any) -> N
     await b.server.websocket.send_text("last")
     await b.server.websocket.close(4001, "bye")
     await with_deadline(connection.finished)
-    assert connection.ending.reason is DisconnectReason.APPLICATION
+    assert connection.close_info.cause is DisconnectReason.APPLICATION
     assert b.server.data == ["last"]
     assert b.server.close_frames == [(4001, "bye")]
 
@@ -357,7 +357,7 @@ async def test_closing_the_websocket_of_an_ended_connection_is_quiet(bench: Any,
     b.server.feed_disconnect(1006)
     await with_deadline(connection.finished)
     await b.server.websocket.close(code)
-    assert connection.ending.code == 1006
+    assert connection.close_info.code == 1006
     assert b.server.close_frames == []
 
 
@@ -386,9 +386,9 @@ async def test_the_disconnect_hooks_run_once_with_the_reason(bench: Any) -> None
     """Where hooks are wanted they run exactly once, whatever ends the connection how often."""
     b = bench()
     connection, _ = await b.open()
-    connection.hooks_wanted = True
-    connection.end(DisconnectReason.REPLACED)
-    connection.end(DisconnectReason.APPLICATION)
+    connection.disconnect_hooks_pending = True
+    connection.close(DisconnectReason.REPLACED)
+    connection.close(DisconnectReason.APPLICATION)
     b.server.feed_disconnect()
     await with_deadline(connection.finished)
     assert b.disconnected == [DisconnectReason.REPLACED]
@@ -398,7 +398,7 @@ async def test_without_connect_hooks_there_are_no_disconnect_hooks(bench: Any) -
     """A connection whose connect hooks never began has none to undo."""
     b = bench()
     connection, _ = await b.open()
-    connection.end(DisconnectReason.REPLACED)
+    connection.close(DisconnectReason.REPLACED)
     await with_deadline(connection.finished)
     assert b.disconnected == []
 
@@ -407,13 +407,13 @@ async def test_the_hooks_wait_for_who_is_busy(bench: Any) -> None:
     """The disconnect hooks run after the messages that were received have been handled."""
     b = bench()
     connection, _ = await b.open()
-    connection.hooks_wanted = True
-    with connection.endpoint.busy():
+    connection.disconnect_hooks_pending = True
+    with connection.endpoint.running():
         b.server.feed_disconnect()
-        await with_deadline(connection.wait_over())
+        await with_deadline(connection.wait_closing())
         await settle()
         assert b.disconnected == []
-        with connection.endpoint.busy():
+        with connection.endpoint.running():
             pass
         await settle()
         assert b.disconnected == []
@@ -436,7 +436,7 @@ async def test_an_endpoint_that_goes_on_is_cancelled_after_the_grace(bench: Any)
     task = asyncio.ensure_future(endpoint())
     await eventually(lambda: b.heard.of("connection_opened"))
     b.server.feed_disconnect()
-    await with_deadline(b.connection.wait_over())
+    await with_deadline(b.connection.wait_closing())
     await settle()
     assert events == []
     await with_deadline(task)
@@ -451,9 +451,9 @@ async def test_an_endpoint_that_returns_in_time_is_not_cancelled(bench: Any) -> 
 
     async def endpoint() -> str:
         await b.open(cancellable=True)
-        await b.connection.wait_over()
+        await b.connection.wait_closing()
         await asyncio.sleep(0)
-        b.connection.endpoint.has_returned()
+        b.connection.endpoint.mark_returned()
         await b.connection.finished
         return "finished"
 
@@ -476,13 +476,13 @@ async def test_user_code_that_stays_busy_is_cancelled_after_the_grace(bench: Any
 
     async def endpoint() -> None:
         await b.open(cancellable=True)
-        b.connection.hooks_wanted = True
+        b.connection.disconnect_hooks_pending = True
         try:
-            with b.connection.endpoint.busy():
+            with b.connection.endpoint.running():
                 await asyncio.Event().wait()
         except asyncio.CancelledError:
             order.append("cancelled")
-            b.connection.endpoint.has_returned()
+            b.connection.endpoint.mark_returned()
 
     task = asyncio.ensure_future(endpoint())
     await eventually(lambda: b.heard.of("connection_opened"))
@@ -505,8 +505,8 @@ async def test_hooks_see_the_context_of_the_endpoint(bench: Any) -> None:
     token = variable.set("endpoint")
     connection, _ = await b.open()
     variable.reset(token)
-    connection.hooks_wanted = True
-    connection.end(DisconnectReason.APPLICATION)
+    connection.disconnect_hooks_pending = True
+    connection.close(DisconnectReason.APPLICATION)
     await with_deadline(connection.finished)
     assert seen == ["endpoint"]
 
@@ -517,7 +517,7 @@ async def test_an_ended_connection_leaves_no_task_and_no_timer(bench: Any) -> No
     loop = asyncio.get_running_loop()
     before = len([timer for timer in loop._scheduled if not timer.cancelled()])  # type: ignore[attr-defined]
     connection, socket = await b.open()
-    connection.hooks_wanted = True
+    connection.disconnect_hooks_pending = True
     socket.create_task(asyncio.Event().wait())
     await socket.send("hi")
     await socket.close()
@@ -571,7 +571,7 @@ async def test_a_refusal_from_a_tied_task_does_not_vanish(bench: Any) -> None:
 
     socket.create_task(refuse())
     await settle()
-    assert connection.ending is not None
+    assert connection.close_info is not None
 
 
 async def test_a_tied_task_that_finds_the_connection_closed_is_no_bug(bench: Any) -> None:
@@ -587,14 +587,14 @@ async def test_a_tied_task_that_finds_the_connection_closed_is_no_bug(bench: Any
     b.server.feed_disconnect()
     await with_deadline(connection.finished)
     assert b.failed == []
-    assert max(report.level for report in b.heard.reports) < logging.ERROR
+    assert max(report.level for report in b.heard.all) < logging.ERROR
 
 
 async def test_no_task_can_be_tied_to_an_ended_connection(bench: Any) -> None:
     """Tying a task to what is over raises, and the coroutine is closed without a warning."""
     b = bench()
     connection, socket = await b.open()
-    connection.end(DisconnectReason.APPLICATION)
+    connection.close(DisconnectReason.APPLICATION)
     with pytest.raises(SocketClosed):
         socket.create_task(asyncio.Event().wait())
     await with_deadline(connection.finished)
@@ -606,9 +606,9 @@ async def test_a_bug_is_reported_with_both_ids(bench: Any) -> None:
     b = bench()
     connection, _ = await b.open()
     error = ValueError("bug")
-    await connection.bug("endpoint_failed", error)
+    await connection.report_bug("endpoint_failed", error)
     (report,) = b.heard.of("endpoint_failed")
-    assert report.facts == {"client_id": "ann", "connection_id": connection.connection_id}
+    assert report.fields == {"client_id": "ann", "connection_id": connection.connection_id}
     assert b.failed == [error]
 
 
@@ -616,9 +616,9 @@ async def test_random_endings_while_tasks_send_leave_no_trace(bench: Any) -> Non
     """However sends, receives and endings meet, each connection finishes and no task fails."""
     endings = [
         lambda b: b.server.feed_disconnect(1001),
-        lambda b: b.connection.end(DisconnectReason.REPLACED),
+        lambda b: b.connection.close(DisconnectReason.REPLACED),
         lambda b: b.server.fail(RuntimeError("closed")) or b.server.feed_disconnect(1006),
-        lambda b: b.connection.send_stuck(),
+        lambda b: b.connection.on_send_stalled(),
     ]
     for number in range(40):
         b = bench(send_timeout=1)

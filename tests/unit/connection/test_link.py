@@ -74,12 +74,12 @@ class LinkServer(FakeServer):
     def stall(self) -> None:
         """The transport has had enough."""
         self.write_paused = True
-        self.sink.write_paused()
+        self.sink.pause_writing()
 
     def drain(self) -> None:
         """The transport takes more."""
         self.write_paused = False
-        self.sink.writable()
+        self.sink.resume_writing()
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ async def test_what_one_turn_has_queued_is_one_write(linked: Any) -> None:
     offer(b, "alone")
     await settle()
     assert b.server.writes[1:] == [b"\x81\x05alone"]
-    assert b.reports.totals.messages_sent == 51
+    assert b.events.counters.messages_sent == 51
 
 
 async def test_a_transport_that_has_had_enough_gets_nothing_more(linked: Any) -> None:
@@ -154,7 +154,7 @@ async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, mo
     await settle()
     offer(b, "b", "c")
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
-    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert b.server.closed == [(4507, "slow consumer")]
 
 
@@ -176,9 +176,9 @@ async def test_a_write_that_fails_ends_the_connection(linked: Any, texts: tuple[
     offer(b, *texts)
     await settle()
     offer(b, "later")
-    await eventually(lambda: b.connection.ending is not None)
-    assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
-    await eventually(lambda: b.reports.totals.messages_discarded == len(texts) + 1)
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
+    await eventually(lambda: b.events.counters.messages_discarded == len(texts) + 1)
     assert b.task_failures == []
 
 
@@ -196,13 +196,13 @@ async def test_nothing_is_written_after_a_write_that_failed(linked: Any, texts: 
     offer(b, *texts)
     await settle()
     offer(b, "later")
-    b.server.sink.last_call()
+    b.server.sink.before_shutdown()
     b.server.drain()
     offer(b, "later", "still")
     await settle()
     assert len(attempts) == 1
-    b.server.sink.gone({"type": "websocket.disconnect", "code": 1006})
-    assert b.reports.totals.messages_discarded == len(texts) + 3
+    b.server.sink.connection_lost({"type": "websocket.disconnect", "code": 1006})
+    assert b.events.counters.messages_discarded == len(texts) + 3
 
 
 async def test_a_client_that_goes_ends_a_flush(linked: Any) -> None:
@@ -210,24 +210,24 @@ async def test_a_client_that_goes_ends_a_flush(linked: Any) -> None:
     b = await linked()
     b.server.stall()
     offer(b, "a", "b")
-    closing = asyncio.ensure_future(b.connection.face.close(4001, "bye"))
+    closing = asyncio.ensure_future(b.connection.socket.close(4001, "bye"))
     await settle()
     assert not closing.done()
-    b.server.sink.gone({"type": "websocket.disconnect", "code": 1000, "reason": ""})
+    b.server.sink.connection_lost({"type": "websocket.disconnect", "code": 1000, "reason": ""})
     await asyncio.wait_for(closing, 5)
     b.server.drain()
     await settle()
     assert b.server.writes == b.server.closed == []
-    assert b.reports.totals.messages_discarded == 2
-    assert b.connection.ending.code == 4001
+    assert b.events.counters.messages_discarded == 2
+    assert b.connection.close_info.code == 4001
 
 
 async def test_messages_reach_the_inbox_without_a_task(linked: Any) -> None:
     """What the link has read is there at once; text pings are answered before what is queued."""
     b = await linked()
     assert len(b.tasks) == 0
-    b.server.sink.received("hello")
-    b.server.sink.received("ping")
+    b.server.sink.message_received("hello")
+    b.server.sink.message_received("ping")
     assert await b.connection.receive() == "hello"
     offer(b, "data")
     await settle()
@@ -238,9 +238,9 @@ async def test_a_full_inbox_stops_reading_until_there_is_room(linked: Any) -> No
     """The message after the full one is taken, then nothing more is read; one that is read makes room."""
     b = await linked(inbox_max_messages=2)
     for text in "ab":
-        b.server.sink.received(text)
+        b.server.sink.message_received(text)
     assert b.server.reading
-    b.server.sink.received("c")
+    b.server.sink.message_received("c")
     assert not b.server.reading
     assert b.connection.reading_paused
     assert [await b.connection.receive() for _ in range(2)] == ["a", "b"]
@@ -251,32 +251,32 @@ async def test_a_full_inbox_stops_reading_until_there_is_room(linked: Any) -> No
 async def test_a_full_inbox_that_nobody_reads_ends_the_connection(linked: Any) -> None:
     """An endpoint that has read, reads no more and sends nothing is cut after inbox_pause_timeout."""
     b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
-    b.server.sink.received("first")
+    b.server.sink.message_received("first")
     await b.connection.receive()
-    b.server.sink.received("a")
-    b.server.sink.received("b")
-    await eventually(lambda: b.connection.ending is not None)
-    assert b.connection.ending.code == 1013
+    b.server.sink.message_received("a")
+    b.server.sink.message_received("b")
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.code == 1013
     await eventually(lambda: b.server.closed == [(1013, "nobody reads the messages")])
 
 
 async def test_inbox_overflow_close_ends_the_connection(linked: Any) -> None:
     """With that policy reading never stops, and the message too many is counted."""
     b = await linked(inbox_max_messages=1, inbox_overflow="close")
-    b.server.sink.received("a")
-    b.server.sink.received("b")
-    assert b.connection.ending.code == 1013
-    assert b.reports.totals.messages_discarded >= 1
+    b.server.sink.message_received("a")
+    b.server.sink.message_received("b")
+    assert b.connection.close_info.code == 1013
+    assert b.events.counters.messages_discarded >= 1
 
 
 async def test_messages_behind_an_ending_are_counted(linked: Any) -> None:
     """What one read has brought together with the message that ended the connection is discarded, each of it."""
     b = await linked(inbox_max_messages=2, inbox_overflow="close")
     for number in range(10):
-        b.server.sink.received(str(number))
-    assert b.connection.ending.code == 1013
-    assert b.reports.totals.messages_received == 3
-    assert b.reports.totals.messages_discarded == 10
+        b.server.sink.message_received(str(number))
+    assert b.connection.close_info.code == 1013
+    assert b.events.counters.messages_received == 3
+    assert b.events.counters.messages_discarded == 10
 
 
 async def test_heartbeats_are_ping_frames_and_only_their_pongs_are_measured(linked: Any) -> None:
@@ -286,10 +286,10 @@ async def test_heartbeats_are_ping_frames_and_only_their_pongs_are_measured(link
     assert connection.pings_by_protocol
     now = connection.opened_at + 5
     assert connection.ping(None, now)
-    b.server.sink.ponged(b"anything")
-    assert connection.pulse.rtt is None
-    b.server.sink.ponged(b.server.pings[0])
-    assert connection.pulse.rtt is not None
+    b.server.sink.pong_received(b"anything")
+    assert connection.liveness.rtt is None
+    b.server.sink.pong_received(b.server.pings[0])
+    assert connection.liveness.rtt is not None
     b.server.stall()
     assert not connection.ping(None, now)
 
@@ -300,43 +300,43 @@ async def test_pongs_that_answer_our_pings_are_not_counted(linked: Any) -> None:
     for number in range(300):
         b.connection.ping(None, b.connection.opened_at + number)
     for payload in b.server.pings:
-        b.server.sink.ponged(payload)
+        b.server.sink.pong_received(payload)
     for _ in range(int(CONTROL_FRAMES.burst)):
-        b.server.sink.ponged(b"unasked")
-    assert b.connection.ending is None
-    b.server.sink.ponged(b"unasked")
-    assert b.connection.ending.code == 4429
+        b.server.sink.pong_received(b"unasked")
+    assert b.connection.close_info is None
+    b.server.sink.pong_received(b"unasked")
+    assert b.connection.close_info.code == 4429
 
 
 async def test_bytes_of_half_a_message_are_seen(linked: Any) -> None:
     """A large message over a slow line is no silence, and its end pays what is owed."""
     b = await linked()
-    pulse = b.connection.pulse
-    pulse.last_seen = pulse.awaiting_since = -1.0
-    b.server.sink.heard()
-    assert pulse.last_seen > 0
-    assert pulse.awaiting_since == -1.0
-    b.server.sink.received("whole")
-    assert pulse.awaiting_since is None
+    liveness = b.connection.liveness
+    liveness.last_seen = liveness.awaiting_since = -1.0
+    b.server.sink.data_received()
+    assert liveness.last_seen > 0
+    assert liveness.awaiting_since == -1.0
+    b.server.sink.message_received("whole")
+    assert liveness.awaiting_since is None
 
 
 @pytest.mark.parametrize("frame", ["ping", "pong"])
 async def test_control_frame_pays_what_is_owed(linked: Any, frame: str) -> None:
     """A ping or pong of the client is a whole frame."""
     b = await linked()
-    b.connection.pulse.awaiting_since = -1.0
+    b.connection.liveness.awaiting_since = -1.0
     if frame == "ping":
-        b.server.sink.pinged()
+        b.server.sink.ping_received()
     else:
-        b.server.sink.ponged(b"unasked")
-    assert b.connection.pulse.awaiting_since is None
+        b.server.sink.pong_received(b"unasked")
+    assert b.connection.liveness.awaiting_since is None
 
 
 async def test_the_last_call_writes_what_is_queued(linked: Any) -> None:
     """What was queued in the turn in which the server stops is not lost."""
     b = await linked()
     offer(b, "last words")
-    b.server.sink.last_call()
+    b.server.sink.before_shutdown()
     assert b.server.writes == [b"\x81\x0alast words"]
 
 
@@ -387,8 +387,8 @@ async def test_a_bug_in_taking_a_message_is_told_and_ends_the_connection(
     """As on other servers: the log names it, and the server hears of no exception."""
     b = await linked()
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_reader.decode", lambda *_: 1 / 0)
-    b.server.sink.received("x")
-    assert b.connection.ending.reason is DisconnectReason.NETWORK_LOST
+    b.server.sink.message_received("x")
+    assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")
     assert isinstance(report.error, ZeroDivisionError)
 
@@ -402,7 +402,7 @@ async def test_close_that_the_server_refuses_does_not_stop_the_end(linked: Any, 
         raise RuntimeError("connection is closing")
 
     b.server.close = refuse
-    b.connection.end(reason)
+    b.connection.close(reason)
     await asyncio.wait({b.connection.finished}, timeout=5)
     assert b.connection.is_finished
 
@@ -414,8 +414,8 @@ async def test_full_transport_with_nothing_queued_is_watched(linked: Any) -> Non
     b.connection.outbox._write = lambda data: (b.server.writes.append(data), b.server.stall())
     await settle()
     assert len(b.connection.outbox) == 0
-    await eventually(lambda: b.connection.ending is not None)
-    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
 
 
 async def test_full_transport_that_empties_is_not_watched(linked: Any) -> None:
@@ -424,9 +424,9 @@ async def test_full_transport_that_empties_is_not_watched(linked: Any) -> None:
     b.server.stall()
     b.server.drain()
     await asyncio.sleep(0.1)
-    assert b.connection.ending is None
+    assert b.connection.close_info is None
     assert b.connection.outbox._watch is None
-    assert b.connection.outbox.put_if_calm(encode("a"))
+    assert b.connection.outbox.try_enqueue(encode("a"))
 
 
 async def test_transport_full_before_the_link_is_attached_is_watched(linked: Any, bench: Any) -> None:
@@ -435,8 +435,8 @@ async def test_transport_full_before_the_link_is_attached_is_watched(linked: Any
     b.server = LinkServer()
     b.server.write_paused = True
     await b.open()
-    await eventually(lambda: b.connection.ending is not None)
-    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
 
 
 # ── what user code sends ──
@@ -448,7 +448,7 @@ async def test_what_user_code_sends_is_written_before_the_event_loop_turns(linke
     assert b.connection.put_now(encode("now"))
     assert b.connection.put_now(encode("too"))
     assert b.server.writes == [b"\x81\x03now", b"\x81\x03too"]
-    assert b.reports.totals.messages_sent == 2
+    assert b.events.counters.messages_sent == 2
     assert len(b.connection.outbox) == b.connection.outbox.held_bytes == 0
 
 
@@ -502,7 +502,7 @@ async def test_a_sender_that_holds_the_event_loop_lets_it_turn_now_and_then(
 def say(b: Any, *texts: str) -> None:
     """The client sends some messages."""
     for text in texts:
-        b.server.sink.received(text)
+        b.server.sink.message_received(text)
 
 
 async def test_an_inbox_that_was_never_read_drops_its_oldest_messages_after_the_timeout(linked: Any) -> None:
@@ -516,22 +516,22 @@ async def test_an_inbox_that_was_never_read_drops_its_oldest_messages_after_the_
     say(b, "4", "5")
     assert b.server.reading
     assert b.connection.inbox.unread() == ["4", "5"]
-    assert b.reports.totals.messages_discarded == 3
+    assert b.events.counters.messages_discarded == 3
     (told,) = b.heard.of("messages_not_read")
-    assert "ignore_messages" in told.facts["advice"]
-    assert b.connection.ending is None
+    assert "ignore_messages" in told.fields["advice"]
+    assert b.connection.close_info is None
 
 
 async def test_an_endpoint_that_ignores_messages_is_never_paused(linked: Any) -> None:
     """`ws.ignore_messages()` holds at once, also after a message was read, and until one is read again."""
     b = await linked(inbox_max_messages=2)
-    ws = b.connection.face
+    ws = b.connection.socket
     say(b, "subscribe")
     assert await ws.receive() == "subscribe"
     ws.ignore_messages()
     say(b, *"123456")
     assert b.server.reading
-    assert b.reports.totals.messages_discarded == 4
+    assert b.events.counters.messages_discarded == 4
     assert [await ws.receive() for _ in range(2)] == ["5", "6"]
     say(b, *"789")
     assert not b.server.reading
@@ -543,13 +543,13 @@ async def test_ignoring_messages_ends_a_pause_that_has_begun(linked: Any) -> Non
     b = await linked(inbox_max_messages=2)
     say(b, *"123")
     assert not b.server.reading
-    b.connection.face.ignore_messages()
+    b.connection.socket.ignore_messages()
     assert b.server.reading
 
 
 async def waits_for_the_end(b: Any) -> asyncio.Future[Any]:
     """A task of the endpoint has called `wait_closed`."""
-    waiting = asyncio.ensure_future(b.connection.face.wait_closed())
+    waiting = asyncio.ensure_future(b.connection.socket.wait_closed())
     await asyncio.sleep(0)
     return waiting
 
@@ -563,7 +563,7 @@ async def test_an_endpoint_that_waits_for_the_end_does_not_read(linked: Any) -> 
     await asyncio.sleep(1.5 * READER_START_GRACE)
     say(b, *"45")
     assert b.server.reading
-    assert b.reports.totals.messages_discarded == 3
+    assert b.events.counters.messages_discarded == 3
     assert "reading_paused" not in b.heard.events
     waiting.cancel()
 
@@ -577,7 +577,7 @@ async def test_wait_for_the_end_that_is_given_up_decides_nothing(linked: Any) ->
     await asyncio.sleep(0)
     say(b, "3")
     await asyncio.sleep(1.5 * READER_START_GRACE)
-    assert [await b.connection.face.receive() for _ in range(3)] == ["1", "2", "3"]
+    assert [await b.connection.socket.receive() for _ in range(3)] == ["1", "2", "3"]
     assert "reading_paused" in b.heard.events
 
 
@@ -589,11 +589,11 @@ async def test_burst_before_it_is_known_who_reads_closes_only_where_nothing_is_d
     b = await linked(inbox_max_messages=2, inbox_overflow="close")
     waiting = await waits_for_the_end(b)
     say(b, *"123")
-    assert b.connection.ending is None
+    assert b.connection.close_info is None
     if reads:
-        assert await b.connection.face.receive() == "1"
+        assert await b.connection.socket.receive() == "1"
     await asyncio.sleep(1.5 * READER_START_GRACE)
-    assert (b.connection.ending is not None) is reads
+    assert (b.connection.close_info is not None) is reads
     waiting.cancel()
 
 
@@ -602,12 +602,12 @@ async def test_pause_that_began_before_it_was_known_who_reads_is_told(linked: An
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, "0")
-    assert await b.connection.face.receive() == "0"
+    assert await b.connection.socket.receive() == "0"
     say(b, *"123")
     assert "reading_paused" not in b.heard.events
     await asyncio.sleep(1.5 * READER_START_GRACE)
     assert "reading_paused" in b.heard.events
-    assert b.reports.totals.messages_discarded == 0
+    assert b.events.counters.messages_discarded == 0
     waiting.cancel()
 
 
@@ -616,12 +616,12 @@ async def test_reader_that_was_woken_loses_nothing_to_a_burst(linked: Any) -> No
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     await asyncio.sleep(1.5 * READER_START_GRACE)
-    reading = asyncio.ensure_future(b.connection.face.receive())
+    reading = asyncio.ensure_future(b.connection.socket.receive())
     await asyncio.sleep(0)
     say(b, *"123")
     assert await reading == "1"
-    assert [await b.connection.face.receive() for _ in range(2)] == ["2", "3"]
-    assert b.reports.totals.messages_discarded == 0
+    assert [await b.connection.socket.receive() for _ in range(2)] == ["2", "3"]
+    assert b.events.counters.messages_discarded == 0
     waiting.cancel()
 
 
@@ -630,10 +630,10 @@ async def test_a_reader_beside_a_task_that_waits_for_the_end_loses_nothing(linke
     b = await linked(inbox_max_messages=2)
     waiting = await waits_for_the_end(b)
     say(b, "1")
-    assert await b.connection.face.receive() == "1"
+    assert await b.connection.socket.receive() == "1"
     say(b, *"234")
     assert not b.server.reading
-    assert b.reports.totals.messages_discarded == 0
+    assert b.events.counters.messages_discarded == 0
     waiting.cancel()
 
 
@@ -644,9 +644,9 @@ async def test_an_endpoint_that_has_read_and_goes_on_sending_is_not_cut(linked: 
     await b.connection.receive()
     say(b, *"123")
     assert not b.server.reading
-    await b.connection.face.send("news")
+    await b.connection.socket.send("news")
     await eventually(lambda: b.server.reading)
-    assert b.connection.ending is None
+    assert b.connection.close_info is None
     assert len(b.heard.of("messages_not_read")) == 1
 
 
@@ -657,9 +657,9 @@ async def test_what_others_send_does_not_keep_the_connection_of_an_endpoint_that
     await b.connection.receive()
     say(b, *"12")
     offer(b, "the news of others")
-    await eventually(lambda: b.connection.ending is not None or b.server.reading)
-    assert b.connection.ending is not None
-    assert b.connection.ending.code == 1013
+    await eventually(lambda: b.connection.close_info is not None or b.server.reading)
+    assert b.connection.close_info is not None
+    assert b.connection.close_info.code == 1013
 
 
 async def test_a_look_for_idleness_does_not_cut_an_endpoint_that_sends(linked: Any) -> None:
@@ -668,10 +668,10 @@ async def test_a_look_for_idleness_does_not_cut_an_endpoint_that_sends(linked: A
     say(b, "subscribe")
     await b.connection.receive()
     say(b, *"12")
-    await b.connection.face.send("news")
-    assert b.connection.was_used()
-    await eventually(lambda: b.connection.ending is not None or b.server.reading)
-    assert b.connection.ending is None
+    await b.connection.socket.send("news")
+    assert b.connection.consume_activity()
+    await eventually(lambda: b.connection.close_info is not None or b.server.reading)
+    assert b.connection.close_info is None
 
 
 async def test_the_timer_of_a_pause_holds_no_context_of_the_endpoint(linked: Any) -> None:

@@ -34,7 +34,7 @@ class Owner:
     context = None
 
     def __init__(self) -> None:
-        self.totals = Counters()
+        self.counters = Counters()
         self.stuck = 0
         self.waits = 0
         self.failures: list[Exception] = []
@@ -47,32 +47,32 @@ class Owner:
     @property
     def taken(self) -> int:
         """How many messages were taken."""
-        return self.totals.messages_sent
+        return self.counters.messages_sent
 
-    def dropped(self, count: int) -> None:
+    def on_dropped(self, count: int) -> None:
         """Count messages that were thrown away."""
         self.dropped_messages += count
 
-    def coalesced(self) -> None:
+    def on_coalesced(self) -> None:
         """Count messages in whose place a newer one came."""
         self.coalesced_messages += 1
 
-    def slow(self, how: SlowConsumer) -> None:
+    def on_slow(self, how: SlowConsumer) -> None:
         """Keep how slow the client has become."""
         self.told.append(how)
 
-    def caught_up(self) -> None:
+    def on_caught_up(self) -> None:
         """Keep that it has caught up."""
         self.told.append("caught up")
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """Nobody asks."""
 
-    def send_stuck(self) -> None:
+    def on_send_stalled(self) -> None:
         """Count a send that made no progress."""
         self.stuck += 1
 
-    def unsent(self, count: int) -> None:
+    def on_unsent(self, count: int) -> None:
         """Count messages that the server was given and did not take."""
         self.discarded += count
 
@@ -82,11 +82,11 @@ class Owner:
         """What the client has taken at each look; nothing is known of it without a list."""
         return self.progress.pop(0) if self.progress else None
 
-    def send_waits(self) -> None:
+    def on_send_delayed(self) -> None:
         """Count a send that waits."""
         self.waits += 1
 
-    def send_failed(self, error: Exception) -> None:
+    def on_send_failed(self, error: Exception) -> None:
         """Keep the failure and let the outbox go, as a connection does."""
         self.failures.append(error)
         if self.outbox is not None:
@@ -120,7 +120,7 @@ class Post:
             WebSocketConfig(
                 outbox_max_messages=max_messages, outbox_max_bytes=max_bytes, send_timeout=send_timeout, **config
             ),
-            self.owner.totals,
+            self.owner.counters,
         )
         return AsgiOutbox(
             self.owner,
@@ -514,7 +514,7 @@ async def test_who_reads_needs_no_slot(post: Any) -> None:
     for text in ("several", "at", "once"):
         reading.outbox.put(encode(text))
     await reading.server.until(lambda: reading.server.data == ["alone", "several", "at", "once"])
-    assert not reading.outbox.stuck
+    assert not reading.outbox.is_stalled
 
 
 @pytest.mark.usefixtures("patient")
@@ -524,7 +524,7 @@ async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> Non
     first, second = post(sends=slots), post(sends=slots)
     await first.stuck_with("first")
     await second.stuck_with("begun", "behind")
-    assert second.outbox.stuck
+    assert second.outbox.is_stalled
     second.server.release()
     await settle()
     assert second.server.data == []
@@ -532,7 +532,7 @@ async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> Non
     await second.server.until(lambda: second.server.data == ["begun", "behind"])
     assert [message["text"] for message in second.server.offered] == ["begun", "behind"]
     await eventually(lambda: slots.taken == len(slots) == 0)
-    assert not second.outbox.stuck
+    assert not second.outbox.is_stalled
 
 
 @pytest.mark.usefixtures("patient")
@@ -599,7 +599,7 @@ def test_every_message_is_accounted_for(steps: list[str], end: str, settled: boo
                 p.server.release()
             elif senders:
                 senders[-1].cancel()
-            waiting = p.outbox._queue[p.outbox._head :] or ([] if p.outbox._alone is None else [p.outbox._alone])
+            waiting = p.outbox._queue[p.outbox._head :] or ([] if p.outbox._single is None else [p.outbox._single])
             assert len(p.outbox) == len(waiting)
             assert p.outbox.held_bytes == sum(frame.size for frame in waiting)
             assert len(p.outbox) <= 4

@@ -46,8 +46,8 @@ async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
     assert offer(b, *"abcdef")[-1] is EnqueueResult.SLOW
     b.server.release()
     await b.server.until(lambda: b.server.data == ["stuck", "c", "d", "e", "f"])
-    assert b.reports.totals.messages_dropped == b.connection.dropped_messages == 2
-    assert b.connection.ending is None
+    assert b.events.counters.messages_dropped == b.connection.dropped_messages == 2
+    assert b.connection.close_info is None
 
 
 async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
@@ -56,14 +56,14 @@ async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
     assert offer(b, *"abcdef")[-2:] == [EnqueueResult.DROPPED, EnqueueResult.DROPPED]
     b.server.release()
     await b.server.until(lambda: b.server.data == ["stuck", "a", "b", "c", "d"])
-    assert b.reports.totals.messages_dropped == 2
+    assert b.events.counters.messages_dropped == 2
 
 
 async def test_disconnect_closes_4507(stalled: Any) -> None:
     """The client learns that it has missed something."""
     b = await stalled()
     assert offer(b, *"abcde")[-1] is EnqueueResult.REFUSED
-    assert b.connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 
 
@@ -79,7 +79,7 @@ async def test_each_degree_of_slowness_is_told_once_until_the_client_has_caught_
     await b.server.until(lambda: b.server.offered[-1].get("text") == "stuck again")
     offer(b, *"abcd")
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DROPPING, SlowConsumer.LAGGING]
-    assert b.reports.totals.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
+    assert b.events.counters.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
 
 
 async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any) -> None:
@@ -91,7 +91,7 @@ async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any)
     offer(b, "p2", "p3", key="price")
     b.server.release()
     await b.server.until(lambda: b.server.data == ["stuck", "p3", "other", "c1"])
-    assert b.reports.totals.messages_coalesced == 2
+    assert b.events.counters.messages_coalesced == 2
     offer(b, "p4", key="price")
     await b.server.until(lambda: b.server.data[-1] == "p4")
 
@@ -111,7 +111,7 @@ async def test_a_newer_message_takes_the_place_of_one_that_a_sender_waits_with(s
     b.server.release()
     await with_deadline(asyncio.gather(*senders))
     await b.server.until(lambda: b.server.data == ["stuck", *"abcd", "first", "p4", "last"])
-    assert b.reports.totals.messages_coalesced == 3
+    assert b.events.counters.messages_coalesced == 3
 
 
 async def test_waiting_senders_with_one_key_are_one_message(stalled: Any) -> None:
@@ -124,7 +124,7 @@ async def test_waiting_senders_with_one_key_are_one_message(stalled: Any) -> Non
     b.server.release()
     await with_deadline(asyncio.gather(*senders))
     await b.server.until(lambda: b.server.data == ["stuck", *"abcd", "p4"])
-    assert b.reports.totals.messages_coalesced == 4
+    assert b.events.counters.messages_coalesced == 4
 
 
 async def test_a_waiting_sender_is_not_starved_by_smaller_messages(bench: Any) -> None:
@@ -177,7 +177,7 @@ async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothe
     assert (await manager.broadcast("b")).slow == 1
     result = await manager.broadcast("p", coalesce_key="price")
     assert (result.total, result.succeeded, result.slow) == (1, 1, 1)
-    assert manager.totals.messages_coalesced == 3
+    assert manager.counters.messages_coalesced == 3
     server.release()
 
 

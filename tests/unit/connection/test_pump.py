@@ -22,7 +22,7 @@ async def test_messages_are_read_without_anybody_waiting_for_them(bench: Any) ->
     b.server.feed_bytes(b"two")
     await eventually(lambda: len(connection.inbox) == 3)
     assert [await connection.receive() for _ in range(3)] == ["one", "", b"two"]
-    assert b.reports.totals.messages_received == 3
+    assert b.events.counters.messages_received == 3
 
 
 async def test_an_empty_binary_message_is_a_message(bench: Any) -> None:
@@ -44,18 +44,18 @@ async def test_a_clients_ping_is_answered_while_user_code_is_busy(bench: Any, pi
     b.server.feed_text(ping, "data")
     await b.server.until(lambda: b.server.data == [pong])
     await eventually(lambda: len(connection.inbox) == 1)
-    assert b.reports.totals.messages_received == 1
+    assert b.events.counters.messages_received == 1
 
 
 async def test_a_pong_is_a_sign_of_life_and_no_message(bench: Any) -> None:
     """A pong reaches the pulse and not the endpoint."""
     b = bench()
     connection, _ = await b.open()
-    connection.pulse.pinged(connection.opened_at)
+    connection.liveness.on_ping_sent(connection.opened_at)
     b.server.feed_text('{"type":"pong"}')
-    await eventually(lambda: connection.pulse.answers)
-    assert connection.pulse.rtt is not None
-    assert connection.pulse.awaiting_since is None
+    await eventually(lambda: connection.liveness.has_ponged)
+    assert connection.liveness.rtt is not None
+    assert connection.liveness.awaiting_since is None
     assert len(connection.inbox) == 0
 
 
@@ -63,12 +63,12 @@ async def test_any_message_is_a_sign_of_life(bench: Any) -> None:
     """Data proves life as well as a pong does, and is not counted as an answer."""
     b = bench()
     connection, _ = await b.open()
-    connection.pulse.pinged(connection.opened_at)
+    connection.liveness.on_ping_sent(connection.opened_at)
     b.server.feed_text("data")
     await eventually(lambda: len(connection.inbox) == 1)
-    assert connection.pulse.awaiting_since is None
-    assert connection.pulse.last_seen >= connection.opened_at
-    assert not connection.pulse.answers
+    assert connection.liveness.awaiting_since is None
+    assert connection.liveness.last_seen >= connection.opened_at
+    assert not connection.liveness.has_ponged
 
 
 async def test_interception_can_be_switched_off(bench: Any) -> None:
@@ -101,8 +101,8 @@ async def test_a_message_over_the_limit_closes_and_is_never_seen(bench: Any, mes
         b.server.feed_bytes(message)
     await with_deadline(connection.finished)
     assert b.server.close_frames == [(1009, "message over 10 bytes")]
-    assert connection.ending.reason is DisconnectReason.MESSAGE_TOO_BIG
-    assert b.reports.totals.messages_received == 0
+    assert connection.close_info.cause is DisconnectReason.MESSAGE_TOO_BIG
+    assert b.events.counters.messages_received == 0
     assert len(connection.inbox) == 0
 
 
@@ -129,7 +129,7 @@ async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
     assert [await with_deadline(connection.receive()) for _ in range(5)] == ["1", "2", "3", "4", "5"]
     await eventually(lambda: not connection.reading_paused)
     assert len(b.heard.of("reading_paused")) == 1
-    assert connection.ending is None
+    assert connection.close_info is None
 
 
 async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +138,12 @@ async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
     await eventually(lambda: connection.reading_paused)
-    connection.pulse.last_seen = 0.0
-    connection.pulse.awaiting_since = 0.0
+    connection.liveness.last_seen = 0.0
+    connection.liveness.awaiting_since = 0.0
     await connection.receive()
     await eventually(lambda: not connection.reading_paused)
-    assert connection.pulse.last_seen > 0.0
-    assert connection.pulse.awaiting_since is None
+    assert connection.liveness.last_seen > 0.0
+    assert connection.liveness.awaiting_since is None
 
 
 async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
@@ -152,7 +152,7 @@ async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.feed_text("1", "2")
     await eventually(lambda: connection.reading_paused)
-    connection.end(DisconnectReason.SERVER_SHUTDOWN)
+    connection.close(DisconnectReason.SERVER_SHUTDOWN)
     await with_deadline(connection.finished)
     assert await connection.receive() == "1"
     assert b.server.close_frames == [(1012, "server shutdown")]
@@ -176,14 +176,14 @@ async def test_end_during_read_pause_delivers_every_read_message(
     connection, _ = await b.open(cancellable=tracked)
     b.server.feed_text("1", "2", "3")
     await eventually(lambda: connection.reading_paused)
-    connection.end(reason)
+    connection.close(reason)
     read = [await with_deadline(connection.receive()) for _ in range(3)]
     with pytest.raises(SocketClosed):
         await with_deadline(connection.receive())
     assert read == ["1", "2", "3"]
-    assert b.reports.totals.messages_received == 3
-    assert b.reports.totals.messages_discarded == 0
-    connection.endpoint.has_returned()
+    assert b.events.counters.messages_received == 3
+    assert b.events.counters.messages_discarded == 0
+    connection.endpoint.mark_returned()
 
 
 @pytest.mark.parametrize("code", [None, 1000])
@@ -193,13 +193,13 @@ async def test_end_during_read_pause_counts_every_discarded_message(bench: Any, 
     connection, _ = await b.open(cancellable=True)
     b.server.feed_text("1", "2", "3")
     await eventually(lambda: connection.reading_paused)
-    connection.end(DisconnectReason.SERVER_SHUTDOWN if code is None else DisconnectReason.APPLICATION, code=code)
+    connection.close(DisconnectReason.SERVER_SHUTDOWN if code is None else DisconnectReason.APPLICATION, code=code)
     handled = 1 if code is None else 0
     if handled:
         assert await with_deadline(connection.receive()) == "1"
-    connection.endpoint.has_returned()
+    connection.endpoint.mark_returned()
     await with_deadline(connection.finished)
-    assert b.reports.totals.messages_discarded + handled == b.reports.totals.messages_received == 3
+    assert b.events.counters.messages_discarded + handled == b.events.counters.messages_received == 3
 
 
 async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
@@ -209,7 +209,7 @@ async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
     b.server.feed_text("1", "2", "3")
     await with_deadline(connection.finished)
     assert b.server.close_frames == [(1013, "messages come faster than they are read")]
-    assert b.reports.totals.messages_discarded == 3
+    assert b.events.counters.messages_discarded == 3
 
 
 async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
@@ -241,8 +241,8 @@ async def test_the_end_by_the_other_side_is_read(
     connection, _ = await b.open()
     b.server.feed_disconnect(code, reason)
     await with_deadline(connection.finished)
-    assert (connection.ending.reason, connection.ending.code) == (expected, seen)
-    assert connection.ending.by_peer
+    assert (connection.close_info.cause, connection.close_info.code) == (expected, seen)
+    assert connection.close_info.by_peer
     assert b.server.close_frames == []
 
 
@@ -252,9 +252,9 @@ async def test_a_receive_that_fails_is_a_lost_network(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.feed(RuntimeError("stream closed"))
     await with_deadline(connection.finished)
-    assert (connection.ending.reason, connection.ending.code) == (DisconnectReason.NETWORK_LOST, 1006)
-    assert b.heard.of("connection_lost")[0].facts["cause"] == "RuntimeError('stream closed')"
-    assert max(report.level for report in b.heard.reports) < 30
+    assert (connection.close_info.cause, connection.close_info.code) == (DisconnectReason.NETWORK_LOST, 1006)
+    assert b.heard.of("connection_lost")[0].fields["cause"] == "RuntimeError('stream closed')"
+    assert max(report.level for report in b.heard.all) < 30
 
 
 async def test_a_flood_of_pings_is_not_answered_in_full(bench: Any) -> None:
@@ -265,7 +265,7 @@ async def test_a_flood_of_pings_is_not_answered_in_full(bench: Any) -> None:
     b.server.feed_text(*["ping"] * 100, "data")
     await eventually(lambda: len(connection.inbox) == 1)
     assert len(connection.outbox) <= MAX_URGENT
-    assert connection.ending is None
+    assert connection.close_info is None
 
 
 async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
@@ -277,7 +277,7 @@ async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
     monkeypatch.setattr(type(connection.inbox), "put", lambda self, message: 1 / 0)
     b.server.feed_text("hello")
     await with_deadline(connection.finished)
-    assert connection.ending.reason is DisconnectReason.NETWORK_LOST
+    assert connection.close_info.cause is DisconnectReason.NETWORK_LOST
     assert [type(report.error) for report in b.heard.of("internal_task_failed")] == [ZeroDivisionError]
 
 
@@ -296,9 +296,9 @@ async def test_a_message_is_looked_at_only_where_somebody_wants_to_know(
 ) -> None:
     """Without a limit that a message could reach, it costs nothing to have limits."""
     told: list[str] = []
-    may_send = Connection.may_send
-    monkeypatch.setattr(Connection, "may_send", lambda *args: bool(told.append("may") or may_send(*args)))
-    monkeypatch.setattr(Connection, "heard", lambda _: told.append("heard"))
+    may_send = Connection.admit_message
+    monkeypatch.setattr(Connection, "admit_message", lambda *args: bool(told.append("may") or may_send(*args)))
+    monkeypatch.setattr(Connection, "on_message", lambda _: told.append("heard"))
     manager, _ = manager_with(**options)
     server = FakeServer()
     ws = await manager.connect("ann", await server.accepted())
@@ -319,9 +319,9 @@ async def test_the_pump_drops_the_oldest_messages_of_an_endpoint_that_never_read
     await eventually(lambda: not connection.reading_paused)
     b.server.feed_text("4", "5")
     await eventually(lambda: connection.inbox.unread() == ["4", "5"])
-    assert b.reports.totals.messages_discarded == 3
+    assert b.events.counters.messages_discarded == 3
     assert len(b.heard.of("messages_not_read")) == 1
-    assert connection.ending is None
+    assert connection.close_info is None
 
 
 async def test_the_pump_ends_the_connection_of_an_endpoint_that_hangs(
@@ -342,8 +342,8 @@ async def test_the_pump_does_not_pause_for_an_endpoint_that_ignores_messages(ben
     """With `ignore_messages` reading goes on at once."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
-    connection.face.ignore_messages()
+    connection.socket.ignore_messages()
     b.server.feed_text(*"123456")
     await eventually(lambda: connection.inbox.unread() == ["5", "6"])
-    assert b.reports.totals.messages_discarded == 4
+    assert b.events.counters.messages_discarded == 4
     assert b.heard.of("reading_paused") == []

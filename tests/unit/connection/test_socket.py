@@ -44,7 +44,7 @@ async def test_it_says_how_it_is_doing(bench: Any) -> None:
     connection, socket = await b.open()
     assert socket.rtt is None
     assert 0 <= socket.silent_seconds <= socket.connected_seconds + 0.01
-    assert (socket.closed, socket.reason, socket.ending) == (False, None, None)
+    assert (socket.closed, socket.reason, socket.close_info) == (False, None, None)
     b.server.block()
     await socket.send("sending")
     await b.server.until(lambda: len(b.server.offered) == 2)
@@ -53,8 +53,8 @@ async def test_it_says_how_it_is_doing(bench: Any) -> None:
     await eventually(lambda: socket.unread_messages == 1)
     assert (socket.queued_messages, socket.queued_bytes) == (1, 3)
     assert socket.unread_bytes == connection.inbox.held_bytes > 0
-    connection.pulse.pinged(connection.opened_at)
-    connection.pulse.ponged(connection.opened_at + 0.5)
+    connection.liveness.on_ping_sent(connection.opened_at)
+    connection.liveness.on_pong(connection.opened_at + 0.5)
     assert socket.rtt == pytest.approx(0.5)
 
 
@@ -65,8 +65,8 @@ async def test_it_says_that_it_is_over(bench: Any) -> None:
     assert repr(socket).endswith(" open>")
     b.server.feed_disconnect(1001)
     how = await with_deadline(socket.wait_closed())
-    assert (how.reason, how.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
-    assert (socket.closed, socket.reason, socket.ending) == (True, DisconnectReason.CLIENT_CLOSE, how)
+    assert (how.cause, how.code) == (DisconnectReason.CLIENT_CLOSE, 1001)
+    assert (socket.closed, socket.reason, socket.close_info) == (True, DisconnectReason.CLIENT_CLOSE, how)
     assert repr(socket) == f"<StableSocket client_id='ann' connection_id={socket.connection_id} client_close>"
     assert await with_deadline(socket.wait_closed()) is how
 
@@ -79,7 +79,7 @@ async def test_a_cancelled_wait_for_the_end_disturbs_no_other(bench: Any) -> Non
     await settle()
     impatient.cancel()
     b.server.feed_disconnect()
-    assert (await with_deadline(patient)).reason is DisconnectReason.CLIENT_CLOSE
+    assert (await with_deadline(patient)).cause is DisconnectReason.CLIENT_CLOSE
     assert impatient.cancelled()
 
 

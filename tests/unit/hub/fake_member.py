@@ -29,13 +29,13 @@ class FakeMember:
         self.connection_id = f"connection-{next(_numbers)}"
         self.client_id = client_id
         self.shard = shard
-        self.place = 0
-        self.pulse = Liveness(0.0)
-        self.ending: CloseInfo | None = None
+        self.shard_index = 0
+        self.liveness = Liveness(0.0)
+        self.close_info: CloseInfo | None = None
         self.reading_paused = False
         self.context: contextvars.Context | None = None
         self.pings_by_protocol = False
-        self.face: Any = f"face of {self.connection_id}"
+        self.socket: Any = f"face of {self.connection_id}"
         self.frames: list[EncodedMessage] = []
         self.protocol_pings: list[bytes] = []
         self.takes = takes
@@ -46,15 +46,15 @@ class FakeMember:
         self.taken: int | None = None
         self.silent: float | None = None
         self.verdict = EnqueueResult.QUEUED
-        self.held_memory = 0
+        self.memory_usage = 0
 
     def evict(self) -> None:
         """End, because room is needed."""
-        self.end(DisconnectReason.MEMORY)
+        self.close(DisconnectReason.MEMORY)
 
-    def holds_too_much(self, _: int) -> None:
+    def on_limit_exceeded(self, _: int) -> None:
         """End, because more is held than may be."""
-        self.end(DisconnectReason.MEMORY)
+        self.close(DisconnectReason.MEMORY)
 
     @property
     def owner(self) -> FakeMember:
@@ -67,14 +67,14 @@ class FakeMember:
         return self
 
     @property
-    def member(self) -> FakeMember:
+    def recipient(self) -> FakeMember:
         """It has no session."""
         return self
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame, or end as a connection whose outbox is full."""
         if not self.takes:
-            self.end(DisconnectReason.SLOW_CONSUMER)
+            self.close(DisconnectReason.SLOW_CONSUMER)
             return EnqueueResult.REFUSED
         if self.verdict is EnqueueResult.DROPPED:
             return self.verdict
@@ -86,10 +86,10 @@ class FakeMember:
         if not self.room:
             return False
         if frame is None:
-            self.protocol_pings.append(self.pulse.pinged_by_protocol(now))
+            self.protocol_pings.append(self.liveness.pinged_by_protocol(now))
         else:
             self.frames.append(frame)
-            self.pulse.pinged(now)
+            self.liveness.on_ping_sent(now)
         return True
 
     def has_backlog(self) -> bool:
@@ -119,11 +119,11 @@ class FakeMember:
         """Whether something waits: nothing does."""
         return False
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half of the outbox is used."""
         return self.pressed
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -132,7 +132,7 @@ class FakeMember:
         from_outside: bool = False,
     ) -> bool:
         """Begin the end."""
-        if self.ending is not None:
+        if self.close_info is not None:
             return False
-        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
+        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
         return True

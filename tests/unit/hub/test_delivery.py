@@ -22,12 +22,12 @@ class Lobby:
 
     def __init__(self, members: int, **options: Any) -> None:
         self.config = WebSocketConfig(**options)
-        reports = EventBus()
-        self.turns = FlushScheduler(self.config.num_shards, reports)
-        self.delivery: Hub[FakeMember] = Hub(
+        events = EventBus()
+        self.scheduler = FlushScheduler(self.config.num_shards, events)
+        self.hub: Hub[FakeMember] = Hub(
             self.config,
-            reports,
-            self.turns,
+            events,
+            self.scheduler,
             TaskSet(lambda _, error: None),
             joined=self._hear,
             left=self._hear,
@@ -40,14 +40,14 @@ class Lobby:
 
     def add(self, client_id: str) -> FakeMember:
         """Connect a client, and let it into the lobby."""
-        member = FakeMember(client_id, shard=self.delivery.registry.next_shard())
-        self.delivery.registry.add(member)
-        self.delivery.join(member, "lobby", None)
+        member = FakeMember(client_id, shard=self.hub.registry.next_shard())
+        self.hub.registry.add(member)
+        self.hub.join(member, "lobby", None)
         return member
 
     async def reached_by_turn(self, **whom: Any) -> list[int]:
         """Broadcast, and return how many have been reached at the end of each turn that has reached somebody."""
-        task = asyncio.ensure_future(self.delivery.broadcast(encode("hi"), **whom))
+        task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **whom))
         reached: list[int] = []
         while not task.done():
             await asyncio.sleep(0)
@@ -97,16 +97,16 @@ async def test_sending_in_a_loop_lets_overdue_work_be_done(monkeypatch: pytest.M
     log: list[str] = []
 
     class Writer:
-        def take_turn(self) -> None:
+        def flush_now(self) -> None:
             log.append("written")
 
     async def send() -> None:
         if how == "to all":
-            await hub.delivery.broadcast(encode("hi"))
+            await hub.hub.broadcast(encode("hi"))
         else:
-            assert await hub.delivery.to_client("client-0", encode("hi"))
+            assert await hub.hub.send_to_client("client-0", encode("hi"))
 
-    hub.turns.soon(hub.turns.pending(0), Writer())
+    hub.scheduler.schedule(hub.scheduler.pending(0), Writer())
     await send()
     assert log == []
     now[0] += 1.0

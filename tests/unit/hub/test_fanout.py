@@ -18,8 +18,8 @@ from tests.unit.hub.fake_member import FakeMember
 
 async def fan_out(frame: EncodedMessage, members: list[FakeMember]) -> BroadcastResult:
     """Send a frame to some members, in one go."""
-    reports = EventBus()
-    return await Broadcaster(FlushScheduler(1, reports), reports.totals).send(frame, lambda: ([members], ()))
+    events = EventBus()
+    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([members], ()))
 
 
 async def test_everybody_gets_the_same_frame() -> None:
@@ -74,20 +74,20 @@ async def test_a_broadcast_to_nobody_is_none() -> None:
 
 async def test_a_broadcast_without_pressure_does_not_yield() -> None:
     """As long as outboxes are mostly empty, a broadcast takes no turn of the event loop."""
-    turns: list[str] = []
-    asyncio.get_running_loop().call_soon(turns.append, "turn")
+    scheduler: list[str] = []
+    asyncio.get_running_loop().call_soon(scheduler.append, "turn")
     await fan_out(encode("hi"), [FakeMember()])
-    assert turns == []
+    assert scheduler == []
     await asyncio.sleep(0)
-    assert turns == ["turn"]
+    assert scheduler == ["turn"]
 
 
 async def test_a_broadcast_under_pressure_lets_writers_work() -> None:
     """When an outbox fills up, the event loop gets a turn before the broadcast returns."""
-    turns: list[str] = []
-    asyncio.get_running_loop().call_soon(turns.append, "turn")
+    scheduler: list[str] = []
+    asyncio.get_running_loop().call_soon(scheduler.append, "turn")
     await fan_out(encode("hi"), [FakeMember(pressed=True), FakeMember()])
-    assert turns == ["turn"]
+    assert scheduler == ["turn"]
 
 
 async def test_a_cancelled_broadcast_has_been_queued_for_everybody() -> None:
@@ -125,8 +125,8 @@ def parts(members: list[FakeMember]) -> list[list[FakeMember]]:
 @pytest.mark.usefixtures("slow_clock")
 async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order() -> None:
     """Others run between two shards; a broadcast that comes meanwhile comes after it, at every client."""
-    reports = EventBus()
-    fan = Broadcaster(FlushScheduler(4, reports), reports.totals)
+    events = EventBus()
+    fan = Broadcaster(FlushScheduler(4, events), events.counters)
     members = [FakeMember(str(number)) for number in range(4)]
     first, second = encode("first"), encode("second")
     long = asyncio.ensure_future(fan.send(first, lambda: (parts(members), ())))
@@ -140,8 +140,8 @@ async def test_a_long_broadcast_gives_the_loop_turns_and_keeps_everybodys_order(
 @pytest.mark.usefixtures("slow_clock")
 async def test_a_long_broadcast_that_is_cancelled_is_queued_for_the_rest_at_once() -> None:
     """Nobody is left out because the caller was cancelled between two shards."""
-    reports = EventBus()
-    fan = Broadcaster(FlushScheduler(4, reports), reports.totals)
+    events = EventBus()
+    fan = Broadcaster(FlushScheduler(4, events), events.counters)
     members = [FakeMember() for _ in range(4)]
     long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(members), ())))
     await asyncio.sleep(0)
@@ -162,9 +162,9 @@ async def test_dropped_and_slow_ones_are_counted_beside_the_others() -> None:
 
 async def test_who_is_excluded_is_not_counted() -> None:
     """Excluded connections are no part of the total."""
-    reports = EventBus()
+    events = EventBus()
     members = [FakeMember() for _ in range(3)]
-    fan = Broadcaster(FlushScheduler(1, reports), reports.totals)
+    fan = Broadcaster(FlushScheduler(1, events), events.counters)
     result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
     assert [len(member.frames) for member in members] == [1, 0, 1]
@@ -172,8 +172,8 @@ async def test_who_is_excluded_is_not_counted() -> None:
 
 async def test_broadcasts_that_reach_no_client_give_the_event_loop_its_turns() -> None:
     """A loop of broadcasts to an empty audience ends when another task of the event loop says so."""
-    reports = EventBus()
-    fan = Broadcaster(FlushScheduler(1, reports), reports.totals)
+    events = EventBus()
+    fan = Broadcaster(FlushScheduler(1, events), events.counters)
     stopped = False
 
     def stop() -> None:

@@ -29,29 +29,29 @@ class Beating:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.now = 1000.0
         self.heard = Heard()
-        self.reports = EventBus()
-        self.reports.subscribe(self.heard)
+        self.events = EventBus()
+        self.events.subscribe(self.heard)
         monkeypatch.setattr(heartbeat_module, "monotonic", lambda: self.now)
         monkeypatch.setattr(heartbeat_module.random, "uniform", lambda low, high: self.first(low, high))
         self.first = lambda low, high: high
-        self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.reports)
+        self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.events)
 
     def add(self, client_id: str = "ann", **kwargs: Any) -> FakeMember:
         """Begin to beat for a new connection, whose first ping is due after one interval."""
         member = FakeMember(client_id, **kwargs)
-        member.pulse.seen(self.now)
+        member.liveness.on_frame(self.now)
         self.heartbeat.add(member)
         return member
 
     def at(self, seconds: float, late: float = 0.0) -> None:
         """Do what is due that many seconds after the start."""
         self.now = 1000.0 + seconds
-        self.heartbeat.beat_due(self.now, late)
+        self.heartbeat.run_due(self.now, late)
 
     def pong(self, member: FakeMember) -> None:
         """Let the client answer."""
-        member.pulse.seen(self.now)
-        member.pulse.ponged(self.now)
+        member.liveness.on_frame(self.now)
+        member.liveness.on_pong(self.now)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ async def test_a_connection_is_pinged_once_per_interval(beating: Any) -> None:
     for second in range(31):
         clock.at(second)
     assert [frame.text for frame in member.frames] == ['{"type":"ping"}'] * 3
-    assert clock.reports.totals.pings_sent == 3
+    assert clock.events.counters.pings_sent == 3
 
 
 async def test_the_first_ping_comes_after_a_random_part_of_the_interval(beating: Any) -> None:
@@ -103,7 +103,7 @@ async def test_first_pings_are_really_spread(monkeypatch: pytest.MonkeyPatch) ->
     for member in members:
         heartbeat.add(member)
     heartbeat.stop()
-    due = sorted(member.pulse.next_ping for member in members)
+    due = sorted(member.liveness.next_ping for member in members)
     assert due[-1] - due[0] > 5.0
     assert len(set(due)) > 90
 
@@ -119,10 +119,10 @@ async def test_the_timeout_is_honoured_longer_or_shorter_than_the_interval(
     clock.pong(member)
     clock.at(2 * interval)
     clock.at(2 * interval + timeout - 0.01)
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(2 * interval + timeout)
-    assert member.ending is not None
-    assert member.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert member.close_info is not None
+    assert member.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
     assert len(clock.heartbeat) == 0
 
 
@@ -133,9 +133,9 @@ async def test_pings_go_on_while_an_answer_is_awaited(beating: Any) -> None:
     for second in range(10, 45):
         clock.at(second)
     assert len(member.frames) == 4
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(45)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_a_timeout_is_told_with_the_time_of_silence(beating: Any) -> None:
@@ -146,7 +146,7 @@ async def test_a_timeout_is_told_with_the_time_of_silence(beating: Any) -> None:
     clock.at(15)
     (report,) = clock.heard.of("heartbeat_timeout")
     assert report.level == logging.INFO
-    assert report.facts == {"client_id": "bob", "connection_id": member.connection_id, "silent_seconds": 15.0}
+    assert report.fields == {"client_id": "bob", "connection_id": member.connection_id, "silent_seconds": 15.0}
 
 
 async def test_a_chatty_client_that_never_pongs_lives(beating: Any) -> None:
@@ -155,8 +155,8 @@ async def test_a_chatty_client_that_never_pongs_lives(beating: Any) -> None:
     member = clock.add()
     for second in range(100):
         clock.at(second)
-        member.pulse.seen(clock.now)
-    assert member.ending is None
+        member.liveness.on_frame(clock.now)
+    assert member.close_info is None
     assert len(member.frames) >= 9
 
 
@@ -166,11 +166,11 @@ async def test_a_client_that_has_never_answered_is_not_closed(beating: Any) -> N
     member = clock.add()
     for second in range(0, 200, 5):
         clock.at(second)
-    assert member.ending is None
+    assert member.close_info is None
     clock.pong(member)
     for second in range(200, 220):
         clock.at(second)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_a_required_pong_is_required_from_the_start(beating: Any) -> None:
@@ -179,7 +179,7 @@ async def test_a_required_pong_is_required_from_the_start(beating: Any) -> None:
     member = clock.add()
     clock.at(10)
     clock.at(15)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_a_pong_that_is_not_required_is_never_missed(beating: Any) -> None:
@@ -190,7 +190,7 @@ async def test_a_pong_that_is_not_required_is_never_missed(beating: Any) -> None
     clock.pong(member)
     for second in range(20, 200, 5):
         clock.at(second)
-    assert member.ending is None
+    assert member.close_info is None
 
 
 async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> None:
@@ -206,11 +206,11 @@ async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> Non
 
     member.ping = answer_at_once  # type: ignore[method-assign]
     clock.at(10)
-    await eventually(lambda: member.pulse.answers)
+    await eventually(lambda: member.liveness.has_ponged)
     clock.at(15)
     clock.at(19.9)
-    assert member.ending is None
-    assert member.pulse.rtt == 0.0
+    assert member.close_info is None
+    assert member.liveness.rtt == 0.0
 
 
 async def test_a_client_whose_outbox_is_full_is_not_pinged_and_owes_nothing(beating: Any) -> None:
@@ -219,8 +219,8 @@ async def test_a_client_whose_outbox_is_full_is_not_pinged_and_owes_nothing(beat
     member = clock.add(room=False)
     for second in range(10, 60):
         clock.at(second)
-    assert member.ending is None
-    assert clock.reports.totals.pings_sent == 0
+    assert member.close_info is None
+    assert clock.events.counters.pings_sent == 0
     member.room = True
     clock.at(60)
     assert len(member.frames) == 1
@@ -234,7 +234,7 @@ async def test_a_pause_of_ours_is_not_the_clients_silence(beating: Any) -> None:
     member.reading_paused = True
     for second in range(11, 100):
         clock.at(second)
-    assert member.ending is None
+    assert member.close_info is None
 
 
 async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> None:
@@ -244,11 +244,11 @@ async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> Non
     member.backlog = True
     for second in range(10, 100):
         clock.at(second)
-    assert member.ending is None
+    assert member.close_info is None
     member.backlog = False
     for second in range(100, 130):
         clock.at(second)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_who_is_sent_something_in_every_turn_is_found_dead_too(beating: Any, bench: Any) -> None:
@@ -256,13 +256,13 @@ async def test_who_is_sent_something_in_every_turn_is_found_dead_too(beating: An
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
-    connection.pulse.seen(clock.now)
+    connection.liveness.on_frame(clock.now)
     clock.heartbeat.add(connection)
     for second in range(10, 16):
         assert connection.enqueue(encode("news"))
         clock.at(second)
         await settle()
-    assert connection.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert connection.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
 
 
 async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
@@ -273,14 +273,14 @@ async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
-    connection.pulse.seen(clock.now)
+    connection.liveness.on_frame(clock.now)
     clock.heartbeat.add(connection)
     b.server.block()
     connection.enqueue(encode("stuck"))
     await b.server.until(lambda: len(b.server.offered) == 2)
     for second in range(10, 100):
         clock.at(second)
-    assert connection.ending is None
+    assert connection.close_info is None
 
 
 async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
@@ -289,11 +289,11 @@ async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
     member = clock.add()
     clock.at(100)
     clock.at(112, late=7.0)
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(112.9)
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(113)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None:
@@ -302,9 +302,9 @@ async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None
     member = clock.add()
     clock.at(100)
     clock.at(101, late=MAX_TIMER_LAG)
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(101.25)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
@@ -313,14 +313,14 @@ async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
     member = clock.add()
     clock.at(100)
     clock.at(105.4, late=MAX_TIMER_LAG - 0.1)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_an_ended_connection_is_let_go_of(beating: Any) -> None:
     """A connection that ended otherwise is neither pinged nor kept."""
     clock = beating(heartbeat_interval=10)
     member = clock.add()
-    member.end(DisconnectReason.CLIENT_CLOSE)
+    member.close(DisconnectReason.CLIENT_CLOSE)
     clock.at(10)
     assert member.frames == []
     assert len(clock.heartbeat) == 0
@@ -375,17 +375,17 @@ async def test_a_custom_payload_is_what_is_sent(beating: Any, payload: Any) -> N
 
 async def test_a_custom_payload_can_be_a_function_of_the_socket(beating: Any) -> None:
     """A callable payload is called for each beat with what user code knows the connection by."""
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda face: {"for": face})
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: {"for": socket})
     member = clock.add()
     clock.at(10)
-    assert json.loads(member.frames[0].text) == {"for": member.face}
+    assert json.loads(member.frames[0].text) == {"for": member.socket}
 
 
 async def test_a_payload_function_that_fails_is_told_and_tried_again(beating: Any) -> None:
     """A bug in the payload function is reported, hurts no other connection, and the next beat tries again."""
     answers: list[Any] = [ValueError("bug"), object(), "beat"]
 
-    def payload(face: Any) -> Any:
+    def payload(socket: Any) -> Any:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -397,7 +397,7 @@ async def test_a_payload_function_that_fails_is_told_and_tried_again(beating: An
     clock.at(20)
     clock.at(30)
     assert clock.heard.events == ["heartbeat_payload_failed", "heartbeat_payload_invalid"]
-    assert isinstance(clock.heard.reports[1].error, MessageEncodeError)
+    assert isinstance(clock.heard.all[1].error, MessageEncodeError)
     assert [frame.text for frame in member.frames] == ["beat"]
 
 
@@ -410,11 +410,11 @@ async def test_a_payload_that_cannot_be_encoded_is_refused_when_the_manager_is_m
 
 async def test_a_payload_function_that_ends_its_connection_leaves_no_entry(beating: Any) -> None:
     """A connection that its own payload function has ended is not scheduled again."""
-    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda face: end())
+    clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: end())
     member = clock.add()
 
     def end() -> str:
-        member.end(DisconnectReason.APPLICATION)
+        member.close(DisconnectReason.APPLICATION)
         member.room = False
         clock.heartbeat.remove(member)
         return "bye"
@@ -472,10 +472,10 @@ async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating:
     clock.heartbeat._timer_due = 1015.0
     clock.now = 1018.0
     clock.heartbeat._on_timer()
-    assert member.ending is None
+    assert member.close_info is None
     (report,) = clock.heard.of("event_loop_blocked")
     assert report.level == logging.WARNING
-    assert report.facts == {"blocked_seconds": 3.0}
+    assert report.fields == {"blocked_seconds": 3.0}
     assert clock.heartbeat._timer is not None
 
 
@@ -514,15 +514,15 @@ async def test_client_that_sends_part_of_a_message_is_not_silent(beating: Any) -
     clock.at(10)
     member.silent = 2.0
     clock.at(25)
-    assert member.ending is None
-    assert clock.now - member.pulse.last_seen == 2.0
+    assert member.close_info is None
+    assert clock.now - member.liveness.last_seen == 2.0
     member.silent = 16.9
     clock.at(37.9)
-    assert member.ending is None
+    assert member.close_info is None
     member.silent = 17.0
     clock.at(38)
-    assert member.ending is not None
-    assert member.ending.reason is DisconnectReason.HEARTBEAT_TIMEOUT
+    assert member.close_info is not None
+    assert member.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
 
 
 async def test_client_that_never_completes_a_message_is_closed(beating: Any) -> None:
@@ -532,9 +532,9 @@ async def test_client_that_never_completes_a_message_is_closed(beating: Any) -> 
     member.silent = 1.0
     for second in range(10, 65):
         clock.at(second)
-        assert member.ending is None, second
+        assert member.close_info is None, second
     clock.at(65)  # the ping, 40 s, and the timeout
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_client_that_completes_messages_has_time_for_the_next(beating: Any) -> None:
@@ -544,9 +544,9 @@ async def test_client_that_completes_messages_has_time_for_the_next(beating: Any
     member.silent = 1.0
     for second in range(10, 300):
         if second % 50 == 0:
-            member.pulse.seen(1000.0 + second)
+            member.liveness.on_frame(1000.0 + second)
         clock.at(second)
-        assert member.ending is None, second
+        assert member.close_info is None, second
 
 
 async def test_client_that_takes_bytes_before_its_ping_is_not_silent(beating: Any) -> None:
@@ -558,12 +558,12 @@ async def test_client_that_takes_bytes_before_its_ping_is_not_silent(beating: An
     for second in range(11, 60):
         member.taken += 2_000
         clock.at(second)
-        assert member.ending is None, second
+        assert member.close_info is None, second
     clock.at(60)
     clock.at(74.9)
-    assert member.ending is None
+    assert member.close_info is None
     clock.at(75)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 @pytest.mark.parametrize(("unsent", "taken"), [(16 * 1024 - 1, 100_000), (20_000, 0), (None, None)])
@@ -577,7 +577,7 @@ async def test_client_that_takes_nothing_before_its_ping_is_silent(
     clock.at(10)
     member.taken = taken
     clock.at(25)
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_bytes_behind_a_ping_are_no_sign_of_life(beating: Any) -> None:
@@ -588,7 +588,7 @@ async def test_bytes_behind_a_ping_are_no_sign_of_life(beating: Any) -> None:
     for second in range(10, 41):
         clock.at(second)
         member.taken += 10_000
-    assert member.ending is not None
+    assert member.close_info is not None
 
 
 async def test_ended_client_leaves_no_debt(beating: Any) -> None:
@@ -603,7 +603,7 @@ async def test_ended_client_leaves_no_debt(beating: Any) -> None:
     clock.pong(members[1])
     members[1].unsent = 0
     clock.at(20)
-    assert list(clock.heartbeat._debts) == [members[2].pulse]
+    assert list(clock.heartbeat._debts) == [members[2].liveness]
     clock.heartbeat.stop()
     assert not clock.heartbeat._debts
 

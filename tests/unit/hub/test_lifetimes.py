@@ -147,8 +147,8 @@ async def test_nothing_is_kept_where_nothing_is_wanted() -> None:
     async with Stage() as stage:
         stage.plain()
         await soon()
-        lifetimes = stage.manager._serving.lifetimes
-        assert (len(lifetimes), lifetimes._timer, lifetimes._heap) == (0, None, [])
+        reaper = stage.manager._node.reaper
+        assert (len(reaper), reaper._timer, reaper._heap) == (0, None, [])
 
 
 @virtually
@@ -160,7 +160,7 @@ async def test_a_connection_that_is_over_is_let_go_at_once() -> None:
             await soon()
             await line.leaves(1000)
         await soon()
-        lifetimes = stage.manager._serving.lifetimes
-        assert len(lifetimes) == 0
-        assert len(lifetimes._heap) <= 65
-        assert all(term.member is None for term in lifetimes._heap)
+        reaper = stage.manager._node.reaper
+        assert len(reaper) == 0
+        assert len(reaper._heap) <= 65
+        assert all(term.member is None for term in reaper._heap)

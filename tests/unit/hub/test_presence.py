@@ -75,7 +75,7 @@ class Watched:
 
     def enter(self, member: FakeMember, room: str = "lobby", metadata: Any = None) -> None:
         """Let a connection in."""
-        self.board.enter(room, member.client_id, member.connection_id, metadata)
+        self.board.join(room, member.client_id, member.connection_id, metadata)
 
     def leave(self, member: FakeMember, room: str = "lobby", *, at_once: bool = False) -> None:
         """Take a connection out."""
@@ -462,7 +462,7 @@ async def test_a_grace_ends_by_itself() -> None:
 
     tasks = TaskSet(lambda _, __: None)
     board = PresenceTracker(grace=0.02, joined=joined, left=gone, wanted=lambda: True, tasks=tasks)
-    board.enter("lobby", "ann", "1", None)
+    board.join("lobby", "ann", "1", None)
     await settle()
     board.leave("lobby", "ann", "1", at_once=False)
     await asyncio.wait_for(left.wait(), 5.0)
@@ -668,7 +668,7 @@ async def test_churn_while_a_hook_is_slow_is_bounded_by_the_clients(watched: Any
             w.enter(member)
         for member in members[::2]:
             w.leave(member, at_once=True)
-    assert len(w.board._rooms["lobby"].unsaid) == 5
+    assert len(w.board._rooms["lobby"].pending) == 5
     assert len(w.tasks) == 1
     w.release()
     await settle()
@@ -712,7 +712,7 @@ async def test_when_nobody_listens_nothing_is_spawned(watched: Any) -> None:
     ann, bob = FakeMember("ann"), FakeMember("bob")
     w.enter(ann)
     w.enter(bob)
-    assert w.board._rooms["lobby"].unsaid == {}
+    assert w.board._rooms["lobby"].pending == {}
     w.leave(ann)
     w.at(10)
     w.leave(bob, at_once=True)
@@ -746,7 +746,7 @@ async def test_calls_that_wait_for_nothing_share_the_loop() -> None:
     tasks = TaskSet(lambda _, __: None)
     board = PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks)
     for number in range(1000):
-        board.enter("lobby", f"client-{number}", str(number), None)
+        board.join("lobby", f"client-{number}", str(number), None)
     at_turns = [0]
     while at_turns[-1] < 1000:
         await asyncio.sleep(0)
@@ -767,7 +767,7 @@ async def test_calls_do_not_see_the_context_of_who_came_first(monkeypatch: pytes
     makers = contextvars.copy_context()
     makers.run(VARIABLE.set, "maker's")
     board = makers.run(lambda: PresenceTracker(grace=0, joined=hear, left=hear, wanted=lambda: True, tasks=tasks))
-    contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), board.enter("lobby", "ann", "1", None)))
+    contextvars.copy_context().run(lambda: (VARIABLE.set("ann's"), board.join("lobby", "ann", "1", None)))
     await settle()
     assert seen == ["maker's"]
 
@@ -1078,7 +1078,7 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
                 there = w.board.present(room)
                 seen = [(who.client_id, dict(who.metadata), who.connections, who.present_seconds) for who in there]
                 assert seen == model.present(room, w.now)
-                assert len(w.board._rooms[room].unsaid if room in w.board._rooms else ()) <= len(CLIENTS)
+                assert len(w.board._rooms[room].pending if room in w.board._rooms else ()) <= len(CLIENTS)
             assert len(w.board._graces) == sum(stay.due is not None for stay in model.stays.values())
             assert (w.board._timer is not None) >= bool(w.board._graces)
         w.release()
@@ -1108,8 +1108,8 @@ def test_rooms_are_listed_while_others_come() -> None:
             """Another room comes while this one is looked at."""
 
             @property
-            def people(self) -> dict[str, Any]:
-                board.enter("another", "ann", "connection", None)
+            def entries(self) -> dict[str, Any]:
+                board.join("another", "ann", "connection", None)
                 return {"bob": None}
 
         board._rooms["lobby"] = Changing()  # type: ignore[assignment]

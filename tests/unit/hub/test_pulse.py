@@ -9,100 +9,100 @@ from fastapi_ws_stabilizer.hub.pulse import MAX_OPEN_PINGS, Liveness
 
 def test_a_new_connection_owes_nothing() -> None:
     """A connection counts as seen when it opens, and has answered nothing yet."""
-    pulse = Liveness(10.0)
-    assert (pulse.last_seen, pulse.awaiting_since, pulse.answers, pulse.rtt) == (10.0, None, False, None)
+    liveness = Liveness(10.0)
+    assert (liveness.last_seen, liveness.awaiting_since, liveness.has_ponged, liveness.rtt) == (10.0, None, False, None)
 
 
 def test_any_frame_pays_what_is_owed() -> None:
     """Not only a pong but any inbound frame proves life."""
-    pulse = Liveness(0.0)
-    pulse.pinged(5.0)
-    assert pulse.awaiting_since == 5.0
-    pulse.seen(6.0)
-    assert (pulse.last_seen, pulse.awaiting_since) == (6.0, None)
-    assert not pulse.answers
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(5.0)
+    assert liveness.awaiting_since == 5.0
+    liveness.on_frame(6.0)
+    assert (liveness.last_seen, liveness.awaiting_since) == (6.0, None)
+    assert not liveness.has_ponged
 
 
 def test_a_pong_measures_the_round_trip() -> None:
     """The round trip is the time from the ping to its pong."""
-    pulse = Liveness(0.0)
-    pulse.pinged(5.0)
-    pulse.seen(5.25)
-    pulse.ponged(5.25)
-    assert pulse.answers
-    assert pulse.rtt == pytest.approx(0.25)
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(5.0)
+    liveness.on_frame(5.25)
+    liveness.on_pong(5.25)
+    assert liveness.has_ponged
+    assert liveness.rtt == pytest.approx(0.25)
 
 
 def test_a_pong_that_nobody_asked_for_measures_nothing() -> None:
     """An unsolicited pong shows that the client answers, and leaves the round trip alone."""
-    pulse = Liveness(0.0)
-    pulse.pinged(1.0)
-    pulse.ponged(1.5)
-    pulse.ponged(9.0)
-    assert pulse.rtt == pytest.approx(0.5)
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.on_pong(1.5)
+    liveness.on_pong(9.0)
+    assert liveness.rtt == pytest.approx(0.5)
 
 
 def test_as_many_pongs_are_answers_as_there_were_pings() -> None:
     """Of either kind, early or late; one that nobody has asked for is none."""
-    pulse = Liveness(0.0)
-    assert not pulse.ponged(0.5)
-    pulse.pinged(1.0)
-    pulse.asked()
-    payload = pulse.pinged_by_protocol(2.0)
-    pulse.forgive()
-    assert pulse.ponged_by_protocol(b"late", 3.0)
-    assert pulse.ponged_by_protocol(payload, 3.0)
-    assert pulse.ponged(3.0)
-    assert not pulse.ponged(3.0)
-    assert not pulse.ponged_by_protocol(payload, 3.0)
+    liveness = Liveness(0.0)
+    assert not liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_unmeasured_ping()
+    payload = liveness.pinged_by_protocol(2.0)
+    liveness.reset_deadline()
+    assert liveness.ponged_by_protocol(b"late", 3.0)
+    assert liveness.ponged_by_protocol(payload, 3.0)
+    assert liveness.on_pong(3.0)
+    assert not liveness.on_pong(3.0)
+    assert not liveness.ponged_by_protocol(payload, 3.0)
 
 
 def test_pings_that_nobody_answers_are_not_saved_up() -> None:
     """A client that was silent for days may not send as many pongs as it was sent pings."""
-    pulse = Liveness(0.0)
+    liveness = Liveness(0.0)
     for number in range(2 * MAX_OPEN_PINGS):
-        pulse.pinged(float(number))
-    assert [pulse.ponged(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
+        liveness.on_ping_sent(float(number))
+    assert [liveness.on_pong(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
 
 
 def test_the_oldest_of_several_open_pings_counts() -> None:
     """A client that answers late looks no better because it was asked again."""
-    pulse = Liveness(0.0)
-    pulse.ponged(0.5)
-    pulse.pinged(1.0)
-    pulse.pinged(2.0)
-    assert pulse.awaiting_since == 1.0
-    pulse.ponged(2.5)
-    assert pulse.rtt == pytest.approx(1.5)
+    liveness = Liveness(0.0)
+    liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_ping_sent(2.0)
+    assert liveness.awaiting_since == 1.0
+    liveness.on_pong(2.5)
+    assert liveness.rtt == pytest.approx(1.5)
 
 
 def test_data_between_ping_and_pong_flatters_no_round_trip() -> None:
     """TCP keeps the order, so the first pong answers the first open ping, whatever was received in between."""
-    pulse = Liveness(0.0)
-    pulse.ponged(0.5)
-    pulse.pinged(1.0)
-    pulse.seen(1.1)
-    pulse.pinged(2.0)
-    pulse.seen(2.1)
-    pulse.ponged(2.1)
-    assert pulse.rtt == pytest.approx(1.1)
+    liveness = Liveness(0.0)
+    liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_frame(1.1)
+    liveness.on_ping_sent(2.0)
+    liveness.on_frame(2.1)
+    liveness.on_pong(2.1)
+    assert liveness.rtt == pytest.approx(1.1)
 
 
 def test_the_first_answer_ever_is_measured_from_the_last_ping() -> None:
     """A client that has ignored pings for long has no round trip as long as that."""
-    pulse = Liveness(0.0)
-    pulse.pinged(1.0)
-    pulse.pinged(100.0)
-    pulse.ponged(100.5)
-    assert pulse.rtt == pytest.approx(0.5)
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.on_ping_sent(100.0)
+    liveness.on_pong(100.5)
+    assert liveness.rtt == pytest.approx(0.5)
 
 
 def test_what_is_forgiven_is_neither_owed_nor_measured() -> None:
     """A pause of ours is no debt of the client, and a pong after it says nothing about the way."""
-    pulse = Liveness(0.0)
-    pulse.pinged(1.0)
-    pulse.forgive()
-    assert pulse.awaiting_since is None
-    pulse.ponged(50.0)
-    assert pulse.rtt is None
-    assert pulse.answers
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.reset_deadline()
+    assert liveness.awaiting_since is None
+    liveness.on_pong(50.0)
+    assert liveness.rtt is None
+    assert liveness.has_ponged

@@ -27,7 +27,7 @@ def test_who_joins_is_in(rooms: RoomMembership[FakeMember]) -> None:
     ann = FakeMember("ann")
     assert rooms.join(ann, "lobby")
     assert rooms.members("lobby") == [ann]
-    assert rooms.of(ann) == ("lobby",)
+    assert rooms.rooms_of(ann) == ("lobby",)
     assert rooms.names() == ["lobby"]
     assert len(rooms) == 1
     assert "lobby" in rooms
@@ -52,7 +52,7 @@ def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: RoomMembership
     rooms.join(bob, "attic")
     assert not rooms.leave(bob, "lobby")
     assert not rooms.leave(ann, "nowhere")
-    assert (rooms.of(ann), rooms.of(bob)) == (("lobby",), ("attic",))
+    assert (rooms.rooms_of(ann), rooms.rooms_of(bob)) == (("lobby",), ("attic",))
     assert len(rooms) == 2
 
 
@@ -63,7 +63,7 @@ def test_a_connection_that_ends_leaves_all_its_rooms(rooms: RoomMembership[FakeM
         rooms.join(ann, name)
     rooms.join(bob, "a")
     assert rooms.leave_all(ann) == ("c", "a", "b")
-    assert rooms.of(ann) == ()
+    assert rooms.rooms_of(ann) == ()
     assert rooms.names() == ["a"]
     assert rooms.members("a") == [bob]
 
@@ -87,7 +87,7 @@ def test_two_connections_of_a_client_are_two_members(rooms: RoomMembership[FakeM
     rooms.leave_all(old)
     assert not rooms.leave(old, "attic")
     assert rooms.members("lobby") == rooms.members("attic") == [new]
-    assert rooms.of(new) == ("lobby", "attic")
+    assert rooms.rooms_of(new) == ("lobby", "attic")
 
 
 def test_who_comes_back_is_last(rooms: RoomMembership[FakeMember]) -> None:
@@ -99,7 +99,7 @@ def test_who_comes_back_is_last(rooms: RoomMembership[FakeMember]) -> None:
     rooms.leave(ann, "a")
     rooms.join(ann, "a")
     assert rooms.members("a") == [bob, ann]
-    assert rooms.of(ann) == ("b", "a")
+    assert rooms.rooms_of(ann) == ("b", "a")
 
 
 # ── names and limits ──
@@ -111,7 +111,7 @@ def test_a_name_that_is_none_is_refused(rooms: RoomMembership[FakeMember], name:
     ann = FakeMember("ann")
     with pytest.raises(ValueError, match="a string of at least one character"):
         rooms.join(ann, name)
-    assert rooms.of(ann) == ()
+    assert rooms.rooms_of(ann) == ()
     assert len(rooms) == 0
 
 
@@ -178,7 +178,7 @@ def test_an_empty_room_vanishes(rooms: RoomMembership[FakeMember]) -> None:
 def test_a_connection_in_no_room_costs_no_entry(rooms: RoomMembership[FakeMember]) -> None:
     """Neither who was never in a room nor who has left the last is kept."""
     ann = FakeMember("ann")
-    rooms.of(ann)
+    rooms.rooms_of(ann)
     rooms.leave(ann, "lobby")
     rooms.leave_all(ann)
     assert rooms._names == {}
@@ -196,7 +196,7 @@ def test_an_audience_is_everybody_in_the_room(rooms: RoomMembership[FakeMember])
     rooms.join(ann, "lobby")
     rooms.join(bob, "lobby")
     rooms.join(eve, "l")
-    assert list(rooms.audience(["lobby"])) == list(rooms.audience("lobby")) == [ann, bob]
+    assert list(rooms.recipients(["lobby"])) == list(rooms.recipients("lobby")) == [ann, bob]
 
 
 def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: RoomMembership[FakeMember]) -> None:
@@ -206,13 +206,18 @@ def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: RoomMembership
         rooms.join(ann, name)
     rooms.join(again, "b")
     rooms.join(bob, "c")
-    assert list(rooms.audience(iter(["a", "b", "a", "nowhere", "c"]))) == [ann, again, bob]
-    assert len(rooms.audience(["b", "b"])) == 2
+    assert list(rooms.recipients(iter(["a", "b", "a", "nowhere", "c"]))) == [ann, again, bob]
+    assert len(rooms.recipients(["b", "b"])) == 2
 
 
 def test_rooms_that_do_not_exist_have_no_audience(rooms: RoomMembership[FakeMember]) -> None:
     """Speaking into an empty room, or none, reaches nobody and makes no room."""
-    assert list(rooms.audience(["nowhere", "neither"])) == list(rooms.audience([])) == list(rooms.audience("x")) == []
+    assert (
+        list(rooms.recipients(["nowhere", "neither"]))
+        == list(rooms.recipients([]))
+        == list(rooms.recipients("x"))
+        == []
+    )
     assert len(rooms) == 0
 
 
@@ -223,7 +228,7 @@ def test_an_audience_may_leave_while_it_is_spoken_to(rooms: RoomMembership[FakeM
     for member in members:
         rooms.join(member, "a")
         rooms.join(member, "b")
-    audience = rooms.audience(names)
+    audience = rooms.recipients(names)
     seen = []
     for member in audience:
         seen.append(member)
@@ -276,12 +281,12 @@ def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int
             pairs = [pair for pair in pairs if pair[0] is not member]
 
         for one in members:
-            assert list(rooms.of(one)) == [room for who, room in pairs if who is one]
+            assert list(rooms.rooms_of(one)) == [room for who, room in pairs if who is one]
         for room in "abcd":
             there = [who for who, where in pairs if where == room]
-            assert rooms.members(room) == list(rooms.audience([room])) == there
+            assert rooms.members(room) == list(rooms.recipients([room])) == there
             assert (room in rooms) == bool(there)
-        both = rooms.audience(["a", "b"])
+        both = rooms.recipients(["a", "b"])
         assert len(both) == len({who.connection_id for who, where in pairs if where in "ab"})
         assert {who.connection_id for who in both} == {who.connection_id for who, where in pairs if where in "ab"}
         assert set(rooms.names()) == {where for _, where in pairs}
@@ -299,6 +304,6 @@ def test_handed_over_place_is_not_left_by_the_old_member() -> None:
         rooms.join(old, name)
     rooms.hand_over(old, new)
     assert rooms.leave_all(old) == ()
-    assert (rooms.members("lobby"), rooms.of(new)) == ([new], ("lobby", "kitchen"))
+    assert (rooms.members("lobby"), rooms.rooms_of(new)) == ([new], ("lobby", "kitchen"))
     assert rooms.leave_all(new) == ("lobby", "kitchen")
     assert len(rooms) == 0

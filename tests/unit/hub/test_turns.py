@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
-from fastapi_ws_stabilizer.hub.turns import LOOK_EVERY, FlushScheduler, LoopBudget
+from fastapi_ws_stabilizer.hub.turns import CHECK_INTERVAL, FlushScheduler, LoopBudget
 from fastapi_ws_stabilizer.reports import EventBus
 from tests.unit.fake_websocket import settle
 from tests.unit.own_loop import run
@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, name: str, log: list[str], clock: Any = None, error: BaseException | None = None) -> None:
         self.name, self.log, self.clock, self.error = name, log, clock, error
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """Take it, for as long as the clock says."""
         self.log.append(self.name)
         if self.clock is not None:
@@ -41,16 +41,16 @@ class Clock:
         return self.now
 
 
-def soon(turns: FlushScheduler, shard: int, worker: Worker) -> None:
-    turns.soon(turns.pending(shard), worker)
+def soon(scheduler: FlushScheduler, shard: int, worker: Worker) -> None:
+    scheduler.schedule(scheduler.pending(shard), worker)
 
 
 async def test_work_is_done_at_the_end_of_the_turn() -> None:
     """Nothing runs at the call, everything in the next turn of the event loop."""
     log: list[str] = []
-    turns = FlushScheduler(4, EventBus())
+    scheduler = FlushScheduler(4, EventBus())
     for shard in (2, 0, 2):
-        soon(turns, shard, Worker(str(shard), log))
+        soon(scheduler, shard, Worker(str(shard), log))
     assert log == []
     await asyncio.sleep(0)
     assert log == ["2", "2", "0"]
@@ -61,12 +61,12 @@ async def test_the_loop_gets_a_turn_between_shards_when_it_was_held_for_long(mon
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = FlushScheduler(4, EventBus())
+    scheduler = FlushScheduler(4, EventBus())
     for shard in range(4):
-        soon(turns, shard, Worker(str(shard), log, clock))
+        soon(scheduler, shard, Worker(str(shard), log, clock))
     await asyncio.sleep(0)
     assert log == ["0", "1"]
-    soon(turns, 0, Worker("late", log, clock))
+    soon(scheduler, 0, Worker("late", log, clock))
     await asyncio.sleep(0)
     assert log == ["0", "1", "2", "3"]
     await asyncio.sleep(0)
@@ -78,26 +78,26 @@ async def test_one_shard_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = FlushScheduler(1, EventBus())
+    scheduler = FlushScheduler(1, EventBus())
     for number in range(10):
-        soon(turns, 0, Worker(str(number), log, clock))
+        soon(scheduler, 0, Worker(str(number), log, clock))
     await asyncio.sleep(0)
     assert len(log) == 10
 
 
 async def test_a_worker_that_fails_hurts_nobody_else(heard: Any) -> None:
     """Its failure is reported as ours, and the others have their turn."""
-    reports, ear = heard
+    events, ear = heard
     log: list[str] = []
-    turns = FlushScheduler(1, reports)
-    soon(turns, 0, Worker("bad", log, error=ValueError("x")))
-    soon(turns, 0, Worker("good", log))
+    scheduler = FlushScheduler(1, events)
+    soon(scheduler, 0, Worker("bad", log, error=ValueError("x")))
+    soon(scheduler, 0, Worker("good", log))
     await settle()
     assert log == ["bad", "good"]
     assert ear.events == ["internal_task_failed"]
 
 
-@pytest.mark.parametrize(("num_shards", "first_turn"), [(2, LOOK_EVERY), (1, 2 * LOOK_EVERY + 1)])
+@pytest.mark.parametrize(("num_shards", "first_turn"), [(2, CHECK_INTERVAL), (1, 2 * CHECK_INTERVAL + 1)])
 async def test_a_shard_of_very_many_is_cut_too(
     monkeypatch: pytest.MonkeyPatch, num_shards: int, first_turn: int
 ) -> None:
@@ -105,10 +105,10 @@ async def test_a_shard_of_very_many_is_cut_too(
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
     log: list[str] = []
-    turns = FlushScheduler(num_shards, EventBus())
-    names = [str(number) for number in range(2 * LOOK_EVERY + 1)]
+    scheduler = FlushScheduler(num_shards, EventBus())
+    names = [str(number) for number in range(2 * CHECK_INTERVAL + 1)]
     for name in names:
-        soon(turns, 0, Worker(name, log, clock))
+        soon(scheduler, 0, Worker(name, log, clock))
     await asyncio.sleep(0)
     assert len(log) == first_turn
     await settle()
@@ -119,11 +119,11 @@ async def test_a_shard_of_very_many_is_not_cut_before_the_time_has_come(monkeypa
     """However many workers a shard has, they share a turn of the event loop that is short."""
     monkeypatch.setattr(turns_module, "monotonic", Clock())
     log: list[str] = []
-    turns = FlushScheduler(2, EventBus())
-    for number in range(2 * LOOK_EVERY + 1):
-        soon(turns, 0, Worker(str(number), log))
+    scheduler = FlushScheduler(2, EventBus())
+    for number in range(2 * CHECK_INTERVAL + 1):
+        soon(scheduler, 0, Worker(str(number), log))
     await asyncio.sleep(0)
-    assert len(log) == 2 * LOOK_EVERY + 1
+    assert len(log) == 2 * CHECK_INTERVAL + 1
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
@@ -133,15 +133,15 @@ async def test_a_worker_that_raises_what_is_not_ours_to_catch_silences_nobody(nu
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
     error = asyncio.CancelledError()
     log: list[str] = []
-    turns = FlushScheduler(num_shards, EventBus())
-    soon(turns, 0, Worker("before", log))
-    soon(turns, 0, Worker("bad", log, error=error))
-    soon(turns, 0, Worker("behind", log))
-    soon(turns, num_shards - 1, Worker("last", log))
+    scheduler = FlushScheduler(num_shards, EventBus())
+    soon(scheduler, 0, Worker("before", log))
+    soon(scheduler, 0, Worker("bad", log, error=error))
+    soon(scheduler, 0, Worker("behind", log))
+    soon(scheduler, num_shards - 1, Worker("last", log))
     await settle()
     assert log == ["before", "bad", "behind", "last"]
     assert told == [error]
-    soon(turns, 0, Worker("later", log))
+    soon(scheduler, 0, Worker("later", log))
     await settle()
     assert log[4:] == ["later"]
 
@@ -151,16 +151,16 @@ class Again(Worker):
 
     times = 0
 
-    def __init__(self, turns: FlushScheduler, shard: int, again: int, log: list[str], *args: Any) -> None:
+    def __init__(self, scheduler: FlushScheduler, shard: int, again: int, log: list[str], *args: Any) -> None:
         super().__init__(str(shard), log, *args)
-        self.turns, self.shard, self.again = turns, shard, again
+        self.scheduler, self.shard, self.again = scheduler, shard, again
 
-    def take_turn(self) -> None:
+    def flush_now(self) -> None:
         """Take it, and ask for the next one before it is over."""
         self.times += 1
         if self.times <= self.again:
-            soon(self.turns, self.shard, self)
-        super().take_turn()
+            soon(self.scheduler, self.shard, self)
+        super().flush_now()
 
 
 _WORKERS = st.lists(
@@ -182,23 +182,23 @@ def test_nobody_takes_two_turns_or_none(workers: list[tuple[int, int, Any]], num
         clock = Clock()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(turns_module, "monotonic", clock)
-            patch.setattr(turns_module, "LOOK_EVERY", 2)
-            turns = FlushScheduler(num_shards, EventBus())
+            patch.setattr(turns_module, "CHECK_INTERVAL", 2)
+            scheduler = FlushScheduler(num_shards, EventBus())
             log: list[str] = []
             everyone = [
-                Again(turns, shard % num_shards, again, log, clock if long else None, error)
+                Again(scheduler, shard % num_shards, again, log, clock if long else None, error)
                 for shard, again, error in workers
             ]
             for number, worker in enumerate(everyone):
-                soon(turns, worker.shard, worker)
+                soon(scheduler, worker.shard, worker)
                 if number % 7 == 6:
                     await asyncio.sleep(0)
             for _ in range(200):
                 await asyncio.sleep(0)
-                assert len({id(shard) for shard in turns._ready}) == len(turns._ready)
+                assert len({id(shard) for shard in scheduler._ready}) == len(scheduler._ready)
             assert [worker.times for worker in everyone] == [1 + worker.again for worker in everyone]
             assert len(log) == sum(worker.times for worker in everyone)
-            assert not turns._scheduled
+            assert not scheduler._scheduled
 
     run(play())
 
@@ -207,15 +207,15 @@ async def test_a_loop_that_was_held_for_long_is_told_once(monkeypatch: pytest.Mo
     """Code that sends in a loop without a pause can see that it is time for one, whether any work waits or not."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
-    turns = FlushScheduler(1, EventBus())
-    assert not turns.held_long()
+    scheduler = FlushScheduler(1, EventBus())
+    assert not scheduler.exceeded()
     clock.now += 0.006
-    assert turns.held_long()
-    assert not turns.held_long()
+    assert scheduler.exceeded()
+    assert not scheduler.exceeded()
     clock.now += 0.006
-    soon(turns, 0, Worker("x", []))
+    soon(scheduler, 0, Worker("x", []))
     await settle()
-    assert not turns.held_long()
+    assert not scheduler.exceeded()
 
 
 async def test_a_hold_timer_starts_anew_after_it_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +224,9 @@ async def test_a_hold_timer_starts_anew_after_it_let_go(monkeypatch: pytest.Monk
     monkeypatch.setattr(turns_module, "monotonic", clock)
     hold = LoopBudget()
     clock.now += 0.006
-    assert hold.held_long()
-    await hold.let_go()
-    assert not hold.held_long()
+    assert hold.exceeded()
+    await hold.yield_to_loop()
+    assert not hold.exceeded()
 
 
 def test_slots_are_given_in_the_order_of_the_line() -> None:
@@ -243,13 +243,13 @@ def test_slots_are_given_in_the_order_of_the_line() -> None:
     slots.wait(look("a"))
     slots.wait(look("b"))
     assert len(slots) == 2
-    slots.pass_on()
+    slots.wake_next()
     assert log == []
     slots.release()
     assert log == ["a"]
-    slots.pass_on()
+    slots.wake_next()
     assert log == ["a", "b"]
-    slots.pass_on()
+    slots.wake_next()
     assert log == ["a", "b"]
 
 
@@ -271,14 +271,14 @@ async def test_sender_after_a_long_turn_has_held_nothing(monkeypatch: pytest.Mon
     """Connections that took long to flush are not held against code that goes on sending."""
     clock = Clock()
     monkeypatch.setattr(turns_module, "monotonic", clock)
-    turns = FlushScheduler(1, EventBus())
+    scheduler = FlushScheduler(1, EventBus())
 
     class Slow:
-        def take_turn(self) -> None:
+        def flush_now(self) -> None:
             clock.now += 2 * turns_module.MAX_BLOCK
 
-    turns.soon(turns.pending(0), Slow())
+    scheduler.schedule(scheduler.pending(0), Slow())
     await asyncio.sleep(0)
-    assert not turns.held_long()
+    assert not scheduler.exceeded()
     clock.now += 1.1 * turns_module.MAX_BLOCK
-    assert turns.held_long()
+    assert scheduler.exceeded()

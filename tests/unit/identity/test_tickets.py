@@ -73,7 +73,7 @@ def test_a_ticket_is_no_reconnect_token_and_no_reconnect_token_is_a_ticket() -> 
     assert problem_with(tickets, token.replace(PREFIX, TICKET_PREFIX)) == "signature"
     for as_token, problem in ((ticket, "malformed"), (ticket.replace(TICKET_PREFIX, PREFIX), "signature")):
         with pytest.raises(InvalidTokenError) as caught:
-            tokens.use(as_token)
+            tokens.consume(as_token)
         assert (caught.value.problem, caught.value.kind) == (problem, "reconnect token")
 
 

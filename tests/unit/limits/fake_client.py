@@ -10,7 +10,7 @@ class Note:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.holders = 0
+        self.refcount = 0
 
 
 class FakeClient:
@@ -21,39 +21,39 @@ class FakeClient:
         ended_at: How much it held when that was too much for one.
     """
 
-    def __init__(self, ledger: MemoryBudget, name: str, held: int = 0) -> None:
+    def __init__(self, budget: MemoryBudget, name: str, held: int = 0) -> None:
         self.connection_id = name
-        self.held_memory = 0
+        self.memory_usage = 0
         self.evicted = False
         self.ended_at: int | None = None
-        self._ledger = ledger
+        self._budget = budget
         self._notes: list[SharedMessage] = []
-        ledger.enter(self)
+        budget.attach(self)
         self.takes(held)
 
     def takes(self, size: int) -> None:
         """Hold that much more."""
-        self.held_memory += size
-        self._ledger.add(size)
-        self._ledger.holds(self)
+        self.memory_usage += size
+        self._budget.add(size)
+        self._budget.on_nonzero(self)
 
     def holds(self, note: SharedMessage) -> None:
         """Hold a message."""
-        self.held_memory += note.size
+        self.memory_usage += note.size
         self._notes.append(note)
-        self._ledger.hold(note)
-        self._ledger.holds(self)
+        self._budget.retain(note)
+        self._budget.on_nonzero(self)
 
     def evict(self) -> None:
         """As `Evictable`."""
         self.evicted = True
-        own = self.held_memory - sum(note.size for note in self._notes)
-        self._ledger.add(-own)
+        own = self.memory_usage - sum(note.size for note in self._notes)
+        self._budget.add(-own)
         for note in self._notes:
-            self._ledger.release(note)
-        self.held_memory = 0
+            self._budget.release(note)
+        self.memory_usage = 0
         self._notes.clear()
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """As `Evictable`."""
         self.ended_at = held

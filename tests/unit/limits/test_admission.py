@@ -23,11 +23,11 @@ def enter(
     replaces: tuple[Reservation, ...] = (),
 ) -> Reservation:
     """Let somebody knock and settle."""
-    place = admission.knock(address, 0.0)
+    place = admission.reserve(address, 0.0)
     try:
-        place.settle(client_id, replaces=replaces)
+        place.confirm(client_id, replaces=replaces)
     except ConnectionLimitExceededError:
-        place.leave()
+        place.release()
         raise
     return place
 
@@ -53,7 +53,7 @@ def test_without_limits_everybody_is_let_in() -> None:
     admission = ConnectionLimiter()
     places = {enter(admission) for _ in range(1000)}
     assert len(places) == 1
-    places.pop().leave()
+    places.pop().release()
     enter(admission)
     assert len(admission) == 0
 
@@ -61,7 +61,7 @@ def test_without_limits_everybody_is_let_in() -> None:
 def test_who_leaves_makes_room() -> None:
     """A place that was given back is free for the next."""
     admission = ConnectionLimiter(max_connections=1)
-    enter(admission, "ann").leave()
+    enter(admission, "ann").release()
     enter(admission, "bob")
 
 
@@ -69,8 +69,8 @@ def test_a_place_is_given_back_once() -> None:
     """Leaving twice makes room for one, not for two."""
     admission = ConnectionLimiter(max_connections=2)
     ann, _ = enter(admission, "ann"), enter(admission, "bob")
-    ann.leave()
-    ann.leave()
+    ann.release()
+    ann.release()
     enter(admission, "cem")
     with pytest.raises(ConnectionLimitExceededError):
         enter(admission, "dan")
@@ -80,19 +80,19 @@ def test_settling_twice_counts_once() -> None:
     """A place that is settled stays one place."""
     admission = ConnectionLimiter(max_connections=2)
     place = enter(admission)
-    place.settle("ann")
+    place.confirm("ann")
     assert len(admission) == 1
-    place.leave()
+    place.release()
     assert len(admission) == 0
 
 
 def test_a_place_that_was_given_back_is_not_settled() -> None:
     """A reservation that was released before it was confirmed counts no more."""
     admission = ConnectionLimiter(max_connections=1)
-    place = admission.knock("1.1.1.1", 0.0)
-    place.leave()
+    place = admission.reserve("1.1.1.1", 0.0)
+    place.release()
     with pytest.raises(ConnectionLimitExceededError):
-        place.settle("ann")
+        place.confirm("ann")
     assert len(admission) == 0
 
 
@@ -113,15 +113,15 @@ def test_released_reservation_cannot_be_confirmed(
 ) -> None:
     """Under each limit a released reservation refuses its client with that limit, and is counted nowhere."""
     admission = ConnectionLimiter(**option)  # type: ignore[arg-type]
-    place = admission.knock("1.1.1.1", 0.0)
+    place = admission.reserve("1.1.1.1", 0.0)
     if confirmed_before:
-        place.settle("ann")
-    place.leave()
+        place.confirm("ann")
+    place.release()
     for _ in range(2):
         with pytest.raises(ConnectionLimitExceededError) as refused:
-            place.settle("ann")
+            place.confirm("ann")
         assert (type(refused.value), refused.value.limit, refused.value.most) == (error, limit, 2)
-    assert (len(admission), admission._knocking, place.client_id) == (0, 0, None)
+    assert (len(admission), admission._pending, place.client_id) == (0, 0, None)
 
 
 # ── the lobby ──
@@ -131,29 +131,29 @@ def test_while_it_is_full_a_few_may_say_who_they_are() -> None:
     """As many as the lobby holds may knock at a full server; the next is refused before anything is asked."""
     admission = ConnectionLimiter(max_connections=1)
     enter(admission, "ann")
-    waiting = [admission.knock("1.1.1.1", 0.0) for _ in range(MIN_PENDING)]
+    waiting = [admission.reserve("1.1.1.1", 0.0) for _ in range(MIN_PENDING)]
     with pytest.raises(ConnectionLimitExceededError):
-        admission.knock("1.1.1.1", 0.0)
-    waiting[0].leave()
-    admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
+    waiting[0].release()
+    admission.reserve("1.1.1.1", 0.0)
 
 
 def test_who_never_says_who_it_is_counts_too() -> None:
     """Before anybody is inside, no more may be on their way than there are places and the lobby holds."""
     admission = ConnectionLimiter(max_connections=3)
     for _ in range(3 + MIN_PENDING):
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError):
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
 
 
 def test_a_large_server_has_a_large_lobby() -> None:
     """The lobby is a tenth of the connections where that is more than its least."""
     admission = ConnectionLimiter(max_connections=1000)
     for _ in range(1100):
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError):
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
 
 
 # ── instead of another ──
@@ -164,11 +164,11 @@ def test_who_replaces_another_needs_no_room() -> None:
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     new = enter(admission, "ann", replaces=(old,))
-    old.leave()
+    old.release()
     assert len(admission) == 1
     with pytest.raises(ConnectionLimitExceededError):
         enter(admission, "bob")
-    new.leave()
+    new.release()
     enter(admission, "bob")
 
 
@@ -176,7 +176,7 @@ def test_a_place_that_was_given_back_cannot_be_replaced() -> None:
     """If the old connection is over, and somebody else has its place, the new one needs room as any other."""
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
-    old.leave()
+    old.release()
     enter(admission, "bob")
     with pytest.raises(ConnectionLimitExceededError):
         enter(admission, "ann", replaces=(old,))
@@ -187,7 +187,7 @@ def test_nobody_gets_the_place_of_one_that_is_being_replaced() -> None:
     admission = ConnectionLimiter(max_connections=1)
     old = enter(admission, "ann")
     enter(admission, "ann", replaces=(old,))
-    old.leave()
+    old.release()
     with pytest.raises(ConnectionLimitExceededError):
         enter(admission, "bob")
 
@@ -219,21 +219,21 @@ def test_an_address_has_its_own_limit() -> None:
 def test_three_at_once_from_an_address_for_two_get_two_in() -> None:
     """Those who are on their way do not count against those who were let in before them."""
     admission = ConnectionLimiter(max_per_address=2)
-    first, second, third = (admission.knock("1.1.1.1", 0.0) for _ in range(3))
-    first.settle("ann")
-    second.settle("bob")
+    first, second, third = (admission.reserve("1.1.1.1", 0.0) for _ in range(3))
+    first.confirm("ann")
+    second.confirm("bob")
     with pytest.raises(TooManyConnectionsError):
-        third.settle("cem")
+        third.confirm("cem")
 
 
 def test_an_address_that_is_full_has_a_lobby_as_large_as_its_limit() -> None:
     """As many as may be inside may also be on their way, and no more are asked who they are."""
     admission = ConnectionLimiter(max_per_address=2)
     for _ in range(4):
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
     with pytest.raises(TooManyConnectionsError):
-        admission.knock("1.1.1.1", 0.0)
-    admission.knock("2.2.2.2", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
+    admission.reserve("2.2.2.2", 0.0)
 
 
 def test_who_replaces_another_of_its_address_needs_no_room_there() -> None:
@@ -264,7 +264,7 @@ def test_a_client_has_its_own_limit() -> None:
         enter(admission, "ann")
     assert (refused.value.limit, refused.value.most) == ("max_connections_per_client", 2)
     enter(admission, "bob")
-    first.leave()
+    first.release()
     enter(admission, "ann")
 
 
@@ -283,34 +283,34 @@ def test_a_session_that_is_taken_over_is_not_one_more_of_its_client() -> None:
 def test_only_so_many_come_in_a_second() -> None:
     """Who comes too often is refused, whoever it is, and told when it is its turn."""
     admission = ConnectionLimiter(rate=2)
-    admission.knock("1.1.1.1", 0.0)
-    admission.knock("2.2.2.2", 0.0)
+    admission.reserve("1.1.1.1", 0.0)
+    admission.reserve("2.2.2.2", 0.0)
     with pytest.raises(ConnectionLimitExceededError) as refused:
-        admission.knock("3.3.3.3", 0.1)
+        admission.reserve("3.3.3.3", 0.1)
     assert type(refused.value) is ConnectionLimitExceededError
     assert refused.value.limit == "max_connect_rate"
     assert refused.value.retry_after == pytest.approx(0.4)
-    admission.knock("3.3.3.3", 0.1 + refused.value.retry_after)
+    admission.reserve("3.3.3.3", 0.1 + refused.value.retry_after)
 
 
 def test_an_address_that_comes_too_often_does_not_use_up_the_rate_of_all() -> None:
     """What one address is refused for is not counted for the others."""
     admission = ConnectionLimiter(rate=3, rate_per_address=1)
-    admission.knock("1.1.1.1", 0.0)
+    admission.reserve("1.1.1.1", 0.0)
     for _ in range(10):
         with pytest.raises(TooManyConnectionsError) as refused:
-            admission.knock("1.1.1.1", 0.0)
+            admission.reserve("1.1.1.1", 0.0)
         assert refused.value.limit == "max_connect_rate_per_address"
-    admission.knock("2.2.2.2", 0.0)
-    admission.knock("3.3.3.3", 0.0)
+    admission.reserve("2.2.2.2", 0.0)
+    admission.reserve("3.3.3.3", 0.0)
 
 
 def test_a_rate_below_one_a_second_lets_one_in() -> None:
     """One connection a minute means one now, and the next in a minute."""
     admission = ConnectionLimiter(rate=1 / 60)
-    admission.knock("1.1.1.1", 0.0)
+    admission.reserve("1.1.1.1", 0.0)
     with pytest.raises(ConnectionLimitExceededError) as refused:
-        admission.knock("1.1.1.1", 0.0)
+        admission.reserve("1.1.1.1", 0.0)
     assert refused.value.retry_after == pytest.approx(60)
 
 
@@ -318,12 +318,12 @@ def test_a_rate_below_one_a_second_lets_one_in() -> None:
 def test_who_comes_too_often_takes_no_place(options: dict[str, float]) -> None:
     """Refusals leave nothing behind that is counted."""
     admission = ConnectionLimiter(max_connections=1, max_per_address=1, **options)  # type: ignore[arg-type]
-    admission.knock("1.1.1.1", 0.0).leave()
+    admission.reserve("1.1.1.1", 0.0).release()
     for _ in range(100):
         with pytest.raises(ConnectionLimitExceededError):
-            admission.knock("1.1.1.1", 0.0)
-    enter_later = admission.knock("1.1.1.1", 1.0)
-    enter_later.settle("ann")
+            admission.reserve("1.1.1.1", 0.0)
+    enter_later = admission.reserve("1.1.1.1", 1.0)
+    enter_later.confirm("ann")
     assert len(admission) == 1
 
 
@@ -360,12 +360,12 @@ class Counts(RuleBasedStateMachine):
         """Somebody comes."""
         if sum(place.address == address for place in self.there) >= 2 * PER_ADDRESS:
             with pytest.raises(TooManyConnectionsError, match="max_connections_per_address"):
-                self.admission.knock(address, 0.0)
+                self.admission.reserve(address, 0.0)
         elif len(self.there) >= MOST + LOBBY:
             with pytest.raises(ConnectionLimitExceededError, match="max_connections is"):
-                self.admission.knock(address, 0.0)
+                self.admission.reserve(address, 0.0)
         else:
-            self.came.append(self.admission.knock(address, 0.0))
+            self.came.append(self.admission.reserve(address, 0.0))
             self.there[self.came[-1]] = None
 
     @precondition(lambda self: self.waiting)
@@ -385,11 +385,11 @@ class Counts(RuleBasedStateMachine):
         elif not replaced and len(self.inside) >= MOST:
             refused = ConnectionLimitExceededError
         if refused is None:
-            place.settle(client_id, replaces=named)
+            place.confirm(client_id, replaces=named)
             self.there[place] = client_id
         else:
             with pytest.raises(refused) as error:
-                place.settle(client_id, replaces=named)
+                place.confirm(client_id, replaces=named)
             assert error.type is refused
 
     @precondition(lambda self: len(self.came) > len(self.there))
@@ -398,7 +398,7 @@ class Counts(RuleBasedStateMachine):
         """A client whose reservation was released says who it is after all."""
         released = [place for place in self.came if place not in self.there]
         with pytest.raises(ConnectionLimitExceededError):
-            released[pick % len(released)].settle(
+            released[pick % len(released)].confirm(
                 client_id, replaces=[self.came[one % len(self.came)] for one in others]
             )
 
@@ -407,7 +407,7 @@ class Counts(RuleBasedStateMachine):
     def leave(self, pick: int) -> None:
         """It goes, for the first time or once more."""
         place = self.came[pick % len(self.came)]
-        place.leave()
+        place.release()
         self.there.pop(place, None)
 
     @invariant()
@@ -420,9 +420,9 @@ class Counts(RuleBasedStateMachine):
         inside, waiting = self.inside, self.waiting
         assert len(admission) == len(inside)
         assert len(inside) + len(waiting) <= MOST + LOBBY
-        assert admission._knocking == len(waiting)
+        assert admission._pending == len(waiting)
         assert admission._from_address._counts == Counter(place.address for place in inside)
-        assert admission._knocking_from._counts == Counter(place.address for place in waiting)
+        assert admission._pending_from._counts == Counter(place.address for place in waiting)
         assert admission._of_client._counts == Counter(place.client_id for place in inside)
 
 
@@ -438,14 +438,14 @@ def test_refused_dials_are_told_different_times(option: str) -> None:
     for number in range(120):
         now = 100.0 + number * 1e-4
         try:
-            admission.knock("1.1.1.1", now)
+            admission.reserve("1.1.1.1", now)
         except (ConnectionLimitExceededError, TooManyConnectionsError) as refused:
             told.append(now + refused.retry_after)
     assert len(told) == 110
     assert min(after - before for before, after in pairwise(told)) > 0.09
     assert told[-1] == pytest.approx(111.0, abs=0.2)
     for when in told:  # each of them comes when it was told, and is let in
-        admission.knock("1.1.1.1", when)
+        admission.reserve("1.1.1.1", when)
 
 
 def test_refused_dials_of_one_address_delay_no_other() -> None:
@@ -453,10 +453,10 @@ def test_refused_dials_of_one_address_delay_no_other() -> None:
     admission = ConnectionLimiter(rate_per_address=1.0)
     for _ in range(50):
         with contextlib.suppress(TooManyConnectionsError):
-            admission.knock("1.1.1.1", 0.0)
-    admission.knock("2.2.2.2", 0.0)
+            admission.reserve("1.1.1.1", 0.0)
+    admission.reserve("2.2.2.2", 0.0)
     with pytest.raises(TooManyConnectionsError) as refused:
-        admission.knock("2.2.2.2", 0.0)
+        admission.reserve("2.2.2.2", 0.0)
     assert refused.value.retry_after == pytest.approx(1.0)
 
 
@@ -466,7 +466,7 @@ def test_clients_without_room_are_told_times_that_spread_them() -> None:
     told = []
     for _ in range(3000):
         try:
-            admission.knock("1.1.1.1", 0.0)
+            admission.reserve("1.1.1.1", 0.0)
         except ConnectionLimitExceededError as refused:
             told.append(refused.retry_after)
     assert max(told) > 25
@@ -478,10 +478,10 @@ def test_address_that_ignores_its_hints_delays_no_other_at_a_full_server() -> No
     admission = ConnectionLimiter(max_connections=1, rate_per_address=5)
     enter(admission)
     for number in range(MIN_PENDING):
-        admission.knock(f"2.2.2.{number}", 0.0)
+        admission.reserve(f"2.2.2.{number}", 0.0)
     for _ in range(10_000):
         with pytest.raises((TooManyConnectionsError, ConnectionLimitExceededError)):
-            admission.knock("6.6.6.6", 0.0)
+            admission.reserve("6.6.6.6", 0.0)
     with pytest.raises(ConnectionLimitExceededError) as refused:
-        admission.knock("3.3.3.3", 0.0)
+        admission.reserve("3.3.3.3", 0.0)
     assert refused.value.retry_after <= 1.5 * RETRY_WHEN_FULL + 0.1

@@ -26,21 +26,21 @@ from tests.unit.limits.fake_client import FakeClient
 class Owner(FakeClient):
     """A client that holds a dict."""
 
-    def __init__(self, ledger: MemoryBudget, name: str = "a") -> None:
-        super().__init__(ledger, name)
-        self.kept = MeteredDict(ledger, self)
+    def __init__(self, budget: MemoryBudget, name: str = "a") -> None:
+        super().__init__(budget, name)
+        self.kept = MeteredDict(budget, self)
 
     @property
-    def held_memory(self) -> int:  # type: ignore[override]
+    def memory_usage(self) -> int:  # type: ignore[override]
         return self.kept.held_bytes if hasattr(self, "kept") else 0
 
-    @held_memory.setter
-    def held_memory(self, _: int) -> None:
+    @memory_usage.setter
+    def memory_usage(self, _: int) -> None:
         pass
 
     def evict(self) -> None:
         self.evicted = True
-        self.kept.let_go()
+        self.kept.detach()
 
 
 def counted(kept: dict[str, Any]) -> int:
@@ -51,9 +51,9 @@ def counted(kept: dict[str, Any]) -> int:
 @pytest.fixture
 async def owner() -> Owner:
     """A client that may hold 10,000 bytes."""
-    ledger = MemoryBudget(100_000, 10_000)
-    ledger.begin()
-    return Owner(ledger)
+    budget = MemoryBudget(100_000, 10_000)
+    budget.begin()
+    return Owner(budget)
 
 
 WRITES: dict[str, Callable[[MeteredDict], object]] = {
@@ -95,7 +95,7 @@ async def test_every_write_is_counted_and_does_what_a_dict_does(
     assert list(owner.kept) == list(expected)
     if result is not owner.kept:
         assert result == wanted
-    assert owner.kept.held_bytes == counted(owner.kept) == owner.kept._ledger.total  # type: ignore[union-attr]
+    assert owner.kept.held_bytes == counted(owner.kept) == owner.kept._budget.total  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("write", [lambda kept: kept.__delitem__("none"), lambda kept: kept.pop("none")])
@@ -110,11 +110,11 @@ async def test_to_take_out_what_is_not_there_is_an_error_as_ever(
 
 async def test_ten_megabytes_inside_are_ten_megabytes() -> None:
     """What is put in is measured deeply, whatever it is wrapped in."""
-    ledger = MemoryBudget()
-    ledger.begin()
-    kept = MeteredDict(ledger, None)
+    budget = MemoryBudget()
+    budget.begin()
+    kept = MeteredDict(budget, None)
     kept["deep"] = {"a": [{"b": ("x" * 10_000_000,)}]}
-    assert 10_000_000 < ledger.total < 10_002_000
+    assert 10_000_000 < budget.total < 10_002_000
 
 
 REFUSED: dict[str, Callable[[MeteredDict], object]] = {
@@ -132,11 +132,11 @@ async def test_a_refused_write_changes_nothing(owner: Owner, write: Callable[[Me
     """All or nothing: old values stay, `None` and order included, and so does the sum."""
     before = {"none": None, "a": "old"}
     owner.kept.update(before)
-    total = owner.kept._ledger.total  # type: ignore[union-attr]
+    total = owner.kept._budget.total  # type: ignore[union-attr]
     with pytest.raises(MemoryLimitExceededError, match="max_memory_per_connection is 10000"):
         write(owner.kept)
     assert list(owner.kept.items()) == list(before.items())
-    assert owner.kept.held_bytes == owner.kept._ledger.total == total  # type: ignore[union-attr]
+    assert owner.kept.held_bytes == owner.kept._budget.total == total  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("write", [lambda kept: kept.replace(None), lambda kept: kept.update(7)])
@@ -159,50 +159,50 @@ async def test_only_the_growth_needs_room(owner: Owner) -> None:
 @virtually
 async def test_what_has_grown_beyond_the_limit_can_be_replaced_by_less() -> None:
     """A dict that has grown inside beyond what may be is found, its owner is told, and it may still shrink."""
-    ledger = MemoryBudget(max_each=1_000, check_interval=5.0)
-    ledger.begin()
-    owner = Owner(ledger)
+    budget = MemoryBudget(max_each=1_000, check_interval=5.0)
+    budget.begin()
+    owner = Owner(budget)
     owner.kept["list"] = grown = ["x"]
     grown.extend("y" * 50 for _ in range(100))
     assert owner.kept.held_bytes < 1_000
     await asyncio.sleep(6.0)
-    assert owner.ended_at == owner.kept.held_bytes == counted(owner.kept) == ledger.total
+    assert owner.ended_at == owner.kept.held_bytes == counted(owner.kept) == budget.total
     owner.kept["list"] = []
-    assert owner.kept.held_bytes == ledger.total < 1_000
-    ledger.stop()
+    assert owner.kept.held_bytes == budget.total < 1_000
+    budget.stop()
 
 
 @virtually
 async def test_what_has_shrunk_inside_is_found_too() -> None:
     """The sum goes down at the next look."""
-    ledger = MemoryBudget(check_interval=5.0)
-    ledger.begin()
-    kept = MeteredDict(ledger, None, {"list": ["x" * 5_000]})
+    budget = MemoryBudget(check_interval=5.0)
+    budget.begin()
+    kept = MeteredDict(budget, None, {"list": ["x" * 5_000]})
     kept["list"].clear()
     await asyncio.sleep(6.0)
-    assert ledger.total == counted(kept) < 1_000
-    ledger.stop()
+    assert budget.total == counted(kept) < 1_000
+    budget.stop()
 
 
 async def test_room_for_a_write_is_made_by_others() -> None:
     """The first in the order goes, and the write is done."""
-    ledger = MemoryBudget(10_000)
-    ledger.begin()
-    a, b = Owner(ledger, "a"), Owner(ledger, "b")
+    budget = MemoryBudget(10_000)
+    budget.begin()
+    a, b = Owner(budget, "a"), Owner(budget, "b")
     a.kept["x"], b.kept["x"] = "a" * 6_000, "b" * 6_000
     assert (a.evicted, b.evicted) == (True, False)
-    assert ledger.total == counted(b.kept)
+    assert budget.total == counted(b.kept)
 
 
 async def test_what_was_let_go_is_counted_no_longer_and_can_be_used(owner: Owner) -> None:
     """Whoever still has it writes as into any dict, without a limit."""
-    ledger = owner.kept._ledger
+    budget = owner.kept._budget
     owner.kept["a"] = "x" * 5_000
-    owner.kept.let_go()
+    owner.kept.detach()
     owner.kept["b"] = "x" * 50_000
-    owner.kept.let_go()
-    assert ledger is not None
-    assert (ledger.total, list(owner.kept)) == (0, ["a", "b"])
+    owner.kept.detach()
+    assert budget is not None
+    assert (budget.total, list(owner.kept)) == (0, ["a", "b"])
 
 
 def test_what_is_counted_nowhere_keeps_nobody_alive() -> None:
@@ -234,16 +234,16 @@ def looked_at(kept: MeteredDict) -> int:
 async def test_no_more_objects_are_looked_at_for_more_entries() -> None:
     """One write, many writes and a look at all of it: `MAX_OBJECTS`, and each further value alone."""
     third = many(MAX_OBJECTS // 3)
-    ledger = MemoryBudget()
-    ledger.begin()
-    at_once = MeteredDict(ledger, None, {str(number): third for number in range(20)})
+    budget = MemoryBudget()
+    budget.begin()
+    at_once = MeteredDict(budget, None, {str(number): third for number in range(20)})
     assert looked_at(at_once) == at_once._objects <= MAX_OBJECTS + 20
-    one_by_one = MeteredDict(ledger, None)
+    one_by_one = MeteredDict(budget, None)
     for number in range(20):
         one_by_one[str(number)] = third
     assert looked_at(one_by_one) == one_by_one._objects <= MAX_OBJECTS + 20
     before = one_by_one.held_bytes
-    for _ in one_by_one.measure():
+    for _ in one_by_one.remeasure():
         pass
     assert looked_at(one_by_one) <= MAX_OBJECTS + 20
     assert before - 1_000 < one_by_one.held_bytes <= before
@@ -251,13 +251,13 @@ async def test_no_more_objects_are_looked_at_for_more_entries() -> None:
         del one_by_one[key]
     one_by_one["new"] = third
     assert one_by_one._sizes["new"][1] == MAX_OBJECTS // 3 + 1
-    ledger.stop()
+    budget.stop()
 
 
 async def test_a_look_stops_within_an_entry() -> None:
     """A large value is measured in many steps, so that the event loop gets its turns."""
     kept = MeteredDict(None, None, {"large": many(20 * STEP)})
-    assert sum(1 for _ in kept.measure()) >= 20
+    assert sum(1 for _ in kept.remeasure()) >= 20
 
 
 # ── from threads ──
@@ -294,9 +294,9 @@ class SlowKey(str):
 
 async def test_threads_that_write_the_same_entries_keep_the_sums_right() -> None:
     """Four threads write and delete the same keys; when they are done, the sums are those of a full count."""
-    ledger = MemoryBudget(10**9)
-    ledger.begin()
-    owner = Owner(ledger)
+    budget = MemoryBudget(10**9)
+    budget.begin()
+    owner = Owner(budget)
 
     def write() -> None:
         for number in range(200):
@@ -304,15 +304,15 @@ async def test_threads_that_write_the_same_entries_keep_the_sums_right() -> None
             owner.kept.pop(SlowKey((number + 1) % 3), None)
 
     await in_threads(write, write, write, write)
-    assert owner.kept.held_bytes == counted(owner.kept) == ledger.total
-    ledger.stop()
+    assert owner.kept.held_bytes == counted(owner.kept) == budget.total
+    budget.stop()
 
 
 async def test_a_thread_that_writes_while_its_client_is_let_go_leaves_nothing_behind() -> None:
     """What a thread has written is in the sum for as long as it is kept, and not a moment longer."""
-    ledger = MemoryBudget()
-    ledger.begin()
-    kept = MeteredDict(ledger, None)
+    budget = MemoryBudget()
+    budget.begin()
+    kept = MeteredDict(budget, None)
     written = threading.Event()
 
     def write() -> None:
@@ -322,40 +322,40 @@ async def test_a_thread_that_writes_while_its_client_is_let_go_leaves_nothing_be
     thread = threading.Thread(target=write)
     thread.start()
     assert written.wait(5)  # and the loop has not heard of it yet
-    kept.let_go()
+    kept.detach()
     thread.join()
     await asyncio.sleep(0)
-    assert (ledger.total, ledger._measured) == (0, {})
+    assert (budget.total, budget._measured) == (0, {})
 
 
 async def test_a_limit_holds_for_threads() -> None:
     """What is too much for one is refused in the thread that writes it, and nothing is written."""
-    ledger = MemoryBudget(10_000, 1_000)
-    ledger.begin()
-    owner = Owner(ledger)
+    budget = MemoryBudget(10_000, 1_000)
+    budget.begin()
+    owner = Owner(budget)
     with pytest.raises(MemoryLimitExceededError):
         await asyncio.to_thread(owner.kept.__setitem__, "a", "x" * 1_000)
-    assert (dict(owner.kept), ledger.total) == ({}, 0)
+    assert (dict(owner.kept), budget.total) == ({}, 0)
 
 
 async def test_room_for_a_thread_is_made_on_the_loop_and_by_others() -> None:
     """Nobody is ended from within a thread; a turn later the limit holds, and the writer is spared there too."""
-    ledger = MemoryBudget(10_000)
-    ledger.begin()
-    writer, other = Owner(ledger, "first in every order"), Owner(ledger, "another")
+    budget = MemoryBudget(10_000)
+    budget.begin()
+    writer, other = Owner(budget, "first in every order"), Owner(budget, "another")
     other.kept["x"] = "x" * 6_000
     loop_thread, evicted_in = threading.get_ident(), []
-    other.evict = lambda: (evicted_in.append(threading.get_ident()), other.kept.let_go())  # type: ignore[method-assign]
+    other.evict = lambda: (evicted_in.append(threading.get_ident()), other.kept.detach())  # type: ignore[method-assign]
     await asyncio.to_thread(writer.kept.__setitem__, "x", "x" * 6_000)
     await asyncio.sleep(0)
     assert (evicted_in, writer.evicted) == ([loop_thread], False)
-    assert ledger.total == counted(writer.kept)
+    assert budget.total == counted(writer.kept)
 
 
 async def test_a_thread_that_wants_more_than_there_is_for_all_is_refused() -> None:
     """Nobody has to go for what cannot be."""
-    ledger = MemoryBudget(10_000)
-    ledger.begin()
-    writer = Owner(ledger)
+    budget = MemoryBudget(10_000)
+    budget.begin()
+    writer = Owner(budget)
     with pytest.raises(MemoryLimitExceededError, match="max_total_memory"):
         await asyncio.to_thread(writer.kept.__setitem__, "x", "x" * 10_000)

@@ -19,7 +19,7 @@ POLICIES: tuple[Policy, ...] = ("lru", "fifo", "oldest")
 
 
 @pytest.fixture
-async def ledger() -> MemoryBudget:
+async def budget() -> MemoryBudget:
     """A ledger for 100 bytes."""
     made = MemoryBudget(100)
     made.begin()
@@ -36,21 +36,21 @@ def gone(*clients: FakeClient) -> str:
 
 def test_a_message_that_many_hold_counts_once() -> None:
     """The first who holds it adds it, the last who lets go takes it away."""
-    ledger, note = MemoryBudget(), Note(30)
+    budget, note = MemoryBudget(), Note(30)
     for _ in range(3):
-        ledger.hold(note)
-    sums = [ledger.total]
+        budget.retain(note)
+    sums = [budget.total]
     for _ in range(3):
-        ledger.release(note)
-        sums.append(ledger.total)
+        budget.release(note)
+        sums.append(budget.total)
     assert sums == [30 + FRAME_OVERHEAD_BYTES] * 3 + [0]
 
 
-async def test_a_read_of_the_sum_looks_at_nobody(ledger: MemoryBudget) -> None:
+async def test_a_read_of_the_sum_looks_at_nobody(budget: MemoryBudget) -> None:
     """It is a number that is there, and no count of what clients hold."""
     for number in range(3):
-        FakeClient(ledger, str(number), 10).held_memory = 999
-    assert ledger.total == 30
+        FakeClient(budget, str(number), 10).memory_usage = 999
+    assert budget.total == 30
 
 
 # ── who goes first ──
@@ -59,41 +59,41 @@ async def test_a_read_of_the_sum_looks_at_nobody(ledger: MemoryBudget) -> None:
 @pytest.mark.parametrize(("policy", "victim"), [("lru", "b"), ("fifo", "a"), ("oldest", "c")])
 async def test_each_policy_picks_another(policy: Policy, victim: str) -> None:
     """Of the same three clients, each policy picks another one: they are three orders and no names for one."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b, c = clients = [FakeClient(ledger, name, 20) for name in "abc"]
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b, c = clients = [FakeClient(budget, name, 20) for name in "abc"]
     for delivered in (c, a, b):
-        ledger.delivered(delivered) if ledger.output_counts else None
+        budget.on_delivered(delivered) if budget.output_counts else None
     for heard in (b, c, a):
-        ledger.heard(heard)
-    writer = FakeClient(ledger, "w")
-    ledger.admit(writer, 50)
+        budget.on_inbound(heard)
+    writer = FakeClient(budget, "w")
+    budget.reserve(writer, 50)
     assert gone(*clients, writer) == victim
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_comes_back_comes_anew(policy: Policy) -> None:
     """A client that has come back is the last in every order, whenever it had come first."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
-    ledger.goes_away(a)
-    ledger.enter(a)
-    ledger.admit(None, 30)
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    budget.detach(a)
+    budget.attach(a)
+    budget.reserve(None, 30)
     assert gone(a, b) == "b"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_those_that_are_away_go_first_the_one_that_left_first_before_all(policy: Policy) -> None:
     """Nobody who is here goes while something is kept for somebody who is not."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
-    ledger.goes_away(c)
-    ledger.goes_away(b)
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
+    budget.detach(c)
+    budget.detach(b)
     order = []
     for _ in range(3):
-        ledger.admit(None, 100 - ledger.total + 1)
+        budget.reserve(None, 100 - budget.total + 1)
         order.append(gone(a, b, c))
     assert order == ["c", "bc", "abc"]
 
@@ -101,86 +101,86 @@ async def test_those_that_are_away_go_first_the_one_that_left_first_before_all(p
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_the_writer_is_spared(policy: Policy) -> None:
     """Room for what a client writes is made by others, even if it would be the first to go."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
-    ledger.goes_away(a)
-    ledger.admit(a, 30)
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    budget.detach(a)
+    budget.reserve(a, 30)
     assert gone(a, b) == "b"
 
 
-async def test_as_many_go_as_must_and_no_more(ledger: MemoryBudget) -> None:
+async def test_as_many_go_as_must_and_no_more(budget: MemoryBudget) -> None:
     """Eviction stops as soon as there is room."""
-    clients = [FakeClient(ledger, name, 20) for name in "abcde"]
-    ledger.admit(None, 21)
+    clients = [FakeClient(budget, name, 20) for name in "abcde"]
+    budget.reserve(None, 21)
     assert gone(*clients) == "ab"
 
 
-async def test_what_cannot_be_costs_nobody_their_connection(ledger: MemoryBudget) -> None:
+async def test_what_cannot_be_costs_nobody_their_connection(budget: MemoryBudget) -> None:
     """A client that wants more than there is for all is refused before anybody goes for it."""
-    a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
+    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
-        ledger.admit(b, 61)
+        budget.reserve(b, 61)
     assert (refused.value.limit, refused.value.most, gone(a, b)) == ("max_total_memory", 100, "")
 
 
-async def test_a_shared_message_is_free_when_its_last_holder_went(ledger: MemoryBudget) -> None:
+async def test_a_shared_message_is_free_when_its_last_holder_went(budget: MemoryBudget) -> None:
     """Clients go, the first before all others, until what they have shared is free."""
     shared = Note(60)
-    clients = [FakeClient(ledger, name) for name in "abc"]
+    clients = [FakeClient(budget, name) for name in "abc"]
     for client in clients:
         client.holds(shared)
-    ledger.admit(None, 50)
-    assert (gone(*clients), ledger.total) == ("abc", 0)
+    budget.reserve(None, 50)
+    assert (gone(*clients), budget.total) == ("abc", 0)
 
 
-async def test_what_grows_without_asking_is_dealt_with_at_the_end_of_the_turn(ledger: MemoryBudget) -> None:
+async def test_what_grows_without_asking_is_dealt_with_at_the_end_of_the_turn(budget: MemoryBudget) -> None:
     """Messages are queued first and counted; nobody goes in the middle of that, and the limit holds a turn later."""
-    clients = [FakeClient(ledger, name, 40) for name in "abc"]
-    assert (ledger.total, gone(*clients)) == (120, "")
+    clients = [FakeClient(budget, name, 40) for name in "abc"]
+    assert (budget.total, gone(*clients)) == (120, "")
     await settle(1)
-    assert (ledger.total, gone(*clients)) == (80, "a")
+    assert (budget.total, gone(*clients)) == (80, "a")
 
 
-async def test_a_message_that_is_too_much_for_all_ends_its_holder(ledger: MemoryBudget) -> None:
+async def test_a_message_that_is_too_much_for_all_ends_its_holder(budget: MemoryBudget) -> None:
     """The limit holds for what nobody has asked for, even if its holder is the only client."""
-    client = FakeClient(ledger, "a")
+    client = FakeClient(budget, "a")
     client.holds(Note(101))
     await settle(1)
-    assert (gone(client), ledger.total) == ("a", 0)
+    assert (gone(client), budget.total) == ("a", 0)
 
 
-async def test_who_has_left_is_found_no_more(ledger: MemoryBudget) -> None:
+async def test_who_has_left_is_found_no_more(budget: MemoryBudget) -> None:
     """A client that is over is no candidate; leaving twice changes nothing."""
-    a, b = FakeClient(ledger, "a", 40), FakeClient(ledger, "b", 40)
-    ledger.goes_away(a)
-    ledger.leave(a)
-    ledger.leave(a)
-    ledger.admit(None, 30)
+    a, b = FakeClient(budget, "a", 40), FakeClient(budget, "b", 40)
+    budget.detach(a)
+    budget.remove(a)
+    budget.remove(a)
+    budget.reserve(None, 30)
     assert gone(a, b) == "b"
 
 
-async def test_news_of_somebody_who_is_not_here_change_nothing(ledger: MemoryBudget) -> None:
+async def test_news_of_somebody_who_is_not_here_change_nothing(budget: MemoryBudget) -> None:
     """A message of a client that has left, or is away, does not bring it back."""
-    a = FakeClient(ledger, "a", 40)
-    b = FakeClient(ledger, "b", 40)
-    ledger.goes_away(a)
-    ledger.heard(a)
-    ledger.delivered(a)
-    ledger.leave(b)
-    ledger.heard(b)
-    ledger.admit(None, 21)
+    a = FakeClient(budget, "a", 40)
+    b = FakeClient(budget, "b", 40)
+    budget.detach(a)
+    budget.on_inbound(a)
+    budget.on_delivered(a)
+    budget.remove(b)
+    budget.on_inbound(b)
+    budget.reserve(None, 21)
     assert gone(a, b) == "a"
 
 
 def test_without_a_limit_nobody_stands_anywhere() -> None:
     """Who needs no order pays for none."""
-    ledger = MemoryBudget()
-    client = FakeClient(ledger, "a", 10**12)
-    ledger.heard(client)
-    ledger.goes_away(client)
-    ledger.admit(client, 10**12)
-    assert not ledger._places
+    budget = MemoryBudget()
+    client = FakeClient(budget, "a", 10**12)
+    budget.on_inbound(client)
+    budget.detach(client)
+    budget.reserve(client, 10**12)
+    assert not budget._entries
 
 
 # ── what one may hold ──
@@ -188,43 +188,43 @@ def test_without_a_limit_nobody_stands_anywhere() -> None:
 
 def test_one_client_may_hold_only_so_much() -> None:
     """What a client holds already counts; nothing is written, and the error names the option and its value."""
-    ledger = MemoryBudget(max_each=100)
-    client = FakeClient(ledger, "a", 60)
-    ledger.admit(client, 40)
+    budget = MemoryBudget(max_each=100)
+    client = FakeClient(budget, "a", 60)
+    budget.reserve(client, 40)
     with pytest.raises(MemoryLimitExceededError) as refused:
-        ledger.admit(client, 41)
+        budget.reserve(client, 41)
     error = refused.value
     assert (error.limit, error.most, error.wanted) == ("max_memory_per_connection", 100, 101)
-    assert ledger.total == 60
+    assert budget.total == 60
 
 
 def test_to_hold_less_is_never_refused() -> None:
     """A client that is over the limit can always shrink."""
-    ledger = MemoryBudget(max_each=10)
-    client = FakeClient(ledger, "a", 60)
-    ledger.admit(client, -20)
-    ledger.admit(client, 0)
+    budget = MemoryBudget(max_each=10)
+    client = FakeClient(budget, "a", 60)
+    budget.reserve(client, -20)
+    budget.reserve(client, 0)
 
 
 def test_who_holds_too_much_is_found_with_its_next_message() -> None:
     """Queues and logs do not ask, so their sum is looked at when its client says something."""
-    ledger = MemoryBudget(max_each=100)
-    client = FakeClient(ledger, "a", 100)
-    ledger.heard(client)
+    budget = MemoryBudget(max_each=100)
+    client = FakeClient(budget, "a", 100)
+    budget.on_inbound(client)
     assert client.ended_at is None
     client.takes(1)
-    ledger.heard(client)
+    budget.on_inbound(client)
     assert client.ended_at == 101
 
 
 async def test_a_flood_of_one_evicts_nobody_where_one_may_hold_only_so_much() -> None:
     """`max_memory_per_connection` refuses it before room is made."""
-    ledger = MemoryBudget(1000, max_each=100)
-    ledger.begin()
-    others = [FakeClient(ledger, name, 90) for name in "abcdefghij"]
-    flood = FakeClient(ledger, "x", 50)
+    budget = MemoryBudget(1000, max_each=100)
+    budget.begin()
+    others = [FakeClient(budget, name, 90) for name in "abcdefghij"]
+    flood = FakeClient(budget, "x", 50)
     with pytest.raises(MemoryLimitExceededError):
-        ledger.admit(flood, 60)
+        budget.reserve(flood, 60)
     assert gone(*others) == ""
 
 
@@ -237,10 +237,10 @@ async def test_to_evict_one_costs_the_same_whatever_their_number(
     policy: Policy, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handful of looks at the line to come, to speak, to be sent something and to go, among ten or ten thousand."""
-    ledger = MemoryBudget(number, policy=policy)
-    ledger.begin()
-    clients = [FakeClient(ledger, str(place), 1) for place in range(number)]
-    silent = [FakeClient(ledger, f"silent {place}") for place in range(number)]
+    budget = MemoryBudget(number, policy=policy)
+    budget.begin()
+    clients = [FakeClient(budget, str(place), 1) for place in range(number)]
+    silent = [FakeClient(budget, f"silent {place}") for place in range(number)]
     looks = 0
 
     def looking(real: Any) -> Any:
@@ -256,10 +256,10 @@ async def test_to_evict_one_costs_the_same_whatever_their_number(
     most = 0
     for one in range(5):
         looks = 0
-        ledger.heard(clients[7])
-        ledger.delivered(clients[8])
-        ledger.admit(clients[9], 1)
-        FakeClient(ledger, f"new {one}", 1)
+        budget.on_inbound(clients[7])
+        budget.on_delivered(clients[8])
+        budget.reserve(clients[9], 1)
+        FakeClient(budget, f"new {one}", 1)
         most = max(most, looks)
     assert sum(client.evicted for client in clients) == 5
     assert most <= 10
@@ -269,43 +269,43 @@ async def test_to_evict_one_costs_the_same_whatever_their_number(
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_holds_nothing_does_not_go(policy: Policy) -> None:
     """However long it was silent, its end would free nothing. When it holds something, it stands where it stood."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b, c = FakeClient(ledger, "a"), FakeClient(ledger, "b", 50), FakeClient(ledger, "c", 50)
-    ledger.admit(None, 10)
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b, c = FakeClient(budget, "a"), FakeClient(budget, "b", 50), FakeClient(budget, "c", 50)
+    budget.reserve(None, 10)
     assert gone(a, b, c) == "b"
-    b = FakeClient(ledger, "b", 10)
+    b = FakeClient(budget, "b", 10)
     a.takes(10)
-    ledger.admit(None, 35)
+    budget.reserve(None, 35)
     assert gone(a, b, c) == "a"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_holds_nothing_any_more_leaves_the_line_until_it_does(policy: Policy) -> None:
     """It comes back to where it would have stood, and not to the end."""
-    ledger = MemoryBudget(100, policy=policy)
-    ledger.begin()
-    a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
+    budget = MemoryBudget(100, policy=policy)
+    budget.begin()
+    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
     a.takes(-30)
-    ledger.admit(None, 50)
+    budget.reserve(None, 50)
     assert gone(a, b, c) == "b"
     a.takes(30)
-    ledger.admit(None, 50)
+    budget.reserve(None, 50)
     assert gone(a, c) == "a"
 
 
-async def test_what_has_ended_goes_before_those_that_are_away(ledger: MemoryBudget) -> None:
+async def test_what_has_ended_goes_before_those_that_are_away(budget: MemoryBudget) -> None:
     """Nobody goes who could come back, or is here, while something is held for what is over."""
-    a, b, c = (FakeClient(ledger, name, 30) for name in "abc")
-    ledger.goes_away(a)
-    ledger.has_ended(c)
-    ledger.admit(None, 20)
+    a, b, c = (FakeClient(budget, name, 30) for name in "abc")
+    budget.detach(a)
+    budget.mark_closed(c)
+    budget.reserve(None, 20)
     assert gone(a, b, c) == "c"
 
 
-async def test_many_go_in_slices(ledger: MemoryBudget, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_go_in_slices(budget: MemoryBudget, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a turn as many go as a slice of time is enough for, and others in the turns after it."""
-    clients = [FakeClient(ledger, str(number), 10) for number in range(10)]
+    clients = [FakeClient(budget, str(number), 10) for number in range(10)]
     now = 0.0
 
     def clock() -> float:
@@ -314,7 +314,7 @@ async def test_many_go_in_slices(ledger: MemoryBudget, monkeypatch: pytest.Monke
         return now
 
     monkeypatch.setattr(ledger_module, "monotonic", clock)
-    FakeClient(ledger, "hog", 90)
+    FakeClient(budget, "hog", 90)
     counts = []
     for _ in range(4):
         await asyncio.sleep(0)
@@ -322,27 +322,27 @@ async def test_many_go_in_slices(ledger: MemoryBudget, monkeypatch: pytest.Monke
     assert counts == [3, 6, 9, 9]
 
 
-async def test_the_line_does_not_grow_by_coming_and_going(ledger: MemoryBudget) -> None:
+async def test_the_line_does_not_grow_by_coming_and_going(budget: MemoryBudget) -> None:
     """What means nothing any more is thrown out of it."""
-    client = FakeClient(ledger, "a", 10)
+    client = FakeClient(budget, "a", 10)
     for _ in range(1_000):
-        ledger.goes_away(client)
-        ledger.enter(client)
-    assert len(ledger._line) < 100
+        budget.detach(client)
+        budget.attach(client)
+    assert len(budget._line) < 100
 
 
-async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(ledger: MemoryBudget) -> None:
+async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(budget: MemoryBudget) -> None:
     """For as long as it lasts; and what those hold that stay is not counted on."""
-    a, b = FakeClient(ledger, "a", 60), FakeClient(ledger, "b", 30)
-    with ledger.sparing(a), ledger.sparing(None):
+    a, b = FakeClient(budget, "a", 60), FakeClient(budget, "b", 30)
+    with budget.pinned(a), budget.pinned(None):
         with pytest.raises(MemoryLimitExceededError):
-            ledger.admit(None, 50)
+            budget.reserve(None, 50)
         assert gone(a, b) == ""
-        ledger.admit(None, 40)
+        budget.reserve(None, 40)
         assert gone(a, b) == "b"
-    ledger.admit(None, 50)
+    budget.reserve(None, 50)
     assert gone(a, b) == "ab"
-    assert not ledger._spared
+    assert not budget._spared
 
 
 # ── what grows without telling ──
@@ -351,73 +351,73 @@ async def test_who_is_spared_does_not_go_and_nobody_goes_in_vain(ledger: MemoryB
 class FakeDict:
     """A dict that grows inside."""
 
-    def __init__(self, ledger: MemoryBudget, *sizes: int) -> None:
+    def __init__(self, budget: MemoryBudget, *sizes: int) -> None:
         self.owner: Evictable | None = None
         self.counted_bytes = 0
         self.sizes = list(sizes)
         self.looks = 0
-        self._ledger = ledger
+        self._budget = budget
         self._known = sum(sizes)
-        ledger.changed(self)
+        budget.changed(self)
 
-    def settle(self) -> int:
+    def flush_accounting(self) -> int:
         more, self.counted_bytes = self._known - self.counted_bytes, self._known
         return more
 
-    def measure(self) -> Iterator[None]:
+    def remeasure(self) -> Iterator[None]:
         for _ in self.sizes:
             self.looks += 1
             yield
         self._known = sum(self.sizes)
-        self._ledger.changed(self)
+        self._budget.changed(self)
 
     def empty(self) -> None:
         """It holds nothing more."""
         self._known = 0
         self.sizes.clear()
-        self._ledger.changed(self)
+        self._budget.changed(self)
 
 
 @virtually
 async def test_what_has_grown_inside_is_found_at_the_next_look() -> None:
     """Every `memory_check_interval`, and not before."""
-    ledger = MemoryBudget(check_interval=5.0)
-    ledger.begin()
-    growing = FakeDict(ledger, 10)
+    budget = MemoryBudget(check_interval=5.0)
+    budget.begin()
+    growing = FakeDict(budget, 10)
     growing.sizes[0] = 70
     sums = []
     for _ in range(3):
         await asyncio.sleep(4.0)
-        sums.append((ledger.total, growing.looks))
+        sums.append((budget.total, growing.looks))
     assert sums == [(10, 0), (70, 1), (70, 2)]
 
 
 @virtually
 async def test_a_look_that_finds_something_is_followed_by_one_look() -> None:
     """However often sizes have changed, the next look comes once an interval."""
-    ledger = MemoryBudget(check_interval=5.0)
-    ledger.begin()
-    growing = FakeDict(ledger, 10)
+    budget = MemoryBudget(check_interval=5.0)
+    budget.begin()
+    growing = FakeDict(budget, 10)
     for seconds in range(20):
         growing.sizes[0] += 1
         assert growing.looks == seconds
         await asyncio.sleep(5.0)
-    ledger.stop()
+    budget.stop()
 
 
 @virtually
 async def test_nothing_is_looked_at_that_is_empty() -> None:
     """With the last dict the timer goes too, and comes again with the next one."""
-    ledger = MemoryBudget(check_interval=5.0)
-    ledger.begin()
-    empty = FakeDict(ledger, 10)
+    budget = MemoryBudget(check_interval=5.0)
+    budget.begin()
+    empty = FakeDict(budget, 10)
     empty.empty()
     await asyncio.sleep(6.0)
-    assert (ledger._timer, ledger._measured, empty.looks) == (None, {}, 0)
-    full = FakeDict(ledger, 10)
+    assert (budget._timer, budget._measured, empty.looks) == (None, {}, 0)
+    full = FakeDict(budget, 10)
     await asyncio.sleep(6.0)
     assert full.looks == 1
-    ledger.stop()
+    budget.stop()
 
 
 async def test_a_look_holds_the_loop_for_no_longer_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,48 +429,48 @@ async def test_a_look_holds_the_loop_for_no_longer_than_a_slice(monkeypatch: pyt
         now += SLICE / 10  # each look at it costs a tenth of a slice
         return now
 
-    ledger = MemoryBudget(check_interval=0.001)
-    ledger.begin()
-    large, small = FakeDict(ledger, *[1] * 25), FakeDict(ledger, 1)
+    budget = MemoryBudget(check_interval=0.001)
+    budget.begin()
+    large, small = FakeDict(budget, *[1] * 25), FakeDict(budget, 1)
     monkeypatch.setattr(ledger_module, "monotonic", clock)
     looks: list[int] = []
-    turns = 0  # of the loop, most of them before the first look
+    scheduler = 0  # of the loop, most of them before the first look
     while not small.looks:
         await asyncio.sleep(0)
         if large.looks and (not looks or looks[-1] != large.looks):
             looks.append(large.looks)
-        turns += 1
-        assert turns < 100_000
+        scheduler += 1
+        assert scheduler < 100_000
     assert looks == [10, 20, 25]
-    ledger.stop()
+    budget.stop()
 
 
 @virtually
 async def test_a_dict_that_was_let_go_in_the_middle_of_a_look_is_left_alone() -> None:
     """It is looked at no more when its turn comes."""
-    ledger = MemoryBudget(check_interval=5.0)
-    ledger.begin()
-    second = FakeDict(ledger, 1)
+    budget = MemoryBudget(check_interval=5.0)
+    budget.begin()
+    second = FakeDict(budget, 1)
 
     class Emptying(FakeDict):
-        def measure(self) -> Iterator[None]:
+        def remeasure(self) -> Iterator[None]:
             second.empty()
-            yield from super().measure()
+            yield from super().remeasure()
 
-    first = Emptying(ledger, 1)
-    ledger._measured = {id(first): first, id(second): second}
+    first = Emptying(budget, 1)
+    budget._measured = {id(first): first, id(second): second}
     await asyncio.sleep(6.0)
     assert (first.looks, second.looks) == (1, 0)
-    ledger.stop()
+    budget.stop()
 
 
-async def test_after_its_end_nothing_is_left(ledger: MemoryBudget) -> None:
+async def test_after_its_end_nothing_is_left(budget: MemoryBudget) -> None:
     """No timer, no order, no dict."""
-    FakeDict(ledger, 10)
-    clients = [FakeClient(ledger, name, 60) for name in "ab"]
-    ledger.stop()
+    FakeDict(budget, 10)
+    clients = [FakeClient(budget, name, 60) for name in "ab"]
+    budget.stop()
     await settle(2)
-    assert (gone(*clients), ledger._timer, ledger._due) == ("", None, None)
-    assert not ledger._places
-    assert not ledger._line
-    assert not ledger._measured
+    assert (gone(*clients), budget._timer, budget._due) == ("", None, None)
+    assert not budget._entries
+    assert not budget._line
+    assert not budget._measured

@@ -36,17 +36,17 @@ def test_twice_as_fast_as_allowed_is_only_told() -> None:
     """Half of it is refused, for ever, and nobody is cut off for it."""
     refused = told(flood(KeyedRateLimiter(10, 10), "ann", 20, 120))
     assert len(refused) == pytest.approx(1200, abs=20)
-    assert not any(excess.over for excess in refused)
+    assert not any(excess.disconnect for excess in refused)
 
 
 def test_a_flood_is_told_as_often_as_a_burst_and_then_cut_off() -> None:
     """Ten times as fast: the burst passes, about as many refusals follow, then it is over."""
     answers = flood(KeyedRateLimiter(10, 10), "ann", 100, 1)
     first = next(number for number, answer in enumerate(answers) if answer is not None)
-    over = next(number for number, answer in enumerate(answers) if answer is not None and answer.over)
+    over = next(number for number, answer in enumerate(answers) if answer is not None and answer.disconnect)
     assert first == pytest.approx(11, abs=1)
     assert over == pytest.approx(23, abs=3)
-    assert all(excess.wait > 0 for excess in told(answers))
+    assert all(excess.retry_after > 0 for excess in told(answers))
 
 
 def test_what_was_on_its_way_behind_a_refused_message_is_no_reason_to_cut_off() -> None:
@@ -57,7 +57,7 @@ def test_what_was_on_its_way_behind_a_refused_message_is_no_reason_to_cut_off() 
     assert [traffic.refuse("tab of ann", 10, 0.0) for _ in range(MAX_WINDOW)] == [None] * MAX_WINDOW
     excess = traffic.take("ann", "tab of ann", 10, 0.0)
     assert excess is not None
-    assert not excess.over
+    assert not excess.disconnect
     assert any(traffic.refuse("tab of ann", 10, 0.0) for _ in range(20))
 
 
@@ -66,7 +66,7 @@ def test_refusal_that_is_early_by_a_moment_does_not_cut_off_where_one_message_is
     """A client that is refused once for each accepted message stays, also when a refusal comes a moment sooner."""
     limit = KeyedRateLimiter(size, size)
     answers = [limit.take("ann", "tab of ann", size, at) for at in (0.0, 0.05, 1.0, 1.049, 2.0, 2.048)]
-    assert [None if answer is None else answer.over for answer in answers] == [None, False] * 3
+    assert [None if answer is None else answer.disconnect for answer in answers] == [None, False] * 3
 
 
 def test_who_waits_as_long_as_told_may_send() -> None:
@@ -75,7 +75,7 @@ def test_who_waits_as_long_as_told_may_send() -> None:
     assert limit.take("ann", "tab of ann", 1.0, 0.0) is None
     excess = limit.take("ann", "tab of ann", 1.0, 0.1)
     assert excess is not None
-    assert limit.take("ann", "tab of ann", 1.0, 0.1 + excess.wait) is None
+    assert limit.take("ann", "tab of ann", 1.0, 0.1 + excess.retry_after) is None
 
 
 def test_a_connection_that_was_cut_off_is_cut_off_again_until_it_has_waited() -> None:
@@ -86,7 +86,7 @@ def test_a_connection_that_was_cut_off_is_cut_off_again_until_it_has_waited() ->
     for _ in range(3):
         again = limit.take("ann", "tab of ann", 1.0, 0.01)
         assert again is not None
-        assert again.over
+        assert again.disconnect
     assert limit.take("ann", "tab of ann", 1.0, 2.0) is None
 
 
@@ -96,7 +96,7 @@ def test_a_new_connection_of_a_client_that_was_cut_off_may_send_nothing_either()
     for _ in range(20):
         limit.take("ann", "first", 1.0, 0.0)
     again = told([limit.take("ann", "second", 1.0, 0.01) for _ in range(11)])
-    assert [excess.over for excess in again] == [False] * 10 + [True]
+    assert [excess.disconnect for excess in again] == [False] * 10 + [True]
 
 
 def test_nobody_is_cut_off_for_what_another_connection_of_the_client_sends() -> None:
@@ -108,7 +108,7 @@ def test_nobody_is_cut_off_for_what_another_connection_of_the_client_sends() -> 
             limit.take("ann", "flood", 1.0, tick / 10)
         refused += told([limit.take("ann", "quiet", 1.0, tick / 10)])
     assert len(refused) > 500
-    assert not any(excess.over for excess in refused)
+    assert not any(excess.disconnect for excess in refused)
 
 
 @pytest.mark.parametrize(("rate", "burst", "away"), [(10, 10, 1.0), (10, 50, 5.0), (1, 1000, 60.0), (0.01, 1, 100.0)])
@@ -118,9 +118,9 @@ def test_a_client_that_was_cut_off_is_to_come_back_with_full_buckets(rate: float
     excess = next(
         answer
         for answer in (limit.take("ann", "tab of ann", 1.0, 0.0) for _ in range(10_000))
-        if answer and answer.over
+        if answer and answer.disconnect
     )
-    assert excess.wait == pytest.approx(away)
+    assert excess.retry_after == pytest.approx(away)
 
 
 def test_clients_do_not_use_up_each_others() -> None:
@@ -207,7 +207,7 @@ def test_the_largest_message_can_be_sent_by_who_was_quiet() -> None:
     assert traffic.take("ann", "tab of ann", 1, 0.0) == (pytest.approx(0.01), False, "max_byte_rate", None)
     excess = traffic.take("ann", "tab of ann", 1000, 1.0)
     assert excess is not None
-    assert excess.wait == pytest.approx(9.0)
+    assert excess.retry_after == pytest.approx(9.0)
     assert traffic.take("ann", "tab of ann", 1000, 10.0) is None
 
 

@@ -38,7 +38,7 @@ class Stage:
     def __init__(self, **options: Any) -> None:
         self.manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **options}))
         self.heard = Heard()
-        self.manager.reports.subscribe(self.heard)
+        self.manager.events.subscribe(self.heard)
         self.events: list[str] = []
         self.notes: list[Any] = []
         self.gate = asyncio.Event()
@@ -115,7 +115,7 @@ class Stage:
     @property
     def bugs(self) -> list[str]:
         """The events that were reported with an error."""
-        return [report.event for report in self.heard.reports if report.error is not None]
+        return [report.event for report in self.heard.all if report.error is not None]
 
 
 class Line:

@@ -133,7 +133,7 @@ async def test_handler_that_finds_its_client_gone_leaves_the_first_error() -> No
         await soon()
         await line.leaves()
         await soon()
-        (report,) = [one for one in stage.heard.reports if one.error is not None]
+        (report,) = [one for one in stage.heard.all if one.error is not None]
         assert isinstance(report.error, Special)
 
 

@@ -20,14 +20,14 @@ class Guarded(Stage):
 
     Attributes:
         shown: The credentials that were looked at.
-        good_for: For how many seconds one is good.
+        expires_in: For how many seconds one is good.
         verdict: What the hook raises instead.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.shown: list[str | None] = []
-        self.good_for: float | None = None
+        self.expires_in: float | None = None
         self.verdict: Exception | None = None
 
         @self.manager.on_auth
@@ -37,7 +37,7 @@ class Guarded(Stage):
                 raise self.verdict
             if credential != "good":
                 raise HTTPException(401)
-            return self.good_for
+            return self.expires_in
 
 
 def offered(credential: str) -> str:
@@ -143,7 +143,7 @@ async def test_a_refused_take_over_leaves_the_connection_alone() -> None:
 async def test_a_credential_is_asked_for_in_time() -> None:
     """A fifth of its life is left when the client is asked; a new one is confirmed, and asked for in its turn."""
     async with Guarded() as stage:
-        stage.good_for = 10.0
+        stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
         await asyncio.sleep(7.9)
         assert line.of("auth") == []
@@ -162,10 +162,10 @@ async def test_a_credential_is_asked_for_in_time() -> None:
 async def test_a_credential_that_is_good_for_ever_from_now_on() -> None:
     """The new one has no end: it is confirmed, and the client is not asked again."""
     async with Guarded() as stage:
-        stage.good_for = 10.0
+        stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
         await asyncio.sleep(8.5)
-        stage.good_for = None
+        stage.expires_in = None
         await line.say({"type": "auth", "token": "good"})
         await asyncio.sleep(100)
         assert line.of("auth") == [{"type": "auth", "in": 2000}, {"type": "auth", "ok": True}]
@@ -176,7 +176,7 @@ async def test_a_credential_that_is_good_for_ever_from_now_on() -> None:
 async def test_a_credential_that_is_not_renewed() -> None:
     """The connection is closed 4401 when its time is over, and the session waits for a better credential."""
     async with Guarded() as stage:
-        stage.good_for = 10.0
+        stage.expires_in = 10.0
         peer = Peer(stage)
         line = await peer.dial(auth="good")
         await asyncio.sleep(9.9)
@@ -191,7 +191,7 @@ async def test_a_credential_that_is_not_renewed() -> None:
 async def test_a_renewed_credential_that_is_refused() -> None:
     """The connection is closed as the hook says."""
     async with Guarded() as stage:
-        stage.good_for = 10.0
+        stage.expires_in = 10.0
         line = await Peer(stage).dial(auth="good")
         await line.say({"type": "auth", "token": "bad"})
         assert line.close_code == 4401
@@ -229,11 +229,11 @@ async def test_credentials_are_looked_at_one_at_a_time() -> None:
 async def test_a_connection_that_is_gone_is_not_asked() -> None:
     """The timer of a credential ends with its connection, and does not touch the next one."""
     async with Guarded() as stage:
-        stage.good_for = 10.0
+        stage.expires_in = 10.0
         peer = Peer(stage)
         await (await peer.dial(auth="good")).leaves()
         await asyncio.sleep(5)
-        stage.good_for = None
+        stage.expires_in = None
         line = await peer.dial(auth="good")
         await asyncio.sleep(30)
         assert (line.of("auth"), line.close_code) == ([], None)
@@ -243,7 +243,7 @@ async def test_a_connection_that_is_gone_is_not_asked() -> None:
 async def test_several_auth_hooks() -> None:
     """All of them must agree, and the shortest time counts."""
     async with Guarded() as stage:
-        stage.good_for = 100.0
+        stage.expires_in = 100.0
 
         @stage.manager.on_auth
         async def shorter(ws: StableSocket) -> float:
@@ -260,7 +260,7 @@ async def test_a_credential_is_in_no_report() -> None:
     async with Guarded() as stage:
         for credential in ("good", "secret-word"):
             await Peer(stage).dial(auth=credential, subprotocols=(SUBPROTOCOL, offered("secret-word")))
-        assert "secret-word" not in repr(stage.heard.reports)
+        assert "secret-word" not in repr(stage.heard.all)
 
 
 @virtually

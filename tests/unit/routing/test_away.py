@@ -46,7 +46,7 @@ async def test_client_that_is_away_holds_no_connection(numbered: bool) -> None:
     known = of_connections()
     async with Stage(session_ttl=120.0) as stage:
         await goes_away(stage, numbered=numbered)
-        kept = len(stage.manager._serving.sessions) + len(stage.manager._serving.resumption.luggage)
+        kept = len(stage.manager._node.sessions) + len(stage.manager._node.resumption.detached)
         assert kept == 1
         assert [one for one in of_connections() if one not in known] == []
 
@@ -106,6 +106,6 @@ async def test_messages_of_a_client_that_is_away_are_read_by_its_next_connection
         assert await line.socket.receive() == "one"
         await line.leaves()
         await asyncio.sleep(100)
-        assert stage.manager.totals.messages_discarded == 1
+        assert stage.manager.counters.messages_discarded == 1
         assert stage.manager.get_memory_usage()["total_memory"] == 0
         assert stage.manager.get_session_counts()["sessions"] == 0

@@ -279,7 +279,7 @@ async def test_message_to_a_room_is_missed_by_a_plain_client_that_is_away() -> N
     async with Stage() as stage:
         await away(stage, "plain")
         result = await stage.manager.room("lobby").send("news")
-        assert (result.total, result.succeeded, result.missed, result.failed) == (1, 0, 1, 0)
+        assert (result.total, result.succeeded, result.skipped, result.failed) == (1, 0, 1, 0)
         assert (await stage.manager.room("lobby").send("news", exclude="ann")).total == 0
 
 
@@ -345,12 +345,12 @@ async def test_allowed_duplicate_leaves_what_is_kept_of_another_connection() -> 
 @pytest.mark.parametrize("wait", [0, 10], ids=["within the grace", "after the grace"])
 @virtually
 async def test_description_of_a_client_that_is_away_is_counted_and_comes_back(kind: str, wait: float) -> None:
-    """`room.describe()` of an away client is counted while it is away and afterwards, and describes it on return."""
+    """`room.set_presence()` of an away client is counted while it is away and afterwards, and describes it on return."""
     async with Stage(session_ttl=60, presence_grace=5) as stage:
         back = await away(stage, kind)
         room = stage.manager.room("lobby")
         before = stage.manager.get_memory_usage()["total_memory"]
-        assert room.describe("ann", about="z" * 5_000)
+        assert room.set_presence("ann", about="z" * 5_000)
         assert [who.metadata for who in room.presence] == [{"about": "z" * 5_000}]
         assert stage.manager.get_memory_usage()["total_memory"] >= before + 5_000
         await asyncio.sleep(wait)
@@ -366,7 +366,7 @@ async def test_description_of_a_client_that_is_away_is_counted_and_comes_back(ki
 @pytest.mark.parametrize("kind", ["plain", "v1", "nothing kept"])
 @virtually
 async def test_description_of_a_client_that_is_away_keeps_to_the_limit(kind: str) -> None:
-    """`room.describe()` of an away client with more than one may hold raises, and changes nothing."""
+    """`room.set_presence()` of an away client with more than one may hold raises, and changes nothing."""
     async with Stage(max_memory_per_connection=100_000) as stage:
         if kind == "nothing kept":
             line = stage.plain()
@@ -377,5 +377,5 @@ async def test_description_of_a_client_that_is_away_keeps_to_the_limit(kind: str
             await away(stage, kind)
         room = stage.manager.room("lobby")
         with pytest.raises(MemoryLimitExceededError):
-            room.describe("ann", big="z" * 500_000)
+            room.set_presence("ann", big="z" * 500_000)
         assert [who.metadata for who in room.presence] == [{}]

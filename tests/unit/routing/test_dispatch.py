@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, b: Any, handlers: HandlerRegistry, concurrency: int = 1) -> None:
         self.b = b
-        dispatcher = Dispatcher(handlers, b.config, b.reports)
+        dispatcher = Dispatcher(handlers, b.config, b.events)
         self.task = asyncio.ensure_future(dispatcher.run(b.connection, concurrency))
 
     async def end(self) -> None:
@@ -94,7 +94,7 @@ async def test_what_came_before_the_end_is_handled_too(bench: Any) -> None:
     handlers.add("chat", lambda ws, message: seen.append(message["text"]))
     b.server.feed_text(*map(chat, range(3)))
     b.server.feed_disconnect()
-    await with_deadline(b.connection.wait_over())
+    await with_deadline(b.connection.wait_closing())
     await with_deadline(Run(b, handlers).task)
     assert seen == ["0", "1", "2"]
 
@@ -142,9 +142,9 @@ async def test_a_bad_message_gets_an_error_reply_and_the_connection_stays(bench:
     (reply,) = b.server.json
     assert (reply["type"], reply["code"]) == ("error", code)
     assert isinstance(reply["message"], str)
-    assert b.reports.totals.bad_messages == 1
-    assert b.heard.of("bad_message")[0].facts["code"] == code
-    assert b.connection.ending is None
+    assert b.events.counters.bad_messages == 1
+    assert b.heard.of("bad_message")[0].fields["code"] == code
+    assert b.connection.close_info is None
     await run.end()
 
 
@@ -179,7 +179,7 @@ async def test_too_many_bad_messages_close(bench: Any) -> None:
     await with_deadline(b.connection.finished)
     assert [reply["code"] for reply in b.server.json] == ["no_type", "no_type"]
     assert b.server.close_frames == [(1008, "too many bad messages")]
-    assert b.connection.ending.reason is DisconnectReason.POLICY
+    assert b.connection.close_info.cause is DisconnectReason.POLICY
 
 
 async def test_without_a_limit_bad_messages_never_close(bench: Any) -> None:
@@ -191,7 +191,7 @@ async def test_without_a_limit_bad_messages_never_close(bench: Any) -> None:
     run = Run(b, handlers)
     b.server.feed_text(*["x"] * 150)
     await b.server.until(lambda: len(b.server.data) == 150)
-    assert b.connection.ending is None
+    assert b.connection.close_info is None
     await run.end()
 
 

@@ -25,7 +25,7 @@ from fastapi_ws_stabilizer.identity.credentials import Credential, first_message
 from fastapi_ws_stabilizer.limits.admission import MIN_PENDING, ConnectionLimiter
 from fastapi_ws_stabilizer.routing import door as door_module
 from fastapi_ws_stabilizer.routing import greeting as greeting_module
-from fastapi_ws_stabilizer.routing.endings import PER_PLACE
+from fastapi_ws_stabilizer.routing.endings import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.routing.served import handshake_scope
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.conftest import Heard
@@ -89,7 +89,7 @@ class House:
             WebSocketConfig(**{"heartbeat_type": "off", "disconnect_grace": 0.1, **options})
         )
         self.heard = Heard()
-        manager.reports.subscribe(self.heard)
+        manager.events.subscribe(self.heard)
         self.app = app = FastAPI(lifespan=manager.lifespan)
         self.identify: Callable[[], Any] = lambda: "ann"
         self.served: list[str] = []
@@ -164,17 +164,17 @@ class House:
     @property
     def admission(self) -> ConnectionLimiter:
         """What counts."""
-        return self.manager._serving.door.admission
+        return self.manager._node.admission.limiter
 
     @property
     def counted(self) -> tuple[int, int]:
         """How many are inside, and how many on their way."""
-        return len(self.admission), self.admission._knocking
+        return len(self.admission), self.admission._pending
 
     @property
     def refusals(self) -> dict[str, int]:
         """Why how many were turned away."""
-        return dict(self.manager.totals.refusals)
+        return dict(self.manager.counters.refusals)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ async def house_with() -> AsyncIterator[Callable[..., House]]:
         await with_deadline(asyncio.gather(*(call.task for call in house.calls), return_exceptions=True))
         assert house.counted == (0, 0)
         assert not house.admission._from_address._counts
-        assert not house.admission._knocking_from._counts
+        assert not house.admission._pending_from._counts
         assert not house.admission._of_client._counts
 
 
@@ -245,7 +245,7 @@ async def test_by_hand_the_error_says_that_it_is_full(house_with: Make) -> None:
     assert isinstance(error, ConnectionLimitExceededError)
     assert error.limit == "max_connections"
     assert house.refusals == {"max_connections": 1}
-    assert [one.event for one in house.heard.reports if one.error is not None] == []
+    assert [one.event for one in house.heard.all if one.error is not None] == []
 
 
 async def test_a_numbered_client_of_a_full_server_is_told_after_its_hello(house_with: Make) -> None:
@@ -260,7 +260,7 @@ async def test_a_numbered_client_of_a_full_server_is_told_after_its_hello(house_
     assert reason.startswith("the server is full; retry=")
     await refused.over()
     assert house.counted == (1, 0)
-    assert len(house.manager._serving.sessions) == 0
+    assert len(house.manager._node.sessions) == 0
 
 
 async def test_numbered_clients_without_a_hello_are_few(house_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,9 +350,9 @@ async def test_those_whose_end_is_worked_on_are_not_without_number(
         call.server.feed_disconnect()
         await eventually(lambda: house.manager.get_connection_count() == 0)
     assert await house.call("/path/next").answered() == 503
-    assert house.manager.totals.refusals == {"max_concurrent_cleanup": 1}
+    assert house.manager.counters.refusals == {"max_concurrent_cleanup": 1}
     gate.set()
-    await eventually(lambda: not house.manager._serving.unfinished)
+    await eventually(lambda: not house.manager._node.connections)
     await house.let_in("/path/next")
 
 
@@ -370,7 +370,7 @@ async def test_an_endpoint_that_uses_its_grace_keeps_nobody_out(house_with: Make
             raise
 
     calls = []
-    for number in range(PER_PLACE + 1):
+    for number in range(CLOSING_PER_SLOT + 1):
         calls.append(call := house.call(f"/deaf/{number}"))
         assert await call.answered() == 101
         await eventually(lambda: house.manager.get_connection_count() == 1)
@@ -435,9 +435,9 @@ async def test_a_hello_is_not_kept(house_with: Make) -> None:
     assert await call.answered() == 101
     call.server.feed_text(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "a-secret"}))
     await eventually(lambda: house.served)
-    (visitor,) = [value for key, value in call.server.websocket.scope.items() if "door" in str(key)]
-    assert visitor._hello is None
-    assert visitor._credential == "a-secret"
+    (handshake,) = [value for key, value in call.server.websocket.scope.items() if "door" in str(key)]
+    assert handshake._hello is None
+    assert handshake._credential == "a-secret"
 
 
 @pytest.mark.parametrize("asked_before", [True, False])
@@ -645,7 +645,7 @@ async def test_a_server_that_reads_the_headers_too_hides_no_proxy(house_with: Ma
     call = house.call(headers=FORWARDED, client=(client, 0))
     call.server.transport = Wire(peer)  # type: ignore[attr-defined]
     assert await call.answered() == status
-    assert house.manager._serving.door.address_of(call.server.websocket) == address
+    assert house.manager._node.admission.address_of(call.server.websocket) == address
 
 
 async def test_a_refused_origin_is_told_with_what_it_was_compared_with(house_with: Make) -> None:
@@ -654,7 +654,7 @@ async def test_a_refused_origin_is_told_with_what_it_was_compared_with(house_wit
     foreign = (b"origin", b"https://evil.example")
     assert await house.call(headers=[*FORWARDED[:3], foreign]).answered() == 403
     assert await house.call("/path/bob", headers=[*FORWARDED[:3], foreign], client=("10.0.0.8", 1)).answered() == 403
-    told = [(one.facts["origin"], one.facts["host"]) for one in house.heard.of("connection_refused")]
+    told = [(one.fields["origin"], one.fields["host"]) for one in house.heard.of("connection_refused")]
     assert told == [("https://evil.example", "inner:8000, a.example"), ("https://evil.example", "inner:8000")]
 
 
@@ -680,11 +680,11 @@ async def test_a_handshake_hook_that_refuses_gives_the_place_back(house_with: Ma
     """After a refusal of the hook, or a bug in it, there is room for the next; a browser reads why."""
     house = house_with(max_connections=1)
     error, status, code = REFUSALS[what]
-    refusing = True
+    rejector = True
 
     @house.manager.on_handshake
     async def hook(ws: StableSocket) -> None:
-        if refusing:
+        if rejector:
             raise error
 
     for _ in range(3):
@@ -693,7 +693,7 @@ async def test_a_handshake_hook_that_refuses_gives_the_place_back(house_with: Ma
         await call.over()
         assert house.counted == (0, 0)
     assert (await house.call("/path/mallory", headers=BROWSER).closed())[0] == code
-    refusing = False
+    rejector = False
     await house.let_in()
 
 
@@ -839,8 +839,8 @@ async def test_a_refused_handshake_makes_no_session(house_with: Make) -> None:
         call = Call(house, "/path/mallory")
         await call.over()
         assert call.status == 503
-    assert len(house.manager._serving.sessions) == 0
-    assert len(house.manager._serving.unfinished) == 1
+    assert len(house.manager._node.sessions) == 0
+    assert len(house.manager._node.connections) == 1
     assert len(asyncio.all_tasks()) == tasks
     assert house.refusals == {"max_connections": 1000}
 
@@ -854,13 +854,13 @@ async def test_during_a_drain_everybody_gets_503(house_with: Make, headers: list
     """Nobody is let in any more, by whatever way."""
     house = house_with(reject=reject)
     await house.let_in("/path/ann")
-    house.manager._serving.close()
+    house.manager._node.stop_accepting()
     for path in ("/path/bob", "/who"):
         call = house.call(path, headers=headers)
         assert await call.answered() == 503
         assert int(call.headers["retry-after"]) >= 1
     with pytest.raises(ShutdownError):
-        house.manager._serving.door.knock(house.call("/nowhere").server.websocket)
+        house.manager._node.admission.admit(house.call("/nowhere").server.websocket)
 
 
 @pytest.mark.parametrize("where", ["hook", "identity", "hello", "auth"])
@@ -909,7 +909,7 @@ async def test_drain_refuses_pending_handshake(house_with: Make, where: str, hea
     assert where == "hello" or cancelled.is_set()
     assert house.refusals == {"1012": 1}
     assert house.served == []
-    assert [one.event for one in house.heard.reports if one.error is not None] == []
+    assert [one.event for one in house.heard.all if one.error is not None] == []
 
 
 async def test_drain_cuts_handshake_that_ignores_cancellation(house_with: Make) -> None:
@@ -956,7 +956,7 @@ async def test_handshake_hook_over_time_limit_refuses(house_with: Make) -> None:
     assert await call.answered() == 500
     await call.over()
     await with_deadline(cancelled.wait())
-    (report,) = [one for one in house.heard.reports if one.error is not None]
+    (report,) = [one for one in house.heard.all if one.error is not None]
     assert report.event == "handshake_hook_failed"
     assert "hello_timeout" in str(report.error)
 
@@ -982,7 +982,7 @@ async def test_handshake_hook_sets_context_variables_for_endpoint(house_with: Ma
 @pytest.mark.parametrize("way", ["/path/ann", "/who"])
 async def test_gone_client_ends_pending_handshake(house_with: Make, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Where the server shows that its client has gone, what a handshake waits for is cancelled, in silence."""
-    monkeypatch.setattr(door_module, "LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(door_module, "WATCH_INTERVAL", 0.01)
     house = house_with()
     entered, cancelled = asyncio.Event(), asyncio.Event()
     gone = False
@@ -1010,7 +1010,7 @@ async def test_gone_client_ends_pending_handshake(house_with: Make, monkeypatch:
     await call.over()
     assert house.counted == (0, 0)
     assert house.refusals == {}
-    assert [one.event for one in house.heard.reports if one.error is not None] == []
+    assert [one.event for one in house.heard.all if one.error is not None] == []
 
 
 @pytest.mark.parametrize("path", ["/path/bob", "/who"])
@@ -1070,10 +1070,10 @@ async def test_refusal_of_connect_closes_without_traceback(house_with: Make, cas
         assert closed[0] == code
         assert re.fullmatch(reason, closed[1])
     assert len(house.errors) == 1
-    assert [one.event for one in house.heard.reports if one.error is not None] == []
+    assert [one.event for one in house.heard.all if one.error is not None] == []
     expected = 1 if case in ("full", "duplicate") else 0
     assert house.counted == (expected, 0) if "max_connections" in options else house.counted == (0, 0)
-    assert len(house.manager._serving.unfinished) == expected
+    assert len(house.manager._node.connections) == expected
 
 
 # ── two managers ──
@@ -1106,7 +1106,7 @@ class Houses:
     @staticmethod
     def _knocked(house: House) -> Callable[..., AsyncIterator[None]]:
         async def knocked(websocket: WebSocket) -> AsyncIterator[None]:
-            async with handshake_scope(house.manager._ensure_running(), websocket):
+            async with handshake_scope(house.manager._require_node(), websocket):
                 yield
 
         return knocked
@@ -1176,9 +1176,9 @@ async def test_who_is_refused_after_the_hello_is_counted(house_with: Make, what:
     await call.over()
     assert house.refusals == {kind: 1}
     (report,) = house.heard.of("connection_refused")
-    assert (report.facts["address"], report.facts["code"]) == ("10.0.0.7", code)
-    assert report.facts.get("client_id", "") == client_id
-    assert report.facts.get("option", kind) == kind
+    assert (report.fields["address"], report.fields["code"]) == ("10.0.0.7", code)
+    assert report.fields.get("client_id", "") == client_id
+    assert report.fields.get("option", kind) == kind
 
 
 async def test_by_hand_it_is_told_who_was_refused(house_with: Make) -> None:
@@ -1186,4 +1186,4 @@ async def test_by_hand_it_is_told_who_was_refused(house_with: Make) -> None:
     house = house_with(max_connections=1)
     await house.let_in("/path/ann")
     await house.call("/hand/bob").closed()
-    assert [one.facts["client_id"] for one in house.heard.of("connection_refused")] == ["bob"]
+    assert [one.fields["client_id"] for one in house.heard.of("connection_refused")] == ["bob"]

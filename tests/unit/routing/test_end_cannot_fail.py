@@ -45,99 +45,112 @@ PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
 
 END = {
     "connection/lifecycle.py": (
-        "_begin_end",
-        "_end_outbox",
-        "_end_websocket",
+        "_start_closing",
+        "_close_outbox",
+        "_mark_websocket_disconnected",
         "_close_inbox",
-        "_finish",
+        "_tear_down",
         "_wait_for_work",
         "_wait_for_endpoint",
         "_wait_for_flush",
         "_cancel_endpoint",
         "run_disconnect_hooks",
         "abort",
-        "_close",
+        "_mark_closed",
         "_stop_reading",
         "close_unread",
     ),
-    "routing/leaving.py": ("_left", "_finished"),
-    "routing/resumption.py": ("left", "_keep", "_leave_presence"),
+    "routing/leaving.py": ("_on_closing", "_on_closed"),
+    "routing/resumption.py": ("detach", "_save_state", "_leave_presence"),
     "hub/delivery.py": ("remove", "end_session"),
 }
 """The functions that the end of a connection consists of."""
 
 CALLS: dict[str, tuple[type, ...]] = {
-    "_left": (Leaving,),
-    "_finished": (Leaving,),
-    "begun": (ClosingConnections,),
-    "over": (ClosingConnections,),
-    "leave": (Reservation, MemoryBudget, PresenceTracker),
-    "remove": (HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
-    "left": (Resumption, SessionStore),
-    "has_ended": (MemoryBudget,),
-    "_let_go": (StableSocket,),
+    "_on_closing": (Leaving,),
+    "_on_closed": (Leaving,),
+    "add": (ClosingConnections, EndedSessions),
+    "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
+    "release": (Reservation,),
+    "leave": (PresenceTracker,),
+    "detach": (Resumption,),
+    "on_detached": (SessionStore,),
+    "mark_closed": (MemoryBudget,),
+    "_detach_user_data": (StableSocket,),
     "close": (V1Protocol, Inbox),
-    "good_for": (CredentialExpiry,),
-    "unread": (V1Protocol, Inbox),
+    "reset": (CredentialExpiry,),
+    "on_discarded": (V1Protocol,),
+    "unread": (Inbox,),
     "discard": (AsgiOutbox, DirectOutbox),
     "finish": (AsgiOutbox, DirectOutbox, Session),
     "watch": (EndpointTask,),
-    "soon": (FlushScheduler,),
-    "idle": (EndpointTask,),
+    "schedule": (FlushScheduler,),
+    "wait_idle": (EndpointTask,),
     "cancel": (EndpointTask,),
     "disconnect": (HookRegistry,),
-    "session_over": (Resumption,),
+    "notify_session_end": (Resumption,),
     "session_end": (HookRegistry,),
     "abort": (ServerTransport,),
     "abort_unless_flushed": (ServerTransport,),
     "abort_unless_answered": (ServerTransport,),
     "end": (SessionStore,),
-    "away": (Hub,),
-    "remove_mailbox": (ConnectionRegistry,),
+    "suspend": (Hub,),
+    "remove_queue": (ConnectionRegistry,),
     "_stop_reading": (Connection,),
     "_close_inbox": (Connection,),
-    "_end_outbox": (Connection,),
-    "_end_websocket": (Connection,),
+    "_close_outbox": (Connection,),
+    "_mark_websocket_disconnected": (Connection,),
     "_wait_for_work": (Connection,),
-    "wait_for_those_before": (Connection,),
+    "wait_for_predecessors": (Connection,),
     "run_disconnect_hooks": (Connection,),
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
     "_keep_rooms": (Leaving,),
-    "_keep": (Resumption,),
+    "_save_state": (Resumption,),
     "_leave_presence": (Resumption,),
-    "_what_is_left": (Resumption,),
+    "_detached_state_of": (Resumption,),
     "keep_rooms": (Hub,),
-    "add": (EndedSessions,),
 }
 """The calls that these functions make, by name, and the classes in which each is made to raise."""
 
 SAFE = {
-    *("attempt", "_attempt_async", "tell", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
-    *("set", "set_result", "done", "max", "min", "wait_for_all", "ends_session", "give_up", "pending", "_discarded"),
-    *("take_turn", "Remains", "isinstance", "_cancel_endpoint", "_close", "is_expected", "_forget", "_arm"),
+    *("attempt", "_attempt_async", "emit", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
+    *(
+        "set",
+        "set_result",
+        "done",
+        "max",
+        "min",
+        "wait_for_all",
+        "ends_session",
+        "force_finish",
+        "give_up",
+        "pending",
+        "_discarded",
+    ),
+    *("flush_now", "Remains", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable", "_forget", "_arm"),
     *(
         "_key_of",
         "_expected_as",
         "add",
         "get",
-        "goes_away",
-        "_end_outbox",
+        "detach",
+        "_close_outbox",
         "leave_rooms",
         "stop_sending",
-        "disconnected",
-        "finished",
-        "uncount",
+        "on_disconnect",
+        "on_closed",
+        "stop_accounting",
         "detach",
     ),
-    *("pop", "detaches", "is_terminal"),
-    *("_leave_endpoint_behind", "len", "becomes_ended"),
+    *("pop", "detaches", "is_terminal", "on_closing", "on_closed", "on_session_end", "finished", "save"),
+    *("_abandon_endpoint", "len", "becomes_ended"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
 step which is made to raise as a whole."""
 
-RUNNERS = {"disconnect", "run_disconnect_hooks", "_finished"}
+RUNNERS = {"disconnect", "run_disconnect_hooks", "_on_closed"}
 """Calls without which the hooks are not told, or the connection not taken out: made to raise after their work only."""
 
 TARGETS = [(owner, name) for name, owners in CALLS.items() for owner in owners]
@@ -203,7 +216,7 @@ def end_by_client(line: Line) -> None:
     """The client says goodbye."""
     gone = {"type": "websocket.disconnect", "code": 1000, "reason": ""}
     if isinstance(line.server, LinkServer):
-        line.server.sink.gone(gone)
+        line.server.sink.connection_lost(gone)
     else:
         line.server.feed(gone)
 
@@ -212,7 +225,7 @@ def end_by_network(line: Line) -> None:
     """The network is lost."""
     gone = {"type": "websocket.disconnect", "code": 1006}
     if isinstance(line.server, LinkServer):
-        line.server.sink.gone(gone)
+        line.server.sink.connection_lost(gone)
     else:
         line.server.feed(gone)
 
@@ -220,19 +233,19 @@ def end_by_network(line: Line) -> None:
 def end_by_server(line: Line) -> None:
     """The server ends the connection, and flushes nothing."""
     assert line.socket is not None
-    line.socket._connection.end(DisconnectReason.MEMORY)
+    line.socket._connection.close(DisconnectReason.MEMORY)
 
 
 def end_by_endpoint(line: Line) -> None:
     """The application closes it."""
     assert line.socket is not None
-    line.socket._connection.end(DisconnectReason.APPLICATION)
+    line.socket._connection.close(DisconnectReason.APPLICATION)
 
 
 def end_by_kick(line: Line) -> None:
     """The application closes it with a code that tells the client to stay away."""
     assert line.socket is not None
-    line.socket._connection.end(DisconnectReason.APPLICATION, code=4403)
+    line.socket._connection.close(DisconnectReason.APPLICATION, code=4403)
 
 
 ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_by_server, end_by_endpoint, end_by_kick)
@@ -240,16 +253,16 @@ ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_b
 
 def left_over(stage: Stage) -> dict[str, int]:
     """What a manager still holds of connections."""
-    serving = stage.manager._serving
-    admission = serving.door.admission
+    node = stage.manager._node
+    admission = node.admission.limiter
     return {
-        "unfinished": len(serving.unfinished),
-        "ending": len(serving._ending),
-        "registry": len(serving.registry),
-        "outboxes": sum(len(shard) for shard in serving.registry.outboxes()) - serving.sessions.away,
-        "rooms": len(serving.delivery.rooms) - serving.sessions.away - len(serving.resumption.luggage),
-        "present": len(serving.delivery.presence),
-        "lifetimes": len(serving.lifetimes),
+        "unfinished": len(node.connections),
+        "ending": len(node._closing_connections),
+        "registry": len(node.registry),
+        "outboxes": sum(len(shard) for shard in node.registry.outboxes()) - node.sessions.detached_count,
+        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
+        "present": len(node.hub.presence),
+        "lifetimes": len(node.reaper),
         "places": len(admission),
     }
 
@@ -281,7 +294,7 @@ async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: 
         manager.generate_reconnect_token("ann")
         connection = line.socket._connection
         if kind == "v1":
-            connection.credential.good_for(500)
+            connection.credential.reset(500)
             await line.message("note", "unread", "unread")
         bomb.armed = True
         how(line)
@@ -293,9 +306,9 @@ async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: 
         assert line.task.done(), "the endpoint did not end"
         assert bomb_is_for_later or bomb.hit
         assert [event for event in stage.events if event.startswith("disconnect ann")] == [
-            f"disconnect ann {connection.ending.reason.value}"
+            f"disconnect ann {connection.close_info.cause.value}"
         ]
-        reported = [report for report in stage.heard.reports if isinstance(report.error, Boom)]
+        reported = [report for report in stage.heard.all if isinstance(report.error, Boom)]
         assert len(reported) == bomb.hit, [report.event for report in reported]
         await asyncio.sleep(10)
         if complete:

@@ -37,7 +37,7 @@ async def create_task(_: Manager, ws: StableSocket) -> Any:
 
 
 async def describe(manager: Manager, _: StableSocket) -> Any:
-    return manager.room("lobby").describe("ann", colour="red")
+    return manager.room("lobby").set_presence("ann", colour="red")
 
 
 CALLS: dict[str, Call] = {

@@ -135,7 +135,7 @@ async def test_unread_messages_of_a_client_that_stays_away_are_discarded() -> No
         await line.leaves()
         await asyncio.sleep(30)
         assert stage.notes == []
-        assert stage.manager.totals.messages_discarded == 2
+        assert stage.manager.counters.messages_discarded == 2
 
 
 @virtually

@@ -159,9 +159,9 @@ async def test_hooks_run_in_the_order_of_their_registration(event: str, args: tu
 
 async def test_all_disconnect_hooks_run_even_if_one_fails() -> None:
     """A failing disconnect hook is reported and told to the error hooks; the others run."""
-    reports, heard = EventBus(), Heard()
-    reports.subscribe(heard)
-    hooks = HookRegistry(reports)
+    events, heard = EventBus(), Heard()
+    events.subscribe(heard)
+    hooks = HookRegistry(events)
     calls: list[Any] = []
     error = ValueError("bug")
 
@@ -173,16 +173,16 @@ async def test_all_disconnect_hooks_run_even_if_one_fails() -> None:
     hooks.add("error", lambda ws, error: calls.append(error))
     await hooks.disconnect(SOCKET, DisconnectReason.CLIENT_CLOSE)
     assert calls == [error, DisconnectReason.CLIENT_CLOSE]
-    (report,) = heard.reports
+    (report,) = heard.all
     assert (report.event, report.error) == ("disconnect_hook_failed", error)
-    assert report.facts == {"client_id": "ann", "connection_id": "5f3a"}
+    assert report.fields == {"client_id": "ann", "connection_id": "5f3a"}
 
 
 async def test_all_error_hooks_run_even_if_one_fails() -> None:
     """A failing error hook is reported, and does not call the error hooks again."""
-    reports, heard = EventBus(), Heard()
-    reports.subscribe(heard)
-    hooks = HookRegistry(reports)
+    events, heard = EventBus(), Heard()
+    events.subscribe(heard)
+    hooks = HookRegistry(events)
     calls: list[Any] = []
     first, second = ValueError("bug"), KeyError("bug in the hook")
 
@@ -193,15 +193,15 @@ async def test_all_error_hooks_run_even_if_one_fails() -> None:
     hooks.add("error", lambda ws, error: calls.append(error))
     await hooks.error(SOCKET, first)
     assert calls == [first]
-    assert [(report.event, report.error) for report in heard.reports] == [("error_hook_failed", second)]
+    assert [(report.event, report.error) for report in heard.all] == [("error_hook_failed", second)]
 
 
 async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -> None:
     """Each disconnect hook has its own limit; the one that passes it is cancelled and told, and the next is called."""
-    reports = EventBus()
+    events = EventBus()
     told: list[str] = []
-    reports.subscribe(lambda report: told.append(report.event))
-    hooks = HookRegistry(reports, limit=0.02)
+    events.subscribe(lambda report: told.append(report.event))
+    hooks = HookRegistry(events, limit=0.02)
     called: list[str] = []
 
     async def hang(_: Any) -> None:
@@ -222,9 +222,9 @@ async def test_a_disconnect_hook_that_hangs_keeps_no_other_from_being_called() -
 @pytest.mark.parametrize("event", ["disconnect", "session_end", "slow", "error"])
 async def test_hook_that_meets_a_closed_socket_reports_no_bug(event: str) -> None:
     """`SocketClosed` that a hook lets escape is a debug line, and the other hooks of the event are still called."""
-    reports, heard, called = EventBus(), Heard(), []
-    reports.subscribe(heard)
-    hooks = HookRegistry(reports)
+    events, heard, called = EventBus(), Heard(), []
+    events.subscribe(heard)
+    hooks = HookRegistry(events)
 
     async def sends_too_late(*_: Any) -> None:
         raise closed_error_for(local_close(DisconnectReason.CLIENT_CLOSE))
@@ -234,6 +234,6 @@ async def test_hook_that_meets_a_closed_socket_reports_no_bug(event: str) -> Non
     socket: Any = SimpleNamespace(client_id="ann", connection_id="1")
     await getattr(hooks, event)(socket, DisconnectReason.COMPLETED)
     assert called == ["second"]
-    assert [(report.event, report.level, report.error) for report in heard.reports] == [
+    assert [(report.event, report.level, report.error) for report in heard.all] == [
         ("hook_stopped", logging.DEBUG, None)
     ]

@@ -84,7 +84,7 @@ async def test_metadata_counts() -> None:
     async with Stage() as stage:
         server = FakeServer()
         socket = await stage.manager.connect("ann", await server.accepted(), {"x": BIG})
-        assert held(stage) == socket._connection.held_memory > 10_000
+        assert held(stage) == socket._connection.memory_usage > 10_000
         socket.metadata["y"] = BIG
         assert held(stage) > 20_000
         await socket.close()
@@ -103,7 +103,7 @@ async def test_presence_metadata_counts_for_as_long_as_its_member_is_in_the_room
         await line.socket.join("garden", {"about": "small"})
         await line.socket.join("lobby")
         assert 10_000 < held(stage) < 11_000
-        assert stage.manager.room("garden").describe("ann", about=BIG * 2)
+        assert stage.manager.room("garden").set_presence("ann", about=BIG * 2)
         assert 30_000 < held(stage) == line.socket.held_bytes < 31_000
         await line.socket.leave("garden")
         assert 10_000 < held(stage) < 11_000
@@ -125,7 +125,7 @@ async def test_presence_metadata_beyond_what_a_connection_may_hold_is_refused_wh
         with pytest.raises(MemoryLimitExceededError):
             await line.socket.join("lobby", {"about": BIG * 2})
         with pytest.raises(MemoryLimitExceededError):
-            room.describe("ann", about=BIG * 2)
+            room.set_presence("ann", about=BIG * 2)
         with pytest.raises(RoomNameError):
             await line.socket.join("\n", {"about": "x"})
         assert (line.socket.rooms, room.presence[0].metadata, held(stage)) == (("lobby",), {"about": BIG}, before)
@@ -562,7 +562,7 @@ async def test_the_sum_ends_a_connection_that_says_nothing() -> None:
 @virtually
 async def test_what_has_grown_inside_ends_its_connection_or_session() -> None:
     """After `memory_check_interval`, with a connection, without one, and as luggage."""
-    async with Stage(max_memory_per_connection=5_000, memory_check_interval=10, max_sessions_away=5) as stage:
+    async with Stage(max_memory_per_connection=5_000, memory_check_interval=10, max_detached_sessions=5) as stage:
         grown: list[list[str]] = []
 
         def grows(line: Line) -> None:
@@ -572,12 +572,12 @@ async def test_what_has_grown_inside_ends_its_connection_or_session() -> None:
 
         here = await opened(stage, "ann")
         away = await Peer(stage, "bob").dial()
-        luggage = await opened(stage, "cid")
+        detached = await opened(stage, "cid")
         stage.manager.generate_reconnect_token("cid")
-        for line in (here, away, luggage):
+        for line in (here, away, detached):
             grows(line)
         await away.leaves()
-        await luggage.leaves()
+        await detached.leaves()
         for one in grown:
             one.append(BIG)
         assert (held(stage) < 1_000, stage.manager.get_session_counts()) == (True, {"sessions": 1, "away": 1})
@@ -608,8 +608,8 @@ async def test_each_policy_ends_another_connection(policy: str, victim: str) -> 
         late.socket.user_data["x"] = BIG  # type: ignore[union-attr]
         await soon()
         assert [client_id for client_id, line in lines.items() if line.close_code == 4503] == [victim]
-        assert stage.manager.totals.evictions == 1
-        assert stage.manager.totals.endings[DisconnectReason.MEMORY] == 1
+        assert stage.manager.counters.evictions == 1
+        assert stage.manager.counters.endings[DisconnectReason.MEMORY] == 1
 
 
 @virtually
@@ -649,7 +649,7 @@ async def test_an_evicted_client_is_told_when_to_come_back() -> None:
         await asyncio.sleep(2)
         assert reasons(stage) == ["memory"]
         (report,) = stage.heard.of("connection_evicted")
-        assert (report.facts["client_id"], report.facts["held_bytes"] > 10_000) == ("ann", True)
+        assert (report.fields["client_id"], report.fields["held_bytes"] > 10_000) == ("ann", True)
 
 
 @virtually
@@ -660,16 +660,16 @@ async def test_sessions_and_luggage_of_those_that_are_away_go_first() -> None:
         here.socket.user_data["x"] = BIG  # type: ignore[union-attr]
         peer = Peer(stage, "bob")
         away = await peer.dial()
-        luggage = await opened(stage, "cid")
+        detached = await opened(stage, "cid")
         token = stage.manager.generate_reconnect_token("cid")
-        for line in (away, luggage):
+        for line in (away, detached):
             line.socket.user_data["x"] = BIG  # type: ignore[union-attr]
             await line.leaves()
         writer = await opened(stage, "dan")
         for key, evictions, sessions in (("1", 0, 1), ("2", 1, 0), ("3", 2, 0)):
             writer.socket.user_data[key] = BIG  # type: ignore[union-attr]
             await asyncio.sleep(2)
-            assert (stage.manager.totals.evictions, stage.manager.get_session_counts()["sessions"]) == (
+            assert (stage.manager.counters.evictions, stage.manager.get_session_counts()["sessions"]) == (
                 evictions,
                 sessions,
             )
@@ -815,7 +815,7 @@ async def test_what_cannot_be_given_back_is_counted_no_longer(left: bool, policy
             assert ann.socket.user_data == {"old": BIG}  # type: ignore[union-attr]
             await ann.leaves()
             await asyncio.sleep(200)
-        assert held(stage) == again.socket._connection.held_memory < 10_200
+        assert held(stage) == again.socket._connection.memory_usage < 10_200
 
 
 @virtually
@@ -873,9 +873,9 @@ async def test_the_ledger_keeps_nobody_alive(write: Callable[[StableSocket], obj
         write(line.socket)  # type: ignore[arg-type]
         await line.leaves(1000)
         await asyncio.sleep(5)
-        ledger = stage.manager._serving.ledger
-        assert not ledger._places
-        assert not ledger._measured
+        budget = stage.manager._node.budget
+        assert not budget._entries
+        assert not budget._measured
         gc.collect()
 
 
@@ -956,9 +956,9 @@ async def test_what_is_over_goes_before_those_that_live(who: str) -> None:
         cid = await opened(stage, "cid")
         cid.socket.user_data["x"] = BIG + BIG  # type: ignore[union-attr]
         await soon()
-        assert (bob.close_code, cid.close_code, stage.manager.totals.evictions) == (None, None, 0)
+        assert (bob.close_code, cid.close_code, stage.manager.counters.evictions) == (None, None, 0)
         assert held(stage) < 31_000
-        assert stage.manager.totals.messages_discarded == 2
+        assert stage.manager.counters.messages_discarded == 2
 
 
 @virtually
@@ -992,7 +992,11 @@ async def test_an_evicted_session_is_told_and_counted_wherever_its_client_is() -
         bob = await opened(stage, "bob")
         bob.socket.user_data["x"] = BIG  # type: ignore[union-attr]
         (report,) = stage.heard.of("session_evicted")
-        assert (report.facts["client_id"], report.facts["why"], stage.manager.totals.evictions) == ("ann", "memory", 1)
+        assert (report.fields["client_id"], report.fields["why"], stage.manager.counters.evictions) == (
+            "ann",
+            "memory",
+            1,
+        )
 
 
 @virtually
@@ -1041,7 +1045,7 @@ async def test_who_is_on_the_way_back_is_spared_even_if_nobody_else_is_left(way:
         await soon()
         assert line.socket is not None
         assert line.socket.user_data == {"mine": BIG}
-        assert not stage.manager._serving.ledger._spared
+        assert not stage.manager._node.budget._spared
 
 
 @virtually

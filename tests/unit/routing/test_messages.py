@@ -83,7 +83,7 @@ class Room:
 
 def prepare(function: Any, raw: str | bytes, *, typed: bool = True) -> Any:
     """What `function` would be given for a message."""
-    return MessageHandler(function, typed=typed).prepare(ReceivedMessage(raw))
+    return MessageHandler(function, typed=typed).validate(ReceivedMessage(raw))
 
 
 def takes_loose(ws: Any, message: Loose) -> None:
@@ -240,7 +240,7 @@ def test_no_reply_is_endless() -> None:
 
 def test_a_handler_may_take_the_socket_only() -> None:
     """A handler without a message is called for it all the same."""
-    assert MessageHandler(takes_socket, typed=True).prepare(ReceivedMessage("anything")) == "anything"
+    assert MessageHandler(takes_socket, typed=True).validate(ReceivedMessage("anything")) == "anything"
 
 
 async def test_a_handler_is_called_with_what_was_prepared() -> None:
@@ -272,8 +272,8 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         handlers.add(None, takes_dict)
     handlers.add("move", takes_any)
     received = ReceivedMessage(TEXT)
-    for handler in handlers.find(received):
-        handler.prepare(received)
+    for handler in handlers.match(received):
+        handler.validate(received)
     assert len(parsed) == 1
 
 
@@ -358,7 +358,7 @@ def test_an_unknown_type_is_repeated_as_far_as_it_is_short() -> None:
     handlers = HandlerRegistry()
     handlers.add("chat", takes_any)
     with pytest.raises(InvalidMessageError) as caught:
-        handlers.find(ReceivedMessage('{"type":"\\r\\n\\u001b[2J' + "x" * 100_000 + '"}'))
+        handlers.match(ReceivedMessage('{"type":"\\r\\n\\u001b[2J' + "x" * 100_000 + '"}'))
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 200
 
@@ -399,9 +399,9 @@ def test_the_last_of_two_types_counts_for_the_router_and_for_the_model() -> None
     handlers.add("a", takes_loose)
     handlers.add("b", takes_loose)
     received = ReceivedMessage('{"type":"a","type":"b"}')
-    (handler,) = handlers.find(received)
-    assert handler is handlers.find(ReceivedMessage('{"type":"b"}'))[0]
-    assert handler.prepare(received).type == "b"
+    (handler,) = handlers.match(received)
+    assert handler is handlers.match(ReceivedMessage('{"type":"b"}'))[0]
+    assert handler.validate(received).type == "b"
 
 
 # ── finding ──
@@ -409,7 +409,7 @@ def test_the_last_of_two_types_counts_for_the_router_and_for_the_model() -> None
 
 def found(handlers: HandlerRegistry, raw: str | bytes) -> list[Any]:
     """The functions that would be called for a message."""
-    return [handler.function for handler in handlers.find(ReceivedMessage(raw))]
+    return [handler.function for handler in handlers.match(ReceivedMessage(raw))]
 
 
 def test_without_handlers_there_is_nothing_to_find() -> None:
@@ -463,7 +463,7 @@ def test_a_message_that_nobody_takes_is_told_why(raw: str | bytes, code: str) ->
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     with pytest.raises(InvalidMessageError) as caught:
-        handlers.find(ReceivedMessage(raw))
+        handlers.match(ReceivedMessage(raw))
     assert caught.value.code == code
 
 
@@ -472,5 +472,5 @@ def test_an_endless_type_is_cut_in_the_reply() -> None:
     handlers = HandlerRegistry()
     handlers.add("chat", takes_chat)
     with pytest.raises(InvalidMessageError) as caught:
-        handlers.find(ReceivedMessage('{"type":"' + "x" * 10_000 + '"}'))
+        handlers.match(ReceivedMessage('{"type":"' + "x" * 10_000 + '"}'))
     assert len(caught.value.message) < 200

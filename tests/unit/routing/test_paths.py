@@ -14,7 +14,7 @@ from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.routing.paths import shadowed_routes, taken_by
+from fastapi_ws_stabilizer.routing.paths import entries_for_path, shadowed_routes
 
 HERE = Path(__file__).parent
 
@@ -113,11 +113,11 @@ def test_path_is_taken_by_the_first_that_matches() -> None:
     routes = [socket("/ws"), Mount("/api", routes=[socket("/in")]), Mount("/", files()), socket("/late")]
 
     def taken(path: str) -> tuple[str | None, str | None]:
-        first, behind = taken_by(routes, path)
+        first, behind = entries_for_path(routes, path)
         return (None if first is None else str(first), None if behind is None else str(behind))
 
     assert taken("/ws") == ("the WebSocket route /ws", None)
     assert taken("/api/in") == ("the WebSocket route /api/in", None)
     assert taken("/api/no") == ("the mount at /api", None)
     assert taken("/late") == ("the mount at /", "the WebSocket route /late")
-    assert taken_by(routes[:2], "/no") == (None, None)
+    assert entries_for_path(routes[:2], "/no") == (None, None)

@@ -12,7 +12,7 @@ import pytest
 
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.limits.traffic import ON_THE_WAY
+from fastapi_ws_stabilizer.limits.traffic import IN_FLIGHT
 from fastapi_ws_stabilizer.reports import THROTTLE_INTERVAL
 from fastapi_ws_stabilizer.wire.v1 import ACK_EVERY, SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import soon, virtually
@@ -53,8 +53,8 @@ async def test_a_flood_is_warned_and_then_closed_4429() -> None:
         assert 0 < retry_in(reason) <= 2000
         assert [frame["code"] for frame in errors(line)] == ["rate_limited"] * 11
         assert all(0 < retry_in(frame["message"]) <= 1100 for frame in errors(line))
-        assert stage.manager.totals.messages_received == 10
-        assert stage.manager.totals.messages_refused == 11
+        assert stage.manager.counters.messages_received == 10
+        assert stage.manager.counters.messages_refused == 11
         assert stage.bugs == []
 
 
@@ -104,7 +104,7 @@ async def test_dialling_again_fills_no_bucket() -> None:
             again = stage.plain()
             await again.say(note(0))
             assert len(errors(again)) == 1
-        assert stage.manager.totals.messages_received == 10
+        assert stage.manager.counters.messages_received == 10
         await asyncio.sleep(2)
         later = stage.plain()
         await later.say(note(0))
@@ -201,9 +201,9 @@ async def test_a_message_that_is_refused_is_no_sign_of_use() -> None:
 
 def told(stage: Stage) -> list[tuple[int, Any, Any]]:
     """What was reported of rates, each with its level, the option, and the type of message."""
-    reports = stage.heard.of("rate_limited")
-    assert all({"client_id", "connection_id"} <= report.facts.keys() for report in reports)
-    return [(report.level, report.facts["option"], report.facts.get("message_type")) for report in reports]
+    events = stage.heard.of("rate_limited")
+    assert all({"client_id", "connection_id"} <= report.fields.keys() for report in events)
+    return [(report.level, report.fields["option"], report.fields.get("message_type")) for report in events]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ async def test_a_limit_is_named_once_in_the_log(options: Any, sent: str, option:
         late = stage.plain("bob")
         await late.say(*[sent] * 300)
         assert told(stage)[-1] == (logging.WARNING, option, kind)
-        assert stage.heard.of("rate_limited")[-1].facts.get("more") == (None if option == "control_frames" else 2)
+        assert stage.heard.of("rate_limited")[-1].fields.get("more") == (None if option == "control_frames" else 2)
 
 
 # ── per type of message ──
@@ -341,7 +341,7 @@ async def test_client_that_does_not_stop_at_a_refusal_is_closed_4429() -> None:
     async with Stage(**LIMIT) as stage:
         peer = Peer(stage)
         line = await peer.dial(caps=["retry"])
-        await line.message("note", *range(ON_THE_WAY + 30))
+        await line.message("note", *range(IN_FLIGHT + 30))
         assert (line.close_code, stage.notes) == (4429, [*range(10)])
         assert len(line.of("error")) == 1
         await asyncio.sleep(3)

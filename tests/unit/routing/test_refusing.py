@@ -45,7 +45,7 @@ async def refused(
     server = FakeServer(**scope)
     if accept:
         await server.accepted()
-    told = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).refuse(server.websocket, error, "1.2.3.4"))
+    told = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).reject(server.websocket, error, "1.2.3.4"))
     return server, told
 
 
@@ -170,11 +170,11 @@ async def test_a_handler_of_the_application_is_used_where_it_can_answer(
 async def test_of_many_from_an_address_one_is_let_in_to_be_told(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     """Who dials again at once gets 429 over HTTP, and the code again later; other addresses and refusals go on."""
     clock = Clock(monkeypatch)
-    refusing = Rejector(RejectPolicy(policy), EventBus())
+    rejector = Rejector(RejectPolicy(policy), EventBus())
 
     async def told(address: str, error: Exception = MANY) -> str:
         server = FakeServer(**BROWSER)
-        await with_deadline(refusing.refuse(server.websocket, error, address))
+        await with_deadline(rejector.reject(server.websocket, error, address))
         return kinds(server)[0]
 
     assert [await told("1.2.3.4") for _ in range(3)] == ["accept", "http.response.start", "http.response.start"]
@@ -189,11 +189,11 @@ async def test_only_so_many_are_accepted_to_be_told(monkeypatch: pytest.MonkeyPa
     """An `Origin` is easily sent: beyond a rate those who send one get the HTTP answer, until time has passed."""
     now = 1000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
-    refusing = Rejector(RejectPolicy.AUTO, EventBus())
+    rejector = Rejector(RejectPolicy.AUTO, EventBus())
 
     async def accepts() -> bool:
         server = FakeServer(**BROWSER)
-        await refusing.refuse(server.websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
         return any(message["type"] == "websocket.accept" for message in server.taken)
 
     assert [await accepts() for _ in range(502)] == [True] * 500 + [False] * 2
@@ -203,16 +203,16 @@ async def test_only_so_many_are_accepted_to_be_told(monkeypatch: pytest.MonkeyPa
 
 async def test_programs_use_up_no_farewells() -> None:
     """Who gets the HTTP answer anyway is not counted, and `reject="close"` is what the application has chosen."""
-    refusing = Rejector(RejectPolicy.AUTO, EventBus())
+    rejector = Rejector(RejectPolicy.AUTO, EventBus())
     for _ in range(600):
-        await refusing.refuse(FakeServer().websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(FakeServer().websocket, HTTPException(401), "1.2.3.4")
     server = FakeServer(**BROWSER)
-    await refusing.refuse(server.websocket, HTTPException(401), "1.2.3.4")
+    await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
     assert kinds(server) == ["accept", "close"]
-    refusing = Rejector(RejectPolicy.CLOSE, EventBus())
+    rejector = Rejector(RejectPolicy.CLOSE, EventBus())
     for _ in range(600):
         server = FakeServer()
-        await refusing.refuse(server.websocket, HTTPException(401), "1.2.3.4")
+        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
     assert kinds(server) == ["accept", "close"]
 
 
@@ -296,14 +296,14 @@ def test_a_marker_that_was_not_offered_is_not_answered() -> None:
 
 async def test_each_refusal_is_counted_and_told(heard: tuple[EventBus, Heard]) -> None:
     """By the option that says so, else by the close code; with the address, and nothing of a credential."""
-    reports, ear = heard
+    events, ear = heard
     for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
-        await Rejector(RejectPolicy.HTTP, reports).refuse(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
+        await Rejector(RejectPolicy.HTTP, events).reject(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
     counted = {"max_connections": 2, "max_connections_per_address": 1, "4401": 1, "4403": 1, "1008": 1}
-    assert reports.totals.refusals == counted
+    assert events.counters.refusals == counted
     assert ear.events == ["connection_refused"] * 6
-    assert [one.facts["address"] for one in ear.reports] == ["1.2.3.4"] * 6
-    assert "secret" not in repr(ear.reports)
+    assert [one.fields["address"] for one in ear.all] == ["1.2.3.4"] * 6
+    assert "secret" not in repr(ear.all)
 
 
 class Clock:
@@ -317,7 +317,7 @@ class Clock:
 
 def levels(ear: Heard) -> list[tuple[str, int]]:
     """At which level refusals were told, and how many others each says were left out."""
-    return [(logging.getLevelName(one.level), one.facts.get("more", 0)) for one in ear.reports]
+    return [(logging.getLevelName(one.level), one.fields.get("more", 0)) for one in ear.all]
 
 
 @pytest.mark.parametrize(("error", "level"), [(MANY, "WARNING"), (HTTPException(401), "INFO")], ids=["option", "code"])
@@ -325,12 +325,12 @@ def test_a_flood_of_refusals_is_a_line_a_minute(
     monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard], error: Exception, level: str
 ) -> None:
     """One of a kind is told, the others at DEBUG; the next minute's says how many they were. By an option it warns."""
-    clock, (reports, ear) = Clock(monkeypatch), heard
-    refusing = Rejector(RejectPolicy.AUTO, reports)
+    clock, (events, ear) = Clock(monkeypatch), heard
+    rejector = Rejector(RejectPolicy.AUTO, events)
 
     def refuse(times: int = 1) -> None:
         for _ in range(times):
-            refusing.tell(FakeServer().websocket, error, "1.2.3.4")
+            rejector.record(FakeServer().websocket, error, "1.2.3.4")
 
     refuse(100)
     clock.now += THROTTLE_INTERVAL - 1
@@ -344,25 +344,25 @@ def test_a_flood_of_refusals_is_a_line_a_minute(
     clock.now += THROTTLE_INTERVAL
     refuse()
     assert levels(ear)[103:] == [(level, 1), (level, 0)]
-    assert reports.totals.refusals.total() == 105
+    assert events.counters.refusals.total() == 105
 
 
 def test_one_kind_of_refusals_hides_no_other(monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard]) -> None:
     """Each kind has its own minute; of the many that an application may make up, those too many share one."""
     Clock(monkeypatch)
-    reports, ear = heard
-    refusing = Rejector(RejectPolicy.AUTO, reports)
+    events, ear = heard
+    rejector = Rejector(RejectPolicy.AUTO, events)
     for code in range(4000, 4000 + 2 * MAX_THROTTLED_KINDS):
-        refusing.tell(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
+        rejector.record(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
     assert levels(ear) == [("INFO", 0)] * (MAX_THROTTLED_KINDS + 1) + [("DEBUG", 0)] * (MAX_THROTTLED_KINDS - 1)
-    assert len(reports._told["connection_refused"]) == MAX_THROTTLED_KINDS + 1
+    assert len(events._throttled["connection_refused"]) == MAX_THROTTLED_KINDS + 1
 
 
 async def test_a_client_that_vanishes_while_it_is_told_is_no_failure() -> None:
     """Nobody is left to be told, and nothing is raised but what ends the endpoint."""
     server = FakeServer(**BROWSER)
     server.fail(OSError("gone"))
-    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).refuse(server.websocket, HTTPException(401), ""))
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
     assert isinstance(told, WebSocketException)
 
 
@@ -371,7 +371,7 @@ async def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "REJECTION_TIMEOUT", 0.02)
     server = FakeServer(**BROWSER)
     server.block()
-    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).refuse(server.websocket, HTTPException(401), ""))
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
     assert isinstance(told, WebSocketException)
     await asyncio.sleep(0)
     assert [task for task in asyncio.all_tasks() if task.get_name() == "ws-refusal"] == []

@@ -73,7 +73,7 @@ async def test_a_token_gives_everything_back() -> None:
         assert line.socket.resumed is ResumeOutcome.GAP
         assert [dict(who.metadata) for who in stage.manager.room("lobby").presence] == [{"name": "Ann"}]
         assert (stage.events[2:], line.server.data) == (["resume ann gap"], [])
-        assert stage.manager.totals.sessions_resumed == 1
+        assert stage.manager.counters.sessions_resumed == 1
 
 
 @virtually
@@ -102,7 +102,7 @@ async def test_a_token_without_anything_left() -> None:
         assert line.socket is not None
         assert (line.socket.rooms, line.socket.user_data) == ((), {})
         assert line.socket.resumed is ResumeOutcome.LOST
-        assert [report.facts["why"] for report in stage.heard.of("session_lost")] == ["unknown"]
+        assert [report.fields["why"] for report in stage.heard.of("session_lost")] == ["unknown"]
         assert stage.events[-1] == "connect ann"
 
 
@@ -142,7 +142,7 @@ def test_a_token_that_is_not_good(why: str, wall_clock: list[float]) -> None:
             line = await back(stage, token, client_id)
             assert_new(line)
             (report,) = stage.heard.of("session_lost")
-            assert (report.facts["why"], report.facts["client_id"]) == (why, client_id)
+            assert (report.fields["why"], report.fields["client_id"]) == (why, client_id)
             assert stage.events[-1] == f"connect {client_id}"
             assert stage.bugs == []
 
@@ -170,7 +170,7 @@ async def test_a_token_of_the_application_is_left_alone() -> None:
         assert line.socket is not None
         assert line.socket.query_params["token"] == "eyJhbGciOi"
         assert stage.heard.of("session_lost") == []
-        assert stage.manager.totals.sessions_lost == 0
+        assert stage.manager.counters.sessions_lost == 0
 
 
 @virtually
@@ -193,8 +193,8 @@ async def test_the_last_connection_counts() -> None:
 
 @virtually
 async def test_luggage_is_bounded() -> None:
-    """Of more than max_sessions_away plain clients the one that left first is given up."""
-    async with Stage(max_sessions_away=1) as stage:
+    """Of more than max_detached_sessions plain clients the one that left first is given up."""
+    async with Stage(max_detached_sessions=1) as stage:
         token = await left_behind(stage)
         await left_behind(stage, "bob")
         await soon()
@@ -385,7 +385,7 @@ def test_tokens_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
             assert len(logged) > 10
             for word in words:
                 assert word not in "".join(logged)
-                assert word not in repr(stage.heard.reports)
+                assert word not in repr(stage.heard.all)
 
     play()
 
@@ -471,10 +471,10 @@ async def test_sessions_in_the_stats() -> None:
         await Peer(stage, "joe").dial(token="no.token")
         stage.plain("sue")
         await soon()
-        totals = await overview(stage.manager)
+        counters = await overview(stage.manager)
         page = await connections(stage.manager, offset=0, limit=100)
         names = ("sessions", "sessions_away", "sessions_resumed", "session_gaps", "sessions_lost")
-        assert [getattr(totals, name) for name in names] == [3, 1, 1, 1, 1]
+        assert [getattr(counters, name) for name in names] == [3, 1, 1, 1, 1]
         of_client = {one.client_id: one.session_id for one in page.connections}
         assert of_client["ann"] == stage.socket().session_id
         assert of_client["sue"] is None
@@ -627,10 +627,10 @@ async def test_what_tokens_name_is_forgotten_when_they_expire() -> None:
     async with Stage(on_duplicate="allow", reconnect_token_ttl=timedelta(minutes=10)) as stage:
         (line,) = await tabs(stage, "one")
         assert line.socket is not None
-        resumption = stage.manager._serving.resumption
+        resumption = stage.manager._node.resumption
         for _ in range(20):
             line.socket.reconnect_token()
         assert len(resumption._named) == 20
         await asyncio.sleep(601)
         line.socket.reconnect_token()
-        assert (len(resumption._named), len(resumption.luggage._expected)) == (1, 1)
+        assert (len(resumption._named), len(resumption.detached._expected)) == (1, 1)

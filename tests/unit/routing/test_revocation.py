@@ -97,15 +97,15 @@ async def test_the_door_remembers_nobody() -> None:
         peer = Peer(stage)
         lines = [stage.plain(), await peer.dial()]
         await soon()
-        assert stage.manager._serving.door._visitors == set()
+        assert stage.manager._node.admission._handshakes == set()
         slowly(stage)
         lines.append(stage.plain("bob"))
         await soon()
-        assert len(stage.manager._serving.door._visitors) == 1
+        assert len(stage.manager._node.admission._handshakes) == 1
         lines[-1].task.cancel()
         await asyncio.wait([lines.pop().task])
         stage.lines.pop()
-        assert stage.manager._serving.door._visitors == set()
+        assert stage.manager._node.admission._handshakes == set()
 
 
 class Expiring(Line):
@@ -114,7 +114,7 @@ class Expiring(Line):
     async def _serve(self) -> None:
         serve = self._stage.manager.serve
         try:
-            async with serve(self.server.websocket, good_for=2.0) as self.socket:
+            async with serve(self.server.websocket, expires_in=2.0) as self.socket:
                 await self._stage.endpoint(self.socket)
         except Exception as error:
             self.error = error

@@ -169,7 +169,7 @@ async def test_hook_that_uses_its_ended_socket_is_no_bug(event: str, kind: str, 
         await line.leaves(1000)
         assert stage.notes == ["next hook"]
         assert stage.bugs == []
-        assert [report for report in stage.heard.reports if report.level >= logging.ERROR] == []
+        assert [report for report in stage.heard.all if report.level >= logging.ERROR] == []
 
 
 @virtually

@@ -408,5 +408,5 @@ async def test_connection_that_has_ended_is_not_asked_to_leave() -> None:
         assert line.socket is not None
         connection = line.socket._connection
         await line.leaves()
-        assert not connection.ask_to_leave(0.0, 1.0, DisconnectReason.LIFETIME)
-        assert connection._parts.asked_to_leave == {}
+        assert not connection.request_drain(0.0, 1.0, DisconnectReason.LIFETIME)
+        assert connection._parts.drain_requests == {}

@@ -10,7 +10,7 @@ from fastapi import HTTPException, WebSocketException
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions.store import MAX_AWAY_OF_ONE
+from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT
 from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
@@ -141,7 +141,7 @@ async def test_an_end_is_told_after_a_connection_that_never_began(how: str) -> N
 async def test_an_end_is_told_while_the_endpoint_still_finishes(how: str) -> None:
     """A session may end between the disconnect hooks of its last connection and the return of its endpoint."""
     ttl = 3 if how == "ttl" else 100
-    async with Stage(session_ttl=ttl, disconnect_grace=8, max_sessions_away=1) as stage:
+    async with Stage(session_ttl=ttl, disconnect_grace=8, max_detached_sessions=1) as stage:
 
         async def endpoint(ws: StableSocket) -> None:
             async for _ in ws:
@@ -202,9 +202,12 @@ async def test_replace_ends_what_waits_for_its_client() -> None:
 async def test_only_so_many_sessions_of_one_client_wait_for_it() -> None:
     """With on_duplicate="allow" a client that begins anew each time leaves a bounded number of sessions."""
     async with Stage(on_duplicate="allow") as stage:
-        for _ in range(MAX_AWAY_OF_ONE + 4):
+        for _ in range(MAX_DETACHED_PER_CLIENT + 4):
             await (await Peer(stage).dial()).leaves()
-        assert stage.manager.get_session_counts() == {"sessions": MAX_AWAY_OF_ONE, "away": MAX_AWAY_OF_ONE}
+        assert stage.manager.get_session_counts() == {
+            "sessions": MAX_DETACHED_PER_CLIENT,
+            "away": MAX_DETACHED_PER_CLIENT,
+        }
         await soon()
         assert len(ends(stage)) == 4
 
@@ -387,6 +390,6 @@ async def test_who_is_described_anew_while_it_is_away_stays_so() -> None:
         await stage.socket().join("lobby", {"n": 1})
         await line.leaves()
         room = stage.manager.room("lobby")
-        assert room.describe("ann", n=2)
+        assert room.set_presence("ann", n=2)
         await peer.dial()
         assert [dict(who.metadata) for who in room.presence] == [{"n": 2}]

@@ -244,7 +244,7 @@ async def test_a_volatile_message_is_missed_by_who_is_away() -> None:
         await (await peer.dial()).leaves()
         bob = await Peer(stage, "bob").dial()
         result = await stage.manager.broadcast("now", volatile=True)
-        assert (result.total, result.succeeded, result.missed) == (2, 1, 1)
+        assert (result.total, result.succeeded, result.skipped) == (2, 1, 1)
         assert not await stage.manager.send_to_client("ann", "now", volatile=True)
         assert await stage.manager.send_to_client("ann", "later")
         await soon()
@@ -263,11 +263,11 @@ async def test_a_volatile_message_without_room_is_dropped(overflow: str) -> None
         results = [await stage.manager.broadcast(number, volatile=True) for number in range(8)]
         await soon()
         assert results[-1].dropped == 1
-        assert stage.manager.totals.messages_dropped == sum(result.dropped for result in results)
+        assert stage.manager.counters.messages_dropped == sum(result.dropped for result in results)
         line.server.release()
         await soon()
         assert line.close_code is None
-        assert line.got == list(range(8 - stage.manager.totals.messages_dropped))
+        assert line.got == list(range(8 - stage.manager.counters.messages_dropped))
 
 
 @virtually
@@ -328,7 +328,7 @@ async def test_a_session_that_is_over_takes_nothing() -> None:
     """Messages that are offered to it are refused, and kept nowhere."""
     async with Stage() as stage:
         line = await Peer(stage).dial()
-        session = stage.socket()._connection.member
+        session = stage.socket()._connection.recipient
         await line.leaves(1000)
         assert session.outbox.offer(encode("x")) is EnqueueResult.REFUSED
         assert session.outbox.offer(encode("x", volatile=True)) is EnqueueResult.REFUSED
@@ -347,4 +347,4 @@ async def test_messages_get_too_old_to_be_replayed() -> None:
         await stage.manager.send_to_client("ann", "young")
         line = await peer.dial()
         assert (line.outcome, line.welcome["why"], line.welcome["seq"], line.got) == ("gap", "overflow", 2, [])
-        assert [report.facts["missed_messages"] for report in stage.heard.of("session_gap")] == [2]
+        assert [report.fields["missed_messages"] for report in stage.heard.of("session_gap")] == [2]

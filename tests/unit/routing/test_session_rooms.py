@@ -135,7 +135,7 @@ async def test_presence_of_a_session() -> None:
         peer, room = Peer(stage), stage.manager.room("lobby")
         line = await peer.dial()
         await stage.socket().join("lobby", {"name": "Ann"})
-        room.describe("ann", name="Ann", colour="red")
+        room.set_presence("ann", name="Ann", colour="red")
         await soon()
         await line.leaves()
         await asyncio.sleep(4)

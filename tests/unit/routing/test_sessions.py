@@ -103,25 +103,25 @@ async def test_what_an_old_connection_still_says_is_ignored() -> None:
         old = await peer.dial()
         new = await peer.dial()
         assert old.socket is not None
-        conversation = old.socket._connection.conversation
-        assert conversation is not None
-        assert conversation.take('{"type":"msg","seq":1,"event":"note","data":"late"}') is None
-        assert conversation.take('{"type":"ack","seq":99}') is None
-        assert conversation.session.accepted == 0
+        protocol = old.socket._connection.protocol
+        assert protocol is not None
+        assert protocol.receive('{"type":"msg","seq":1,"event":"note","data":"late"}') is None
+        assert protocol.receive('{"type":"ack","seq":99}') is None
+        assert protocol.session.accepted == 0
         await new.message("note", "now")
         assert stage.notes == ["now"]
 
 
 @virtually
 async def test_too_many_sessions_away() -> None:
-    """Of more than max_sessions_away sessions the one that left first ends, with hooks and a report."""
-    async with Stage(max_sessions_away=1) as stage:
+    """Of more than max_detached_sessions sessions the one that left first ends, with hooks and a report."""
+    async with Stage(max_detached_sessions=1) as stage:
         for name in ("ann", "bob"):
             await (await Peer(stage, name).dial()).leaves()
         await soon()
         assert stage.events[2] == "connect bob"
         assert sorted(stage.events[3:]) == ["disconnect bob network_lost", "session_end ann network_lost"]
-        assert [report.facts["client_id"] for report in stage.heard.of("session_evicted")] == ["ann"]
+        assert [report.fields["client_id"] for report in stage.heard.of("session_evicted")] == ["ann"]
         assert stage.manager.get_session_counts() == {"sessions": 1, "away": 1}
 
 

@@ -582,7 +582,7 @@ async def test_decorated_handler_gets_what_its_decorator_gives(function: Any) ->
     register_message(function)
     handler = MessageHandler(function, typed=True)
     socket: Any = object()
-    ws, message, db = await handler(socket, handler.prepare(ReceivedMessage(TEXT)))
+    ws, message, db = await handler(socket, handler.validate(ReceivedMessage(TEXT)))
     assert ws is socket
     assert message == Say(text="hi")
     assert isinstance(db, Session)
@@ -597,7 +597,7 @@ async def test_decorator_that_takes_the_socket_away_is_accepted() -> None:
         return message
 
     handler = MessageHandler(only, typed=True)
-    assert await handler(None, handler.prepare(ReceivedMessage(TEXT))) == Say(text="hi")  # type: ignore[arg-type]
+    assert await handler(None, handler.validate(ReceivedMessage(TEXT))) == Say(text="hi")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("decorator", [passes_on, with_db])
@@ -625,7 +625,7 @@ async def test_decorated_handler_may_annotate_what_its_decorator_gives() -> None
         return message, db
 
     handler = MessageHandler(with_alias, typed=True)
-    message, db = await handler(None, handler.prepare(ReceivedMessage(TEXT)))  # type: ignore[arg-type]
+    message, db = await handler(None, handler.validate(ReceivedMessage(TEXT)))  # type: ignore[arg-type]
     assert message == Say(text="hi")
     assert isinstance(db, Session)
 
@@ -676,7 +676,7 @@ def test_signature_that_is_set_is_believed() -> None:
 
     injected.__wrapped__ = default_dependency  # type: ignore[attr-defined]
     injected.__signature__ = inspect.signature(decorated, follow_wrapped=False)  # type: ignore[attr-defined]
-    assert isinstance(MessageHandler(injected, typed=True).prepare(ReceivedMessage(TEXT)), Say)
+    assert isinstance(MessageHandler(injected, typed=True).validate(ReceivedMessage(TEXT)), Say)
 
 
 # ── annotations that cannot be evaluated ──
@@ -688,7 +688,7 @@ def test_socket_annotation_of_type_checkers_does_not_matter() -> None:
     async def hinted(ws: OnlyForTypeCheckers, message: Say, more: OnlyForTypeCheckers | None = None) -> None:
         """Have annotations that cannot be evaluated."""
 
-    assert isinstance(MessageHandler(hinted, typed=True).prepare(ReceivedMessage(TEXT)), Say)
+    assert isinstance(MessageHandler(hinted, typed=True).validate(ReceivedMessage(TEXT)), Say)
 
 
 def test_message_annotation_of_type_checkers_is_refused() -> None:
@@ -716,7 +716,7 @@ def test_model_of_the_function_around_is_found() -> None:
     async def move(ws: StableSocket, message: Move) -> None:
         """Take it."""
 
-    assert MessageHandler(move, typed=True).prepare(ReceivedMessage('{"x":1}')) == Move(x=1)
+    assert MessageHandler(move, typed=True).validate(ReceivedMessage('{"x":1}')) == Move(x=1)
 
 
 def test_model_of_a_function_further_out_is_found() -> None:
@@ -733,7 +733,7 @@ def test_model_of_a_function_further_out_is_found() -> None:
 
         return MessageHandler(move, typed=True)
 
-    assert build().prepare(ReceivedMessage('{"x":1}')) == Move(x=1)
+    assert build().validate(ReceivedMessage('{"x":1}')) == Move(x=1)
 
 
 def test_model_of_a_function_that_is_over_is_refused() -> None:

@@ -173,7 +173,7 @@ async def test_subprotocol_is_readable_in_hooks() -> None:
 def heard_by(manager: WebSocketConnectionManager) -> Heard:
     """What a manager reports."""
     heard = Heard()
-    manager.reports.subscribe(heard)
+    manager.events.subscribe(heard)
     return heard
 
 
@@ -199,12 +199,12 @@ def test_unanswered_subprotocols_are_told_once_for_a_route() -> None:
                     ws.send_json({"type": "hello", "v": 1, "n": 1})
     first, second = heard.of("subprotocol_unanswered")
     assert first.level == logging.WARNING
-    assert first.facts["route"] == "/ws/{client_id}"
-    assert (first.facts["offered"], first.facts["served"]) == (2, "none")
-    assert second.facts["route"].endswith("/{client_id}")
-    assert second.facts["served"] == "chat.v2"
-    assert "socket_for(subprotocols=" in first.facts["advice"]
-    assert "secret" not in repr([report.facts for report in heard.reports])
+    assert first.fields["route"] == "/ws/{client_id}"
+    assert (first.fields["offered"], first.fields["served"]) == (2, "none")
+    assert second.fields["route"].endswith("/{client_id}")
+    assert second.fields["served"] == "chat.v2"
+    assert "socket_for(subprotocols=" in first.fields["advice"]
+    assert "secret" not in repr([report.fields for report in heard.all])
 
 
 async def test_subprotocol_that_a_hook_answers_is_not_told() -> None:

@@ -13,7 +13,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.routing.unmatched import MAX_TOLD, UnmatchedRouteLogger, websocket_paths
+from fastapi_ws_stabilizer.routing.unmatched import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer
 
@@ -50,33 +50,33 @@ def test_all_websocket_paths_are_found() -> None:
 
 async def test_a_path_that_nobody_serves_is_told_with_those_that_exist() -> None:
     """The bare 403 gets a warning that names the path and the known ones."""
-    app, reports, heard = make_app(), EventBus(), Heard()
-    reports.subscribe(heard)
-    UnmatchedRouteLogger.watch(app, reports)
+    app, events, heard = make_app(), EventBus(), Heard()
+    events.subscribe(heard)
+    UnmatchedRouteLogger.watch(app, events)
     server = await knock(app, "/wss/ann")
     assert server.taken[0]["type"] == "websocket.close"
-    (report,) = heard.reports
+    (report,) = heard.all
     assert (report.event, report.level) == ("no_websocket_route", logging.WARNING)
-    assert report.facts == {"path": "/wss/ann", "known": "/router/inner, /sub/deep, /ws/{client_id}"}
+    assert report.fields == {"path": "/wss/ann", "known": "/router/inner, /sub/deep, /ws/{client_id}"}
 
 
 async def test_each_path_is_told_once_and_only_so_many() -> None:
     """A scanner does not fill the log."""
-    app, reports, heard = FastAPI(), EventBus(), Heard()
-    reports.subscribe(heard)
-    UnmatchedRouteLogger.watch(app, reports)
-    for number in range(3 * MAX_TOLD):
+    app, events, heard = FastAPI(), EventBus(), Heard()
+    events.subscribe(heard)
+    UnmatchedRouteLogger.watch(app, events)
+    for number in range(3 * MAX_LOGGED):
         await knock(app, f"/{number}")
         await knock(app, f"/{number}")
-    assert len(heard.reports) == MAX_TOLD
-    assert heard.reports[0].facts["known"] == "none"
+    assert len(heard.all) == MAX_LOGGED
+    assert heard.all[0].fields["known"] == "none"
 
 
 async def test_a_request_that_is_no_websocket_is_not_told() -> None:
     """A 404 of HTTP is no business of ours."""
-    app, reports, heard = FastAPI(), EventBus(), Heard()
-    reports.subscribe(heard)
-    UnmatchedRouteLogger.watch(app, reports)
+    app, events, heard = FastAPI(), EventBus(), Heard()
+    events.subscribe(heard)
+    UnmatchedRouteLogger.watch(app, events)
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -87,15 +87,15 @@ async def test_a_request_that_is_no_websocket_is_not_told() -> None:
 
     await app({"type": "http", "method": "GET", "path": "/x", "headers": [], "query_string": b""}, receive, send)
     assert sent[0]["status"] == 404
-    assert heard.reports == []
+    assert heard.all == []
 
 
 def test_an_app_is_watched_once() -> None:
     """Attaching a manager again puts no second watch before the first."""
-    app, reports = FastAPI(), EventBus()
-    UnmatchedRouteLogger.watch(app, reports)
+    app, events = FastAPI(), EventBus()
+    UnmatchedRouteLogger.watch(app, events)
     first = app.router.default
-    UnmatchedRouteLogger.watch(app, reports)
+    UnmatchedRouteLogger.watch(app, events)
     assert app.router.default is first
 
 
@@ -114,9 +114,9 @@ def test_an_app_of_another_kind_is_left_alone(app: Any) -> None:
 
 def watched(app: FastAPI) -> Heard:
     """Watch an app, and hear what is told."""
-    reports, heard = EventBus(), Heard()
-    reports.subscribe(heard)
-    UnmatchedRouteLogger.watch(app, reports)
+    events, heard = EventBus(), Heard()
+    events.subscribe(heard)
+    UnmatchedRouteLogger.watch(app, events)
     return heard
 
 
@@ -131,8 +131,8 @@ async def test_path_that_static_files_take_is_told_and_answered() -> None:
         server = await knock(app, path)
         assert [message["type"] for message in server.taken] == ["websocket.close"]
     first, second = heard.of("no_websocket_route")
-    assert first.facts == {"path": "/wss", "known": "/late, /ws", "taken_by": "the mount at /"}
-    assert second.facts["advice"] == "the WebSocket route /late stands behind the mount at /: put the mount last"
+    assert first.fields == {"path": "/wss", "known": "/late, /ws", "taken_by": "the mount at /"}
+    assert second.fields["advice"] == "the WebSocket route /late stands behind the mount at /: put the mount last"
 
 
 async def test_path_that_a_mounted_app_does_not_serve_is_told() -> None:
@@ -142,7 +142,7 @@ async def test_path_that_a_mounted_app_does_not_serve_is_told() -> None:
     server = await knock(app, "/sub/no")
     assert [message["type"] for message in server.taken] == ["websocket.close"]
     (report,) = heard.of("no_websocket_route")
-    assert (report.facts["path"], report.facts["taken_by"]) == ("/sub/no", "the mount at /sub")
+    assert (report.fields["path"], report.fields["taken_by"]) == ("/sub/no", "the mount at /sub")
 
 
 async def test_mounted_app_with_a_manager_tells_by_itself() -> None:
@@ -151,7 +151,7 @@ async def test_mounted_app_with_a_manager_tells_by_itself() -> None:
     app.mount("/sub", sub)
     outer, inner = watched(app), watched(sub)
     await knock(app, "/sub/no")
-    assert (len(outer.reports), len(inner.reports)) == (0, 1)
+    assert (len(outer.all), len(inner.all)) == (0, 1)
 
 
 async def test_paths_that_are_served_are_not_told() -> None:
@@ -179,7 +179,7 @@ async def test_paths_that_are_served_are_not_told() -> None:
     for path in paths:
         await knock(app, path)
     assert served == paths
-    assert heard.reports == []
+    assert heard.all == []
 
 
 async def test_app_behind_a_root_path_finds_its_routes() -> None:
@@ -189,4 +189,4 @@ async def test_app_behind_a_root_path_finds_its_routes() -> None:
     heard = watched(app)
     server = FakeServer("/api/ws", root_path="/api")
     await app(server.websocket.scope, server.receive, server.send)
-    assert heard.of("no_websocket_route")[0].facts["taken_by"] == "the mount at /"
+    assert heard.of("no_websocket_route")[0].fields["taken_by"] == "the mount at /"

@@ -185,7 +185,7 @@ async def test_a_server_that_has_forgotten_is_a_gap() -> None:
         await asyncio.sleep(0.5)
         world.cut()
         await asyncio.sleep(0)
-        world.manager._serving.sessions.away_of("ann")[0].evict()
+        world.manager._node.sessions.detached_of("ann")[0].evict()
         with pytest.raises(SessionLostError):
             await with_deadline(unknown)
         await client.send("new", event="note")
@@ -200,7 +200,7 @@ async def test_a_client_that_had_to_give_its_session_up_is_told_of_a_gap() -> No
         await world.manager.send_to_client("ann", "first")
         await asyncio.sleep(0.5)
         session = client.session
-        world.socket()._connection.end(DisconnectReason.REPLACED)
+        world.socket()._connection.close(DisconnectReason.REPLACED)
         await asyncio.sleep(5)
         assert client.session != session
         assert [(gap.session_lost, gap.why, gap.first, gap.last) for gap in world.gaps] == [(True, "given_up", 2, None)]
@@ -216,13 +216,13 @@ async def test_what_the_server_does_not_take_fails_at_once() -> None:
         with pytest.raises(MessageTooLargeError):
             client.send("x" * 1000, event="note")
         with pytest.raises(MessageTooLargeError):
-            client.volatile("x" * 1000)
+            client.send_volatile("x" * 1000)
         with pytest.raises(MessageTooLargeError):
             client.send(b"x" * 1000, event="note")
         with pytest.raises(MessageTooLargeError):
             await client.request("echo", "é" * 500)
         await client.send("x" * 900, event="note")
-        assert client.volatile("y", event="note")
+        assert client.send_volatile("y", event="note")
         await asyncio.sleep(0.5)
         assert (world.notes, world.outcomes) == (["x" * 900, "y"], ["none"])
 
@@ -390,7 +390,7 @@ def test_error_of_a_handler_can_always_be_sent(error: RequestError) -> None:
             with pytest.raises(RequestError) as caught:
                 await client.request("no", 1)
             assert (len(caught.value.code), len(caught.value.message)) == (min(64, len(error.code)), 1024)
-            client.volatile(1, event="no")
+            client.send_volatile(1, event="no")
             await asyncio.sleep(1)
             assert [str(one) for one in refused] == [str(caught.value)]
             plain = world.plain("bob")

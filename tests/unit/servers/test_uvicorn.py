@@ -275,13 +275,13 @@ class CallingSink:
         self.act = act
         self.gone_with: list[Any] = []
 
-    def heard(self) -> bool:
+    def data_received(self) -> bool:
         return True
 
-    def received(self, message: str | bytes) -> None:
+    def message_received(self, message: str | bytes) -> None:
         self.act()
 
-    def gone(self, event: Any) -> None:
+    def connection_lost(self, event: Any) -> None:
         self.gone_with.append(event.get("code"))
 
 

@@ -35,17 +35,17 @@ class Sink:
         self.fails_at: int | None = None
         self.events: list[Any] = []
 
-    def heard(self) -> bool:
+    def data_received(self) -> bool:
         return self.wanted
 
-    def received(self, message: str | bytes) -> None:
+    def message_received(self, message: str | bytes) -> None:
         self.got.append(message)
         if self.fails_at == len(self.got):
             raise ZeroDivisionError
         if len(self.got) == self.most:
             self.protocol.pause_reading()
 
-    def gone(self, event: Any) -> None:
+    def connection_lost(self, event: Any) -> None:
         self.events.append(event)
 
 
@@ -104,11 +104,11 @@ async def test_others_have_their_turn(attached: Any, monkeypatch: pytest.MonkeyP
     protocol.data_received(MANY)
     assert len(sink.got) < FRAMES
     assert not transport.reading
-    turns = 0
+    scheduler = 0
     while len(sink.got) < FRAMES - 1:
         await asyncio.sleep(0)
-        turns += 1
-    assert turns > 3
+        scheduler += 1
+    assert scheduler > 3
 
 
 async def test_what_floods_after_the_end_is_thrown_away(attached: Any) -> None:

@@ -28,8 +28,8 @@ class FakeAttachment:
         self.verdict = EnqueueResult.QUEUED
         self.pressed = False
         self.meanwhile: Callable[[], None] | None = None
-        self.ending: CloseInfo | None = None
-        self.face: Any = f"face of {id(self)}"
+        self.close_info: CloseInfo | None = None
+        self.socket: Any = f"face of {id(self)}"
 
     @property
     def outbox(self) -> FakeAttachment:
@@ -41,7 +41,7 @@ class FakeAttachment:
         """The texts that were queued."""
         return [frame.text for frame in self.frames]
 
-    def put_if_calm(self, frame: EncodedMessage) -> bool:
+    def try_enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame on the fast path."""
         if self.calm:
             self.frames.append(frame)
@@ -49,7 +49,7 @@ class FakeAttachment:
 
     def put_now(self, frame: EncodedMessage) -> bool:
         """Send a frame at once."""
-        return self.put_if_calm(frame)
+        return self.try_enqueue(frame)
 
     def flush(self) -> None:
         """Send what is queued: nothing waits here."""
@@ -63,7 +63,7 @@ class FakeAttachment:
         if self.meanwhile is not None:
             self.meanwhile()
         if self.verdict is EnqueueResult.SLOW or not self.room:
-            self.end(DisconnectReason.SLOW_CONSUMER)
+            self.close(DisconnectReason.SLOW_CONSUMER)
             return EnqueueResult.REFUSED
         if self.verdict is not EnqueueResult.REFUSED:
             self.frames.append(frame)
@@ -79,7 +79,7 @@ class FakeAttachment:
         """Whether there is room."""
         return self.room
 
-    def put_all(self, frames: Iterable[EncodedMessage]) -> None:
+    def preload(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue frames, whatever room there is."""
         self.frames.extend(frames)
 
@@ -92,11 +92,11 @@ class FakeAttachment:
             queued(frame)
         return True
 
-    def under_pressure(self) -> bool:
+    def is_backpressured(self) -> bool:
         """Whether more than half of it is used."""
         return self.pressed
 
-    def end(
+    def close(
         self,
         reason: DisconnectReason,
         *,
@@ -105,7 +105,7 @@ class FakeAttachment:
         from_outside: bool = False,
     ) -> bool:
         """Begin the end."""
-        if self.ending is not None:
+        if self.close_info is not None:
             return False
-        self.ending = local_close(reason, code=code, text=text, from_outside=from_outside)
+        self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
         return True

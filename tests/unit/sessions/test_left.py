@@ -28,127 +28,129 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def leave(
-    luggage: DetachedStateStore,
+    detached: DetachedStateStore,
     client_id: str,
     rooms: dict[str, dict[str, str]],
     user_data: dict[str, Any] | None,
-    face: str,
+    socket: str,
 ) -> list[DetachedState]:
     """Leave something."""
-    return luggage.leave(client_id, DetachedState(rooms, MeteredDict(None, None, user_data), 0.0, face, luggage.drop))
+    return detached.save(
+        client_id, DetachedState(rooms, MeteredDict(None, None, user_data), 0.0, socket, detached.discard)
+    )
 
 
 def faces(gone: list[DetachedState]) -> list[object]:
     """Whose it was."""
-    return [left.face for left in gone]
+    return [left.socket for left in gone]
 
 
 def test_only_who_has_a_token_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client is expected back if it was given a token, and of too many the first one is not any more."""
     monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
-    luggage = DetachedStateStore(60, 10)
-    assert not luggage.is_expected("ann")
+    detached = DetachedStateStore(60, 10)
+    assert not detached.is_resumable("ann")
     for client_id in ("ann", "bob", "ann", "cid"):
-        luggage.expect(client_id, 3600)
-    assert [luggage.is_expected(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+        detached.mark_resumable(client_id, 3600)
+    assert [detached.is_resumable(who) for who in ("ann", "bob", "cid")] == [True, False, True]
 
 
 def test_a_client_is_expected_as_long_as_its_token_is_good(clock: Clock) -> None:
     """A client whose token has expired cannot come back with it, and nothing of it is remembered."""
-    luggage = DetachedStateStore(60, 10)
-    luggage.expect("ann", 3600)
+    detached = DetachedStateStore(60, 10)
+    detached.mark_resumable("ann", 3600)
     clock.now += 1800
-    luggage.expect("bob", 3600)
+    detached.mark_resumable("bob", 3600)
     clock.now += 1801
-    assert [luggage.is_expected(who) for who in ("ann", "bob")] == [False, True]
-    luggage.collect()
-    assert list(luggage._expected) == ["bob"]
+    assert [detached.is_resumable(who) for who in ("ann", "bob")] == [False, True]
+    detached.collect()
+    assert list(detached._expected) == ["bob"]
 
 
 def test_nobody_is_expected_where_nothing_is_kept() -> None:
     """Without a time to keep it nothing is left."""
-    luggage = DetachedStateStore(0, 10)
-    luggage.expect("ann", 3600)
-    assert not luggage.is_expected("ann")
+    detached = DetachedStateStore(0, 10)
+    detached.mark_resumable("ann", 3600)
+    assert not detached.is_resumable("ann")
 
 
 def test_a_client_gets_back_what_it_has_left(clock: Clock) -> None:
     """Rooms, how the client is described in them, and user data come back once."""
-    luggage = DetachedStateStore(60, 10)
-    luggage.expect("ann", 3600)
-    assert leave(luggage, "ann", ROOMS, {"cart": [1]}, "face") == []
-    assert len(luggage) == 1
-    left = luggage.take("ann")
+    detached = DetachedStateStore(60, 10)
+    detached.mark_resumable("ann", 3600)
+    assert leave(detached, "ann", ROOMS, {"cart": [1]}, "face") == []
+    assert len(detached) == 1
+    left = detached.claim("ann")
     assert left is not None
-    assert (left.rooms, left.user_data, left.face) == (ROOMS, {"cart": [1]}, "face")
-    assert luggage.take("ann") is None
-    assert luggage.is_expected("ann")  # it holds the next token soon, and may have it already
+    assert (left.rooms, left.user_data, left.socket) == (ROOMS, {"cart": [1]}, "face")
+    assert detached.claim("ann") is None
+    assert detached.is_resumable("ann")  # it holds the next token soon, and may have it already
 
 
 def test_a_client_that_never_came_gets_nothing() -> None:
     """Nothing is kept for who has left nothing."""
-    assert DetachedStateStore(60, 10).take("ann") is None
+    assert DetachedStateStore(60, 10).claim("ann") is None
 
 
 def test_what_is_left_is_kept_for_its_time(clock: Clock) -> None:
     """A client that comes back too late gets nothing."""
-    luggage = DetachedStateStore(60, 10)
-    leave(luggage, "ann", ROOMS, None, "ann")
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
     clock.now += 30
-    leave(luggage, "bob", ROOMS, None, "bob")
-    assert luggage.next_due() == 1060.0
+    leave(detached, "bob", ROOMS, None, "bob")
+    assert detached.next_due() == 1060.0
     clock.now += 29.9
-    assert luggage.collect() == []
+    assert detached.collect() == []
     clock.now += 0.1
-    assert faces(luggage.collect()) == ["ann"]
-    assert luggage.next_due() == 1090.0
-    assert luggage.take("ann") is None
+    assert faces(detached.collect()) == ["ann"]
+    assert detached.next_due() == 1090.0
+    assert detached.claim("ann") is None
 
 
 def test_who_comes_too_late_gets_nothing(clock: Clock) -> None:
     """What is too old is given to nobody, even if nobody has collected it yet."""
-    luggage = DetachedStateStore(60, 10)
-    leave(luggage, "ann", ROOMS, None, "ann")
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
-    assert luggage.take("ann") is None
+    assert detached.claim("ann") is None
 
 
 def test_leaving_collects_what_is_too_old(clock: Clock) -> None:
     """Whoever leaves something takes away what is too old."""
-    luggage = DetachedStateStore(60, 10)
-    leave(luggage, "ann", ROOMS, None, "ann")
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
-    assert faces(leave(luggage, "bob", ROOMS, None, "bob")) == ["ann"]
+    assert faces(leave(detached, "bob", ROOMS, None, "bob")) == ["ann"]
 
 
 def test_of_several_connections_of_a_client_the_last_is_kept(clock: Clock) -> None:
     """What a client left before goes for what it leaves now, and its time begins anew."""
-    luggage = DetachedStateStore(60, 10)
-    leave(luggage, "ann", ROOMS, None, "first")
-    leave(luggage, "bob", ROOMS, None, "bob")
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "first")
+    leave(detached, "bob", ROOMS, None, "bob")
     clock.now += 10
-    assert faces(leave(luggage, "ann", {}, {"n": 2}, "second")) == ["first"]
+    assert faces(leave(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
     clock.now += 50
-    assert faces(luggage.collect()) == ["bob"]
-    left = luggage.take("ann")
+    assert faces(detached.collect()) == ["bob"]
+    left = detached.claim("ann")
     assert left is not None
-    assert left.face == "second"
+    assert left.socket == "second"
 
 
 def test_of_too_many_the_first_goes(clock: Clock) -> None:
     """No more is kept than may be."""
-    luggage = DetachedStateStore(60, 2)
-    gone = [faces(leave(luggage, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
+    detached = DetachedStateStore(60, 2)
+    gone = [faces(leave(detached, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
     assert gone == [[], [], ["ann"]]
-    assert len(luggage) == 2
+    assert len(detached) == 2
 
 
 def test_all_of_it_is_taken_out_at_the_end(clock: Clock) -> None:
     """At the end everything is handed out, so that its end can be told."""
-    luggage = DetachedStateStore(60, 10)
+    detached = DetachedStateStore(60, 10)
     for who in ("ann", "bob"):
-        leave(luggage, who, ROOMS, None, who)
-    assert faces(luggage.clear()) == ["ann", "bob"]
-    assert len(luggage) == 0
-    assert luggage.next_due() is None
-    assert luggage.collect() == []
+        leave(detached, who, ROOMS, None, who)
+    assert faces(detached.clear()) == ["ann", "bob"]
+    assert len(detached) == 0
+    assert detached.next_due() is None
+    assert detached.collect() == []

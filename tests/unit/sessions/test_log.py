@@ -18,7 +18,7 @@ WIDE = ReplayLimits(1000, 10**6, 60.0)
 def frame(text: str = "x", at: float = 0.0) -> EncodedMessage:
     """A message that was made at some moment."""
     made = EncodedMessage(text)
-    made.at = at
+    made.created_at = at
     return made
 
 
@@ -26,7 +26,7 @@ def log_of(*texts: str, limits: ReplayLimits = WIDE) -> ReplayBuffer:
     """A log with some messages."""
     log = ReplayBuffer(limits)
     for text in texts:
-        log.record(frame(text))
+        log.append(frame(text))
     return log
 
 
@@ -38,9 +38,9 @@ def texts(log: ReplayBuffer, seq: int) -> list[str | None]:
 def test_messages_are_numbered_from_one() -> None:
     """The first message of a log is number 1, and each next one is one more."""
     log = ReplayBuffer(WIDE)
-    assert (log.head, log.low, len(log.kept)) == (0, 1, 0)
-    assert [log.record(frame()) for _ in range(3)] == [1, 2, 3]
-    assert (log.head, log.low, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
+    assert (log.head, log.first_seq, len(log.kept)) == (0, 1, 0)
+    assert [log.append(frame()) for _ in range(3)] == [1, 2, 3]
+    assert (log.head, log.first_seq, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
 
 
 def test_what_comes_after_a_number_is_given_in_order() -> None:
@@ -55,11 +55,11 @@ def test_what_is_acknowledged_is_forgotten() -> None:
     """An acknowledgement forgets everything up to its number, and numbers go on."""
     log = log_of("a", "b", "c")
     log.forget_up_to(2)
-    assert (log.low, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
+    assert (log.first_seq, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
     log.forget_up_to(1)
     assert texts(log, 2) == ["c"]
     assert [kept.text for kept in log.kept] == ["c"]
-    assert log.record(frame("d")) == 4
+    assert log.append(frame("d")) == 4
 
 
 def test_a_log_that_is_empty_again_owns_no_queue() -> None:
@@ -67,42 +67,42 @@ def test_a_log_that_is_empty_again_owns_no_queue() -> None:
     log = log_of("a", "b")
     log.forget_up_to(2)
     assert log._entries is NOTHING
-    assert (log.low, log.head, log.held_bytes) == (3, 2, 0)
-    assert log.record(frame()) == 3
+    assert (log.first_seq, log.head, log.held_bytes) == (3, 2, 0)
+    assert log.append(frame()) == 3
     assert tuple(NOTHING) == ()
 
 
 def test_of_too_many_messages_the_oldest_go() -> None:
     """A log holds as many messages as it may, the newest ones."""
     log = log_of(*"abcdef", limits=ReplayLimits(3, 10**6, 60.0))
-    assert (log.low, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
+    assert (log.first_seq, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
 
 
 def test_of_too_many_bytes_the_oldest_go() -> None:
     """A log holds as many bytes as it may."""
     log = log_of("aaaa", "bbbb", "cccc", limits=ReplayLimits(1000, 9, 60.0))
-    assert (log.low, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
+    assert (log.first_seq, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
 
 
 def test_one_message_of_any_size_is_kept() -> None:
     """A message above the limit of bytes is kept until the next one comes: else it could never be resumed over."""
     log = log_of("a", "b" * 100, limits=ReplayLimits(1000, 9, 60.0))
-    assert (log.low, log.held_bytes) == (2, 100)
-    log.record(frame("c"))
-    assert (log.low, log.held_bytes, texts(log, 2)) == (3, 1, ["c"])
+    assert (log.first_seq, log.held_bytes) == (2, 100)
+    log.append(frame("c"))
+    assert (log.first_seq, log.held_bytes, texts(log, 2)) == (3, 1, ["c"])
 
 
 def test_old_messages_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message is kept for its time."""
     log = ReplayBuffer(ReplayLimits(1000, 10**6, 10.0))
     for at in (101.0, 102.0, 112.0):
-        log.record(frame(str(at), at))
+        log.append(frame(str(at), at))
     monkeypatch.setattr(log_module, "monotonic", lambda: 112.0)
     log.forget_old()
-    assert (log.low, texts(log, 1)) == (2, ["102.0", "112.0"])
+    assert (log.first_seq, texts(log, 1)) == (2, ["102.0", "112.0"])
     monkeypatch.setattr(log_module, "monotonic", lambda: 1000.0)
     log.forget_old()
-    assert (log.low, log.head, log.held_bytes) == (4, 3, 0)
+    assert (log.first_seq, log.head, log.held_bytes) == (4, 3, 0)
     assert log._entries is NOTHING
 
 
@@ -110,16 +110,16 @@ def test_a_cleared_log_goes_on_with_its_numbers() -> None:
     """Clearing forgets the messages and not the count."""
     log = log_of("a", "b")
     log.forget_all()
-    assert (len(log.kept), log.low, log.head, log.held_bytes) == (0, 3, 2, 0)
-    assert log.record(frame()) == 3
+    assert (len(log.kept), log.first_seq, log.head, log.held_bytes) == (0, 3, 2, 0)
+    assert log.append(frame()) == 3
 
 
 def test_a_rewound_log_gives_its_last_numbers_out_again() -> None:
     """A store that lost its newest entries counts on from where it is."""
     log = log_of("a", "b", "c")
     log.rewind(2)
-    assert (log.head, log.low, log.held_bytes, texts(log, 0)) == (1, 1, 1, ["a"])
-    assert log.record(frame("B")) == 2
+    assert (log.head, log.first_seq, log.held_bytes, texts(log, 0)) == (1, 1, 1, ["a"])
+    assert log.append(frame("B")) == 2
 
 
 def test_a_log_is_rewound_below_what_it_holds() -> None:
@@ -129,15 +129,15 @@ def test_a_log_is_rewound_below_what_it_holds() -> None:
     log.rewind(2)
     assert (len(log.kept), log.head, log.held_bytes) == (0, 1, 0)
     log.rewind(5)
-    assert (log.head, log.low) == (0, 1)
+    assert (log.head, log.first_seq) == (0, 1)
 
 
 def test_entries_are_shared_between_logs() -> None:
     """Two sessions that got the same message hold the same object."""
     one, shared = ReplayBuffer(WIDE), frame("hello")
     other = ReplayBuffer(WIDE)
-    one.record(shared)
-    other.record(shared)
+    one.append(shared)
+    other.append(shared)
     assert one.since(0)[0] is other.since(0)[0] is shared
 
 
@@ -145,7 +145,7 @@ def test_the_messages_after_a_number_are_those_of_that_moment() -> None:
     """What is recorded while a replay is read is no part of it, and breaks it in no way."""
     log = log_of("a", "b")
     replay = log.since(0)
-    log.record(frame("c"))
+    log.append(frame("c"))
     log.forget_up_to(3)
     assert [entry.text for entry in replay] == ["a", "b"]
 
@@ -170,14 +170,14 @@ def test_whatever_happens_a_log_is_a_tail_of_what_was_recorded(
     for what, value in steps:
         if what == "record":
             recorded.append(frame(f"{next(numbers):04}".ljust(value, ".")))
-            assert log.record(recorded[-1]) == len(recorded)
+            assert log.append(recorded[-1]) == len(recorded)
         elif what == "forget":
             log.forget_up_to(min(value, log.head))
-            assert log.low > min(value, log.head)
+            assert log.first_seq > min(value, log.head)
         else:
             log.forget_all()
-        held = list(log.since(log.low - 1))
-        assert held == recorded[log.low - 1 :]
+        held = list(log.since(log.first_seq - 1))
+        assert held == recorded[log.first_seq - 1 :]
         assert log.held_bytes == sum(entry.size for entry in held)
         assert len(log.kept) <= max_messages
         assert log.held_bytes <= max_bytes or len(log.kept) == 1

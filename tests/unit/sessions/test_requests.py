@@ -19,18 +19,18 @@ OVER = local_close(DisconnectReason.COMPLETED)
 async def test_an_answer_reaches_who_asked() -> None:
     """Each request has an id of its own, and its answer goes to its own future."""
     requests = PendingRequests()
-    (first_id, first), (second_id, second) = requests.begin(), requests.begin()
+    (first_id, first), (second_id, second) = requests.open(), requests.open()
     assert first_id != second_id
-    requests.answered(second_id, {"b": 2}, None)
-    requests.answered(first_id, None, None)
+    requests.resolve(second_id, {"b": 2}, None)
+    requests.resolve(first_id, None, None)
     assert (await first, await second) == (None, {"b": 2})
 
 
 async def test_an_answer_may_be_an_error() -> None:
     """An error of the client is raised where its answer is awaited."""
     requests = PendingRequests()
-    request_id, future = requests.begin()
-    requests.answered(request_id, None, {"code": "busy", "message": "later"})
+    request_id, future = requests.open()
+    requests.resolve(request_id, None, {"code": "busy", "message": "later"})
     with pytest.raises(RequestError, match="busy: later") as caught:
         await future
     assert (caught.value.code, caught.value.message) == ("busy", "later")
@@ -40,8 +40,8 @@ async def test_an_answer_may_be_an_error() -> None:
 async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
     """Whatever a client says in place of an error is one, and a short one."""
     requests = PendingRequests()
-    request_id, future = requests.begin()
-    requests.answered(request_id, None, error)
+    request_id, future = requests.open()
+    requests.resolve(request_id, None, error)
     with pytest.raises(RequestError) as caught:
         await future
     assert len(caught.value.code) <= 64
@@ -51,18 +51,18 @@ async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
 async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     """Answers that come twice, too late or to nothing hurt nobody."""
     requests = PendingRequests()
-    requests.answered("s1", 1, None)
-    request_id, future = requests.begin()
-    requests.answered(request_id, 1, None)
-    requests.answered(request_id, 2, None)
+    requests.resolve("s1", 1, None)
+    request_id, future = requests.open()
+    requests.resolve(request_id, 1, None)
+    requests.resolve(request_id, 2, None)
     assert await future == 1
-    late_id, late = requests.begin()
+    late_id, late = requests.open()
     requests.forget(late_id)
-    requests.answered(late_id, 1, None)
+    requests.resolve(late_id, 1, None)
     assert not late.done()
-    cancelled_id, cancelled = requests.begin()
+    cancelled_id, cancelled = requests.open()
     cancelled.cancel()
-    requests.answered(cancelled_id, 1, None)
+    requests.resolve(cancelled_id, 1, None)
 
 
 async def test_forgetting_what_was_never_asked_is_quiet() -> None:
@@ -74,13 +74,13 @@ async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     """A client that answers nothing cannot be asked without end; a forgotten request makes room."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
     requests = PendingRequests()
-    first, _ = requests.begin()
-    requests.begin()
+    first, _ = requests.open()
+    requests.open()
     with pytest.raises(RequestError, match="2 requests") as caught:
-        requests.begin()
+        requests.open()
     assert caught.value.code == "too_many"
     requests.forget(first)
-    requests.begin()
+    requests.open()
 
 
 async def test_an_acknowledgement_wakes_all_it_covers() -> None:
@@ -101,7 +101,7 @@ async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
     requests.acknowledged(4)
     requests.acknowledged(2)
     await with_deadline(requests.until_acknowledged(4))
-    requests.give_up(OVER)
+    requests.fail_all(OVER)
     await with_deadline(requests.until_acknowledged(4))
 
 
@@ -110,7 +110,7 @@ async def test_what_was_missed_is_not_acknowledged() -> None:
     requests = PendingRequests()
     waiting = [asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)]
     await settle()
-    requests.missed(1)
+    requests.fail_after_gap(1)
     await settle()
     assert waiting[0].exception() is None
     for task in waiting[1:]:
@@ -125,7 +125,7 @@ async def test_what_was_missed_is_not_acknowledged() -> None:
 
 async def test_missing_nothing_is_quiet() -> None:
     """A gap that nobody waits over fails nobody."""
-    PendingRequests().missed(3)
+    PendingRequests().fail_after_gap(3)
 
 
 async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
@@ -158,26 +158,26 @@ async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
 async def test_the_end_of_the_session_fails_everything() -> None:
     """At the end whoever waits is told so, and who comes later is told at once."""
     requests = PendingRequests()
-    _, answer = requests.begin()
-    _, nobody_waits_for_this_one = requests.begin()
+    _, answer = requests.open()
+    _, nobody_waits_for_this_one = requests.open()
     sender = asyncio.ensure_future(requests.until_acknowledged(1))
     await settle()
-    requests.give_up(OVER)
+    requests.fail_all(OVER)
     with pytest.raises(SessionEndedError):
         await answer
     with pytest.raises(SessionEndedError):
         await with_deadline(sender)
     with pytest.raises(SessionEndedError):
-        requests.begin()
+        requests.open()
     with pytest.raises(SessionEndedError):
         await requests.until_acknowledged(1)
     requests.acknowledged(7)
-    requests.answered("s1", 1, None)
+    requests.resolve("s1", 1, None)
     assert isinstance(nobody_waits_for_this_one.exception(), SessionEndedError)
 
 
 async def test_an_end_with_nothing_open_is_quiet() -> None:
     """A session for which nothing was ever asked ends without ado."""
     requests = PendingRequests()
-    requests.give_up(OVER)
-    requests.give_up(OVER)
+    requests.fail_all(OVER)
+    requests.fail_all(OVER)

@@ -22,9 +22,9 @@ class Owned:
 
     def __init__(self) -> None:
         self.ended: list[tuple[Session, CloseInfo]] = []
-        self.totals = Counters()
+        self.counters = Counters()
         limits = ReplayLimits(10, 10**6, 60.0)
-        self.session = Session("ann", 0, limits, self.totals, lambda *told: self.ended.append(told))
+        self.session = Session("ann", 0, limits, self.counters, lambda *told: self.ended.append(told))
 
     def secret(self) -> str:
         """A new token, without the session's id."""
@@ -56,7 +56,7 @@ def test_what_is_offered_while_the_client_is_away_is_kept() -> None:
     assert session.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
     assert said(session) == ["hello"]
-    assert not session.here
+    assert not session.is_attached
 
 
 def test_a_new_connection_begins_with_the_welcome_and_what_was_missed() -> None:
@@ -68,7 +68,7 @@ def test_a_new_connection_begins_with_the_welcome_and_what_was_missed() -> None:
     session.offer(encode(3))
     assert connection.texts[0] == "welcome"
     assert [json.loads(text or "")["data"] for text in connection.texts[1:]] == [1, 2, 3]
-    assert session.face == connection.face
+    assert session.socket == connection.socket
 
 
 def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
@@ -81,7 +81,7 @@ def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
     assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
     connection.room = False
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
-    assert owned.totals.messages_dropped == 1
+    assert owned.counters.messages_dropped == 1
     assert (session.head, len(session.kept)) == (0, 0)
 
 
@@ -90,8 +90,8 @@ def test_a_sequenced_message_is_kept_even_if_the_outbox_refuses_it() -> None:
     session, connection = Owned().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
     assert session.offer(encode(1)) is EnqueueResult.SLOW
-    assert connection.ending is not None
-    assert connection.ending.reason is DisconnectReason.SLOW_CONSUMER
+    assert connection.close_info is not None
+    assert connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert said(session) == [1]
 
 
@@ -100,7 +100,7 @@ def test_what_an_ending_connection_refuses_is_kept() -> None:
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
     connection.verdict = EnqueueResult.REFUSED
-    connection.end(DisconnectReason.APPLICATION)
+    connection.close(DisconnectReason.APPLICATION)
     assert session.offer(encode(1)) is EnqueueResult.QUEUED
     assert said(session) == [1]
 
@@ -113,7 +113,7 @@ def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
     def let_in() -> None:
         frame = encode("waited").enveloped or encode("waited")
         connection.frames.append(frame)
-        session.record(frame)
+        session.append(frame)
 
     connection.meanwhile = let_in
     connection.verdict = EnqueueResult.PRESSED
@@ -150,19 +150,19 @@ def test_the_end_of_an_old_connection_detaches_nothing() -> None:
     session.attach(old, 0, WELCOME)
     session.attach(new, 0, WELCOME)
     assert not session.detach(old)
-    assert session.here
+    assert session.is_attached
     assert session.detach(new)
-    assert not session.here
+    assert not session.is_attached
 
 
 def test_pressure_is_that_of_the_connection() -> None:
     """A session is under pressure if its connection is; one without a connection never is."""
     session, connection = Owned().session, FakeAttachment()
-    assert not session.under_pressure()
+    assert not session.is_backpressured()
     session.attach(connection, 0, WELCOME)
     connection.pressed = True
-    assert session.under_pressure()
-    assert session.owner is session.outbox is session.member is session
+    assert session.is_backpressured()
+    assert session.owner is session.outbox is session.recipient is session
 
 
 # ── tokens ──
@@ -266,7 +266,7 @@ def test_a_token_remembers_the_epoch_in_which_it_was_issued() -> None:
     for number in range(5):
         owned.session.offer(encode(number))
     secret = owned.secret()
-    owned.session.rewound(2)
+    owned.session.rewind(2)
     assert owned.session.epoch == 1
     assert owned.session.head == 3
     assert owned.session.present(secret) == 0
@@ -332,19 +332,19 @@ def test_ending_a_session_ends_its_connection() -> None:
     """What ends an attached session ends its connection, which decides what becomes of the session."""
     owned, connection = Owned(), FakeAttachment()
     owned.session.attach(connection, 0, WELCOME)
-    assert owned.session.end(DisconnectReason.APPLICATION, code=4410, text="kicked")
-    assert connection.ending == local_close(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert owned.session.close(DisconnectReason.APPLICATION, code=4410, text="kicked")
+    assert connection.close_info == local_close(DisconnectReason.APPLICATION, code=4410, text="kicked")
     assert owned.ended == []
 
 
 def test_a_session_without_a_connection_ends_at_once() -> None:
     """A client that is away is ended without being asked, once."""
     owned = Owned()
-    assert owned.session.end(DisconnectReason.APPLICATION, code=4410)
+    assert owned.session.close(DisconnectReason.APPLICATION, code=4410)
     assert [how.code for _, how in owned.ended] == [4410]
     owned.session.finish(owned.ended[0][1])
-    assert not owned.session.end(DisconnectReason.APPLICATION)
-    assert owned.session.ending is owned.ended[0][1]
+    assert not owned.session.close(DisconnectReason.APPLICATION)
+    assert owned.session.close_info is owned.ended[0][1]
 
 
 async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> None:
@@ -352,7 +352,7 @@ async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> N
     session = Owned().session
     session.offer(encode(1))
     session.offer(encode(2))
-    _, answer = session.requests.begin()
+    _, answer = session.requests.open()
     assert session.finish(local_close(DisconnectReason.COMPLETED)) == 2
     assert session.offer(encode(3)) is EnqueueResult.REFUSED
     assert session.offer(encode(3, volatile=True)) is EnqueueResult.REFUSED

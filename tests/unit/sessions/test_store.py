@@ -36,15 +36,15 @@ class Shop:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.reports, self.heard = EventBus(), Heard()
-        self.reports.subscribe(self.heard)
+        self.events, self.heard = EventBus(), Heard()
+        self.events.subscribe(self.heard)
         self.began: list[Session] = []
         self.ended: list[Session] = []
         self.endings: list[CloseInfo] = []
         numbers = itertools.count()
         self.sessions = SessionStore(
             WebSocketConfig(**options),
-            self.reports,
+            self.events,
             next_shard=lambda: next(numbers),
             began=self.began.append,
             ended=self._end,
@@ -58,31 +58,31 @@ class Shop:
         self, dial: int = 1, token: str | None = None, seq: int = 0, *, who: str = "ann", instance: str | None = None
     ) -> ResumeResult:
         """A hello."""
-        return self.sessions.greet(Hello(dial, token, seq, None, instance), who)
+        return self.sessions.resume(Hello(dial, token, seq, None, instance), who)
 
     def connect(
         self, dial: int = 1, token: str | None = None, seq: int = 0, **options: Any
     ) -> tuple[ResumeResult, str, FakeAttachment]:
         """A hello, its welcome and the connection; the token is that of the welcome."""
-        greeting = self.greet(dial, token, seq, **options)
+        resume_result = self.greet(dial, token, seq, **options)
         connection = FakeAttachment()
-        self.sessions.returned(greeting.session)
-        new = greeting.session.new_token()
-        greeting.session.attach(connection, greeting.cursor, EncodedMessage("welcome"))
-        return greeting, new, connection
+        self.sessions.on_attached(resume_result.session)
+        new = resume_result.session.new_token()
+        resume_result.session.attach(connection, resume_result.cursor, EncodedMessage("welcome"))
+        return resume_result, new, connection
 
     def lose(self, session: Session) -> None:
         """The connection of a session breaks."""
         connection = session.connection
         assert isinstance(connection, FakeAttachment)
-        connection.end(DisconnectReason.NETWORK_LOST, code=1011)
+        connection.close(DisconnectReason.NETWORK_LOST, code=1011)
         assert session.detach(connection)
-        self.sessions.left(session)
+        self.sessions.on_detached(session)
 
     def outcome(self, *args: Any, **options: Any) -> tuple[ResumeOutcome, str | None, int]:
         """What a hello leads to."""
-        greeting = self.greet(*args, **options)
-        return greeting.outcome, greeting.why, greeting.cursor
+        resume_result = self.greet(*args, **options)
+        return resume_result.outcome, resume_result.why, resume_result.cursor
 
 
 def say(session: Session, count: int) -> None:
@@ -94,12 +94,12 @@ def say(session: Session, count: int) -> None:
 async def test_a_client_without_a_token_gets_a_new_session() -> None:
     """`none`: who asks for nothing begins anew, in a shard, known by its id."""
     shop = Shop()
-    greeting = shop.greet()
-    session = greeting.session
-    assert (greeting.outcome, greeting.why, greeting.cursor) == (NONE, None, 0)
+    resume_result = shop.greet()
+    session = resume_result.session
+    assert (resume_result.outcome, resume_result.why, resume_result.cursor) == (NONE, None, 0)
     assert shop.began == [session]
     assert shop.sessions.get(session.connection_id) is session
-    assert (session.client_id, session.shard, session.dials) == ("ann", 0, 1)
+    assert (session.client_id, session.shard, session.last_attempt) == ("ann", 0, 1)
     assert shop.greet(2).session is not session
     assert len(shop.sessions) == 2
 
@@ -110,10 +110,10 @@ async def test_a_client_that_has_missed_nothing_resumes_fully() -> None:
     before, token, _ = shop.connect()
     say(before.session, 3)
     shop.lose(before.session)
-    greeting = shop.greet(2, token, 3)
-    assert greeting == ResumeResult(before.session, FULL, None, 3)
+    resume_result = shop.greet(2, token, 3)
+    assert resume_result == ResumeResult(before.session, FULL, None, 3)
     assert len(before.session.kept) == 0
-    assert shop.reports.totals.sessions_resumed == 1
+    assert shop.events.counters.sessions_resumed == 1
 
 
 async def test_a_client_gets_exactly_what_it_has_missed() -> None:
@@ -125,7 +125,7 @@ async def test_a_client_gets_exactly_what_it_has_missed() -> None:
     before.session.offer(encode("meanwhile"))
     _, _, connection = shop.connect(2, token, 1)
     assert connection.texts == ["welcome", '{"type":"msg","data":1}', '{"type":"msg","data":"meanwhile"}']
-    assert shop.sessions.away == 0
+    assert shop.sessions.detached_count == 0
 
 
 async def test_the_number_presented_is_an_acknowledgement() -> None:
@@ -136,7 +136,7 @@ async def test_the_number_presented_is_an_acknowledgement() -> None:
     shop.lose(before.session)
     shop.greet(2, token, 2)
     await before.session.requests.until_acknowledged(2)
-    assert before.session.low == 3
+    assert before.session.first_seq == 3
 
 
 async def test_an_unknown_token_is_a_lost_session() -> None:
@@ -145,8 +145,8 @@ async def test_an_unknown_token_is_a_lost_session() -> None:
     session, token, _ = shop.connect()
     for number, bogus in enumerate(("", ".", "nobody.x", f"{session.session.connection_id}.x", token + "x"), 2):
         assert shop.outcome(number, bogus, 5) == (LOST, "unknown", 0)
-    assert shop.heard.of("session_lost")[0].facts["why"] == "unknown"
-    assert shop.reports.totals.sessions_lost == 5
+    assert shop.heard.of("session_lost")[0].fields["why"] == "unknown"
+    assert shop.events.counters.sessions_lost == 5
     assert shop.greet(99, token).session is session.session
 
 
@@ -158,9 +158,9 @@ async def test_a_session_whose_time_is_over_is_lost(monkeypatch: pytest.MonkeyPa
     before, token, _ = shop.connect()
     shop.lose(before.session)
     now[0] += 10
-    greeting = shop.greet(2, token)
-    assert (greeting.outcome, greeting.why) == (LOST, "expired")
-    assert greeting.session is not before.session
+    resume_result = shop.greet(2, token)
+    assert (resume_result.outcome, resume_result.why) == (LOST, "expired")
+    assert resume_result.session is not before.session
     assert shop.ended == [before.session]
     shop.sessions.stop()
 
@@ -169,9 +169,9 @@ async def test_another_clients_token_gets_it_a_session_of_its_own() -> None:
     """`lost/denied`: a good token in the hands of another principal leads to a new session of that one."""
     shop = Shop()
     before, token, _ = shop.connect()
-    greeting = shop.greet(7, token, who="eve")
-    assert (greeting.outcome, greeting.why, greeting.session.client_id) == (LOST, "denied", "eve")
-    assert before.session.dials == 1
+    resume_result = shop.greet(7, token, who="eve")
+    assert (resume_result.outcome, resume_result.why, resume_result.session.client_id) == (LOST, "denied", "eve")
+    assert before.session.last_attempt == 1
     assert shop.greet(2, token).session is before.session
 
 
@@ -200,12 +200,12 @@ async def test_a_late_dial_is_stale_though_its_token_is_used_up() -> None:
 async def test_a_late_dial_without_a_token_is_stale() -> None:
     """A first dial that arrives after the second one gets nothing, if its client says which instance it is."""
     shop = Shop()
-    greeting = shop.greet(2, instance="tab-1")
+    resume_result = shop.greet(2, instance="tab-1")
     with pytest.raises(StaleAttemptError):
         shop.greet(1, instance="tab-1")
     assert shop.greet(1, instance="tab-2").outcome is NONE
     assert shop.greet(1, instance="tab-1", who="bob").outcome is NONE
-    assert shop.greet(3, instance="tab-1").session is not greeting.session
+    assert shop.greet(3, instance="tab-1").session is not resume_result.session
 
 
 async def test_an_instance_is_forgotten_with_its_session() -> None:
@@ -248,7 +248,7 @@ async def test_a_token_of_an_earlier_epoch_is_a_gap() -> None:
     before, token, _ = shop.connect()
     say(before.session, 5)
     shop.lose(before.session)
-    before.session.rewound(2)
+    before.session.rewind(2)
     say(before.session, 4)
     assert shop.outcome(2, token, 5) == (GAP, "epoch", 7)
     assert shop.greet(3, before.session.new_token(), 7).outcome is FULL
@@ -270,9 +270,9 @@ async def test_an_overflowed_log_is_a_gap_and_nothing_of_it_is_replayed() -> Non
     _, newer, connection = shop.connect(2, token, 1)
     assert connection.texts == ["welcome"]
     assert (before.session.head, len(before.session.kept)) == (5, 0)
-    told = shop.heard.of("session_gap")[0].facts
+    told = shop.heard.of("session_gap")[0].fields
     assert (told["why"], told["missed_messages"]) == ("overflow", 4)
-    assert shop.reports.totals.session_gaps == 1
+    assert shop.events.counters.session_gaps == 1
     assert shop.greet(3, newer, 5).outcome is FULL
 
 
@@ -295,8 +295,8 @@ async def test_the_oldest_message_that_is_kept_is_enough() -> None:
     shop = Shop(replay_max_messages=3)
     before, token, _ = shop.connect()
     say(before.session, 5)
-    greeting = shop.greet(2, token, 2)
-    assert (greeting.outcome, len(before.session.since(2))) == (FULL, 3)
+    resume_result = shop.greet(2, token, 2)
+    assert (resume_result.outcome, len(before.session.since(2))) == (FULL, 3)
 
 
 async def test_messages_that_have_become_too_old_are_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,9 +327,9 @@ async def test_a_takeover_swaps_the_owner() -> None:
     """A half-open connection loses the session to the next one at once, and its end takes nothing away."""
     shop = Shop()
     before, token, old = shop.connect()
-    greeting = shop.greet(2, token)
+    resume_result = shop.greet(2, token)
     new = FakeAttachment()
-    assert greeting.session.attach(new, greeting.cursor, EncodedMessage("welcome")) is old
+    assert resume_result.session.attach(new, resume_result.cursor, EncodedMessage("welcome")) is old
     assert not before.session.detach(old)
     assert before.session.connection is new
 
@@ -347,20 +347,20 @@ def test_a_session_ends_when_its_client_does_not_come_back() -> None:
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
-        greeting, token, connection = shop.connect()
-        say(greeting.session, 2)
-        shop.lose(greeting.session)
-        greeting.session.face = connection
-        assert shop.sessions.away_of("ann") == [greeting.session]
+        resume_result, token, connection = shop.connect()
+        say(resume_result.session, 2)
+        shop.lose(resume_result.session)
+        resume_result.session.socket = connection
+        assert shop.sessions.detached_of("ann") == [resume_result.session]
         await asyncio.sleep(9.9)
         assert shop.ended == []
         await asyncio.sleep(0.2)
-        assert shop.ended == [greeting.session]
-        assert shop.endings == [greeting.session.over] == [connection.ending]
-        assert shop.reports.totals.messages_discarded == 2
-        assert shop.sessions.away_of("ann") == []
-        assert (len(shop.sessions), shop.sessions.away) == (0, 0)
-        assert shop.heard.of("session_ended")[0].facts["unacknowledged"] == 2
+        assert shop.ended == [resume_result.session]
+        assert shop.endings == [resume_result.session.ended] == [connection.close_info]
+        assert shop.events.counters.messages_discarded == 2
+        assert shop.sessions.detached_of("ann") == []
+        assert (len(shop.sessions), shop.sessions.detached_count) == (0, 0)
+        assert shop.heard.of("session_ended")[0].fields["unacknowledged"] == 2
         assert shop.outcome(2, token)[:2] == (LOST, "unknown")
 
     in_time(body)
@@ -371,17 +371,17 @@ def test_a_client_that_comes_back_in_time_keeps_its_session() -> None:
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
-        greeting, token, _ = shop.connect()
-        shop.lose(greeting.session)
+        resume_result, token, _ = shop.connect()
+        shop.lose(resume_result.session)
         await asyncio.sleep(9)
         shop.connect(2, token)
         await asyncio.sleep(60)
         assert shop.ended == []
-        shop.lose(greeting.session)
+        shop.lose(resume_result.session)
         await asyncio.sleep(9)
         assert shop.ended == []
         await asyncio.sleep(2)
-        assert shop.ended == [greeting.session]
+        assert shop.ended == [resume_result.session]
 
     in_time(body)
 
@@ -393,9 +393,9 @@ def test_each_session_has_its_own_time() -> None:
         shop = Shop(session_ttl=10)
         sessions = []
         for number in range(3):
-            greeting, _, _ = shop.connect(who=f"client-{number}")
-            shop.lose(greeting.session)
-            sessions.append(greeting.session)
+            resume_result, _, _ = shop.connect(who=f"client-{number}")
+            shop.lose(resume_result.session)
+            sessions.append(resume_result.session)
             await asyncio.sleep(3)
         for number in range(3):
             assert shop.ended == sessions[:number]
@@ -423,13 +423,13 @@ def test_many_sessions_that_end_together_give_the_loop_a_turn() -> None:
 
 async def test_of_too_many_that_are_away_the_first_goes() -> None:
     """No more sessions wait than may: the one whose client has left first is over, with a warning."""
-    shop = Shop(max_sessions_away=2)
+    shop = Shop(max_detached_sessions=2)
     sessions = [shop.connect(who=who)[0].session for who in ("ann", "bob", "cid")]
     for session in sessions:
         shop.lose(session)
     assert shop.ended == [sessions[0]]
-    assert shop.sessions.away == 2
-    assert [report.facts["client_id"] for report in shop.heard.of("session_evicted")] == ["ann"]
+    assert shop.sessions.detached_count == 2
+    assert [report.fields["client_id"] for report in shop.heard.of("session_evicted")] == ["ann"]
     shop.sessions.stop()
 
 
@@ -439,8 +439,8 @@ async def test_where_nothing_is_kept_a_session_ends_with_its_connection() -> Non
     session = shop.connect()[0].session
     shop.lose(session)
     assert shop.ended == [session]
-    assert session.over is not None
-    assert shop.sessions.away == 0
+    assert session.ended is not None
+    assert shop.sessions.detached_count == 0
 
 
 async def test_a_session_ends_once() -> None:
@@ -449,20 +449,20 @@ async def test_a_session_ends_once() -> None:
     session = shop.connect()[0].session
     shop.sessions.end(session, local_close(DisconnectReason.APPLICATION))
     shop.sessions.end(session, local_close(DisconnectReason.COMPLETED))
-    shop.sessions.left(session)
+    shop.sessions.on_detached(session)
     assert shop.ended == [session]
-    assert shop.sessions.away == 0
+    assert shop.sessions.detached_count == 0
 
 
 async def test_a_session_that_is_away_can_be_ended() -> None:
     """Ending a session whose client is away is its end, and its client is told `lost` when it comes."""
     shop = Shop()
-    greeting, token, _ = shop.connect()
-    shop.lose(greeting.session)
-    assert greeting.session.end(DisconnectReason.APPLICATION, code=4410)
-    assert shop.ended == [greeting.session]
-    assert greeting.session.over is not None
-    assert greeting.session.over.code == 4410
+    resume_result, token, _ = shop.connect()
+    shop.lose(resume_result.session)
+    assert resume_result.session.close(DisconnectReason.APPLICATION, code=4410)
+    assert shop.ended == [resume_result.session]
+    assert resume_result.session.ended is not None
+    assert resume_result.session.ended.code == 4410
     assert shop.outcome(2, token)[:2] == (LOST, "unknown")
     shop.sessions.stop()
 
@@ -474,19 +474,19 @@ async def test_at_the_end_all_sessions_are_over() -> None:
     shop.lose(away)
     assert shop.sessions.stop() == [here, away]
     assert shop.ended == [here, away]
-    assert (len(shop.sessions), shop.sessions.away, shop.sessions._timer) == (0, 0, None)
+    assert (len(shop.sessions), shop.sessions.detached_count, shop.sessions._timer) == (0, 0, None)
     assert shop.sessions.stop() == []
 
 
 async def test_no_token_is_in_what_is_told() -> None:
     """Reports about sessions hold no secret."""
     shop = Shop(replay_max_messages=1)
-    greeting, token, _ = shop.connect()
-    say(greeting.session, 5)
+    resume_result, token, _ = shop.connect()
+    say(resume_result.session, 5)
     shop.greet(2, token, 1)
     shop.greet(3, "x." + token, 1)
     shop.sessions.stop()
     secret = token.partition(".")[2]
     assert shop.heard.events == ["session_gap", "session_lost", "session_ended", "session_ended"]
-    assert all(secret not in repr(report) for report in shop.heard.reports)
-    assert secret not in repr(greeting)
+    assert all(secret not in repr(report) for report in shop.heard.all)
+    assert secret not in repr(resume_result)

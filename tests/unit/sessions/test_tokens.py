@@ -51,7 +51,7 @@ def token_of(raw: bytes) -> str:
 def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = None) -> str:
     """What is wrong with a token."""
     with pytest.raises(InvalidTokenError) as caught:
-        tokens.use(token, client_id)
+        tokens.consume(token, client_id)
     assert caught.value.__cause__ is None
     assert PREFIX not in f"{caught.value} {caught.value!r} {caught.value.args}"
     return caught.value.problem
@@ -74,7 +74,7 @@ def test_token_for_an_id_that_breaks_the_rule_for_names_is_refused(client_id: st
 def test_a_token_says_whose_it_is(client_id: str) -> None:
     """What is issued for a client id is good for it, whatever characters are in it."""
     tokens = ReconnectTokens([NEW], 60)
-    assert tokens.use(tokens.issue(client_id), client_id).client_id == client_id
+    assert tokens.consume(tokens.issue(client_id), client_id).client_id == client_id
 
 
 @given(st.text(min_size=1, max_size=256).filter(is_name))
@@ -87,7 +87,7 @@ def test_any_client_id_makes_the_round_trip(client_id: str) -> None:
 def test_a_token_of_the_first_version_stays_good(clock: WallClock) -> None:
     """What workers and clients of an older release hold is read, byte by byte, as it was written."""
     token = "wsr1.AAABoxhcUAAAAAGjGF06YAABAgMEBQYHCAkKCwAAAANhbm4Qics_i7kSvClX2cd4VjX6ljxaLwo3LbTJ630pU0Jlkg"
-    claim = ReconnectTokens([NEW], 60).use(token, "ann")
+    claim = ReconnectTokens([NEW], 60).consume(token, "ann")
     assert (claim.issued, claim.until, claim.number) == (1_800_000_000_000, 1_800_000_060_000, bytes(range(12)))
 
 
@@ -95,14 +95,14 @@ def test_reading_a_token_does_not_use_it_up() -> None:
     """A token that was only read is good afterwards."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
-    assert tokens.read(token) == tokens.read(token) == tokens.use(token)
+    assert tokens.read(token) == tokens.read(token) == tokens.consume(token)
 
 
 def test_a_token_is_good_once() -> None:
     """The second use is told that there was a first."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
-    tokens.use(token)
+    tokens.consume(token)
     assert problem_with(tokens, token) == "used"
     assert len(tokens) == 1
 
@@ -111,7 +111,7 @@ def test_tokens_issued_in_the_same_moment_differ(clock: WallClock) -> None:
     """Two tokens of one client and one moment are two tokens, each good once."""
     tokens = ReconnectTokens([NEW], 60)
     first, second = tokens.issue("ann"), tokens.issue("ann")
-    assert tokens.use(first).number != tokens.use(second).number
+    assert tokens.consume(first).number != tokens.consume(second).number
 
 
 def test_a_token_of_another_client_is_refused_and_not_used_up() -> None:
@@ -119,7 +119,7 @@ def test_a_token_of_another_client_is_refused_and_not_used_up() -> None:
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
     assert problem_with(tokens, token, "bob") == "other_client"
-    assert tokens.use(token, "ann").client_id == "ann"
+    assert tokens.consume(token, "ann").client_id == "ann"
 
 
 @pytest.mark.parametrize("pair", [("ann", "ann "), ("a", "ab"), ("é", "e\u0301"), ("1", "\u0661")])
@@ -175,19 +175,19 @@ def test_another_secret_is_another_issuer() -> None:
     """Tokens of two managers without a common secret are not good for each other."""
     mine, yours = ReconnectTokens([], 60), ReconnectTokens([], 60)
     assert problem_with(yours, mine.issue("ann")) == "signature"
-    assert mine.use(mine.issue("ann")).client_id == "ann"
+    assert mine.consume(mine.issue("ann")).client_id == "ann"
 
 
 def test_a_common_secret_is_good_in_every_process() -> None:
     """A token is good wherever its secret is known."""
-    assert ReconnectTokens([NEW], 60).use(ReconnectTokens([NEW], 60).issue("ann")).client_id == "ann"
+    assert ReconnectTokens([NEW], 60).consume(ReconnectTokens([NEW], 60).issue("ann")).client_id == "ann"
 
 
 def test_a_token_from_before_a_rotation_is_good_while_its_key_is_kept() -> None:
     """The first key signs, and all of them verify."""
     before, after = ReconnectTokens([OLD], 60), ReconnectTokens([NEW, OLD], 60)
-    assert after.use(before.issue("ann")).client_id == "ann"
-    assert ReconnectTokens([NEW], 60).use(after.issue("ann")).client_id == "ann"
+    assert after.consume(before.issue("ann")).client_id == "ann"
+    assert ReconnectTokens([NEW], 60).consume(after.issue("ann")).client_id == "ann"
 
 
 def test_a_token_from_before_a_rotation_is_refused_when_its_key_is_dropped() -> None:
@@ -203,7 +203,7 @@ def test_a_token_expires(clock: WallClock) -> None:
     assert tokens.read(token).client_id == "ann"
     clock.now += 0.001
     with pytest.raises(TokenExpiredError) as caught:
-        tokens.use(token, "ann")
+        tokens.consume(token, "ann")
     assert token not in str(caught.value)
     assert len(tokens) == 0
 
@@ -219,11 +219,11 @@ def test_a_used_token_that_has_expired_is_told_that_it_has_expired(clock: WallCl
     """Used tokens are remembered only as long as they would be good."""
     tokens = ReconnectTokens([NEW], 60)
     token = tokens.issue("ann")
-    tokens.use(token)
+    tokens.consume(token)
     clock.now += 60
     with pytest.raises(TokenExpiredError):
-        tokens.use(token)
-    tokens.use(tokens.issue("bob"))
+        tokens.consume(token)
+    tokens.consume(tokens.issue("bob"))
     assert len(tokens) == 1
 
 
@@ -251,7 +251,7 @@ def test_a_second_spelling_of_a_token_is_refused() -> None:
     for spelling in spellings:
         assert problem_with(tokens, PREFIX + spelling) == "malformed"
     assert problem_with(tokens, "WSR1." + text) == "malformed"
-    assert tokens.use(token).client_id == "ann"
+    assert tokens.consume(token).client_id == "ann"
 
 
 def test_a_length_that_is_not_that_of_the_id_is_refused() -> None:
@@ -273,7 +273,7 @@ def test_what_is_no_token_at_all_is_malformed(junk: str) -> None:
 def test_what_is_not_even_text_is_malformed(junk: object) -> None:
     """What JSON brought in place of a text is an error of a token, and not of a type."""
     with pytest.raises(InvalidTokenError) as caught:
-        ReconnectTokens([NEW], 60).use(junk)  # type: ignore[arg-type]
+        ReconnectTokens([NEW], 60).consume(junk)  # type: ignore[arg-type]
     assert caught.value.problem == "malformed"
 
 
@@ -282,7 +282,7 @@ def test_no_text_is_a_token_by_chance(text: str) -> None:
     """Whatever comes in is refused with the error for it, and nothing of it is kept."""
     tokens = ReconnectTokens([NEW], 60)
     with pytest.raises(InvalidTokenError):
-        tokens.use(text)
+        tokens.consume(text)
     assert len(tokens) == 0
 
 
@@ -293,7 +293,7 @@ def test_bogus_tokens_grow_nothing() -> None:
     for number in range(20_000):
         bogus = number.to_bytes(8, "big") + raw[8:] if number % 2 else number.to_bytes(4, "big") * 20
         with pytest.raises(InvalidTokenError):
-            tokens.use(token_of(bogus))
+            tokens.consume(token_of(bogus))
     assert len(tokens) == 0
     assert len(tokens._used) == len(tokens._revoked) == 0
     assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_revoked", "_floor", "_latest"}
@@ -315,14 +315,14 @@ def test_a_used_token_that_was_forgotten_is_never_good_again(clock: WallClock, m
         clock.now += 0.001
     unused = issued.pop(5)
     for token in issued:
-        tokens.use(token)
+        tokens.consume(token)
         assert len(tokens) <= 3
     for token in issued:
         with pytest.raises((InvalidTokenError, TokenExpiredError)):
-            tokens.use(token)
+            tokens.consume(token)
     with pytest.raises(TokenExpiredError):
-        tokens.use(unused)
-    assert tokens.use(tokens.issue("ann")).client_id == "ann"
+        tokens.consume(unused)
+    assert tokens.consume(tokens.issue("ann")).client_id == "ann"
 
 
 def test_tokens_used_in_another_order_than_issued_are_never_good_twice(
@@ -338,17 +338,17 @@ def test_tokens_used_in_another_order_than_issued_are_never_good_twice(
     used = []
     for token in (issued[7], issued[0], issued[6], issued[1], issued[5], issued[2]):
         try:
-            tokens.use(token)
+            tokens.consume(token)
         except TokenExpiredError:
             continue
         used.append(token)
     assert issued[7] in used
     for _ in range(2):
         clock.now += 0.001
-        tokens.use(tokens.issue("ann"))
+        tokens.consume(tokens.issue("ann"))
     for token in used:
         with pytest.raises((InvalidTokenError, TokenExpiredError)):
-            tokens.use(token)
+            tokens.consume(token)
 
 
 def test_what_is_used_and_over_makes_room_without_a_floor(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,13 +356,13 @@ def test_what_is_used_and_over_makes_room_without_a_floor(clock: WallClock, monk
     monkeypatch.setattr(tokens_module, "MAX_USED", 2)
     tokens = ReconnectTokens([NEW], 60)
     for _ in range(2):
-        tokens.use(tokens.issue("ann"))
+        tokens.consume(tokens.issue("ann"))
     clock.now += 30
     waiting = tokens.issue("bob")
     clock.now += 30
-    tokens.use(tokens.issue("cid"))
+    tokens.consume(tokens.issue("cid"))
     assert len(tokens) == 1
-    assert tokens.use(waiting).client_id == "bob"
+    assert tokens.consume(waiting).client_id == "bob"
 
 
 # ── revoking ──
@@ -375,7 +375,7 @@ def test_what_was_issued_before_a_revocation_is_refused() -> None:
     bob = tokens.issue("bob")
     tokens.revoke("ann")
     assert [problem_with(tokens, token, "ann") for token in before] == ["revoked"] * 3
-    assert tokens.use(bob).client_id == "bob"
+    assert tokens.consume(bob).client_id == "bob"
 
 
 def test_a_token_is_good_that_was_issued_after_a_revocation(clock: WallClock) -> None:
@@ -385,7 +385,7 @@ def test_a_token_is_good_that_was_issued_after_a_revocation(clock: WallClock) ->
     tokens.revoke("ann")
     after = tokens.issue("ann")
     assert problem_with(tokens, before) == "revoked"
-    assert tokens.use(after, "ann").client_id == "ann"
+    assert tokens.consume(after, "ann").client_id == "ann"
 
 
 def test_a_second_revocation_in_the_same_millisecond_counts(clock: WallClock) -> None:
@@ -396,7 +396,7 @@ def test_a_second_revocation_in_the_same_millisecond_counts(clock: WallClock) ->
         issued.append(tokens.issue("ann"))
         tokens.revoke("ann")
     assert [problem_with(tokens, token) for token in issued] == ["revoked"] * 3
-    assert tokens.use(tokens.issue("ann")).client_id == "ann"
+    assert tokens.consume(tokens.issue("ann")).client_id == "ann"
 
 
 def test_a_clock_that_is_set_back_saves_no_token(clock: WallClock) -> None:
@@ -429,7 +429,7 @@ def test_a_used_token_can_be_revoked_and_a_revoked_one_is_not_used_up() -> None:
     """A refusal keeps nothing."""
     tokens = ReconnectTokens([NEW], 60)
     used, unused = tokens.issue("ann"), tokens.issue("ann")
-    tokens.use(used)
+    tokens.consume(used)
     tokens.revoke("ann")
     assert problem_with(tokens, used) == problem_with(tokens, unused) == "revoked"
     assert len(tokens) == 1
@@ -449,8 +449,8 @@ def test_a_revocation_is_forgotten_when_what_it_revoked_has_expired(clock: WallC
     tokens.revoke("cid")
     assert list(tokens._revoked) == ["cid"]
     with pytest.raises(TokenExpiredError):
-        tokens.use(revoked)
-    assert tokens.use(good).client_id == "bob"
+        tokens.consume(revoked)
+    assert tokens.consume(good).client_id == "bob"
 
 
 def test_a_forgotten_revocation_saves_no_token_with_a_longer_life(clock: WallClock) -> None:
@@ -462,7 +462,7 @@ def test_a_forgotten_revocation_saves_no_token_with_a_longer_life(clock: WallClo
     tokens.revoke("bob")
     assert list(tokens._revoked) == ["bob"]
     with pytest.raises(TokenExpiredError):
-        tokens.use(long)
+        tokens.consume(long)
 
 
 def test_a_revoked_token_is_never_good_again(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,8 +479,8 @@ def test_a_revoked_token_is_never_good_again(clock: WallClock, monkeypatch: pyte
         clock.now += 0.001
     for token in issued.values():
         with pytest.raises((InvalidTokenError, TokenExpiredError)):
-            tokens.use(token)
-    assert tokens.use(tokens.issue("client 0")).client_id == "client 0"
+            tokens.consume(token)
+    assert tokens.consume(tokens.issue("client 0")).client_id == "client 0"
 
 
 def test_revoking_one_client_again_and_again_is_remembered_once(

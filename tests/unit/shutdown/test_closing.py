@@ -33,7 +33,7 @@ async def test_everybody_gets_what_is_queued_and_then_1012(bench: Any) -> None:
     for b in benches:
         assert b.server.data == ["last"]
         assert b.server.close_frames == [(1012, "server shutdown")]
-        assert b.connection.ending.reason is DisconnectReason.SERVER_SHUTDOWN
+        assert b.connection.close_info.cause is DisconnectReason.SERVER_SHUTDOWN
 
 
 async def test_who_does_not_end_in_time_is_cut(bench: Any) -> None:
@@ -71,16 +71,16 @@ async def test_who_is_ending_already_is_waited_for_and_not_counted(bench: Any) -
 
     b.on_disconnect = hook
     connection, _ = await b.open()
-    connection.hooks_wanted = True
+    connection.disconnect_hooks_pending = True
     b.server.feed_disconnect(1001)
-    await with_deadline(connection.wait_over())
+    await with_deadline(connection.wait_closing())
     closing = asyncio.ensure_future(close_all([connection], 5.0))
     await settle()
     assert not closing.done()
     gate.set()
     report = await with_deadline(closing)
     assert (report.closed_count, report.failed_count) == (0, 0)
-    assert connection.ending.reason is DisconnectReason.CLIENT_CLOSE
+    assert connection.close_info.cause is DisconnectReason.CLIENT_CLOSE
 
 
 async def test_all_are_closed_at_the_same_time(bench: Any) -> None:
@@ -105,7 +105,7 @@ async def test_closing_many_gives_the_loop_turns(bench: Any, monkeypatch: pytest
     ended = []
     for _ in range(3):
         await asyncio.sleep(0)
-        ended.append(sum(connection.ending is not None for connection in connections))
+        ended.append(sum(connection.close_info is not None for connection in connections))
     assert ended == [1, 2, 3]
     assert (await with_deadline(closing)).closed_count == 3
 

@@ -78,7 +78,7 @@ async def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
     async with Stage(drain_window=0) as stage:
         line = stage.plain("slow")
         await soon()
-        (connection,) = stage.manager._serving.unfinished
+        (connection,) = stage.manager._node.connections
         send = connection.outbox._send
 
         async def slowly(message: dict[str, object]) -> None:
@@ -195,11 +195,11 @@ async def test_client_that_leaves_as_asked_has_reason_server_shutdown() -> None:
         await draining
         await stage.manager.graceful_shutdown(1)
         assert stage.events[1:] == ["disconnect ann server_shutdown", "session_end ann server_shutdown"]
-        endings = {reason.value: count for reason, count in stage.manager.totals.endings.items()}
+        endings = {reason.value: count for reason, count in stage.manager.counters.endings.items()}
         assert endings == {"server_shutdown": 1}
         assert line.socket is not None
-        assert line.socket.ending is not None
-        assert (line.socket.ending.code, line.socket.ending.by_peer) == (4000, True)
+        assert line.socket.close_info is not None
+        assert (line.socket.close_info.code, line.socket.close_info.by_peer) == (4000, True)
 
 
 @pytest.mark.parametrize(("code", "reason"), [(1000, "client_close"), (4321, "client_close"), (1006, "network_lost")])
@@ -230,7 +230,7 @@ async def test_client_that_leaves_unasked_has_reason_client_close() -> None:
 async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
     """In a socket's own code a drain returns when the others have ended; that socket ends when its code goes on."""
     async with Stage(drain_window=1, disconnect_grace=20) as stage:
-        reports: list[Any] = []
+        events: list[Any] = []
         loop = asyncio.get_running_loop()
 
         async def endpoint(ws: StableSocket) -> None:
@@ -239,8 +239,8 @@ async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
                 return
             await ws.receive()
             since = loop.time()
-            reports.append(await getattr(stage.manager, call)(30))
-            reports.append(loop.time() - since)
+            events.append(await getattr(stage.manager, call)(30))
+            events.append(loop.time() - since)
 
         stage.endpoint = endpoint
         others = [stage.plain(f"client {number}") for number in range(50)]
@@ -248,12 +248,12 @@ async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
         await soon()
         await admin.say("drain")
         await asyncio.sleep(5)
-        report, took = reports
+        report, took = events
         assert (report.closed_count, report.failed_count) == (50, 0)
         assert took < 2
         assert {line.close_code for line in [*others, admin]} == {1012}
         assert stage.events.count("disconnect admin server_shutdown") == 1
-        assert not stage.manager._serving.unfinished
+        assert not stage.manager._node.connections
 
 
 async def test_shutdown_after_untracked_connection_waits_for_it() -> None:
@@ -263,7 +263,7 @@ async def test_shutdown_after_untracked_connection_waits_for_it() -> None:
     await manager.connect("ann", await server.accepted())
     report = await manager.graceful_shutdown(5)
     assert report.closed_count == 1
-    assert not manager._serving.unfinished
+    assert not manager._node.connections
     assert manager._tasks.tasks == []
 
 

@@ -182,9 +182,9 @@ async def test_handlers_are_given_back(server: list[int]) -> None:
 def test_off_the_main_thread_it_is_said_once() -> None:
     """Signals come to the main thread only."""
     heard = Heard()
-    reports = EventBus()
-    reports.subscribe(heard)
-    listening = SignalHandler(reports, Draining)  # type: ignore[arg-type]  # never called
+    events = EventBus()
+    events.subscribe(heard)
+    listening = SignalHandler(events, Draining)  # type: ignore[arg-type]  # never called
 
     async def listen() -> None:
         listening.listen()
@@ -193,7 +193,7 @@ def test_off_the_main_thread_it_is_said_once() -> None:
     thread = threading.Thread(target=lambda: asyncio.run(listen()))
     thread.start()
     thread.join()
-    assert [report.event for report in heard.reports] == ["signals_not_heard"]
+    assert [report.event for report in heard.all] == ["signals_not_heard"]
 
 
 async def test_handler_that_swallows_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,15 +206,15 @@ async def test_handler_that_swallows_signal_is_reported(server: list[int], monke
 
     signal.signal(signal.SIGTERM, swallow)
     drain = Draining()
-    drain.signals._reports.subscribe(heard)
+    drain.signals._events.subscribe(heard)
     drain.over.set()
     drain.signals.listen()
     await tell()
     await asyncio.sleep(0.2)
     assert server == [signal.SIGTERM]
     (report,) = heard.of("still_running")
-    assert report.facts["signal"] == "SIGTERM"
-    assert "swallow" in report.facts["handler"]
+    assert report.fields["signal"] == "SIGTERM"
+    assert "swallow" in report.fields["handler"]
     drain.signals.stop()
 
 
@@ -226,7 +226,7 @@ async def test_end_after_handed_on_signal_is_not_reported(
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
     heard = Heard()
     drain = Draining()
-    drain.signals._reports.subscribe(heard)
+    drain.signals._events.subscribe(heard)
     drain.over.set()
     drain.signals.listen()
     await tell()
@@ -246,7 +246,7 @@ async def test_the_watch_for_a_handler_runs_in_the_context_of_the_manager(
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
     told_in: list[str] = []
     drain = Draining()
-    drain.signals._reports.subscribe(lambda report: told_in.append(tenant.get()))
+    drain.signals._events.subscribe(lambda report: told_in.append(tenant.get()))
     drain.signals.listen()
 
     async def code_of_a_client() -> None:

@@ -49,7 +49,7 @@ def value(families: dict[str, Any], name: str, **labels: str) -> float:
 def test_without_the_option_there_are_none() -> None:
     """404, with the option that turns them on; nothing is timed."""
     manager = WebSocketConnectionManager()
-    assert manager.reports.timings is None
+    assert manager.events.timings is None
     with TestClient(make(manager)) as client:
         answer = client.get("/ws-stats/metrics")
     assert answer.status_code == 404
@@ -70,8 +70,8 @@ def test_the_answer_is_of_the_format_0_0_4() -> None:
 def test_everything_that_is_known_is_told() -> None:
     """No total, no number of the overview and none of the memory is left out."""
     manager = made()
-    assert manager.reports.timings is not None
-    named = {metric.name for metric in metrics_of(manager, manager.reports.timings)}
+    assert manager.events.timings is not None
+    named = {metric.name for metric in metrics_of(manager, manager.events.timings)}
     assert {field.name for field in dataclasses.fields(Counters)} <= set(StatsSummary.model_fields)
     assert set(StatsSummary.model_fields) <= named
     memory = {"memory_per_connection_average" if "average" in name else name for name in manager.get_memory_usage()}

@@ -203,10 +203,10 @@ async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
     server.feed_text("in")
     await eventually(lambda: socket.unread_messages)
     async for client in _http(make(manager)):
-        totals = (await client.get("/ws-stats/")).json()
+        counters = (await client.get("/ws-stats/")).json()
         (one,) = (await client.get("/ws-stats/connections")).json()["connections"]
-    assert (totals["queued_messages"], totals["queued_bytes"], totals["unread_messages"]) == (1, 4, 1)
-    assert totals["broadcasts"] == 2
+    assert (counters["queued_messages"], counters["queued_bytes"], counters["unread_messages"]) == (1, 4, 1)
+    assert counters["broadcasts"] == 2
     assert (one["queued_messages"], one["queued_bytes"], one["unread_messages"]) == (1, 4, 1)
     assert one["unread_bytes"] > 0
     assert one["address"] == "unix"
@@ -286,15 +286,15 @@ async def test_refusals_evictions_and_memory_are_shown() -> None:
         await manager.connect("carl", await carl.accepted())
     second.user_data["kept"] = "x" * 40_000
     bob.feed_text("one", "two")
-    await eventually(lambda: manager.totals.messages_refused)
+    await eventually(lambda: manager.counters.messages_refused)
     async for client in _http(make(manager)):
-        totals = (await client.get("/ws-stats/")).json()
+        counters = (await client.get("/ws-stats/")).json()
         (one,) = (await client.get("/ws-stats/connections")).json()["connections"]
-    assert (totals["evictions"], totals["messages_refused"]) == (1, 1)
-    assert totals["endings"] == {"memory": 1}
-    assert totals["refusals"] == {"max_connections": 1}
+    assert (counters["evictions"], counters["messages_refused"]) == (1, 1)
+    assert counters["endings"] == {"memory": 1}
+    assert counters["refusals"] == {"max_connections": 1}
     assert one["client_id"] == "bob"
-    assert totals["total_memory"] == one["held_bytes"] > 40_000
+    assert counters["total_memory"] == one["held_bytes"] > 40_000
     await manager.graceful_shutdown(timeout=1)
 
 
@@ -308,8 +308,8 @@ async def test_a_refused_handshake_is_counted_by_what_refused_it() -> None:
                 async with manager.serve(FakeServer(headers=headers).websocket):
                     raise AssertionError("it was let in")
     async for client in _http(make(manager)):
-        totals = (await client.get("/ws-stats/")).json()
-    assert totals["refusals"] == {"max_connections": 2, "4403": 1}
+        counters = (await client.get("/ws-stats/")).json()
+    assert counters["refusals"] == {"max_connections": 2, "4403": 1}
     await manager.graceful_shutdown(timeout=1)
 
 

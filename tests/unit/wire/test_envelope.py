@@ -94,8 +94,8 @@ def test_an_envelope_is_made_once() -> None:
 def test_an_envelope_knows_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The age of what is kept is counted from its envelope."""
     monkeypatch.setattr(envelope_module, "monotonic", lambda: 123.0)
-    assert to_v1(encode("x")).at == 123.0
-    assert sequenced_frame("reply", 1, re="c1").at == 123.0
+    assert to_v1(encode("x")).created_at == 123.0
+    assert sequenced_frame("reply", 1, re="c1").created_at == 123.0
 
 
 def test_only_a_volatile_message_can_be_replaced_by_a_newer_one() -> None:

@@ -342,13 +342,13 @@ def hello(**fields: Any) -> str:
 def test_a_hello_says_what_its_client_wants() -> None:
     """All fields of a hello are read."""
     read = parse_hello(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}, client="tab-1", caps=["x"]))
-    assert (read.dial, read.auth, read.token, read.seq, read.instance) == (7, "credential", "a.b", 42, "tab-1")
+    assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (7, "credential", "a.b", 42, "tab-1")
 
 
 def test_the_least_hello_has_a_version_and_a_number() -> None:
     """Everything else may be left out."""
     read = parse_hello(hello(n=0))
-    assert (read.dial, read.auth, read.token, read.seq, read.instance) == (0, None, None, 0, None)
+    assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (0, None, None, 0, None)
 
 
 def test_neither_token_nor_credential_is_in_the_repr_of_a_hello() -> None:
