@@ -329,7 +329,7 @@ def reword(path: Path, tokens: dict[str, str], variables: dict[str, str]) -> Non
     """Replace words of one file: `tokens` wherever they stand in the code, `variables` where they are no attributes."""
     text = path.read_text()
     edits: set[Edit] = set()
-    previous, importing, naming = "", False, False
+    previous, importing = "", False
     for token in tokenize.generate_tokens(StringIO(text).readline):
         if token.type == tokenize.NAME:
             if previous in ("", "\n") and token.string in ("from", "import"):
