@@ -189,7 +189,7 @@ def test_the_table_of_errors_is_that_of_the_package() -> None:
         assert set(others) <= {base.__name__ for base in public[name].__mro__}, name
 
 
-@pytest.mark.parametrize("page", ["docs/how-to/typed-messages.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
 def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
     """A client that knows the codes of a page knows all."""
     source = (ROOT / "fastapi_ws_stabilizer/routing/messages.py").read_text()
