@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 
 from fastapi_ws_stabilizer import get_logger
+from tests.docs.pages import Block
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +23,21 @@ def untouched_logging() -> Iterator[None]:
         logger.setLevel(level)
         logger.handlers[:] = handlers
         logger.propagate = propagate
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[[Block], ModuleType]]:
+    """Return a function that runs a block as a module, which is removed after the test."""
+    made: list[str] = []
+
+    def execute(block: Block) -> ModuleType:
+        module = ModuleType(re.sub(r"\W", "_", f"page_{block}"))
+        # pydantic and typing look a class's module up by its name.
+        sys.modules[module.__name__] = module
+        made.append(module.__name__)
+        exec(compile(block.module, str(block), "exec"), vars(module))
+        return module
+
+    yield execute
+    for name in made:
+        del sys.modules[name]

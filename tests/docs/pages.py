@@ -26,6 +26,7 @@ class Block:
         language: What stands behind that fence.
         code: Its text, without the fences.
         before: The last line before it that is not empty.
+        section: The last heading of the second level before it.
     """
 
     page: Path
@@ -33,14 +34,25 @@ class Block:
     language: str
     code: str
     before: str
+    section: str
 
     def __str__(self) -> str:
         return f"{name_of(self.page)}:{self.line}"
 
     @property
+    def is_recipe(self) -> bool:
+        """Whether it is a recipe of the README, each of which extends the quick start."""
+        return name_of(self.page) == "README.md" and self.section == "Recipes"
+
+    @property
+    def module(self) -> str:
+        """The module that its reader runs: the block itself, after the quick start if it is a recipe."""
+        return f"{quick_start().code}\n\n{self.code}" if self.is_recipe else self.code
+
+    @property
     def complete(self) -> bool:
-        """Whether it is a module that runs as it stands; a fragment begins with something else."""
-        return self.code.startswith(("import ", "from ", '"""'))
+        """Whether its module runs without other code; a fragment begins with something else than imports."""
+        return self.module.startswith(("import ", "from ", '"""'))
 
     @property
     def source(self) -> str | None:
@@ -54,20 +66,26 @@ def blocks(language: str) -> list[Block]:
     return [block for page in PAGES for block in _blocks(page) if block.language == language]
 
 
+def quick_start() -> Block:
+    """The first Python block of the README."""
+    return next(block for block in _blocks(ROOT / "README.md") if block.language == "python")
+
+
 def _blocks(page: Path) -> Iterator[Block]:
-    before = ""
+    before = section = ""
     opened: tuple[int, str, str] | None = None
     code: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), 1):
         if opened is None and line.startswith("```"):
             opened, code = (number, line[3:].strip(), before), []
         elif opened is not None and line.startswith("```"):
-            yield Block(page, opened[0], opened[1], "\n".join(code) + "\n", opened[2])
+            yield Block(page, opened[0], opened[1], "\n".join(code) + "\n", opened[2], section)
             opened, before = None, ""
         elif opened is not None:
             code.append(line)
         elif line.strip():
             before = line.strip()
+            section = line[3:].strip() if line.startswith("## ") else section
     assert opened is None, f"{name_of(page)}: the fence of line {opened} is never closed"
 
 

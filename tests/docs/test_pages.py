@@ -7,8 +7,7 @@ import asyncio
 import inspect
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -41,26 +40,8 @@ COMPLETE = [block for block in PYTHON if block.complete]
 SOURCES = sorted((ROOT / "fastapi_ws_stabilizer").rglob("*.py"))
 DEADLINE = 10.0
 
-CONFIG_PAGES = ("README.md", "docs/reference/configuration.md")
+CONFIG_PAGES = ("docs/reference/configuration.md",)
 ORIGIN = "http://testserver"
-
-
-@pytest.fixture
-def run() -> Iterator[Callable[[Block], ModuleType]]:
-    """Executes blocks, each as a module of its own that is forgotten after the test."""
-    made: list[str] = []
-
-    def execute(block: Block) -> ModuleType:
-        module = ModuleType(re.sub(r"\W", "_", f"page_{block}"))
-        # pydantic and typing look a class's module up by its name.
-        sys.modules[module.__name__] = module
-        made.append(module.__name__)
-        exec(compile(block.code, str(block), "exec"), vars(module))
-        return module
-
-    yield execute
-    for name in made:
-        del sys.modules[name]
 
 
 # ── code ──
@@ -70,14 +51,14 @@ def run() -> Iterator[Callable[[Block], ModuleType]]:
 def test_every_block_is_python(block: Block) -> None:
     """Each Python block compiles, a fragment as the body of an async function."""
     flags = 0 if block.complete else ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    compile(block.code, str(block), "exec", flags=flags, dont_inherit=True)
+    compile(block.module, str(block), "exec", flags=flags, dont_inherit=True)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_every_block_uses_names_that_exist(block: Block) -> None:
     """What a block takes of a manager, a socket and the config is there."""
     known = {"manager": WebSocketConnectionManager(), "ws": StableSocket}
-    for node in ast.walk(ast.parse(block.code)):
+    for node in ast.walk(ast.parse(block.module)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
             assert hasattr(known[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "WebSocketConfig":
@@ -86,7 +67,7 @@ def test_every_block_uses_names_that_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("block", COMPLETE, ids=str)
 async def test_every_complete_block_runs(block: Block, run: Callable[[Block], ModuleType]) -> None:
-    """A block that begins with its imports runs as it stands, and the tests in it pass."""
+    """A block that begins with its imports, or extends the quick start, runs, and the tests in it pass."""
     module = within(DEADLINE, lambda: run(block))
     if "pytest.raises(AssertionError)" in block.code and hasattr(WebSocketTestSession, "should_close"):
         pytest.skip("TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket")
@@ -99,7 +80,7 @@ async def test_every_complete_block_runs(block: Block, run: Callable[[Block], Mo
             within(DEADLINE, function)
 
 
-@pytest.mark.parametrize("block", [block for block in COMPLETE if "@app.websocket(" in block.code], ids=str)
+@pytest.mark.parametrize("block", [block for block in COMPLETE if "@app.websocket(" in block.module], ids=str)
 def test_every_app_on_a_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
     """Each WebSocket route of an app on a page accepts a client and lets it go."""
     module = run(block)
@@ -159,12 +140,6 @@ def _value(text: str) -> Any:
     return timedelta(hours=int(hours.group(1))) if hours else ast.literal_eval(text)
 
 
-def test_the_readmes_close_codes_are_those_of_the_package() -> None:
-    """Every ending stands in the README's table, in order, with its code."""
-    found = [(row[0].strip("`"), int(row[1])) for row in table("README.md", "| Reason | Code | When |")]
-    assert found == [(reason.value, rule.code) for reason, rule in CLOSE_POLICIES.items()]
-
-
 def test_the_table_of_endings_is_that_of_the_package() -> None:
     """Every ending stands in the reference, with code, text, and what happens to messages on their way."""
     found = [row[:5] for row in table("docs/reference/close-codes.md", "| Reason | Code | Close reason |")]
@@ -214,7 +189,7 @@ def test_the_table_of_errors_is_that_of_the_package() -> None:
         assert set(others) <= {base.__name__ for base in public[name].__mro__}, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
 def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
     """A client that knows the codes of a page knows all."""
     source = (ROOT / "fastapi_ws_stabilizer/routing/messages.py").read_text()

@@ -89,7 +89,7 @@ def check(folder: Path) -> str:
 def test_code_of_the_pages_passes_strict_mypy(tmp_path: Path) -> None:
     """Every Python block type-checks, and an option of an enumeration can be given by its value."""
     for block in blocks("python"):
-        code = block.code if block.complete else FRAGMENT + textwrap.indent(block.code, "    ")
+        code = block.module if block.complete else FRAGMENT + textwrap.indent(block.code, "    ")
         (tmp_path / (re.sub(r"\W", "_", str(block)) + ".py")).write_text(code)
     (tmp_path / "options.py").write_text(OPTIONS)
     assert check(tmp_path) == ""
