@@ -28,7 +28,7 @@ from examples.typed_messages import manager as typed_manager
 from examples.shared_login import app as shared_login
 from fastapi_ws_stabilizer import RequestError
 from fastapi_ws_stabilizer.client import connect as connect_client
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, blocks, name_of
 from tests.live.server import SERVERS, LiveServer
 
 pytestmark = pytest.mark.timeout(60)
@@ -64,6 +64,33 @@ def test_the_quick_start_tells_everybody() -> None:
             assert reply == {"type": "error", "code": "invalid_message", "message": "text: Field required"}
         assert heard(ann) == {"type": "left", "who": "bob", "why": "client_close"}
         assert quickstart_manager.get_active_connections() == ["ann"]
+
+
+def test_tutorial_keeps_both_connections_of_a_client() -> None:
+    """The final state of the tutorial broadcasts to two tabs of one client id, and its stats require the key."""
+    app = importlib.import_module("examples.tutorial").app
+    with TestClient(app) as client, client.websocket_connect("/ws/ann") as first:
+        assert heard(first) == {"type": "joined", "who": "ann"}
+        with client.websocket_connect("/ws/ann") as second:
+            assert heard(first) == heard(second) == {"type": "joined", "who": "ann"}
+            second.send_json({"type": "say", "text": "hello"})
+            assert heard(first) == heard(second) == {"type": "said", "who": "ann", "text": "hello"}
+            assert client.get("/ws-stats/").status_code == 403
+            assert client.get("/ws-stats/", headers={"x-stats-key": "let me see"}).json()["connections"] == 2
+        assert heard(first) == {"type": "left", "who": "ann", "why": "client_close"}
+
+
+def test_tutorial_steps_build_its_example() -> None:
+    """Each part of the code of step 3 and later stands in the example, so that no step starts anew."""
+    steps = [block for block in blocks("python") if name_of(block.page) == "docs/tutorial/first-socket.md"][1:]
+    example = (ROOT / "examples/tutorial.py").read_text()
+    replaced = {"manager = WebSocketConnectionManager()"}  # by the diff of step 5
+    imports = ("from ", "import ")  # merged in the example
+    lines = [line for block in steps for line in block.code.splitlines()]
+    parts = [line for line in lines if line not in replaced and not line.startswith(imports)]
+    assert len(steps) == 4
+    assert [line for line in parts if line not in example.splitlines()] == []
+    assert steps[-1].source == "examples/tutorial.py"
 
 
 def test_the_loop_by_hand_speaks_to_the_others() -> None:
@@ -161,7 +188,7 @@ def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:
                 bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
                 assert heard(bob) == {"type": "rejected", "room": "lobby"}
                 bob.send_json({"type": "join", "room": "lobby", "name": "Bob"})
-                assert [client["id"] for client in heard(bob)["clients"]] == ["ann", "bob"]
+                assert [one["id"] for one in heard(bob)["clients"]] == ["ann", "bob"]
                 assert heard(ann) == {"type": "joined", "room": "lobby", "who": "bob"}
                 bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
                 assert heard(ann) == {"type": "said", "who": "bob", "text": "hello"}
