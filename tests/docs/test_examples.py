@@ -23,9 +23,9 @@ from examples.push import app as push
 from examples.quickstart import app as quickstart
 from examples.quickstart import manager as quickstart_manager
 from examples.rooms import app as rooms
+from examples.shared_login import app as shared_login
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
-from examples.shared_login import app as shared_login
 from fastapi_ws_stabilizer import RequestError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.docs.pages import ROOT, blocks, name_of
