@@ -1,1 +1,1 @@
-"""Small applications to read and to run."""
+"""Small example applications."""

@@ -1,4 +1,4 @@
-"""The client id comes from whoever is logged in, and nobody else gets in."""
+"""Client ids that come from a login; other handshakes are rejected."""
 
 from typing import Annotated
 
@@ -16,12 +16,12 @@ class User(BaseModel):
     name: str
 
 
-USERS = {"secret-of-ann": User(id=1, name="Ann")}  # yours: a session store, a JWT, ...
+USERS = {"secret-of-ann": User(id=1, name="Ann")}  # replace: a session store, a JWT, ...
 
 
 def current_user(
     authorization: Annotated[str, Header()] = "",
-    token: Annotated[str, Query()] = "",  # a browser's WebSocket can set no header
+    token: Annotated[str, Query()] = "",  # browsers cannot set headers on a WebSocket
 ) -> User:
     user = USERS.get(authorization.removeprefix("Bearer ") or token)
     if user is None:

@@ -1,4 +1,4 @@
-"""A WebSocket endpoint that accepts and reads by itself and lets the manager look after the connection."""
+"""An endpoint with its own accept and receive loop, whose connection is registered with the manager."""
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 

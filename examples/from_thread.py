@@ -1,4 +1,4 @@
-"""Other threads that speak to clients: a `def` route, and a thread that reads a sensor."""
+"""Messages to clients from other threads: a `def` route, and a thread that reads a sensor."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ manager = WebSocketConnectionManager()
 
 
 def read_sensor(stopped: threading.Event) -> None:
-    """Runs in a thread of its own, as the callbacks of an MQTT client do."""
+    """Send readings from a separate thread, where the callbacks of an MQTT client run too."""
     while not stopped.wait(0.5):
         manager.from_thread.broadcast({"type": "temperature", "celsius": 21.5}, room="sensors", volatile=True)
 
@@ -27,7 +27,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         thread.start()
         yield state
         stopped.set()
-        await asyncio.to_thread(thread.join)  # before the event loop that it calls is gone
+        await asyncio.to_thread(thread.join)  # before the event loop that the thread calls stops
 
 
 app = FastAPI(lifespan=lifespan)
@@ -40,7 +40,7 @@ async def endpoint(ws: StableSocketDep) -> None:
 
 
 @app.post("/announce")
-def announce(text: str) -> dict[str, int]:  # not async: FastAPI runs it in a thread
+def announce(text: str) -> dict[str, int]:  # not async: FastAPI runs it in the thread pool
     result = manager.from_thread.broadcast({"type": "announcement", "text": text})
     return {"queued": result.succeeded}
 

@@ -1,4 +1,4 @@
-"""A server that speaks unasked: on a schedule, and when something happens elsewhere."""
+"""A server that sends on a schedule, and when a route of the app is called."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ app = FastAPI(lifespan=manager.lifespan)
 @app.websocket("/clock/{client_id}")
 async def clock(ws: StableSocketDep) -> None:
     ws.ignore_messages()  # this endpoint only sends
-    while True:  # when the client has left, send raises SocketClosed, and that is a normal end
+    while True:  # send raises SocketClosed after the client disconnects; let it escape
         await ws.send({"type": "tick", "time": time.time()})
         await asyncio.sleep(1)
 

@@ -1,4 +1,4 @@
-"""A dashboard that misses nothing: sessions that outlive their connections, requests, and a room's last messages."""
+"""A dashboard with sessions that outlive their connections, requests, and room history."""
 
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
@@ -27,21 +27,21 @@ class Order(BaseModel):
 @manager.on_connect  # a new session
 async def begin(ws: StableSocket) -> None:
     ws.user_data["orders"] = 0
-    await ws.join("orders", history=10)  # the last ten messages of the room, and then everything
+    await ws.join("orders", history=10)  # sends the last 10 messages of the room first
 
 
-@manager.on_resume  # the same session, in a new connection: rooms, user data, and what was sent meanwhile
+@manager.on_resume  # the same session on a new connection, with its rooms, user data and missed messages
 async def go_on(ws: StableSocket, outcome: ResumeOutcome) -> None:
     if outcome is ResumeOutcome.GAP:
-        await ws.send({"type": "reload"})  # some messages are gone: the client was told, and so are you
+        await ws.send({"type": "reload"})  # some messages are lost; the client gets a gap report too
 
 
-@manager.on_session_end  # goodbye, or not back within session_ttl; a plain client without a token: at once
+@manager.on_session_end  # closed, or not resumed within session_ttl; at once for a plain client without a token
 async def end(ws: StableSocket, reason: DisconnectReason) -> None:
-    print(f"{ws.client_id} has placed {ws.user_data.get('orders', 0)} orders and is gone: {reason.value}")
+    print(f"{ws.client_id} placed {ws.user_data.get('orders', 0)} orders; session ended: {reason.value}")
 
 
-@manager.on_message("order")  # what it returns is the answer, if the client has asked for one
+@manager.on_message("order")  # the return value answers a request
 async def order(ws: StableSocket, message: Order) -> dict[str, int]:
     if message.article not in PRICES:
         raise RequestError("no_such_article", message.article)
@@ -50,13 +50,13 @@ async def order(ws: StableSocket, message: Order) -> dict[str, int]:
     return {"total": PRICES[message.article] * message.count}
 
 
-@app.post("/announce")  # kept for those who are away
+@app.post("/announce")  # detached sessions get it when they resume
 async def announce(text: str) -> int:
     result = await manager.broadcast({"type": "announcement", "text": text}, room="orders")
     return result.succeeded
 
 
-@app.post("/confirm/{client_id}")  # asks the client, and waits for its answer
+@app.post("/confirm/{client_id}")  # sends a request to the client and waits for the answer
 async def confirm(client_id: str, question: str) -> bool:
     for ws in manager.get_sockets(client_id):
         return bool(await ws.request("confirm", question, timeout=30))

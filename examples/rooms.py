@@ -1,4 +1,4 @@
-"""Rooms, and who is in them: a client joins, speaks to its room, and sees who comes and goes."""
+"""Rooms with presence: a client joins, sends to its room, and learns when other clients join and leave."""
 
 from typing import Annotated
 
@@ -29,9 +29,9 @@ class Say(BaseModel):
 
 @manager.on_message("join")  # {"type": "join", "room": "lobby", "name": "Ann"}
 async def join(ws: StableSocket, message: Join) -> None:
-    people = await ws.join(message.room, {"name": message.name})
-    here = [{"id": who.client_id, **who.metadata} for who in people]
-    await ws.send({"type": "here", "room": message.room, "people": here})
+    present = await ws.join(message.room, {"name": message.name})
+    clients = [{"id": presence.client_id, **presence.metadata} for presence in present]
+    await ws.send({"type": "presence", "room": message.room, "clients": clients})
 
 
 @manager.on_message("leave")
@@ -41,28 +41,28 @@ async def leave(ws: StableSocket, message: Leave) -> None:
 
 @manager.on_message("say")
 async def say(ws: StableSocket, message: Say) -> None:
-    if message.room not in ws.rooms:  # joining is what your rules can refuse, so speaking needs it
-        await ws.send({"type": "refused", "room": message.room})
+    if message.room not in ws.rooms:  # your rules are checked at the join, so sending requires one
+        await ws.send({"type": "rejected", "room": message.room})
         return
     await manager.room(message.room).send({"type": "said", "who": ws.client_id, "text": message.text}, exclude=ws)
 
 
-@manager.on_join  # once for a person, however many tabs it has
-async def came(room: Room, who: Presence) -> None:
-    await room.send({"type": "came", "room": room.name, "who": who.client_id}, exclude=who.client_id)
+@manager.on_join  # once for each client id, also with several tabs
+async def joined(room: Room, presence: Presence) -> None:
+    await room.send({"type": "joined", "room": room.name, "who": presence.client_id}, exclude=presence.client_id)
 
 
-@manager.on_leave  # not for a reload: a connection that broke has `presence_grace` to come back
-async def went(room: Room, who: Presence) -> None:
+@manager.on_leave  # not for a reload: a client whose connection broke has `presence_grace` to reconnect
+async def left(room: Room, presence: Presence) -> None:
     if room:
-        await room.send({"type": "went", "room": room.name, "who": who.client_id})
+        await room.send({"type": "left", "room": room.name, "who": presence.client_id})
 
 
 @app.get("/rooms/{name}")
-async def who_is_in(name: str) -> dict[str, list[str]]:
+async def clients_in_room(name: str) -> dict[str, list[str]]:
     room = manager.room(name)
     if not room:
-        raise HTTPException(404, "nobody is there")
+        raise HTTPException(404, "no such room")
     return {"clients": room.clients}
 
 

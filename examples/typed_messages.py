@@ -1,4 +1,4 @@
-"""Messages by type: each handler says with its annotation what it takes."""
+"""Message handlers by type; the annotation of each handler decides how its message is validated."""
 
 import time
 from typing import Annotated, Any
@@ -22,25 +22,25 @@ async def move(ws: StableSocket, message: Move) -> None:
     await manager.broadcast({"type": "moved", "who": ws.client_id, "x": message.x, "y": message.y})
 
 
-@manager.on_message("resign")  # a handler that needs no content takes the socket only
+@manager.on_message("resign")  # a handler without a message parameter gets the socket only
 async def resign(ws: StableSocket) -> None:
     await ws.close(4000, "resigned")
 
 
-@manager.on_message("report")  # not async: runs in the thread pool and holds nobody up
+@manager.on_message("report")  # not async: runs in the thread pool and does not block the event loop
 def report(ws: StableSocket, message: dict[str, Any]) -> None:
     time.sleep(0.01)
     ws.user_data["last_report"] = message.get("text")
 
 
-@manager.on_message  # everything that no handler above takes
+@manager.on_message  # every message that no handler above takes
 async def anything_else(ws: StableSocket, message: str) -> None:
     await ws.send({"type": "echo", "text": message})
 
 
 @manager.on_error
-async def tell_somebody(ws: StableSocket, error: BaseException) -> None:
-    ws.user_data["error"] = repr(error)  # yours: an error tracker; the log has it already
+async def report_error(ws: StableSocket, error: BaseException) -> None:
+    ws.user_data["error"] = repr(error)  # replace: an error tracker; the log has the error already
 
 
 @app.websocket("/ws/{client_id}")

@@ -1,4 +1,4 @@
-"""Stats behind a key, and a log of one JSON object per line."""
+"""Stats that require a key, and a log with one JSON object per line."""
 
 import os
 import secrets

@@ -1,1 +1,1 @@
-"""A chat room for two browser tabs or more: `python -m examples.chat`."""
+"""A chat room for two or more browser tabs: `python -m examples.chat`."""

@@ -23,12 +23,12 @@ from examples.push import app as push
 from examples.quickstart import app as quickstart
 from examples.quickstart import manager as quickstart_manager
 from examples.rooms import app as rooms
+from examples.shared_login import app as shared_login
 from examples.typed_messages import app as typed_messages
 from examples.typed_messages import manager as typed_manager
-from examples.who_is_it import app as who_is_it
 from fastapi_ws_stabilizer import RequestError
 from fastapi_ws_stabilizer.client import connect as connect_client
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, blocks, name_of
 from tests.live.server import SERVERS, LiveServer
 
 pytestmark = pytest.mark.timeout(60)
@@ -66,6 +66,33 @@ def test_the_quick_start_tells_everybody() -> None:
         assert quickstart_manager.get_active_connections() == ["ann"]
 
 
+def test_tutorial_keeps_both_connections_of_a_client() -> None:
+    """The final state of the tutorial broadcasts to two tabs of one client id, and its stats require the key."""
+    app = importlib.import_module("examples.tutorial").app
+    with TestClient(app) as client, client.websocket_connect("/ws/ann") as first:
+        assert heard(first) == {"type": "joined", "who": "ann"}
+        with client.websocket_connect("/ws/ann") as second:
+            assert heard(first) == heard(second) == {"type": "joined", "who": "ann"}
+            second.send_json({"type": "say", "text": "hello"})
+            assert heard(first) == heard(second) == {"type": "said", "who": "ann", "text": "hello"}
+            assert client.get("/ws-stats/").status_code == 403
+            assert client.get("/ws-stats/", headers={"x-stats-key": "let me see"}).json()["connections"] == 2
+        assert heard(first) == {"type": "left", "who": "ann", "why": "client_close"}
+
+
+def test_tutorial_steps_build_its_example() -> None:
+    """Each part of the code of step 3 and later stands in the example, so that no step starts anew."""
+    steps = [block for block in blocks("python") if name_of(block.page) == "docs/tutorial/first-socket.md"][1:]
+    example = (ROOT / "examples/tutorial.py").read_text()
+    replaced = {"manager = WebSocketConnectionManager()"}  # by the diff of step 5
+    imports = ("from ", "import ")  # merged in the example
+    lines = [line for block in steps for line in block.code.splitlines()]
+    parts = [line for line in lines if line not in replaced and not line.startswith(imports)]
+    assert len(steps) == 4
+    assert [line for line in parts if line not in example.splitlines()] == []
+    assert steps[-1].source == "examples/tutorial.py"
+
+
 def test_the_loop_by_hand_speaks_to_the_others() -> None:
     """An old loop broadcasts to all but the speaker, and never sees a pong."""
     with TestClient(by_hand) as client:
@@ -97,7 +124,7 @@ def test_who_is_logged_in_is_known(url: str, headers: dict[str, str]) -> None:
 )
 def test_one_dependency_says_who_it_is_everywhere(headers: dict[str, str]) -> None:
     """Whatever lets somebody use an HTTP route opens a socket too."""
-    with TestClient(who_is_it) as client:
+    with TestClient(shared_login) as client:
         assert client.get("/me", headers=headers).json() == {"user": "ann"}
         with client.websocket_connect("/ws", headers=headers) as ws:
             assert heard(ws) == {"user": "ann"}
@@ -105,7 +132,7 @@ def test_one_dependency_says_who_it_is_everywhere(headers: dict[str, str]) -> No
 
 def test_a_socket_has_a_place_of_its_own_for_a_credential() -> None:
     """A browser, which can set no header, says who it is among the subprotocols."""
-    with TestClient(who_is_it) as client:
+    with TestClient(shared_login) as client:
         with client.websocket_connect("/ws", subprotocols=["bearer", "secret-of-ann"]) as ws:
             assert heard(ws) == {"user": "ann"}
             assert ws.accepted_subprotocol == "bearer"
@@ -114,7 +141,7 @@ def test_a_socket_has_a_place_of_its_own_for_a_credential() -> None:
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}], ids=["none", "wrong"])
 def test_who_is_nobody_is_told_to_log_in(headers: dict[str, str]) -> None:
     """An HTTP route answers 401, and says how to log in."""
-    with TestClient(who_is_it) as client:
+    with TestClient(shared_login) as client:
         answer = client.get("/me", headers=headers)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
@@ -156,18 +183,18 @@ def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:
         assert client.get("/rooms/lobby").status_code == 404
         with client.websocket_connect("/ws/ann") as ann:
             ann.send_json({"type": "join", "room": "lobby", "name": "Ann"})
-            assert heard(ann) == {"type": "here", "room": "lobby", "people": [{"id": "ann", "name": "Ann"}]}
+            assert heard(ann) == {"type": "presence", "room": "lobby", "clients": [{"id": "ann", "name": "Ann"}]}
             with client.websocket_connect("/ws/bob") as bob:
                 bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
-                assert heard(bob) == {"type": "refused", "room": "lobby"}
+                assert heard(bob) == {"type": "rejected", "room": "lobby"}
                 bob.send_json({"type": "join", "room": "lobby", "name": "Bob"})
-                assert [who["id"] for who in heard(bob)["people"]] == ["ann", "bob"]
-                assert heard(ann) == {"type": "came", "room": "lobby", "who": "bob"}
+                assert [one["id"] for one in heard(bob)["clients"]] == ["ann", "bob"]
+                assert heard(ann) == {"type": "joined", "room": "lobby", "who": "bob"}
                 bob.send_json({"type": "say", "room": "lobby", "text": "hello"})
                 assert heard(ann) == {"type": "said", "who": "bob", "text": "hello"}
                 assert client.get("/rooms/lobby").json() == {"clients": ["ann", "bob"]}
                 bob.send_json({"type": "leave", "room": "lobby"})
-                assert heard(ann) == {"type": "went", "room": "lobby", "who": "bob"}
+                assert heard(ann) == {"type": "left", "room": "lobby", "who": "bob"}
                 assert client.get("/rooms/lobby").json() == {"clients": ["ann"]}
 
 
@@ -248,7 +275,7 @@ async def test_a_stranger_gets_the_status_of_the_refusal(kind: str) -> None:
 @pytest.mark.parametrize("kind", SERVERS)
 async def test_a_socket_is_for_who_may_use_the_routes(kind: str) -> None:
     """Without a credential, or with a wrong one, the handshake gets the 401 that an HTTP route answers."""
-    with LiveServer(kind, app="examples.who_is_it:app") as server:
+    with LiveServer(kind, app="examples.shared_login:app") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             with pytest.raises(InvalidStatus) as refused:
                 async with connect(server.url("/ws"), additional_headers=headers):
@@ -263,7 +290,7 @@ async def test_a_socket_is_for_who_may_use_the_routes(kind: str) -> None:
 async def test_a_refusal_that_a_browser_can_read(kind: str) -> None:
     """A page of another site is HTTP 403; one of ours without a login gets 4401 and the reason, and others HTTP 401."""
     origin: Any = "https://example.com"
-    with LiveServer(kind, app="examples.readable_refusal:app") as server:
+    with LiveServer(kind, app="examples.readable_rejection:app") as server:
         for other, status in ((None, 401), ("https://elsewhere.example", 403)):
             with pytest.raises(InvalidStatus) as refused:
                 async with connect(server.url("/ws"), origin=other):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One dependency says who somebody is, on an HTTP route and on a socket."""
+"""One login dependency for HTTP routes and WebSockets."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from fastapi_ws_stabilizer.identity import Credential, bearer, cookie, subprotoc
 manager = WebSocketConnectionManager()
 app = FastAPI(lifespan=manager.lifespan)
 
-USERS = {"secret-of-ann": "ann", "session-of-ann": "ann"}  # yours: a session store, a JWT, ...
+USERS = {"secret-of-ann": "ann", "session-of-ann": "ann"}  # replace: a session store, a JWT, ...
 Token = Annotated[str, Depends(Credential(bearer(), cookie("session"), subprotocol("bearer")))]
 
 

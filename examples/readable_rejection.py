@@ -1,4 +1,4 @@
-"""Refuse so that a browser can read why, and let only pages of your own site connect."""
+"""Rejections that a browser can read, and an origin check for your own site."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ SESSIONS = {"session-of-ann": "ann"}
 
 def session_user(session: Annotated[str, Cookie()] = "") -> str:
     if session not in SESSIONS:
-        raise HTTPException(401, "log in first")  # a browser: close code 4401; everybody else: HTTP 401
+        raise HTTPException(401, "log in first")  # browsers get close code 4401, other clients HTTP 401
     return SESSIONS[session]
 
 
