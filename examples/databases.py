@@ -20,7 +20,7 @@ manager = WebSocketConnectionManager()
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with engine.begin() as connection:
-        await connection.execute(text("CREATE TABLE IF NOT EXISTS lines (who TEXT, line TEXT)"))
+        await connection.execute(text("CREATE TABLE IF NOT EXISTS lines (author TEXT, line TEXT)"))
     async with manager.lifespan(app) as state:  # the sockets close before the engine does
         yield state
     await engine.dispose()
@@ -36,16 +36,16 @@ class Say(BaseModel):
 @manager.on_connect
 async def load(ws: StableSocket) -> None:
     async with new_session() as database:
-        rows = await database.execute(text("SELECT who, line FROM lines ORDER BY rowid DESC LIMIT 10"))
-        latest = [{"who": who, "line": line} for who, line in reversed(rows.all())]
+        rows = await database.execute(text("SELECT author, line FROM lines ORDER BY rowid DESC LIMIT 10"))
+        latest = [{"author": author, "line": line} for author, line in reversed(rows.all())]
     await ws.send({"type": "latest", "lines": latest})
 
 
 @manager.on_message("say")
 async def say(ws: StableSocket, message: Say) -> None:
-    said = {"who": ws.client_id, "line": message.line}
+    said = {"author": ws.client_id, "line": message.line}
     async with new_session() as database, database.begin():  # commits, or rolls back if something raises
-        await database.execute(text("INSERT INTO lines VALUES (:who, :line)"), said)
+        await database.execute(text("INSERT INTO lines VALUES (:author, :line)"), said)
     await manager.broadcast({"type": "said", **said})  # after the commit
 
 
@@ -68,6 +68,6 @@ async def lines(database: Annotated[AsyncSession, Depends(get_database)]) -> lis
 async def own_loop(ws: StableSocketDep, database: Annotated[AsyncSession, Depends(get_database)]) -> None:
     async for message in ws:
         async with database.begin():
-            said = {"who": ws.client_id, "line": str(message)}
-            await database.execute(text("INSERT INTO lines VALUES (:who, :line)"), said)
+            said = {"author": ws.client_id, "line": str(message)}
+            await database.execute(text("INSERT INTO lines VALUES (:author, :line)"), said)
         await ws.send("stored")

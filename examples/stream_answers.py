@@ -1,8 +1,9 @@
-"""Stream the answer of a language model to a client that may stop it, or lose its connection meanwhile."""
+"""Stream the answer of a language model to a client that may stop it or lose its connection."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -30,7 +31,7 @@ class Answer:
     task: asyncio.Task[None] | None = None
 
 
-async def tokens(question: str) -> AsyncIterator[str]:  # yours: the stream of your model's SDK
+async def tokens(question: str) -> AsyncGenerator[str, None]:  # yours: the stream of your model's SDK
     for word in f"You have asked: {question}".split():
         await asyncio.sleep(0.01)
         yield f"{word} "
@@ -38,9 +39,10 @@ async def tokens(question: str) -> AsyncIterator[str]:  # yours: the stream of y
 
 async def stream(client_id: str, answer: Answer, question: str) -> None:
     try:
-        async for token in tokens(question):
-            answer.text += token
-            await manager.send_to_client(client_id, {"type": "part", "text": token})  # also if detached
+        async with aclosing(tokens(question)) as parts:  # closed at once when the task is cancelled
+            async for part in parts:
+                answer.text += part
+                await manager.send_to_client(client_id, {"type": "part", "text": part})  # also if detached
         await manager.send_to_client(client_id, {"type": "done"})
     except Exception:  # nothing else awaits this task
         logging.getLogger(__name__).exception("the answer to %s failed", client_id)

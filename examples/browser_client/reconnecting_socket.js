@@ -80,11 +80,11 @@ export class ReconnectingSocket {
     this.token = null; // used
     this.set("open");
     this.timer("stable", STABLE_AFTER, () => (this.attempt = 0));
-    this.heard();
+    this.alive();
   }
 
   received(data) {
-    this.heard();
+    this.alive();
     if (data === '{"type":"ping"}') return this.socket.send("pong"); // heartbeat of the server
     let message = data;
     try {
@@ -96,7 +96,7 @@ export class ReconnectingSocket {
   }
 
   // A browser hides ping frames, so the page sends pings of its own to notice a dead server.
-  heard() {
+  alive() {
     clearTimeout(this.timers.answer);
     this.timer("ping", this.pingInterval, () => this.ask(this.pingTimeout));
   }

@@ -15,7 +15,7 @@ from tests.docs.deadline import within
 pytestmark = pytest.mark.timeout(60)
 
 
-def hear(client: WebSocketTestSession) -> Any:
+def receive(client: WebSocketTestSession) -> Any:
     """Return the next message that is not a heartbeat."""
     while (message := client.receive_json()) == {"type": "ping"}:
         pass
@@ -28,19 +28,19 @@ def test_each_message_is_stored_in_its_own_transaction() -> None:
     def play() -> None:
         with TestClient(databases.app) as client:
             with client.websocket_connect("/ws/ann") as ann:
-                assert hear(ann) == {"type": "latest", "lines": []}
+                assert receive(ann) == {"type": "latest", "lines": []}
                 ann.send_json({"type": "say", "line": "hello"})
-                assert hear(ann) == {"type": "said", "who": "ann", "line": "hello"}
+                assert receive(ann) == {"type": "said", "author": "ann", "line": "hello"}
                 with client.websocket_connect("/own-loop/bob") as bob:
-                    assert hear(bob)["type"] == "latest"
+                    assert receive(bob)["type"] == "latest"
                     bob.send_text("from a loop")
                     while (text := bob.receive_text()) == '{"type":"ping"}':
                         pass
                     assert text == "stored"
                     assert client.get("/lines").json() == ["hello", "from a loop"]  # bob's session is still open
             with client.websocket_connect("/ws/cem") as cem:
-                lines = [{"who": "ann", "line": "hello"}, {"who": "bob", "line": "from a loop"}]
-                assert hear(cem) == {"type": "latest", "lines": lines}
+                lines = [{"author": "ann", "line": "hello"}, {"author": "bob", "line": "from a loop"}]
+                assert receive(cem) == {"type": "latest", "lines": lines}
 
     within(20.0, play)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ QUESTION = " ".join(str(number) for number in range(200))
 ANSWER = f"You have asked: {QUESTION} "
 
 
-def hear(client: WebSocketTestSession, kind: str) -> Any:
+def receive(client: WebSocketTestSession, kind: str) -> Any:
     """Return the next message of one type."""
     while (message := client.receive_json())["type"] != kind:
         pass
@@ -32,7 +32,7 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A model that never ends by itself. Returns the list in which each of its streams notes its end."""
     ended: list[str] = []
 
-    async def tokens(question: str) -> AsyncIterator[str]:
+    async def tokens(question: str) -> AsyncGenerator[str, None]:
         try:
             while True:
                 await asyncio.sleep(0.001)
@@ -50,13 +50,13 @@ def test_stop_message_cancels_the_answer(endless: list[str]) -> None:
     def play() -> None:
         with TestClient(stream_answers.app) as client, client.websocket_connect("/ws/ann") as ann:
             ann.send_json({"type": "ask", "question": "first"})
-            hear(ann, "part")
+            receive(ann, "part")
             ann.send_json({"type": "ask", "question": "second"})
-            hear(ann, "stopped")
-            assert hear(ann, "started")
-            hear(ann, "part")
+            receive(ann, "stopped")
+            assert receive(ann, "started")
+            receive(ann, "part")
             ann.send_json({"type": "stop"})
-            hear(ann, "stopped")
+            receive(ann, "stopped")
             ann.send_json({"type": "stop"})  # nothing to stop
             ann.send_json({"type": "nonsense"})
             while (message := ann.receive_json())["type"] == "ping":
@@ -74,9 +74,9 @@ def test_end_of_the_session_cancels_the_answer(endless: list[str]) -> None:
         with TestClient(stream_answers.app) as client:
             with client.websocket_connect("/ws/ann") as ann:
                 ann.send_json({"type": "ask", "question": "first"})
-                hear(ann, "part")
+                receive(ann, "part")
             with client.websocket_connect("/ws/bob") as bob:
-                hear(bob, "token")
+                receive(bob, "token")
 
     within(10.0, play)
     assert endless == ["first"]
@@ -88,18 +88,18 @@ def test_plain_client_gets_the_text_so_far() -> None:
     def play() -> None:
         with TestClient(stream_answers.app) as client:
             with client.websocket_connect("/ws/ann") as ann:
-                token = hear(ann, "token")["token"]
+                token = receive(ann, "token")["token"]
                 ann.send_json({"type": "ask", "question": QUESTION})
-                hear(ann, "part")
+                receive(ann, "part")
                 ann.close(1001)
             with client.websocket_connect(f"/ws/ann?reconnect_token={token}") as ann:
-                so_far = hear(ann, "so far")
+                so_far = receive(ann, "so far")
                 assert ANSWER.startswith(so_far["text"])
                 assert not so_far["done"]
                 text = so_far["text"]
                 while text != ANSWER:
-                    text += hear(ann, "part")["text"]
-                hear(ann, "done")
+                    text += receive(ann, "part")["text"]
+                receive(ann, "done")
 
     within(20.0, play)
 
@@ -107,7 +107,7 @@ def test_plain_client_gets_the_text_so_far() -> None:
 def test_failure_of_the_model_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the model's API is logged, and the client hears of it."""
 
-    async def tokens(question: str) -> AsyncIterator[str]:
+    async def tokens(question: str) -> AsyncGenerator[str, None]:
         yield "Well, "
         raise ConnectionError(question)
 
@@ -116,8 +116,8 @@ def test_failure_of_the_model_reaches_the_client(monkeypatch: pytest.MonkeyPatch
     def play() -> None:
         with TestClient(stream_answers.app) as client, client.websocket_connect("/ws/ann") as ann:
             ann.send_json({"type": "ask", "question": "first"})
-            assert hear(ann, "part")["text"] == "Well, "
-            hear(ann, "failed")
+            assert receive(ann, "part")["text"] == "Well, "
+            receive(ann, "failed")
 
     within(10.0, play)
 

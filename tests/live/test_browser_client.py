@@ -21,11 +21,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), r
 
 Serve = Callable[..., LiveServer]
 APP = "tests.live.browser_app:app"
-LOG = "window.states = []; window.heard = [];"
+LOG = "window.states = []; window.messages = [];"
 DIAL = """
 import("/reconnecting_socket.js").then((module) => {
   window.socket = new module.ReconnectingSocket("/ws/ann", {
-    onmessage: (message) => heard.push(message),
+    onmessage: (message) => messages.push(message),
     onstate: (state, detail) => states.push([state, detail]),
     ...OPTIONS,
   });
@@ -84,7 +84,7 @@ async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser:
         page = await blank(browser, proxy.port)
         await dial(page, pingInterval=200, pingTimeout=300)
         await page.run("socket.send({type: 'click'})")
-        await page.until("heard.length === 2")
+        await page.until("messages.length === 2")
         for stream in list(proxy.streams):
             stream.swallow()
         await page.until("states.filter(([state]) => state === 'open').length === 2")
@@ -92,8 +92,8 @@ async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser:
         lost: dict[str, Any] = await page.run("states[2][1]")
         assert (lost["code"], lost["reason"]) == (4408, "no answer")
         assert 200 <= lost["delay"] <= 1200
-        await page.until("heard.length === 3")
-        assert await page.run("heard.map((message) => message.count)") == [0, 1, 1]
+        await page.until("messages.length === 3")
+        assert await page.run("messages.map((message) => message.count)") == [0, 1, 1]
 
 
 async def test_page_answers_pings_and_obeys_close_codes(serve: Serve, browser: Browser) -> None:
