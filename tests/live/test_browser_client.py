@@ -82,7 +82,7 @@ async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser:
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
         page = await blank(browser, proxy.port)
-        await dial(page, pingInterval=200, pingTimeout=300)
+        await dial(page, pingInterval=200, pingTimeout=1000)
         await page.run("socket.send({type: 'click'})")
         await page.until("messages.length === 2")
         for stream in list(proxy.streams):
@@ -98,10 +98,10 @@ async def test_silent_server_is_left_for_a_new_connection(serve: Serve, browser:
 
 async def test_page_answers_pings_and_obeys_close_codes(serve: Serve, browser: Browser) -> None:
     """Heartbeats are answered; a code that allows it leads to a new dial after the hint, a final one to none."""
-    server = serve(app=APP, config={"heartbeat_interval": 0.1, "heartbeat_timeout": 0.3, "require_pong": True})
+    server = serve(app=APP, config={"heartbeat_interval": 0.2, "heartbeat_timeout": 1.0, "require_pong": True})
     page = await blank(browser, server.port)
     await dial(page)
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(2.0)
     assert await states(page) == ["connecting", "open"]
     (client,) = await asyncio.to_thread(server.get, "/clients")
     assert client["client"] == "ann"
