@@ -1,0 +1,1 @@
+"""A page whose socket reconnects: `uvicorn examples.browser_client.app:app`."""
