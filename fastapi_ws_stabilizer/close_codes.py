@@ -1,4 +1,4 @@
-"""The one table of endings: why a connection ends, with which close code, and what happens to what is still queued.
+"""Close codes, disconnect reasons, and what each reason means for messages that are still queued.
 
 Numbers below 3000 are RFC 6455 section 7.4.1 and the IANA registry; 4000 + an HTTP status means what that status means.
 """
@@ -12,13 +12,13 @@ from typing import Final
 MAX_REASON_BYTES: Final = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two of them are the code
 
 SESSION_ENDED: Final = 4410
-"""What a client of `stabilizer.v1.json` gets where a plain one gets 1000."""
+"""Code that a `stabilizer.v1.json` client gets where a plain client gets 1000."""
 
 SUPERSEDED: Final = 4409
-"""Its place is taken: a client that gets it gives its session up."""
+"""Code for a client whose session or client id was taken over. The client gives its session up."""
 
 DETACHED: Final = 4000
-"""A client of `stabilizer.v1.json` leaves with it and will be back: it was asked to, or its page goes to sleep."""
+"""Code with which a `stabilizer.v1.json` client detaches: the server asked it to, or its page goes to sleep."""
 
 NO_STATUS: Final = 1005
 ABNORMAL: Final = 1006
@@ -26,36 +26,38 @@ UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
 
 
 class DisconnectReason(str, Enum):
-    """Why a connection ended, the same on every server."""
+    """Why a connection ended, identical on every server."""
 
     COMPLETED = "completed"
     """The endpoint returned."""
     CLIENT_CLOSE = "client_close"
-    """The client sent a close frame."""
+    """The client sent a close frame; the code is the client's."""
     NETWORK_LOST = "network_lost"
-    """The connection broke without a close frame."""
+    """The connection broke without a close frame. The server sends nothing; hooks get 1006."""
     HEARTBEAT_TIMEOUT = "heartbeat_timeout"
-    """The client did not answer a heartbeat in time."""
+    """The client did not answer a heartbeat within `heartbeat_timeout`."""
     SLOW_CONSUMER = "slow_consumer"
-    """The client did not take its messages: a send was stuck, or its outbox was full."""
+    """The client did not read its messages: a send made no progress, or the outbox was full."""
     SERVER_SHUTDOWN = "server_shutdown"
     """The server stops or restarts."""
     REPLACED = "replaced"
-    """The same client id connected again."""
+    """The same client id connected again. A client with a session gets 4410 unless the newer connection is its own."""
     LIFETIME = "lifetime"
-    """It has lasted for `max_lifetime`. The client is to come back."""
+    """The connection reached `max_lifetime`. The client should reconnect."""
     IDLE = "idle"
-    """It has carried no message for `idle_timeout`. The client may come back."""
+    """The connection carried no message for `idle_timeout`. The client may reconnect."""
     MEMORY = "memory"
-    """More was held for it than may be, or room was needed for others and it was its turn."""
+    """The connection held more than `max_memory_per_connection`, or the server evicted it because of
+    `max_total_memory`, with `retry=` in milliseconds. Its session ends."""
     APPLICATION = "application"
-    """The application closed the connection."""
+    """Your code called `ws.close()` or `manager.disconnect()`, with its own code or 1000."""
     POLICY = "policy"
-    """The application or this library refused to go on: an `HTTPException`, invalid input, too many bad messages."""
+    """The server rejected the client: an `HTTPException` (4000 + its status), invalid parameters, too many bad
+    messages, or a rate limit (4429)."""
     MESSAGE_TOO_BIG = "message_too_big"
     """A message was larger than `max_message_size`."""
     ERROR = "error"
-    """A bug: the endpoint, a handler or a tied task raised."""
+    """A bug: the endpoint, a hook, a handler or a task of the connection raised."""
 
 
 @dataclass(frozen=True)
