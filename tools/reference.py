@@ -8,17 +8,17 @@ read from the calls that emit it.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-import io
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, get_args, get_type_hints
-from unittest import mock
 
 from fastapi import WebSocketDisconnect
 from pydantic.fields import FieldInfo
@@ -26,7 +26,6 @@ from pydantic.fields import FieldInfo
 import fastapi_ws_stabilizer
 import fastapi_ws_stabilizer.client
 from fastapi_ws_stabilizer import DisconnectReason, WebSocketConfig, WebSocketStabilizerError
-from fastapi_ws_stabilizer.__main__ import main
 from fastapi_ws_stabilizer.client import ClientError
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 
@@ -403,13 +402,12 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
+@functools.cache
 def help_of(*words: str) -> str:
     """Return what `python -m fastapi_ws_stabilizer ... --help` prints."""
-    text = io.StringIO()
-    plain = {"COLUMNS": HELP_WIDTH, "NO_COLOR": "1"}
-    with mock.patch.dict(os.environ, plain), redirect_stdout(text), suppress(SystemExit):
-        main([*words, "--help"])
-    return text.getvalue()
+    command = [sys.executable, "-m", "fastapi_ws_stabilizer", *words, "--help"]
+    plain = {**os.environ, "COLUMNS": HELP_WIDTH, "NO_COLOR": "1"}
+    return subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
 
 
 TABLES: Final[dict[str, Callable[[], str]]] = {
