@@ -62,13 +62,13 @@ class DisconnectReason(str, Enum):
 
 @dataclass(frozen=True)
 class ClosePolicy:
-    """What one kind of ending does.
+    """Close policy of one cause.
 
     Attributes:
-        code: Close code that is sent when the caller names none.
-        text: Close reason that is sent when the caller names none.
-        flush: Whether queued messages are still sent before the close frame.
-        deliver: Whether received messages that nobody has read yet can still be read.
+        code: Default close code.
+        text: Default close reason.
+        flush: Whether the server sends queued messages before the close frame.
+        deliver: Whether your code can still read received messages.
     """
 
     code: int
@@ -102,12 +102,12 @@ class CloseInfo:
     """How one connection ended.
 
     Attributes:
-        reason: Why, in this library's words.
-        code: Close code as it was sent or received; 1005 and 1006 where there was none on the wire.
-        text: Close reason as it was sent or received, at most 123 bytes.
-        by_peer: Whether the client, the network or the server in front of us ended it, so that nothing can be sent.
-        rooms: The rooms that it was in.
-        from_outside: Whether the manager, or a room, was told to end it, and not its socket by its own endpoint.
+        reason: The cause.
+        code: Close code that was sent or received; 1005 or 1006 if there was none on the wire.
+        text: Close reason that was sent or received, at most 123 bytes.
+        by_peer: Whether the client, the network or the server ended the connection, so that nothing can be sent.
+        rooms: The rooms that the connection was in.
+        from_outside: Whether a call on the manager or a room ended the connection, instead of its own endpoint.
     """
 
     reason: DisconnectReason
@@ -119,17 +119,17 @@ class CloseInfo:
 
     @property
     def rule(self) -> ClosePolicy:
-        """The row of the table that this ending follows."""
+        """The close policy of the cause."""
         return CLOSE_POLICIES[self.reason]
 
 
 def local_close(
     reason: DisconnectReason, *, code: int | None = None, text: str | None = None, from_outside: bool = False
 ) -> CloseInfo:
-    """Make an ending that this side decides, with the table's code and text where none is named.
+    """Return the close info of a close by this side, with the policy's code and text as defaults.
 
     Raises:
-        ValueError: `code` is one that RFC 6455 does not allow in a close frame.
+        ValueError: RFC 6455 does not allow `code` in a close frame.
     """
     rule = CLOSE_POLICIES[reason]
     return CloseInfo(
@@ -141,13 +141,13 @@ def local_close(
 
 
 def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo:
-    """Read what the server in front of us says about a connection that is gone.
+    """Return the close info of a disconnect that the ASGI server reports.
 
     Args:
         code: The code of the ASGI `websocket.disconnect` event.
-        text: Its reason, if it has one.
-        close_frame: Whether the client sent a close frame. The code alone does not tell: uvicorn reports 1005 for a
-            lost network, hypercorn 1006 for a clean close.
+        text: The reason of that event, if it has one.
+        close_frame: Whether the client sent a close frame. The code does not show it: uvicorn reports 1005 for a lost
+            network, and hypercorn 1006 for a clean close.
     """
     if close_frame:
         reason = DisconnectReason.CLIENT_CLOSE
@@ -165,37 +165,37 @@ def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo
 
 
 def detaches(how: CloseInfo) -> bool:
-    """Whether a client has left with the code by which it says that it will be back.
+    """Whether the client closed with the code that detaches its session.
 
-    hypercorn keeps the codes of clients to itself.
+    hypercorn does not report the close codes of clients.
     """
     return how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
 
 
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
-"""Codes with which a server ends a connection itself when the client breaks the protocol."""
+"""Codes with which an ASGI server closes a connection whose client breaks the protocol."""
 
 SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
-"""Codes that come from the server in front of us rather than from a client, where there is no telling."""
+"""Codes that are attributed to the ASGI server if it is unknown whether the client sent them."""
 
 
 def ends_session(how: CloseInfo) -> bool:
-    """Whether nobody is expected back after this ending: one side has said that it is over for good."""
+    """Whether this close ends the session, because the client will not reconnect to it."""
     if how.by_peer and how.reason is DisconnectReason.CLIENT_CLOSE:
         return how.code == 1000
     if how.reason is DisconnectReason.MEMORY:
-        return True  # else what is held would be held on
+        return True  # a detached session would still hold the memory
     return how.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(how.code)
 
 
 _BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
-"""Codes among 44xx after which a client comes back all the same."""
+"""Codes from 4400 to 4499 after which a client still reconnects."""
 
 
 def is_terminal(code: int) -> bool:
-    """Whether a close code tells a client of `stabilizer.v1.json` not to come back.
+    """Whether a `stabilizer.v1.json` client must not reconnect after a close code.
 
-    1008 is not: it may be about credentials, which can be renewed.
+    1008 is not terminal, because it can be about credentials, which the client can renew.
     """
     return code in (1002, 1003, 1007, 1009, 1010, 3003) or (4400 <= code < 4500 and code not in _BACK_AFTER)
 
@@ -216,7 +216,7 @@ def check_close_code(code: int) -> int:
 
 
 def truncate_reason(text: str) -> str:
-    """Cut a close reason to the 123 bytes that a close frame holds, on a character border."""
+    """Truncate a close reason to the 123 bytes of a close frame, at a character boundary."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= MAX_REASON_BYTES:
         return encoded.decode("utf-8")

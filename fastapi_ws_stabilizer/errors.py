@@ -114,7 +114,7 @@ class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
 
 
 class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException):
-    """The server is full, or handshakes arrive faster than `max_connect_rate`.
+    """The server accepts no further connection: it is full, or handshakes arrive too fast.
 
     Attributes:
         limit: The option that was reached, such as `max_connections`.

@@ -1,8 +1,8 @@
 """The tables of docs/reference, made from the code while MkDocs builds a page.
 
-A line such as `<!-- generated: options -->` stands for a table. Below `<!-- generated: events -->` stands a table that
-is written by hand, with a name and a meaning in each row: each row gets the level and the fields of that log event,
-read from the calls that emit it.
+A line such as `<!-- generated: options -->` is replaced by a table. The table below `<!-- generated: events -->` is part
+of its page and has a name and a meaning in each row. The build adds the level and the fields of each log event, which
+it reads from the calls that emit it.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def _literal(default: Any) -> str:
 
 def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """Return the type and the bounds of an option from its JSON schema."""
+    (schema,) = schema.get("allOf", [schema])  # pydantic before 2.9 writes a reference so
     if "$ref" in schema:
         schema = {**definitions[schema["$ref"].rpartition("/")[2]], **schema}
     if choices := schema.get("anyOf"):
