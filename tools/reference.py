@@ -1,8 +1,8 @@
 """The tables of docs/reference, made from the code while MkDocs builds a page.
 
-A line such as `<!-- generated: options -->` is replaced by a table. The table below `<!-- generated: events -->` is part
-of its page and has a name and a meaning in each row. The build adds the level and the fields of each log event, which
-it reads from the calls that emit it.
+A line such as `<!-- generated: options -->` is replaced by a table. The table below `<!-- generated: events -->` is
+part of its page and has a name and a meaning in each row. The build adds the level and the fields of each log event,
+which it reads from the calls that emit it.
 """
 
 from __future__ import annotations
