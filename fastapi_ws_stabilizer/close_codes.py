@@ -1,4 +1,4 @@
-"""The one table of endings: why a connection ends, with which close code, and what happens to what is still queued.
+"""Close codes, disconnect reasons, and what each reason means for messages that are still queued.
 
 Numbers below 3000 are RFC 6455 section 7.4.1 and the IANA registry; 4000 + an HTTP status means what that status means.
 """
@@ -12,13 +12,13 @@ from typing import Final
 MAX_REASON_BYTES: Final = 123  # RFC 6455 section 5.5: a control frame carries 125 bytes, two of them are the code
 
 SESSION_ENDED: Final = 4410
-"""What a client of `stabilizer.v1.json` gets where a plain one gets 1000."""
+"""Code that a `stabilizer.v1.json` client gets where a plain client gets 1000."""
 
 SUPERSEDED: Final = 4409
-"""Its place is taken: a client that gets it gives its session up."""
+"""Code for a client whose session or client id was taken over. The client gives its session up."""
 
 DETACHED: Final = 4000
-"""A client of `stabilizer.v1.json` leaves with it and will be back: it was asked to, or its page goes to sleep."""
+"""Code with which a `stabilizer.v1.json` client detaches: the server asked it to, or its page goes to sleep."""
 
 NO_STATUS: Final = 1005
 ABNORMAL: Final = 1006
@@ -26,47 +26,49 @@ UNSENDABLE: Final = frozenset({1004, NO_STATUS, ABNORMAL, 1015})
 
 
 class DisconnectReason(str, Enum):
-    """Why a connection ended, the same on every server."""
+    """Why a connection ended, identical on every server."""
 
     COMPLETED = "completed"
     """The endpoint returned."""
     CLIENT_CLOSE = "client_close"
-    """The client sent a close frame."""
+    """The client sent a close frame; the code is the client's."""
     NETWORK_LOST = "network_lost"
-    """The connection broke without a close frame."""
+    """The connection broke without a close frame. The server sends nothing; hooks get 1006."""
     HEARTBEAT_TIMEOUT = "heartbeat_timeout"
-    """The client did not answer a heartbeat in time."""
+    """The client did not answer a heartbeat within `heartbeat_timeout`."""
     SLOW_CONSUMER = "slow_consumer"
-    """The client did not take its messages: a send was stuck, or its outbox was full."""
+    """The client did not read its messages: a send made no progress, or the outbox was full."""
     SERVER_SHUTDOWN = "server_shutdown"
     """The server stops or restarts."""
     REPLACED = "replaced"
-    """The same client id connected again."""
+    """The same client id connected again. A client with a session gets 4410 unless the newer connection is its own."""
     LIFETIME = "lifetime"
-    """It has lasted for `max_lifetime`. The client is to come back."""
+    """The connection reached `max_lifetime`. The client should reconnect."""
     IDLE = "idle"
-    """It has carried no message for `idle_timeout`. The client may come back."""
+    """The connection carried no message for `idle_timeout`. The client may reconnect."""
     MEMORY = "memory"
-    """More was held for it than may be, or room was needed for others and it was its turn."""
+    """The connection held more than `max_memory_per_connection`, or the server evicted it because of
+    `max_total_memory`, with `retry=` in milliseconds. Its session ends."""
     APPLICATION = "application"
-    """The application closed the connection."""
+    """Your code called `ws.close()` or `manager.disconnect()`, with its own code or 1000."""
     POLICY = "policy"
-    """The application or this library refused to go on: an `HTTPException`, invalid input, too many bad messages."""
+    """The server rejected the client: an `HTTPException` (4000 + its status), invalid parameters, too many bad
+    messages, or a rate limit (4429)."""
     MESSAGE_TOO_BIG = "message_too_big"
     """A message was larger than `max_message_size`."""
     ERROR = "error"
-    """A bug: the endpoint, a handler or a tied task raised."""
+    """A bug: the endpoint, a hook, a handler or a task of the connection raised."""
 
 
 @dataclass(frozen=True)
 class ClosePolicy:
-    """What one kind of ending does.
+    """Close policy of one cause.
 
     Attributes:
-        code: Close code that is sent when the caller names none.
-        text: Close reason that is sent when the caller names none.
-        flush: Whether queued messages are still sent before the close frame.
-        deliver: Whether received messages that nobody has read yet can still be read.
+        code: Default close code.
+        text: Default close reason.
+        flush: Whether the server sends queued messages before the close frame.
+        deliver: Whether your code can still read received messages.
     """
 
     code: int
@@ -100,12 +102,12 @@ class CloseInfo:
     """How one connection ended.
 
     Attributes:
-        reason: Why, in this library's words.
-        code: Close code as it was sent or received; 1005 and 1006 where there was none on the wire.
-        text: Close reason as it was sent or received, at most 123 bytes.
-        by_peer: Whether the client, the network or the server in front of us ended it, so that nothing can be sent.
-        rooms: The rooms that it was in.
-        from_outside: Whether the manager, or a room, was told to end it, and not its socket by its own endpoint.
+        cause: Why the connection closed.
+        code: Close code that was sent or received; 1005 or 1006 if there was none on the wire.
+        reason: Close reason that was sent or received, at most 123 bytes.
+        by_peer: Whether the client, the network or the server ended the connection, so that nothing can be sent.
+        rooms: The rooms that the connection was in.
+        from_outside: Whether a call on the manager or a room ended the connection, instead of its own endpoint.
     """
 
     cause: DisconnectReason
@@ -117,17 +119,17 @@ class CloseInfo:
 
     @property
     def rule(self) -> ClosePolicy:
-        """The row of the table that this ending follows."""
+        """The close policy of the cause."""
         return CLOSE_POLICIES[self.cause]
 
 
 def local_close(
     reason: DisconnectReason, *, code: int | None = None, text: str | None = None, from_outside: bool = False
 ) -> CloseInfo:
-    """Make an ending that this side decides, with the table's code and text where none is named.
+    """Return the close info of a close by this side, with the policy's code and text as defaults.
 
     Raises:
-        ValueError: `code` is one that RFC 6455 does not allow in a close frame.
+        ValueError: RFC 6455 does not allow `code` in a close frame.
     """
     rule = CLOSE_POLICIES[reason]
     return CloseInfo(
@@ -139,13 +141,13 @@ def local_close(
 
 
 def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo:
-    """Read what the server in front of us says about a connection that is gone.
+    """Return the close info of a disconnect that the ASGI server reports.
 
     Args:
         code: The code of the ASGI `websocket.disconnect` event.
-        text: Its reason, if it has one.
-        close_frame: Whether the client sent a close frame. The code alone does not tell: uvicorn reports 1005 for a
-            lost network, hypercorn 1006 for a clean close.
+        text: The reason of that event, if it has one.
+        close_frame: Whether the client sent a close frame. The code does not show it: uvicorn reports 1005 for a lost
+            network, and hypercorn 1006 for a clean close.
     """
     if close_frame:
         reason = DisconnectReason.CLIENT_CLOSE
@@ -163,37 +165,37 @@ def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo
 
 
 def detaches(how: CloseInfo) -> bool:
-    """Whether a client has left with the code by which it says that it will be back.
+    """Whether the client closed with the code that detaches its session.
 
-    hypercorn keeps the codes of clients to itself.
+    hypercorn does not report the close codes of clients.
     """
     return how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
 
 
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
-"""Codes with which a server ends a connection itself when the client breaks the protocol."""
+"""Codes with which an ASGI server closes a connection whose client breaks the protocol."""
 
 SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
-"""Codes that come from the server in front of us rather than from a client, where there is no telling."""
+"""Codes that are attributed to the ASGI server if it is unknown whether the client sent them."""
 
 
 def ends_session(how: CloseInfo) -> bool:
-    """Whether nobody is expected back after this ending: one side has said that it is over for good."""
+    """Whether this close ends the session, because the client will not reconnect to it."""
     if how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE:
         return how.code == 1000
     if how.cause is DisconnectReason.MEMORY:
-        return True  # else what is held would be held on
+        return True  # a detached session would still hold the memory
     return how.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(how.code)
 
 
 _BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
-"""Codes among 44xx after which a client comes back all the same."""
+"""Codes from 4400 to 4499 after which a client still reconnects."""
 
 
 def is_terminal(code: int) -> bool:
-    """Whether a close code tells a client of `stabilizer.v1.json` not to come back.
+    """Whether a `stabilizer.v1.json` client must not reconnect after a close code.
 
-    1008 is not: it may be about credentials, which can be renewed.
+    1008 is not terminal, because it can be about credentials, which the client can renew.
     """
     return code in (1002, 1003, 1007, 1009, 1010, 3003) or (4400 <= code < 4500 and code not in _BACK_AFTER)
 
@@ -214,7 +216,7 @@ def check_close_code(code: int) -> int:
 
 
 def truncate_reason(text: str) -> str:
-    """Cut a close reason to the 123 bytes that a close frame holds, on a character border."""
+    """Truncate a close reason to the 123 bytes of a close frame, at a character boundary."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= MAX_REASON_BYTES:
         return encoded.decode("utf-8")

@@ -31,78 +31,84 @@ from fastapi_ws_stabilizer.platforms.platform import Platform
 
 
 class HeartbeatType(str, Enum):
-    """What a heartbeat sends to a plain client."""
+    """Heartbeat message for plain clients."""
 
     PING = "ping"
-    """The text frame `{"type":"ping"}`."""
+    """The text frame `{"type":"ping"}`, or a ping frame with `StableWebSocketProtocol`."""
     CUSTOM = "custom"
-    """The `heartbeat_payload`."""
+    """The message of `heartbeat_payload`."""
     OFF = "off"
-    """Nothing; a silent client is never closed by the heartbeat."""
+    """Nothing. The heartbeat never closes a silent client."""
 
 
 class CompressionMode(str, Enum):
     """Compression of messages on the wire."""
 
     DEFLATE = "deflate"
+    """permessage-deflate, if the client offers it."""
     NONE = "none"
+    """No compression."""
 
 
 class MemoryEvictionPolicy(str, Enum):
-    """Which connection goes first when memory is short."""
+    """Order in which connections are evicted when memory is short."""
 
     LRU = "lru"
+    """The connection whose client sent its last message longest ago."""
     FIFO = "fifo"
+    """The connection that opened first."""
     OLDEST = "oldest"
+    """The connection to which the last message was delivered longest ago."""
 
 
 class DuplicatePolicy(str, Enum):
-    """What happens when a client id connects that is connected already."""
+    """Policy for a client id that connects while it is connected."""
 
     REPLACE = "replace"
-    """The new connection stays, the old one is closed with 4409."""
+    """The server closes the old connection with 4409, or with 4410 if it has a session."""
     REJECT = "reject"
-    """The old connection stays, the new one is closed with 4409."""
+    """The server rejects the new connection with 4409."""
     ALLOW = "allow"
-    """Both stay; a direct send reaches all connections of the client."""
+    """Both connections stay open. A direct send reaches all connections of the client."""
 
 
 class RejectPolicy(str, Enum):
-    """How a client is told that it may not come in."""
+    """How the server rejects a handshake."""
 
     AUTO = "auto"
-    """A browser, which can read neither status nor body of a failed handshake, by a close code; others by HTTP."""
+    """A browser gets a close code, because a page cannot read the status of a failed handshake. Other clients get an
+    HTTP status."""
     CLOSE = "close"
-    """By accepting, and closing with a code."""
+    """The server accepts the connection and closes it with a code."""
     HTTP = "http"
-    """By the status of the handshake."""
+    """The server answers the handshake with an HTTP status."""
 
 
 class InboxOverflow(str, Enum):
-    """What happens when a client sends faster than its endpoint reads."""
+    """Policy for a client that sends faster than its endpoint reads."""
 
     PAUSE = "pause"
-    """Reading stops until there is room: TCP pushes back, nothing is lost."""
+    """The server stops reading until there is room. TCP slows the client down, and no message is lost."""
     CLOSE = "close"
-    """The connection is closed with 1013."""
+    """The server closes the connection with 1013."""
 
 
 class OutboxOverflow(str, Enum):
-    """What happens to a message for a client whose outbox is full, if its sender does not wait."""
+    """Policy for a message to a full outbox whose sender does not wait."""
 
     DISCONNECT = "disconnect"
-    """The client is disconnected with 4507: it can come back, and knows that it has missed something."""
+    """The server closes the connection with 4507, so the client knows that it missed messages."""
     DROP_OLDEST = "drop_oldest"
-    """The messages that have waited longest are thrown away."""
+    """The server drops the messages that have waited longest."""
     DROP_NEWEST = "drop_newest"
-    """The message is left out."""
+    """The server drops the new message."""
 
 
 def validate_secret(option: str, secret: SecretStr) -> SecretStr:
-    """Return a secret that nobody guesses.
+    """Return the secret if it is long enough.
 
     Raises:
-        ValueError: It is too short.
+        ValueError: The secret is shorter than `MIN_SECRET_BYTES`.
     """
     if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
         raise ValueError(
@@ -141,17 +147,17 @@ _Count = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 
 
 class _Choice:
-    """Makes one of an enumeration's members of its value, however it is spelt.
+    """Validator that reads an enum member from its value, in any case.
 
-    The type of such an option names the values too, so that type checkers let them be given; what the config holds is
-    always the member.
+    The type of such an option also names the values, so that type checkers accept them. The config always holds the
+    member.
     """
 
     def __init__(self, kind: type[Enum]) -> None:
         self._kind = kind
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Read the member alone."""
+        """Return the schema of the enum, behind the change of case."""
         return core_schema.no_info_before_validator_function(_lower, handler.generate_schema(self._kind))
 
 
@@ -159,213 +165,192 @@ MIN_SECRET_BYTES: Final = 16
 
 
 class WebSocketConfig(BaseModel):
-    """All options of a manager. Frozen: make a changed copy with `config.model_copy(update=...)`.
+    """All options of a manager. Immutable: `config.model_copy(update=...)` returns a changed copy.
 
-    Seconds are floats, sizes are bytes, `None` means no limit.
+    Durations are in seconds and sizes in bytes. For a limit, `None` means no limit.
 
     Raises:
-        pydantic.ValidationError: An option is unknown or outside its limits; the error names it and what is allowed.
-            It is a `ValueError`.
+        pydantic.ValidationError: An option is unknown or outside its bounds. The error names the option and what is
+            allowed. It is a `ValueError`.
     """
 
+    # The text below each option is its description: editors show it, and the reference of options is made of it.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     # heartbeat
-    heartbeat_interval: _Seconds = Field(default=30.0, description="Seconds between two pings to one client.")
-    heartbeat_timeout: _Seconds = Field(
-        default=60.0, description="Seconds that a client may stay silent after a ping before it is closed with 4408."
+    heartbeat_interval: _Seconds = 30.0
+    """Seconds between two pings to the same client."""
+    heartbeat_timeout: _Seconds = 60.0
+    """Seconds that a client may stay silent after a ping. Then the server closes the connection with 4408."""
+    heartbeat_type: Annotated[HeartbeatType | Literal["ping", "custom", "off"], _Choice(HeartbeatType)] = (
+        HeartbeatType.PING
     )
-    heartbeat_type: Annotated[HeartbeatType | Literal["ping", "custom", "off"], _Choice(HeartbeatType)] = Field(
-        default=HeartbeatType.PING, description="What a heartbeat sends: the ping, `heartbeat_payload`, or nothing."
-    )
-    heartbeat_payload: Any = Field(
-        default=None,
-        description="With heartbeat_type='custom': what to send, or a function of the socket that returns it.",
-    )
-    require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = Field(
-        default="auto",
-        description="Whether silence closes a connection: always, never, or ('auto') from the client's first pong on.",
-    )
+    """What the heartbeat sends to a plain client."""
+    heartbeat_payload: Any = None
+    """Message to send with `heartbeat_type="custom"`, or a function that takes the socket and returns the message."""
+    require_pong: Annotated[Literal["auto", True, False], BeforeValidator(_true_false_or_word)] = "auto"
+    """Whether silence closes a connection. `True` is always, `False` is never, `"auto"` is from the client's first pong
+    on."""
 
     # connections
-    max_connections: _Count | None = Field(default=None, description="Most connections at one time.")
-    max_connections_per_client: _Count | None = Field(
-        default=None, description="Most connections of one client id at one time, with on_duplicate='allow'."
+    max_connections: _Count | None = None
+    """Maximum open connections. The server answers further handshakes with HTTP 503 and `Retry-After`."""
+    max_connections_per_client: _Count | None = None
+    """Maximum open connections of one client id, with `on_duplicate="allow"`. The server rejects more with HTTP 429 or
+    close code 4429."""
+    max_connections_per_address: _Count | None = None
+    """Maximum open connections from one IP address. An IPv6 /64 network counts as one address. The server rejects more
+    with HTTP 429 or close code 4429."""
+    max_connect_rate: _PerSecond | None = None
+    """Maximum handshakes per second. The server answers further handshakes with HTTP 503 and `Retry-After`."""
+    max_connect_rate_per_address: _PerSecond | None = None
+    """Maximum handshakes per second from one IP address. The server rejects more with HTTP 429 or close code 4429."""
+    trusted_proxies: Sequence[str] = ()
+    """IP addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Host` headers the server trusts.
+    `"unix"` stands for a Unix socket, `"*"` for every peer."""
+    reject: Annotated[RejectPolicy | Literal["auto", "close", "http"], _Choice(RejectPolicy)] = RejectPolicy.AUTO
+    """How the server rejects a handshake."""
+    allowed_origins: Sequence[str | re.Pattern[str]] | None = None
+    """Origins that may connect, besides the server's own host. An entry is an exact origin, a wildcard host such as
+    `"https://*.example.com"`, a regular expression, or `"*"` for all."""
+    require_origin: bool = False
+    """Whether the server rejects handshakes without an `Origin` header. Browsers always send one."""
+    on_duplicate: Annotated[DuplicatePolicy | Literal["replace", "reject", "allow"], _Choice(DuplicatePolicy)] = (
+        DuplicatePolicy.REPLACE
     )
-    max_connections_per_address: _Count | None = Field(
-        default=None, description="Most connections from one address at one time; an IPv6 network of 64 bits is one."
-    )
-    max_connect_rate: _PerSecond | None = Field(
-        default=None, description="Most handshakes in a second; more are answered with 503."
-    )
-    max_connect_rate_per_address: _PerSecond | None = Field(
-        default=None, description="Most handshakes in a second from one address; more are answered with 429."
-    )
-    trusted_proxies: Sequence[str] = Field(
-        default=(),
-        description="Addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Host` are believed.",
-    )
-    reject: Annotated[RejectPolicy | Literal["auto", "close", "http"], _Choice(RejectPolicy)] = Field(
-        default=RejectPolicy.AUTO, description="How a client is told that it may not come in."
-    )
-    allowed_origins: Sequence[str | re.Pattern[str]] | None = Field(
-        default=None,
-        description="Origins of pages that may connect, beside those of our own host: exact, with a wildcard host, "
-        "or as a regular expression.",
-    )
-    require_origin: bool = Field(
-        default=False, description="Whether handshakes without an `Origin`, which no browser sends, are refused."
-    )
-    on_duplicate: Annotated[DuplicatePolicy | Literal["replace", "reject", "allow"], _Choice(DuplicatePolicy)] = Field(
-        default=DuplicatePolicy.REPLACE, description="What happens when a connected client id connects again."
-    )
-    disconnect_grace: _Seconds = Field(
-        default=10.0,
-        description="Seconds that an endpoint has to finish after its client has left, before it is cancelled; "
-        "a disconnect hook has as long.",
-    )
+    """What happens when a connected client id connects again."""
+    disconnect_grace: _Seconds = 10.0
+    """Seconds that an endpoint may run after its client has disconnected. Then the server cancels it. A disconnect hook
+    has the same limit."""
 
     # messages in
-    max_message_size: _Count = Field(
-        default=1024 * 1024, description="Most bytes of one received message; more closes 1009."
-    )
-    max_message_rate: _PerSecond | None = Field(
-        default=None,
-        description="Most messages in a second from one client, over all its connections; more get an error reply, "
-        "and many more close 4429.",
-    )
-    max_message_burst: _Count | None = Field(
-        default=None, description="Messages that may come at once; as many as in a second when left out."
-    )
-    max_byte_rate: _PerSecond | None = Field(
-        default=None, description="Most bytes in a second from one client; as with `max_message_rate`."
-    )
-    max_bad_messages: _Count | None = Field(
-        default=100,
-        description="How many messages that no handler could take get an error reply; the next one closes 1008.",
-    )
-    inbox_max_messages: _Count = Field(default=256, description="Most received messages that wait to be read.")
-    inbox_max_bytes: _Count = Field(default=4 * 1024 * 1024, description="Most bytes of received messages that wait.")
-    inbox_overflow: Annotated[InboxOverflow | Literal["pause", "close"], _Choice(InboxOverflow)] = Field(
-        default=InboxOverflow.PAUSE, description="What happens when the inbox is full."
-    )
-
-    inbox_pause_timeout: _Seconds = Field(
-        default=300.0,
-        description="Seconds that a full inbox may go unread before a hanging endpoint is closed with 1013.",
-    )
+    max_message_size: _Count = 1024 * 1024
+    """Maximum size of one received message, in bytes. The server closes the connection with 1009 for a larger one."""
+    max_message_rate: _PerSecond | None = None
+    """Maximum messages per second from one client, over all its connections. More get the error reply `rate_limited`,
+    and many more close the connection with 4429."""
+    max_message_burst: _Count | None = None
+    """Maximum messages that a client may send at once. `None` allows as many as `max_message_rate` allows per
+    second."""
+    max_byte_rate: _PerSecond | None = None
+    """Maximum bytes per second from one client, enforced like `max_message_rate`. The server always accepts one message
+    of `max_message_size` at once."""
+    max_bad_messages: _Count | None = 100
+    """Maximum messages that no handler accepts and that get an error reply. The next one closes the connection with
+    1008."""
+    inbox_max_messages: _Count = 256
+    """Maximum received messages of one connection that wait to be read."""
+    inbox_max_bytes: _Count = 4 * 1024 * 1024
+    """Maximum memory of the received messages of one connection that wait to be read, in bytes."""
+    inbox_overflow: Annotated[InboxOverflow | Literal["pause", "close"], _Choice(InboxOverflow)] = InboxOverflow.PAUSE
+    """What happens when the inbox is full."""
+    inbox_pause_timeout: _Seconds = 300.0
+    """Seconds that a full inbox may stay unread, with `inbox_overflow="pause"`. Then the server closes the connection
+    of a hanging endpoint with 1013. For an endpoint that only sends, it drops the oldest received messages."""
 
     # messages out
-    outbox_max_messages: _Count = Field(default=1024, description="Most messages that wait to be sent to one client.")
-    outbox_max_bytes: _Count = Field(
-        default=4 * 1024 * 1024, description="Most bytes that wait; one message of any size fits into an empty outbox."
-    )
+    outbox_max_messages: _Count = 1024
+    """Maximum messages that wait to be sent to one client."""
+    outbox_max_bytes: _Count = 4 * 1024 * 1024
+    """Maximum bytes that wait to be sent to one client. An empty outbox accepts one message of any size."""
     outbox_overflow: Annotated[
         OutboxOverflow | Literal["disconnect", "drop_oldest", "drop_newest"], _Choice(OutboxOverflow)
-    ] = Field(
-        default=OutboxOverflow.DISCONNECT,
-        description="What happens when an outbox is full: the client is disconnected (4507), or messages are dropped.",
-    )
-    send_timeout: _Seconds = Field(
-        default=10.0, description="Seconds after which a send that makes no progress ends the connection (4507)."
-    )
+    ] = OutboxOverflow.DISCONNECT
+    """What happens to a message when the outbox is full and the sender does not wait."""
+    send_timeout: _Seconds = 10.0
+    """Seconds that a send may make no progress. Then the server closes the connection with 4507."""
 
     # rooms
-    max_rooms_per_connection: _Count | None = Field(default=100, description="Most rooms that one connection is in.")
-    presence_grace: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = Field(
-        default=5.0,
-        description="Seconds that a client whose connection broke still counts as present in its rooms.",
-    )
+    max_rooms_per_connection: _Count | None = 100
+    """Maximum rooms that one connection is in."""
+    presence_grace: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 5.0
+    """Seconds that a client counts as present in its rooms after its connection was lost."""
 
     # reconnect
-    reconnect_token_ttl: timedelta = Field(default=timedelta(hours=1), gt=timedelta(0), description="Life of a token.")
-    enable_reconnect: bool = Field(
-        default=True, description="Whether sessions outlive their connections, and tokens are issued."
-    )
-    reconnect_secret: tuple[SecretStr, ...] | None = Field(
-        default=None, description="What tokens are signed with: one secret, or several, the first of which signs."
-    )
+    reconnect_token_ttl: timedelta = Field(default=timedelta(hours=1), gt=timedelta(0))
+    """Lifetime of a reconnect token."""
+    enable_reconnect: bool = True
+    """Whether sessions outlive their connections, and the server issues reconnect tokens."""
+    reconnect_secret: tuple[SecretStr, ...] | None = None
+    """Secret of at least 16 bytes that signs reconnect tokens, or several. The first one signs, all of them verify.
+    `None` makes a random secret, so tokens are valid in this process only."""
 
     # identity
-    ticket_ttl: _Seconds = Field(default=30.0, description="Seconds that a one-time ticket is good for.")
+    ticket_ttl: _Seconds = 30.0
+    """Seconds that a one-time ticket is valid."""
 
     # sessions
-    session_ttl: _Seconds = Field(
-        default=120.0, description="Seconds that a session waits for its client after a disconnect."
-    )
-    max_detached_sessions: _Count = Field(default=10_000, description="Most sessions that wait for their clients.")
-    hello_timeout: _Seconds = Field(
-        default=10.0,
-        description="Seconds that a client of `stabilizer.v1.json` has for its first frame, and each `on_auth` and "
-        "`on_handshake` hook.",
-    )
-    replay_max_messages: _Count = Field(default=512, description="Most unacknowledged messages kept for one session.")
-    replay_max_bytes: _Count = Field(default=256 * 1024, description="Most bytes of them.")
-    replay_max_age: _Seconds = Field(default=120.0, description="Seconds that one of them is kept.")
-    room_history: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = Field(
-        default=0, description="Messages that each room remembers for newcomers."
-    )
-    room_history_max_age: _Seconds = Field(default=300.0, description="Seconds that a room remembers one of them.")
+    session_ttl: _Seconds = 120.0
+    """Seconds that a detached session waits for its client."""
+    max_detached_sessions: _Count = 10_000
+    """Maximum detached sessions. Above it the server ends the session that has been detached longest."""
+    hello_timeout: _Seconds = 10.0
+    """Seconds that a `stabilizer.v1.json` client has for its first frame. Each `on_auth` and `on_handshake` hook has
+    the same limit."""
+    replay_max_messages: _Count = 512
+    """Maximum messages in the replay buffer of one session. A message stays there until its client has acknowledged
+    it."""
+    replay_max_bytes: _Count = 256 * 1024
+    """Maximum size of the replay buffer of one session, in bytes."""
+    replay_max_age: _Seconds = 120.0
+    """Seconds that a message stays in a replay buffer."""
+    room_history: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0
+    """Maximum messages that each room stores for new members."""
+    room_history_max_age: _Seconds = 300.0
+    """Seconds that a message stays in the history of a room."""
 
     # going away
-    max_lifetime: _Seconds | None = Field(
-        default=None,
-        description="Seconds after which a connection is closed at the latest, up to a tenth earlier; it comes back.",
-    )
-    idle_timeout: _Seconds | None = Field(
-        default=None,
-        description="Seconds without a message, either way, after which a connection is closed, a quarter later "
-        "at the latest. Pings do not count.",
-    )
-    drain_window: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = Field(
-        default=10.0, description="Seconds that the closes of a drain are spread over at most."
-    )
-    drain_timeout: _Seconds = Field(
-        default=30.0, description="Seconds that all of a drain may take, and a shutdown; what is not over then is cut."
-    )
-    drain_secret: SecretStr | None = Field(
-        default=None, description="What has to be presented to `POST .../drain` of the stats router."
-    )
-    handle_signals: bool = Field(default=True, description="Whether SIGTERM and SIGINT start a drain.")
+    max_lifetime: _Seconds | None = None
+    """Maximum seconds that a connection stays open. The server closes it up to a tenth earlier, and the client
+    reconnects."""
+    idle_timeout: _Seconds | None = None
+    """Seconds without a message in either direction. Then the server closes the connection, at most a quarter of that
+    time later. Pings do not count."""
+    drain_window: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 10.0
+    """Maximum seconds over which a drain spreads its closes."""
+    drain_timeout: _Seconds = 30.0
+    """Maximum seconds of a drain, and of a shutdown. Then the server aborts the connections that are left."""
+    drain_secret: SecretStr | None = None
+    """Secret of at least 16 bytes that a request to `POST .../drain` of the stats router must present. With `None` that
+    route rejects every request."""
+    handle_signals: bool = True
+    """Whether SIGTERM and SIGINT start a drain before the server handles them."""
 
     # compression
-    compression: Annotated[CompressionMode | Literal["deflate", "none"], _Choice(CompressionMode)] = Field(
-        default=CompressionMode.DEFLATE,
-        description="Compression of messages on the wire, where the client offers it and the server can be told.",
+    compression: Annotated[CompressionMode | Literal["deflate", "none"], _Choice(CompressionMode)] = (
+        CompressionMode.DEFLATE
     )
-    compression_min_bytes: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = Field(
-        default=512, description="Messages below this size are not compressed (with `StableWebSocketProtocol`)."
-    )
+    """Compression of messages, with `StableWebSocketProtocol`. Without it the server decides."""
+    compression_min_bytes: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 512
+    """Minimum size of a message that is compressed, in bytes, with `StableWebSocketProtocol`."""
 
     # logs and metrics
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
-        default="INFO", description="Level of the logger `fastapi_ws_stabilizer`."
-    )
-    enable_metrics: bool = Field(
-        default=False, description="Whether handlers and round trips are timed, and `GET .../metrics` answers."
-    )
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = "INFO"
+    """Level of the logger `fastapi_ws_stabilizer`."""
+    enable_metrics: bool = False
+    """Whether the manager times handlers and round trips, and `GET .../metrics` of the stats router answers."""
 
     # scale
-    num_shards: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=4096)] = Field(
-        default=16,
-        description="Parts that connections are divided into; between two of them the event loop can do other work.",
-    )
-    max_concurrent_cleanup: _Count = Field(
-        default=100,
-        description="Most connections whose disconnect hooks run, and whose close frames wait for the server, "
-        "at the same time.",
-    )
-    max_concurrent_broadcast: _Count = Field(
-        default=1000, description="Most sends that the server makes wait at the same time."
-    )
+    num_shards: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=4096)] = 16
+    """Number of shards that connections are divided into. The event loop can do other work between two shards."""
+    max_concurrent_cleanup: _Count = 100
+    """Maximum connections whose disconnect hooks run, and whose close frames wait for the server, at the same time."""
+    max_concurrent_broadcast: _Count = 1000
+    """Maximum sends that wait for the server at the same time. A send that waits longer than 50 ms frees its slot for
+    the next one."""
 
     # memory
-    max_memory_per_connection: _Count | None = Field(default=None, description="Most bytes held for one connection.")
-    max_total_memory: _Count | None = Field(default=None, description="Most bytes held for all connections.")
+    max_memory_per_connection: _Count | None = None
+    """Maximum bytes held for one connection or session. The server rejects user data above it. It closes the connection
+    with 4503 when queued and unread messages exceed it."""
+    max_total_memory: _Count | None = None
+    """Maximum bytes held for all connections and sessions. Above it the server evicts connections with 4503."""
     memory_eviction_policy: Annotated[
         MemoryEvictionPolicy | Literal["lru", "fifo", "oldest"], _Choice(MemoryEvictionPolicy)
-    ] = Field(default=MemoryEvictionPolicy.LRU, description="Which connection goes first.")
-    memory_check_interval: _Seconds = Field(default=60.0, description="Seconds between two checks.")
+    ] = MemoryEvictionPolicy.LRU
+    """Which connection the server evicts first when memory is short. Detached sessions go before connections."""
+    memory_check_interval: _Seconds = 60.0
+    """Seconds between two checks of user data that may have grown in place."""
 
     @model_validator(mode="before")
     @classmethod
@@ -429,7 +414,7 @@ class WebSocketConfig(BaseModel):
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with some options changed, validated as a new one is.
+        """Return a copy with some options changed, validated like a new config.
 
         Raises:
             pydantic.ValidationError: A changed option is not allowed.
@@ -439,15 +424,14 @@ class WebSocketConfig(BaseModel):
 
     @classmethod
     def from_env(cls, prefix: str = "WS_", environ: Mapping[str, str] | None = None) -> Self:
-        """Read options from environment variables such as `WS_HEARTBEAT_INTERVAL`, as a ConfigMap provides them.
+        """Create a config from environment variables such as `WS_HEARTBEAT_INTERVAL`.
 
-        Names are matched whatever their case. An empty value or `none` stands for `None`; a token's life is given in
-        seconds. Variables with the prefix that are no option are left alone (Kubernetes adds some of its own), and one
-        that looks like a misspelt option is warned about.
+        Names match in any case. An empty value or `none` means `None`. `WS_RECONNECT_TOKEN_TTL` is in seconds. Other
+        variables with the prefix are ignored (Kubernetes adds some), but a name close to an option logs a warning.
 
         Args:
-            prefix: What the variables' names begin with.
-            environ: Where to read instead of `os.environ`.
+            prefix: Prefix of the variables' names.
+            environ: Variables to read instead of `os.environ`.
 
         Raises:
             pydantic.ValidationError: A value is not allowed; the error names the option.
@@ -471,19 +455,19 @@ class WebSocketConfig(BaseModel):
 
     @classmethod
     def for_platform(cls, *hops: str | Platform, **options: Any) -> Self:
-        """The options that fit a path such as `for_platform("aws-alb", "nginx", "kubernetes")`, with changes of yours.
+        """Create a config for a path of platforms, such as `for_platform("aws-alb", "nginx", "kubernetes")`.
 
-        The smallest idle timeout of the path decides `heartbeat_interval`, the smallest lifetime `max_lifetime`, the
-        smallest grace `drain_window` and `drain_timeout`; an option for which no hop has a value keeps its default. The
-        platforms' values are those that hold unless somebody has changed them: `docs/deploy/platforms.md` lists them.
+        The shortest idle timeout of the path decides `heartbeat_interval`, the shortest lifetime `max_lifetime`, the
+        shortest grace `drain_window` and `drain_timeout`. An option for which no hop has a value keeps its default.
+        `docs/deploy/platforms.md` lists the platforms and their default values.
 
         Args:
-            hops: Names of platforms, the client's side first, or what `hop` makes of one that was changed.
-            options: Options that are set whatever the platforms say.
+            hops: Names of platforms, the client's side first, or a `hop(...)` with changed values.
+            options: Options that override those of the platforms.
 
         Raises:
-            UnknownPlatformError: Nothing is known of a hop. It is a `ValueError`, and lists the names.
-            UnsupportedPlatformError: A hop cannot hold sockets; it says why. It is a `ValueError`.
+            UnknownPlatformError: A hop is unknown. The error lists the names, and is a `ValueError`.
+            UnsupportedPlatformError: A hop cannot hold WebSockets. The error says why, and is a `ValueError`.
             ValueError: There is no hop.
             pydantic.ValidationError: An option is not allowed.
         """
@@ -491,7 +475,7 @@ class WebSocketConfig(BaseModel):
         return cls(**{**derive_options(resolve_hops(*hops), defaults), **options})
 
     def changed_options(self) -> set[str]:
-        """Names of the options that differ from their default."""
+        """Return the names of the options that differ from their defaults."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
 

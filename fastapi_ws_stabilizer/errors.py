@@ -1,38 +1,6 @@
-"""The errors of this library.
+"""The errors of this library, all below `WebSocketStabilizerError`.
 
-```
-WebSocketStabilizerError
-├── SocketClosed                (also a WebSocketDisconnect)  the connection is over
-│   ├── ConnectionTimeoutError                                ... because the client did not answer
-│   └── SessionEndedError                                     the session is over, and with it what was waited for
-├── NotOpenError                (also a RuntimeError)         used before it was accepted
-├── ConnectionNotFoundError     (also a LookupError)          no such client
-├── DuplicateClientError        (also a WebSocketException)   on_duplicate="reject" refused this connection
-├── ConnectionLimitExceededError (also a WebSocketException)  there is no room for another connection
-│   └── TooManyConnectionsError                               ... of this client, or from its address
-├── OriginNotAllowedError       (also a WebSocketException)   a page of somebody else's site has opened this connection
-├── ConcurrentReceiveError      (also a RuntimeError)         two readers on one socket
-├── MessageEncodeError          (also a ValueError)           a payload that cannot be sent
-├── MessageFormatError          (also a ValueError)           a received message of the wrong kind
-├── RequestError                                              a request was answered with an error
-├── RequestTimeoutError         (also a TimeoutError)         a request was not answered in time
-├── UnsupportedByClientError    (also a RuntimeError)         something was asked of a client that cannot do it
-├── InvalidTokenError           (also a ValueError and a WebSocketException)  a token or ticket is not good
-├── TokenExpiredError           (also a ValueError and a WebSocketException)  a token or ticket was good once
-├── MemoryLimitExceededError                                  more is to be kept for a connection than may be
-├── RoomLimitError              (also a RuntimeError)         in as many rooms as one connection may be
-├── RoomNameError               (also a ValueError)           no room can be called so
-├── BroadcastFailedError                                      raise_for_failure(): a broadcast reached no client
-├── ShutdownError               (also a RuntimeError and a WebSocketException)  the manager is shutting down
-├── UnknownPlatformError        (also a ValueError)           nothing is known of a platform of that name
-├── UnsupportedPlatformError    (also a ValueError)           a platform that cannot hold sockets
-├── ManagerNotFoundError        (also a RuntimeError)         no manager belongs to this app
-├── ManagerNotRunningError      (also a RuntimeError)         a call from another thread, and no event loop that runs it
-├── ThreadCallTimeoutError      (also a TimeoutError)         a call from another thread did not finish in time
-└── WrongLoopError              (also a RuntimeError)         the manager runs on another event loop
-```
-
-Each knows the close code that an endpoint which lets it escape is closed with.
+Each error has the close code that the client gets if an endpoint raises it. `docs/reference/errors.md` lists them all.
 """
 
 from __future__ import annotations
@@ -50,8 +18,8 @@ class WebSocketStabilizerError(Exception):
     """Base of all errors of this library.
 
     Attributes:
-        close_code: The close code that the client gets if an endpoint lets this error escape. 1011 stands for a bug.
-        close_text: The close reason that goes with it: for the client, so without advice for developers.
+        close_code: Close code that the client gets if an endpoint lets this error escape. 1011 stands for a bug.
+        close_text: Close reason that the client gets with it.
     """
 
     close_code: ClassVar[int] = 1011
@@ -59,10 +27,10 @@ class WebSocketStabilizerError(Exception):
 
 
 class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
-    """The connection is over: nothing can be sent, and everything that was received has been read.
+    """The connection is closed, and all received messages have been read.
 
     Attributes:
-        close_info: How it ended.
+        close_info: How the connection ended.
         code: Close code, as in Starlette's `WebSocketDisconnect`.
         reason: Close reason, as in Starlette's `WebSocketDisconnect`.
     """
@@ -80,28 +48,28 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
 
 
 class ConnectionTimeoutError(SocketClosed):
-    """The connection is over because the client did not answer a heartbeat in time.
+    """The connection is closed because the client did not answer a heartbeat in time.
 
-    It is no `TimeoutError`: a loop that waits with a timeout and goes on after one would never end.
+    It is not a `TimeoutError`, because a loop that continues after a timeout would never end.
     """
 
 
 class SessionEndedError(SocketClosed):
-    """The session of a client is over: it has said goodbye, or has not come back in time."""
+    """The session has ended: the client closed it, or did not reconnect within `session_ttl`."""
 
     def __str__(self) -> str:
         return f"the session is over ({self.close_info.cause.value}), and with it what was waited for"
 
 
 def closed_error_for(close_info: CloseInfo) -> SocketClosed:
-    """The error that tells a reader or sender of an ended connection how it ended."""
+    """Return the error for a read or a send on a closed connection."""
     if close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT:
         return ConnectionTimeoutError(close_info)
     return SocketClosed(close_info)
 
 
 class NotOpenError(WebSocketStabilizerError, RuntimeError):
-    """The socket is used before it was accepted."""
+    """Your code used the socket before the handshake was accepted."""
 
     def __str__(self) -> str:
         return (
@@ -111,10 +79,10 @@ class NotOpenError(WebSocketStabilizerError, RuntimeError):
 
 
 class ConnectionNotFoundError(WebSocketStabilizerError, LookupError):
-    """No connection of that client exists.
+    """The client is not connected.
 
     Attributes:
-        client_id: The client id that was looked for.
+        client_id: The client id of the call.
     """
 
     def __init__(self, client_id: str) -> None:
@@ -126,12 +94,10 @@ class ConnectionNotFoundError(WebSocketStabilizerError, LookupError):
 
 
 class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
-    """The client is connected already and `on_duplicate="reject"` refuses a second connection.
-
-    An endpoint that lets it escape closes with 4409.
+    """The client is already connected, and `on_duplicate="reject"` rejects a second connection.
 
     Attributes:
-        client_id: The client id that is taken.
+        client_id: The client id that is already connected.
     """
 
     close_code = 4409
@@ -148,13 +114,11 @@ class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
 
 
 class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException):
-    """There is no room for another connection.
-
-    An endpoint that lets it escape closes with its code, also one that has not connected its socket yet.
+    """The server accepts no further connection: it is full, or handshakes arrive too fast.
 
     Attributes:
-        limit: The option that says so, such as `max_connections`.
-        most: Its value.
+        limit: The option that was reached, such as `max_connections`.
+        most: The value of that option.
         retry_after: Seconds after which the client may try again.
     """
 
@@ -173,20 +137,18 @@ class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException)
 
 
 class TooManyConnectionsError(ConnectionLimitExceededError):
-    """There are too many connections of this client, or from its address, or it comes too often."""
+    """The client or its IP address has too many connections, or connects too often."""
 
     close_code = 4429
     close_text = "too many connections"
 
 
 class OriginNotAllowedError(WebSocketStabilizerError, WebSocketException):
-    """The page that has opened this connection belongs to somebody else's site.
-
-    An endpoint that lets it escape closes with 4403, also one that has not connected its socket yet.
+    """The `Origin` of the handshake is not allowed.
 
     Attributes:
-        problem: What is wrong with its `Origin`, as a fixed word: `foreign`, `null`, `missing`, `malformed`, `several`.
-        host: The hosts that are ours, with which it was compared.
+        problem: What is wrong with the `Origin`: `foreign`, `null`, `missing`, `malformed` or `several`.
+        host: The server's own hosts that the `Origin` was compared with.
     """
 
     close_code = 4403
@@ -202,7 +164,7 @@ class OriginNotAllowedError(WebSocketStabilizerError, WebSocketException):
 
 
 class ConcurrentReceiveError(WebSocketStabilizerError, RuntimeError):
-    """Two tasks wait for the next message of one connection, so each would get only a part of the stream."""
+    """Two tasks receive from one connection, so that each would get only some of the messages."""
 
     def __str__(self) -> str:
         return (
@@ -212,22 +174,22 @@ class ConcurrentReceiveError(WebSocketStabilizerError, RuntimeError):
 
 
 class MessageEncodeError(WebSocketStabilizerError, ValueError):
-    """A payload cannot be encoded; no socket was touched."""
+    """The message cannot be encoded. It was sent to no client."""
 
 
 class MessageFormatError(WebSocketStabilizerError, ValueError):
-    """A received message is not of the kind that the reader asked for. The connection stays usable."""
+    """A received message is not of the requested kind, such as text or JSON. The connection stays open."""
 
     close_code = 1003
     close_text = "unexpected kind of message"
 
 
 class RequestError(WebSocketStabilizerError):
-    """A request is answered with an error: raise it in a handler to answer so, catch it where `request()` is awaited.
+    """Error reply to a request: a handler raises it, and the caller of `request()` gets it.
 
     Attributes:
-        code: What is wrong, as a fixed word.
-        message: What is wrong, for people.
+        code: Machine-readable code of the error.
+        message: Text for people.
     """
 
     close_code = 1008
@@ -242,10 +204,10 @@ class RequestError(WebSocketStabilizerError):
 
 
 class RequestTimeoutError(WebSocketStabilizerError, TimeoutError):
-    """A request was not answered in time. The other side may have handled it all the same.
+    """A request got no reply within its timeout. The peer may still have handled it.
 
     Attributes:
-        timeout: The seconds that it was waited for.
+        timeout: Timeout of the request in seconds.
     """
 
     close_code = 4408
@@ -259,7 +221,7 @@ class RequestTimeoutError(WebSocketStabilizerError, TimeoutError):
 
 
 class UnsupportedByClientError(WebSocketStabilizerError, RuntimeError):
-    """Something was asked of a plain client that only a client of `stabilizer.v1.json` can do."""
+    """Your code asked a plain client for an acknowledgement or a reply; only `stabilizer.v1.json` clients give them."""
 
     def __str__(self) -> str:
         return (
@@ -269,7 +231,7 @@ class UnsupportedByClientError(WebSocketStabilizerError, RuntimeError):
 
 
 TokenKind = Literal["reconnect token", "ticket"]
-"""What a client proves with a token who it is for: to get back what it has left, or to come in."""
+"""Kind of a token: a reconnect token restores state, a ticket admits a handshake."""
 
 _TOKEN_PROBLEMS: Final = {
     "malformed": "it is no token of this library, or was cut",
@@ -282,9 +244,7 @@ _TOKEN_PROBLEMS: Final = {
 
 
 class InvalidTokenError(WebSocketStabilizerError, WebSocketException, ValueError):
-    """A reconnect token or a ticket is not good. The token itself is nowhere in this error.
-
-    An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
+    """A reconnect token or a ticket is invalid. The error does not contain the token.
 
     Attributes:
         problem: `malformed`, `signature`, `other_client`, `used`, `revoked` or `disabled`.
@@ -307,9 +267,7 @@ _TTL_OPTIONS: Final[Mapping[str, str]] = {"reconnect token": "reconnect_token_tt
 
 
 class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError):
-    """A reconnect token or a ticket was good once. A client that gets it back should ask for a new one.
-
-    An endpoint that lets it escape closes with 4401, also one that has not connected its socket yet.
+    """A reconnect token or a ticket has expired. The client should request a new one.
 
     Attributes:
         kind: `reconnect token` or `ticket`.
@@ -327,14 +285,12 @@ class TokenExpiredError(WebSocketStabilizerError, WebSocketException, ValueError
 
 
 class MemoryLimitExceededError(WebSocketStabilizerError):
-    """More is to be kept for a connection than may be; what was there is unchanged.
-
-    An endpoint that lets it escape is closed with 4503.
+    """A value would exceed a memory limit. What was stored before is unchanged.
 
     Attributes:
-        limit: The option that says so: `max_memory_per_connection` or `max_total_memory`.
-        most: Its value, in bytes.
-        wanted: How many bytes it would have been.
+        limit: The option that was exceeded: `max_memory_per_connection` or `max_total_memory`.
+        most: The value of that option, in bytes.
+        wanted: The bytes that the value would have needed in all.
     """
 
     close_code = 4503
@@ -351,11 +307,11 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):
-    """A connection is in as many rooms as it may be. An endpoint that lets it escape is closed with 1008.
+    """A connection is already in `max_rooms_per_connection` rooms.
 
     Attributes:
-        room: The room that it was to join.
-        limit: `max_rooms_per_connection`.
+        room: The room that it could not join.
+        limit: The value of `max_rooms_per_connection`.
     """
 
     close_code = 1008
@@ -374,11 +330,11 @@ class RoomLimitError(WebSocketStabilizerError, RuntimeError):
 
 
 class RoomNameError(WebSocketStabilizerError, ValueError):
-    """No room can be called so. An endpoint that lets it escape is closed with 1008: clients often choose names.
+    """The name of a room is empty, longer than 256 characters, or has a control character.
 
     Attributes:
-        name: The name.
-        rule: What a name is.
+        name: The rejected name.
+        rule: The rule for names.
     """
 
     close_code = 1008
@@ -394,13 +350,12 @@ class RoomNameError(WebSocketStabilizerError, ValueError):
 
 
 class BroadcastFailedError(WebSocketStabilizerError):
-    """A broadcast had recipients and could be queued for none of them: all were too slow.
+    """A broadcast had recipients, but could be queued for none of them.
 
-    Only `BroadcastResult.raise_for_failure()` raises it. An endpoint that lets it escape is no bug: its client is
-    closed with 1013 and may come back.
+    Only `BroadcastResult.raise_for_failure()` raises it.
 
     Attributes:
-        total: How many connections it was meant for.
+        total: Number of recipients.
     """
 
     close_code = 1013
@@ -415,12 +370,10 @@ class BroadcastFailedError(WebSocketStabilizerError):
 
 
 class ShutdownError(WebSocketStabilizerError, WebSocketException, RuntimeError):
-    """The manager drains or was shut down, and takes no new connections until `start()` is called again.
-
-    An endpoint that lets it escape closes with 1012 and `retry=`, also one that has not connected its socket yet.
+    """The manager is draining or shut down, and accepts no connections until `start()` is called again.
 
     Attributes:
-        retry_after: Seconds after which the client may try again: another server may be there by then.
+        retry_after: Seconds after which the client may try again.
     """
 
     close_code = 1012
@@ -438,12 +391,12 @@ class ShutdownError(WebSocketStabilizerError, WebSocketException, RuntimeError):
 
 
 class UnknownPlatformError(WebSocketStabilizerError, ValueError):
-    """Nothing is known of a platform of that name.
+    """The platform is unknown.
 
     Attributes:
-        name: The name that was given.
-        known: The names that there are.
-        similar: The one that may have been meant.
+        name: The unknown name.
+        known: The known names.
+        similar: The known name that is closest, or `None`.
     """
 
     def __init__(self, name: str, known: tuple[str, ...], similar: str | None = None) -> None:
@@ -458,11 +411,11 @@ class UnknownPlatformError(WebSocketStabilizerError, ValueError):
 
 
 class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
-    """A platform cannot hold sockets, so no option helps.
+    """The platform cannot hold WebSockets with any options.
 
     Attributes:
         name: The platform's name.
-        refusal: Why.
+        refusal: The reason.
     """
 
     def __init__(self, name: str, refusal: str) -> None:
@@ -475,7 +428,7 @@ class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
 
 
 class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):
-    """`stable_socket` or `stats_router` is used in an app that no manager belongs to."""
+    """`stable_socket` or `stats_router` is used in an app without a manager."""
 
     def __str__(self) -> str:
         return (
@@ -485,7 +438,7 @@ class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):
 
 
 class ManagerNotRunningError(WebSocketStabilizerError, RuntimeError):
-    """A call came from another thread, and the manager's event loop does not run."""
+    """`manager.from_thread` was called while the manager's event loop is not running."""
 
     def __str__(self) -> str:
         return (
@@ -495,10 +448,10 @@ class ManagerNotRunningError(WebSocketStabilizerError, RuntimeError):
 
 
 class ThreadCallTimeoutError(WebSocketStabilizerError, TimeoutError):
-    """A call by `manager.from_thread` did not finish in time, and was cancelled.
+    """A call through `manager.from_thread` exceeded its timeout and was cancelled.
 
     Attributes:
-        timeout: The seconds that the thread waited.
+        timeout: Timeout of the call in seconds.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -536,7 +489,7 @@ _LOOP_PROBLEMS: Final = {
 
 
 class WrongLoopError(WebSocketStabilizerError, RuntimeError):
-    """A manager, a room or a socket is used on an event loop, or in a thread, that it does not belong to.
+    """A manager, a room or a socket was used outside its event loop.
 
     Attributes:
         problem: `two_loops`, `other_loop`, `no_asyncio`, or `own_loop` (`manager.from_thread` on the manager's own

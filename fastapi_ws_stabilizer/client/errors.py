@@ -1,16 +1,4 @@
-"""What can go wrong in a client.
-
-```
-ClientError
-├── ClientClosedError    the client is closed for good: by its user, or because the server's answer was final
-├── NotStartedError      (also a RuntimeError)  the client was made and not started
-├── SessionLostError     the session is gone, and whether the message was handled before is not known
-├── BufferFullError      too much waits to be sent
-├── MessageTooLargeError a message is larger than the server takes
-├── RefusedError         (also a RequestError)  the server has refused a message
-└── UnreadableFrameError the server has sent what this client cannot read, and it was left out
-```
-"""
+"""The errors of the Python client, all below `ClientError`. `docs/reference/errors.md` lists them."""
 
 from __future__ import annotations
 
@@ -18,15 +6,15 @@ from fastapi_ws_stabilizer.errors import RequestError, WebSocketStabilizerError
 
 
 class ClientError(WebSocketStabilizerError):
-    """Base of the errors of a client."""
+    """Base of all errors of the Python client."""
 
 
 class ClientClosedError(ClientError):
-    """The client is closed for good.
+    """The client is closed and does not reconnect.
 
     Attributes:
-        code: The close code that was final; 1000 if its user has closed it.
-        reason: What came with it.
+        code: The final close code; 1000 after your own `close()`.
+        reason: The close reason.
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
@@ -39,7 +27,7 @@ class ClientClosedError(ClientError):
 
 
 class NotStartedError(ClientError, RuntimeError):
-    """The client was made and not started, so that nothing would ever come."""
+    """The client was created but not started, so it would never receive a message."""
 
     def __str__(self) -> str:
         return (
@@ -49,10 +37,10 @@ class NotStartedError(ClientError, RuntimeError):
 
 
 class SessionLostError(ClientError):
-    """The server knows the session no more. The message was sent and not acknowledged: it may have been handled.
+    """The server has lost the session. The message was sent but not acknowledged, so the server may have handled it.
 
-    With `replay_on_lost=True` such messages are sent again, with an idempotency key that keeps a server which has
-    handled them from doing so twice.
+    With `replay_on_lost=True` the client sends such messages again. Their idempotency key prevents a server that has
+    handled them from handling them twice.
     """
 
     def __str__(self) -> str:
@@ -60,18 +48,18 @@ class SessionLostError(ClientError):
 
 
 class BufferFullError(ClientError):
-    """As much as may wait is waiting to be sent or acknowledged, or this message had to go for a newer one."""
+    """The buffer of unsent and unacknowledged messages is full, or a newer message replaced this one."""
 
     def __str__(self) -> str:
         return "too much waits to be sent: send less, wait for what send() returns, or allow a larger buffer"
 
 
 class MessageTooLargeError(ClientError):
-    """A message is larger than the server takes.
+    """The message is larger than the server accepts.
 
     Attributes:
-        size: Its size in bytes.
-        limit: What the server takes.
+        size: Size of the message in bytes.
+        limit: Maximum size that the server accepts, in bytes.
     """
 
     def __init__(self, size: int, limit: int) -> None:
@@ -84,10 +72,10 @@ class MessageTooLargeError(ClientError):
 
 
 class UnreadableFrameError(ClientError):
-    """The server has sent a frame that this client cannot read. The client has left it out and goes on.
+    """The server sent a frame that this client cannot read. The client skips it and continues.
 
     Attributes:
-        why: What is wrong with it.
+        why: What is wrong with the frame.
     """
 
     def __init__(self, why: str) -> None:
@@ -99,13 +87,13 @@ class UnreadableFrameError(ClientError):
 
 
 class RefusedError(ClientError, RequestError):
-    """The server has refused a message, and no handler has got it.
+    """The server rejected a message, and no handler got it.
 
     Attributes:
-        code: Why, as the server's word for it: `unknown_type`, `invalid_message`, ...
-        message: Why, in a sentence.
-        seq: The number of the message; `None` if it had none.
-        event: The event of the message; `None` if it had none, or is forgotten.
+        code: The server's error code, such as `unknown_type` or `invalid_message`.
+        message: Text for people.
+        seq: Sequence number of the message; `None` if it had none.
+        event: Event of the message; `None` if it had none, or the client no longer knows it.
     """
 
     def __init__(self, code: str, message: str, seq: int | None = None, event: str | None = None) -> None:

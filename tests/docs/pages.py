@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import reference
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -94,14 +96,30 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def table(page: str, header: str) -> list[list[str]]:
-    """The rows of the one table of a page whose header begins so; each cell without the spaces around it."""
-    lines = prose(ROOT / page).splitlines()
-    found = [number for number, line in enumerate(lines) if line.startswith(header)]
+def rendered(page: Path) -> str:
+    """A page with the tables that MkDocs puts into it."""
+    return reference.on_page_markdown(page.read_text())
+
+
+def table(page: str, header: str, *, build: bool = False) -> list[list[str]]:
+    """The rows of the one table of a page whose header begins so; each cell without the spaces around it.
+
+    Args:
+        page: Path of the page.
+        header: Beginning of the header.
+        build: Whether to read the page as MkDocs renders it.
+    """
+    text = rendered(ROOT / page) if build else prose(ROOT / page)
+    found = [rows for rows in tables(text) if rows[0].startswith(header)]
     assert len(found) == 1, f"{page} has {len(found)} tables that begin {header!r}"
-    rows: list[list[str]] = []
-    for line in lines[found[0] + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+    return [cells(row) for row in found[0][2:]]
+
+
+def tables(text: str) -> list[list[str]]:
+    """The lines of each table of a text."""
+    return [found.splitlines() for found in re.findall(r"^(?:\|.*\n?)+", text, flags=re.MULTILINE)]
+
+
+def cells(row: str) -> list[str]:
+    """The cells of a row, each without the spaces around it."""
+    return [cell.strip() for cell in row.strip("|").split("|")]
