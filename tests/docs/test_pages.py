@@ -27,7 +27,7 @@ from fastapi_ws_stabilizer import (
     WebSocketConnectionManager,
     WebSocketStabilizerError,
 )
-from fastapi_ws_stabilizer.__main__ import main
+from fastapi_ws_stabilizer.cli import main
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 from fastapi_ws_stabilizer.doctor.checks import CHECKS
 from fastapi_ws_stabilizer.doctor.servers import SERVERS
