@@ -1,4 +1,4 @@
-"""What goes on, over HTTP: `app.include_router(stats_router, prefix="/ws-stats")`."""
+"""Stats of a manager over HTTP: `app.include_router(stats_router, prefix="/ws-stats")`."""
 
 from __future__ import annotations
 

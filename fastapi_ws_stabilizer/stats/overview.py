@@ -1,4 +1,4 @@
-"""`StatsSummary`: the totals of a manager."""
+"""Totals of a manager, as a response model."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 
 class StatsSummary(BaseModel):
-    """What a manager holds now and has counted since it was made."""
+    """What a manager holds now and has counted since it was created."""
 
+    # A test keeps these descriptions equal to the help of the Prometheus metrics.
     connections: int = Field(description="Open connections.")
-    clients: int = Field(description="Connected clients; one can have several connections.")
-    queued_messages: int = Field(description="Messages that wait to be sent.")
-    queued_bytes: int = Field(description="Bytes that wait to be sent.")
-    unread_messages: int = Field(description="Received messages that wait to be read.")
-    total_memory: int = Field(description="Bytes held for connections and sessions; what many hold counts once.")
-    uptime_seconds: float = Field(description="Seconds since the manager was started.")
-    connections_opened: int = Field(description="Connections that were ever opened.")
-    messages_received: int = Field(description="Messages that came in, without control frames.")
-    messages_sent: int = Field(description="Messages that the server took over, control frames included.")
-    messages_refused: int = Field(description="Messages of clients that sent more than they may.")
-    messages_discarded: int = Field(description="Messages whose connection ended before they were read or sent.")
-    messages_dropped: int = Field(description="Messages that were thrown away because their client is slow.")
-    messages_coalesced: int = Field(description="Messages in whose place a newer one was sent.")
-    slow_clients: dict[str, int] = Field(description="How often clients have become slow, by how slow.")
-    rooms: int = Field(description="Rooms that somebody is in.")
-    sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with a connection or without.")
-    sessions_away: int = Field(description="Sessions that wait for their clients to come back.")
-    sessions_resumed: int = Field(description="How often a client came back and got what it had.")
-    session_gaps: int = Field(description="How often a client came back too late for what it had missed.")
-    sessions_lost: int = Field(description="How often a client came back for a session that is not here any more.")
-    bad_messages: int = Field(description="Messages that no handler could take.")
-    broadcasts: int = Field(description="Broadcasts.")
-    pings_sent: int = Field(description="Heartbeats.")
-    refusals: dict[str, int] = Field(
-        description="Handshakes that were turned away, by the option that said so, else by a close code."
+    clients: int = Field(description="Connected clients. A client can have several connections.")
+    queued_messages: int = Field(description="Messages waiting to be sent.")
+    queued_bytes: int = Field(description="Bytes waiting to be sent.")
+    unread_messages: int = Field(description="Received messages waiting to be read.")
+    total_memory: int = Field(
+        description="Bytes held for connections and sessions. A message in several queues counts once."
     )
-    evictions: int = Field(description="Connections and sessions that went because memory was short.")
-    endings: dict[str, int] = Field(description="Ended connections by reason.")
+    uptime_seconds: float = Field(description="Seconds since the manager started.")
+    connections_opened: int = Field(description="Connections opened.")
+    messages_received: int = Field(description="Messages received, without control frames.")
+    messages_sent: int = Field(description="Messages that the server accepted for sending, with control frames.")
+    messages_refused: int = Field(description="Messages refused because their client exceeded a rate limit.")
+    messages_discarded: int = Field(
+        description="Messages not yet read, sent or acknowledged when their connection or session ended."
+    )
+    messages_dropped: int = Field(description="Messages dropped because their client is slow.")
+    messages_coalesced: int = Field(
+        description="Queued messages replaced by a newer message with the same coalesce_key."
+    )
+    slow_clients: dict[str, int] = Field(description="Times that a client became slow, by how slow.")
+    rooms: int = Field(description="Rooms that have a client, connected or detached.")
+    sessions: int = Field(description="Sessions of stabilizer.v1.json clients, with or without a connection.")
+    sessions_away: int = Field(description="Sessions without a connection, which a client can resume.")
+    sessions_resumed: int = Field(description="Sessions resumed without a gap, and states of plain clients restored.")
+    session_gaps: int = Field(description="Sessions resumed too late to replay every missed message.")
+    sessions_lost: int = Field(
+        description="Resumes that failed because the session or its token is unknown or expired."
+    )
+    bad_messages: int = Field(description="Messages that no handler accepted.")
+    broadcasts: int = Field(description="Broadcasts.")
+    pings_sent: int = Field(description="Heartbeat pings sent.")
+    refusals: dict[str, int] = Field(
+        description="Handshakes rejected, by the option that rejected them, or by a close code."
+    )
+    evictions: int = Field(description="Connections, sessions and detached states removed because memory was short.")
+    endings: dict[str, int] = Field(description="Connections closed, by reason.")
 
 
 def overview_of(manager: WebSocketConnectionManager) -> StatsSummary:
-    """What a manager holds now and has counted since it was made."""
+    """Read the totals of a manager. This visits every open connection."""
     sockets = manager.get_sockets()
     counters = manager.counters
     return StatsSummary(

@@ -1,13 +1,14 @@
-"""The stats router: totals, connections and health as JSON, and all numbers for Prometheus.
+"""The stats router: totals, connections and health as JSON, and metrics for Prometheus.
 
-Whoever can read it sees client ids. Protect it by FastAPI's own means:
+It shows client ids and addresses, and has no access control. Protect it with a FastAPI dependency:
 `app.include_router(stats_router, prefix="/ws-stats", dependencies=[Depends(admin)])`.
 """
 
 from __future__ import annotations
 
+import importlib
 import secrets
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -16,10 +17,10 @@ from pydantic import BaseModel, Field
 from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.metrics.exposition import CONTENT_TYPE, exposition
 from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
-from fastapi_ws_stabilizer.stats.metrics import metrics_of
 from fastapi_ws_stabilizer.stats.overview import StatsSummary, overview_of
+
+EXPORTER: Final = "fastapi_ws_stabilizer.observability.prometheus"
 
 
 class ConnectionStats(BaseModel):
@@ -27,22 +28,22 @@ class ConnectionStats(BaseModel):
 
     connection_id: str
     client_id: str
-    session_id: str | None = Field(description="Its session; null for a plain client.")
-    address: str = Field(description="Address of the client; behind `trusted_proxies` the one that they say.")
+    session_id: str | None = Field(description="The session; null for a plain client.")
+    address: str = Field(description="Address of the client; behind `trusted_proxies`, the address that they report.")
     connected_seconds: float
     silent_seconds: float = Field(description="Seconds since the last frame from the client.")
     rtt_seconds: float | None = Field(description="Last measured round trip; null before the first answered ping.")
     queued_messages: int
     queued_bytes: int
-    dropped_messages: int = Field(description="Messages that were thrown away because the client is slow.")
+    dropped_messages: int = Field(description="Messages dropped because the client is slow.")
     unread_messages: int
     unread_bytes: int
-    held_bytes: int = Field(description="Bytes of memory that are held for it, or for its session.")
+    held_bytes: int = Field(description="Bytes of memory held for the connection, or for its session.")
     rooms: list[str]
 
 
 class ConnectionPage(BaseModel):
-    """Some of the open connections, oldest first."""
+    """A page of the open connections, oldest first."""
 
     total: int
     offset: int
@@ -50,7 +51,7 @@ class ConnectionPage(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the manager takes connections."""
+    """State of the manager."""
 
     status: str = Field(description="`ok`, or `shut_down`.")
     connections: int
@@ -67,7 +68,7 @@ stats_router = APIRouter(tags=["websocket stats"])
 
 @stats_router.get("/", summary="Totals")
 async def overview(manager: Manager) -> StatsSummary:
-    """What the manager holds now and has counted since it was made."""
+    """Return what the manager holds now and has counted since it was created."""
     return overview_of(manager)
 
 
@@ -78,7 +79,7 @@ async def connections(
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ConnectionPage:
-    """The open connections, oldest first, a page at a time."""
+    """Return a page of the open connections, oldest first."""
     sockets = manager.get_sockets(client_id)
     page = [_connection_stats(socket) for socket in sockets[offset : offset + limit]]
     return ConnectionPage(total=len(sockets), offset=offset, connections=page)
@@ -86,7 +87,7 @@ async def connections(
 
 @stats_router.get("/connections/{connection_id}", summary="One connection")
 async def connection(manager: Manager, connection_id: str) -> ConnectionStats:
-    """One open connection; 404 if there is none with that id."""
+    """Return one open connection; 404 if no open connection has this id."""
     socket = manager.get_socket(connection_id)
     if socket is None:
         raise HTTPException(404, "no open connection has this id")
@@ -97,19 +98,29 @@ async def connection(manager: Manager, connection_id: str) -> ConnectionStats:
     "/metrics",
     summary="Metrics",
     response_class=PlainTextResponse,
-    responses={404: {"description": "`enable_metrics` is off."}},
+    responses={
+        404: {"description": "`enable_metrics` is off."},
+        501: {"description": "The server lacks the extra `metrics`."},
+    },
 )
-async def metrics(manager: Manager) -> PlainTextResponse:
-    """All numbers in the text format 0.0.4 of Prometheus; 404 without `enable_metrics`."""
-    timings = manager.events.timings
-    if timings is None:
-        raise HTTPException(404, "metrics are not collected: WebSocketConfig(enable_metrics=True) turns them on")
-    return PlainTextResponse(exposition(metrics_of(manager, timings)), media_type=CONTENT_TYPE)
+async def metrics(manager: Manager, request: Request) -> Response:
+    """Return all metrics in the text format of Prometheus, or as OpenMetrics if `Accept` asks for it."""
+    if manager.reports.timings is None:
+        raise HTTPException(404, "metrics are off: turn them on with WebSocketConfig(enable_metrics=True)")
+    try:
+        exporter = importlib.import_module(EXPORTER)  # prometheus-client is optional
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "prometheus_client":
+            raise
+        detail = 'metrics need prometheus-client: pip install "fastapi-ws-stabilizer[metrics]"'
+        raise HTTPException(501, detail) from error
+    body, content_type = exporter.render_metrics(manager, ",".join(request.headers.getlist("accept")))
+    return Response(body, media_type=content_type)
 
 
 @stats_router.get("/health", summary="Health", responses={503: {"model": Health}})
 async def health(manager: Manager, response: Response) -> Health:
-    """Whether connections are taken: 200, or 503 after a shutdown."""
+    """Return 200 while the manager accepts connections, and 503 once a drain or shutdown has begun."""
     if not manager.running:
         response.status_code = 503
     return Health(status="ok" if manager.running else "shut_down", connections=manager.get_connection_count())
@@ -117,26 +128,28 @@ async def health(manager: Manager, response: Response) -> Health:
 
 @stats_router.get("/health/live", summary="Liveness")
 async def live() -> dict[str, str]:
-    """Whether the process answers: always, if it does."""
+    """Return 200 while the process answers requests."""
     return {"status": "ok"}
 
 
 @stats_router.get("/health/ready", summary="Readiness", responses={503: {"model": Health}})
 async def ready(manager: Manager, response: Response) -> Health:
-    """Whether connections are taken: 200, or 503 from the beginning of a drain on."""
+    """Return 200 while the manager accepts connections, and 503 once a drain or shutdown has begun."""
     return await health(manager, response)
 
 
-@stats_router.post("/drain", summary="Drain", responses={403: {"description": "No `drain_secret`, or another one."}})
+@stats_router.post(
+    "/drain", summary="Drain", responses={403: {"description": "`drain_secret` is not set or does not match."}}
+)
 async def drain(
     manager: Manager,
-    authorization: Annotated[str, Header(description="`Bearer` and the `drain_secret`.")] = "",
-    timeout: Annotated[float, Query(gt=0, le=3600, description="Seconds that it may take.")] = 30.0,
+    authorization: Annotated[str, Header(description="`Bearer` followed by the `drain_secret`.")] = "",
+    timeout: Annotated[float, Query(gt=0, le=3600, description="Seconds that the drain may take.")] = 30.0,
 ) -> ShutdownReport:
-    """Take no new connections, and let those that are open come back elsewhere, a few at a time; for `preStop`."""
+    """Drain: reject new connections and spread the reconnects of open ones over a window. For `preStop` hooks."""
     secret = manager.config.drain_secret
     if secret is None:
-        raise HTTPException(403, "set drain_secret to allow this")
+        raise HTTPException(403, "drain_secret is not set: set it to allow a drain over HTTP")
     if not secrets.compare_digest(authorization.encode(), f"Bearer {secret.get_secret_value()}".encode()):
         raise HTTPException(403)
     return await manager.drain(timeout)

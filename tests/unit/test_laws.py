@@ -316,6 +316,7 @@ def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
         ("servers/deflate.py", "websockets"),
         ("client/over_websockets.py", "websockets"),
         ("doctor/rich_table.py", "rich"),
+        ("observability/prometheus.py", "prometheus_client"),
     }
 
 
@@ -334,6 +335,7 @@ def test_law_12_what_needs_an_extra_is_imported_by_nobody() -> None:
             "fastapi_ws_stabilizer.servers.deflate",
             "fastapi_ws_stabilizer.client.over_websockets",
             "fastapi_ws_stabilizer.doctor.rich_table",
+            "fastapi_ws_stabilizer.observability.prometheus",
         )
     }
     assert importers == {"servers/uvicorn.py", "servers/uvicorn_reading.py"}  # which import the others

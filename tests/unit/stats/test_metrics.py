@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.stats.metrics import metrics_of
-from fastapi_ws_stabilizer.stats.overview import StatsSummary
+from fastapi_ws_stabilizer.stats.router import EXPORTER
 from tests.unit.stats.test_router import make
 
 PREFIX = "fastapi_ws_"
@@ -67,15 +67,35 @@ def test_the_answer_is_of_the_format_0_0_4() -> None:
     assert all(kinds[name] == "counter" for name in {field.name for field in dataclasses.fields(Counters)})
 
 
-def test_everything_that_is_known_is_told() -> None:
-    """No total, no number of the overview and none of the memory is left out."""
-    manager = made()
-    assert manager.events.timings is not None
-    named = {metric.name for metric in metrics_of(manager, manager.events.timings)}
-    assert {field.name for field in dataclasses.fields(Counters)} <= set(StatsSummary.model_fields)
-    assert set(StatsSummary.model_fields) <= named
-    memory = {"memory_per_connection_average" if "average" in name else name for name in manager.get_memory_usage()}
-    assert memory - {"connection_count"} <= named  # that one is `connections`
+def test_openmetrics_is_negotiated() -> None:
+    """A scraper that accepts OpenMetrics in any of its `Accept` headers gets it."""
+    headers = [("accept", "text/html"), ("accept", "application/openmetrics-text;version=1.0.0")]
+    with TestClient(make(made())) as client:
+        answer = client.get("/ws-stats/metrics", headers=headers)  # type: ignore[arg-type]
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert answer.text.endswith("# EOF\n")
+    assert "fastapi_ws_connections 0.0\n" in answer.text
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without prometheus-client the endpoint answers 501 with the command, and all other endpoints work."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "prometheus_client"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, EXPORTER, raising=False)
+    with TestClient(make(made())) as client:
+        answer = client.get("/ws-stats/metrics")
+        assert client.get("/ws-stats/").status_code == 200
+        assert client.get("/ws-stats/health").status_code == 200
+    assert answer.status_code == 501
+    assert 'pip install "fastapi-ws-stabilizer[metrics]"' in answer.json()["detail"]
+
+
+def test_other_import_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken module of the library is a bug, and the message about the extra does not hide it."""
+    monkeypatch.delitem(sys.modules, EXPORTER, raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi_ws_stabilizer.metrics.histogram", None)
+    with TestClient(make(made())) as client, pytest.raises(ModuleNotFoundError, match="histogram"):
+        client.get("/ws-stats/metrics")
 
 
 def test_a_life_is_counted() -> None:

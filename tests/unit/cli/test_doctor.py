@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.__main__ import main
+from fastapi_ws_stabilizer.cli import main
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.doctor.table import RICH, WIDTH, summary, write_findings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 APP = "examples.quickstart:app"
 BOUND = ("--option", "timeout_graceful_shutdown=15")
 
@@ -134,17 +134,17 @@ def test_a_manager_that_the_app_does_not_show_is_found_in_its_module(
     assert doctor("one_manager", *BOUND)[0] == 0
     assert doctor("installed:app", *BOUND)[0] == 0
     code, _, err = doctor("two_managers:app")
-    assert (code, "shows no manager" in err) == (2, True)
+    assert (code, "has no manager" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("no_such_module:app",), "cannot import 'no_such_module'"),
-        (("examples.quickstart:nothing",), "is no app"),
-        (("examples.quickstart:manager",), "is no app"),
+        (("examples.quickstart:nothing",), "is not an app"),
+        (("examples.quickstart:manager",), "is not an app"),
         ((APP, "--platform", "ngimx"), "did you mean 'nginx'"),
-        ((APP, "--option", "reload"), "--option is NAME=VALUE"),
+        ((APP, "--option", "reload"), "--option must be NAME=VALUE"),
         ((APP, "--option", "ws_ping_interval=soon"), "is a number or None, not 'soon'"),
         ((APP, "--option", "limit_concurency=5"), "did you mean 'limit_concurrency'"),
         ((APP, "--grace", "-5"), "grace is a number of seconds above zero, not -5"),

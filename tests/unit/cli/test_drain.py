@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.__main__ import main
+from fastapi_ws_stabilizer.cli import main
 
 SECRET = "drained-by-nobody-else"
 REPORT = {"closed_count": 3, "failed_count": 0, "duration_seconds": 0.1}
@@ -98,7 +98,11 @@ def test_a_secret_may_have_the_letters_that_a_header_has(drain: Any, answered: A
 def test_a_secret_that_is_no_header_is_not_printed(drain: Any, answered: Answered, secret: str) -> None:
     """It says which variable is wrong, and sends nothing."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
-    assert drain(url, secret=secret) == (2, "", "WS_DRAIN_SECRET holds a character that no header can carry\n")
+    assert drain(url, secret=secret) == (
+        2,
+        "",
+        "WS_DRAIN_SECRET contains a character that an HTTP header cannot carry\n",
+    )
     assert heard == []
 
 
@@ -137,22 +141,22 @@ def test_the_secret_follows_no_redirect(drain: Any, answered: Answered, status: 
     [
         (b"", "no answer: "),
         (b"SSH-2.0-OpenSSH_9.9\r\n", "no answer: SSH-2.0"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{", "no report of a drain: {"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{", "not a drain report: {"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "no answer: "),
         (answer("302 Found", b"", "Location: http://[::1/"), "no answer: Invalid IPv6 URL"),
-        (answer("200 OK", b"<html>\n<p>hello"), "no report of a drain: <html> <p>hello"),
-        (answer("200 OK", b"\xff\xfe"), "no report of a drain: "),
-        (answer("200 OK", b"[" * 60000), "no report of a drain: [[["),
-        (answer("200 OK", b"[]"), "no report of a drain: []"),
-        (answer("200 OK", b"3"), "no report of a drain: 3"),
-        (answer("200 OK", b'{"status": "ok"}'), 'no report of a drain: {"status": "ok"}'),
-        (answer("200 OK", b'{"failed_count": false}'), "no report of a drain: "),
-        (answer("204 No Content"), "no report of a drain:"),
+        (answer("200 OK", b"<html>\n<p>hello"), "not a drain report: <html> <p>hello"),
+        (answer("200 OK", b"\xff\xfe"), "not a drain report: "),
+        (answer("200 OK", b"[" * 60000), "not a drain report: [[["),
+        (answer("200 OK", b"[]"), "not a drain report: []"),
+        (answer("200 OK", b"3"), "not a drain report: 3"),
+        (answer("200 OK", b'{"status": "ok"}'), 'not a drain report: {"status": "ok"}'),
+        (answer("200 OK", b'{"failed_count": false}'), "not a drain report: "),
+        (answer("204 No Content"), "not a drain report:"),
         (answer("403 Forbidden", b'{"detail":\n"Forbidden"}'), 'refused: HTTP 403 {"detail": "Forbidden"}'),
         (b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "refused: HTTP 403"),
         (answer("500 Oh", f"you sent Bearer {SECRET}".encode()), "refused: HTTP 500 you sent Bearer ***"),
         (answer("500 Oh", b"." * 295 + SECRET.encode()), "refused: HTTP 500 ." + "." * 294 + "***"),
-        (answer("200 OK", f"you sent Bearer {SECRET}".encode()), "no report of a drain: you sent Bearer ***"),
+        (answer("200 OK", f"you sent Bearer {SECRET}".encode()), "not a drain report: you sent Bearer ***"),
         (answer("302 Found", b"", f"Location: /?was={SECRET}"), "redirected: HTTP 302 to /?was=***"),
     ],
 )
@@ -197,7 +201,7 @@ def test_a_timeout_that_the_server_would_not_take_is_refused(drain: Any, seconds
     """The exit code is 2, and nothing is sent."""
     code, out, err = drain("http://127.0.0.1:9", "--timeout", seconds)
     assert (code, out) == (2, "")
-    assert err == f"--timeout is a number of seconds above zero, 3600 at most, not {seconds}\n"
+    assert err == f"--timeout must be above 0 s and at most 3600 s, not {seconds}\n"
 
 
 def test_nobody_there_is_one_line(drain: Any) -> None:
