@@ -261,7 +261,7 @@ def emitted_events() -> dict[str, Emitted]:
     return found
 
 
-BUS: Final = type(fastapi_ws_stabilizer.WebSocketConnectionManager().reports)
+BUS: Final = type(fastapi_ws_stabilizer.WebSocketConnectionManager().events)
 BUS_FILE: Final = Path(inspect.getfile(BUS))
 EMITTERS: Final = {
     name: inspect.signature(method).parameters
@@ -374,7 +374,8 @@ class Source:
 
 
 def _emitter(method: str) -> Any:
-    return EMITTERS.get(method.lstrip("_"))
+    name = method.lstrip("_")
+    return EMITTERS.get("emit_exception" if name == "report_bug" else name)  # a connection's own, which also runs hooks
 
 
 def _constant_keys(node: ast.AST) -> list[str]:

@@ -56,7 +56,7 @@ class MetricsCollector(Collector):
         Any thread may call this. Outside the event loop's thread, the numbers may come from different moments.
         """
         manager = self._manager
-        totals = manager.totals
+        counters = manager.counters
         memory = manager.get_memory_usage()
         sessions = manager.get_session_counts()
         queued_messages = queued_bytes = unread_messages = 0
@@ -83,43 +83,43 @@ class MetricsCollector(Collector):
             "fastapi_ws_uptime_seconds", "Seconds since the manager started.", manager.uptime_seconds
         )
         yield CounterMetricFamily(
-            "fastapi_ws_connections_opened_total", "Connections opened.", totals.connections_opened
+            "fastapi_ws_connections_opened_total", "Connections opened.", counters.connections_opened
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_received_total",
             "Messages received, without control frames.",
-            totals.messages_received,
+            counters.messages_received,
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_sent_total",
             "Messages that the server accepted for sending, with control frames.",
-            totals.messages_sent,
+            counters.messages_sent,
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_refused_total",
             "Messages refused because their client exceeded a rate limit.",
-            totals.messages_refused,
+            counters.messages_refused,
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_discarded_total",
             "Messages not yet read, sent or acknowledged when their connection or session ended.",
-            totals.messages_discarded,
+            counters.messages_discarded,
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_dropped_total",
             "Messages dropped because their client is slow.",
-            totals.messages_dropped,
+            counters.messages_dropped,
         )
         yield CounterMetricFamily(
             "fastapi_ws_messages_coalesced_total",
             "Queued messages replaced by a newer message with the same coalesce_key.",
-            totals.messages_coalesced,
+            counters.messages_coalesced,
         )
         yield _labelled_counter(
             "fastapi_ws_slow_clients_total",
             "Times that a client became slow, by how slow.",
             "how",
-            {**_SLOW_CLIENTS, **totals.slow_clients},
+            {**_SLOW_CLIENTS, **counters.slow_clients},
         )
         yield GaugeMetricFamily(
             "fastapi_ws_rooms", "Rooms that have a client, connected or detached.", len(manager.get_rooms())
@@ -135,35 +135,35 @@ class MetricsCollector(Collector):
         yield CounterMetricFamily(
             "fastapi_ws_sessions_resumed_total",
             "Sessions resumed without a gap, and states of plain clients restored.",
-            totals.sessions_resumed,
+            counters.sessions_resumed,
         )
         yield CounterMetricFamily(
             "fastapi_ws_session_gaps_total",
             "Sessions resumed too late to replay every missed message.",
-            totals.session_gaps,
+            counters.session_gaps,
         )
         yield CounterMetricFamily(
             "fastapi_ws_sessions_lost_total",
             "Resumes that failed because the session or its token is unknown or expired.",
-            totals.sessions_lost,
+            counters.sessions_lost,
         )
         yield CounterMetricFamily(
-            "fastapi_ws_bad_messages_total", "Messages that no handler accepted.", totals.bad_messages
+            "fastapi_ws_bad_messages_total", "Messages that no handler accepted.", counters.bad_messages
         )
-        yield CounterMetricFamily("fastapi_ws_broadcasts_total", "Broadcasts.", totals.broadcasts)
-        yield CounterMetricFamily("fastapi_ws_pings_sent_total", "Heartbeat pings sent.", totals.pings_sent)
+        yield CounterMetricFamily("fastapi_ws_broadcasts_total", "Broadcasts.", counters.broadcasts)
+        yield CounterMetricFamily("fastapi_ws_pings_sent_total", "Heartbeat pings sent.", counters.pings_sent)
         yield _labelled_counter(
             "fastapi_ws_refusals_total",
             "Handshakes rejected, by the option that rejected them, or by a close code.",
             "by",
-            totals.refusals,
+            counters.refusals,
         )
         yield CounterMetricFamily(
             "fastapi_ws_evictions_total",
             "Connections, sessions and detached states removed because memory was short.",
-            totals.evictions,
+            counters.evictions,
         )
-        endings = {reason.value: count for reason, count in dict(totals.endings).items()}
+        endings = {reason.value: count for reason, count in dict(counters.endings).items()}
         yield _labelled_counter(
             "fastapi_ws_endings_total", "Connections closed, by reason.", "reason", {**_ENDINGS, **endings}
         )
@@ -175,7 +175,7 @@ class MetricsCollector(Collector):
         yield GaugeMetricFamily(
             "fastapi_ws_running", "1 while the manager accepts connections, else 0.", int(manager.running)
         )
-        timings = manager.reports.timings
+        timings = manager.events.timings
         if timings is not None:
             yield _histogram("fastapi_ws_handler_seconds", "Seconds that a message handler ran.", timings.handlers)
             yield _histogram("fastapi_ws_round_trip_seconds", "Seconds from a ping to its pong.", timings.round_trips)

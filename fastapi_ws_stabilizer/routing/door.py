@@ -50,8 +50,8 @@ class Handshake:
         reservation: Its place among the connections.
         answered: Whether it was turned away, and knows it.
         inside: Whether it has a connection.
-        door: The door where it has knocked.
-        outer: The same client at another manager's door, where it has knocked before.
+        admission: The admission control where it has knocked.
+        parent: The same client at another manager's door, where it has knocked before.
         endpoint: The task that serves it. Its connection takes it over.
         abandoned: Whether its client has left during the handshake.
         revoked: Clients whose right was taken away since it came: who it is may have been found out before that.
@@ -320,7 +320,7 @@ class AdmissionController:
 
         Args:
             websocket: The WebSocket.
-            outer: The same client at another manager's door.
+            parent: The same client at another manager's door.
 
         Raises:
             ShutdownError: Nobody is let in any more.

@@ -129,8 +129,8 @@ class HookRegistry:
             if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0:
                 name = getattr(hook.function, "__qualname__", repr(hook.function))
                 raise TypeError(
-                    f"{name} returned {expires_in!r}: an on_auth function returns for how many seconds the credential is "
-                    "good, or None, and refuses it by raising HTTPException(401)"
+                    f"{name} returned {expires_in!r}: an on_auth function returns for how many seconds the credential "
+                    "is good, or None, and refuses it by raising HTTPException(401)"
                 )
             limits.append(float(expires_in))
         return min(limits, default=None)

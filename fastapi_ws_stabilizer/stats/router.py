@@ -105,7 +105,7 @@ async def connection(manager: Manager, connection_id: str) -> ConnectionStats:
 )
 async def metrics(manager: Manager, request: Request) -> Response:
     """Return all metrics in the text format of Prometheus, or as OpenMetrics if `Accept` asks for it."""
-    if manager.reports.timings is None:
+    if manager.events.timings is None:
         raise HTTPException(404, "metrics are off: turn them on with WebSocketConfig(enable_metrics=True)")
     try:
         exporter = importlib.import_module(EXPORTER)  # prometheus-client is optional

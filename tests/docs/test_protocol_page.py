@@ -34,7 +34,7 @@ SOURCE = "\n".join(
     for owner in (
         V1Protocol,
         CredentialExpiry,
-        Connection.ask_to_leave,
+        Connection.request_drain,
         Dispatcher,
         HandlerRegistry,
         IdempotencyCache,
@@ -55,7 +55,7 @@ def fields_on_page(type_: str) -> set[str]:
 
 def frames_of_vectors() -> list[dict[str, Any]]:
     """Every valid frame of the vectors, alone or in a conversation."""
-    steps = [step for conversation in CONVERSATIONS for step in conversation["steps"] if "frame" in step]
+    steps = [step for protocol in CONVERSATIONS for step in protocol["steps"] if "frame" in step]
     return [vector["frame"] for vector in FRAMES if vector["valid"]] + [step["frame"] for step in steps]
 
 
@@ -114,7 +114,7 @@ def test_every_error_code_is_on_the_page() -> None:
     codes = {RATE_LIMITED} | set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'"code": "([a-z_]+)"', SOURCE)) | set(re.findall(r'\bcode="([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'_gave_up\(\w+, \w+, "([a-z_]+)"', SOURCE))
-    codes |= set(re.findall(r'refused\(message, "([a-z_]+)"', SOURCE))
+    codes |= set(re.findall(r'reject\(message, "([a-z_]+)"', SOURCE))
     assert {"rate_limited", "in_progress", "handler_failed", "not_read", "auth_refused"} <= codes
     assert {code for code in codes if f"`{code}`" not in PROSE} == set()
 

@@ -614,7 +614,7 @@ async def test_payload_function_that_ends_its_connection_leaves_no_debt(beating:
 
     def payload(_: object) -> str:
         clock.heartbeat.remove(members[0])
-        members[0].end(DisconnectReason.APPLICATION)
+        members[0].close(DisconnectReason.APPLICATION)
         return "ping"
 
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)

@@ -113,11 +113,11 @@ def test_help_equals_description_in_the_stats() -> None:
 def test_each_type_has_its_text_form() -> None:
     """A counter ends in `_total`, labels are quoted, and a histogram has buckets, a count and a sum."""
     manager = timed_manager()
-    manager.totals.connections_opened = 3
-    manager.totals.refusals["max_connections"] = 2
-    assert manager.reports.timings is not None
-    manager.reports.timings.handlers.observe(0.0004)
-    manager.reports.timings.handlers.observe(99)
+    manager.counters.connections_opened = 3
+    manager.counters.refusals["max_connections"] = 2
+    assert manager.events.timings is not None
+    manager.events.timings.handlers.observe(0.0004)
+    manager.events.timings.handlers.observe(99)
     lines = text_of(manager).splitlines()
     first = lines.index("# TYPE fastapi_ws_connections gauge")
     assert lines[first - 1 : first + 2] == [
@@ -144,7 +144,7 @@ def test_label_values_are_escaped(value: str) -> None:
     """The parser gets the label back, and no label adds a line."""
     manager = WebSocketConnectionManager()
     before = samples(text_string_to_metric_families(text_of(manager)))
-    manager.totals.refusals[value] = 2
+    manager.counters.refusals[value] = 2
     after = samples(text_string_to_metric_families(text_of(manager)))
     assert {key: after[key] for key in set(after) - set(before)} == {
         ("fastapi_ws_refusals_total", (("by", value),)): 2.0
@@ -166,7 +166,7 @@ def test_each_metric_has_one_help_line() -> None:
 def test_numbers_keep_their_value(value: Any) -> None:
     """The text format loses no digit of large and small numbers."""
     manager = WebSocketConnectionManager()
-    manager.totals.messages_sent = value
+    manager.counters.messages_sent = value
     read = samples(text_string_to_metric_families(text_of(manager)))
     assert read["fastapi_ws_messages_sent_total", ()] == float(value)
 
@@ -205,7 +205,7 @@ def test_unknown_accept_gives_the_text_format(accept: str) -> None:
 def test_openmetrics_has_the_same_samples() -> None:
     """A scraper that asks for OpenMetrics gets it, with the same names, labels and values."""
     manager = timed_manager()
-    manager.totals.refusals["max_connections"] = 2
+    manager.counters.refusals["max_connections"] = 2
     body, content_type = render_metrics(manager, "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
     assert body.endswith(b"# EOF\n")
@@ -222,10 +222,10 @@ def test_collector_serves_a_registry_of_the_app(auto_describe: bool) -> None:
     manager = timed_manager()
     registry = CollectorRegistry(auto_describe=auto_describe)
     registry.register(MetricsCollector(manager))
-    manager.totals.broadcasts += 1
+    manager.counters.broadcasts += 1
     assert generate_latest(registry).decode() == text_of(manager)
     assert registry.get_sample_value("fastapi_ws_broadcasts_total") == 1
-    manager.totals.broadcasts += 1
+    manager.counters.broadcasts += 1
     selection = registry.restricted_registry(["fastapi_ws_broadcasts_total"])
     assert samples(selection.collect()) == {("fastapi_ws_broadcasts_total", ()): 2}
 

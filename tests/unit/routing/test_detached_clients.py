@@ -345,7 +345,7 @@ async def test_allowed_duplicate_leaves_what_is_kept_of_another_connection() -> 
 @pytest.mark.parametrize("wait", [0, 10], ids=["within the grace", "after the grace"])
 @virtually
 async def test_description_of_a_client_that_is_away_is_counted_and_comes_back(kind: str, wait: float) -> None:
-    """`room.set_presence()` of an away client is counted while it is away and afterwards, and describes it on return."""
+    """`room.set_presence()` of an away client is counted while it is away and afterwards, and restored."""
     async with Stage(session_ttl=60, presence_grace=5) as stage:
         back = await away(stage, kind)
         room = stage.manager.room("lobby")
