@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from enum import Enum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -175,7 +175,7 @@ class WebSocketConfig(BaseModel):
     """
 
     # The text below each option is its description: editors show it, and the reference of options is made of it.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     # heartbeat
     heartbeat_interval: _Seconds = 30.0

@@ -95,8 +95,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
     def __init__(self, config: WebSocketConfig | None = None) -> None:
         if config is not None and not isinstance(config, WebSocketConfig):
             raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
-        self.config = config or WebSocketConfig()
-        self.events = EventBus()
+        self.config: WebSocketConfig = config or WebSocketConfig()
+        self.events: EventBus = EventBus()
         self.events.subscribe(write_report)
         if self.config.enable_metrics:
             self.events.timings = Timings()

@@ -93,7 +93,7 @@ class EventBus:
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
         self._throttled: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         self.timings: Timings | None = None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:

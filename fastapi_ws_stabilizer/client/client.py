@@ -128,9 +128,11 @@ class Client(ClientEvents):
         self._redial = ReconnectPolicy(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
         self._tasks = TaskSet(self._task_failed)
         super().__init__(self._tasks)
-        self.buffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
+        self.buffer: SendBuffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
         self._requests = PendingRequests()
-        self.incoming = InboundMessages(self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer)))
+        self.incoming: InboundMessages = InboundMessages(
+            self._tasks, self._reply, lambda: bool(len(self._requests) or len(self.buffer))
+        )
         self._ids = itertools.count(1)
         self._keys = f"{secrets.token_hex(6)}-"
         self._state: State = "idle"
@@ -141,10 +143,10 @@ class Client(ClientEvents):
         self._unreadable = self._refused = 0
         self._warns_unstarted = False
         # What the session is: it outlives each attempt.
-        self.instance = secrets.token_hex(8)
+        self.instance: str = secrets.token_hex(8)
         self.session: str | None = None
         self.token: str | None = None
-        self.last = 0
+        self.last: int = 0
         self.dials = 0
         self._unfinished = (0, 0)  # number of the message before one that broke off, and how often
 

@@ -29,7 +29,7 @@ class Room:
 
     def __init__(self, name: str, hub: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
         check_room_name(name)
-        self.name = name
+        self.name: str = name
         self._history = history  # whether what is sent by this object is remembered where the call does not say
         self._delivery_now = hub  # not the delivery: a manager that is started anew has another one
 

@@ -86,7 +86,7 @@ class StableSocket(SocketFacts):
     ) -> None:
         super().__init__(connection, metadata)
         self._services = services
-        self.identity = identity
+        self.identity: Any = identity
 
     if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 

@@ -63,7 +63,7 @@ def _manager(request: Request) -> WebSocketConnectionManager:
 
 Manager = Annotated[WebSocketConnectionManager, Depends(_manager)]
 
-stats_router = APIRouter(tags=["websocket stats"])
+stats_router: APIRouter = APIRouter(tags=["websocket stats"])
 
 
 @stats_router.get("/", summary="Totals")

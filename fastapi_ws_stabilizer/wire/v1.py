@@ -112,13 +112,13 @@ class Message:
         seq: int | None = None,
         room: str | None = None,
     ) -> None:
-        self.data = data
-        self.event = event
-        self.id = id
-        self.key = key
-        self.seq = seq
-        self.room = room
-        self.size = 0
+        self.data: Any = data
+        self.event: str | None = event
+        self.id: str | None = id
+        self.key: str | None = key
+        self.seq: int | None = seq
+        self.room: str | None = room
+        self.size: int = 0
 
     def __repr__(self) -> str:
         return f"<Message event={self.event!r} id={self.id!r} seq={self.seq} data={_shortened(self.data)}>"
