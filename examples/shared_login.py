@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, HTTPException
 
 from fastapi_ws_stabilizer import StableSocket, WebSocketConnectionManager
-from fastapi_ws_stabilizer.identity import Credential, bearer, cookie, subprotocol
+from fastapi_ws_stabilizer.auth import Credential, bearer, cookie, subprotocol
 
 manager = WebSocketConnectionManager()
 app = FastAPI(lifespan=manager.lifespan)

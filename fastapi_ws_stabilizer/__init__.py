@@ -27,8 +27,6 @@ from fastapi_ws_stabilizer.config import (
     WebSocketConfig,
 )
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.room import Room
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
 from fastapi_ws_stabilizer.doctor.findings import Finding
 from fastapi_ws_stabilizer.errors import (
@@ -62,13 +60,15 @@ from fastapi_ws_stabilizer.errors import (
     WebSocketStabilizerError,
     WrongLoopError,
 )
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
+from fastapi_ws_stabilizer.events import Counters, Event
+from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.hub.presence import Presence
-from fastapi_ws_stabilizer.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Counters, Event
+from fastapi_ws_stabilizer.observability.logs import JsonFormatter, StructuredLogger, configure_logging, get_logger
+from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
+from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport
+from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats import stats_router
 
 __version__ = "0.1.0"

@@ -24,9 +24,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
-from fastapi_ws_stabilizer.limits.address import TrustedProxies
-from fastapi_ws_stabilizer.limits.origin import OriginPolicy
-from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
+from fastapi_ws_stabilizer.net.origin import OriginPolicy
+from fastapi_ws_stabilizer.net.proxies import TrustedProxies
+from fastapi_ws_stabilizer.platforms.options import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Platform
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, WebSocket
 from starlette.requests import HTTPConnection
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ManagerNotFoundError
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
+from fastapi_ws_stabilizer.socket import StableSocket
 
 _MAX_LIFESPANS: Final = 32
 """How many merged lifespans are looked through for a manager's."""

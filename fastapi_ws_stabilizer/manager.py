@@ -9,47 +9,56 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import WebSocket
+from fastapi import HTTPException, WebSocket
+from starlette.requests import HTTPConnection
 
+from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
+from fastapi_ws_stabilizer.auth.tickets import Tickets
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.close_codes import DisconnectReason, check_close_code
+from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason, check_close_code
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.doctor.checks import run_checks
+from fastapi_ws_stabilizer.doctor.collect import collect_context, report_at_start
 from fastapi_ws_stabilizer.doctor.findings import Finding
-from fastapi_ws_stabilizer.doctor.survey import collect_context, report_at_start
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
+    InvalidTokenError,
+    MemoryLimitExceededError,
     ShutdownError,
+    TokenExpiredError,
     WrongLoopError,
 )
-from fastapi_ws_stabilizer.identity.tickets import Tickets
-from fastapi_ws_stabilizer.limits.admission import shutdown_error
-from fastapi_ws_stabilizer.logs import get_logger, write_report
-from fastapi_ws_stabilizer.metrics.histogram import Timings
-from fastapi_ws_stabilizer.reports import Counters, EventBus
-from fastapi_ws_stabilizer.routing.clients import Clients
-from fastapi_ws_stabilizer.routing.decorators import EventDecorators
-from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
-from fastapi_ws_stabilizer.routing.from_thread import FromThread
-from fastapi_ws_stabilizer.routing.hooks import HookRegistry
-from fastapi_ws_stabilizer.routing.identity import Moment
-from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
-from fastapi_ws_stabilizer.routing.passes import Passes
-from fastapi_ws_stabilizer.routing.served import SocketContext, anonymous_dependency, identity_dependency
-from fastapi_ws_stabilizer.routing.serving import Node
-from fastapi_ws_stabilizer.routing.unmatched import UnmatchedRouteLogger
-from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
-from fastapi_ws_stabilizer.servers.options import uvicorn_options
-from fastapi_ws_stabilizer.servers.workers import exits_on_signal
-from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
+from fastapi_ws_stabilizer.events import Counters, EventBus
+from fastapi_ws_stabilizer.from_thread import FromThread
+from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
+from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
+from fastapi_ws_stabilizer.handlers.registration import EventDecorators
+from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
+from fastapi_ws_stabilizer.handshake.client_id import Moment
+from fastapi_ws_stabilizer.handshake.unmatched import UnmatchedRouteLogger
+from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
+from fastapi_ws_stabilizer.limits.connections import shutdown_error
+from fastapi_ws_stabilizer.metrics.timings import Timings
+from fastapi_ws_stabilizer.node import Node
+from fastapi_ws_stabilizer.observability.logs import get_logger, write_event
+from fastapi_ws_stabilizer.room import Room
+from fastapi_ws_stabilizer.servers.detect import exits_on_signal, missing_websocket_library, several_workers
+from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
+from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport
 from fastapi_ws_stabilizer.shutdown.drain import Drain
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.socket_context import (
+    SocketContext,
+    anonymous_dependency,
+    identity_dependency,
+    reject_handshake,
+)
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.encoded import encode
 from fastapi_ws_stabilizer.wire.handshake import served_subprotocols
-from fastapi_ws_stabilizer.wire.names import check_client_id
+from fastapi_ws_stabilizer.wire.identifiers import check_client_id
 from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, missing
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
@@ -68,7 +77,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         raise WrongLoopError("no_asyncio") from None
 
 
-class WebSocketConnectionManager(EventDecorators, Clients, Passes):
+class WebSocketConnectionManager(EventDecorators):
     """All WebSockets of one application: who is connected, what they are sent, what their messages mean.
 
     ```python
@@ -97,7 +106,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
         self.config: WebSocketConfig = config or WebSocketConfig()
         self.events: EventBus = EventBus()
-        self.events.subscribe(write_report)
+        self.events.subscribe(write_event)
         if self.config.enable_metrics:
             self.events.timings = Timings()
         super().__init__(
@@ -174,6 +183,13 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
             self.events, self.config, self._app, refuses=refuses, guarded=guarded, reported=self._reported_findings
         )
         return self._node
+
+    async def _node_for(self, websocket: WebSocket) -> Node:
+        """Return the node for a handshake; reject the handshake if the manager is shut down."""
+        try:
+            return self._require_node()
+        except ShutdownError as error:
+            raise await reject_handshake(self._node.admission, websocket, error) from error
 
     def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Raise if another event loop than this one is in use: it runs, or it has connections and may run again."""
@@ -397,7 +413,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         """
         served = served_subprotocols(subprotocols)
         if identify is not None:
-            return identity_dependency(self, self.serve, identify, key, expires_at, control_frames, served)
+            return identity_dependency(self._node_for, self.serve, identify, key, expires_at, control_frames, served)
         if key is not None or expires_at is not None:
             raise TypeError("socket_for with key or expires_at needs a dependency that says who comes")
         return anonymous_dependency(self.serve, control_frames, served)
@@ -432,7 +448,7 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         if client_id is not None:
             check_client_id(client_id)
         return SocketContext(
-            self,
+            self._node_for,
             websocket,
             client_id,
             identity=identity,
@@ -490,8 +506,8 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         away = [] if self._node.current_connection(client_id) else self._node.resumption.detached_of(client_id)
         if not connections and not away:
             raise ConnectionNotFoundError(client_id)
-        close_info: list[Any] = [*connections, *away]
-        for one in close_info:
+        targets: list[Any] = [*connections, *away]
+        for one in targets:
             one.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
 
     async def handle_pong(self, client_id: str) -> None:
@@ -501,6 +517,261 @@ class WebSocketConnectionManager(EventDecorators, Clients, Passes):
         for connection in self._node.resolve(client_id):
             connection.liveness.on_frame(now)
             connection.liveness.on_pong(now)
+
+    # ── sending ──
+
+    async def send_to_client(
+        self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
+    ) -> bool:
+        """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
+
+        Args:
+            client_id: Who gets it.
+            message: `str`, bytes, or anything that can be JSON.
+            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept if the client is away.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded.
+        """
+        return await self._node.hub.send_to_client(client_id, encode(message, coalesce_key, volatile=volatile))
+
+    async def broadcast(
+        self,
+        message: Any,
+        exclude_client: str | None = None,
+        *,
+        room: str | Iterable[str] | None = None,
+        exclude: Any = None,
+        coalesce_key: Any = None,
+        volatile: bool = False,
+        history: bool = True,
+    ) -> BroadcastResult:
+        """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
+
+        Slow clients never make it raise, not even if all recipients are: the result counts them. Call
+        `raise_for_failure()` on the result where the caller wants an exception.
+
+        Args:
+            message: `str`, bytes, or anything that can be JSON.
+            exclude_client: A client id that does not get it.
+            room: The name of a room, or of several; who is in more than one gets it once.
+            exclude: Who else does not get it: a client id, a socket, or several of them.
+            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
+            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
+            history: Whether the rooms remember it for newcomers, as far as `room_history` says.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded; no client got anything.
+            TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
+        """
+        frame = encode(message, coalesce_key, volatile=volatile)
+        if exclude_client is not None:
+            exclude = exclude_client if exclude is None else (exclude_client, exclude)
+        return await self._node.hub.broadcast(frame, room, exclude, history=history)
+
+    def room(self, name: str) -> Room:
+        """A room: who is in it, to send to it, to close it. It need not exist.
+
+        Raises:
+            ValueError: The name is empty.
+        """
+        return Room(name, lambda: self._node.hub)
+
+    def get_rooms(self) -> list[str]:
+        """The names of the rooms that exist: a client is in them, is away, or is expected back there."""
+        return self._node.hub.room_names()
+
+    # ── looking ──
+
+    def get_active_connections(self) -> list[str]:
+        """The ids of the connected clients, each once, in the order in which they came."""
+        return self._node.registry.client_ids()
+
+    def get_connection_count(self) -> int:
+        """How many connections are open; one client can have several."""
+        return len(self._node.registry)
+
+    def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
+        """The open connections, or those of one client, oldest first."""
+        registry = self._node.registry
+        return [connection.socket for connection in (registry if client_id is None else registry.of_client(client_id))]
+
+    def get_socket(self, connection_id: str) -> StableSocket | None:
+        """The open connection with that connection id."""
+        connection = self._node.registry.get(connection_id)
+        return None if connection is None else connection.socket
+
+    def get_session_counts(self) -> dict[str, int]:
+        """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
+        sessions = self._node.sessions
+        return {"sessions": len(sessions), "away": sessions.detached_count}
+
+    def get_memory_usage(self) -> dict[str, int | float]:
+        """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
+
+        A message that many hold counts once. It is a running sum, so asking costs nothing.
+
+        Returns:
+            `total_memory`, `connection_count` and `per_connection_average`.
+        """
+        total, count = self._node.budget.total, self.get_connection_count()
+        return {
+            "total_memory": total,
+            "connection_count": count,
+            "per_connection_average": total / count if count else 0.0,
+        }
+
+    # ── user data by client id ──
+
+    async def set_user_data(self, client_id: str, key: str, value: Any) -> None:
+        """Set one entry of `ws.user_data`, on all connections of a client.
+
+        Raises:
+            ConnectionNotFoundError: No such client is connected.
+            MemoryLimitExceededError: That would be more than may be kept. What was there stays, on each of them.
+        """
+        self._node.hub.check_loop()
+        connections = self._node.resolve(client_id)
+        if not connections:
+            raise ConnectionNotFoundError(client_id)
+        written: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        try:
+            for connection in connections:
+                data = connection.socket.user_data
+                before = {key: data[key]} if key in data else {}
+                data[key] = value
+                written.append((data, before))
+        except MemoryLimitExceededError:
+            for changed, was in written:
+                changed.update(was)
+                if not was:
+                    del changed[key]
+            raise
+
+    async def get_user_data(self, client_id: str, key: str) -> Any | None:
+        """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
+        self._node.hub.check_loop()
+        for connection in self._node.resolve(client_id):
+            if key in connection.socket.user_data:
+                return connection.socket.user_data[key]
+        return None
+
+    # ── coming back ──
+
+    def generate_reconnect_token(self, client: str | StableSocket) -> str:
+        """Make a token by which a plain client gets the rooms and user data of a connection back after a disconnect.
+
+        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as
+        `?reconnect_token=` of its next connection, or in any way that leads to `validate_reconnect_token`. Without
+        `reconnect_secret` it is good in this process only. A client of `stabilizer.v1.json` needs none: it has its own,
+        in each welcome.
+
+        Args:
+            client: The socket whose rooms and user data it is for: `ws.reconnect_token()` says the same. Or a client
+                id, which means the connection of the current endpoint, handler or hook if that has this id, else the
+                client's newest one; if none is open, what the client has left last.
+
+        Raises:
+            ValueError: The client id is empty, or breaks the rule for names.
+            InvalidTokenError: `enable_reconnect` is False.
+            SocketClosed: The socket is closed.
+            WrongLoopError: This is another thread or event loop than the manager's.
+        """
+        if isinstance(client, StableSocket):
+            return client.reconnect_token()
+        check_client_id(client)
+        self._node.hub.check_loop()
+        self._report_workers()
+        newest = next(reversed(self._node.resolve(client)), None)
+        return self._node.resumption.issue_token(client, newest)
+
+    def _report_workers(self) -> None:
+        if self.config.reconnect_secret is None and not self._reported_workers and several_workers():
+            self._reported_workers = True
+            self.events.emit("reconnect_secret_missing", logging.WARNING)
+
+    async def validate_reconnect_token(self, token: str) -> str:
+        """Use a token up, and return the client id that it was issued for.
+
+        The token of a client that you have kicked stays good for `session_ttl`: `connect()` tells it so at each dial.
+
+        The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
+        returns with the client id that you connect, if that one comes from somewhere else.
+
+        Raises:
+            InvalidTokenError: It is no token, was altered, was signed with another secret, or was used before.
+            TokenExpiredError: Its time is over.
+        """
+        if not self.config.enable_reconnect:
+            raise InvalidTokenError("disabled")
+        self._node.hub.check_loop()
+        claim = self._node.resumption.consume(token)
+        self._node.resumption.mark_verified(claim)
+        return claim.client_id
+
+    # ── tickets ──
+
+    def issue_ticket(self, client_id: str) -> str:
+        """Make a ticket with which a client comes in once, for an HTTP route that knows who asks for it.
+
+        It is good for `ticket_ttl` seconds. Without `reconnect_secret` it is good in this process only.
+
+        Raises:
+            ValueError: `client_id` is empty, or breaks the rule for names.
+        """
+        self._report_workers()
+        return self._tickets.issue(client_id)
+
+    async def ticket(self, connection: HTTPConnection) -> str:
+        """The dependency that takes the ticket in `?ticket=`: `Depends(manager.socket_for(manager.ticket))`.
+
+        Returns:
+            The client id that it was issued for.
+
+        Raises:
+            HTTPException: 401: there is none, or it is not good.
+        """
+        ticket = connection.query_params.get("ticket")
+        if ticket is None:
+            raise HTTPException(401, "a ticket is wanted, as ?ticket=")
+        try:
+            return self._tickets.redeem(ticket)
+        except (InvalidTokenError, TokenExpiredError) as error:
+            self.events.emit("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
+            raise HTTPException(401, error.reason) from error
+
+    # ── taking the right away ──
+
+    async def revoke(self, client_id: str, reason: str = "revoked") -> int:
+        """Take a client's right to be here: close all its connections with 4410, and end its sessions.
+
+        Reconnect tokens and tickets that were issued for it before are not good any more. What is issued later is, so
+        somebody who may log in again can come back.
+
+        Args:
+            client_id: Whose right.
+            reason: What its connections are told.
+
+        Returns:
+            How many connections and sessions were ended.
+
+        Raises:
+            ValueError: `client_id` is empty, or no `str`: nobody would be shut out.
+        """
+        if not client_id or not isinstance(client_id, str):
+            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        self._node.hub.check_loop()
+        self._tokens.revoke(client_id)
+        self._tickets.revoke(client_id)
+        node = self._node
+        node.admission.revoke(client_id)
+        ended: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
+        for one in ended:
+            one.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
+        node.resumption.forget(client_id)
+        self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
+        return len(ended)
 
     # ── other threads ──
 

@@ -20,14 +20,14 @@ import pytest
 from fastapi import FastAPI, HTTPException
 from starlette.requests import HTTPConnection
 
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, RoomLimitError, WebSocketStabilizerError
-from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions import tokens
+from fastapi_ws_stabilizer.observability.logs import get_logger
+from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats import stats_router
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.server import LiveServer
 from tests.live.wire_client import BROWSER_OFFER, KIND, TEXT, Answer, WireClient, connect, frame, quiet_server, request
 from tests.simulation.virtual_time import VirtualLoop, run_virtually

@@ -11,8 +11,8 @@ from typing import Any
 from fastapi_ws_stabilizer.cli.output import exit_with_error
 from fastapi_ws_stabilizer.dependencies import manager_of_app
 from fastapi_ws_stabilizer.doctor.findings import ERROR
+from fastapi_ws_stabilizer.doctor.output import write_findings
 from fastapi_ws_stabilizer.doctor.servers import SERVERS
-from fastapi_ws_stabilizer.doctor.table import write_findings
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 
 

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.client.errors import (
 from fastapi_ws_stabilizer.client.owner import Gap
 from fastapi_ws_stabilizer.client.transport import Transport, TransportClosedError
 from fastapi_ws_stabilizer.errors import RequestError, RequestTimeoutError
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 __all__ = [
     "BufferFullError",

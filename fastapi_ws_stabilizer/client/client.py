@@ -11,8 +11,8 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from typing import Any, Final, Literal, NoReturn
 
-from fastapi_ws_stabilizer.client.attempt import ClientConnection
 from fastapi_ws_stabilizer.client.backoff import Backoff
+from fastapi_ws_stabilizer.client.connection import ClientConnection
 from fastapi_ws_stabilizer.client.errors import (
     ClientClosedError,
     ClientError,
@@ -21,17 +21,17 @@ from fastapi_ws_stabilizer.client.errors import (
     RefusedError,
     UnreadableFrameError,
 )
-from fastapi_ws_stabilizer.client.incoming import ANY, InboundMessages
-from fastapi_ws_stabilizer.client.listeners import ClientEvents, F, logger
-from fastapi_ws_stabilizer.client.open_requests import PendingRequests
-from fastapi_ws_stabilizer.client.outgoing import PendingMessage, SendBuffer
+from fastapi_ws_stabilizer.client.events import ClientEvents, F, logger
+from fastapi_ws_stabilizer.client.inbound import ANY, InboundMessages
 from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap
-from fastapi_ws_stabilizer.client.redial import ReconnectPolicy
+from fastapi_ws_stabilizer.client.reconnect import ReconnectPolicy
+from fastapi_ws_stabilizer.client.requests import PendingRequests
+from fastapi_ws_stabilizer.client.send_buffer import PendingMessage, SendBuffer
 from fastapi_ws_stabilizer.client.transport import Connect, default_connector
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import RequestTimeoutError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 Provider = Callable[[], "str | Awaitable[str]"]
 State = Literal["idle", "connecting", "open", "waiting", "closed"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.client.errors import RefusedError, UnreadableFrameError
-from fastapi_ws_stabilizer.client.incoming import InboundMessages
-from fastapi_ws_stabilizer.client.outgoing import SendBuffer
+from fastapi_ws_stabilizer.client.inbound import InboundMessages
+from fastapi_ws_stabilizer.client.send_buffer import SendBuffer
 
 
 @dataclass(frozen=True)

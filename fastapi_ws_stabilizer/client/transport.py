@@ -80,7 +80,7 @@ def default_connector(**options: Any) -> Connect:
         ImportError: It is not installed. The error says how to.
     """
     try:
-        module = importlib.import_module("fastapi_ws_stabilizer.client.over_websockets")
+        module = importlib.import_module("fastapi_ws_stabilizer.client.websockets_transport")
     except ImportError as missing:
         raise ImportError(
             'the client needs the websockets library: pip install "fastapi-ws-stabilizer[client]"'

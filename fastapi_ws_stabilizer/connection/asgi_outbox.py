@@ -7,15 +7,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner
-from fastapi_ws_stabilizer.connection.send_watch import STALL_THRESHOLD
-from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
+from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
+from fastapi_ws_stabilizer.connection.stall_watch import STALL_THRESHOLD
+from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
 from fastapi_ws_stabilizer.tasks import StartedCoroutine, TaskSet, copied, start_inline
+from fastapi_ws_stabilizer.wire.encoded import asgi_close
 from fastapi_ws_stabilizer.wire.envelope import to_deflated
-from fastapi_ws_stabilizer.wire.payload import asgi_close
 
 Send = Callable[[MutableMapping[str, Any]], Any]
 

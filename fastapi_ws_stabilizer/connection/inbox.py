@@ -11,9 +11,9 @@ from copy import copy
 from typing import Final
 
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
-from fastapi_ws_stabilizer.limits.ledger import UNREAD_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.memory.budget import UNREAD_OVERHEAD_BYTES, MemoryBudget
 from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class InboxClosed(Exception):

@@ -17,12 +17,12 @@ from fastapi_ws_stabilizer.errors import (
     UnsupportedByClientError,
     closed_error_for,
 )
-from fastapi_ws_stabilizer.hub.fanout import MAX_TURNS
+from fastapi_ws_stabilizer.queueing import MAX_TURNS
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import wait_for_all
+from fastapi_ws_stabilizer.wire.encoded import CLOSE, EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.envelope import sequenced_frame
-from fastapi_ws_stabilizer.wire.payload import CLOSE, EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class Messages(SendingHalf):

@@ -11,12 +11,12 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.messages import Messages
 from fastapi_ws_stabilizer.connection.remains import Remains
-from fastapi_ws_stabilizer.limits.admission import retry_delay
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.limits.rate import Rate, TokenBucket
-from fastapi_ws_stabilizer.limits.traffic import RateExceeded
-from fastapi_ws_stabilizer.wire.payload import encode
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.limits.connections import retry_delay
+from fastapi_ws_stabilizer.limits.inbound import RateExceeded
+from fastapi_ws_stabilizer.limits.rates import Rate, TokenBucket
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.wire.encoded import encode
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 CONTROL_FRAMES: Final = Rate(per_second=50.0, burst=200.0)
 """Pings, pongs and other frames of the protocol that one client may send, beside the pongs that answer our own pings.

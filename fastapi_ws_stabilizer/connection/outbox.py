@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from fastapi_ws_stabilizer.config import OutboxOverflow
-from fastapi_ws_stabilizer.connection.backlog import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.connection.outbox_owner import OutboxOwner, SlowConsumer
-from fastapi_ws_stabilizer.connection.send_watch import StallWatch
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.connection.stall_watch import StallWatch
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_URGENT: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
@@ -159,7 +159,7 @@ class Outbox(StallWatch, abc.ABC):
 
     def _offer_slow_path(self, frame: EncodedMessage) -> EnqueueResult:
         if self._shut:
-            return EnqueueResult.REFUSED
+            return EnqueueResult.CLOSED
         if frame.key is not None and self._occupies_slot(frame):
             return EnqueueResult.SLOW if self.half_full and self.on_send_delayed else EnqueueResult.QUEUED
         calm = self._below_soft_limit(frame.size)
@@ -167,18 +167,18 @@ class Outbox(StallWatch, abc.ABC):
             self._carry()  # the network may take all of it at once
             calm = self._below_soft_limit(frame.size)
             if self._shut:
-                return EnqueueResult.REFUSED
+                return EnqueueResult.CLOSED
         if self._fits(frame.size):
             self._put_in(frame)
             if calm:
                 return EnqueueResult.QUEUED
             if not self.on_send_delayed:
-                return EnqueueResult.PRESSED
+                return EnqueueResult.BACKPRESSURE
             self._set_slow(SlowConsumer.LAGGING)
             return EnqueueResult.SLOW
         if self._limits.overflow is OutboxOverflow.DISCONNECT:
             self._set_slow(SlowConsumer.DISCONNECTED)
-            return EnqueueResult.REFUSED
+            return EnqueueResult.CLOSED
         if self._limits.overflow is OutboxOverflow.DROP_NEWEST:
             self._drop(1)
             return EnqueueResult.DROPPED

@@ -14,16 +14,16 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, remote_close
 from fastapi_ws_stabilizer.config import InboxOverflow, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import V1Protocol
-from fastapi_ws_stabilizer.connection.credential import CredentialExpiry, parse_renewal
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry, parse_renewal
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.inbox import Inbox, Item, Pause
-from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.server_side import ServerTransport
-from fastapi_ws_stabilizer.hub.pulse import Liveness
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, TextPing, parse_text_ping
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.connection.liveness import Liveness
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, TextPing, parse_text_ping
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 _LOOK_INTERVAL: Final = 0.5
 """Seconds between two looks at a transport that is not read from."""

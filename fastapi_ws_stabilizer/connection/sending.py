@@ -12,26 +12,26 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.inbox import Pause
-from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.parts import SharedResources
-from fastapi_ws_stabilizer.connection.server_side import ServerTransport
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.hub.pulse import Liveness
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.servers.link import DirectTransport
+from fastapi_ws_stabilizer.connection.resources import SharedResources
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.servers.direct import DirectTransport
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import copied, wait_for_all
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
-from fastapi_ws_stabilizer.wire.v1 import control_frame
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.v1.frames import control_frame
 
 DISCONNECT_EVENT_GRACE: Final = 0.5
 """Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
 be one turn of the event loop away."""
 
-_TAKEN: Final = (EnqueueResult.QUEUED, EnqueueResult.PRESSED, EnqueueResult.SLOW)
+_TAKEN: Final = (EnqueueResult.QUEUED, EnqueueResult.BACKPRESSURE, EnqueueResult.SLOW)
 
 
 class SendingHalf(abc.ABC):

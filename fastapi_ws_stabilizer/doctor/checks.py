@@ -9,18 +9,18 @@ from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES, UNSENDABLE
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.doctor.context import DeploymentContext
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Finding, Problem, Severity
-from fastapi_ws_stabilizer.doctor.going_away import (
+from fastapi_ws_stabilizer.doctor.network_path import Value
+from fastapi_ws_stabilizer.doctor.shutdown_checks import (
     drain_comes_too_late,
     grace_too_short,
     hypercorn_never_stops,
     shutdown_unbounded,
 )
-from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
-from fastapi_ws_stabilizer.doctor.way import Value
-from fastapi_ws_stabilizer.limits.address import ANY_ADDRESS
-from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options
+from fastapi_ws_stabilizer.net.proxies import ANY_ADDRESS
+from fastapi_ws_stabilizer.platforms.options import UPPER_BOUNDED_OPTIONS, derive_options
+from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
 
 PART_OF_IDLE: Final = 0.75
 """The part of an idle timeout within which two beats should follow each other: a beat can be late."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 
-from fastapi_ws_stabilizer.doctor.logins import authenticates, included_dependencies
+from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates, included_dependencies
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
 FIRST_ENDPOINT: Final = "overview"

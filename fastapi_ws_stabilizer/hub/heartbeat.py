@@ -16,13 +16,13 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import HeartbeatType, WebSocketConfig
+from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.hub.member import Recipient
-from fastapi_ws_stabilizer.hub.pulse import Liveness
-from fastapi_ws_stabilizer.hub.turns import LoopBudget
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.wire.control import PING
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.hub.recipient import Recipient
+from fastapi_ws_stabilizer.scheduling import LoopBudget
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
+from fastapi_ws_stabilizer.wire.text_ping import PING
 
 MAX_TIMER_LAG: Final = 0.5
 """Seconds by which a beat may come late before it is taken for a blocked event loop. Pongs may then wait unread in

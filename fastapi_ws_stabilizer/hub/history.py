@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_BYTES: Final = 1024 * 1024
 """Bytes of messages that one room remembers at most, with the names of those that they were not for."""

@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
-from fastapi_ws_stabilizer.hub.member import Recipient, SendQueueLike
+from fastapi_ws_stabilizer.hub.recipient import Recipient
+from fastapi_ws_stabilizer.queueing import SendQueueLike
 
 M = TypeVar("M", bound=Recipient)
 

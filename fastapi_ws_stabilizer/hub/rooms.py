@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
-from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
+from fastapi_ws_stabilizer.wire.identifiers import NAME_RULE, is_name
 
 
 class Roomer(Protocol):

@@ -1,1 +1,1 @@
-"""What connections may take."""
+"""Connection limits, and rates of handshakes, messages and bytes."""

@@ -1,1 +1,1 @@
-"""Exporters: what a manager has counted, in the formats of monitoring systems."""
+"""Listeners of the event bus."""

@@ -8,8 +8,8 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.wire.payload import encode_json
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.encoded import encode_json
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 MAX_KEYS: Final = 10_000
 """Keys of all clients that are remembered at most. The client that has used none for longest is forgotten first."""

@@ -16,13 +16,13 @@ from enum import Enum
 from typing import Any, Protocol
 
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.limits.kept import MeteredDict
-from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.sessions.log import ReplayBuffer, ReplayLimits
+from fastapi_ws_stabilizer.events import Counters
+from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer, ReplayLimits
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.envelope import sequenced_frame, to_v1
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
 
 
 class ResumeOutcome(str, Enum):
@@ -237,16 +237,16 @@ class Session(ReplayBuffer):
 
     def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
         if self.ended is not None:
-            return EnqueueResult.REFUSED
+            return EnqueueResult.CLOSED
         if frame.volatile:
             return self._offer_volatile(frame)
         connection, outlet = self.connection, self._target
         offered = EnqueueResult.QUEUED if outlet is None else outlet.offer(frame)
         if self.ended is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
             self._counters.messages_discarded += 1
-            return EnqueueResult.REFUSED
+            return EnqueueResult.CLOSED
         self.append(frame)
-        if offered is not EnqueueResult.REFUSED or connection is None:
+        if offered is not EnqueueResult.CLOSED or connection is None:
             return offered
         # It is in the log, and the client gets it when it comes back.
         how = connection.close_info
@@ -255,7 +255,7 @@ class Session(ReplayBuffer):
 
     def _offer_volatile(self, frame: EncodedMessage) -> EnqueueResult:
         if self._target is None or self.connection is None:
-            return EnqueueResult.MISSED
+            return EnqueueResult.SKIPPED
         self.connection.used = True
         if self._target.put(frame):
             return EnqueueResult.QUEUED

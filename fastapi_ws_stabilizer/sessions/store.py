@@ -14,12 +14,12 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, is_terminal, local_close
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.sessions.ended import EndedSessions
-from fastapi_ws_stabilizer.sessions.log import ReplayLimits
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
-from fastapi_ws_stabilizer.wire.v1 import Hello
+from fastapi_ws_stabilizer.wire.v1.hello import Hello
 
 AT_ONCE: Final = 256
 """Sessions that are ended before the event loop gets a turn."""

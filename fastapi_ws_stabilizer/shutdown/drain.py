@@ -14,13 +14,13 @@ from typing import Final, Protocol
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.server_side import FLUSH_GRACE
-from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD
-from fastapi_ws_stabilizer.hub.turns import LoopBudget
-from fastapi_ws_stabilizer.limits.admission import shutdown_error
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.server_transport import FLUSH_GRACE
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD
+from fastapi_ws_stabilizer.limits.connections import shutdown_error
+from fastapi_ws_stabilizer.scheduling import LoopBudget
+from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)

@@ -14,13 +14,13 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, R
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import find_manager
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport
-from fastapi_ws_stabilizer.stats.overview import StatsSummary, overview_of
+from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.stats.models import StatsSummary, overview_of
 
-EXPORTER: Final = "fastapi_ws_stabilizer.observability.prometheus"
+EXPORTER: Final = "fastapi_ws_stabilizer.stats.prometheus"
 
 
 class ConnectionStats(BaseModel):

@@ -8,10 +8,10 @@ from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.json_text import MAX_FRAME_DEPTH, check_sent
-from fastapi_ws_stabilizer.wire.names import NAME_RULE, is_name
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
-from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, binary_envelope, deflated, envelope
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+from fastapi_ws_stabilizer.wire.identifiers import NAME_RULE, is_name
+from fastapi_ws_stabilizer.wire.strict_json import MAX_FRAME_DEPTH, check_sent
+from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, binary_envelope, deflated, envelope
 
 ALWAYS_FITS: Final = MAX_SENT_BYTES // 8
 """Bytes of a message whose envelope is never too large: a text takes at most six times as many as a JSON string."""

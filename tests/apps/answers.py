@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer import (
     WebSocketConfig,
     WebSocketConnectionManager,
 )
-from fastapi_ws_stabilizer.identity import Credential, bearer, query
+from fastapi_ws_stabilizer.auth import Credential, bearer, query
 
 TOKENS = 200
 

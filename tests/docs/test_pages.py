@@ -130,7 +130,7 @@ def test_the_table_of_checks_is_that_of_the_doctor() -> None:
 @pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
 def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
     """A client that knows the codes of a page knows all."""
-    source = (ROOT / "fastapi_ws_stabilizer/routing/messages.py").read_text()
+    source = (ROOT / "fastapi_ws_stabilizer/handlers/registry.py").read_text()
     codes = set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', source))
     assert codes
     assert {code for code in codes if f"`{code}`" not in prose(ROOT / page)} == set()

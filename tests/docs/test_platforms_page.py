@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi_ws_stabilizer import WebSocketConfig
-from fastapi_ws_stabilizer.platforms.known import PLATFORMS
+from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
 from tests.docs.pages import table
 
 PAGE = "docs/deploy/platforms.md"

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import is_terminal
-from fastapi_ws_stabilizer.connection.conversation import ACK_WITHIN, V1Protocol
-from fastapi_ws_stabilizer.connection.credential import CredentialExpiry
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES, RATE_LIMITED
-from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
-from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
+from fastapi_ws_stabilizer.connection.v1_protocol import ACK_WITHIN, V1Protocol
+from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
+from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.sessions import idempotency
 from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
-from fastapi_ws_stabilizer.wire import json_text, names, v1
+from fastapi_ws_stabilizer.wire import identifiers as names
+from fastapi_ws_stabilizer.wire import strict_json as json_text
+from fastapi_ws_stabilizer.wire.v1 import frames as v1
 from tests.docs.pages import ROOT, blocks, prose, table
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.wire.test_vectors import CONVERSATIONS, FRAMES, Play

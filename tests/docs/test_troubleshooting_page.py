@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer import (
 )
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES
 from fastapi_ws_stabilizer.errors import _TOKEN_PROBLEMS
-from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
+from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
 from tests.docs.deadline import within
 from tests.docs.pages import ROOT, blocks, prose
 
@@ -75,7 +75,7 @@ def test_named_events_exist() -> None:
 def test_fix_for_a_missing_library_is_that_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command to install is the one that the log names."""
     monkeypatch.setitem(sys.modules, "uvicorn", logging)
-    monkeypatch.setattr("fastapi_ws_stabilizer.servers.libraries.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("fastapi_ws_stabilizer.servers.detect.importlib.util.find_spec", lambda _: None)
     problem = missing_websocket_library()
     assert problem is not None
     assert re.search(r'pip install "[^"]+"', problem).group() in PAGE.read_text()  # type: ignore[union-attr]

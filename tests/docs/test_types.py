@@ -40,7 +40,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response, WebSocke
 from pydantic import BaseModel
 from fastapi_ws_stabilizer import *
 from fastapi_ws_stabilizer.client import *
-from fastapi_ws_stabilizer.identity import *
+from fastapi_ws_stabilizer.auth import *
 
 app: FastAPI
 client: Client

@@ -8,7 +8,7 @@ import zlib
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from fastapi_ws_stabilizer.wire.v1 import MAX_SEQ
+from fastapi_ws_stabilizer.wire.v1.frames import MAX_SEQ
 
 NUMBERS = (
     st.sampled_from(["1", "2", "1e400", "-1e400"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.sessions.tokens import PREFIX
+from fastapi_ws_stabilizer.auth.signed_tokens import PREFIX
 from tests.fuzz.targets.tokens import tokens
 
 _TEXTS = st.text(max_size=40) | st.text(st.sampled_from("AZaz09-_=+/."), max_size=120).map(PREFIX.__add__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.servers.deflate import WholeMessageDeflate
+from fastapi_ws_stabilizer.servers.uvicorn.deflate import WholeMessageDeflate
 from tests.fuzz import strategies
 from tests.fuzz.targets import conversations as protocol
 from tests.fuzz.targets import frames, negotiation

@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer import (
     WebSocketConnectionManager,
     configure_logging,
 )
-from fastapi_ws_stabilizer.identity import Credential, bearer, cookie, first_message, subprotocol
+from fastapi_ws_stabilizer.auth import Credential, bearer, cookie, first_message, subprotocol
 
 config = WebSocketConfig(**json.loads(os.environ.get("TEST_WS_CONFIG", "{}")))
 configure_logging(level=config.log_level)

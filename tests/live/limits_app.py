@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer import (
     WebSocketConnectionManager,
     configure_logging,
 )
-from fastapi_ws_stabilizer.identity.credentials import Credential, bearer, query, subprotocol
+from fastapi_ws_stabilizer.auth.credentials import Credential, bearer, query, subprotocol
 
 TOKEN = Credential(bearer(), query("token"), subprotocol("bearer"))
 

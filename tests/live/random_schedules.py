@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from contextlib import suppress
 
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.wire_client import (
     BINARY,
     BROWSER_OFFER,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.wire_client import BINARY, BROWSER_OFFER, CONTINUATION, PING, RSV1, TEXT, deflate, frame, request
 
 ADDRESS = "127.0.0.9"

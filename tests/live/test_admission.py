@@ -16,10 +16,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 from websockets.typing import Origin, Subprotocol
 
-from fastapi_ws_stabilizer.connection.server_side import CLOSE_HANDSHAKE_TIMEOUT
-from fastapi_ws_stabilizer.limits.admission import MIN_PENDING
-from fastapi_ws_stabilizer.routing.greeting import MIN_HELLO_WAIT
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.connection.server_transport import CLOSE_HANDSHAKE_TIMEOUT
+from fastapi_ws_stabilizer.handshake.hello import MIN_HELLO_WAIT
+from fastapi_ws_stabilizer.limits.connections import MIN_PENDING
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
 from tests.live.wire_client import WireClient, request

@@ -10,7 +10,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]

@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.raw import RawClient
 from tests.live.server import LiveServer, until
 from tests.live.wire_client import (

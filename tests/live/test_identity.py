@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client, ClientClosedError
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.server import LiveServer, until
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable")

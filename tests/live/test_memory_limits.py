@@ -12,8 +12,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.raw import RawClient
 from tests.live.server import LiveServer, until
 

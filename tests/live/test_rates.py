@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.server import LiveServer, until
 from tests.live.wire_client import CLOSE, PING, PONG, TEXT, WireClient, frame
 

@@ -12,7 +12,7 @@ import pytest
 from websockets.asyncio.client import connect as plain_connect
 
 from fastapi_ws_stabilizer.client import Client, ClientClosedError, Gap, connect
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.cutting_proxy import CuttingProxy
 from tests.live.server import SERVERS, UVICORN, LiveServer, until
 

@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from fastapi_ws_stabilizer.shutdown.signals import STILL_RUNNING_AFTER
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.live.raw import RawClient
 from tests.live.server import UVICORN, LiveServer, until
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.websockets import WebSocket
 
 from fastapi_ws_stabilizer.client import TransportClosedError
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 
 Serve = Callable[[WebSocket], Any]
 

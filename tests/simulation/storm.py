@@ -16,8 +16,8 @@ from fastapi_ws_stabilizer import StableSocket, WebSocketConfig, WebSocketConnec
 from fastapi_ws_stabilizer.client import Client, ClientError, Gap, RequestError, RequestTimeoutError
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.wire.payload import encode
-from fastapi_ws_stabilizer.wire.v1 import control_frame
+from fastapi_ws_stabilizer.wire.encoded import encode
+from fastapi_ws_stabilizer.wire.v1.frames import control_frame
 from tests.simulation.network import Network
 
 STORM = 40.0

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.client.outgoing import SendBuffer
-from fastapi_ws_stabilizer.connection.conversation import V1Protocol
+from fastapi_ws_stabilizer.client.send_buffer import SendBuffer
+from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.sessions import store
 from fastapi_ws_stabilizer.sessions.session import Session
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
@@ -94,7 +94,7 @@ def test_without_the_low_water_mark_a_part_is_replayed_for_the_whole(monkeypatch
 
     monkeypatch.setattr(store, "replay_gap", forgiving)
     monkeypatch.setattr(
-        "fastapi_ws_stabilizer.sessions.log.ReplayBuffer.since",
+        "fastapi_ws_stabilizer.sessions.replay_buffer.ReplayBuffer.since",
         lambda self, seq: self.kept[max(0, seq + 1 - self.low) :],
     )
     assert first_violation(SMALL_LOG) is not None

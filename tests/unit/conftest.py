@@ -10,18 +10,18 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.parts import SharedResources
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.connection.resources import SharedResources
+from fastapi_ws_stabilizer.events import Event, EventBus
 from fastapi_ws_stabilizer.hub.presence import Presence
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter
-from fastapi_ws_stabilizer.logs import get_logger
+from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Event, EventBus
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.observability.logs import get_logger
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from tests.unit.fake_websocket import FakeServer
 

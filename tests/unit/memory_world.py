@@ -12,12 +12,12 @@ from typing import Any
 from unittest import mock
 
 from fastapi_ws_stabilizer.connection.inbox import Inbox
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, UNREAD_OVERHEAD_BYTES
-from fastapi_ws_stabilizer.limits.memory import deep_size
-from fastapi_ws_stabilizer.reports import Event
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.events import Event
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, UNREAD_OVERHEAD_BYTES
+from fastapi_ws_stabilizer.memory.sizing import deep_size
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 from tests.unit.client.fake_link import soon
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing import stage as stage_module

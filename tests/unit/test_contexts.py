@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.hub import lifetimes as lifetimes_module
+from fastapi_ws_stabilizer.hub import reaper as lifetimes_module
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
 from tests.unit.test_manager import Client
 

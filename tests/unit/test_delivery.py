@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowConsumer, SocketClosed
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.hub import presence as presence_module
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.fanout import BroadcastResult
+from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.unit.own_loop import run
 

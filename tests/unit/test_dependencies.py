@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import dependencies
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, find_manager, stable_socket
 from fastapi_ws_stabilizer.errors import ManagerNotFoundError, SocketClosed
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.fake_websocket import FakeServer
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.checks import CHECKS, TOO_SHORT, run_checks
+from fastapi_ws_stabilizer.doctor.collect import collect_context
+from fastapi_ws_stabilizer.doctor.context import DeploymentContext
 from fastapi_ws_stabilizer.doctor.findings import Finding
+from fastapi_ws_stabilizer.doctor.network_path import path_through
 from fastapi_ws_stabilizer.doctor.servers import SERVERS, with_defaults
-from fastapi_ws_stabilizer.doctor.surroundings import DeploymentContext
-from fastapi_ws_stabilizer.doctor.survey import collect_context
-from fastapi_ws_stabilizer.doctor.way import path_through
-from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.servers.options import uvicorn_options
+from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
+from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
 
 OURS = "fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol"
 SECRET = "drained-by-nobody-else"

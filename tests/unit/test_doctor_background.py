@@ -10,7 +10,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, WebSocket
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import StableSocketDep
-from fastapi_ws_stabilizer.doctor.background import routes_with_background_tasks
+from fastapi_ws_stabilizer.doctor.background_tasks import routes_with_background_tasks
 
 
 async def with_tasks(ws: StableSocketDep, tasks: BackgroundTasks) -> None:

@@ -12,8 +12,8 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
-from fastapi_ws_stabilizer.doctor.doors import routes_with_early_identity
-from fastapi_ws_stabilizer.identity import Credential, bearer, first_message
+from fastapi_ws_stabilizer.auth import Credential, bearer, first_message
+from fastapi_ws_stabilizer.doctor.dependency_order import routes_with_early_identity
 from tests.unit.fake_websocket import FakeServer, with_deadline
 
 manager = WebSocketConnectionManager()

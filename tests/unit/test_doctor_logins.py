@@ -20,8 +20,8 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.testclient import TestClient
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager
-from fastapi_ws_stabilizer.doctor.logins import unguarded_routes
-from fastapi_ws_stabilizer.identity import Credential, bearer
+from fastapi_ws_stabilizer.auth import Credential, bearer
+from fastapi_ws_stabilizer.doctor.auth_middleware import unguarded_routes
 
 manager = WebSocketConnectionManager()
 

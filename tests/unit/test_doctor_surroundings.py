@@ -18,12 +18,12 @@ from starlette.routing import Mount, WebSocketRoute
 
 from fastapi_ws_stabilizer import StableSocketDep, WebSocketConnectionManager, stats_router
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.doctor import survey as survey_module
+from fastapi_ws_stabilizer.doctor import collect as survey_module
+from fastapi_ws_stabilizer.doctor.collect import collect_context
+from fastapi_ws_stabilizer.doctor.context import unmanaged_routes, version_of
+from fastapi_ws_stabilizer.doctor.network_path import path_through
 from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
 from fastapi_ws_stabilizer.doctor.servers import SERVERS, find_server, running_server, with_defaults
-from fastapi_ws_stabilizer.doctor.surroundings import unmanaged_routes, version_of
-from fastapi_ws_stabilizer.doctor.survey import collect_context
-from fastapi_ws_stabilizer.doctor.way import path_through
 
 MODULES = {module for server in SERVERS.values() for module in server.modules}
 

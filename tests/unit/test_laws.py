@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi_ws_stabilizer.routing import clients as clients_module
 
 import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES, DisconnectReason
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.routing import clients as clients_module
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
@@ -55,7 +55,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
 def test_the_package_was_found() -> None:
     """These tests look at all modules, so an empty list would prove nothing."""
     assert len(TREES) > 30
-    assert "connection/lifecycle.py" in TREES
+    assert "connection/connection.py" in TREES
 
 
 # ── by connection ──
@@ -265,7 +265,12 @@ def test_law_9_nobody_but_the_clock_imports_the_time() -> None:
         for module, tree in TREES.items()
         if any(source in ("time", "datetime") for source, _ in imports(tree))
     }
-    assert importers == {"clock.py": [], "logs.py": [], "config.py": ["timedelta"], "routing/identity.py": ["datetime"]}
+    assert importers == {
+        "clock.py": [],
+        "logs.py": [],
+        "config.py": ["timedelta"],
+        "handshake/client_id.py": ["datetime"],
+    }
 
 
 def test_tasks_are_made_in_one_place() -> None:
@@ -311,10 +316,10 @@ def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
         if source.split(".")[0] not in allowed | set(sys.stdlib_module_names)
     }
     assert foreign == {
-        ("servers/uvicorn_internals.py", "uvicorn"),
-        ("servers/uvicorn.py", "websockets"),
-        ("servers/deflate.py", "websockets"),
-        ("client/over_websockets.py", "websockets"),
+        ("servers/uvicorn/compat.py", "uvicorn"),
+        ("servers/uvicorn/protocol.py", "websockets"),
+        ("servers/uvicorn/deflate.py", "websockets"),
+        ("client/websockets_transport.py", "websockets"),
         ("doctor/rich_table.py", "rich"),
         ("observability/prometheus.py", "prometheus_client"),
     }
@@ -329,16 +334,16 @@ def test_law_12_what_needs_an_extra_is_imported_by_nobody() -> None:
         for imported in (source, *(f"{source}.{name}" for name in names))
         if imported
         in (
-            "fastapi_ws_stabilizer.servers.uvicorn",
-            "fastapi_ws_stabilizer.servers.uvicorn_internals",
-            "fastapi_ws_stabilizer.servers.uvicorn_reading",
-            "fastapi_ws_stabilizer.servers.deflate",
-            "fastapi_ws_stabilizer.client.over_websockets",
+            "fastapi_ws_stabilizer.servers.uvicorn.protocol",
+            "fastapi_ws_stabilizer.servers.uvicorn.compat",
+            "fastapi_ws_stabilizer.servers.uvicorn.paced_parser",
+            "fastapi_ws_stabilizer.servers.uvicorn.deflate",
+            "fastapi_ws_stabilizer.client.websockets_transport",
             "fastapi_ws_stabilizer.doctor.rich_table",
-            "fastapi_ws_stabilizer.observability.prometheus",
+            "fastapi_ws_stabilizer.stats.prometheus",
         )
     }
-    assert importers == {"servers/uvicorn.py", "servers/uvicorn_reading.py"}  # which import the others
+    assert importers == {"servers/uvicorn/protocol.py", "servers/uvicorn/paced_parser.py"}  # which import the others
 
 
 def test_the_public_names_are_all_there() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.logs import (
+from fastapi_ws_stabilizer.events import Event
+from fastapi_ws_stabilizer.observability.logs import (
     MAX_FACT_CHARS,
     ROOT,
     JsonFormatter,
@@ -19,9 +20,8 @@ from fastapi_ws_stabilizer.logs import (
     escape_control_chars,
     format_event,
     get_logger,
-    write_report,
+    write_event,
 )
-from fastapi_ws_stabilizer.reports import Event
 
 FORGERY = 'ann\n2026-01-01 ERROR forged event=x\r\x1b[2J\u2028"quoted"'
 
@@ -45,7 +45,7 @@ def test_every_logger_is_in_one_tree(name: str) -> None:
 def test_a_report_becomes_one_record_with_its_facts(caplog: pytest.LogCaptureFixture) -> None:
     """A report is written once: event and facts are attributes of the record and stand in its sentence."""
     with caplog.at_level(logging.INFO, logger=ROOT):
-        write_report(Event("connection_opened", logging.INFO, {"client_id": "ann", "connection_id": "5f3a"}))
+        write_event(Event("connection_opened", logging.INFO, {"client_id": "ann", "connection_id": "5f3a"}))
     (written,) = caplog.records
     assert (written.event, written.client_id, written.connection_id) == ("connection_opened", "ann", "5f3a")
     assert written.getMessage() == "connection_opened client_id=ann connection_id=5f3a"
@@ -55,14 +55,14 @@ def test_a_report_becomes_one_record_with_its_facts(caplog: pytest.LogCaptureFix
 def test_a_report_below_the_level_is_not_written(caplog: pytest.LogCaptureFixture) -> None:
     """The level of the logger is honoured."""
     with caplog.at_level(logging.WARNING, logger=ROOT):
-        write_report(Event("connection_opened", logging.INFO, {}))
+        write_event(Event("connection_opened", logging.INFO, {}))
     assert not caplog.records
 
 
 def test_a_report_of_an_error_has_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     """The exception of a report is the exception of the record."""
     error = ValueError("no")
-    write_report(Event("endpoint_failed", logging.ERROR, {}, error))
+    write_event(Event("endpoint_failed", logging.ERROR, {}, error))
     assert caplog.records[0].exc_info == (ValueError, error, None)
 
 
@@ -70,7 +70,7 @@ def test_a_report_of_an_error_has_its_traceback(caplog: pytest.LogCaptureFixture
 def test_a_fact_whose_name_logging_keeps_for_itself_is_renamed(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A fact called like an attribute of a record does not break the logging."""
     with caplog.at_level(logging.INFO, logger=ROOT):
-        write_report(Event("x", logging.INFO, {name: "mine"}))
+        write_event(Event("x", logging.INFO, {name: "mine"}))
         StructuredLogger(get_logger()).log(logging.INFO, "x", **{name: "mine"})
     assert [getattr(written, f"{name}_") for written in caplog.records] == ["mine", "mine"]
 
@@ -78,7 +78,7 @@ def test_a_fact_whose_name_logging_keeps_for_itself_is_renamed(name: str, caplog
 def test_a_hostile_client_id_forges_no_line(caplog: pytest.LogCaptureFixture) -> None:
     """Line breaks, escape sequences and quotes of a client id stand escaped in the one line they belong to."""
     with caplog.at_level(logging.INFO, logger=ROOT):
-        write_report(Event("connection_opened", logging.INFO, {"client_id": FORGERY}))
+        write_event(Event("connection_opened", logging.INFO, {"client_id": FORGERY}))
     message = caplog.records[0].getMessage()
     assert len(message.splitlines()) == 1
     assert "\x1b" not in message
@@ -92,7 +92,7 @@ def test_a_traceback_forges_no_line(json_lines: bool, capsys: pytest.CaptureFixt
     try:
         raise ValueError(FORGERY + "\x9b2J\u202e\ud800")
     except ValueError as error:
-        write_report(Event("endpoint_failed", logging.ERROR, {"client_id": "ann"}, error))
+        write_event(Event("endpoint_failed", logging.ERROR, {"client_id": "ann"}, error))
     first, *rest = capsys.readouterr().err.split("\n")
     assert "endpoint_failed" in first
     if json_lines:
@@ -108,7 +108,7 @@ def test_a_traceback_forges_no_line(json_lines: bool, capsys: pytest.CaptureFixt
 def test_the_log_repeats_no_more_of_a_text_than_it_must(json_lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """A megabyte that a client has chosen takes no megabyte of the log, and is told to be cut."""
     configure_logging(json_lines=json_lines)
-    write_report(Event("connection_opened", logging.INFO, {"client_id": "x" * 1_000_000, "count": 10**6}))
+    write_event(Event("connection_opened", logging.INFO, {"client_id": "x" * 1_000_000, "count": 10**6}))
     StructuredLogger(get_logger()).log_connection("connected", "y" * 1_000_000)
     written = capsys.readouterr().err
     assert len(written) < 6 * MAX_FACT_CHARS

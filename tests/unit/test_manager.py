@@ -14,11 +14,11 @@ import pytest
 from fastapi import FastAPI, HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
-from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.errors import (
     BroadcastFailedError,
     ConnectionNotFoundError,
@@ -28,10 +28,10 @@ from fastapi_ws_stabilizer.errors import (
     SocketClosed,
     WrongLoopError,
 )
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.logs import get_logger
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.observability.logs import get_logger
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.unit.own_loop import run
 

@@ -12,8 +12,8 @@ import pytest
 from fastapi import HTTPException
 
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError, WebSocketStabilizerError
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer

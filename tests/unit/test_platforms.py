@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import UnknownPlatformError, UnsupportedPlatformError
-from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD
-from fastapi_ws_stabilizer.platforms import clouds, hop, hosts, proxies
-from fastapi_ws_stabilizer.platforms.known import PLATFORMS
-from fastapi_ws_stabilizer.platforms.path import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
+from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD
+from fastapi_ws_stabilizer.platforms import clouds, hop, proxies
+from fastapi_ws_stabilizer.platforms import paas as hosts
+from fastapi_ws_stabilizer.platforms.options import UPPER_BOUNDED_OPTIONS, derive_options, resolve_hops
 from fastapi_ws_stabilizer.platforms.platform import Fact, Platform
+from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
 
 FACTS = [
     pytest.param(fact, id=f"{platform.name}-{number}")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, Event, EventBus
+from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, Event, EventBus
 
 
 def test_every_listener_hears_every_report() -> None:
@@ -86,7 +86,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("fastapi_ws_stabilizer.reports.monotonic", lambda: self.now)
+        monkeypatch.setattr("fastapi_ws_stabilizer.events.monotonic", lambda: self.now)
 
 
 def test_what_clients_can_cause_at_will_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import tcp
+from fastapi_ws_stabilizer.net import tcp
 from tests.unit.fake_websocket import eventually
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the bytes of a connection")

@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.room import Room
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.room import Room
+from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, OF_ROOM, OF_SOCKET
 from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
 

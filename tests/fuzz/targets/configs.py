@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.config import (
 )
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.servers.options import uvicorn_options
+from fastapi_ws_stabilizer.servers.uvicorn.options import uvicorn_options
 from tests.fuzz.choices import Choices
 
 NAMES: Final = tuple(WebSocketConfig.model_fields)

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import check_close_code
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.compression import TAIL, InflateLimitError, deflate_message, deflate_stream, inflate
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, TextPing, parse_text_ping
+from fastapi_ws_stabilizer.wire.deflate import TAIL, InflateLimitError, deflate_message, deflate_stream, inflate
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode, encode_json
 from fastapi_ws_stabilizer.wire.envelope import copy_for_replay, to_deflated, to_v1
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode, encode_json
-from fastapi_ws_stabilizer.wire.v1 import (
+from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, TextPing, parse_text_ping
+from fastapi_ws_stabilizer.wire.v1.frames import (
     MAX_HELLO_BYTES,
     MAX_NAME_CHARS,
     MAX_RESUME_TOKEN_CHARS,
@@ -25,9 +25,9 @@ from fastapi_ws_stabilizer.wire.v1 import (
     optional_int,
     optional_text,
     parse,
-    parse_hello,
     require_int,
 )
+from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import finite, strict_json
 

@@ -10,8 +10,9 @@ from websockets.exceptions import InvalidHeader, NegotiationError, PayloadTooBig
 from websockets.frames import Frame, Opcode
 from websockets.headers import parse_extension
 
-from fastapi_ws_stabilizer.servers.deflate import DEFLATE, WholeMessageDeflate
-from fastapi_ws_stabilizer.wire.v1 import AUTH_PREFIX, SUBPROTOCOL, offered_credential, offers_v1
+from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE, WholeMessageDeflate
+from fastapi_ws_stabilizer.wire.v1.frames import AUTH_PREFIX, SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1
 from tests.fuzz.choices import Choices, text_of
 
 LIMIT: Final = 1 << 12

@@ -23,13 +23,13 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.server import ServerState
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.events import Event
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Event
-from fastapi_ws_stabilizer.servers import uvicorn_reading
-from fastapi_ws_stabilizer.servers.uvicorn import MAX_CONTROL_BYTES, MAX_FRAGMENTS, StableWebSocketProtocol
-from fastapi_ws_stabilizer.servers.uvicorn_internals import ReceiverQueue
-from fastapi_ws_stabilizer.wire.framing import CLOSE, PING
+from fastapi_ws_stabilizer.servers.uvicorn import paced_parser as uvicorn_reading
+from fastapi_ws_stabilizer.servers.uvicorn.compat import ReceiverQueue
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import MAX_CONTROL_BYTES, MAX_FRAGMENTS, StableWebSocketProtocol
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING
 from tests.fuzz import virtual
 from tests.fuzz.choices import Choices
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens, TokenClaims
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
-from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.sessions.log import ReplayLimits
+from fastapi_ws_stabilizer.events import Counters
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens, TokenClaims
-from fastapi_ws_stabilizer.wire.names import is_name
+from fastapi_ws_stabilizer.wire.identifiers import is_name
 from tests.fuzz.choices import Choices
 
 KEY: Final = b"a key that all fuzzers know of us"

@@ -14,7 +14,7 @@ import pytest
 
 from fastapi_ws_stabilizer.cli import main
 from fastapi_ws_stabilizer.doctor.findings import Finding
-from fastapi_ws_stabilizer.doctor.table import RICH, WIDTH, summary, write_findings
+from fastapi_ws_stabilizer.doctor.output import RICH, WIDTH, summary, write_findings
 
 ROOT = Path(__file__).parents[3]
 APP = "examples.quickstart:app"

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from fastapi_ws_stabilizer.client import Client, TransportClosedError
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, parse
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
 from tests.simulation.virtual_time import run_virtually
 
 

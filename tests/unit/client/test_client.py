@@ -27,7 +27,7 @@ from fastapi_ws_stabilizer.client import (
 )
 from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.client.transport import UnreadableMessageError
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL, deflated
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import FakeLink, Scene, soon, virtually
 
 FINAL_CODES = [1002, 1003, 1007, 1009, 1010, 3003, 4400, 4403, 4404, 4406, 4410, 4418]
@@ -586,7 +586,7 @@ async def test_messages_wait_for_who_iterates_and_outlive_connections() -> None:
 @virtually
 async def test_a_slow_reader_stops_the_reading_and_not_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing is read because the application is slow, silence is no sign of a dead link."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+    monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
         await scene.opened(ping=1000, timeout=1000)
         await scene.link.say({"type": "msg", "data": 0})
@@ -600,7 +600,7 @@ async def test_a_slow_reader_stops_the_reading_and_not_the_connection(monkeypatc
 @virtually
 async def test_a_loop_that_was_left_does_not_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a `break`, messages that nobody reads hold up handlers and answers for ten seconds and not for ever."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+    monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
         await scene.opened()
         await scene.link.say({"type": "msg", "data": 0})
@@ -976,7 +976,7 @@ class SlowReader:
     """A client whose handler takes its time, so that nothing more is read."""
 
     def __init__(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fastapi_ws_stabilizer.client.incoming.MAX_UNREAD", 2)
+        monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
         self.scene = scene
         self.handled: list[int] = []
         self.may_go_on = asyncio.Event()

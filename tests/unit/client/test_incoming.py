@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.client import incoming as incoming_module
-from fastapi_ws_stabilizer.client.incoming import InboundMessages, event_of
+from fastapi_ws_stabilizer.client import inbound as incoming_module
+from fastapi_ws_stabilizer.client.inbound import InboundMessages, event_of
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import settle, with_deadline
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.client.listeners import EVENTS, ClientEvents
+from fastapi_ws_stabilizer.client.events import EVENTS, ClientEvents
 from fastapi_ws_stabilizer.tasks import TaskSet
 from tests.unit.fake_websocket import settle
 

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from fastapi_ws_stabilizer.client.errors import ClientClosedError, SessionLostError
-from fastapi_ws_stabilizer.client.open_requests import PendingRequests
-from fastapi_ws_stabilizer.client.outgoing import PendingMessage
+from fastapi_ws_stabilizer.client.requests import PendingRequests
+from fastapi_ws_stabilizer.client.send_buffer import PendingMessage
 from fastapi_ws_stabilizer.errors import RequestError
 from tests.unit.fake_websocket import settle
 

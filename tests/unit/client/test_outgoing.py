@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.client import outgoing as outgoing_module
+from fastapi_ws_stabilizer.client import send_buffer as outgoing_module
 from fastapi_ws_stabilizer.client.errors import (
     BufferFullError,
     ClientClosedError,
     MessageTooLargeError,
     SessionLostError,
 )
-from fastapi_ws_stabilizer.client.outgoing import SEQ_BYTES, PendingMessage, SendBuffer
-from fastapi_ws_stabilizer.wire.v1 import MAX_META_BYTES, MAX_SEQ, envelope, parse
+from fastapi_ws_stabilizer.client.send_buffer import SEQ_BYTES, PendingMessage, SendBuffer
+from fastapi_ws_stabilizer.wire.v1.frames import MAX_META_BYTES, MAX_SEQ, envelope, parse
 from tests.unit.own_loop import run
 
 

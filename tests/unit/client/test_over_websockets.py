@@ -15,13 +15,13 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
 
-from fastapi_ws_stabilizer.client import over_websockets
+from fastapi_ws_stabilizer.client import websockets_transport as over_websockets
 from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
 from fastapi_ws_stabilizer.client.errors import ClientClosedError
-from fastapi_ws_stabilizer.client.over_websockets import connector
 from fastapi_ws_stabilizer.client.transport import TransportClosedError, UnreadableMessageError
+from fastapi_ws_stabilizer.client.websockets_transport import connector
 from fastapi_ws_stabilizer.clock import monotonic
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.fake_websocket import eventually, with_deadline
 
 

@@ -11,7 +11,7 @@ from fastapi_ws_stabilizer.client.transport import TransportClosedError, default
 
 def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has not installed the extra is told its name."""
-    monkeypatch.delitem(sys.modules, "fastapi_ws_stabilizer.client.over_websockets", raising=False)
+    monkeypatch.delitem(sys.modules, "fastapi_ws_stabilizer.client.websockets_transport", raising=False)
     monkeypatch.setitem(sys.modules, "websockets.asyncio.client", None)
     with pytest.raises(ImportError, match=r"pip install .*\[client\]"):
         default_connector()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.connection.credential import (
+from fastapi_ws_stabilizer.connection.credential_expiry import (
     MAX_RENEWAL_CHARS,
     CredentialExpiry,
     parse_renewal,

@@ -11,8 +11,8 @@ from pydantic_core import from_json
 
 from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, InboxLimits
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.wire.v1 import message_of
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.wire.v1.frames import message_of
 from tests.unit.fake_websocket import settle, with_deadline
 from tests.unit.own_loop import run
 

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, remote_close
 from fastapi_ws_stabilizer.errors import NotOpenError, SocketClosed
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import eventually, settle, with_deadline
 
 
@@ -191,7 +191,7 @@ async def test_a_stuck_send_ends_the_connection_and_aborts_its_transport(bench: 
 
 async def test_a_send_that_waits_for_a_closing_transport_is_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that the server is closing would wait for the same client as the send does, so it is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     b = bench(send_timeout=60)
     aborted = transport_of(b.server)
     closing: list[bool] = []

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.connection.socket import READER_START_GRACE
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.servers.link import EXTENSION
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.servers.direct import EXTENSION
+from fastapi_ws_stabilizer.socket import READER_START_GRACE
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle
 
 
@@ -126,7 +126,7 @@ async def test_a_transport_that_has_had_enough_gets_nothing_more(linked: Any) ->
 
 async def test_a_large_backlog_is_written_in_pieces(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each piece the transport is asked whether it has had enough."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_outbox.MAX_WRITE_BYTES", 10)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_outbox.MAX_WRITE_BYTES", 10)
     b = await linked()
     b.server.stall()
     offer(b, "a" * 8, "b" * 8, "c" * 8)
@@ -147,7 +147,7 @@ async def test_a_large_backlog_is_written_in_pieces(linked: Any, monkeypatch: py
 
 async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.STALL_THRESHOLD", -1.0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.STALL_THRESHOLD", -1.0)
     b = await linked(outbox_max_messages=2)
     b.server.stall()
     offer(b, "a")
@@ -160,7 +160,7 @@ async def test_a_stalled_client_is_lagging_and_then_disconnected(linked: Any, mo
 
 async def test_a_stalled_client_is_cut_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transport that makes no progress at all is aborted."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     b = await linked(send_timeout=0.03)
     b.server.stall()
     offer(b, "a")
@@ -386,7 +386,7 @@ async def test_a_bug_in_taking_a_message_is_told_and_ends_the_connection(
 ) -> None:
     """As on other servers: the log names it, and the server hears of no exception."""
     b = await linked()
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.link_reader.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.decode", lambda *_: 1 / 0)
     b.server.sink.message_received("x")
     assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
     (report,) = b.heard.of("internal_task_failed")

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
-from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
+from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox, WriterPool
-from fastapi_ws_stabilizer.connection.backlog import OutboxLimits
 from fastapi_ws_stabilizer.connection.outbox import Outbox
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.reports import Counters, EventBus
+from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits
+from fastapi_ws_stabilizer.events import Counters, EventBus
+from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 from tests.unit.own_loop import run
 
@@ -445,7 +444,7 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
 
 async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.02)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.progress = list(range(20))
     await p.stuck_with("sending")
@@ -456,7 +455,7 @@ async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.
 
 async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a send waits the owner can look at its transport, long before `send_timeout`."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.connection.send_watch.POLL_INTERVAL", 0.01)
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     p = post(send_timeout=5)
     await p.stuck_with("sending")
     await eventually(lambda: p.owner.waits >= 2)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
-from fastapi_ws_stabilizer.connection.backlog import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
+from fastapi_ws_stabilizer.events import Counters
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
@@ -62,7 +62,7 @@ async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
 async def test_disconnect_closes_4507(stalled: Any) -> None:
     """The client learns that it has missed something."""
     b = await stalled()
-    assert offer(b, *"abcde")[-1] is EnqueueResult.REFUSED
+    assert offer(b, *"abcde")[-1] is EnqueueResult.CLOSED
     assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 

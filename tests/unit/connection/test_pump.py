@@ -8,7 +8,7 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection import pump as pump_module
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.connection import server_side as server_side_module
-from fastapi_ws_stabilizer.connection.server_side import ServerTransport
+from fastapi_ws_stabilizer.connection import server_transport as server_side_module
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
 from tests.unit.fake_websocket import eventually, settle
 
 

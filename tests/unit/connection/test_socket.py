@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
     MessageEncodeError,
     MessageFormatError,
     SocketClosed,
 )
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 

@@ -7,9 +7,9 @@ import itertools
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.hub.pulse import Liveness
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.connection.liveness import Liveness
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 _numbers = itertools.count(1)
 
@@ -75,11 +75,11 @@ class FakeMember:
         """Queue a frame, or end as a connection whose outbox is full."""
         if not self.takes:
             self.close(DisconnectReason.SLOW_CONSUMER)
-            return EnqueueResult.REFUSED
+            return EnqueueResult.CLOSED
         if self.verdict is EnqueueResult.DROPPED:
             return self.verdict
         self.frames.append(frame)
-        return EnqueueResult.PRESSED if self.pressed else self.verdict
+        return EnqueueResult.BACKPRESSURE if self.pressed else self.verdict
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat, if there is room."""

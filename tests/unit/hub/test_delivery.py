@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.delivery import SMALL_ROOM, Hub
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.hub.hub import SMALL_ROOM, Hub
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.hub.fake_member import FakeMember
 
 

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from fastapi_ws_stabilizer.errors import BroadcastFailedError
-from fastapi_ws_stabilizer.hub.fanout import Broadcaster, BroadcastResult
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.hub.broadcast import Broadcaster, BroadcastResult
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.unit.hub.fake_member import FakeMember
 
 
@@ -42,7 +42,7 @@ async def test_a_client_that_cannot_be_queued_for_is_counted_and_named() -> None
 async def test_a_client_that_is_not_open_yet_is_named_too() -> None:
     """A failure without an ending has a word as well."""
     ann, new = FakeMember("ann"), FakeMember("new")
-    new.offer = lambda frame: EnqueueResult.REFUSED  # type: ignore[method-assign]
+    new.offer = lambda frame: EnqueueResult.CLOSED  # type: ignore[method-assign]
     assert (await fan_out(encode("hi"), [ann, new])).errors == [("new", "not open")]
 
 
@@ -114,8 +114,8 @@ class Held:
 @pytest.fixture
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every look at the time show that the loop was held for long."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.monotonic", Held())
-    monkeypatch.setattr("fastapi_ws_stabilizer.hub.turns.MAX_BLOCK", 0.001)
+    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.monotonic", Held())
+    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.MAX_BLOCK", 0.001)
 
 
 def parts(members: list[FakeMember]) -> list[list[FakeMember]]:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import send_watch as send_watch_module
+from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.errors import MessageEncodeError
+from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
-from fastapi_ws_stabilizer.hub import turns as turns_module
 from fastapi_ws_stabilizer.hub.heartbeat import MAX_TIMER_LAG, MAX_TOGETHER, HeartbeatScheduler
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import eventually, settle
 from tests.unit.hub.fake_member import FakeMember

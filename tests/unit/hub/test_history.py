@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub import history as history_module
 from fastapi_ws_stabilizer.hub.history import RoomHistory
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 
 
 class Clock:

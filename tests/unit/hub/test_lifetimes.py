@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.lifetimes import DRAIN_LEAD, JITTER, LOOKS
+from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD, JITTER, LOOKS
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
 from tests.unit.routing.test_with_client import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.pulse import MAX_OPEN_PINGS, Liveness
+from fastapi_ws_stabilizer.connection.liveness import MAX_OPEN_PINGS, Liveness
 
 
 def test_a_new_connection_owes_nothing() -> None:

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.hub.slots import CallbackSemaphore
-from fastapi_ws_stabilizer.hub.turns import CHECK_INTERVAL, FlushScheduler, LoopBudget
-from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.scheduling import CHECK_INTERVAL, CallbackSemaphore, FlushScheduler, LoopBudget
 from tests.unit.fake_websocket import settle
 from tests.unit.own_loop import run
 

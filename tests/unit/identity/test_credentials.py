@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 from starlette.testclient import TestClient
 
-from fastapi_ws_stabilizer.identity import Credential, bearer, cookie, first_message, query, subprotocol
-from fastapi_ws_stabilizer.identity.credentials import (
+from fastapi_ws_stabilizer.auth import Credential, bearer, cookie, first_message, query, subprotocol
+from fastapi_ws_stabilizer.auth.credentials import (
     HANDSHAKE_SCOPE_KEY,
     MAX_CREDENTIAL_BYTES,
     SUBPROTOCOL_KEY,
     CredentialSource,
 )
-from fastapi_ws_stabilizer.sessions.tokens import ReconnectTokens
+from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
 
 TOKEN = "eyJhbGciOi.J9.x-_~+/="
 V1 = "stabilizer.v1.json"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
+from fastapi_ws_stabilizer.auth.signed_tokens import PREFIX, ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.auth.tickets import TICKET_PREFIX, Tickets
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
-from fastapi_ws_stabilizer.identity.tickets import TICKET_PREFIX, Tickets
-from fastapi_ws_stabilizer.sessions import tokens as tokens_module
-from fastapi_ws_stabilizer.sessions.tokens import PREFIX, ReconnectTokens, looks_like_token
 
 SECRET = b"the key of this year"
 

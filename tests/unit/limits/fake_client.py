@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget, SharedMessage
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget, SharedMessage
 
 
 class Note:

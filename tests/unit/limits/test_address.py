@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.address import MAX_ADDRESS_CHARS, MAX_HOPS, TrustedProxies, rate_limit_key
+from fastapi_ws_stabilizer.net.proxies import MAX_ADDRESS_CHARS, MAX_HOPS, TrustedProxies, rate_limit_key
 
 ADDRESSES = st.ip_addresses().filter(lambda address: address.version == 4 or address.ipv4_mapped is None)
 """What is an address of its own; those of IPv4 in IPv6 are not."""

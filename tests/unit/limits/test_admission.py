@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, TooManyConnectionsError
-from fastapi_ws_stabilizer.limits.admission import MIN_PENDING, RETRY_WHEN_FULL, ConnectionLimiter, Reservation
+from fastapi_ws_stabilizer.limits.connections import MIN_PENDING, RETRY_WHEN_FULL, ConnectionLimiter, Reservation
 
 
 def enter(

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
-from fastapi_ws_stabilizer.limits.kept import MeteredDict
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, STEP, deep_size
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.memory.sizing import MAX_OBJECTS, STEP, deep_size
 from tests.unit.client.fake_link import virtually
 from tests.unit.limits.fake_client import FakeClient
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
-from fastapi_ws_stabilizer.limits import ledger as ledger_module
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES, SLICE, Evictable, MemoryBudget, Policy
+from fastapi_ws_stabilizer.memory import budget as ledger_module
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, SLICE, Evictable, MemoryBudget, Policy
 from tests.unit.client.fake_link import virtually
 from tests.unit.fake_websocket import settle
 from tests.unit.limits.fake_client import FakeClient, Note

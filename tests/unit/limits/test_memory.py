@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.limits.memory import MAX_OBJECTS, deep_size
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.memory.sizing import MAX_OBJECTS, deep_size
 from tests.unit.fake_websocket import FakeServer
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.origin import MAX_ORIGIN_CHARS, OriginPolicy
+from fastapi_ws_stabilizer.net.origin import MAX_ORIGIN_CHARS, OriginPolicy
 
 HERE = ["app.example.com"]
 """The hosts that are ours."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.limits.rate import MIN_WAIT, KeyedTokenBuckets, Rate, RetryQueue, TokenBucket
+from fastapi_ws_stabilizer.limits.rates import MIN_WAIT, KeyedTokenBuckets, Rate, RetryQueue, TokenBucket
 
 RATE = Rate(per_second=2.0, burst=10.0)
 

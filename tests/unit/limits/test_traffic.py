@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.client.outgoing import MAX_WINDOW
-from fastapi_ws_stabilizer.limits.traffic import InboundRateLimiter, KeyedRateLimiter, RateExceeded, rate_limiter
+from fastapi_ws_stabilizer.client.send_buffer import MAX_WINDOW
+from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter, KeyedRateLimiter, RateExceeded, rate_limiter
 
 
 def flood(

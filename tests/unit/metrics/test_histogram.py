@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.metrics import histogram
-from fastapi_ws_stabilizer.metrics.histogram import HANDLER_SECONDS, ROUND_TRIP_SECONDS, Histogram
+from fastapi_ws_stabilizer.metrics import timings as histogram
+from fastapi_ws_stabilizer.metrics.timings import HANDLER_SECONDS, ROUND_TRIP_SECONDS, Histogram
 
 BOUNDS = (0.1, 0.5, 2.0)
 

@@ -14,10 +14,10 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.observability.prometheus import MetricsCollector, render_metrics
-from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.stats.overview import StatsSummary
+from fastapi_ws_stabilizer.stats.models import StatsSummary
+from fastapi_ws_stabilizer.stats.prometheus import MetricsCollector, render_metrics
 from tests.unit.fake_websocket import FakeServer
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"

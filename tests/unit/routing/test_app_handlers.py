@@ -11,8 +11,8 @@ from fastapi.exception_handlers import http_exception_handler
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import PlainTextResponse
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.routing.app_handlers import handler_for_endpoint, handler_of
+from fastapi_ws_stabilizer.handlers.exception_handlers import handler_for_endpoint, handler_of
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Stage

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fastapi import HTTPException, WebSocketException
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Peer, Stage
 

@@ -10,9 +10,9 @@ import pytest
 from starlette.websockets import WebSocket
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.errors import SocketClosed
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Peer, Stage

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError, MemoryLimitExceededError, SocketClosed
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Peer, Stage

@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.routing.dispatch import Dispatcher
-from fastapi_ws_stabilizer.routing.messages import HandlerRegistry
+from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
+from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from tests.unit.fake_websocket import eventually, settle, with_deadline
 
 

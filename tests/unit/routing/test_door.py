@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketException
 from fastapi.responses import JSONResponse
+from fastapi_ws_stabilizer.handshake.context import handshake_scope
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConfig, WebSocketConnectionManager
+from fastapi_ws_stabilizer.auth.credentials import Credential, first_message
+from fastapi_ws_stabilizer.connection.closing import CLOSING_PER_SLOT
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
     DuplicateClientError,
@@ -21,13 +24,10 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     SocketClosed,
 )
-from fastapi_ws_stabilizer.identity.credentials import Credential, first_message
-from fastapi_ws_stabilizer.limits.admission import MIN_PENDING, ConnectionLimiter
-from fastapi_ws_stabilizer.routing import door as door_module
-from fastapi_ws_stabilizer.routing import greeting as greeting_module
-from fastapi_ws_stabilizer.routing.endings import CLOSING_PER_SLOT
-from fastapi_ws_stabilizer.routing.served import handshake_scope
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.handshake import admission as door_module
+from fastapi_ws_stabilizer.handshake import hello as greeting_module
+from fastapi_ws_stabilizer.limits.connections import MIN_PENDING, ConnectionLimiter
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
 

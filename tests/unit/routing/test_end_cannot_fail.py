@@ -13,30 +13,30 @@ import pytest
 import fastapi_ws_stabilizer
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
-from fastapi_ws_stabilizer.connection.conversation import V1Protocol
-from fastapi_ws_stabilizer.connection.credential import CredentialExpiry
+from fastapi_ws_stabilizer.connection.closing import ClosingConnections
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
 from fastapi_ws_stabilizer.connection.inbox import Inbox
-from fastapi_ws_stabilizer.connection.lifecycle import Connection
-from fastapi_ws_stabilizer.connection.link_outbox import DirectOutbox
-from fastapi_ws_stabilizer.connection.server_side import ServerTransport
-from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.hub.delivery import Hub
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
+from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
+from fastapi_ws_stabilizer.handshake.closer import Closer
+from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
 from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
-from fastapi_ws_stabilizer.hub.lifetimes import ConnectionReaper
+from fastapi_ws_stabilizer.hub.hub import Hub
 from fastapi_ws_stabilizer.hub.presence import PresenceTracker
+from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
-from fastapi_ws_stabilizer.hub.turns import FlushScheduler
-from fastapi_ws_stabilizer.limits.admission import Reservation
-from fastapi_ws_stabilizer.limits.ledger import MemoryBudget
-from fastapi_ws_stabilizer.routing.endings import ClosingConnections
-from fastapi_ws_stabilizer.routing.hooks import HookRegistry
-from fastapi_ws_stabilizer.routing.leaving import Leaving
-from fastapi_ws_stabilizer.routing.resumption import Resumption
-from fastapi_ws_stabilizer.sessions.ended import EndedSessions
+from fastapi_ws_stabilizer.limits.connections import Reservation
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import SessionStore
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.connection.test_link import LinkServer
 from tests.unit.routing.stage import Line, Stage
@@ -44,7 +44,7 @@ from tests.unit.routing.stage import Line, Stage
 PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
 
 END = {
-    "connection/lifecycle.py": (
+    "connection/connection.py": (
         "_start_closing",
         "_close_outbox",
         "_mark_websocket_disconnected",
@@ -60,20 +60,20 @@ END = {
         "_stop_reading",
         "close_unread",
     ),
-    "routing/leaving.py": ("_on_closing", "_on_closed"),
-    "routing/resumption.py": ("detach", "_save_state", "_leave_presence"),
-    "hub/delivery.py": ("remove", "end_session"),
+    "handshake/closer.py": ("_on_closing", "_on_closed"),
+    "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
+    "hub/hub.py": ("remove", "end_session"),
 }
 """The functions that the end of a connection consists of."""
 
 CALLS: dict[str, tuple[type, ...]] = {
-    "_on_closing": (Leaving,),
-    "_on_closed": (Leaving,),
+    "_on_closing": (Closer,),
+    "_on_closed": (Closer,),
     "add": (ClosingConnections, EndedSessions),
     "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
     "release": (Reservation,),
     "leave": (PresenceTracker,),
-    "detach": (Resumption,),
+    "detach": (SessionLifecycle,),
     "on_detached": (SessionStore,),
     "mark_closed": (MemoryBudget,),
     "_detach_user_data": (StableSocket,),
@@ -88,7 +88,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "wait_idle": (EndpointTask,),
     "cancel": (EndpointTask,),
     "disconnect": (HookRegistry,),
-    "notify_session_end": (Resumption,),
+    "notify_session_end": (SessionLifecycle,),
     "session_end": (HookRegistry,),
     "abort": (ServerTransport,),
     "abort_unless_flushed": (ServerTransport,),
@@ -106,10 +106,10 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
-    "_keep_rooms": (Leaving,),
-    "_save_state": (Resumption,),
-    "_leave_presence": (Resumption,),
-    "_detached_state_of": (Resumption,),
+    "_keep_rooms": (Closer,),
+    "_save_state": (SessionLifecycle,),
+    "_leave_presence": (SessionLifecycle,),
+    "_detached_state_of": (SessionLifecycle,),
     "keep_rooms": (Hub,),
 }
 """The calls that these functions make, by name, and the classes in which each is made to raise."""

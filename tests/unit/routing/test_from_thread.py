@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
     ManagerNotRunningError,
@@ -21,6 +20,7 @@ from fastapi_ws_stabilizer.errors import (
     WrongLoopError,
 )
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.own_loop import run
 from tests.unit.routing.stage import Stage
 from tests.unit.test_manager import Client

@@ -13,9 +13,9 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.errors import closed_error_for
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.routing.hooks import Hook, HookRegistry
-from fastapi_ws_stabilizer.routing.signatures import Signature, is_async
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.handlers.hooks import Hook, HookRegistry
+from fastapi_ws_stabilizer.handlers.signatures import Signature, is_async
 from tests.unit.conftest import Heard
 
 SOCKET: Any = SimpleNamespace(client_id="ann", connection_id="5f3a")

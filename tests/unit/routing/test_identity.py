@@ -12,8 +12,8 @@ from uuid import UUID
 import pytest
 from fastapi import HTTPException
 
-from fastapi_ws_stabilizer.routing import identity as identity_module
-from fastapi_ws_stabilizer.routing.identity import (
+from fastapi_ws_stabilizer.handshake import client_id as identity_module
+from fastapi_ws_stabilizer.handshake.client_id import (
     MAX_TERM,
     client_id_from,
     client_id_from_request,

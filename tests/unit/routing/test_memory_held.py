@@ -13,7 +13,6 @@ import pytest
 from fastapi import HTTPException
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import (
     ConnectionNotFoundError,
     MemoryLimitExceededError,
@@ -21,7 +20,8 @@ from fastapi_ws_stabilizer.errors import (
     RoomNameError,
     SocketClosed,
 )
-from fastapi_ws_stabilizer.limits.ledger import FRAME_OVERHEAD_BYTES
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Peer, Stage

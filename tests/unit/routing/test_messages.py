@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Union
 import pytest
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, InstanceOf, Tag
 
-from fastapi_ws_stabilizer.routing import messages as messages_module
-from fastapi_ws_stabilizer.routing.messages import (
+from fastapi_ws_stabilizer.handlers import registry as messages_module
+from fastapi_ws_stabilizer.handlers.registry import (
     MAX_PROBLEM_CHARS,
     MAX_PROBLEMS,
     HandlerRegistry,

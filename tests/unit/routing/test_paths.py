@@ -13,8 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
+from fastapi_ws_stabilizer.handshake.routes import entries_for_path, shadowed_routes
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.routing.paths import entries_for_path, shadowed_routes
 
 HERE = Path(__file__).parent
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
-from fastapi_ws_stabilizer.connection.socket import StableSocket
-from fastapi_ws_stabilizer.limits.traffic import IN_FLIGHT
-from fastapi_ws_stabilizer.reports import THROTTLE_INTERVAL
-from fastapi_ws_stabilizer.wire.v1 import ACK_EVERY, SUBPROTOCOL, deflated
+from fastapi_ws_stabilizer.events import THROTTLE_INTERVAL
+from fastapi_ws_stabilizer.limits.inbound import IN_FLIGHT
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import ACK_EVERY, SUBPROTOCOL, deflated
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
 

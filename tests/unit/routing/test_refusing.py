@@ -13,7 +13,8 @@ from fastapi.exceptions import WebSocketRequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from fastapi_ws_stabilizer import reports as reports_module
+from fastapi_ws_stabilizer import events as reports_module
+from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.config import RejectPolicy
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -26,11 +27,10 @@ from fastapi_ws_stabilizer.errors import (
     TokenExpiredError,
     TooManyConnectionsError,
 )
-from fastapi_ws_stabilizer.identity.credentials import SUBPROTOCOL_KEY
-from fastapi_ws_stabilizer.reports import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
-from fastapi_ws_stabilizer.routing import refusing as module
-from fastapi_ws_stabilizer.routing.refusing import Rejector, answered_subprotocol, mark_handled, to_http_exception
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
+from fastapi_ws_stabilizer.handshake import rejection as module
+from fastapi_ws_stabilizer.handshake.rejection import Rejector, answered_subprotocol, mark_handled, to_http_exception
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer, with_deadline
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import InvalidTokenError, SocketClosed, TokenExpiredError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions import tokens as tokens_module
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats.router import connections, overview
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer

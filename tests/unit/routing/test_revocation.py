@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import InvalidTokenError
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Peer, Stage

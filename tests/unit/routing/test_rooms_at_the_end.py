@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.room import Room
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.room import Room
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import FakeServer
 from tests.unit.routing.stage import Line, Peer, Stage

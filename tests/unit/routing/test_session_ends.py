@@ -8,10 +8,10 @@ import pytest
 from fastapi import HTTPException, WebSocketException
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Line, Peer, Stage
 from tests.unit.routing.test_with_client import World

@@ -13,9 +13,9 @@ from fastapi_ws_stabilizer.errors import (
     SessionEndedError,
     UnsupportedByClientError,
 )
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
+from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.sessions import requests as requests_module
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import with_deadline
 from tests.unit.routing.stage import Peer, Stage
@@ -330,8 +330,8 @@ async def test_a_session_that_is_over_takes_nothing() -> None:
         line = await Peer(stage).dial()
         session = stage.socket()._connection.recipient
         await line.leaves(1000)
-        assert session.outbox.offer(encode("x")) is EnqueueResult.REFUSED
-        assert session.outbox.offer(encode("x", volatile=True)) is EnqueueResult.REFUSED
+        assert session.outbox.offer(encode("x")) is EnqueueResult.CLOSED
+        assert session.outbox.offer(encode("x", volatile=True)) is EnqueueResult.CLOSED
         assert session.outbox.held_bytes == 0
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import ConnectionNotFoundError
 from fastapi_ws_stabilizer.hub.presence import Presence
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Peer, Stage
 

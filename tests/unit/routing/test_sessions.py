@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fastapi import HTTPException
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.socket import StableSocket
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.routing.stage import Peer, Stage
 

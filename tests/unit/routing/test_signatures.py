@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.room import Room
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.dependencies import StableSocketDep, stable_socket
+from fastapi_ws_stabilizer.handlers.registry import MessageHandler, ReceivedMessage
 from fastapi_ws_stabilizer.hub.presence import Presence
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.routing.messages import MessageHandler, ReceivedMessage
+from fastapi_ws_stabilizer.room import Room
+from fastapi_ws_stabilizer.socket import StableSocket
 
 if TYPE_CHECKING:
     from decimal import Decimal as OnlyForTypeCheckers

@@ -12,11 +12,11 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 from starlette.testclient import TestClient
 
-from fastapi_ws_stabilizer.connection.socket import StableSocket
+from fastapi_ws_stabilizer.auth.credentials import Credential, subprotocol
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
-from fastapi_ws_stabilizer.identity.credentials import Credential, subprotocol
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.wire.v1 import SUBPROTOCOL
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
 

@@ -12,8 +12,8 @@ from fastapi import APIRouter, FastAPI, WebSocket
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from fastapi_ws_stabilizer.reports import EventBus
-from fastapi_ws_stabilizer.routing.unmatched import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.handshake.unmatched import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import FakeServer
 

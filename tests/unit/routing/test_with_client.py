@@ -23,9 +23,9 @@ from fastapi_ws_stabilizer.client import (
     SessionLostError,
 )
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.v1 import parse
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import parse
 from tests.simulation.network import Link, Network
 from tests.unit.client.fake_link import soon, virtually
 from tests.unit.fake_websocket import with_deadline

@@ -7,8 +7,8 @@ import zlib
 import pytest
 from websockets.exceptions import NegotiationError
 
-from fastapi_ws_stabilizer.servers.deflate import DEFLATE
-from fastapi_ws_stabilizer.wire.compression import TAIL, deflate_message
+from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE
+from fastapi_ws_stabilizer.wire.deflate import TAIL, deflate_message
 
 
 @pytest.mark.parametrize("bits", range(9, 16))

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from fastapi_ws_stabilizer.servers.libraries import missing_websocket_library
+from fastapi_ws_stabilizer.servers.detect import missing_websocket_library
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, uvicorn: bool, installed: set[str]) -> None:

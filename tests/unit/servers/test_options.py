@@ -11,8 +11,8 @@ from uvicorn.config import Config
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.servers.options import MODULE, uvicorn_options
-from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
+from fastapi_ws_stabilizer.servers.uvicorn.options import MODULE, uvicorn_options
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 
 PARTS = ("uvicorn.protocols.websockets.websockets_sansio_impl", "websockets.extensions.permessage_deflate")
 """What the protocol class is built on, and an older uvicorn, or one without the websockets library, does not have."""

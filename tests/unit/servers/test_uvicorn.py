@@ -10,11 +10,11 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from fastapi_ws_stabilizer.servers import uvicorn_internals
-from fastapi_ws_stabilizer.servers.deflate import DEFLATE
-from fastapi_ws_stabilizer.servers.link import EXTENSION
-from fastapi_ws_stabilizer.servers.uvicorn import StableWebSocketProtocol
-from fastapi_ws_stabilizer.servers.uvicorn_internals import ReceiverQueue, WebSocketsSansIOProtocol
+from fastapi_ws_stabilizer.servers.direct import EXTENSION
+from fastapi_ws_stabilizer.servers.uvicorn import compat as uvicorn_internals
+from fastapi_ws_stabilizer.servers.uvicorn.compat import ReceiverQueue, WebSocketsSansIOProtocol
+from fastapi_ws_stabilizer.servers.uvicorn.deflate import DEFLATE
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 from tests.unit.fake_websocket import eventually
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.servers import uvicorn_reading
-from fastapi_ws_stabilizer.servers.uvicorn_reading import MAX_AFTER_END, MAX_PARSED_AT_ONCE
+from fastapi_ws_stabilizer.servers.uvicorn import paced_parser as uvicorn_reading
+from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import MAX_AFTER_END, MAX_PARSED_AT_ONCE
 from tests.unit.fake_websocket import eventually
 from tests.unit.servers.test_uvicorn import REQUEST, FakeTransport, Reader, made, text_frame
 

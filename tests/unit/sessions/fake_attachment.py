@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
 class FakeAttachment:
@@ -64,8 +64,8 @@ class FakeAttachment:
             self.meanwhile()
         if self.verdict is EnqueueResult.SLOW or not self.room:
             self.close(DisconnectReason.SLOW_CONSUMER)
-            return EnqueueResult.REFUSED
-        if self.verdict is not EnqueueResult.REFUSED:
+            return EnqueueResult.CLOSED
+        if self.verdict is not EnqueueResult.CLOSED:
             self.frames.append(frame)
         return self.verdict
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
-from fastapi_ws_stabilizer.sessions import ended as ended_module
-from fastapi_ws_stabilizer.sessions.ended import EndedSessions
+from fastapi_ws_stabilizer.sessions import ended_sessions as ended_module
+from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
 
 BANNED = local_close(DisconnectReason.APPLICATION, code=4403, text="banned")
 MAINTENANCE = local_close(DisconnectReason.APPLICATION, code=4321)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import Counters
+from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.sessions import idempotency
 from fastapi_ws_stabilizer.sessions.idempotency import MAX_ANSWER_BYTES, IdempotencyCache
-from fastapi_ws_stabilizer.sessions.log import ReplayLimits
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.wire.v1 import Message
+from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 AGAIN = Message(None, id="c7", key="k")
 

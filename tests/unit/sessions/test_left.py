@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.limits.kept import MeteredDict
-from fastapi_ws_stabilizer.sessions import left as left_module
-from fastapi_ws_stabilizer.sessions.left import DetachedState, DetachedStateStore
+from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.sessions import detached as left_module
+from fastapi_ws_stabilizer.sessions.detached import DetachedState, DetachedStateStore
 
 ROOMS = {"lobby": {"name": "Ann"}}
 

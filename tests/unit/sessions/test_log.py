@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.sessions import log as log_module
-from fastapi_ws_stabilizer.sessions.log import NOTHING, ReplayBuffer, ReplayLimits
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage
+from fastapi_ws_stabilizer.sessions import replay_buffer as log_module
+from fastapi_ws_stabilizer.sessions.replay_buffer import NOTHING, ReplayBuffer, ReplayLimits
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 WIDE = ReplayLimits(1000, 10**6, 60.0)
 

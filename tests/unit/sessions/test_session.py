@@ -9,11 +9,11 @@ import pytest
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.errors import MessageEncodeError, SessionEndedError
-from fastapi_ws_stabilizer.hub.member import EnqueueResult
-from fastapi_ws_stabilizer.reports import Counters
-from fastapi_ws_stabilizer.sessions.log import ReplayLimits
+from fastapi_ws_stabilizer.events import Counters
+from fastapi_ws_stabilizer.queueing import EnqueueResult
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.unit.sessions.fake_attachment import FakeAttachment
 
 
@@ -75,7 +75,7 @@ def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
     """A volatile message goes to who is there, and is missed by who is away."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
-    assert session.offer(encode(1, volatile=True)) is EnqueueResult.MISSED
+    assert session.offer(encode(1, volatile=True)) is EnqueueResult.SKIPPED
     session.attach(connection, 0, WELCOME)
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.QUEUED
     assert connection.texts[1] == '{"type":"msg","volatile":true,"data":1}'
@@ -99,7 +99,7 @@ def test_what_an_ending_connection_refuses_is_kept() -> None:
     """A message that comes while the connection ends for another reason waits for the next one."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
-    connection.verdict = EnqueueResult.REFUSED
+    connection.verdict = EnqueueResult.CLOSED
     connection.close(DisconnectReason.APPLICATION)
     assert session.offer(encode(1)) is EnqueueResult.QUEUED
     assert said(session) == [1]
@@ -116,8 +116,8 @@ def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
         session.append(frame)
 
     connection.meanwhile = let_in
-    connection.verdict = EnqueueResult.PRESSED
-    assert session.offer(encode("new")) is EnqueueResult.PRESSED
+    connection.verdict = EnqueueResult.BACKPRESSURE
+    assert session.offer(encode("new")) is EnqueueResult.BACKPRESSURE
     assert [frame.text for frame in session.since(0)] == connection.texts[1:]
 
 
@@ -354,8 +354,8 @@ async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> N
     session.offer(encode(2))
     _, answer = session.requests.open()
     assert session.finish(local_close(DisconnectReason.COMPLETED)) == 2
-    assert session.offer(encode(3)) is EnqueueResult.REFUSED
-    assert session.offer(encode(3, volatile=True)) is EnqueueResult.REFUSED
+    assert session.offer(encode(3)) is EnqueueResult.CLOSED
+    assert session.offer(encode(3, volatile=True)) is EnqueueResult.CLOSED
     assert (len(session.kept), session.held_bytes, session.head) == (0, 0, 2)
     with pytest.raises(SessionEndedError):
         await answer

@@ -12,12 +12,12 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import RequestError
-from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.sessions import store as store_module
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.v1 import Hello
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
+from fastapi_ws_stabilizer.wire.v1.hello import Hello
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.conftest import Heard
 from tests.unit.fake_websocket import settle
@@ -305,7 +305,7 @@ async def test_messages_that_have_become_too_old_are_an_overflow(monkeypatch: py
     before, token, _ = shop.connect()
     say(before.session, 2)
     later = store_module.monotonic() + 11
-    monkeypatch.setattr("fastapi_ws_stabilizer.sessions.log.monotonic", lambda: later)
+    monkeypatch.setattr("fastapi_ws_stabilizer.sessions.replay_buffer.monotonic", lambda: later)
     assert shop.outcome(2, token, 1) == (GAP, "overflow", 2)
 
 

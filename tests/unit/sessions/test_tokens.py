@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
+from fastapi_ws_stabilizer.auth.signed_tokens import MAX_SIGNED_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.sessions import tokens as tokens_module
-from fastapi_ws_stabilizer.sessions.tokens import MAX_SIGNED_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
-from fastapi_ws_stabilizer.wire.names import is_name
+from fastapi_ws_stabilizer.wire.identifiers import is_name
 
 OLD, NEW = b"the key of last year", b"the key of this year"
 IDS = ["ann@example.com", "a.b.c", "🦊", "x" * 200, " ", "ü", "a-_=.b", "wsr1."]

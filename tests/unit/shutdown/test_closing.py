@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from fastapi_ws_stabilizer import scheduling as turns_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.hub import turns as turns_module
-from fastapi_ws_stabilizer.shutdown.closing import ShutdownReport, close_all
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
+from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.unit.fake_websocket import eventually, settle, with_deadline
 
 

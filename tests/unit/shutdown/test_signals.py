@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer.reports import EventBus
+from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.shutdown import signals
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
 from tests.unit.conftest import Heard

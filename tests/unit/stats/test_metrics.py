@@ -14,8 +14,8 @@ from starlette.websockets import WebSocketDisconnect
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.dependencies import StableSocketDep
+from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.reports import Counters
 from fastapi_ws_stabilizer.stats.router import EXPORTER
 from tests.unit.stats.test_router import make
 
@@ -93,7 +93,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_import_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken module of the library is a bug, and the message about the extra does not hide it."""
     monkeypatch.delitem(sys.modules, EXPORTER, raising=False)
-    monkeypatch.setitem(sys.modules, "fastapi_ws_stabilizer.metrics.histogram", None)
+    monkeypatch.setitem(sys.modules, "fastapi_ws_stabilizer.metrics.timings", None)
     with TestClient(make(made())) as client, pytest.raises(ModuleNotFoundError, match="histogram"):
         client.get("/ws-stats/metrics")
 

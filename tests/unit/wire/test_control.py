@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.wire.control import MAX_CONTROL_CHARS, PING, TextPing, TextPong, parse_text_ping
-from fastapi_ws_stabilizer.wire.payload import encode
+from fastapi_ws_stabilizer.wire.encoded import encode
+from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, PING, TextPing, TextPong, parse_text_ping
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_ws_stabilizer.wire.encoded import encode
 from fastapi_ws_stabilizer.wire.envelope import to_deflated, to_v1
-from fastapi_ws_stabilizer.wire.payload import encode
-from fastapi_ws_stabilizer.wire.v1 import DEFLATE_FROM, ProtocolError, deflated, parse
+from fastapi_ws_stabilizer.wire.v1.frames import DEFLATE_FROM, ProtocolError, deflated, parse
 
 LIMIT = 10_000
 

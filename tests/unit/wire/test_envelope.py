@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire import envelope as envelope_module
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.envelope import ALWAYS_FITS, check_size, copy_for_replay, sequenced_frame, to_v1
-from fastapi_ws_stabilizer.wire.payload import EncodedMessage, encode
-from fastapi_ws_stabilizer.wire.v1 import MAX_SENT_BYTES, Message, message_of, parse
+from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, Message, message_of, parse
 
 
 class Chat(BaseModel):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import from_json
 
-from fastapi_ws_stabilizer.wire.json_text import (
+from fastapi_ws_stabilizer.wire.strict_json import (
     MAX_DEPTH,
     MAX_FRAME_DEPTH,
     MAX_NUMBER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastapi_ws_stabilizer.wire.names import MAX_NAME_CHARS, is_name
+from fastapi_ws_stabilizer.wire.identifiers import MAX_NAME_CHARS, is_name
 
 
 @pytest.mark.parametrize(

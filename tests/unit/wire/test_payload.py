@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer
 
 from fastapi_ws_stabilizer.errors import MessageEncodeError
-from fastapi_ws_stabilizer.wire.payload import asgi_close, encode, encode_json
+from fastapi_ws_stabilizer.wire.encoded import asgi_close, encode, encode_json
 
 
 class Chat(BaseModel):

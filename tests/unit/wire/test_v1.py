@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer.wire import v1
-from fastapi_ws_stabilizer.wire.compression import deflate_stream
-from fastapi_ws_stabilizer.wire.v1 import (
+from fastapi_ws_stabilizer.wire.deflate import deflate_stream
+from fastapi_ws_stabilizer.wire.v1 import frames as v1
+from fastapi_ws_stabilizer.wire.v1.frames import (
     MAX_HELLO_BYTES,
     MAX_META_BYTES,
     MAX_NAME_CHARS,
@@ -26,15 +26,13 @@ from fastapi_ws_stabilizer.wire.v1 import (
     control_frame,
     envelope,
     message_of,
-    offered_credential,
-    offers_v1,
     optional_int,
     optional_text,
     parse,
-    parse_hello,
     ping_timestamp,
     require_int,
 )
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1, parse_hello
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=MAX_NAME_CHARS)
 JSON = st.recursive(

@@ -13,10 +13,10 @@ import pytest
 from fastapi import HTTPException, WebSocketException
 
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection.socket import StableSocket
 from fastapi_ws_stabilizer.errors import RequestError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
-from fastapi_ws_stabilizer.wire.v1 import (
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import (
     SUBPROTOCOL,
     ProtocolError,
     control_frame,
@@ -25,9 +25,9 @@ from fastapi_ws_stabilizer.wire.v1 import (
     optional_int,
     optional_text,
     parse,
-    parse_hello,
     require_int,
 )
+from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
 from tests.simulation.virtual_time import run_virtually
 from tests.unit.client.fake_link import Scene, virtually
 from tests.unit.fake_websocket import FakeServer, with_deadline

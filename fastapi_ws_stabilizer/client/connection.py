@@ -1,0 +1,501 @@
+"""One dial and the connection that comes of it: from the URL to the moment in which it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from pydantic_core import to_json
+
+from fastapi_ws_stabilizer.client.errors import (
+    ClientClosedError,
+    MessageTooLargeError,
+    RefusedError,
+    UnreadableFrameError,
+)
+from fastapi_ws_stabilizer.client.events import logger
+from fastapi_ws_stabilizer.client.owner import ConnectionLost, Gap, Owner
+from fastapi_ws_stabilizer.client.send_buffer import validate_frame
+from fastapi_ws_stabilizer.client.timers import NamedTimers
+from fastapi_ws_stabilizer.client.transport import Connect, Transport, TransportClosedError, UnreadableMessageError
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
+from fastapi_ws_stabilizer.wire.strict_json import MAX_FRAME_DEPTH
+from fastapi_ws_stabilizer.wire.v1.frames import (
+    ACK_EVERY,
+    DEFLATE_CAP,
+    MAX_SENT_BYTES,
+    RETRY_CAP,
+    SUBPROTOCOL,
+    VERSION,
+    ProtocolError,
+    deflated,
+    envelope,
+    is_numbered,
+    message_of,
+    optional_int,
+    optional_text,
+    parse,
+    require_int,
+)
+
+ACK_WITHIN: Final = 1.0
+"""Seconds after which a message is acknowledged at the latest."""
+
+ACK_TIMEOUT: Final = 10.0
+"""Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
+
+SLOWEST_UPLINK: Final = 16 * 1024
+"""Bytes in a second of the slowest link that is not taken for a dead one while it carries a large message."""
+
+UNFINISHED_BYTES: Final = 16 * 1024
+"""Bytes of an incomplete message that make it a large one. A smaller one is not what ends a connection."""
+
+REPLAY_WITHIN: Final = 1.0
+"""Seconds after the welcome in which the first bytes of what the server sends again have come."""
+
+CLOSE_WITHIN: Final = 5.0
+"""Seconds that a close frame may take on a connection that nobody waits for any more."""
+
+READ_ERROR_GRACE: Final = 0.5
+"""Seconds between a failed write and taking the connection for lost."""
+
+_OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
+"""Close codes that a client sends."""
+
+MAX_HOLD: Final = 300.0
+"""Seconds that a server can make us wait with our messages at most."""
+
+MAX_CONTROL: Final = 64
+"""Control frames that wait to be sent at most."""
+
+
+class ClientConnection:
+    """One connection. It is never reopened, and what it still receives after it was lost concerns nobody.
+
+    Args:
+        client: Whose it is.
+        tasks: Where its tasks are made.
+        connect_timeout: Seconds from the URL to the welcome.
+        stable_after: Seconds after which it counts as stable.
+
+    Attributes:
+        rtt: Seconds of the last measured round trip.
+    """
+
+    def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
+        self._client = client
+        self._tasks = tasks
+        self._connect_timeout = connect_timeout
+        self._stable_after = stable_after
+        self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[ConnectionLost] = self._loop.create_future()
+        self._transport: Transport | None = None
+        self._open = False
+        self._control: list[str | bytes] = []
+        self._wanted: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._timers = NamedTimers()
+        self._heard_at = monotonic()
+        self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
+        self._whole_bytes = 0  # bytes that had come in when the last whole frame was read
+        self._progress: int | None = None  # of what we send, when an answer was last waited for
+        self._asked_at = 0.0
+        self._silence = 0.0
+        self._beat = 0.0  # seconds after which we say that we live while a large message comes in
+        self._deflates = False  # whether the server takes compressed frames
+        self._unacknowledged = 0
+        self._pinged_at = 0.0
+        self._put_off = False  # whether the server has asked once for a message again
+        self._leave_at: float | None = None
+        self.rtt: float | None = None
+
+    async def run(self, dial: Connect) -> ConnectionLost:
+        """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
+        self._timers.start("connect", self._connect_timeout, lambda: self.mark_lost(4408, "connect timeout"))
+        tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
+        try:
+            await wait_for_all([self._lost], None)
+            return self._lost.result()
+        finally:
+            self._timers.stop_all()
+            self.mark_lost(1006, "cancelled")
+            for task in tasks:
+                task.cancel()
+            if self._transport is not None:
+                how = self._lost.result()
+                code = how.code if how.code in _OURS else 4000
+                closing = self._tasks.spawn(self._close(self._transport, code, how.reason), name="ws-client-close")
+                if code == 1000:  # a goodbye is waited for; everything else dials again meanwhile
+                    await wait_for_all([closing], CLOSE_WITHIN + 1.0)
+
+    def mark_lost(self, code: int, reason: str, *, at_once: bool = False) -> None:
+        """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
+        if not self._lost.done():
+            self._note_unfinished(code)
+            self._lost.set_result(ConnectionLost(code, reason, self._open, at_once))
+            self._open = False
+
+    def _note_unfinished(self, code: int) -> None:
+        """Tell the client if the connection ends in the middle of a large message."""
+        unfinished = self._received()[0] - self._whole_bytes
+        if self._open and not self._pausing and code != 1000 and unfinished >= UNFINISHED_BYTES:
+            self._client.broke_off()
+
+    def _received(self) -> tuple[int, float]:
+        ask = getattr(self._transport, "received", None)
+        return (0, 0.0) if ask is None else ask()
+
+    def _send_progress(self) -> int | None:
+        ask = getattr(self._transport, "send_progress", None)
+        return None if ask is None else ask()
+
+    async def _close(self, transport: Transport, code: int, reason: str) -> None:
+        closing = self._tasks.spawn(transport.close(code, reason[:40]), name="ws-client-close-frame")
+        await wait_for_all([closing], CLOSE_WITHIN)
+        closing.cancel()
+
+    # ── reading ──
+
+    async def _read(self, dial: Connect) -> None:
+        try:
+            transport = await self._connected(dial)
+            self._tasks.spawn(self._write(transport), name="ws-client-writer")
+            while not self._lost.done():
+                frame = await transport.receive()
+                if self._lost.done():
+                    return
+                self._mark_heard()
+                self._receive(frame)
+                self._pausing = True
+                await self._client.incoming.room()
+                self._pausing = False
+                if "probe" in self._timers:  # the answer may have come while we did not read
+                    self._await_answer()
+        except TransportClosedError as lost:
+            if isinstance(lost, UnreadableMessageError):
+                self._left_out(lost.reason)
+            self.mark_lost(lost.code, lost.reason)
+        except ClientClosedError as final:
+            self.mark_lost(final.code, final.reason)
+        except Exception as error:  # of the user's functions for the URL or the credential
+            self._client.emit("error", error)
+            self.mark_lost(1006, repr(error))
+
+    async def _connected(self, dial: Connect) -> Transport:
+        client = self._client
+        credential = await client.credential(force=client.refused_credential)
+        transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
+        if transport.subprotocol != SUBPROTOCOL:
+            raise ClientClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
+        client.dials += 1
+        hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
+        hello["caps"] = [RETRY_CAP]
+        if client.deflate and not transport.compresses:
+            hello["caps"].append(DEFLATE_CAP)
+        if credential is not None:
+            hello["auth"] = credential
+        if client.token is not None:
+            hello["resume"] = {"token": client.token, "seq": client.last}
+        await transport.send(to_json(hello).decode())
+        return transport
+
+    def _mark_heard(self) -> None:
+        self._heard_at = monotonic()
+        self._whole_bytes = self._received()[0]
+        self._timers.stop("probe")
+
+    def _receive(self, raw: str | bytes) -> None:
+        try:
+            frame = parse(raw, MAX_SENT_BYTES if self._client.deflate else 0, MAX_FRAME_DEPTH)
+        except ProtocolError as bad:
+            if self._open and is_numbered(raw):  # else the counts differ, and the next ping ends the connection
+                self._count()
+            self._left_out(str(bad))
+            return
+        try:
+            self._dispatch(frame)
+        except ProtocolError as bad:
+            self._left_out(str(bad))
+            if not self._open and not self._lost.done():
+                self.mark_lost(4412, "the welcome cannot be read")
+
+    def _left_out(self, why: str) -> None:
+        """A frame cannot be read: it ends nothing, because another client may have put it together."""
+        self._client.left_out(UnreadableFrameError(why))
+
+    def _count(self) -> None:
+        self._client.last += 1  # before it is handled: a handler that fails does not get it again
+        self._schedule_ack()
+
+    def _dispatch(self, frame: dict[str, Any]) -> None:
+        kind = frame["type"]
+        if not self._open:
+            if kind == "welcome":
+                self._welcomed(frame)
+            return
+        if kind in ("msg", "reply"):
+            self._message(kind, frame)
+        elif kind == "ack":
+            self._accepted(require_int(frame, "seq"))
+        elif kind == "ping":
+            self._pinged(frame)
+        elif kind == "pong":
+            if self._pinged_at:
+                self.rtt, self._pinged_at = monotonic() - self._pinged_at, 0.0
+            if (accepted := optional_int(frame, "ack")) is not None:
+                self._accepted(accepted)
+        elif kind == "drain":
+            self._drain(frame)
+        elif kind == "auth":
+            if not frame.get("ok"):
+                self._tasks.spawn(self._refresh(), name="ws-client-auth")
+        elif kind == "error":
+            self._refused(frame)
+
+    def _refused(self, frame: dict[str, Any]) -> None:
+        """The server has refused a message, for good or for some time."""
+        buffer, seq, retry = self._client.buffer, optional_int(frame, "seq"), optional_int(frame, "retry")
+        error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
+        if seq is not None and retry is not None:
+            if buffer.put_off(seq):
+                level = logging.DEBUG if self._put_off else logging.INFO
+                logger.log(level, "the server has too much at the moment: %s", error)
+                self._put_off = True
+                self._timers.start("retry", min(retry / 1000, MAX_HOLD), self.wake)
+            return
+        if seq is not None:
+            error.event = buffer.refused(seq, error)
+        self._client.refused(error)
+
+    def _message(self, kind: str, frame: dict[str, Any]) -> None:
+        client = self._client
+        client.not_unfinished()
+        if frame.get("volatile") is not True:
+            self._count()
+        if kind == "reply":
+            client.answered(optional_text(frame, "re") or "", frame.get("data"), frame.get("error"))
+        else:
+            client.incoming.put(message_of(frame))
+
+    def _pinged(self, frame: dict[str, Any]) -> None:
+        sent = optional_int(frame, "seq")
+        if sent is not None and sent != self._client.last:
+            self.mark_lost(4412, "a message is missing")
+            return
+        if sent is not None:  # it comes in its turn among the messages
+            self._client.not_unfinished()
+        self._reset_ack()
+        fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
+        if "ts" in frame:
+            fields["ts"] = frame["ts"]
+        self.put(to_json(fields).decode())
+
+    async def _refresh(self) -> None:
+        try:
+            token = await self._client.credential(force=True)
+        except Exception as error:
+            self._client.emit("error", error)
+            return
+        if token is not None and self._open:
+            self.put(to_json({"type": "auth", "token": token}).decode())
+
+    def _drain(self, frame: dict[str, Any]) -> None:
+        after, within = require_int(frame, "after") / 1000, (optional_int(frame, "within") or 0) / 1000
+        self._client.emit("drain", after, within)
+        due = monotonic() + after
+        if self._leave_at is None or due < self._leave_at:
+            self._leave_at = due
+            self._timers.start("drain", after, lambda: self.mark_lost(4000, "drain", at_once=True))
+
+    # ── the welcome ──
+
+    def _welcomed(self, frame: dict[str, Any]) -> None:
+        client = self._client
+        outcome = frame.get("resume")
+        token, session = optional_text(frame, "token", 512), optional_text(frame, "session")
+        seq, accepted = require_int(frame, "seq"), require_int(frame, "ack")
+        if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
+            raise ProtocolError("welcome: token, session or resume is missing")
+        before = client.last
+        if outcome == "full" and seq != before:
+            self.mark_lost(4412, "the server resumes elsewhere")
+            return
+        if outcome == "none" and client.session is not None:  # we have given the old one up
+            outcome, frame = "lost", {**frame, "why": "given_up"}
+        client.session, client.token, client.last = session, token, seq
+        caps = frame.get("caps")
+        self._deflates = client.deflate and isinstance(caps, list) and DEFLATE_CAP in caps
+        client.buffer.max_frame = optional_int(frame, "max", least=1) or client.buffer.max_frame
+        ping, timeout = require_int(frame, "ping") / 1000, require_int(frame, "timeout") / 1000
+        self._silence = ping + timeout if ping else 0.0
+        self._beat = min(ping, timeout) / 2
+        if outcome in ("none", "lost"):
+            client.lost_session(accepted)
+        else:
+            client.buffer.resume(accepted)
+        self._open = True
+        self._timers.stop("connect")
+        self._timers.start("stable", self._stable_after, client.stable)
+        self._timers.start("replay", REPLAY_WITHIN, self._track_replay)
+        self._send_ack()
+        if outcome in ("gap", "lost"):
+            lost = outcome == "lost"
+            why = optional_text(frame, "why")
+            client.emit("gap", Gap(lost, why, before + 1, None if lost else seq))
+        client.opened(outcome)
+        self._watch()
+        self.wake()
+
+    def _track_replay(self) -> None:
+        """What the server sends again comes with its welcome: if nothing does, it sends nothing again."""
+        if not self._pausing and self._received()[0] == self._whole_bytes:
+            self._client.not_unfinished()
+
+    # ── acknowledging ──
+
+    def _schedule_ack(self) -> None:
+        self._unacknowledged += 1
+        if self._unacknowledged >= ACK_EVERY:
+            self._send_ack()
+        elif "ack" not in self._timers:
+            self._timers.start("ack", ACK_WITHIN, self._send_ack)
+
+    def _send_ack(self) -> None:
+        self._reset_ack()
+        self.put(to_json({"type": "ack", "seq": self._client.last}).decode())
+
+    def _reset_ack(self) -> None:
+        self._unacknowledged = 0
+        self._timers.stop("ack")
+
+    # ── writing ──
+
+    def put(self, frame: str | bytes) -> None:
+        """Send a frame that nobody keeps, before the messages. Of too many that wait the oldest is left out."""
+        self._control.append(frame)
+        if len(self._control) > MAX_CONTROL:
+            del self._control[0]
+        self.wake()
+
+    def send_volatile(self, data: Any, event: str | None) -> bool:
+        """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
+        if not self._open or len(self._control) >= MAX_CONTROL:
+            return False
+        frame = validate_frame(envelope("msg", data, event=event), {"event": event})
+        size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
+        if size > most:
+            raise MessageTooLargeError(size, most)
+        self.put(frame)
+        return True
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def flushed(self, timeout: float) -> None:
+        """Wait until everything is written that may be, some seconds at most."""
+        if self._open and (self._wanted is None or self._wanted.done()):
+            self._idle = self._loop.create_future()
+            await wait_for_first([self._idle, self._lost], timeout)
+
+    async def _write(self, transport: Transport) -> None:
+        try:
+            while not self._lost.done():
+                frame = self._next_frame()
+                if frame is None:
+                    if self._idle is not None and not self._idle.done():
+                        self._idle.set_result(None)
+                    self._wanted = self._loop.create_future()
+                    await wait_for_first([self._wanted, self._lost])
+                    continue
+                await transport.send(frame)
+        except TransportClosedError as lost:
+            # The reader may know better why, and has what came in before.
+            code, reason = lost.code, lost.reason
+            self._timers.start("write", READ_ERROR_GRACE, lambda: self.mark_lost(code, reason))
+        except Exception as error:
+            # Without a writer the connection is dead, though it looks open: nobody else would find out.
+            logger.exception("the writing failed")
+            self.mark_lost(1006, repr(error))
+
+    def _next_frame(self) -> str | bytes | None:
+        if self._control:
+            return self._control.pop(0)
+        if not self._open or "retry" in self._timers:
+            return None
+        message = self._client.buffer.next()
+        if message is None:
+            return None
+        self._check_unacked()
+        frame = message.frame()
+        if self._deflates and isinstance(frame, str):
+            return deflated(frame) or frame
+        return frame
+
+    # ── doubt ──
+
+    def _watch(self) -> None:
+        """Look whether the server has been silent for too long."""
+        if not self._silence:
+            return
+        now = monotonic()
+        if self._pausing:
+            self._heard_at = now
+        heard = max(self._heard_at, self._received()[1])
+        silent = now - heard
+        if silent >= self._silence:
+            self.mark_lost(4408, "heartbeat timeout")
+            return
+        if silent < self._beat <= now - self._heard_at:
+            # A large message is on its way, and the server's ping behind it: the server has to know that we live.
+            self._send_ack()
+        self._timers.start("watch", max(0.05, min(self._beat, self._silence - silent)), self._watch)
+
+    def probe(self) -> None:
+        """Ask the server for a sign of life."""
+        if self._open and "probe" not in self._timers:
+            self._pinged_at = monotonic()
+            self.put('{"type":"ping"}')
+            self._await_answer()
+
+    def _await_answer(self) -> None:
+        """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
+        oldest = self._client.buffer.oldest_sent
+        self._asked_at, self._progress = monotonic(), self._send_progress()
+        in_flight = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
+        self._timers.start("probe", self._client.probe_timeout + in_flight, self._unanswered)
+
+    def _unanswered(self) -> None:
+        if self._pausing or self._bytes_pass():  # it may have answered, and it is we who do not read
+            self._await_answer()
+        else:
+            self.mark_lost(4408, "no answer", at_once=True)
+
+    def _bytes_pass(self) -> bool:
+        """Whether bytes have come or gone since an answer was last waited for: it is behind a large message."""
+        before, now = self._progress, self._send_progress()
+        return self._received()[1] > self._asked_at or (before is not None and now is not None and now > before)
+
+    def _accepted(self, seq: int) -> None:
+        """The server has everything up to a number. What waits longest now is looked at when its own time is over."""
+        buffer = self._client.buffer
+        oldest = buffer.oldest_sent
+        buffer.accepted(seq)
+        self.wake()  # more may be on their way now
+        if buffer.oldest_sent is not oldest:
+            self._timers.stop("accept")
+            self._check_unacked()
+
+    def _check_unacked(self) -> None:
+        """Look, when its time is over, whether the message that waits longest is accepted."""
+        oldest = self._client.buffer.oldest_sent
+        if oldest is None or "accept" in self._timers:
+            return
+        left = oldest.sent_at + ACK_TIMEOUT - monotonic()
+        if left <= 0:
+            self.probe()
+            left = ACK_TIMEOUT
+        self._timers.start("accept", left, self._check_unacked)

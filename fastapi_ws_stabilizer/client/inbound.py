@@ -1,0 +1,215 @@
+"""What a client has received: handed to handlers one after the other, or kept for who iterates."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.v1.frames import Message
+
+logger = logging.getLogger("fastapi_ws_stabilizer.client")
+
+ANY: Final = "*"
+"""Stands for every event that has no handler of its own."""
+
+MAX_UNREAD: Final = 1024
+"""Messages that wait for who iterates, or for handlers that are busy."""
+
+LEFT_AFTER: Final = 10.0
+"""Seconds without a reader after which messages that wait for one hold nothing else up any more."""
+
+LOOK_EVERY: Final = 1.0
+"""Seconds after which that is looked at again."""
+
+Handler = Callable[..., Any]
+Reply = Callable[[str, Any, "dict[str, str] | None"], None]
+
+
+def event_of(message: Message) -> str | None:
+    """What kind of message it is: its event, or the `type` of the object that it carries."""
+    if message.event is not None:
+        return message.event
+    kind = message.data.get("type") if isinstance(message.data, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+class MessageIterator:
+    """One `async for` over the messages that no handler takes. It is gone when the loop is left."""
+
+    def __init__(self, incoming: InboundMessages) -> None:
+        self._incoming = incoming
+
+    def __aiter__(self) -> MessageIterator:
+        return self
+
+    async def __anext__(self) -> Message:
+        message = await self._incoming.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+
+class InboundMessages:
+    """The messages of a client, in the order in which they came.
+
+    One task calls the handlers, one after the other. Messages without a handler wait for who iterates; a request
+    without one is answered with the error `no_handler`.
+
+    Args:
+        tasks: Where that task is made.
+        reply: Answers a request.
+        waits: Whether the client itself waits for something from the server: an answer, or its word that it has a
+            message.
+    """
+
+    def __init__(self, tasks: TaskSet, reply: Reply, waits: Callable[[], bool] = lambda: False) -> None:
+        self._tasks = tasks
+        self._reply = reply
+        self._waits = waits
+        self._handlers: dict[str, list[Handler]] = {}
+        self._to_handle: deque[tuple[Message, int]] = deque()  # each with the session in which it came
+        self._to_read: deque[Message] = deque()
+        self._session = 0
+        self._working = False
+        self._iterated = False
+        self._read_at = 0.0
+        self._loops: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
+        self._changed = asyncio.Event()
+        self._over = False
+        self._error: Callable[[], Exception] | None = None
+        self._unhandled_logged = False
+        self.unhandled = 0
+
+    def on(self, event: str, handler: Handler) -> None:
+        """Call a function with the data of each message of an event, or of all others with `"*"`."""
+        self._handlers.setdefault(event, []).append(handler)
+
+    def put(self, message: Message) -> None:
+        """Take a message."""
+        if message.event is None:
+            message.event = event_of(message)
+        if self._handlers_for(message):
+            self._to_handle.append((message, self._session))
+            if not self._working:
+                self._working = True
+                self._tasks.spawn(self._work(), name="ws-client-handlers")
+            return
+        if message.id is not None:
+            text = f"the client has no handler for requests of type {event_of(message)!r}"
+            self._reply(message.id, None, {"code": "no_handler", "message": text})
+        if len(self._to_read) >= MAX_UNREAD and not self._iterated:
+            self._to_read.popleft()
+            self.unhandled += 1
+            if not self._unhandled_logged:
+                self._unhandled_logged = True
+                logger.warning("messages are thrown away: nobody iterates over the client, and they have no handler")
+        self._to_read.append(message)
+        self._changed.set()
+
+    async def room(self) -> None:
+        """Wait until there is room for more. While there is none, nothing is read, and TCP pushes back.
+
+        Who has stopped iterating does not stop the reading for ever, if others need what comes behind the messages that
+        wait to be read. A loop that is slow is still there; only of who calls `anext` by hand it has to be guessed.
+        """
+        read_at = monotonic()
+        while len(self._to_handle) >= MAX_UNREAD or (self._iterated and len(self._to_read) >= MAX_UNREAD):
+            self._changed.clear()
+            look_again = asyncio.get_running_loop().call_later(LOOK_EVERY, self._changed.set)
+            try:
+                await self._changed.wait()
+            finally:
+                look_again.cancel()
+            if self._loops or len(self._to_read) < MAX_UNREAD:  # then nobody is too slow, or it is the handlers
+                read_at = monotonic()
+            read_at = max(read_at, self._read_at)
+            if monotonic() - read_at >= LEFT_AFTER and (self._handlers or self._waits()):
+                self._iterated = False
+
+    def loop(self) -> AsyncIterator[Message]:
+        """Iterate over the messages without a handler."""
+        loop = MessageIterator(self)
+        self._loops.add(loop)
+        return loop
+
+    async def get(self) -> Message | None:
+        """Wait for the next message without a handler; `None` when nothing more will come. Cancelling is safe.
+
+        Raises:
+            Exception: Nothing more will come, for this reason.
+        """
+        self._iterated = True
+        while not self._to_read:
+            if self._over:
+                if self._error is not None:
+                    raise self._error()
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        message = self._to_read.popleft()
+        self._read_at = monotonic()
+        self._changed.set()
+        return message
+
+    def read_on(self) -> None:
+        """The client is about to leave: what waits to be read holds nothing up any more."""
+        self._iterated = False
+        self._changed.set()
+
+    def begun_anew(self) -> None:
+        """It is a new session: requests of the old one are handled, and not answered."""
+        self._session += 1
+
+    def close(self, error: Callable[[], Exception] | None = None) -> None:
+        """Nothing more will come.
+
+        Args:
+            error: Makes the error by which those who iterate learn why; their loop just ends when left out.
+        """
+        self._over, self._error = True, error
+        self._changed.set()
+
+    def _handlers_for(self, message: Message) -> list[Handler]:
+        event = event_of(message)
+        return self._handlers.get(event, []) if event in self._handlers else self._handlers.get(ANY, [])
+
+    async def _work(self) -> None:
+        try:
+            while self._to_handle:
+                message, session = self._to_handle.popleft()
+                self._changed.set()
+                await self._handle(message, session)
+        finally:
+            self._working = False
+
+    async def _handle(self, message: Message, session: int) -> None:
+        answer: Any = None
+        error: dict[str, str] | None = None
+        for handler in self._handlers_for(message):
+            try:
+                result = handler(message.data)
+                if inspect.isawaitable(result):
+                    result = await result
+                answer = result if answer is None else answer
+            except RequestError as refusal:
+                error = {"code": refusal.code, "message": refusal.message}
+            except (Exception, asyncio.CancelledError) as failure:
+                if isinstance(failure, asyncio.CancelledError) and self._cancelled():
+                    raise  # else it comes from something that the handler has awaited, and is a failure as any other
+                logger.exception("a handler of %r failed", event_of(message))
+                error = {"code": "handler_failed", "message": "the client could not handle it"}
+        if message.id is not None and session == self._session:
+            self._reply(message.id, answer, error)
+
+    def _cancelled(self) -> bool:
+        """Whether the task that calls the handlers is itself to end."""
+        cancelling = getattr(asyncio.current_task(), "cancelling", None)
+        return self._over if cancelling is None else cancelling() > 0  # Python 3.10 does not tell

@@ -1,0 +1,1 @@
+"""Private parts of FastAPI and Starlette that the package relies on, each with its supported range and fallback."""

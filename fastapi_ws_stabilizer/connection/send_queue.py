@@ -1,0 +1,222 @@
+"""Frames that wait to be sent: in order, bounded by number and bytes, a newer one in the place of an older."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Sequence
+from typing import Any, Final, cast
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.events import Counters
+from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, MemoryBudget
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+
+NOTHING: Final = cast("list[EncodedMessage]", ())
+"""The queue of every outbox in which nothing waits. A tuple, so that nobody can put anything into it by mistake: who
+adds the first frame makes a list."""
+
+_MAX_DEAD: Final = 64
+"""Places at the front of a queue that may be dead, if they are more than half of it, before it is cut."""
+
+
+class OutboxLimits:
+    """The bounds and the policy that all outboxes of a manager share, and where they count."""
+
+    __slots__ = (
+        "budget",
+        "context",
+        "counters",
+        "max_bytes",
+        "max_messages",
+        "overflow",
+        "send_timeout",
+        "soft_bytes",
+        "soft_messages",
+        "tells_delivery",
+    )
+
+    def __init__(self, config: WebSocketConfig, counters: Counters, budget: MemoryBudget | None = None) -> None:
+        self.bound(config.outbox_max_messages, config.outbox_max_bytes)
+        if config.max_memory_per_connection is not None:
+            self.bound(config.outbox_max_messages, config.max_memory_per_connection // 2)  # the rest has room too
+        self.overflow = config.outbox_overflow
+        self.send_timeout = config.send_timeout
+        self.counters = counters
+        self.budget = MemoryBudget() if budget is None else budget
+        self.context = contextvars.copy_context()  # what timers run in: one that is cancelled is held until its time
+        self.tells_delivery = self.budget.output_counts
+
+    def bound(self, max_messages: int, max_bytes: int) -> None:
+        """Lower the bounds to these, where they are higher."""
+        self.max_messages = min(max_messages, getattr(self, "max_messages", max_messages))
+        self.max_bytes = min(max_bytes, getattr(self, "max_bytes", max_bytes))
+        self.soft_messages = self.max_messages // 2
+        self.soft_bytes = self.max_bytes // 2
+
+
+class SendQueue:
+    """The queue of one outbox.
+
+    Most of the time it holds one frame, and is emptied whole, so one frame that waits alone is no list yet. Further
+    ones make a list with a dead part at its front, and no deque: an idle connection should hold nothing.
+
+    What waits for no longer than a turn of the event loop is counted nowhere. When it is clear that frames wait for
+    the client, `_count` begins to count them, and until it has caught up each that comes and goes is counted.
+
+    Attributes:
+        held_bytes: Bytes of the frames that wait.
+    """
+
+    __slots__ = ("_counted", "_extra", "_head", "_keyed", "_limits", "_queue", "_single", "_trimmed", "held_bytes")
+
+    def __init__(self, limits: OutboxLimits) -> None:
+        self._limits = limits
+        self._single: EncodedMessage | None = None  # the only frame that waits; then the queue is empty
+        self._queue = NOTHING
+        self._head = 0  # where the first frame that waits stands
+        self._trimmed = 0  # how many places have been cut off since the queue was empty
+        self._keyed: dict[Any, int] | None = None  # coalesce_key → place, counted from before the cut
+        self._extra: tuple[int, int] | None = None  # messages and bytes beyond the bounds, until the queue is empty
+        self._counted = False  # whether what waits is in the ledger; then nothing stands alone
+        self.held_bytes = 0
+
+    def __len__(self) -> int:
+        return 1 if self._single is not None else len(self._queue) - self._head
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it holds, with what each frame takes beside its payload: what is in the ledger, if it is counted."""
+        return self.held_bytes + FRAME_OVERHEAD_BYTES * SendQueue.__len__(self)
+
+    @property
+    def half_full(self) -> bool:
+        """Whether more than half of one of the bounds is used."""
+        return 2 * len(self) > self._limits.max_messages or 2 * self.held_bytes > self._limits.max_bytes
+
+    @property
+    def _at_bounds(self) -> bool:
+        """Whether one of the bounds is reached."""
+        messages, size = self._bounds
+        return len(self) >= messages or self.held_bytes >= size
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        limits, extra = self._limits, self._extra
+        if extra is None:
+            return limits.max_messages, limits.max_bytes
+        return limits.max_messages + extra[0], limits.max_bytes + extra[1]
+
+    def _fits(self, size: int) -> bool:
+        """Whether a message of `size` bytes fits. Any message fits into an empty outbox."""
+        waiting = len(self)
+        if not waiting:
+            return True
+        messages, held = self._bounds
+        return waiting < messages and self.held_bytes + size <= held
+
+    def _below_soft_limit(self, size: int) -> bool:
+        """Whether no more than half is used with a message of `size` bytes."""
+        limits, waiting = self._limits, len(self)
+        return not waiting or (waiting < limits.soft_messages and self.held_bytes + size <= limits.soft_bytes)
+
+    def _promote_to_list(self) -> None:
+        """Make a list of the frame that waits alone."""
+        if self._single is not None:
+            self._queue = [self._single]
+            self._single = None
+
+    def _start_accounting(self) -> None:
+        """What waits, and what comes, does so for longer than a turn: count it, until `_counted` is taken back."""
+        if self._counted:
+            return
+        self._promote_to_list()
+        self._counted = True
+        for frame in self._queue[self._head :]:
+            self._limits.budget.retain(frame)
+        self._is_held()
+
+    def _is_held(self) -> None:
+        """What waits is counted: nothing else may be held for the client."""
+
+    def _append(self, frame: EncodedMessage) -> None:
+        self._promote_to_list()
+        if self._counted:
+            self._limits.budget.retain(frame)
+            self._is_held()
+        if frame.key is not None:
+            keyed = self._keyed = {} if self._keyed is None else self._keyed
+            if len(keyed) > 2 * self._limits.max_messages:  # most of them are keys of frames that are long sent
+                first = self._trimmed + self._head
+                keyed = self._keyed = {key: index for key, index in keyed.items() if index >= first}
+            keyed[frame.key] = self._trimmed + len(self._queue)
+        if self._queue:
+            self._queue.append(frame)
+        else:
+            self._queue = [frame]
+        self.held_bytes += frame.size
+
+    def _coalesce(self, frame: EncodedMessage) -> bool:
+        """Put a frame in the place of one with its key; `False` if none waits, or there is no room for what is more."""
+        if self._keyed is None:
+            return False
+        self._promote_to_list()
+        index = self._keyed.get(frame.key, -1) - self._trimmed
+        if index < self._head or not self._queue:
+            return False
+        more = frame.size - self._queue[index].size
+        if more > 0 and len(self) > 1 and self.held_bytes + more > self._limits.max_bytes:
+            return False
+        if self._counted:
+            self._limits.budget.release(self._queue[index])
+            self._limits.budget.retain(frame)
+        self._queue[index] = frame
+        self.held_bytes += more
+        return True
+
+    def _pop(self) -> EncodedMessage:
+        """Take out the first frame."""
+        if self._single is not None:
+            frame = self._single
+            self._empty()
+            return frame
+        queue, head = self._queue, self._head
+        frame = queue[head]
+        if head + 1 == len(queue):
+            self._empty()
+            return frame
+        queue[head] = _REMOVED
+        if self._counted:
+            self._limits.budget.release(frame)
+        self._head = head + 1
+        self.held_bytes -= frame.size
+        if head > _MAX_DEAD and 2 * head > len(queue):
+            del queue[: self._head]
+            self._trimmed += self._head
+            self._head = 0
+        return frame
+
+    def _pop_up_to(self, max_bytes: int) -> Sequence[EncodedMessage]:
+        """Take out frames until `max_bytes` are reached; at least one."""
+        self._promote_to_list()
+        if self.held_bytes <= max_bytes:
+            frames = self._queue[self._head :] if self._head else self._queue
+            self._empty()
+            return frames
+        taken, size = [], 0
+        while self._queue and size < max_bytes:
+            taken.append(frame := self._pop())
+            size += frame.size
+        return taken
+
+    def _empty(self) -> None:
+        if self._counted:
+            for frame in self._queue[self._head :]:
+                self._limits.budget.release(frame)
+        self._single = None
+        self._queue = NOTHING
+        self._head = self._trimmed = self.held_bytes = 0
+        self._keyed = self._extra = None
+
+
+_REMOVED: Final = EncodedMessage("")
+"""Stands where a frame was taken out, so that the frame itself is let go."""

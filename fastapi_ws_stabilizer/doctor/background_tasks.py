@@ -1,0 +1,32 @@
+"""Finds WebSocket routes that take `BackgroundTasks`, which FastAPI never runs there (D23)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
+from fastapi_ws_stabilizer.handshake.unmatched import websocket_routes
+
+
+def routes_with_background_tasks(app: Any) -> tuple[str, ...]:
+    """Return the paths of the WebSocket routes whose endpoint, or a dependency of it, takes `BackgroundTasks`."""
+    return tuple(
+        path
+        for path, route in websocket_routes(getattr(app, "routes", ()))
+        if any(map(_takes_them, _dependants(route)))
+    )
+
+
+def _dependants(route: Any) -> Iterator[Any]:
+    waiting = [route.dependant] if hasattr(route, "dependant") else []
+    for _ in range(MAX_DEPENDENCIES):
+        if not waiting:
+            break
+        dependant = waiting.pop()
+        waiting.extend(dependant.dependencies)
+        yield dependant
+
+
+def _takes_them(dependant: Any) -> bool:
+    return getattr(dependant, "background_tasks_param_name", None) is not None

@@ -1,0 +1,137 @@
+"""Collecting the surroundings: for a command or a call, with what is told; at a start, with what a process knows."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.doctor.auth_middleware import unguarded_routes
+from fastapi_ws_stabilizer.doctor.background_tasks import routes_with_background_tasks
+from fastapi_ws_stabilizer.doctor.checks import run_checks
+from fastapi_ws_stabilizer.doctor.context import DeploymentContext, unmanaged_routes, version_of
+from fastapi_ws_stabilizer.doctor.dependency_order import routes_with_early_identity
+from fastapi_ws_stabilizer.doctor.network_path import path_through
+from fastapi_ws_stabilizer.doctor.open_stats import open_stats_routers
+from fastapi_ws_stabilizer.doctor.servers import find_server, running_server, with_defaults
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.handshake.routes import shadowed_routes
+from fastapi_ws_stabilizer.platforms.platform import Platform
+
+
+def collect_context(
+    config: WebSocketConfig,
+    app: Any,
+    *,
+    refuses: bool,
+    guarded: bool = False,
+    server: str | None = None,
+    server_options: Mapping[str, Any] | None = None,
+    platform: str | Iterable[str] = (),
+    idle_timeout: float | None = None,
+    max_lifetime: float | None = None,
+    grace: float | None = None,
+    pre_stop: float = 0.0,
+    http2: bool = False,
+    caching: bool = False,
+) -> DeploymentContext:
+    """Collect what the checks look at. `WebSocketConnectionManager.check` says what the arguments mean.
+
+    Raises:
+        ValueError: A server, an option or a platform is not known, or a number is none.
+    """
+    one = running_server() if server is None else find_server(server)
+    options = None
+    if one is not None and (server is not None or server_options is not None):
+        options = with_defaults(one, server_options or {})
+    elif server_options is not None:
+        raise ValueError("name the server whose options these are")
+    if not 0 <= pre_stop < math.inf:
+        raise ValueError(f"pre_stop is a number of seconds, not {pre_stop:g}")
+    path = path_through(
+        (platform,) if isinstance(platform, str) else platform,
+        idle_timeout=idle_timeout,
+        max_lifetime=max_lifetime,
+        grace=grace,
+    )
+    if one is not None and options is not None and one.lifetime is not None and (options[one.lifetime] or 0) > 0:
+        path = path.with_hop(Platform(one.name, one.name, (), max_lifetime=options[one.lifetime]))
+    logins, unguarded = unguarded_routes(app)
+    return DeploymentContext(
+        config=config,
+        server=one,
+        options=options,
+        version=() if one is None else version_of(one),
+        network_path=path,
+        pre_stop=pre_stop,
+        http2=http2,
+        caching=caching,
+        bypassing=unmanaged_routes(app),
+        refuses=refuses,
+        guarded=guarded,
+        logins=logins,
+        unguarded=unguarded,
+        early=routes_with_early_identity(app),
+        shadowed=shadowed_routes(app),
+        background=routes_with_background_tasks(app),
+        open_stats=open_stats_routers(app),
+    )
+
+
+def report_at_start(
+    events: EventBus,
+    config: WebSocketConfig,
+    app: Any = None,
+    *,
+    refuses: bool,
+    guarded: bool = False,
+    reported: set[str],
+) -> None:
+    """Make the checks for which a starting process knows enough, and report what they find, each once.
+
+    It fails no start: an error of its own is reported and goes no further. All findings are warnings here, since the
+    process serves; what is wrong shows when it is told to stop, or when a client is refused, or never.
+
+    Args:
+        events: Where it is told.
+        config: The options of the manager that starts.
+        app: The app that it belongs to, if it is known.
+        refuses: Whether hooks refuse connections before the accept.
+        guarded: Whether hooks look at who comes.
+        reported: The codes that have been told, to which it adds.
+    """
+    try:
+        server = running_server()
+        options = None
+        if server is not None and server.name == "hypercorn":
+            # Where it has been told to use no worker process, this is none.
+            options = {"workers": int(multiprocessing.parent_process() is not None)}
+        logins, unguarded = unguarded_routes(app)
+        surroundings = DeploymentContext(
+            config,
+            server,
+            options,
+            refuses=refuses,
+            guarded=guarded,
+            logins=logins,
+            unguarded=unguarded,
+            early=routes_with_early_identity(app),
+            shadowed=shadowed_routes(app),
+            background=routes_with_background_tasks(app),
+        )
+        for finding in run_checks(surroundings, at_start=True):
+            if finding.code not in reported:
+                reported.add(finding.code)
+                events.emit(
+                    "doctor_finding",
+                    logging.WARNING,
+                    code=finding.code,
+                    severity=finding.severity,
+                    problem=finding.problem,
+                    advice=finding.advice,
+                )
+    except Exception as error:
+        events.emit_exception("doctor_failed", error)

@@ -1,0 +1,1 @@
+"""Hooks and message handlers: registration, validation, calls."""

@@ -1,0 +1,70 @@
+"""The exception handlers of the application: `@app.exception_handler(...)`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+from fastapi import HTTPException as FastAPIHTTPException
+from fastapi import WebSocket
+from fastapi import exception_handlers as of_fastapi
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+
+from fastapi_ws_stabilizer.connection.endpoint import root_cause
+from fastapi_ws_stabilizer.handlers.signatures import is_async
+
+Handler = Callable[[Any, Any], Any]
+
+_KNOWN: Final = "starlette.exception_handlers"
+
+_OF_HTTP: Final = (HTTPException, FastAPIHTTPException)
+
+
+def known_handlers(websocket: WebSocket) -> tuple[dict[Any, Any], dict[int, Any]] | None:
+    """The handlers by class and by status, as Starlette keeps them; `None` outside of Starlette."""
+    known: tuple[dict[Any, Any], dict[int, Any]] | None = websocket.scope.get(_KNOWN)
+    return known
+
+
+def handler_of(websocket: WebSocket, error: BaseException) -> Handler | None:
+    """The application's own handler for an error, as Starlette finds it: by status, then by the classes of the error.
+
+    Those that FastAPI and Starlette register themselves are none.
+    """
+    handlers, by_status = known_handlers(websocket) or ({}, {})
+    found = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
+    if found is None:
+        found = next((handlers[kind] for kind in type(error).__mro__ if kind in handlers), None)
+    return None if found is None or _is_of_framework(found) else found
+
+
+def handler_for_endpoint(websocket: WebSocket, error: BaseException) -> Handler | None:
+    """The application's own handler for what an endpoint has raised on an accepted WebSocket.
+
+    One for `HTTPException` itself, or for a status, is meant for HTTP: there a close code says the same.
+    """
+    error = root_cause(error)
+    handlers, _ = known_handlers(websocket) or ({}, {})
+    for kind in type(error).__mro__:
+        if kind in handlers:
+            found: Handler = handlers[kind]
+            return None if kind in _OF_HTTP or _is_of_framework(found) else found
+    return None
+
+
+async def call(handler: Handler, websocket: WebSocket, error: BaseException) -> Any:
+    """Call a handler, in the thread pool if it is not async, and return what it returned."""
+    error = root_cause(error)
+    if is_async(handler):
+        return await handler(websocket, error)
+    answer = await run_in_threadpool(handler, websocket, error)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def _is_of_framework(handler: Any) -> bool:
+    if isinstance(getattr(handler, "__self__", None), ExceptionMiddleware):
+        return True
+    return getattr(handler, "__module__", None) == of_fastapi.__name__

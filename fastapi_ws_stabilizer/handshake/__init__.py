@@ -1,0 +1,1 @@
+"""The opening handshake, from admission to an open connection or a rejection."""

@@ -1,0 +1,1 @@
+"""Memory accounting: what is held for each client, the limits, and eviction."""

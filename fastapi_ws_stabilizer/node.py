@@ -1,0 +1,232 @@
+"""One connection from its handshake to its close code, around the user's endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastapi_ws_stabilizer.auth.signed_tokens import ReconnectTokens
+from fastapi_ws_stabilizer.close_codes import CloseInfo
+from fastapi_ws_stabilizer.config import MemoryEvictionPolicy, RejectPolicy, WebSocketConfig
+from fastapi_ws_stabilizer.connection import current as own
+from fastapi_ws_stabilizer.connection.closing import ClosingConnections
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.connection.resources import SharedResources
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.handlers.dispatcher import Dispatcher
+from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
+from fastapi_ws_stabilizer.handshake.acceptor import Acceptor
+from fastapi_ws_stabilizer.handshake.admission import AdmissionController
+from fastapi_ws_stabilizer.handshake.hello import HelloReader
+from fastapi_ws_stabilizer.handshake.rejection import Rejector
+from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
+from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.hub import Hub
+from fastapi_ws_stabilizer.hub.presence import Presence, PresenceList
+from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
+from fastapi_ws_stabilizer.limits.inbound import InboundRateLimiter
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.room import Room
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.sessions.idempotency import IdempotencyCache
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
+
+
+class Node(Acceptor):
+    """Opens connections, and ends each with the code that fits how its endpoint ended.
+
+    Made for one event loop.
+
+    Attributes:
+        hub: Who is connected, in which rooms, and how they are reached.
+        door: Where clients knock.
+        unfinished: The open connections and those whose end is still being worked on.
+        closing: Whether no more connections are taken.
+    """
+
+    def __init__(
+        self,
+        config: WebSocketConfig,
+        events: EventBus,
+        hooks: HookRegistry,
+        dispatcher: Dispatcher,
+        tokens: ReconnectTokens,
+        loop: asyncio.AbstractEventLoop | None = None,
+        before_token: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._before_token = before_token
+        self._events = events
+        self._hooks = hooks
+        self._dispatcher = dispatcher
+        self._tasks = TaskSet(self._task_failed)
+        scheduler = FlushScheduler(config.num_shards, events, loop)
+        self.budget = MemoryBudget(
+            config.max_total_memory,
+            config.max_memory_per_connection,
+            MemoryEvictionPolicy(config.memory_eviction_policy).value,
+            config.memory_check_interval,
+        )
+        self.hub: Hub[Connection] = Hub(
+            config,
+            events,
+            scheduler,
+            self._tasks,
+            joined=functools.partial(self._presence, "join"),
+            left=functools.partial(self._presence, "leave"),
+            wanted=functools.partial(hooks.has, "join", "leave"),
+            away_of=lambda client_id: self.resumption.detached_of(client_id),
+            budget=self.budget,
+        )
+        self.registry = self.hub.registry
+        self._seen = IdempotencyCache()
+        self.resumption = SessionLifecycle(config, events, hooks, self.hub, tokens, self.budget, self._seen)
+        self.sessions = self.resumption.sessions
+        self.connections: set[Connection] = set()
+        self._closing_connections = ClosingConnections()
+        rejector = Rejector(RejectPolicy(config.reject), events)
+        self._hello_reader = HelloReader(
+            config, self.sessions, rejector, address_of=lambda websocket: self.admission.address_of(websocket)
+        )
+        self.admission = AdmissionController(
+            config, events, rejector, self._hello_reader, endings=self._closing_connections
+        )
+        self.heartbeat = HeartbeatScheduler(config, events)
+        self.reaper = ConnectionReaper(config)
+        self.closing = False
+        self._warned_about_server = False
+        self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # of rooms and of slow clients
+        self._parts = SharedResources(
+            config,
+            events,
+            self._tasks,
+            scheduler,
+            self.budget,
+            InboundRateLimiter(
+                config.max_message_rate,
+                config.max_message_burst,
+                config.max_byte_rate,
+                max_message_size=config.max_message_size,
+            ),
+            next_shard=self.registry.next_shard,
+            on_closing=self._on_closing,
+            evicted=self._on_evicted,
+            on_closed=self._on_closed,
+            on_disconnect=hooks.disconnect,
+            on_session_end=self.resumption.notify_session_end,
+            slow=self._slow,
+            on_error=hooks.error,
+            close_info_by_handler=self.close_info_by_handler,
+        )
+
+    # ── what sockets ask for ──
+
+    async def run(self, socket: StableSocket, concurrency: int) -> None:
+        """Hand every message of a socket to the handlers."""
+        await self._dispatcher.run(socket._connection, concurrency)
+
+    def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
+        """Let a connection into a room."""
+        return self.hub.join(connection.recipient, room, metadata)
+
+    def leave_room(self, connection: Connection, room: str) -> bool:
+        """Take a connection out of a room."""
+        return self.hub.leave(connection.recipient, room)
+
+    def rooms_of(self, connection: Connection) -> tuple[str, ...]:
+        """The rooms that a connection, or its session, is in, or was in when it ended."""
+        ended: CloseInfo | None = connection.recipient.close_info
+        return self.hub.rooms.rooms_of(connection.recipient) if ended is None else ended.rooms
+
+    def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
+        """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
+        self.hub.replay_history(connection.recipient, room, count, newcomer=newcomer)
+
+    def address_of(self, connection: Connection) -> str:
+        """Where the client of a connection comes from."""
+        return self.admission.address_of(connection.websocket)
+
+    def reconnect_token(self, connection: Connection) -> str:
+        """Make a reconnect token for a connection.
+
+        Raises:
+            InvalidTokenError: `enable_reconnect` is False.
+        """
+        self._before_token()
+        return self.resumption.issue_token(connection.client_id, connection)
+
+    async def _presence(self, event: str, presence: Presence) -> None:
+        async with self._hook_slots:
+            await self._hooks.presence(event, Room(presence.room, lambda: self.hub, history=False), presence)
+
+    def _slow(self, socket: StableSocket, how: SlowConsumer) -> None:
+        if self._hooks.has("slow"):
+            context = copied(socket._connection.context)
+            self._tasks.spawn(self._report_slow(socket, how), name="ws-slow-hooks", context=context)
+
+    async def _report_slow(self, socket: StableSocket, how: SlowConsumer) -> None:
+        async with self._hook_slots:
+            await self._hooks.slow(socket, how)
+
+    def current_connection(self, client_id: str) -> Connection | None:
+        """The connection that the current task, or the one that has started it, has opened under this client id."""
+        connection = own.current_for(client_id)
+        return connection if connection is not None and connection.belongs_to(self._parts) else None
+
+    def served_here(self) -> set[Connection]:
+        """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
+        return {one for one in own.all_current() if one.belongs_to(self._parts) and one.waits_for_user_code}
+
+    def resolve(self, client_id: str) -> list[Connection]:
+        """The connections that a call with this client id means: the current task's own one, else all of the client."""
+        connection = self.current_connection(client_id)
+        return self.registry.of_client(client_id) if connection is None else [connection]
+
+    def resume_accepting(self) -> None:
+        """Take connections again."""
+        self.closing = False
+        self.admission.reopen()
+        self._hello_reader.reopen()
+
+    def stop_accepting(self) -> None:
+        """Take no more connections, and refuse those that are being opened."""
+        self.closing = True
+        self._hello_reader.close()
+        self.admission.close()
+
+    async def stop(self, patience: float) -> None:
+        """Let go of the heartbeat, of the sessions, and of tasks that are left over.
+
+        Args:
+            patience: Seconds that the hooks for the end of sessions may take in all.
+        """
+        self.heartbeat.stop()
+        self.reaper.stop()
+        await wait_for_all(self._hello_reader.pending, 1.0)
+        await self.admission.wait_until_empty(1.0)
+        # Their time is over, but nobody's disconnect goes untold.
+        await wait_for_all(self._for_unfinished(Connection.run_disconnect_hooks, "ws-last-hooks"), 1.0)
+        await wait_for_all(self._for_unfinished(self.resumption.notify_session_end, "ws-last-ends"), patience)
+        for connection in list(self.connections):
+            connection.force_finish()
+        await self.resumption.stop(patience)
+        self.hub.stop()
+        self.budget.stop()
+        if left_over := self._tasks.cancel():
+            await wait_for_all(left_over, 1.0)
+
+    def _for_unfinished(
+        self, what: Callable[[Connection], Coroutine[Any, Any, None]], name: str
+    ) -> list[asyncio.Task[None]]:
+        """Do something for each connection that is not finished, each in a task with its own context variables."""
+        return [
+            self._tasks.spawn(what(connection), name=name, context=copied(connection.context))
+            for connection in self.connections
+        ]
+
+    def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
+        self._events.emit_exception("internal_task_failed", error, task=task.get_name())

@@ -1,1 +1,0 @@
-"""From events and messages of a connection to the user's functions."""

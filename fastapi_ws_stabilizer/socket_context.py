@@ -1,0 +1,187 @@
+"""From a WebSocket to a socket and back: what the dependencies are made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Annotated, Any
+
+from fastapi import Depends, WebSocket, WebSocketException
+
+from fastapi_ws_stabilizer.auth.credentials import HANDSHAKE_SCOPE_KEY
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.endpoint import is_bug
+from fastapi_ws_stabilizer.handshake.admission import AdmissionController, Handshake
+from fastapi_ws_stabilizer.handshake.client_id import (
+    Moment,
+    client_id_from,
+    client_id_from_request,
+    seconds_until_expiry,
+)
+from fastapi_ws_stabilizer.handshake.rejection import REFUSALS
+from fastapi_ws_stabilizer.node import Node
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
+
+NodeProvider = Callable[[WebSocket], Awaitable[Node]]
+"""Returns the running node for a handshake, and rejects the handshake if there is none."""
+
+
+async def reject_handshake(admission: AdmissionController, websocket: WebSocket, error: Exception) -> Exception:
+    """Turn a client away; at the doors where it stands too, nobody else has to."""
+    handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    while handshake is not None:
+        handshake.rejected = True
+        if handshake.admission is admission:
+            handshake.reservation.release()  # it may take its time to hear that it has none
+        handshake = handshake.parent
+    return await admission.rejector.reject(websocket, error, admission.address_of(websocket))
+
+
+def current_handshake(admission: AdmissionController, websocket: WebSocket) -> Handshake | None:
+    """The client that stands at a admission, if it has handshake_guard there."""
+    handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    while handshake is not None and handshake.admission is not admission:
+        handshake = handshake.parent
+    return handshake
+
+
+@asynccontextmanager
+async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Handshake]:
+    """Admit a handshake, and reject it if a dependency raises. Nested scopes admit it once."""
+    admission, outer = node.admission, websocket.scope.get(HANDSHAKE_SCOPE_KEY)
+    handshake = current_handshake(admission, websocket)
+    if handshake is not None:
+        yield handshake
+        return
+    try:
+        handshake = websocket.scope[HANDSHAKE_SCOPE_KEY] = admission.admit(websocket, outer)
+        handshake.watch()
+        yield handshake
+    except REFUSALS as error:
+        if is_bug(error) or (handshake is not None and (handshake.established or handshake.rejected)):
+            raise
+        raise await reject_handshake(admission, websocket, error) from error
+    except asyncio.CancelledError as error:
+        if handshake is None or handshake.established or not handshake.endpoint.is_own_cancellation(error):
+            raise
+        if handshake.gone:  # Starlette closes, which the server refuses in silence
+            raise WebSocketException(1000) from error
+        raise await reject_handshake(admission, websocket, admission.stopping()) from error
+    finally:
+        websocket.scope[HANDSHAKE_SCOPE_KEY] = outer
+        if handshake is not None:
+            admission.forget(handshake)
+            if not handshake.established:
+                handshake.reservation.release()
+
+
+class SocketContext:
+    """Accepts, registers and gives a socket, and closes it at the end. Entered and left in the task that serves it.
+
+    A class and not a generator, because each open connection holds one.
+    """
+
+    __slots__ = ("_connection", "_node", "_node_for", "_opening")
+
+    _connection: Connection
+    _node: Node
+
+    def __init__(
+        self,
+        node_for: NodeProvider,
+        websocket: WebSocket,
+        client_id: str | None,
+        *,
+        identity: Any,
+        expires_in: float | None,
+        control_frames: bool,
+        subprotocols: tuple[str, ...] = (),
+    ) -> None:
+        if subprotocols:
+            websocket.scope[SERVED_KEY] = subprotocols
+        self._node_for = node_for
+        self._opening: tuple[WebSocket, str | None, Any, float | None, bool] | None
+        self._opening = websocket, client_id, identity, expires_in, control_frames
+
+    async def __aenter__(self) -> StableSocket:
+        if self._opening is None:
+            raise RuntimeError("what manager.serve() returns can be entered once")
+        websocket, client_id, identity, expires_in, control_frames = self._opening
+        self._opening = None
+        self._node = await self._node_for(websocket)
+        async with handshake_scope(self._node, websocket) as handshake:
+            self._connection = await self._node.accept(
+                handshake,
+                client_id_from_request(websocket) if client_id is None else client_id,
+                identity=identity,
+                expires_in=expires_in,
+                control_frames=control_frames,
+            )
+        socket: StableSocket = self._connection.socket
+        return socket
+
+    async def __aexit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> bool:
+        failure = await self._node.close_after_endpoint(self._connection, error)
+        if failure is None:
+            return True
+        if failure is error:
+            return False
+        raise failure from error
+
+
+def anonymous_dependency(
+    serve: Callable[..., SocketContext], control_frames: bool, subprotocols: tuple[str, ...]
+) -> Callable[..., AsyncIterator[StableSocket]]:
+    """Make a dependency that takes the client id from the path or the query."""
+
+    async def socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:
+        async with serve(websocket, control_frames=control_frames, subprotocols=subprotocols) as socket:
+            yield socket
+
+    return socket
+
+
+def identity_dependency(
+    node_for: NodeProvider,
+    serve: Callable[..., SocketContext],
+    identify: Callable[..., Any],
+    key: Callable[[Any], object] | None,
+    expires_at: Callable[[Any], Moment] | None,
+    control_frames: bool,
+    subprotocols: tuple[str, ...],
+) -> Callable[..., AsyncIterator[StableSocket]]:
+    """Make a dependency that takes the client id from another one."""
+
+    async def handshake_guard(websocket: WebSocket) -> AsyncIterator[None]:
+        """Stands before the identity, so that it need not be asked of everybody, and hears what it raises."""
+        if subprotocols:
+            websocket.scope[SERVED_KEY] = subprotocols
+        async with handshake_scope(await node_for(websocket), websocket):
+            yield
+
+    async def identified_socket(websocket: WebSocket, _: None, identity: Any) -> AsyncIterator[StableSocket]:
+        client_id = client_id_from(identity, key)
+        expires_in = None if expires_at is None else seconds_until_expiry(expires_at(identity))
+        served = serve(
+            websocket,
+            client_id,
+            identity=identity,
+            expires_in=expires_in,
+            control_frames=control_frames,
+            subprotocols=subprotocols,
+        )
+        async with served as socket:
+            yield socket
+
+    # Under `from __future__ import annotations` FastAPI would look for `identify` among this module's names.
+    identified_socket.__annotations__ = {
+        "websocket": WebSocket,
+        "_": Annotated[None, Depends(handshake_guard)],
+        "identity": Annotated[Any, Depends(identify)],
+    }
+    return identified_socket

@@ -1,0 +1,69 @@
+"""Control frames of the plain mode: pings and pongs that travel as text.
+
+They are recognised by exact match only, so that application data is never mistaken for one: the text `ping` or `pong`,
+or a JSON object of at most 64 characters with `type` `"ping"` or `"pong"` and no other key but `ts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode_json
+from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
+
+MAX_CONTROL_CHARS: Final = 64
+
+PING: Final = EncodedMessage('{"type":"ping"}')
+"""The server's heartbeat."""
+
+_TEXT_PONG: Final = EncodedMessage("pong")
+_KEYS: Final = {"type", "ts"}
+
+
+@dataclass(frozen=True)
+class TextPong:
+    """The peer answers a ping."""
+
+
+@dataclass(frozen=True)
+class TextPing:
+    """The peer asks for an answer.
+
+    Attributes:
+        answer: What to send back.
+    """
+
+    answer: EncodedMessage
+
+
+_PONG: Final = TextPong()
+_TEXT_PING: Final = TextPing(_TEXT_PONG)
+
+
+def parse_text_ping(text: str) -> TextPing | TextPong | None:
+    """Read a control frame; `None` for everything that is application data.
+
+    The length and the first character are looked at before anything is parsed: this runs for every text message.
+    """
+    if len(text) > MAX_CONTROL_CHARS or text[:1] not in ("p", "{"):
+        return None
+    if text == "pong":
+        return _PONG
+    if text == "ping":
+        return _TEXT_PING
+    if text[0] == "p" or '"type"' not in text:
+        return None
+    try:
+        value: Any = read_json(text)
+    except InvalidJsonError:
+        return None
+    if not isinstance(value, dict) or not value.keys() <= _KEYS:
+        return None
+    if value.get("type") == "pong":
+        return _PONG
+    if value.get("type") != "ping":
+        return None
+    if "ts" not in value:
+        return TextPing(encode_json({"type": "pong"}))
+    return TextPing(encode_json({"type": "pong", "ts": value["ts"]}))

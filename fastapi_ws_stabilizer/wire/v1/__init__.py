@@ -1,0 +1,1 @@
+"""The wire format of `stabilizer.v1.json`."""
