@@ -28,12 +28,22 @@ from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.stats import stats_router
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.server import LiveServer
-from tests.live.wire_client import BROWSER_OFFER, KIND, TEXT, Answer, WireClient, connect, frame, quiet_server, request
-from tests.simulation.virtual_time import VirtualLoop, run_virtually
-from tests.unit.client.fake_link import soon
-from tests.unit.own_loop import run
-from tests.unit.routing.stage import Line, Peer, Stage
+from tests.support.fake_link import soon
+from tests.support.own_loop import run
+from tests.support.server import LiveServer
+from tests.support.stage import Line, Peer, Stage
+from tests.support.virtual_time import VirtualLoop, run_virtually
+from tests.support.wire_client import (
+    BROWSER_OFFER,
+    KIND,
+    TEXT,
+    Answer,
+    WireClient,
+    connect,
+    frame,
+    quiet_server,
+    request,
+)
 
 SECRET = "a-secret-that-nobody-guesses"
 PING = '{"type":"ping"}'
@@ -193,7 +203,7 @@ async def bad_messages(stage: Stage) -> Any:
     return how(line)
 
 
-async def nobody_reads(stage: Stage) -> int:
+async def unread_messages_of_idle_endpoint(stage: Stage) -> int:
     """How many of eight messages are taken from the server though nobody reads them."""
     stage.endpoint = parked
     line = stage.plain()
@@ -208,7 +218,7 @@ async def a_flood(stage: Stage) -> Any:
     return how(line)
 
 
-async def nobody_ever_reads(stage: Stage) -> int | None:
+async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
     """Seconds until a full inbox ends the connection of an endpoint that has read one message and hangs."""
 
     async def hangs(ws: StableSocket) -> None:
@@ -602,10 +612,10 @@ CASES: dict[str, Case | LiveCase] = {
     "max_message_burst": Case(3, three_messages, (1, "rate_limited"), (3, None), {"max_message_rate": 1}),
     "max_byte_rate": Case(100, three_messages, (3, None), (1, "rate_limited"), {"max_message_size": 100}),
     "max_bad_messages": Case(1, bad_messages, "open", 1008),
-    "inbox_max_messages": Case(2, nobody_reads, 8, 2),
-    "inbox_max_bytes": Case(4000, nobody_reads, 8, 4),
+    "inbox_max_messages": Case(2, unread_messages_of_idle_endpoint, 8, 2),
+    "inbox_max_bytes": Case(4000, unread_messages_of_idle_endpoint, 8, 4),
     "inbox_overflow": Case("close", a_flood, "open", 1013, two),
-    "inbox_pause_timeout": Case(20, nobody_ever_reads, 300, 20, two),
+    "inbox_pause_timeout": Case(20, seconds_until_hanging_endpoint_closes, 300, 20, two),
     "outbox_max_messages": Case(3, a_slow_client, (None, 0), (4507, 0)),
     "outbox_max_bytes": Case(3000, a_slow_client, (None, 0), (4507, 0)),
     "outbox_overflow": Case("drop_oldest", a_slow_client, (4507, 0), (None, 4), {"outbox_max_messages": 3}),
@@ -707,7 +717,7 @@ def played(case: Case, options: Mapping[str, Any]) -> Any:
         for option in WebSocketConfig.model_fields
     ],
 )
-def test_a_changed_option_changes_what_is_seen(option: str, servers: Servers) -> None:
+def test_every_option_has_observable_effect(option: str, servers: Servers) -> None:
     """No option is dead: with its default one thing happens, with another value another, both as documented."""
     assert option in CASES, f"say in CASES what {option} changes"
     case = CASES[option]
@@ -724,7 +734,7 @@ def test_a_changed_option_changes_what_is_seen(option: str, servers: Servers) ->
     assert seen == [case.before, case.after]
 
 
-def test_every_case_is_about_an_option() -> None:
+def test_every_case_names_existing_option() -> None:
     """What is no option any more has no case."""
     assert set(CASES) == set(WebSocketConfig.model_fields)
     assert KIND == "uvicorn-stable"  # compression is this library's there

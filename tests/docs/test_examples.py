@@ -29,7 +29,7 @@ from examples.typed_messages import manager as typed_manager
 from fastapi_ws_stabilizer import RequestError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.docs.pages import ROOT, blocks, name_of
-from tests.live.server import SERVERS, LiveServer
+from tests.support.server import SERVERS, LiveServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -44,14 +44,14 @@ def heard(client: WebSocketTestSession) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_example_is_an_app_with_a_socket(name: str) -> None:
+def test_every_example_is_app_with_websocket_route(name: str) -> None:
     """An example imports without a server, and has an app, a manager and a WebSocket route."""
     module: ModuleType = importlib.import_module(f"examples.{name}")
     assert any(isinstance(route, APIWebSocketRoute) for route in module.app.routes)
     assert module.manager.get_connection_count() == 0
 
 
-def test_the_quick_start_tells_everybody() -> None:
+def test_quick_start_broadcasts_joins_messages_and_leaves() -> None:
     """Who comes, what they say and why they leave is heard by all; a bad message is answered."""
     with TestClient(quickstart) as client, client.websocket_connect("/ws/ann") as ann:
         assert heard(ann) == {"type": "joined", "who": "ann"}
@@ -93,7 +93,7 @@ def test_tutorial_steps_build_its_example() -> None:
     assert steps[-1].source == "examples/tutorial.py"
 
 
-def test_the_loop_by_hand_speaks_to_the_others() -> None:
+def test_manual_loop_broadcasts_to_others_and_hides_pongs() -> None:
     """An old loop broadcasts to all but the speaker, and never sees a pong."""
     with TestClient(by_hand) as client:
         with client.websocket_connect("/ws/ann?plan=gold") as ann, client.websocket_connect("/ws/bob") as bob:
@@ -111,7 +111,7 @@ def test_the_loop_by_hand_speaks_to_the_others() -> None:
     ("url", "headers"),
     [("/ws?token=secret-of-ann", {}), ("/ws", {"authorization": "Bearer secret-of-ann"})],
 )
-def test_who_is_logged_in_is_known(url: str, headers: dict[str, str]) -> None:
+def test_logged_in_client_has_id_and_identity(url: str, headers: dict[str, str]) -> None:
     """The client id and the identity come from the login, by header or by query."""
     with TestClient(authenticated) as client, client.websocket_connect(url, headers=headers) as ws:
         assert heard(ws) == {"hello": "Ann", "client_id": "1"}
@@ -122,7 +122,7 @@ def test_who_is_logged_in_is_known(url: str, headers: dict[str, str]) -> None:
     [{"authorization": "Bearer secret-of-ann"}, {"cookie": "session=session-of-ann"}],
     ids=["header", "cookie"],
 )
-def test_one_dependency_says_who_it_is_everywhere(headers: dict[str, str]) -> None:
+def test_one_dependency_authenticates_http_and_sockets(headers: dict[str, str]) -> None:
     """Whatever lets somebody use an HTTP route opens a socket too."""
     with TestClient(shared_login) as client:
         assert client.get("/me", headers=headers).json() == {"user": "ann"}
@@ -130,7 +130,7 @@ def test_one_dependency_says_who_it_is_everywhere(headers: dict[str, str]) -> No
             assert heard(ws) == {"user": "ann"}
 
 
-def test_a_socket_has_a_place_of_its_own_for_a_credential() -> None:
+def test_browser_credential_travels_in_subprotocol() -> None:
     """A browser, which can set no header, says who it is among the subprotocols."""
     with TestClient(shared_login) as client:
         with client.websocket_connect("/ws", subprotocols=["bearer", "secret-of-ann"]) as ws:
@@ -139,14 +139,14 @@ def test_a_socket_has_a_place_of_its_own_for_a_credential() -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}], ids=["none", "wrong"])
-def test_who_is_nobody_is_told_to_log_in(headers: dict[str, str]) -> None:
+def test_missing_credential_gets_401_on_http_route(headers: dict[str, str]) -> None:
     """An HTTP route answers 401, and says how to log in."""
     with TestClient(shared_login) as client:
         answer = client.get("/me", headers=headers)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
-def test_the_server_speaks_unasked() -> None:
+def test_ticker_pushes_and_http_route_reaches_client() -> None:
     """Ticks come by themselves, also beside an echo; an HTTP route reaches a client, or says that it is not there."""
     with TestClient(push) as client:
         with client.websocket_connect("/clock/ann") as ann:
@@ -161,7 +161,7 @@ def test_the_server_speaks_unasked() -> None:
         assert client.post("/notify/nobody", json={}).status_code == 404
 
 
-def test_other_threads_reach_the_clients() -> None:
+def test_other_threads_broadcast_and_disconnect() -> None:
     """A thread of its own and `def` routes broadcast, disconnect, and hear that a client is not there."""
     with TestClient(from_thread) as client:
         with client.websocket_connect("/ws/ann") as ann:
@@ -177,7 +177,7 @@ def test_other_threads_reach_the_clients() -> None:
         assert client.post("/kick/ann").status_code == 404
 
 
-def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:
+def test_chat_room_announces_members_and_rejects_strangers() -> None:
     """Who joins sees who is there, the others are told; words reach the room alone; strangers cannot speak to it."""
     with TestClient(rooms) as client:
         assert client.get("/rooms/lobby").status_code == 404
@@ -198,7 +198,7 @@ def test_a_room_hears_what_is_said_and_who_comes_and_goes() -> None:
                 assert client.get("/rooms/lobby").json() == {"clients": ["ann"]}
 
 
-def test_each_message_finds_its_handler() -> None:
+def test_each_message_reaches_its_handler() -> None:
     """A typed handler, one without content, one in the thread pool, and one for all else take what is theirs."""
     with TestClient(typed_messages) as client, client.websocket_connect("/ws/ann") as ws:
         ws.send_json({"type": "move", "x": 1, "y": 2})
@@ -220,7 +220,7 @@ def test_each_message_finds_its_handler() -> None:
         assert (closed.value.code, closed.value.reason) == (4000, "resigned")
 
 
-def test_the_stats_are_for_who_has_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_require_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the key, or on a server that has none, every path of the stats is refused."""
     watched: Any = importlib.import_module("examples.watched")
     paths = ("/ws-stats/", "/ws-stats/connections", "/ws-stats/connections/x", "/ws-stats/health")
@@ -236,7 +236,7 @@ def test_the_stats_are_for_who_has_the_key(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_a_dashboard_misses_nothing(kind: str) -> None:
+async def test_dashboard_receives_messages_of_outage(kind: str) -> None:
     """Orders are answered or refused, questions are answered, and what was announced meanwhile is there afterwards."""
     with LiveServer(kind, app="examples.resumable:app") as server:
         async with connect_client(server.url("/ws/ann"), base_delay=0.05, min_delay=0.01) as ann:
@@ -260,7 +260,7 @@ async def test_a_dashboard_misses_nothing(kind: str) -> None:
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_stranger_gets_the_status_of_the_refusal(kind: str) -> None:
+async def test_identity_rejection_is_http_status(kind: str) -> None:
     """An HTTPException of the identity, before the accept, is its HTTP status on every server."""
     with LiveServer(kind, app="examples.authenticated:app") as server:
         with pytest.raises(InvalidStatus) as refused:
@@ -273,7 +273,7 @@ async def test_a_stranger_gets_the_status_of_the_refusal(kind: str) -> None:
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_socket_is_for_who_may_use_the_routes(kind: str) -> None:
+async def test_socket_without_credential_gets_401(kind: str) -> None:
     """Without a credential, or with a wrong one, the handshake gets the 401 that an HTTP route answers."""
     with LiveServer(kind, app="examples.shared_login:app") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
@@ -287,7 +287,7 @@ async def test_a_socket_is_for_who_may_use_the_routes(kind: str) -> None:
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_refusal_that_a_browser_can_read(kind: str) -> None:
+async def test_browser_rejection_has_close_code_and_reason(kind: str) -> None:
     """A page of another site is HTTP 403; one of ours without a login gets 4401 and the reason, and others HTTP 401."""
     origin: Any = "https://example.com"
     with LiveServer(kind, app="examples.readable_rejection:app") as server:

@@ -41,14 +41,14 @@ ORIGIN = "http://testserver"
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_every_block_is_python(block: Block) -> None:
+def test_every_python_block_compiles(block: Block) -> None:
     """Each Python block compiles, a fragment as the body of an async function."""
     flags = 0 if block.complete else ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     compile(block.module, str(block), "exec", flags=flags, dont_inherit=True)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_every_block_uses_names_that_exist(block: Block) -> None:
+def test_every_block_uses_existing_names(block: Block) -> None:
     """What a block takes of a manager, a socket and the config is there."""
     known = {"manager": WebSocketConnectionManager(), "ws": StableSocket}
     for node in ast.walk(ast.parse(block.module)):
@@ -74,7 +74,7 @@ async def test_every_complete_block_runs(block: Block, run: Callable[[Block], Mo
 
 
 @pytest.mark.parametrize("block", [block for block in COMPLETE if "@app.websocket(" in block.module], ids=str)
-def test_every_app_on_a_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
+def test_every_app_on_page_serves_its_sockets(block: Block, run: Callable[[Block], ModuleType]) -> None:
     """Each WebSocket route of an app on a page accepts a client and lets it go."""
     module = run(block)
     routes = [route.path for route in module.app.routes if isinstance(route, APIWebSocketRoute)]
@@ -95,18 +95,18 @@ def _visit(app: FastAPI, routes: list[str]) -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.source], ids=str)
-def test_a_block_that_names_an_example_is_a_part_of_it(block: Block) -> None:
+def test_quoted_example_code_matches_its_file(block: Block) -> None:
     """Code that a page takes from an example stands in it word for word."""
     assert block.code in (ROOT / str(block.source)).read_text()
 
 
-def test_every_short_example_is_shown() -> None:
+def test_every_short_example_is_on_page() -> None:
     """No example is kept from the readers."""
     examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} - {"examples/__init__.py"}
     assert examples == {block.source for block in PYTHON if block.source}
 
 
-def test_the_json_on_the_pages_is_json() -> None:
+def test_json_blocks_are_valid_json() -> None:
     """A reader can copy each message from a page and send it."""
     messages = blocks("json")
     assert messages
@@ -117,7 +117,7 @@ def test_the_json_on_the_pages_is_json() -> None:
 # ── tables ──
 
 
-def test_the_table_of_checks_is_that_of_the_doctor() -> None:
+def test_checks_table_matches_doctor() -> None:
     """Every check stands in the table, in order, with its level and its rule."""
     rows = table("docs/deploy/doctor.md", "| Check | Level | Finds |")
     assert rows == [[check.code, check.severity, check.title] for check in CHECKS]
@@ -128,7 +128,7 @@ def test_the_table_of_checks_is_that_of_the_doctor() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/how-to/hooks-and-error-replies.md", "CHANGELOG.md"])
-def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
+def test_error_reply_codes_match_package(page: str) -> None:
     """A client that knows the codes of a page knows all."""
     source = (ROOT / "fastapi_ws_stabilizer/handlers/registry.py").read_text()
     codes = set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', source))
@@ -139,14 +139,14 @@ def test_the_codes_of_error_replies_are_those_of_the_package(page: str) -> None:
 # ── completeness ──
 
 
-def test_every_public_name_is_in_the_reference() -> None:
+def test_every_public_name_is_in_reference() -> None:
     """The reference has every name that can be imported."""
     reference = "\n".join(rendered(path) for path in (ROOT / "docs/reference").glob("*.md"))
     assert {name for name in fastapi_ws_stabilizer.__all__ if name not in reference} == set()
 
 
 @pytest.mark.parametrize("kind", [WebSocketConnectionManager, StableSocket, Counters])
-def test_every_public_member_is_in_the_reference(kind: type) -> None:
+def test_every_public_member_is_in_reference(kind: type) -> None:
     """Each method and attribute of the classes that everybody uses is in the reference."""
     members = {name for name in dir(kind) if not name.startswith("_")} | set(getattr(kind, "__annotations__", {}))
     reference = prose(ROOT / "docs/reference/api.md")
@@ -154,7 +154,7 @@ def test_every_public_member_is_in_the_reference(kind: type) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_file_that_a_page_names_exists(page: Path) -> None:
+def test_every_file_named_on_page_exists(page: Path) -> None:
     """Paths in backticks, and links, lead to files."""
     text = prose(page)
     for path in re.findall(r"`((?:examples|tests|docs)/[\w./-]+)`", text):
@@ -165,19 +165,19 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_make_target_that_a_page_names_exists(page: Path) -> None:
+def test_every_make_target_named_on_page_exists(page: Path) -> None:
     """A command that a page tells to type is in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), flags=re.MULTILINE)) <= targets
 
 
-def test_every_page_can_be_reached() -> None:
+def test_every_page_is_in_navigation_once() -> None:
     """The navigation holds each page once, and nothing else."""
     listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES[2:])
 
 
-def test_every_promise_names_the_tests_that_hold_it() -> None:
+def test_every_promise_names_its_tests() -> None:
     """Each numbered guarantee ends with a test file, and so does each row that differs between kinds of clients."""
     page = "docs/concepts/delivery-promises.md"
     promises = re.findall(r"^\d+\. .*$", prose(ROOT / page), flags=re.MULTILINE)
@@ -186,7 +186,7 @@ def test_every_promise_names_the_tests_that_hold_it() -> None:
     assert [promise for promise in promises if not re.search(r"`tests/[\w/]+\.py`$", promise)] == []
 
 
-def test_every_test_that_a_page_names_exists() -> None:
+def test_every_test_named_on_page_exists() -> None:
     """A row that says which test would be red names one that there is."""
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", prose(page))}

@@ -25,7 +25,7 @@ def _sets(name: str) -> str:
     return ", ".join(f"`{option}={getattr(config, option):g}`" for option in options) or "-"
 
 
-def test_the_table_of_platforms_is_that_of_the_package() -> None:
+def test_platforms_table_matches_package() -> None:
     """Every platform stands in the table, in order, with its values and the options that follow from them."""
     assert table(PAGE, "| Name | Platform | Idle timeout |") == [
         [
@@ -40,7 +40,7 @@ def test_the_table_of_platforms_is_that_of_the_package() -> None:
     ]
 
 
-def test_the_table_of_facts_is_that_of_the_package() -> None:
+def test_facts_table_matches_package() -> None:
     """Every fact stands in the table, in order, with its source, the day on which it was read, and how."""
     assert table(PAGE, "| Name | Fact | Source |") == [
         [

@@ -24,8 +24,9 @@ from fastapi_ws_stabilizer.sessions.store import SessionStore
 from fastapi_ws_stabilizer.wire import identifiers as names
 from fastapi_ws_stabilizer.wire import strict_json as json_text
 from fastapi_ws_stabilizer.wire.v1 import frames as v1
+from fastapi_ws_stabilizer.wire.v1.hello import Hello
 from tests.docs.pages import ROOT, blocks, prose, table
-from tests.simulation.virtual_time import run_virtually
+from tests.support.virtual_time import run_virtually
 from tests.unit.wire.test_vectors import CONVERSATIONS, FRAMES, Play
 
 PAGE = "docs/reference/protocol.md"
@@ -43,6 +44,7 @@ SOURCE = "\n".join(
         Session,
         SessionStore,
         v1.Message,
+        Hello,
     )
 )
 FUTURE = {"mood", "later", "priority", "x"}

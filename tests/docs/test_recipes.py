@@ -37,7 +37,7 @@ def test_container_recipe_passes_on_kubernetes() -> None:
     assert manager.check(server="uvicorn", server_options=options, platform="kubernetes") == []
 
 
-def test_uvicorn_commands_pass_without_a_platform() -> None:
+def test_uvicorn_commands_pass_without_platform() -> None:
     """Each uvicorn command of the servers page that sets a shutdown timeout is complete."""
     commands = re.findall(r"^uvicorn app:app .*timeout-graceful.*$", SERVERS_PAGE, re.MULTILINE)
     assert commands
@@ -49,7 +49,7 @@ def test_uvicorn_commands_pass_without_a_platform() -> None:
 @pytest.mark.parametrize(
     "platform", [("aws-alb", "nginx", "kubernetes"), ("cloudflare", "nginx"), ("heroku",)], ids=str
 )
-def test_both_helpers_pass_together(platform: tuple[str, ...]) -> None:
+def test_for_platform_and_uvicorn_options_pass_together(platform: tuple[str, ...]) -> None:
     """`for_platform` with `uvicorn_options`, as the doctor's page recommends, leaves nothing to find."""
     assert 'for_platform("aws-alb", "nginx", "kubernetes", trusted_proxies=["10.0.0.0/8"])' in DOCTOR_PAGE
     manager = WebSocketConnectionManager(WebSocketConfig.for_platform(*platform, trusted_proxies=["10.0.0.0/8"]))

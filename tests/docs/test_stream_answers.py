@@ -12,7 +12,7 @@ from starlette.testclient import TestClient, WebSocketTestSession
 from examples import stream_answers
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.docs.deadline import within
-from tests.live.server import LiveServer
+from tests.support.server import LiveServer
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -29,7 +29,7 @@ needs_pyright = pytest.mark.skipif(
 )
 
 PACKAGE = fastapi_ws_stabilizer.__name__
-PUBLIC_MODULES = (PACKAGE, f"{PACKAGE}.client", f"{PACKAGE}.identity", f"{PACKAGE}.platforms")
+PUBLIC_MODULES = (PACKAGE, f"{PACKAGE}.client", f"{PACKAGE}.auth", f"{PACKAGE}.platforms")
 
 FRAGMENT = """\
 # mypy: disable-error-code="name-defined, no-any-return, untyped-decorator"
@@ -162,7 +162,7 @@ def is_expected(error: str) -> bool:
 
 
 @needs_mypy
-def test_code_of_the_pages_passes_strict_mypy(mypy_errors: list[str]) -> None:
+def test_page_code_passes_strict_mypy(mypy_errors: list[str]) -> None:
     """Every Python block type-checks, and an option of an enumeration accepts its string."""
     assert [error for error in mypy_errors if not is_expected(error)] == []
 

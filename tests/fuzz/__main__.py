@@ -87,11 +87,11 @@ def _fuzz_apart(target: str, seconds: int) -> int:
     with log.open("wb") as output:
         command = [sys.executable, "-m", "tests.fuzz", target, "--seconds", str(seconds)]
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    print(_told(target, code), flush=True)
+    print(_result_of(target, code), flush=True)
     return code
 
 
-def _told(target: str, code: int) -> str:
+def _result_of(target: str, code: int) -> str:
     lines = (WORK / target / "log").read_text(encoding="utf-8", errors="replace").splitlines()
     measured = [line for line in lines if line.startswith(f"{target}: ")]
     if not code:

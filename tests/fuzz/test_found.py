@@ -12,12 +12,12 @@ CORPUS = Path(__file__).parent / "corpus"
 FILES = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
 
 
-def test_each_target_has_its_corpus() -> None:
+def test_each_target_has_corpus() -> None:
     """A folder without a target, or a target without a folder, would be replayed by nobody."""
     assert {path.parent.name for path in FILES} == set(TARGETS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=[f"{path.parent.name}-{path.stem}" for path in FILES])
-def test_what_was_found_stays_mended(path: Path) -> None:
+def test_corpus_inputs_do_not_fail_again(path: Path) -> None:
     """No input of the corpus breaks its target."""
     TARGETS[path.parent.name](path.read_bytes())

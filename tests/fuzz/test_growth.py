@@ -12,7 +12,7 @@ def watch() -> GrowthWatch:
     return GrowthWatch(1.0, lambda: 0.0)
 
 
-def test_a_steady_leak_is_growth() -> None:
+def test_steady_leak_is_growth() -> None:
     """What grows through all of the second half is told, be it small objects or large ones."""
     for blocks, resident in ((MAX_BLOCKS // 4, 0), (0, MAX_RESIDENT // 4)):
         one = watch()
@@ -21,7 +21,7 @@ def test_a_steady_leak_is_growth() -> None:
                 one.note(place * blocks, place * resident)
 
 
-def test_a_warm_up_is_no_growth() -> None:
+def test_warm_up_is_not_growth() -> None:
     """Caches that fill in the first half, and a step that is over, are not told."""
     one = watch()
     for place in range(SAMPLES):
@@ -29,7 +29,7 @@ def test_a_warm_up_is_no_growth() -> None:
     assert str(one) == f"blocks 0 {10**6 * (SAMPLES // 2)} {10**6 * (SAMPLES // 2) + MAX_BLOCKS // 2}, MiB 0 0 0"
 
 
-def test_memory_is_measured_when_it_is_time() -> None:
+def test_memory_is_measured_at_fixed_number_of_times() -> None:
     """It is looked at a fixed number of times in a run, and not at each input."""
     now = 0.0
     one = GrowthWatch(SAMPLES, lambda: now)

@@ -19,14 +19,14 @@ _HOW = st.integers(1, 255)
 
 @settings(max_examples=300)
 @given(_CIRCUMSTANCES, strategies.mutated(strategies.any_frames()) | st.binary(max_size=100), _HOW)
-def test_any_bytes_behind_a_handshake_are_read_or_end_it(circumstances: Circumstances, data: bytes, how: int) -> None:
+def test_any_bytes_after_handshake_are_read_or_close(circumstances: Circumstances, data: bytes, how: int) -> None:
     """Nothing is raised, nothing grows, nothing is written behind the close, and pieces change nothing."""
     same_in_pieces(circumstances, data, how)
 
 
 @settings(max_examples=200)
 @given(_CIRCUMSTANCES, strategies.conversations(), st.integers(0, 255))
-def test_well_formed_frames_are_delivered_in_any_pieces(
+def test_valid_frames_are_delivered_in_any_pieces(
     circumstances: Circumstances, sent: tuple[list[str | bytes], bytes], how: int
 ) -> None:
     """Every message arrives once and in order, however its frames are cut, and however slow the application is."""
@@ -38,7 +38,7 @@ def test_well_formed_frames_are_delivered_in_any_pieces(
 
 @settings(max_examples=200)
 @given(_CIRCUMSTANCES, st.just(b"") | st.binary(max_size=20), st.integers(0, 255), st.data())
-def test_any_bytes_for_a_handshake_are_answered_or_end_it(
+def test_any_handshake_bytes_are_answered_or_close(
     circumstances: Circumstances, behind: bytes, how: int, data: st.DataObject
 ) -> None:
     """A handshake that is none is refused in HTTP, or waits for its rest; nothing is raised."""

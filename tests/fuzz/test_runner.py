@@ -12,7 +12,7 @@ from tests.fuzz import __main__ as runner
 
 
 @pytest.mark.parametrize(("program", "found"), [("true", 0), ("false", 2)])
-def test_what_a_fuzzer_finds_is_told(
+def test_failed_fuzzer_is_reported_with_its_input(
     program: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A fuzzer that ends badly is counted and named, with where its input is; one that ends well is not."""

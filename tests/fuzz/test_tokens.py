@@ -20,6 +20,6 @@ def _bytes_of(text: str) -> bytes:
 
 @settings(max_examples=200)
 @given(_TEXTS, _TEXTS, _CHANGES)
-def test_nothing_but_a_good_token_gets_in(client_id: str, text: str, changes: bytes) -> None:
+def test_only_valid_token_is_accepted_once(client_id: str, text: str, changes: bytes) -> None:
     """No text, no other spelling or alteration of a good token, and no token a second time."""
     tokens(b"\0".join([_bytes_of(client_id), _bytes_of(text), changes]))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
-from tests.simulation.virtual_time import VirtualLoop
+from tests.support.virtual_time import VirtualLoop
 
 T = TypeVar("T")
 

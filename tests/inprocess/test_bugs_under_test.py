@@ -9,7 +9,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConnectionManager
 
-WAYS = ("endpoint", "assertion", "handler", "hand", "serve", "connect")
+ENTRY_POINTS = ("endpoint", "assertion", "handler", "explicit connect", "serve", "connect")
 
 
 def made() -> FastAPI:
@@ -65,25 +65,25 @@ def made() -> FastAPI:
     hasattr(WebSocketTestSession, "should_close"),
     reason="TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket",
 )
-@pytest.mark.parametrize("way", WAYS)
-def test_test_client_raises_bug_of_endpoint(way: str) -> None:
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_test_client_raises_bug_of_endpoint(entry_point: str) -> None:
     """A bug of an endpoint, of a message handler or of a connect hook is raised into the test."""
-    kind = AssertionError if way == "assertion" else ZeroDivisionError
-    with TestClient(made()) as client, pytest.raises(kind), client.websocket_connect(f"/{way}") as ws:
+    kind = AssertionError if entry_point == "assertion" else ZeroDivisionError
+    with TestClient(made()) as client, pytest.raises(kind), client.websocket_connect(f"/{entry_point}") as ws:
         ws.send_text("do it")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_test_client_without_raise_server_exceptions_sees_close_code(way: str) -> None:
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_test_client_without_raising_sees_close_code(entry_point: str) -> None:
     """With `raise_server_exceptions=False` a test sees what a client sees: 1011."""
-    with TestClient(made(), raise_server_exceptions=False) as client, client.websocket_connect(f"/{way}") as ws:
+    with TestClient(made(), raise_server_exceptions=False) as client, client.websocket_connect(f"/{entry_point}") as ws:
         ws.send_text("do it")
         with pytest.raises(WebSocketDisconnect) as closed:
             ws.receive_text()
         assert closed.value.code == 1011
 
 
-def test_test_client_does_not_raise_refusals() -> None:
+def test_test_client_does_not_raise_rejections() -> None:
     """What an endpoint raises to close its client with a code is no bug, and raised into no test."""
     with TestClient(made()) as client, client.websocket_connect("/refuses") as ws:
         ws.send_text("do it")
@@ -92,7 +92,7 @@ def test_test_client_does_not_raise_refusals() -> None:
     assert (closed.value.code, closed.value.reason) == (4404, "no such room")
 
 
-def test_test_client_does_not_raise_when_the_client_leaves() -> None:
+def test_test_client_does_not_raise_on_client_disconnect() -> None:
     """An endpoint that its client has left raises nothing into the test."""
     with TestClient(made()) as client, client.websocket_connect("/endpoint"):
         pass

@@ -116,7 +116,7 @@ FOUND_WITHOUT_LIFESPAN = [plain, with_router, installed_twice, named, by_alias]
 
 
 @pytest.mark.parametrize("make", APPS)
-def test_every_way_in_works_under_the_test_client(make: Callable[[], Made]) -> None:
+def test_every_entry_point_works_under_test_client(make: Callable[[], Made]) -> None:
     """`with TestClient(app)` connects, echoes, and leaves no connection behind; afterwards nothing is taken."""
     app, manager, path = make()
     with TestClient(app) as client:
@@ -129,7 +129,7 @@ def test_every_way_in_works_under_the_test_client(make: Callable[[], Made]) -> N
 
 
 @pytest.mark.parametrize("make", FOUND_WITHOUT_LIFESPAN)
-def test_the_manager_is_found_though_the_lifespan_never_ran(make: Callable[[], Made]) -> None:
+def test_manager_is_found_without_lifespan(make: Callable[[], Made]) -> None:
     """A TestClient without `with` runs no lifespan and makes an event loop for each connection; both are no matter."""
     app, manager, path = make()
     client = TestClient(app)
@@ -140,7 +140,7 @@ def test_the_manager_is_found_though_the_lifespan_never_ran(make: Callable[[], M
     assert manager.get_connection_count() == 0
 
 
-def test_two_loops_at_the_same_time_are_refused_with_advice() -> None:
+def test_second_event_loop_raises_wrong_loop_error() -> None:
     """Two sockets on two event loops cannot share a manager; the error says what to write."""
     app, _, path = plain()
     client = TestClient(app)
@@ -150,7 +150,7 @@ def test_two_loops_at_the_same_time_are_refused_with_advice() -> None:
 
 
 @pytest.mark.parametrize("make", APPS)
-async def test_every_way_in_works_under_httpx_ws(make: Callable[[], Made]) -> None:
+async def test_every_entry_point_works_under_httpx_ws(make: Callable[[], Made]) -> None:
     """httpx-ws connects to the app, with its lifespan run as the application server would."""
     app, manager, path = make()
     async with app.router.lifespan_context(app) as state:
@@ -169,7 +169,7 @@ async def test_every_way_in_works_under_httpx_ws(make: Callable[[], Made]) -> No
 
 
 @pytest.mark.anyio
-async def test_the_dependency_works_under_anyios_own_pytest_plugin(anyio_backend_name: str) -> None:
+async def test_socket_dependency_works_under_anyio_plugin(anyio_backend_name: str) -> None:
     """Nothing of it minds a task group or a cancel scope around it."""
     app, manager, path = plain()
     async with anyio.create_task_group() as group:
@@ -187,7 +187,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def test_the_dependency_can_be_overridden() -> None:
+def test_socket_dependency_can_be_overridden() -> None:
     """`app.dependency_overrides[stable_socket]` puts another manager's socket, or a fake, in its place."""
     app, manager, path = plain()
     other = WebSocketConnectionManager()
@@ -220,7 +220,7 @@ def app_for(*args: Any, **options: Any) -> tuple[FastAPI, WebSocketConnectionMan
     return app, manager
 
 
-def test_the_client_id_comes_from_any_dependency() -> None:
+def test_client_id_comes_from_any_dependency() -> None:
     """socket_for takes the id from another dependency, which can be overridden and whose result is ws.identity."""
     app, _ = app_for(current_user, key=lambda user: user.name)
     with TestClient(app) as client:
@@ -231,7 +231,7 @@ def test_the_client_id_comes_from_any_dependency() -> None:
             assert ws.receive_text() == "fake User"
 
 
-def test_an_identity_that_is_no_client_id_says_what_to_write() -> None:
+def test_identity_without_client_id_raises_with_hint() -> None:
     """An object without a key is refused with the advice to give one."""
     app, _ = app_for(current_user)
     with TestClient(app) as client, pytest.raises(TypeError, match="key=lambda identity"):
@@ -239,7 +239,7 @@ def test_an_identity_that_is_no_client_id_says_what_to_write() -> None:
             pass
 
 
-def test_control_frames_can_be_left_to_the_endpoint() -> None:
+def test_control_frames_false_delivers_ping_to_endpoint() -> None:
     """With control_frames=False the texts ping and pong are data like any other."""
     app, _ = app_for(lambda: "ann", control_frames=False)
     with TestClient(app) as client, client.websocket_connect("/ws") as ws:
@@ -248,7 +248,7 @@ def test_control_frames_can_be_left_to_the_endpoint() -> None:
         assert ws.receive_text() == "ping"
 
 
-def test_without_a_manager_the_error_says_how_to_add_one() -> None:
+def test_missing_manager_raises_with_hint() -> None:
     """An app that no manager belongs to gets an error with the lines to write."""
     app = FastAPI()
     app.websocket("/ws/{client_id}")(echo)
@@ -257,7 +257,7 @@ def test_without_a_manager_the_error_says_how_to_add_one() -> None:
             pass
 
 
-def test_the_client_id_is_path_then_query_then_fresh() -> None:
+def test_client_id_is_path_then_query_then_generated() -> None:
     """The path parameter wins over the query parameter, and without both each connection has an id of its own."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
@@ -276,7 +276,7 @@ def test_the_client_id_is_path_then_query_then_fresh() -> None:
     assert len(set(found)) == 5
 
 
-def test_what_people_know_from_websocket_is_there() -> None:
+def test_stable_socket_has_attributes_of_websocket() -> None:
     """Headers, parameters, cookies, url, client, app and state are those of the handshake."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
@@ -318,7 +318,7 @@ def test_what_people_know_from_websocket_is_there() -> None:
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_a_dependency_before_the_socket_sees_a_bug_after_a_close_too(by_hand: bool) -> None:
+def test_error_after_close_reaches_earlier_dependency(by_hand: bool) -> None:
     """An endpoint that closes the WebSocket itself and raises then still makes an earlier dependency roll back."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
@@ -373,17 +373,17 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("what", REFUSALS)
-def test_a_refusal_is_an_answer_under_the_test_client(what: str) -> None:
+def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
     """Status and body arrive, and nothing waits for ever, on the oldest Starlette that is supported too."""
     path, headers, status, detail = REFUSALS[what]
     manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
     app = FastAPI(lifespan=manager.lifespan)
 
-    async def nobody() -> None:
+    async def reject_identity() -> None:
         raise HTTPException(401, "log in")
 
     @app.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(nobody))) -> None:
+    async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
         raise AssertionError("nobody is let in")
 
     @app.websocket("/path/{client_id}")
@@ -409,16 +409,16 @@ OLD_STARLETTE = tuple(map(int, starlette.__version__.split(".")[:2])) < (0, 41)
 
 
 @pytest.mark.parametrize("kind", [HTTPException, TeapotError, 418])
-def test_a_handler_of_the_application_answers_a_refusal(kind: Any) -> None:
+def test_app_handler_answers_rejection(kind: Any) -> None:
     """What an application answers an HTTP route with, it answers a handshake with, where Starlette sends that."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
-    async def nobody() -> None:
+    async def reject_identity() -> None:
         raise TeapotError(418, "short")
 
     @app.websocket("/who")
-    async def who(ws: StableSocket = Depends(manager.socket_for(nobody))) -> None:
+    async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
         raise AssertionError("nobody is let in")
 
     @app.exception_handler(kind)

@@ -35,7 +35,7 @@ async def leave(ws: StableSocket) -> None:
 
 
 @app.get("/heard/{client_id}")
-async def what_was_heard(client_id: str) -> list[Any]:
+async def list_received(client_id: str) -> list[Any]:
     return heard.get(client_id, [])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.server import LiveServer
+from tests.support.server import LiveServer
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,7 @@ ON_ONE_KIND = (
     "test_disconnect.py",
     "test_drain.py",
     "test_duplicates.py",
-    "test_endings.py",
+    "test_close_frames.py",
     "test_handshakes.py",
     "test_heartbeat.py",
     "test_identity.py",
@@ -46,7 +46,7 @@ SHARING = (
     "test_app_handlers.py",
     "test_chat_example.py",
     "test_duplicates.py",
-    "test_endings.py",
+    "test_close_frames.py",
     "test_first_contact.py",
     "test_hostile.py",
     "test_identity.py",

@@ -41,7 +41,7 @@ if os.environ.get("TEST_DENY_ALL"):
     app.add_middleware(RequireLogin)
 
     @app.websocket("/open/{client_id}")
-    async def nobody_asks(ws: StableSocketDep) -> None:
+    async def unauthenticated(ws: StableSocketDep) -> None:
         notes.append(f"open {ws.client_id}")
 
 

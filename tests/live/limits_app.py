@@ -36,7 +36,7 @@ async def current_user(token: Annotated[str, Depends(TOKEN)], slow: float = 0.0)
     return token.removeprefix("good-")
 
 
-def ways_in(options: dict[str, Any]) -> APIRouter:
+def routes_of(options: dict[str, Any]) -> APIRouter:
     """The routes to one manager."""
     config = {"heartbeat_type": "off", "disconnect_grace": 0.5, "hello_timeout": 1, **options}
     manager = WebSocketConnectionManager(WebSocketConfig(**config, handle_signals=False))
@@ -90,7 +90,7 @@ def ways_in(options: dict[str, Any]) -> APIRouter:
 
 
 for name, options in json.loads(os.environ.get("TEST_LIMITS", "{}")).items():
-    app.include_router(ways_in(options), prefix=f"/{name}")
+    app.include_router(routes_of(options), prefix=f"/{name}")
 
 
 @app.get("/me")

@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import suppress
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.wire_client import (
+from tests.support.wire_client import (
     BINARY,
     BROWSER_OFFER,
     CLOSE,

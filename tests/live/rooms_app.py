@@ -41,7 +41,7 @@ async def join(ws: StableSocket, message: InRoom) -> None:
 
 
 @manager.on_message("who")
-async def who_is_there(ws: StableSocket, message: InRoom) -> None:
+async def list_present(ws: StableSocket, message: InRoom) -> None:
     people = manager.room(message.room).presence
     await ws.send({"type": "here", "people": {who.client_id: who.connections for who in people}})
 

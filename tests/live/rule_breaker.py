@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.wire_client import BINARY, BROWSER_OFFER, CONTINUATION, PING, RSV1, TEXT, deflate, frame, request
+from tests.support.wire_client import BINARY, BROWSER_OFFER, CONTINUATION, PING, RSV1, TEXT, deflate, frame, request
 
 ADDRESS = "127.0.0.9"
 """Where it comes from: another address of this machine than that of the clients that keep the rules."""

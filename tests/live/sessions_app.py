@@ -74,12 +74,12 @@ async def ask_back(ws: StableSocket, message: str) -> None:
 
 
 @app.get("/heard/{client_id}")
-async def what_was_heard(client_id: str) -> list[Any]:
+async def list_received(client_id: str) -> list[Any]:
     return heard.get(client_id, [])
 
 
 @app.get("/events")
-async def what_happened() -> list[str]:
+async def list_events() -> list[str]:
     return events
 
 

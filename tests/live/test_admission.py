@@ -20,9 +20,9 @@ from fastapi_ws_stabilizer.connection.server_transport import CLOSE_HANDSHAKE_TI
 from fastapi_ws_stabilizer.handshake.hello import MIN_HELLO_WAIT
 from fastapi_ws_stabilizer.limits.connections import MIN_PENDING
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.raw import RawClient
-from tests.live.server import UVICORN, LiveServer, until
-from tests.live.wire_client import WireClient, request
+from tests.support.raw import RawClient
+from tests.support.server import UVICORN, LiveServer, until
+from tests.support.wire_client import WireClient, request
 
 SHOWS_TRANSPORT = ("uvicorn-sansio", "uvicorn-stable")
 """Servers whose connections can be cut."""
@@ -165,7 +165,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("way", ["path/mallory", "who?token=good-mallory"])
 @pytest.mark.parametrize("options", ["auto", "close", "http"])
-async def test_a_foreign_page_gets_403(server: LiveServer, options: str, way: str) -> None:
+async def test_foreign_origin_gets_403_before_accept(server: LiveServer, options: str, way: str) -> None:
     """Whatever `reject` says, a page of another site is refused before accept, and no endpoint runs."""
     for origin in FOREIGN.values():
         answer = await refused(server, f"/{options}/{way}", origin=Origin(origin))
@@ -175,21 +175,21 @@ async def test_a_foreign_page_gets_403(server: LiveServer, options: str, way: st
     await until_empty(server, options)
 
 
-async def test_by_hand_a_foreign_page_is_closed_4403(server: LiveServer) -> None:
+async def test_connect_closes_foreign_origin_with_4403(server: LiveServer) -> None:
     """`connect()` refuses it too, after the accept that was the application's."""
     ended = await closed(server, "/auto/hand/mallory", origin=Origin("https://evil.example"))
     assert ended == (4403, "origin not allowed")
     assert "served mallory" not in served(server)
 
 
-async def test_our_own_page_and_programs_are_let_in(server: LiveServer) -> None:
+async def test_same_origin_and_non_browser_clients_are_accepted(server: LiveServer) -> None:
     """The same host and port, however they are written, and clients that are no browsers."""
     for origin in (page(server), page(server).upper(), f"https://127.0.0.1:{server.port}", None):
         async with connect(server.url("/auto/path/ann"), origin=None if origin is None else Origin(origin)) as client:
             assert await echoes(client)
 
 
-async def test_a_default_port_may_be_left_out(server: LiveServer) -> None:
+async def test_default_port_of_origin_is_optional(server: LiveServer) -> None:
     """A page of `http://host` has the port 80, whether it is written or not."""
     for host, origin, status in [
         ("a.example", "http://a.example:80", 101),
@@ -202,7 +202,7 @@ async def test_a_default_port_may_be_left_out(server: LiveServer) -> None:
             assert answer.status == status
 
 
-async def test_listed_origins_are_let_in(server: LiveServer) -> None:
+async def test_listed_origins_are_accepted(server: LiveServer) -> None:
     """Exactly, by a wildcard host, by a regular expression; and what only looks like one of them is not."""
     for origin in ("https://app.example.com", "https://a.b.example.org", "https://pr-17.example.net"):
         async with connect(server.url("/listed/path/ann"), origin=Origin(origin)) as client:
@@ -220,13 +220,13 @@ async def test_listed_origins_are_let_in(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "file://", "https://github.com/gilmaimon/TinyWebsockets", "nonsense"]
 )
-async def test_asterisk_lets_in_every_origin(server: LiveServer, origin: str) -> None:
+async def test_asterisk_accepts_any_origin(server: LiveServer, origin: str) -> None:
     """`"*"` is an opt-in to every client, whatever its Origin header says."""
     async with connect(server.url("/all-origins/path/ann"), origin=Origin(origin)) as client:
         assert await echoes(client)
 
 
-async def test_an_origin_may_be_required(server: LiveServer) -> None:
+async def test_require_origin_rejects_clients_without_origin(server: LiveServer) -> None:
     """With `require_origin` nobody comes in who is no browser."""
     assert (await refused(server, "/origin/path/mallory")).status_code == 403
     async with connect(server.url("/origin/path/ann"), origin=page(server)) as client:
@@ -237,7 +237,7 @@ async def test_an_origin_may_be_required(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("token", ["bad", None])
-async def test_a_browser_reads_why_it_is_refused(server: LiveServer, token: str | None) -> None:
+async def test_rejected_browser_reads_4401_and_reason(server: LiveServer, token: str | None) -> None:
     """It is closed 4401 with the reason, and no endpoint ran."""
     path, detail = ("/auto/who?token=bad", "bad token") if token else ("/auto/who", "a credential is wanted")
     code, reason = await closed(server, path, origin=page(server))
@@ -247,7 +247,7 @@ async def test_a_browser_reads_why_it_is_refused(server: LiveServer, token: str 
 
 
 @pytest.mark.parametrize(("options", "browser"), [("auto", False), ("http", False), ("http", True)])
-async def test_others_get_the_http_status(server: LiveServer, options: str, browser: bool) -> None:
+async def test_rejected_non_browser_gets_http_status(server: LiveServer, options: str, browser: bool) -> None:
     """401 with the detail as JSON for who can read it, and with `reject="http"` for everybody."""
     answer = await refused(server, f"/{options}/who?token=bad", origin=page(server) if browser else None)
     assert answer.status_code == 401
@@ -256,7 +256,7 @@ async def test_others_get_the_http_status(server: LiveServer, options: str, brow
 
 
 @pytest.mark.parametrize("browser", [False, True])
-async def test_with_close_everybody_gets_the_code(server: LiveServer, browser: bool) -> None:
+async def test_reject_close_closes_every_client_with_code(server: LiveServer, browser: bool) -> None:
     """With `reject="close"` a program too is closed 4401."""
     ended = await closed(server, "/close/who?token=bad", origin=page(server) if browser else None)
     assert ended == (4401, "bad token")
@@ -269,9 +269,7 @@ async def test_with_close_everybody_gets_the_code(server: LiveServer, browser: b
         ([SUBPROTOCOL, "stabilizer.auth.YmFk"], SUBPROTOCOL),
     ],
 )
-async def test_a_refused_browser_is_answered_with_one_of_its_subprotocols(
-    server: LiveServer, offered: list[str], chosen: str
-) -> None:
+async def test_rejected_browser_gets_offered_subprotocol(server: LiveServer, offered: list[str], chosen: str) -> None:
     """Without one Chrome takes the answer for a failed handshake and shows 1006; the credential is not sent back."""
     protocols = [Subprotocol(one) for one in offered]
     async with connect(server.url("/auto/who"), origin=page(server), subprotocols=protocols) as client:
@@ -279,7 +277,7 @@ async def test_a_refused_browser_is_answered_with_one_of_its_subprotocols(
         assert (await closed_with(client))[0] == 4401
 
 
-async def test_no_subprotocol_is_echoed_that_may_be_a_secret(server: LiveServer) -> None:
+async def test_unknown_subprotocols_are_not_echoed(server: LiveServer) -> None:
     """A browser that offers only what nobody here knows gets the HTTP answer."""
     offered = [Subprotocol("base64url.bearer.authorization.k8s.io.SECRET"), Subprotocol("v4.channel.k8s.io")]
     answer = await refused(server, "/auto/who", origin=page(server), subprotocols=offered)
@@ -287,7 +285,7 @@ async def test_no_subprotocol_is_echoed_that_may_be_a_secret(server: LiveServer)
     assert "SECRET" not in str(answer)
 
 
-async def test_a_good_token_is_let_in(server: LiveServer) -> None:
+async def test_valid_token_is_accepted_from_each_source(server: LiveServer) -> None:
     """By header, by query, by subprotocol; the same one on an HTTP route."""
     assert server.get("/me?token=good-ann") == "ann"
     for options in (
@@ -302,7 +300,7 @@ async def test_a_good_token_is_let_in(server: LiveServer) -> None:
 # ── too many ──
 
 
-async def test_the_third_from_an_address_is_refused(server: LiveServer) -> None:
+async def test_third_connection_from_address_gets_429(server: LiveServer) -> None:
     """With a limit of two the third gets 429 and when to come back, whatever it says where it comes from."""
     async with connect(server.url("/two/path/ann")) as ann, connect(server.url("/two/path/bob")) as bob:
         for spoofed in (None, "1.1.1.1", "2.2.2.2", "127.0.0.1, 3.3.3.3"):
@@ -328,7 +326,7 @@ def _dials(server: LiveServer, path: str, stack: ExitStack, **headers: str) -> t
     return client.answer().status, client
 
 
-async def test_who_chooses_an_origin_costs_no_more(server: LiveServer) -> None:
+async def test_browser_flood_gets_one_4429_and_then_429(server: LiveServer) -> None:
     """Of many dials one is let in to be told 4429, the others get 429; and who answers nothing does not stay."""
     with ExitStack() as stack:
         for name in ("ann", "bob"):
@@ -341,7 +339,7 @@ async def test_who_chooses_an_origin_costs_no_more(server: LiveServer) -> None:
             assert await asyncio.to_thread(told.is_cut, CLOSE_HANDSHAKE_TIMEOUT + 1)
 
 
-async def test_who_never_answers_a_close_frame_is_cut(server: LiveServer) -> None:
+async def test_client_not_answering_close_frame_is_aborted(server: LiveServer) -> None:
     """A replaced client that has read why and says nothing holds its connection for no longer than a bad link needs."""
     with ExitStack() as stack:
         _, old = _dials(server, "/auto/path/silent", stack)
@@ -354,7 +352,7 @@ async def test_who_never_answers_a_close_frame_is_cut(server: LiveServer) -> Non
         assert new.frame() == (1, b"hi")
 
 
-async def test_a_trusted_proxy_says_who_comes(server: LiveServer) -> None:
+async def test_trusted_proxy_decides_client_address(server: LiveServer) -> None:
     """Behind a trusted proxy each client has its own limit, and cannot choose another address itself."""
 
     def by(address: str) -> Any:
@@ -367,7 +365,7 @@ async def test_a_trusted_proxy_says_who_comes(server: LiveServer) -> None:
             assert [await echoes(client) for client in (a, b, d)] == [True] * 3
 
 
-async def test_the_third_of_a_client_is_refused(server: LiveServer) -> None:
+async def test_third_connection_of_client_gets_429(server: LiveServer) -> None:
     """With `on_duplicate="allow"` and a limit of two the third connection of one client gets 429."""
     url = server.url("/two-of-client/path/ann")
     async with connect(url) as first, connect(url) as second:
@@ -379,7 +377,7 @@ async def test_the_third_of_a_client_is_refused(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize(("options", "status"), [("rate", 503), ("rate-address", 429)])
-async def test_who_comes_too_often_is_refused(server: LiveServer, options: str, status: int) -> None:
+async def test_connection_rate_limit_rejects_with_retry_time(server: LiveServer, options: str, status: int) -> None:
     """One in a hundred seconds is one, and the next is told how long to wait."""
     async with connect(server.url(f"/{options}/path/ann")) as ann:
         answer = await refused(server, f"/{options}/path/bob")
@@ -391,7 +389,7 @@ async def test_who_comes_too_often_is_refused(server: LiveServer, options: str, 
 # ── no room ──
 
 
-async def test_a_full_server_answers_503(server: LiveServer) -> None:
+async def test_full_server_rejects_with_503(server: LiveServer) -> None:
     """A program and a browser alike, by path and with an identity, and those who are inside notice nothing."""
     async with connect(server.url("/room-for-one/path/ann")) as ann:
         for way in ("path/late", "who?token=good-late"):
@@ -410,7 +408,7 @@ async def test_a_full_server_answers_503(server: LiveServer) -> None:
         assert await echoes(bob)
 
 
-async def test_by_hand_a_full_server_closes_4503(server: LiveServer) -> None:
+async def test_connect_on_full_server_closes_with_4503(server: LiveServer) -> None:
     """`connect()` raises `ConnectionLimitExceededError`; an endpoint that lets it escape closes, and no more."""
     async with connect(server.url("/full-hand/hand/ann")) as ann:
         assert await echoes(ann)
@@ -421,7 +419,7 @@ async def test_by_hand_a_full_server_closes_4503(server: LiveServer) -> None:
         assert await echoes(ann)
 
 
-async def test_a_full_server_closes_a_numbered_client_4503(server: LiveServer) -> None:
+async def test_full_server_closes_v1_client_with_4503(server: LiveServer) -> None:
     """A client of `stabilizer.v1.json` might come back to a session: it is told after its hello, and none is made."""
     async with connect(server.url("/full/path/ann")) as ann:
         code, reason = await closed(server, "/full/path/late", hello(), subprotocols=V1)
@@ -436,7 +434,7 @@ async def test_a_full_server_closes_a_numbered_client_4503(server: LiveServer) -
     ("options", "path"),
     [("ghost-path", "path/ann"), ("ghost-who", "who?token=good-ann"), ("ghost-hand", "hand/ann")],
 )
-async def test_a_client_takes_its_own_place(server: LiveServer, options: str, path: str) -> None:
+async def test_full_server_replaces_half_open_connection_of_client(server: LiveServer, options: str, path: str) -> None:
     """At a full server a client is let in whose old connection is half-open, and it is one connection after that."""
     with RawClient(server.port, f"/{options}/{path}") as old:
         assert " 101 " in await asyncio.to_thread(old.handshake)
@@ -448,7 +446,7 @@ async def test_a_client_takes_its_own_place(server: LiveServer, options: str, pa
             assert (await refused(server, f"/{options}/path/bob")).status_code == 503
 
 
-async def test_a_numbered_client_takes_its_own_place(server: LiveServer) -> None:
+async def test_full_server_resumes_session_of_half_open_connection(server: LiveServer) -> None:
     """At a full server a session whose connection is half-open is taken over, and resumed."""
     async with connect(server.url("/ghost-session/path/ann"), subprotocols=V1) as old:
         await old.send(hello())
@@ -461,7 +459,7 @@ async def test_a_numbered_client_takes_its_own_place(server: LiveServer) -> None
             assert (await refused(server, "/ghost-session/path/bob")).status_code == 503
 
 
-async def test_silent_clients_are_few_and_go(server: LiveServer) -> None:
+async def test_pending_handshakes_are_bounded(server: LiveServer) -> None:
     """Who says no hello stands in the lobby, and keeps nobody out: whoever comes takes the place of the oldest."""
     async with AsyncExitStack() as stack:
         dials = [connect(server.url(f"/silent/path/{number}"), subprotocols=V1) for number in range(1 + MIN_PENDING)]
@@ -481,7 +479,7 @@ async def test_silent_clients_are_few_and_go(server: LiveServer) -> None:
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("token", ["good-ann", "bad"])
-async def test_who_goes_during_the_handshake_leaves_nothing(server: LiveServer, how: str, token: str) -> None:
+async def test_disconnect_during_handshake_leaves_no_reservation(server: LiveServer, how: str, token: str) -> None:
     """A client that is gone while it is found out who it is takes no place, and is no crash in the log."""
     for _ in range(3):
         client = RawClient(server.port, f"/gone/who?slow=0.2&token={token}")
@@ -496,7 +494,7 @@ async def test_who_goes_during_the_handshake_leaves_nothing(server: LiveServer, 
 # ── the drain ──
 
 
-async def test_during_a_drain_everybody_gets_503(server: LiveServer) -> None:
+async def test_drain_rejects_handshakes_with_503(server: LiveServer) -> None:
     """Room or none: nobody is let in any more, and those who are inside notice nothing of it."""
     async with connect(server.url("/draining/path/ann")) as ann:
         assert await echoes(ann)
@@ -513,7 +511,7 @@ async def test_during_a_drain_everybody_gets_503(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_trusted_proxies_work_beside_uvicorns_proxy_headers(serve: Callable[..., LiveServer], kind: str) -> None:
+async def test_trusted_proxies_work_with_uvicorn_proxy_headers(serve: Callable[..., LiveServer], kind: str) -> None:
     """uvicorn puts the client in the place of a local proxy by default; its hosts and addresses count all the same."""
     sets = {"auto": {}, "two-proxied": SETS["two-proxied"]}
     server = serve(kind, app="tests.live.limits_app:app", env={"TEST_LIMITS": json.dumps(sets)})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.live.server import LiveServer, until
+from tests.support.server import LiveServer, until
 
 KINDS = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-stable")
 
@@ -60,7 +60,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("way", ANSWERS)
 @pytest.mark.parametrize("route", ["before", "behind", "hand", "hand-socket", "run", "task"])
-async def test_exception_handler_of_app_is_asked_first(server: LiveServer, route: str, way: str) -> None:
+async def test_exception_handler_of_app_decides_close_code(server: LiveServer, route: str, way: str) -> None:
     """A handler of the application for what an endpoint, a message handler or a task raises decides its close code."""
     code, text, told = ANSWERS[way]
     before, errors = len(server.events()), len(server.errors())

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer import WebSocketConfig
 from fastapi_ws_stabilizer.platforms import hop
-from tests.live.server import LiveServer, free_port, until
+from tests.support.server import LiveServer, free_port, until
 
 Serve = Callable[..., LiveServer]
 
@@ -87,7 +87,7 @@ async def up(port: int) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_without_heartbeats_nginx_cuts_an_idle_socket(serve: Serve, tmp_path: Path) -> None:
+async def test_nginx_cuts_idle_socket_without_heartbeat(serve: Serve, tmp_path: Path) -> None:
     """So that the test below can fail: the client sees 1006 after proxy_read_timeout."""
     server = serve(args=("--ws-ping-interval", "0"), config={"heartbeat_type": "off"})
     with nginx(server.port, tmp_path) as port:
@@ -102,7 +102,7 @@ async def test_without_heartbeats_nginx_cuts_an_idle_socket(serve: Serve, tmp_pa
 
 
 @pytest.mark.soak
-async def test_with_the_preset_it_lives(serve: Serve, tmp_path: Path) -> None:
+async def test_for_platform_heartbeat_holds_nginx_connection_open(serve: Serve, tmp_path: Path) -> None:
     """Heartbeats as often as `for_platform` says for this proxy keep an idle socket open for 15 seconds."""
     preset = WebSocketConfig.for_platform(hop("nginx", idle_timeout=CUT_AFTER))
     config = preset.model_dump(exclude_unset=True)

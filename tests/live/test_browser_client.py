@@ -14,8 +14,8 @@ import pytest_asyncio
 from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 from tests.live.chromium import CHROMIUM, Browser, Page
-from tests.live.cutting_proxy import CuttingProxy
-from tests.live.server import LiveServer, until
+from tests.support.faulty_proxy import CuttingProxy
+from tests.support.server import LiveServer, until
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="chromium is not installed")
 

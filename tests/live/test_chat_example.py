@@ -16,8 +16,8 @@ import pytest_asyncio
 from websockets.asyncio.client import ClientConnection, connect
 
 from fastapi_ws_stabilizer.client import connect as connect_client
-from tests.live.cutting_proxy import CuttingProxy
-from tests.live.server import until
+from tests.support.faulty_proxy import CuttingProxy
+from tests.support.server import until
 
 pytestmark = pytest.mark.live
 
@@ -62,7 +62,7 @@ async def hear(client: ClientConnection, *kinds: str) -> Any:
     return await asyncio.wait_for(next_of_them(), DEADLINE)
 
 
-async def test_message_reaches_both_and_killed_tab_is_reported(address: str) -> None:
+async def test_message_reaches_both_tabs_and_lost_tab_is_announced(address: str) -> None:
     """Two tabs called Ann are both members; both hear what one says; when one is killed the other hears why."""
     async with (
         connect(f"ws://{address}/ws/tab-1?name=Ann") as first,
@@ -88,7 +88,7 @@ async def test_message_reaches_both_and_killed_tab_is_reported(address: str) -> 
         assert left == {"type": "left", "who": away["who"], "why": "network_lost", "people": [two]}
 
 
-async def test_second_dial_of_a_tab_replaces_the_first_unannounced(address: str) -> None:
+async def test_second_connection_of_tab_replaces_first_silently(address: str) -> None:
     """A newer connection of the same tab replaces the older one, and no member joins or leaves by that."""
     url = f"ws://{address}/ws/tab-1?name=Ann"
     async with connect(f"ws://{address}/ws/other?name=Ben") as other, connect(url) as old, connect(url) as new:
@@ -105,7 +105,7 @@ async def test_second_dial_of_a_tab_replaces_the_first_unannounced(address: str)
         ]
 
 
-async def test_tab_with_a_session_misses_nothing_while_its_link_is_cut(address: str) -> None:
+async def test_resumed_tab_gets_messages_of_outage(address: str) -> None:
     """What the room says during an outage arrives once after the reconnect, and the room hears away and back."""
     port = int(address.rpartition(":")[2])
     async with CuttingProxy(port) as proxy, connect(f"ws://{address}/ws/other?name=Ben") as other:
@@ -130,14 +130,14 @@ async def test_tab_with_a_session_misses_nothing_while_its_link_is_cut(address: 
             assert heard == [*(f"missed {number}" for number in range(5)), "I am back"]
 
 
-async def test_a_name_that_is_too_long_is_refused(address: str) -> None:
+async def test_long_chat_name_is_rejected_with_close_code(address: str) -> None:
     """The refusal is a close code that a browser can read, and nobody is told of a person who never was here."""
     async with connect(f"ws://{address}/ws/tab-1?name={'n' * 25}") as client:
         await asyncio.wait_for(client.wait_closed(), DEADLINE)
         assert client.close_code == 4400
 
 
-async def test_the_page_needs_nothing_from_elsewhere(address: str) -> None:
+async def test_chat_page_loads_no_external_resources(address: str) -> None:
     """GET / returns one page that loads nothing."""
 
     def get() -> tuple[str, str]:

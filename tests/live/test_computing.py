@@ -12,7 +12,7 @@ from websockets.asyncio.client import connect
 
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.live.computing import STEPS
-from tests.live.server import SERVERS
+from tests.support.server import SERVERS
 
 WAYS = (
     "send",
@@ -53,7 +53,7 @@ def computing(serve: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("where", ["endpoint", "handler", "by-hand"])
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_what_is_sent_leaves_before_the_computation_that_follows(
+async def test_sent_message_leaves_before_following_computation(
     computing: Any, tmp_path: Path, kind: str, where: str
 ) -> None:
     """A message arrives while the endpoint or handler that sent it computes without any await."""
@@ -71,7 +71,7 @@ async def test_what_is_sent_leaves_before_the_computation_that_follows(
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("protocol", ["plain", "v1"])
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_each_way_to_send_leaves_before_the_computation_that_follows(
+async def test_each_send_call_leaves_before_following_computation(
     computing: Any, tmp_path: Path, kind: str, protocol: str, how: str
 ) -> None:
     """Whatever call sends a message to the own client, with a session and without, it arrives at once and in order."""
@@ -95,7 +95,7 @@ async def test_each_way_to_send_leaves_before_the_computation_that_follows(
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_an_answer_leaves_before_the_next_request_is_handled(computing: Any, tmp_path: Path, kind: str) -> None:
+async def test_reply_leaves_before_next_request_is_handled(computing: Any, tmp_path: Path, kind: str) -> None:
     """What a handler returns to a request arrives while the handler of the next request computes."""
     server = computing(kind)
     async with connect_client(server.url("/handler/ann")) as client:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.live.server import LiveServer, until
+from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -20,7 +20,7 @@ AT_ONCE = 10
 @pytest.mark.parametrize("kind", [pytest.param("uvicorn-sansio", marks=pytest.mark.soak), "uvicorn-stable"])
 @pytest.mark.parametrize("way", ["handler", pytest.param("dependency", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(("grace", "rows"), [(0.05, 1_000_000), (5.0, 20_000)], ids=["cancelled", "finished"])
-async def test_a_hundred_drops_in_mid_query_leak_nothing(
+async def test_hundred_drops_during_queries_leak_no_connection(
     serve: Serve, tmp_path: Path, kind: str, way: str, grace: float, rows: int
 ) -> None:
     """Whether its query is finished within the grace or cancelled after it, each connection is back in the pool."""

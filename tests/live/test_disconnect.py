@@ -10,8 +10,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.raw import RawClient
-from tests.live.server import SERVERS, UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -28,7 +28,7 @@ def own_tasks(server: LiveServer) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_an_idle_endpoint_is_cancelled_after_its_client_has_left(serve: Serve, kind: str) -> None:
+async def test_idle_endpoint_is_cancelled_after_disconnect(serve: Serve, kind: str) -> None:
     """An endpoint that waits for something else ends within the grace, and its dependencies are closed whole."""
     server = serve(kind, config=GRACE)
     async with connect(server.url("/idle/ann")):
@@ -43,7 +43,7 @@ async def test_an_idle_endpoint_is_cancelled_after_its_client_has_left(serve: Se
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_pushing_endpoint_learns_that_its_client_has_left(serve: Serve, kind: str) -> None:
+async def test_sending_endpoint_gets_socket_closed_after_disconnect(serve: Serve, kind: str) -> None:
     """An endpoint that only sends gets SocketClosed at its next send, on servers that never say so too."""
     server = serve(kind, config=GRACE)
     async with connect(server.url("/push/ann")) as client:
@@ -56,7 +56,7 @@ async def test_a_pushing_endpoint_learns_that_its_client_has_left(serve: Serve, 
     assert not server.errors()
 
 
-async def test_a_dependency_that_was_entered_first_is_closed_whole_too(server: LiveServer) -> None:
+async def test_dependency_entered_before_socket_is_closed_completely(server: LiveServer) -> None:
     """What the endpoint depends on before its socket learns of the cut and is cleaned up."""
     async with connect(server.url("/idle-resource-first/first")):
         pass
@@ -67,7 +67,7 @@ async def test_a_dependency_that_was_entered_first_is_closed_whole_too(server: L
 
 @pytest.mark.parametrize("kind", UVICORN)
 @pytest.mark.parametrize("path", ["/await-tied/ann", "/group/ann"])
-async def test_an_endpoint_of_several_tasks_ends_without_a_traceback(serve: Serve, kind: str, path: str) -> None:
+async def test_endpoint_with_tasks_ends_without_traceback(serve: Serve, kind: str, path: str) -> None:
     """An endpoint that awaits tied tasks or a task group ends as quietly as any other when its client leaves."""
     server = serve(kind, config=GRACE)
     async with connect(server.url(path)) as client:
@@ -78,7 +78,7 @@ async def test_an_endpoint_of_several_tasks_ends_without_a_traceback(serve: Serv
     assert not server.errors()
 
 
-async def test_a_tied_reader_gets_what_came_before_the_disconnect(serve: Serve) -> None:
+async def test_reader_task_gets_messages_received_before_disconnect(serve: Serve) -> None:
     """ws.run() in a tied task handles the messages that wait when the client leaves."""
     server = serve(config={"disconnect_grace": 5})
     async with connect(server.url("/tied-run/ann")) as client:
@@ -90,7 +90,7 @@ async def test_a_tied_reader_gets_what_came_before_the_disconnect(serve: Serve) 
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_client_that_has_filled_the_inbox_is_missed_too(serve: Serve, kind: str) -> None:
+async def test_disconnect_behind_full_inbox_is_noticed(serve: Serve, kind: str) -> None:
     """Behind more messages than the inbox holds a disconnect is still found, and nobody hangs."""
     config = {"inbox_max_messages": 4, "inbox_pause_timeout": 1, "send_timeout": 1, **GRACE}
     server = serve(kind, config=config)
@@ -108,7 +108,7 @@ async def test_a_client_that_has_filled_the_inbox_is_missed_too(serve: Serve, ki
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_reset_client_leaves_nothing_behind(serve: Serve, kind: str) -> None:
+async def test_tcp_reset_leaves_no_task_or_entry(serve: Serve, kind: str) -> None:
     """A second after a TCP reset: count 0, no task, no registry entry, one on_disconnect."""
     server = serve(kind)
     before = len(server.probe()["tasks"])
@@ -124,7 +124,7 @@ async def test_a_reset_client_leaves_nothing_behind(serve: Serve, kind: str) -> 
     assert not server.errors()
 
 
-async def test_what_was_received_before_the_disconnect_is_still_handled(serve: Serve) -> None:
+async def test_messages_before_disconnect_are_handled_first(serve: Serve) -> None:
     """Messages that wait when the client leaves reach their handlers, and on_disconnect comes after them."""
     server = serve()
     async with connect(server.url("/run/ann")) as client:
@@ -137,7 +137,7 @@ async def test_what_was_received_before_the_disconnect_is_still_handled(serve: S
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
-async def test_closes_at_random_moments_while_three_tasks_send_log_no_traceback(serve: Serve, kind: str) -> None:
+async def test_random_closes_during_sends_log_no_traceback(serve: Serve, kind: str) -> None:
     """200 times: three tasks send, one closes, the client closes or resets at a random moment."""
     server = serve(kind)
     chance = random.Random(1)
@@ -165,7 +165,7 @@ async def test_closes_at_random_moments_while_three_tasks_send_log_no_traceback(
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-wsproto", "uvicorn-websockets"])
-async def test_a_client_that_is_gone_before_accept_logs_no_traceback(serve: Serve, kind: str) -> None:
+async def test_disconnect_before_accept_logs_no_traceback(serve: Serve, kind: str) -> None:
     """A reset during a slow dependency before the accept is no error."""
     server = serve(kind)
     client = RawClient(server.port, "/slow-auth/ann")
@@ -177,7 +177,7 @@ async def test_a_client_that_is_gone_before_accept_logs_no_traceback(serve: Serv
     assert not server.errors()
 
 
-async def test_a_tied_task_ends_with_its_connection(server: LiveServer) -> None:
+async def test_connection_task_is_cancelled_on_disconnect(server: LiveServer) -> None:
     """Tasks of ws.create_task are cancelled when the client leaves."""
     async with connect(server.url("/three-senders/tied?delay=60"), max_queue=None) as client:
         await client.recv()

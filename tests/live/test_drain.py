@@ -20,8 +20,8 @@ from websockets.exceptions import InvalidStatus
 
 from fastapi_ws_stabilizer.client import Client
 from fastapi_ws_stabilizer.shutdown.signals import SAME_STOP
-from tests.live.raw import RawClient
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -83,7 +83,7 @@ def fields(server: LiveServer, event: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind: str) -> None:
+async def test_drain_closes_thousand_clients_over_window(serve: Serve, kind: str) -> None:
     """Each gets the hint and its close frame, spread over the window; hooks and clean-ups end before the lifespan."""
     server = serve(kind, app=APP, config=CONFIG)
     clients = await crowd(server, CLIENTS)
@@ -102,7 +102,7 @@ async def test_a_thousand_clients_are_closed_a_few_at_a_time(serve: Serve, kind:
 
 
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn"])
-async def test_drain_reason_reaches_hooks_of_every_kind_of_client(serve: Serve, kind: str) -> None:
+async def test_drain_reason_reaches_hooks_of_every_client_kind(serve: Serve, kind: str) -> None:
     """At SIGTERM a client that is asked to leave and a plain one both have the reason `server_shutdown`."""
     server = serve(kind, app=APP, config={"drain_window": 0.5})
     async with Client(server.url("/ws/session")), connect(server.url("/ws/plain")) as plain:
@@ -126,7 +126,7 @@ async def test_drain_reason_reaches_hooks_of_every_kind_of_client(serve: Serve, 
         pytest.param("uvicorn --loop uvloop", 1, marks=pytest.mark.soak),
     ],
 )
-async def test_the_same_however_uvicorn_is_run(serve: Serve, runner: str, processes: int) -> None:
+async def test_drain_works_with_each_uvicorn_runner(serve: Serve, runner: str, processes: int) -> None:
     """With two workers, under gunicorn, and on uvloop: the hint for all, spread over the window, and an end in time."""
     if runner == "gunicorn":
         server = serve("gunicorn", app=APP, config=CONFIG)
@@ -154,7 +154,7 @@ async def test_the_same_however_uvicorn_is_run(serve: Serve, runner: str, proces
     ],
     ids=["--workers 2", "gunicorn", "--reload"],
 )
-async def test_a_signal_to_the_whole_group_is_one(
+async def test_signal_to_process_group_drains_once(
     serve: Serve, kind: str, args: tuple[str, ...], number: signal.Signals
 ) -> None:
     """As Ctrl-C and systemd send it: the workers hear it twice, drain all the same, and end their lifespan."""
@@ -175,7 +175,7 @@ async def test_a_signal_to_the_whole_group_is_one(
     assert "LIFESPAN over" in server.log
 
 
-async def test_one_client_that_never_reads_holds_nobody_up(serve: Serve) -> None:
+async def test_stalled_client_does_not_delay_drain(serve: Serve) -> None:
     """It is cut, the others get their goodbye, and the process ends in time."""
     server = serve(config={**CONFIG, "send_timeout": 30})
     with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
@@ -192,7 +192,7 @@ async def test_one_client_that_never_reads_holds_nobody_up(serve: Serve) -> None
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_handshake_during_the_drain_is_refused(serve: Serve, kind: str) -> None:
+async def test_handshake_during_drain_gets_503(serve: Serve, kind: str) -> None:
     """It gets 503 and when to come back; a second SIGTERM ends the drain in under a second."""
     server = serve(kind, app=APP, config={**CONFIG, "drain_window": 60})
     clients = await crowd(server, 500)
@@ -216,7 +216,7 @@ async def closed(client: ClientConnection) -> bool:
     return True
 
 
-async def test_with_handle_signals_off_the_server_acts_at_once(serve: Serve) -> None:
+async def test_disabled_signal_handling_leaves_close_to_server(serve: Serve) -> None:
     """uvicorn's own close reaches everybody, without a hint."""
     server = serve(app=APP, config={**CONFIG, "handle_signals": False})
     clients = await crowd(server, 100)
@@ -241,7 +241,7 @@ async def drain_command(*arguments: str, secret: str | None = SECRET) -> tuple[i
     return process.returncode or 0, out.decode(), err.decode()
 
 
-async def test_a_command_drains_before_the_signal(serve: Serve) -> None:
+async def test_drain_command_closes_clients_before_sigterm(serve: Serve) -> None:
     """The command closes everybody and waits; readiness is off from then on, and SIGTERM finds nothing left to do."""
     server = serve(app=APP, config={**CONFIG, "drain_secret": SECRET})
     clients = await crowd(server, 100)
@@ -264,7 +264,7 @@ async def test_a_command_drains_before_the_signal(serve: Serve) -> None:
         (["ftp://127.0.0.1"], SECRET, 2, "not an http"),
     ],
 )
-async def test_a_drain_that_is_refused_says_why(
+async def test_rejected_drain_command_prints_one_line(
     serve: Serve, arguments: list[str], secret: str | None, code: int, message: str
 ) -> None:
     """The command fails with one line and no traceback."""
@@ -277,7 +277,7 @@ async def test_a_drain_that_is_refused_says_why(
 
 
 @pytest.mark.soak
-async def test_our_clients_come_through_a_restart(serve: Serve) -> None:
+async def test_clients_reconnect_spread_out_after_restart(serve: Serve) -> None:
     """500 clients leave when they are asked to and are all back on the new server, and not all at once."""
     first = serve(app=APP, config=CONFIG)
     dials: list[float] = []

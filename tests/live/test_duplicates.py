@@ -11,7 +11,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -25,7 +25,7 @@ async def close_code(client: object) -> int:
 
 
 @pytest.mark.parametrize("path", ["/slow-finish/ann", "/hand-slow/ann"])
-async def test_a_replaced_connection_ends_late_and_hurts_nothing(serve: Serve, path: str) -> None:
+async def test_late_end_of_replaced_connection_spares_newer_one(serve: Serve, path: str) -> None:
     """The old endpoint is slow to finish, by the dependency and by hand; the new socket stays open and is reached."""
     server = serve(config={"disconnect_grace": 10})
     async with connect(server.url(path)) as old:
@@ -46,7 +46,7 @@ async def test_a_replaced_connection_ends_late_and_hurts_nothing(serve: Serve, p
 
 @pytest.mark.parametrize("kind", UVICORN)
 @pytest.mark.parametrize("path", ["/echo/ann", "/hand/ann", "/run/ann"])
-async def test_replaced_connection_is_told_before_its_successor(serve: Serve, kind: str, path: str) -> None:
+async def test_on_disconnect_of_replaced_precedes_on_connect_of_new(serve: Serve, kind: str, path: str) -> None:
     """`on_disconnect` of the replaced connection comes before `on_connect` of the new one, on each kind of server."""
     server = serve(kind)
     protocol = [SUBPROTOCOL] if path.startswith("/run") else None
@@ -82,7 +82,7 @@ async def test_fifty_rapid_reconnects_leave_one_entry(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", ["/echo/ann", "/hand/ann"])
-async def test_reject_keeps_the_old_and_closes_the_new(serve: Serve, path: str) -> None:
+async def test_on_duplicate_reject_closes_newer_with_4409(serve: Serve, path: str) -> None:
     """With on_duplicate="reject" the second connection gets 4409 and no hook ever sees it."""
     server = serve(config={"on_duplicate": "reject"})
     async with connect(server.url(path)) as old:
@@ -96,7 +96,7 @@ async def test_reject_keeps_the_old_and_closes_the_new(serve: Serve, path: str) 
     assert not server.errors()
 
 
-async def test_allow_keeps_both_and_a_direct_send_reaches_all(serve: Serve) -> None:
+async def test_on_duplicate_allow_sends_to_all_connections(serve: Serve) -> None:
     """With on_duplicate="allow" one client has several connections; ending one leaves the other."""
     server = serve(config={"on_duplicate": "allow"})
     async with connect(server.url("/echo/ann")) as first:
@@ -109,7 +109,7 @@ async def test_allow_keeps_both_and_a_direct_send_reaches_all(serve: Serve) -> N
         assert await first.recv() == "alone"
 
 
-async def test_disconnect_of_an_unknown_client_says_so(server: LiveServer) -> None:
+async def test_disconnect_closes_client_or_raises_not_found(server: LiveServer) -> None:
     """ConnectionNotFoundError is for a client that is not there; a kick closes with its code."""
     with pytest.raises(Exception, match="500"):
         await asyncio.to_thread(server.post, "/kick/nobody")

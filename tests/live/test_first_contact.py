@@ -15,7 +15,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from tests.live.server import ROOT, LiveServer, until
+from tests.support.server import ROOT, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -29,7 +29,7 @@ def readme_quick_start() -> str:
 
 
 @pytest.mark.timeout(300)
-async def test_the_quick_start_runs_in_a_fresh_environment(serve: Serve, tmp_path: Path) -> None:
+async def test_quick_start_runs_in_fresh_environment(serve: Serve, tmp_path: Path) -> None:
     """With the extra alone the README's quick start works; without a WebSocket library the log says what to install."""
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
@@ -56,7 +56,7 @@ async def test_the_quick_start_runs_in_a_fresh_environment(serve: Serve, tmp_pat
         assert "uvicorn has no WebSocket library" in server.log
 
 
-async def test_a_wrong_path_is_explained_in_the_log(server: LiveServer) -> None:
+async def test_wrong_path_is_explained_in_log(server: LiveServer) -> None:
     """A handshake on a path that no route has logs the paths that exist; a scanner cannot fill the log."""
     for number in range(30):
         with pytest.raises(InvalidStatus, match="403"):
@@ -73,9 +73,9 @@ PLACES = ["plain", "own_lifespan", "with_router", "mounted", "installed_twice", 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
-async def test_heartbeat_and_shutdown_run_once_wherever_the_manager_is(serve: Serve, place: str) -> None:
+async def test_heartbeat_and_shutdown_run_once_per_manager(serve: Serve, place: str) -> None:
     """Beats come at their rate, not twice, and the shutdown is done once, where a lifespan is run at all."""
-    server = serve(app=f"tests.live.placed_apps:{place}")
+    server = serve(app=f"tests.live.mounted_apps:{place}")
     path = "/inner/ws" if place in ("mounted", "never_started") else "/ws"
     async with connect(server.url(path)) as client:
         await client.recv()
@@ -89,7 +89,7 @@ async def test_heartbeat_and_shutdown_run_once_wherever_the_manager_is(serve: Se
     assert not server.errors()
 
 
-def test_nothing_but_fastapi_pydantic_and_typing_extensions_is_required() -> None:
+def test_only_three_distributions_are_required() -> None:
     """The built project depends on three distributions and no others; the rest are extras."""
     required = [name for name in requires("fastapi-ws-stabilizer") or [] if "extra" not in name]
     assert sorted(re.split(r"[<>=!]", name)[0] for name in required) == [

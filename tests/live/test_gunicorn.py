@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.live.server import LiveServer, until
+from tests.support.server import LiveServer, until
 
 
 @pytest.mark.timeout(60)

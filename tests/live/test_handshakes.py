@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.live.server import LiveServer
-from tests.live.wire_client import WireClient, request
+from tests.support.server import LiveServer
+from tests.support.wire_client import WireClient, request
 
 Serve = Callable[..., LiveServer]
 
@@ -95,18 +95,18 @@ def code(number: int) -> bytes:
     ("limit", "browser", "answer", "count"),
     [
         pytest.param("full", False, {b"503"}, 1000, id="full"),
-        pytest.param("address", True, {code(4429), b"429"}, 1000, id="address, a browser"),
+        pytest.param("address", True, {code(4429), b"429"}, 1000, id="address, browser"),
         pytest.param("full", False, {b"503"}, 10_000, id="full, long", marks=pytest.mark.soak),
-        pytest.param("full", True, {b"503"}, 10_000, id="full, a browser, long", marks=pytest.mark.soak),
+        pytest.param("full", True, {b"503"}, 10_000, id="full, browser, long", marks=pytest.mark.soak),
         pytest.param("address", False, {b"429"}, 10_000, id="address, long", marks=pytest.mark.soak),
         pytest.param(
-            "address", True, {code(4429), b"429"}, 10_000, id="address, a browser, long", marks=pytest.mark.soak
+            "address", True, {code(4429), b"429"}, 10_000, id="address, browser, long", marks=pytest.mark.soak
         ),
         pytest.param("rate", False, {b"429"}, 10_000, id="rate, long", marks=pytest.mark.soak),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-async def test_handshakes_over_the_limit_cost_little(
+async def test_rejected_handshakes_use_little_cpu_and_memory(
     serve: Serve, kind: str, limit: str, browser: bool, answer: set[bytes], count: int
 ) -> None:
     """Memory is flat, each takes under 5 ms of CPU, and the echoes of those inside are answered all the while."""
@@ -157,7 +157,7 @@ async def test_handshakes_over_the_limit_cost_little(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_hundreds_who_say_no_hello_are_few(serve: Serve, kind: str) -> None:
+async def test_pending_v1_handshakes_are_bounded(serve: Serve, kind: str) -> None:
     """Clients of `stabilizer.v1.json` that open a handshake and say nothing get 503 beyond the lobby, and are gone
     when their time is over: a server that is not even full does not hold any number of them."""
     server = serve(
@@ -182,7 +182,7 @@ async def test_hundreds_who_say_no_hello_are_few(serve: Serve, kind: str) -> Non
     assert server.get("/door/counts")["sessions"] == 0
 
 
-async def test_browsers_that_do_not_go_are_not_kept_by_the_thousand(serve: Serve) -> None:
+async def test_unclosed_rejected_browsers_are_bounded(serve: Serve) -> None:
     """A client that is accepted to be told why, and never answers the close frame, is held by the server for a while.
     So one of an address is, once in five seconds; the others get an HTTP status, after which the server hangs up."""
     limits = {"door": {"max_connections_per_address": 1}}

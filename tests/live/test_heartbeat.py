@@ -11,8 +11,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.raw import RawClient, idle_cutting_proxy
-from tests.live.server import SERVERS, UVICORN, LiveServer, until
+from tests.support.raw import RawClient, idle_cutting_proxy
+from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -24,7 +24,7 @@ NO_SERVER_PINGS = {
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_client_whose_handler_is_busy_stays_connected(serve: Serve, kind: str) -> None:
+async def test_busy_handler_does_not_trigger_heartbeat_timeout(serve: Serve, kind: str) -> None:
     """With server pings of 1 s + 1 s a handler may work for 6 s while a second message waits."""
     server = serve(kind, args=("--ws-ping-interval", "1", "--ws-ping-timeout", "1"))
     async with connect(server.url("/run/ann")) as client:
@@ -35,7 +35,7 @@ async def test_a_client_whose_handler_is_busy_stays_connected(serve: Serve, kind
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "granian"])
-async def test_an_idle_connection_survives_a_proxy_that_cuts_idle_ones(serve: Serve, kind: str) -> None:
+async def test_heartbeat_holds_idle_connection_open_behind_proxy(serve: Serve, kind: str) -> None:
     """Without server pings, through a proxy with an idle timeout of 2 s, an idle socket lives for 10 s."""
     args = NO_SERVER_PINGS[kind]
     server = serve(kind, args=args, config={"heartbeat_interval": 1, "heartbeat_timeout": 3})
@@ -52,7 +52,7 @@ async def test_an_idle_connection_survives_a_proxy_that_cuts_idle_ones(serve: Se
             assert server.probe()["clients"] == ["ann"]
 
 
-async def test_the_proxy_of_that_test_does_cut_connections(serve: Serve) -> None:
+async def test_proxy_closes_idle_connection_without_heartbeat(serve: Serve) -> None:
     """Without heartbeats the same connection is cut, so that the test above can fail."""
     server = serve(args=("--ws-ping-interval", "0"), config={"heartbeat_type": "off"})
     async with idle_cutting_proxy(server.port, 0.5) as port:
@@ -62,7 +62,7 @@ async def test_the_proxy_of_that_test_does_cut_connections(serve: Serve) -> None
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_silent_client_is_evicted_at_interval_plus_timeout(serve: Serve, kind: str) -> None:
+async def test_silent_client_closes_after_interval_plus_timeout(serve: Serve, kind: str) -> None:
     """A client that goes silent after the handshake is closed with 4408 within interval + timeout, once."""
     config = {"heartbeat_interval": 0.5, "heartbeat_timeout": 1.0, "require_pong": True}
     server = serve(kind, args=NO_SERVER_PINGS[kind], config=config)
@@ -79,9 +79,7 @@ async def test_a_silent_client_is_evicted_at_interval_plus_timeout(serve: Serve,
 
 
 @pytest.mark.parametrize(("interval", "timeout"), [(0.3, 1.2), (1.0, 0.3)])
-async def test_the_timeout_is_kept_whether_longer_or_shorter_than_the_interval(
-    serve: Serve, interval: float, timeout: float
-) -> None:
+async def test_heartbeat_timeout_is_independent_of_interval(serve: Serve, interval: float, timeout: float) -> None:
     """Time from the first unanswered ping to the close is heartbeat_timeout, not the interval."""
     server = serve(config={"heartbeat_interval": interval, "heartbeat_timeout": timeout, "require_pong": True})
     async with connect(server.url("/echo/ann")) as client:
@@ -96,7 +94,7 @@ async def test_the_timeout_is_kept_whether_longer_or_shorter_than_the_interval(
     assert timeout - 0.05 < took < timeout + 0.4
 
 
-async def test_any_frame_proves_life(serve: Serve) -> None:
+async def test_any_frame_counts_as_liveness(serve: Serve) -> None:
     """A client that answers no ping and talks stays; by default, so does one that has never answered."""
     server = serve(config={"heartbeat_interval": 0.2, "heartbeat_timeout": 0.4, "require_pong": True})
     async with connect(server.url("/echo/chatty"), max_queue=None) as client:
@@ -106,7 +104,7 @@ async def test_any_frame_proves_life(serve: Serve) -> None:
         assert server.probe()["clients"] == ["chatty"]
 
 
-async def test_a_client_that_never_answers_is_left_to_the_servers_pings(serve: Serve) -> None:
+async def test_client_that_never_ponged_is_left_to_server_pings(serve: Serve) -> None:
     """With require_pong="auto" enforcement begins with the first pong."""
     server = serve(config={"heartbeat_interval": 0.2, "heartbeat_timeout": 0.4})
     async with connect(server.url("/echo/mute")), connect(server.url("/echo/answers")) as answers:
@@ -116,7 +114,7 @@ async def test_a_client_that_never_answers_is_left_to_the_servers_pings(serve: S
         await server.until_event("disconnect answers heartbeat_timeout 4408")
 
 
-async def test_a_stalled_client_delays_nobodys_beat(serve: Serve) -> None:
+async def test_stalled_client_does_not_delay_heartbeats(serve: Serve) -> None:
     """Beats go on at their rate while another client's send is stuck."""
     server = serve(config={"heartbeat_interval": 0.2, "send_timeout": 30})
     with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
@@ -131,7 +129,7 @@ async def test_a_stalled_client_delays_nobodys_beat(serve: Serve) -> None:
     assert 8 <= beats <= 14
 
 
-async def test_a_pause_of_the_inbox_does_not_count_as_silence(serve: Serve) -> None:
+async def test_read_pause_does_not_trigger_heartbeat_timeout(serve: Serve) -> None:
     """A client whose frames we have stopped to read is not closed for the pongs that we do not read."""
     config = {"heartbeat_interval": 0.2, "heartbeat_timeout": 0.4, "require_pong": True, "inbox_max_messages": 2}
     server = serve(config=config, args=("--ws-ping-interval", "0"))
@@ -150,7 +148,7 @@ async def test_a_pause_of_the_inbox_does_not_count_as_silence(serve: Serve) -> N
         assert [json.loads(message)["number"] for message in received[1:]] == list(range(6))
 
 
-async def test_the_round_trip_is_measured_and_shown(serve: Serve) -> None:
+async def test_round_trip_time_is_in_stats(serve: Serve) -> None:
     """After an answered ping the stats tell the round trip."""
     server = serve(config={"heartbeat_interval": 0.1})
     async with connect(server.url("/echo/ann")) as client:
@@ -163,7 +161,7 @@ async def test_the_round_trip_is_measured_and_shown(serve: Serve) -> None:
     assert 0.04 < found[0]["rtt_seconds"] < 1
 
 
-async def test_pings_of_the_client_are_answered_and_kept_from_the_endpoint(serve: Serve) -> None:
+async def test_client_text_pings_are_answered_and_hidden(serve: Serve) -> None:
     """`ping` gets `pong`, a JSON ping gets its ts back, and everything that only looks similar is data."""
     server = serve()
     async with connect(server.url("/echo/ann")) as client:

@@ -17,9 +17,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
-from tests.live.wire_client import (
+from tests.support.raw import RawClient
+from tests.support.server import LiveServer, until
+from tests.support.wire_client import (
     BINARY,
     BROWSER_OFFER,
     CONTINUATION,
@@ -134,7 +134,7 @@ BAD_JSON: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-async def test_a_bad_message_gets_an_error_reply(server: LiveServer, what: str) -> None:
+async def test_unsafe_message_gets_error_reply(server: LiveServer, what: str) -> None:
     """What a handler could not take safely is answered with `bad_json`, and the connection stays."""
     message, told = BAD_JSON[what]
     async with connect(server.url("/run/mallory"), compression=None) as client:
@@ -147,14 +147,14 @@ async def test_a_bad_message_gets_an_error_reply(server: LiveServer, what: str) 
         assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": "fine"}
 
 
-async def test_of_two_types_the_last_one_counts(server: LiveServer) -> None:
+async def test_last_duplicate_type_is_routed(server: LiveServer) -> None:
     """A type that stands twice routes as it validates."""
     async with connect(server.url("/run/mallory")) as client:
         await client.send('{"type":"wait","type":"echo","x":1}')
         assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": 1}
 
 
-async def test_what_is_strange_but_allowed_comes_back(server: LiveServer) -> None:
+async def test_unusual_valid_json_is_handled(server: LiveServer) -> None:
     """64 levels, the largest double, 308 digits and a NUL that is escaped are handled as anything else."""
     strange = [
         json.loads("[" * 63 + "]" * 63),
@@ -169,7 +169,7 @@ async def test_what_is_strange_but_allowed_comes_back(server: LiveServer) -> Non
             assert json.loads(await asyncio.wait_for(client.recv(), 5)) == {"type": "echo", "x": value}
 
 
-async def test_an_unknown_type_is_not_repeated_at_length(server: LiveServer) -> None:
+async def test_unknown_type_is_truncated_in_reply(server: LiveServer) -> None:
     """A type of a megabyte is answered with a short reply, in which nothing is a control character."""
     async with connect(server.url("/run/mallory"), compression=None) as client:
         await client.send(json.dumps({"type": FORGERY + "x" * (LIMIT - 200)}))
@@ -189,7 +189,7 @@ async def test_an_unknown_type_is_not_repeated_at_length(server: LiveServer) -> 
     ],
     ids=["no utf-8", "a surrogate", "too big", "unknown opcode"],
 )
-async def test_a_bad_frame_ends_its_connection(server: LiveServer, data: bytes, code: int) -> None:
+async def test_invalid_frame_closes_with_rfc_code(server: LiveServer, data: bytes, code: int) -> None:
     """What breaks RFC 6455 is closed with the code of that RFC."""
     with WireClient(server.port) as client:
         assert (await asyncio.to_thread(client.upgrade)).status == 101
@@ -223,7 +223,7 @@ BAD_FRAMES: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_FRAMES)
-async def test_a_bad_frame_of_the_protocol_ends_its_session(server: LiveServer, what: str) -> None:
+async def test_invalid_v1_frame_ends_session(server: LiveServer, what: str) -> None:
     """What breaks the protocol is closed, and the reason says what was wrong and nothing of the inside."""
     sent, code, reason = BAD_FRAMES[what]
     url = server.url("/run/mallory")
@@ -242,7 +242,7 @@ async def test_a_bad_frame_of_the_protocol_ends_its_session(server: LiveServer, 
     ["no json", b"\x00", DEEP, json.dumps({**HELLO, "auth": "x" * 9000}), json.dumps({**HELLO, "client": FORGERY})],
     ids=["no json", "binary", "deep", "too long", "client"],
 )
-async def test_a_bad_hello_is_closed_4400(server: LiveServer, hello: str | bytes) -> None:
+async def test_invalid_hello_closes_with_4400(server: LiveServer, hello: str | bytes) -> None:
     """A first frame that is no hello ends a connection before anything is kept of it."""
     async with connect(server.url("/run/mallory"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(hello)
@@ -252,7 +252,7 @@ async def test_a_bad_hello_is_closed_4400(server: LiveServer, hello: str | bytes
 # ── bombs ──
 
 
-async def test_bombs_in_a_row_cost_their_sender_alone(server: LiveServer) -> None:
+async def test_repeated_bombs_use_bounded_memory(server: LiveServer) -> None:
     """Forty frames of a kilobyte that inflate to the limit are read one by one: memory stays that of a few of them."""
     text = b'{"type":"nobody","x":"' + b" " * (LIMIT - 100) + b'"}'
     peak = await asyncio.to_thread(PeakMemory, server)
@@ -268,7 +268,7 @@ async def test_bombs_in_a_row_cost_their_sender_alone(server: LiveServer) -> Non
     assert await asyncio.to_thread(peak.growth) < MANY_BOMBS[server.kind]
 
 
-async def test_a_bomb_beyond_the_limit_is_closed_1009(server: LiveServer) -> None:
+async def test_bomb_over_limit_closes_with_1009(server: LiveServer) -> None:
     """A kilobyte that would inflate to fifty megabytes is inflated no further than the limit."""
     peak = await asyncio.to_thread(PeakMemory, server)
     with WireClient(server.port) as client:
@@ -281,7 +281,7 @@ async def test_a_bomb_beyond_the_limit_is_closed_1009(server: LiveServer) -> Non
 # ── what a bug says ──
 
 
-async def test_a_bug_tells_a_client_nothing(hostile_server: LiveServer) -> None:
+async def test_bug_details_are_hidden_from_client(hostile_server: LiveServer) -> None:
     """A failing hook is a 500 and a failing handler 1011, without a word of what failed."""
     with pytest.raises(InvalidStatus) as refused:
         async with connect(hostile_server.url("/run/mallory?handshake=boom")):
@@ -299,7 +299,7 @@ async def test_a_bug_tells_a_client_nothing(hostile_server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("client_id", ["x" * 200, "🦊", "ann@example.com", "a.b.c"])
-async def test_what_people_are_called_is_let_in(server: LiveServer, client_id: str) -> None:
+async def test_printable_client_ids_are_accepted(server: LiveServer, client_id: str) -> None:
     """Long names, emoji, addresses and dots are client ids."""
     async with connect(server.url(f"/echo/{quote(client_id)}")) as client:
         await client.send("hi")
@@ -311,7 +311,7 @@ async def test_what_people_are_called_is_let_in(server: LiveServer, client_id: s
 @pytest.mark.parametrize(
     "client_id", ["x" * 257, "x" * 4000, FORGERY, "a\x00", "a\x9b2J"], ids=lambda one: ascii(one[:8])
 )
-async def test_what_is_no_client_id_is_refused_with_400(server: LiveServer, client_id: str) -> None:
+async def test_invalid_client_id_gets_400_with_reason(server: LiveServer, client_id: str) -> None:
     """A client id that is too long or has a control character is refused before accept, and the answer says why."""
     with pytest.raises(InvalidStatus) as refused:
         async with connect(server.url(f"/echo/{quote(client_id, safe='')}")):
@@ -320,7 +320,7 @@ async def test_what_is_no_client_id_is_refused_with_400(server: LiveServer, clie
     assert b"at most 256 characters" in (refused.value.response.body or b"")
 
 
-async def test_a_client_id_of_a_megabyte_reaches_nobody(server: LiveServer) -> None:
+async def test_megabyte_client_id_is_rejected_and_not_logged(server: LiveServer) -> None:
     """Whoever refuses it first, the server or the library, it does not become a connection or a line of the log."""
     before = len(server.log)
     with RawClient(server.port, "/echo/" + "x" * LIMIT) as client:
@@ -336,7 +336,7 @@ async def test_a_client_id_of_a_megabyte_reaches_nobody(server: LiveServer) -> N
 # ── what is written of it ──
 
 
-async def test_what_a_client_chooses_forges_no_line_of_the_log(server: LiveServer) -> None:
+async def test_client_chosen_text_does_not_forge_log_line(server: LiveServer) -> None:
     """Paths, queries, headers, subprotocols and close reasons are written escaped, on the line that they belong to."""
     escaped = quote(FORGERY)
     with pytest.raises(InvalidStatus):
@@ -363,7 +363,7 @@ async def test_what_a_client_chooses_forges_no_line_of_the_log(server: LiveServe
     assert "\\r\\n[ERROR] fake\\u001b[2J\\u2028" in server.log
 
 
-async def test_a_credential_is_written_nowhere(server: LiveServer) -> None:
+async def test_credential_is_not_in_log_or_stats(server: LiveServer) -> None:
     """Neither a credential in the subprotocols nor one in the hello reaches the log or the stats."""
     secret = "c2VjcmV0LWluLXN1YnByb3RvY29s"
     offers = [Subprotocol(SUBPROTOCOL), Subprotocol(f"stabilizer.auth.{secret}")]
@@ -380,7 +380,7 @@ async def test_a_credential_is_written_nowhere(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("doing", ["nothing", "drips", "pings", "fragments"])
-async def test_who_does_not_say_hello_in_time_is_closed_4408(server: LiveServer, doing: str) -> None:
+async def test_hello_timeout_closes_with_4408(server: LiveServer, doing: str) -> None:
     """A client that sends its hello byte by byte, in endless fragments, or only pings, has `hello_timeout` and no more.
 
     Until then it holds nothing but its WebSocket: no connection and no session is counted.
@@ -427,7 +427,7 @@ def _close_code(client: WireClient) -> int:
             return int.from_bytes(found.payload[:2], "big")
 
 
-async def test_a_goodbye_with_a_hostile_reason_is_a_goodbye(server: LiveServer) -> None:
+async def test_invalid_utf8_close_reason_logs_no_error(server: LiveServer) -> None:
     """A close frame whose reason is no UTF-8 breaks the RFC, and is answered or cut, without an error in the log."""
     with WireClient(server.port) as client:
         await asyncio.to_thread(client.upgrade)

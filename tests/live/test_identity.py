@@ -18,7 +18,7 @@ from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client, ClientClosedError
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.server import LiveServer, until
+from tests.support.server import LiveServer, until
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable")
 APP = "tests.live.identity_app:app"
@@ -69,14 +69,14 @@ async def closed_with(client: ClientConnection) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer ann"}, {"Cookie": "session=ann"}], ids=str)
-async def test_one_dependency_for_http_and_sockets(server: LiveServer, headers: dict[str, str]) -> None:
+async def test_one_dependency_serves_http_and_sockets(server: LiveServer, headers: dict[str, str]) -> None:
     """The same `current_user` reads a header and a cookie on an HTTP route and on a socket."""
     assert await asyncio.to_thread(get_me, server, headers) == "ann"
     async with connect(server.url("/me"), additional_headers=headers) as client:
         assert await client.recv() == "ann"
 
 
-async def test_a_subprotocol_is_answered_with_its_marker_alone(server: LiveServer) -> None:
+async def test_bearer_subprotocol_is_answered_without_token(server: LiveServer) -> None:
     """`["bearer", token]`, as a browser offers it: the first is selected, and the second is the credential."""
     protocols = [Subprotocol("bearer"), Subprotocol("ann")]
     async with connect(server.url("/me"), subprotocols=protocols) as client:
@@ -87,7 +87,7 @@ async def test_a_subprotocol_is_answered_with_its_marker_alone(server: LiveServe
 
 
 @pytest.mark.parametrize("where", ["hello", "subprotocol"])
-async def test_the_first_message_of_our_protocol(server: LiveServer, where: str) -> None:
+async def test_v1_client_sends_credential_in_hello_or_subprotocol(server: LiveServer, where: str) -> None:
     """A client of `stabilizer.v1.json` sends its credential in its hello, or offers it as a subprotocol."""
     packed = base64.urlsafe_b64encode(b"ann").decode().rstrip("=")
     protocols = [Subprotocol(SUBPROTOCOL)]
@@ -104,7 +104,7 @@ async def test_the_first_message_of_our_protocol(server: LiveServer, where: str)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer mallory"}], ids=["none", "bad"])
-async def test_without_a_good_credential_nobody_comes_in(server: LiveServer, headers: dict[str, str]) -> None:
+async def test_missing_or_invalid_credential_is_rejected(server: LiveServer, headers: dict[str, str]) -> None:
     """A client that is no browser gets 401, a page 4401 with the reason, and the endpoint never runs."""
     before = len(server.get("/notes"))
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -123,7 +123,7 @@ async def test_without_a_good_credential_nobody_comes_in(server: LiveServer, hea
 
 
 @pytest.mark.parametrize("auth", [None, "mallory"])
-async def test_a_bad_first_message_is_closed_4401(server: LiveServer, auth: str | None) -> None:
+async def test_invalid_first_message_credential_closes_with_4401(server: LiveServer, auth: str | None) -> None:
     """It has been accepted to hear it, so it gets a code; no session is left of it."""
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
         await client.send(json.dumps({"type": "hello", "v": 1, "n": 1, **({} if auth is None else {"auth": auth})}))
@@ -132,7 +132,7 @@ async def test_a_bad_first_message_is_closed_4401(server: LiveServer, auth: str 
     assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 0}
 
 
-async def test_who_says_nothing_is_closed(server: LiveServer) -> None:
+async def test_missing_first_message_closes_with_4408(server: LiveServer) -> None:
     """No hello within `hello_timeout` ends with 4408, and nothing is held meanwhile."""
     started = time.monotonic()
     async with connect(server.url("/me"), subprotocols=[Subprotocol(SUBPROTOCOL)]) as client:
@@ -142,7 +142,7 @@ async def test_who_says_nothing_is_closed(server: LiveServer) -> None:
     assert HELLO_TIMEOUT * 0.9 < time.monotonic() - started < HELLO_TIMEOUT + 1
 
 
-async def test_no_credential_is_in_the_log(server: LiveServer) -> None:
+async def test_credential_is_not_in_log(server: LiveServer) -> None:
     """Not of who came in, not of who was refused, in no place, at our level DEBUG."""
     secret = "0neVerySecretWord"
     packed = base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")
@@ -180,7 +180,7 @@ def ticket_of(server: LiveServer, token: str) -> str:
         return str(json.load(response))
 
 
-async def test_a_ticket_is_good_once(server: LiveServer) -> None:
+async def test_ticket_is_valid_once(server: LiveServer) -> None:
     """The HTTP route issues it, the socket takes it, and the second one who comes with it gets 401."""
     ticket = await asyncio.to_thread(ticket_of, server, "ann")
     async with connect(server.url(f"/ticket?ticket={ticket}")) as client:
@@ -194,7 +194,7 @@ async def test_a_ticket_is_good_once(server: LiveServer) -> None:
 # ── for how long ──
 
 
-async def test_a_plain_client_is_warned_and_then_closed_on_time(server: LiveServer) -> None:
+async def test_plain_client_gets_renewal_request_then_4401(server: LiveServer) -> None:
     """A token that is good for two seconds: asked for a new one at one, 4401 at two."""
     started = time.time()
     async with connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(2)}"}) as client:
@@ -207,7 +207,7 @@ async def test_a_plain_client_is_warned_and_then_closed_on_time(server: LiveServ
     assert time.time() - started == pytest.approx(2.0, abs=0.3)
 
 
-async def test_a_plain_client_brings_a_new_credential(server: LiveServer) -> None:
+async def test_plain_client_renews_credential_on_same_connection(server: LiveServer) -> None:
     """In place: the same connection goes on, and ends when the new one does."""
     started = time.time()
     async with connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(1)}"}) as client:
@@ -221,14 +221,14 @@ async def test_a_plain_client_brings_a_new_credential(server: LiveServer) -> Non
     assert time.time() - started == pytest.approx(1.5, abs=0.3)
 
 
-async def test_what_has_expired_before_is_refused_at_once(server: LiveServer) -> None:
+async def test_expired_credential_is_rejected_with_401(server: LiveServer) -> None:
     """401, and the endpoint never runs."""
     with pytest.raises(InvalidStatus) as refused:
         await connect(server.url("/me"), additional_headers={"Authorization": f"Bearer {until_in(-1)}"})
     assert refused.value.response.status_code == 401
 
 
-async def test_our_client_refreshes_when_it_is_asked_to(server: LiveServer) -> None:
+async def test_python_client_renews_credential_on_same_connection(server: LiveServer) -> None:
     """It stays on one connection over many terms of its credential."""
     asked: list[bool] = []
     closes: list[int] = []
@@ -245,7 +245,7 @@ async def test_our_client_refreshes_when_it_is_asked_to(server: LiveServer) -> N
     assert asked == [False, True, True, True, True]
 
 
-async def test_our_client_whose_credential_ran_out_gets_another_and_comes_back(server: LiveServer) -> None:
+async def test_python_client_resumes_with_new_credential_after_4401(server: LiveServer) -> None:
     """It had none when it was asked: 4401, a new credential, and the same session."""
     closes: list[int] = []
     outcomes: list[str] = []
@@ -264,7 +264,7 @@ async def test_our_client_whose_credential_ran_out_gets_another_and_comes_back(s
 
 
 @pytest.mark.parametrize("how", ["revoke", "disconnect"])
-async def test_our_client_does_not_come_back_after_4410(server: LiveServer, how: str) -> None:
+async def test_python_client_does_not_reconnect_after_4410(server: LiveServer, how: str) -> None:
     """Neither revoked nor disconnected with 4410; its session is over, and what it waits for fails."""
     dials: list[bool] = []
 
@@ -283,7 +283,7 @@ async def test_our_client_does_not_come_back_after_4410(server: LiveServer, how:
         assert server.get("/sessions") == {"sessions": 0, "away": 0, "connections": 0}
 
 
-async def test_revoking_ends_everything_of_a_client(server: LiveServer) -> None:
+async def test_revocation_closes_every_connection_of_client(server: LiveServer) -> None:
     """Plain and numbered connections get 4410, a session that waits is gone, and nobody else notices."""
     bearer = {"Authorization": "Bearer ann"}
     async with (
@@ -310,7 +310,7 @@ async def test_revoking_ends_everything_of_a_client(server: LiveServer) -> None:
         assert await other.recv() == "still here"
 
 
-async def test_revoking_kills_tokens_and_tickets_of_before(server: LiveServer) -> None:
+async def test_revocation_invalidates_earlier_tokens_and_tickets(server: LiveServer) -> None:
     """Those that are issued afterwards are good: who may log in again can come back."""
 
     async def comes_in(path: str) -> bool:
@@ -333,7 +333,7 @@ async def test_revoking_kills_tokens_and_tickets_of_before(server: LiveServer) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_http_middleware_that_denies_everything(serve: Callable[..., LiveServer], kind: str) -> None:
+async def test_http_middleware_does_not_block_sockets(serve: Callable[..., LiveServer], kind: str) -> None:
     """The start warns of the socket that it leaves open, and names it; one with an identity refuses by itself."""
     server = serve(kind, app=APP, config=CONFIG, env={"TEST_DENY_ALL": "1"})
     (warning,) = [line for line in server.log.splitlines() if "D17" in line]

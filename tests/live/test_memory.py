@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.live.server import LiveServer, until
+from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -32,7 +32,7 @@ async def connect_raw(port: int, number: int) -> asyncio.StreamWriter:
 
 @pytest.mark.soak
 @pytest.mark.timeout(180)
-async def test_memory_is_flat_while_a_thousand_connections_come_and_go(serve: Serve) -> None:
+async def test_memory_is_flat_during_connection_churn(serve: Serve) -> None:
     """From the seventh of sixteen rounds on memory stays within 5 %, the objects within 1 % always; no task is left."""
     # With the system's allocator for all of Python's objects, what is freed can be given back and is not counted.
     server = serve(

@@ -14,8 +14,8 @@ from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -40,7 +40,7 @@ def memory(server: LiveServer) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_evicted_client_is_told_why_and_when_to_come_back(serve: Serve, kind: str) -> None:
+async def test_evicted_client_gets_4503_with_retry_time(serve: Serve, kind: str) -> None:
     """4503 with `retry=` in milliseconds; who was heard of later stays, and the sum is what is held for it."""
     server = serve(kind, app=APP, config={"max_total_memory": 3 * MEGABYTE})
     async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
@@ -59,7 +59,7 @@ async def test_an_evicted_client_is_told_why_and_when_to_come_back(serve: Serve,
 
 
 @pytest.mark.parametrize(("policy", "victim"), [("lru", "bob"), ("fifo", "ann"), ("oldest", "cid")])
-async def test_each_policy_picks_another_client(serve: Serve, policy: str, victim: str) -> None:
+async def test_each_eviction_policy_selects_its_client(serve: Serve, policy: str, victim: str) -> None:
     """Silent for longest, here for longest, sent nothing for longest: three clients, each goes under one policy."""
     server = serve("uvicorn-stable", app=APP, config={"max_total_memory": 4_000, "memory_eviction_policy": policy})
     clients = {name: await connect(server.url(f"/ws/{name}")) for name in ("ann", "bob", "cid")}
@@ -90,7 +90,7 @@ async def dial(server: LiveServer, token: str | None, number: int) -> tuple[Clie
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("away", [False, True])
-async def test_an_evicted_v1_client_has_lost_its_session(serve: Serve, kind: str, away: bool) -> None:
+async def test_evicted_v1_client_loses_its_session(serve: Serve, kind: str, away: bool) -> None:
     """Its unacknowledged messages are what is held for it; when they go, it learns so from its next welcome."""
     server = serve(kind, app=APP, config={"max_total_memory": 250_000})
     client, welcome = await dial(server, None, 1)
@@ -110,7 +110,7 @@ async def test_an_evicted_v1_client_has_lost_its_session(serve: Serve, kind: str
         await again.close()
 
 
-async def test_ten_megabytes_nested_are_counted_as_ten_megabytes(serve: Serve) -> None:
+async def test_nested_user_data_is_counted_fully(serve: Serve) -> None:
     """Whatever they are wrapped in; and not at all when the client has gone."""
     server = serve(app=APP)
     async with connect(server.url("/ws/ann")):
@@ -119,7 +119,7 @@ async def test_ten_megabytes_nested_are_counted_as_ten_megabytes(serve: Serve) -
     await until(lambda: memory(server) == 0)
 
 
-async def test_set_user_data_says_that_it_is_too_much(serve: Serve) -> None:
+async def test_set_user_data_over_limit_raises(serve: Serve) -> None:
     """`MemoryLimitExceededError` in the caller; nothing is written, and the connection goes on."""
     server = serve(app=APP, config={"max_memory_per_connection": MEGABYTE})
     async with connect(server.url("/ws/ann")) as ann:
@@ -131,7 +131,7 @@ async def test_set_user_data_says_that_it_is_too_much(serve: Serve) -> None:
         assert await asyncio.wait_for(ann.recv(), 5) == "kept"
 
 
-async def test_a_flood_of_one_client_evicts_nobody(serve: Serve) -> None:
+async def test_flood_of_client_at_its_limit_evicts_no_client(serve: Serve) -> None:
     """Where one client may hold only so much, its messages are answered with errors, and everybody stays."""
     limits = {"max_total_memory": 3 * MEGABYTE, "max_memory_per_connection": MEGABYTE}
     server = serve("uvicorn-stable", app=APP, config={**limits, "max_bad_messages": 1000})
@@ -154,7 +154,7 @@ async def test_a_flood_of_one_client_evicts_nobody(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_connect_waits_for_no_eviction(serve: Serve, kind: str) -> None:
+async def test_eviction_does_not_delay_new_connection(serve: Serve, kind: str) -> None:
     """A client that reads nothing and whose hook takes three seconds has to go: the one it goes for is in at once."""
     server = serve(kind, app=APP, config={"max_total_memory": MEGABYTE, "disconnect_grace": 5})
     with RawClient(server.port, "/ws/slow", receive_buffer=4096) as slow:
@@ -170,7 +170,7 @@ async def test_connect_waits_for_no_eviction(serve: Serve, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_waits_for_clients_that_do_not_read_is_held_once_and_limited(serve: Serve, kind: str) -> None:
+async def test_broadcast_to_stalled_clients_is_stored_once(serve: Serve, kind: str) -> None:
     """Ten clients that read nothing are sent the same megabytes: they count once, and the limit holds all the while."""
     config = {"max_total_memory": 2 * MEGABYTE, "outbox_max_bytes": 5 * MEGABYTE, "send_timeout": 60}
     server = serve(kind, app=APP, config=config)

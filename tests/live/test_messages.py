@@ -11,8 +11,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.raw import RawClient
-from tests.live.server import SERVERS, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import SERVERS, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -21,7 +21,7 @@ def wait(seconds: float, name: str, kind: str = "wait") -> str:
     return json.dumps({"type": kind, "seconds": seconds, "name": name})
 
 
-async def test_bad_messages_are_answered_and_the_connection_stays(serve: Serve) -> None:
+async def test_invalid_messages_get_error_replies(serve: Serve) -> None:
     """Bytes, bad JSON, a wrong schema, an empty text and a lone surrogate get five error replies; the sixth closes."""
     server = serve(config={"max_bad_messages": 5})
     bad = [
@@ -48,7 +48,7 @@ async def test_bad_messages_are_answered_and_the_connection_stays(serve: Serve) 
     assert not server.errors()
 
 
-async def test_an_error_reply_says_what_is_wrong_and_nothing_of_the_inside(server: LiveServer) -> None:
+async def test_error_reply_names_fields_without_internals(server: LiveServer) -> None:
     """The reply to an invalid model names the fields, not the values, the model or the code."""
     async with connect(server.url("/run/reply")) as client:
         await client.send('{"type":"wait","seconds":"secret-value"}')
@@ -59,7 +59,7 @@ async def test_an_error_reply_says_what_is_wrong_and_nothing_of_the_inside(serve
     assert "Wait" not in reply["message"]
 
 
-async def test_a_second_reader_gets_a_clear_error(server: LiveServer) -> None:
+async def test_concurrent_receive_raises(server: LiveServer) -> None:
     """While one task waits in receive, another one's receive raises ConcurrentReceiveError and takes nothing."""
     async with connect(server.url("/two-readers/ann")) as client:
         assert await client.recv() == "ConcurrentReceiveError"
@@ -67,7 +67,7 @@ async def test_a_second_reader_gets_a_clear_error(server: LiveServer) -> None:
         assert await client.recv() == "for the first"
 
 
-async def test_ten_writers_keep_each_their_order(server: LiveServer) -> None:
+async def test_concurrent_writers_preserve_their_order(server: LiveServer) -> None:
     """10 tasks send 100 messages each: all arrive whole, in order per task."""
     async with connect(server.url("/ten-writers/ann"), max_queue=None) as client:
         received = [str(await asyncio.wait_for(client.recv(), 5)) for _ in range(1000)]
@@ -76,7 +76,7 @@ async def test_ten_writers_keep_each_their_order(server: LiveServer) -> None:
         assert [int(m.split()[1]) for m in received if m.startswith(f"{writer} ")] == list(range(100))
 
 
-async def test_messages_are_handled_one_after_the_other(server: LiveServer) -> None:
+async def test_messages_are_handled_in_order(server: LiveServer) -> None:
     """Replies come in the order of the messages, though the first takes longest."""
     async with connect(server.url("/run/ordered")) as client:
         for seconds, name in ((0.3, "1"), (0.1, "2"), (0, "3")):
@@ -84,7 +84,7 @@ async def test_messages_are_handled_one_after_the_other(server: LiveServer) -> N
         assert [await client.recv() for _ in range(3)] == ["1", "2", "3"]
 
 
-async def test_with_concurrency_messages_are_handled_at_the_same_time(server: LiveServer) -> None:
+async def test_concurrency_option_handles_messages_in_parallel(server: LiveServer) -> None:
     """Four messages of 0.4 s take less than 1.2 s with ws.run(concurrency=4), and a fifth waits for a place."""
     async with connect(server.url("/run/concurrent?concurrency=4")) as client:
         started = time.monotonic()
@@ -98,7 +98,7 @@ async def test_with_concurrency_messages_are_handled_at_the_same_time(server: Li
     assert last == "5"
 
 
-async def test_a_blocking_handler_delays_nobody_else(server: LiveServer) -> None:
+async def test_blocking_handler_does_not_delay_other_sockets(server: LiveServer) -> None:
     """A `def` handler that sleeps for a second runs in the thread pool; another socket's echo takes under 100 ms."""
     async with connect(server.url("/run/blocker")) as blocker, connect(server.url("/echo/other")) as other:
         await blocker.send(wait(1.0, "blocked", "sync-wait"))
@@ -113,7 +113,7 @@ async def test_a_blocking_handler_delays_nobody_else(server: LiveServer) -> None
         await server.until_event("sync blocked")
 
 
-async def test_a_handler_that_broadcasts_to_slow_clients_only_stays(serve: Serve) -> None:
+async def test_broadcast_to_slow_clients_keeps_sender_connected(serve: Serve) -> None:
     """A broadcast that reaches nobody is no bug of the client whose handler made it."""
     server = serve(app="tests.live.broadcast_app:app")
     with RawClient(server.port, "/ws/slow", receive_buffer=4096) as slow:
@@ -129,7 +129,7 @@ async def test_a_handler_that_broadcasts_to_slow_clients_only_stays(serve: Serve
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_middleware_that_wraps_send_and_receive_sees_every_message(serve: Serve, kind: str) -> None:
+async def test_asgi_middleware_sees_every_message(serve: Serve, kind: str) -> None:
     """A tracer round the two ASGI callables breaks nothing, in echo, broadcast and close."""
     server = serve(kind)
     async with connect(server.url("/echo/ann?wrapped"), max_queue=None) as client:

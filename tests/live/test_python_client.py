@@ -11,7 +11,7 @@ import pytest
 from websockets.asyncio.client import connect as plain_connect
 
 from fastapi_ws_stabilizer.client import ClientClosedError, RefusedError, RequestError, connect
-from tests.live.server import SERVERS, LiveServer, until
+from tests.support.server import SERVERS, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -19,7 +19,7 @@ APP = "tests.live.client_app:app"
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_client_loses_nothing_and_learns_what_was_refused(serve: Serve, kind: str) -> None:
+async def test_client_loses_nothing_and_reports_rejected_messages(serve: Serve, kind: str) -> None:
     """Leaving flushes, the rate delays, bugs answer, refusals are named, and a stranger's data ends nothing."""
     server = serve(kind, app=APP)
     async with connect(server.url("/ws/cron")) as client:

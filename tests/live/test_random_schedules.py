@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.live.random_schedules import EXPECTED_BUG
-from tests.live.server import ROOT, LiveServer
+from tests.support.server import ROOT, LiveServer
 
 Serve = Callable[..., LiveServer]
 

@@ -18,8 +18,8 @@ from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import Client
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.server import LiveServer, until
-from tests.live.wire_client import CLOSE, PING, PONG, TEXT, WireClient, frame
+from tests.support.server import LiveServer, until
+from tests.support.wire_client import CLOSE, PING, PONG, TEXT, WireClient, frame
 
 KINDS = ("uvicorn-sansio", "uvicorn-stable")
 APP = "tests.live.identity_app:app"
@@ -64,7 +64,7 @@ async def send_evenly(client: ClientConnection, rate: float, seconds: float) -> 
         await asyncio.sleep(max(0.0, started + (number + 1) / rate - loop.time()))
 
 
-async def test_a_hundred_messages_a_second_where_ten_are_allowed(server: LiveServer) -> None:
+async def test_tenfold_message_rate_closes_with_4429(server: LiveServer) -> None:
     """The client gets `rate_limited` errors, and 4429 with the time to wait before half a second is over."""
     async with connect(server.url("/run/flood")) as client:
         sending = asyncio.create_task(send_evenly(client, 100, 3))
@@ -78,7 +78,7 @@ async def test_a_hundred_messages_a_second_where_ten_are_allowed(server: LiveSer
     assert 8 <= handled <= 14
 
 
-async def test_twenty_messages_a_second_where_ten_are_allowed(server: LiveServer) -> None:
+async def test_double_message_rate_gets_errors_and_stays_open(server: LiveServer) -> None:
     """The client is told, and stays."""
     async with connect(server.url("/run/fast")) as client:
         await send_evenly(client, 20, 2)
@@ -89,7 +89,7 @@ async def test_twenty_messages_a_second_where_ten_are_allowed(server: LiveServer
     assert 5 <= len(answers) <= 15
 
 
-async def test_who_comes_back_at_once_has_nothing_handled(server: LiveServer) -> None:
+async def test_reconnect_does_not_refill_rate_limit(server: LiveServer) -> None:
     """Neither dialling again nor a second connection fills the bucket; the time that is named does."""
     async with connect(server.url("/run/again")) as client:
         for _ in range(60):
@@ -109,7 +109,7 @@ async def test_who_comes_back_at_once_has_nothing_handled(server: LiveServer) ->
         assert await asyncio.wait_for(third.recv(), 5) == "pong"
 
 
-async def test_a_byte_over_the_limit_is_closed_1009_and_reaches_nobody(server: LiveServer) -> None:
+async def test_message_one_byte_over_limit_closes_with_1009(server: LiveServer) -> None:
     """1 MiB is handled, 1 MiB and one byte is 1009, and the callback never runs."""
     async with connect(server.url("/echo/large"), max_size=None, compression=None) as client:
         await client.send("x" * LIMIT)
@@ -121,7 +121,7 @@ async def test_a_byte_over_the_limit_is_closed_1009_and_reaches_nobody(server: L
     assert f"echo {LIMIT + 1}" not in server.get("/notes")
 
 
-async def test_a_type_of_message_has_a_rate_of_its_own(server: LiveServer) -> None:
+async def test_message_type_has_its_own_rate_limit(server: LiveServer) -> None:
     """More of it is refused, and other messages of the same client are not."""
     async with connect(server.url("/run/searcher")) as client:
         for _ in range(3):
@@ -132,7 +132,7 @@ async def test_a_type_of_message_has_a_rate_of_its_own(server: LiveServer) -> No
     assert server.get("/notes").count("searched searcher") == 2
 
 
-async def test_python_client_over_the_rate_loses_nothing(server: LiveServer) -> None:
+async def test_python_client_over_rate_limit_loses_nothing(server: LiveServer) -> None:
     """The client waits as long as it is told, after a refusal and after 4429, and each message is handled once."""
     refused: list[Exception] = []
     async with Client(server.url("/run/patient"), stable_after=0.1) as client:
@@ -147,7 +147,7 @@ async def test_python_client_over_the_rate_loses_nothing(server: LiveServer) -> 
 
 
 @pytest.mark.parametrize("mode", ["plain", "v1"])
-async def test_a_flood_of_pings_that_are_messages_is_closed_4429(server: LiveServer, mode: str) -> None:
+async def test_text_ping_flood_closes_with_4429(server: LiveServer, mode: str) -> None:
     """Of clients of either mode."""
     protocols = [Subprotocol(SUBPROTOCOL)] if mode == "v1" else None
     async with connect(server.url(f"/run/pinging-{mode}"), subprotocols=protocols) as client:
@@ -164,7 +164,7 @@ async def test_a_flood_of_pings_that_are_messages_is_closed_4429(server: LiveSer
 
 
 @pytest.mark.parametrize("opcode", [PING, PONG])
-async def test_a_flood_of_protocol_frames_is_closed_4429(opcode: int) -> None:
+async def test_protocol_frame_flood_closes_with_4429(opcode: int) -> None:
     """Where our protocol class sees them; uvicorn's own answers them itself and tells nobody."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
@@ -185,7 +185,7 @@ def cpu_seconds(server: LiveServer) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def test_what_a_flood_sends_after_its_end_costs_little() -> None:
+async def test_flood_after_close_uses_little_cpu() -> None:
     """A client that goes on when it was closed is not read for long: megabytes of pings are no second of computing."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
@@ -197,7 +197,7 @@ async def test_what_a_flood_sends_after_its_end_costs_little() -> None:
         assert server.errors() == []
 
 
-async def test_who_is_still_writing_reads_why_it_was_closed() -> None:
+async def test_client_still_writing_reads_close_frame() -> None:
     """A large message is on its way when the close frame comes: it is thrown away, and the close frame can be read."""
     with LiveServer("uvicorn-stable", app=APP, config=CONFIG) as server, WireClient(server.port) as client:
         client.upgrade("/run")
@@ -208,7 +208,7 @@ async def test_who_is_still_writing_reads_why_it_was_closed() -> None:
         await asyncio.to_thread(client.eof)
 
 
-async def test_others_have_their_turn_while_a_large_read_is_parsed() -> None:
+async def test_large_read_does_not_delay_others() -> None:
     """What one client sends in one go is parsed in slices, and arrives whole and in order."""
     with LiveServer("uvicorn-stable", app=APP, config={"max_message_size": LIMIT}) as server:
         with WireClient(server.port) as client:
@@ -221,7 +221,7 @@ async def test_others_have_their_turn_while_a_large_read_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_ordinary_client_with_a_heartbeat_is_left_alone(kind: str) -> None:
+async def test_ordinary_pings_are_not_rate_limited(kind: str) -> None:
     """Twenty pings a second from each side, of either kind, are far from the ceiling."""
     config = {"heartbeat_interval": 0.05, "heartbeat_timeout": 5, "require_pong": True}
     with LiveServer(kind, app=APP, config=config) as server:
@@ -242,7 +242,7 @@ async def test_an_ordinary_client_with_a_heartbeat_is_left_alone(kind: str) -> N
             answering.cancel()
 
 
-async def test_acknowledgements_that_we_ask_for_are_free(server: LiveServer) -> None:
+async def test_requested_acks_are_not_rate_limited(server: LiveServer) -> None:
     """A client that confirms 300 messages quickly, because it was asked with as many pings, is left alone."""
     codes: list[int] = []
     async with Client(server.url("/run/confirming")) as client:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.live.server import LiveServer, until
-from tests.live.wire_client import (
+from tests.support.server import LiveServer, until
+from tests.support.wire_client import (
     BINARY,
     CLOSE,
     CONTINUATION,
@@ -58,7 +58,7 @@ def witness(server: LiveServer) -> Iterator[Witness]:
 
 
 @pytest.fixture(autouse=True)
-def nobody_else_suffers(witness: Witness) -> Iterator[None]:
+def witness_is_unaffected(witness: Witness) -> Iterator[None]:
     """After each test another connection still echoes, and the server has logged no error."""
     yield
     witness.check()
@@ -80,14 +80,14 @@ def text_of(size: int) -> bytes:
 
 @KINDS
 @pytest.mark.parametrize("size", SIZES)
-def test_a_message_of_each_size_comes_back(client: WireClient, opcode: int, size: int) -> None:
+def test_payload_at_each_length_boundary_is_echoed(client: WireClient, opcode: int, size: int) -> None:
     """A payload length on either side of each width of the length field is read and written (5.2)."""
     client.write(frame(opcode, text_of(size)))
     assert client.echoed(opcode, text_of(size))
 
 
 @pytest.mark.parametrize("mask", [bytes(4), b"\xff" * 4, b"\x00\x00\x00\x01", b"\x80\x00\x00\x00"], ids=bytes.hex)
-def test_any_masking_key_is_taken_off(client: WireClient, mask: bytes) -> None:
+def test_any_masking_key_is_removed(client: WireClient, mask: bytes) -> None:
     """The payload is unmasked with the key of its own frame, at every length modulo four (5.3)."""
     for size in range(9):
         client.write(frame(BINARY, text_of(size), mask=mask))
@@ -106,9 +106,7 @@ def test_any_masking_key_is_taken_off(client: WireClient, mask: bytes) -> None:
         (PING, 5, 16),
     ],
 )
-def test_a_length_that_is_not_in_its_shortest_form_is_read_or_refused(
-    client: WireClient, opcode: int, size: int, length_bits: int
-) -> None:
+def test_non_minimal_length_is_read_or_fails_1002(client: WireClient, opcode: int, size: int, length_bits: int) -> None:
     """The length must be in its shortest form, and a receiver that meets another reads it or fails with 1002 (5.2)."""
     client.write(frame(opcode, text_of(size), length_bits=length_bits))
     found = client.next_frame()
@@ -120,7 +118,7 @@ def test_a_length_that_is_not_in_its_shortest_form_is_read_or_refused(
 
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 63) + 5, (1 << 64) - 1])
-def test_a_64_bit_length_with_the_top_bit_set_is_refused(client: WireClient, length: int) -> None:
+def test_length_with_top_bit_set_fails_connection(client: WireClient, length: int) -> None:
     """The most significant bit of a 64-bit length is 0; the header alone fails the connection (5.2)."""
     client.write(frame(BINARY, b"rest", announced=length))
     assert client.close_info()[0] in (1002, 1009)
@@ -128,7 +126,7 @@ def test_a_64_bit_length_with_the_top_bit_set_is_refused(client: WireClient, len
 
 @pytest.mark.parametrize("opcode", [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG])
 @pytest.mark.parametrize("payload", [b"", b"hello"], ids=["empty", "hello"])
-def test_an_unmasked_frame_is_refused(client: WireClient, opcode: int, payload: bytes) -> None:
+def test_unmasked_frame_fails_with_1002(client: WireClient, opcode: int, payload: bytes) -> None:
     """A server fails with 1002 when a frame of a client is not masked (5.1)."""
     client.write(frame(opcode, payload, mask=None))
     assert client.close_info()[0] == 1002
@@ -136,14 +134,14 @@ def test_an_unmasked_frame_is_refused(client: WireClient, opcode: int, payload: 
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, CLOSE, PING, PONG])
 @pytest.mark.parametrize("rsv", [RSV1, RSV2, RSV3, RSV1 | RSV2, RSV1 | RSV3, RSV2 | RSV3, RSV1 | RSV2 | RSV3], ids=hex)
-def test_a_reserved_bit_without_an_extension_is_refused(client: WireClient, opcode: int, rsv: int) -> None:
+def test_reserved_bit_without_extension_fails_with_1002(client: WireClient, opcode: int, rsv: int) -> None:
     """A reserved bit that no extension has given a meaning fails with 1002 (5.2)."""
     client.write(frame(opcode, rsv=rsv))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("rsv", [RSV1, RSV2, RSV3], ids=hex)
-def test_a_reserved_bit_on_a_continuation_is_refused(client: WireClient, rsv: int) -> None:
+def test_reserved_bit_on_continuation_fails_with_1002(client: WireClient, rsv: int) -> None:
     """The rule of the reserved bits holds for each fragment (5.2)."""
     client.write(frame(TEXT, b"a", fin=False), frame(CONTINUATION, b"b", rsv=rsv))
     assert client.close_info()[0] == 1002
@@ -151,13 +149,13 @@ def test_a_reserved_bit_on_a_continuation_is_refused(client: WireClient, rsv: in
 
 @pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
 @pytest.mark.parametrize(("payload", "fin"), [(b"", True), (b"hello", True), (b"hello", False)])
-def test_a_reserved_opcode_is_refused(client: WireClient, opcode: int, payload: bytes, fin: bool) -> None:
+def test_reserved_opcode_fails_with_1002(client: WireClient, opcode: int, payload: bytes, fin: bool) -> None:
     """An unknown opcode fails with 1002 (5.2)."""
     client.write(frame(opcode, payload, fin=fin))
     assert client.close_info()[0] == 1002
 
 
-def test_messages_before_a_broken_frame_do_not_hide_it(client: WireClient) -> None:
+def test_invalid_frame_behind_messages_fails_with_1002(client: WireClient) -> None:
     """Whether or not what stands before a broken frame is still answered, the connection fails with 1002 (7.1.7)."""
     client.write(frame(TEXT, b"first"), frame(PING, b"second"), frame(3), frame(TEXT, b"never"))
     found = [client.next_frame()]
@@ -175,7 +173,7 @@ PARTS = {
     "three": [b"hel", b"lo ", b"world"],
     "hundred": [b"%02d" % number for number in range(100)],
     "ten thousand single bytes": [b"x"] * 10_000,
-    "ten thousand empty ones": [b"a", *[b""] * 10_000, b"z"],
+    "ten thousand empty": [b"a", *[b""] * 10_000, b"z"],
     "first empty": [b"", b"hel", b"lo"],
     "middle empty": [b"hel", b"", b"lo"],
     "last empty": [b"hel", b"lo", b""],
@@ -186,7 +184,7 @@ PARTS = {
 
 @KINDS
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_fragments_are_put_together(client: WireClient, opcode: int, parts: list[bytes]) -> None:
+def test_fragments_are_reassembled(client: WireClient, opcode: int, parts: list[bytes]) -> None:
     """The fragments of a message are one message, of the type of the first (5.4)."""
     client.write(*fragments(opcode, parts))
     assert client.echoed(opcode, b"".join(parts))
@@ -195,7 +193,7 @@ def test_fragments_are_put_together(client: WireClient, opcode: int, parts: list
 
 
 @KINDS
-def test_a_ping_between_fragments_is_answered_before_the_message_ends(client: WireClient, opcode: int) -> None:
+def test_ping_between_fragments_is_answered_at_once(client: WireClient, opcode: int) -> None:
     """A control frame may stand between fragments, and is answered without waiting for the last one (5.4)."""
     first, middle, last = fragments(opcode, [b"one ", b"two ", b"three"])
     client.write(first, frame(PING, b"a"))
@@ -212,7 +210,7 @@ def test_a_ping_between_fragments_is_answered_before_the_message_ends(client: Wi
     [[], [frame(TEXT, b"whole")], fragments(TEXT, [b"who", b"le"])],
     ids=["at first", "after a message", "after fragments"],
 )
-def test_a_continuation_without_a_start_is_refused(client: WireClient, before: list[bytes], fin: bool) -> None:
+def test_continuation_without_start_fails_with_1002(client: WireClient, before: list[bytes], fin: bool) -> None:
     """A continuation frame that continues nothing fails with 1002 (5.4)."""
     client.write(*before)
     if before:
@@ -224,16 +222,14 @@ def test_a_continuation_without_a_start_is_refused(client: WireClient, before: l
 @KINDS
 @pytest.mark.parametrize("fin", [True, False])
 @pytest.mark.parametrize("start", [TEXT, BINARY])
-def test_a_new_message_inside_a_fragmented_one_is_refused(
-    client: WireClient, start: int, opcode: int, fin: bool
-) -> None:
+def test_interleaved_messages_fail_with_1002(client: WireClient, start: int, opcode: int, fin: bool) -> None:
     """The fragments of two messages must not be interleaved: 1002 (5.4)."""
     client.write(frame(start, b"one", fin=False), frame(opcode, b"two", fin=fin))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
-def test_a_fragmented_control_frame_is_refused(client: WireClient, opcode: int) -> None:
+def test_fragmented_control_frame_fails_with_1002(client: WireClient, opcode: int) -> None:
     """A control frame must not be fragmented: 1002 without waiting for the rest (5.5)."""
     client.write(frame(opcode, b"", fin=False))
     assert client.close_info()[0] == 1002
@@ -244,7 +240,7 @@ def test_a_fragmented_control_frame_is_refused(client: WireClient, opcode: int) 
 
 @KINDS
 @pytest.mark.parametrize("cut", [1, 3], ids=["one frame", "three fragments"])
-def test_a_message_as_large_as_the_limit_comes_back(client: WireClient, opcode: int, cut: int) -> None:
+def test_message_at_size_limit_is_echoed(client: WireClient, opcode: int, cut: int) -> None:
     """The limit is the size that is still taken, whatever the number of fragments (7.4.1)."""
     payload = text_of(MAX_SIZE)
     size = MAX_SIZE // cut + 1
@@ -254,21 +250,21 @@ def test_a_message_as_large_as_the_limit_comes_back(client: WireClient, opcode: 
 
 @KINDS
 @pytest.mark.parametrize("length", [MAX_SIZE + 126, 1 << 31, 1 << 32, (1 << 63) - 1])
-def test_a_frame_over_the_limit_is_refused_from_its_header(client: WireClient, opcode: int, length: int) -> None:
+def test_oversized_frame_header_closes_with_1009(client: WireClient, opcode: int, length: int) -> None:
     """A frame that announces more than the limit and a control frame ends with 1009 before its payload has come."""
     client.write(frame(opcode, b"begin", announced=length))
     assert client.close_info()[0] == 1009
 
 
 @KINDS
-def test_a_message_one_byte_over_the_limit_is_refused(client: WireClient, opcode: int) -> None:
+def test_message_one_byte_over_limit_fails_with_1009(client: WireClient, opcode: int) -> None:
     """A whole message that is too big ends with 1009 (7.4.1)."""
     client.write(frame(opcode, text_of(MAX_SIZE + 1)))
     assert client.close_info()[0] == 1009
 
 
 @KINDS
-def test_fragments_over_the_limit_are_refused_without_waiting_for_the_end(client: WireClient, opcode: int) -> None:
+def test_oversized_fragments_close_1009_before_last_fragment(client: WireClient, opcode: int) -> None:
     """The size of a fragmented message is that of its fragments so far, and the one too much ends with 1009 (7.4.1)."""
     parts = [text_of(MAX_SIZE // 2)] * 2
     client.write(*(frame(opcode if not n else CONTINUATION, part, fin=False) for n, part in enumerate(parts)))
@@ -279,7 +275,7 @@ def test_fragments_over_the_limit_are_refused_without_waiting_for_the_end(client
 
 
 @KINDS
-def test_a_ping_is_no_part_of_the_message_that_it_interrupts(client: WireClient, opcode: int) -> None:
+def test_ping_does_not_count_against_message_limit(client: WireClient, opcode: int) -> None:
     """The bytes of a control frame between fragments do not count against the limit of the message (5.4)."""
     client.write(frame(opcode, text_of(MAX_SIZE), fin=False), frame(PING, b"in between"))
     assert client.next_frame() == Frame(PONG, b"in between")
@@ -304,9 +300,7 @@ def wide_server() -> Iterator[LiveServer]:
     ],
     ids=["ascii", "binary", "two bytes each", "four bytes each"],
 )
-def test_the_limit_of_the_library_is_in_bytes_of_the_wire(
-    wide_server: LiveServer, opcode: int, good: bytes, bad: bytes
-) -> None:
+def test_max_message_size_counts_payload_bytes(wide_server: LiveServer, opcode: int, good: bytes, bad: bytes) -> None:
     """`max_message_size` counts the bytes of the payload, and ends with 1009 where the server's own limit is wider."""
     with connect(wide_server) as client:
         client.write(*fragments(opcode, [good[:400], good[400:]]))
@@ -337,7 +331,7 @@ MIXED_ANSWERS = [
 ]
 
 
-def test_bytes_that_come_one_at_a_time_are_the_same_frames(client: WireClient) -> None:
+def test_frames_sent_byte_by_byte_are_read(client: WireClient) -> None:
     """Frames have no relation to the segments in which TCP brings them (5.2)."""
     client.drip(*MIXED)
     found = [client.next_frame() for _ in MIXED_ANSWERS]
@@ -347,7 +341,7 @@ def test_bytes_that_come_one_at_a_time_are_the_same_frames(client: WireClient) -
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY, PING])
 @pytest.mark.parametrize("size", [0, 5, 125, 126])
-def test_a_frame_may_be_split_at_every_byte(client: WireClient, witness: Witness, opcode: int, size: int) -> None:
+def test_frame_may_be_split_at_every_byte(client: WireClient, witness: Witness, opcode: int, size: int) -> None:
     """A frame is read whole wherever the first of two segments ends: in its header, its key or its payload (5.2)."""
     size = min(size, 125) if opcode == PING else size
     whole = frame(opcode, text_of(size))
@@ -359,7 +353,7 @@ def test_a_frame_may_be_split_at_every_byte(client: WireClient, witness: Witness
 
 
 @pytest.mark.parametrize("size", [65_535, 65_536])
-def test_a_long_frame_may_be_split_in_its_header(client: WireClient, witness: Witness, size: int) -> None:
+def test_long_frame_header_may_be_split(client: WireClient, witness: Witness, size: int) -> None:
     """A header with a 16-bit or a 64-bit length is read whole wherever a segment ends in it (5.2)."""
     whole = frame(BINARY, text_of(size))
     for at in range(1, 16):
@@ -369,7 +363,7 @@ def test_a_long_frame_may_be_split_in_its_header(client: WireClient, witness: Wi
         assert client.echoed(BINARY, text_of(size))
 
 
-def test_two_frames_may_be_split_anywhere(client: WireClient, witness: Witness) -> None:
+def test_two_frames_may_be_split_at_every_byte(client: WireClient, witness: Witness) -> None:
     """A segment may hold the end of one frame and the beginning of the next (5.2)."""
     whole = frame(TEXT, b"first") + frame(BINARY, b"second")
     for at in range(1, len(whole)):
@@ -380,14 +374,14 @@ def test_two_frames_may_be_split_anywhere(client: WireClient, witness: Witness) 
         assert client.echoed(BINARY, b"second")
 
 
-def test_many_frames_in_one_segment_are_all_read(client: WireClient) -> None:
+def test_all_frames_in_one_segment_are_read(client: WireClient) -> None:
     """Each of many messages in one segment is delivered, in order, more of them than the inbox holds (5.2)."""
     messages = [b"message %d" % number for number in range(20 * INBOX)]
     client.write(*(frame(TEXT, message) for message in messages))
     assert [client.message().payload for _ in messages] == messages
 
 
-def test_a_connection_that_breaks_anywhere_leaves_nothing_behind(server: LiveServer, witness: Witness) -> None:
+def test_connection_lost_anywhere_leaves_nothing_behind(server: LiveServer, witness: Witness) -> None:
     """TCP may end, or be reset, inside a header, a payload or a fragmented message (7.1.1)."""
     whole = frame(TEXT, b"hello", fin=False) + frame(CONTINUATION, text_of(200))
     for at in range(0, len(whole), 3):
@@ -405,7 +399,7 @@ def test_a_connection_that_breaks_anywhere_leaves_nothing_behind(server: LiveSer
 
 INVALID_UTF8 = {
     "lone continuation byte": b"a\x80b",
-    "byte that never occurs": b"a\xffb",
+    "invalid byte": b"a\xffb",
     "overlong slash of two": b"\xc0\xaf",
     "overlong slash of three": b"\xe0\x80\xaf",
     "overlong slash of four": b"\xf0\x80\x80\xaf",
@@ -431,21 +425,21 @@ VALID_UTF8 = {
     "borders of two and three": "\u07ff\u0800",
     "around the surrogates": "\ud7ff\ue000",
     "borders of three and four": "\uffff\U00010000",
-    "the last one": "\U0010ffff",
+    "last code point": "\U0010ffff",
     "noncharacters": "\ufffe\ufdd0\U0001fffe",
     "byte order mark": "\ufeffa",
 }
 
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
-def test_a_text_that_is_not_utf_8_is_refused(client: WireClient, payload: bytes) -> None:
+def test_invalid_utf8_text_fails_with_1007(client: WireClient, payload: bytes) -> None:
     """Text that is no UTF-8 fails with 1007 (8.1)."""
     client.write(frame(TEXT, payload))
     assert client.close_info()[0] == 1007
 
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
-def test_bytes_that_are_not_utf_8_are_data(client: WireClient, payload: bytes) -> None:
+def test_invalid_utf8_in_binary_message_is_accepted(client: WireClient, payload: bytes) -> None:
     """A binary message may hold any bytes (5.6)."""
     client.write(frame(BINARY, payload), *fragments(BINARY, [payload[:1], payload[1:]]))
     assert client.echoed(BINARY, payload)
@@ -453,7 +447,7 @@ def test_bytes_that_are_not_utf_8_are_data(client: WireClient, payload: bytes) -
 
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
-def test_a_text_that_is_not_utf_8_over_the_border_of_fragments_is_refused(server: LiveServer, payload: bytes) -> None:
+def test_invalid_utf8_across_fragments_fails_with_1007(server: LiveServer, payload: bytes) -> None:
     """UTF-8 is that of the whole message: cutting invalid bytes apart does not hide them (8.1)."""
     for at in range(len(payload) + 1):
         with connect(server) as client:
@@ -462,7 +456,7 @@ def test_a_text_that_is_not_utf_8_over_the_border_of_fragments_is_refused(server
 
 
 @pytest.mark.parametrize("text", VALID_UTF8.values(), ids=VALID_UTF8)
-def test_a_code_point_may_be_split_over_fragments(client: WireClient, text: str) -> None:
+def test_code_point_may_be_split_across_fragments(client: WireClient, text: str) -> None:
     """A fragment need not be UTF-8 of its own: a code point may begin in one and end in another (5.6)."""
     payload = text.encode()
     for at in range(len(payload) + 1):
@@ -475,7 +469,7 @@ def test_a_code_point_may_be_split_over_fragments(client: WireClient, text: str)
 # ── 5.5.2 and 5.5.3: ping and pong ──
 
 
-def test_a_ping_of_every_size_comes_back_as_a_pong(client: WireClient) -> None:
+def test_ping_of_every_size_is_answered(client: WireClient) -> None:
     """A pong carries the bytes of its ping, 0 to 125 of any value (5.5.3)."""
     for size in range(126):
         payload = bytes(255 - number for number in range(size))
@@ -485,7 +479,7 @@ def test_a_ping_of_every_size_comes_back_as_a_pong(client: WireClient) -> None:
 
 @pytest.mark.parametrize("opcode", [CLOSE, PING, PONG])
 @pytest.mark.parametrize("size", [126, 127, 65_536])
-def test_a_control_frame_of_more_than_125_bytes_is_refused(client: WireClient, opcode: int, size: int) -> None:
+def test_oversized_control_frame_fails_with_1002(client: WireClient, opcode: int, size: int) -> None:
     """A control frame carries at most 125 bytes: 1002 (5.5)."""
     client.write(frame(opcode, b"\x03\xe8" + text_of(size - 2)))
     assert client.close_info()[0] == 1002
@@ -505,7 +499,7 @@ def test_pings_in_one_segment_are_answered_in_order(client: WireClient) -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x00\xff", b"x" * 125], ids=["empty", "bytes", "longest"])
-def test_an_unsolicited_pong_is_ignored(client: WireClient, payload: bytes) -> None:
+def test_unsolicited_pong_is_ignored(client: WireClient, payload: bytes) -> None:
     """A pong that answers no ping asks for nothing and breaks nothing (5.5.3)."""
     client.write(frame(PONG, payload), frame(PONG, payload), frame(TEXT, b"after"))
     assert client.echoed(TEXT, b"after")
@@ -519,7 +513,7 @@ WAITING = pytest.mark.parametrize("waiting", [0, 1, INBOX - 1], ids=["none", "on
 
 
 @WAITING
-def test_a_ping_is_answered_while_the_handler_is_busy(server: LiveServer, waiting: int) -> None:
+def test_ping_is_answered_while_handler_is_busy(server: LiveServer, waiting: int) -> None:
     """A ping is answered as soon as practical, however many messages wait, and none of them is lost (5.5.2)."""
     with connect(server, "/run") as client:
         client.write(a_message("wait", seconds=0.5, name="slow"))
@@ -532,7 +526,7 @@ def test_a_ping_is_answered_while_the_handler_is_busy(server: LiveServer, waitin
 
 
 @WAITING
-def test_a_ping_is_answered_though_nobody_reads(server: LiveServer, witness: Witness, waiting: int) -> None:
+def test_ping_is_answered_when_endpoint_does_not_read(server: LiveServer, witness: Witness, waiting: int) -> None:
     """Pings are answered for an endpoint that reads nothing, in the segment of its messages and after it (5.5.2)."""
     with connect(server, "/idle") as client:
         client.write(*(frame(TEXT, b"unread %d" % number) for number in range(waiting)), frame(PING, b"with them"))
@@ -544,8 +538,8 @@ def test_a_ping_is_answered_though_nobody_reads(server: LiveServer, witness: Wit
 
 @pytest.mark.alone
 @WAITING
-@pytest.mark.parametrize("path", ["/idle", "/run"], ids=["nobody reads", "the handler is busy"])
-def test_a_close_frame_is_answered_at_once(server: LiveServer, witness: Witness, path: str, waiting: int) -> None:
+@pytest.mark.parametrize("path", ["/idle", "/run"], ids=["no reader", "busy handler"])
+def test_close_frame_is_answered_at_once(server: LiveServer, witness: Witness, path: str, waiting: int) -> None:
     """A close frame is answered as soon as practical, whatever waits to be read before it (5.5.1)."""
     with connect(server, path) as client:
         client.write(a_message("wait", seconds=1, name="slow"))
@@ -567,7 +561,7 @@ def test_a_close_frame_is_answered_at_once(server: LiveServer, witness: Witness,
     ],
     ids=["long messages", "short messages", "echoes", "pings"],
 )
-def test_a_flood_does_not_fill_the_memory(server: LiveServer, path: str, flood: bytes) -> None:
+def test_flood_uses_bounded_memory(server: LiveServer, path: str, flood: bytes) -> None:
     """What the endpoint does not read, and what the client does not read, is held up to a limit and no further."""
     with connect(server, path) as client:
         memory = PeakMemory(server)
@@ -583,14 +577,14 @@ def test_a_flood_does_not_fill_the_memory(server: LiveServer, path: str, flood: 
 # ── 5.5.1 and 7: closing ──
 
 
-def test_an_empty_close_frame_is_answered(client: WireClient) -> None:
+def test_empty_close_frame_is_answered(client: WireClient) -> None:
     """A close frame without a code is answered with one, and the server ends TCP (5.5.1, 7.1.1)."""
     client.write(close_frame())
     assert client.close_info()[0] in (None, 1000)
 
 
 @pytest.mark.parametrize("code", [*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999])
-def test_a_close_code_that_may_be_sent_is_echoed(client: WireClient, code: int) -> None:
+def test_valid_close_code_is_echoed(client: WireClient, code: int) -> None:
     """The answer to a close frame has its code, and the server ends TCP (5.5.1, 7.4)."""
     client.write(close_frame(code))
     assert client.close_info()[0] == code
@@ -599,7 +593,7 @@ def test_a_close_code_that_may_be_sent_is_echoed(client: WireClient, code: int) 
 @pytest.mark.parametrize(
     "reason", [b"x", "tschüß".encode(), b"x" * 123, "𝄞".encode() * 30 + b"xyz"], ids=["one", "UTF-8", "longest", "both"]
 )
-def test_a_close_frame_with_a_reason_is_answered(client: WireClient, reason: bytes) -> None:
+def test_close_frame_with_reason_is_answered(client: WireClient, reason: bytes) -> None:
     """A reason of up to 123 bytes of UTF-8 may follow the code (5.5.1)."""
     client.write(close_frame(1000, reason))
     code, text = client.close_info()
@@ -609,21 +603,21 @@ def test_a_close_frame_with_a_reason_is_answered(client: WireClient, reason: byt
 
 @pytest.mark.parametrize("code", [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1099, 1100, 2000, 2999, 5000, 9999, 65_535])
 @pytest.mark.parametrize("reason", [b"", b"why"], ids=["bare", "reason"])
-def test_a_close_code_that_must_not_be_sent_is_refused(client: WireClient, code: int, reason: bytes) -> None:
+def test_invalid_close_code_fails_with_1002(client: WireClient, code: int, reason: bytes) -> None:
     """A code that is reserved, unassigned or out of range is a protocol error: 1002 (7.4)."""
     client.write(close_frame(code, reason))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("payload", [b"\x03", b"\xff"], ids=bytes.hex)
-def test_a_close_frame_of_one_byte_is_refused(client: WireClient, payload: bytes) -> None:
+def test_one_byte_close_frame_fails_with_1002(client: WireClient, payload: bytes) -> None:
     """The body of a close frame begins with a code of two bytes: 1002 (5.5.1)."""
     client.write(frame(CLOSE, payload))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("reason", INVALID_UTF8.values(), ids=INVALID_UTF8)
-def test_a_reason_that_is_not_utf_8_is_refused(client: WireClient, reason: bytes) -> None:
+def test_invalid_utf8_close_reason_fails_connection(client: WireClient, reason: bytes) -> None:
     """The reason is UTF-8 (5.5.1, 8.1)."""
     client.write(close_frame(1000, reason))
     assert client.close_info()[0] in (1002, 1007)
@@ -643,7 +637,7 @@ def test_a_reason_that_is_not_utf_8_is_refused(client: WireClient, reason: bytes
     ids=["text", "ping", "close", "bad opcode", "bad text", "garbage", "many"],
 )
 @pytest.mark.parametrize("together", [True, False], ids=["one segment", "later"])
-def test_data_after_a_close_frame_is_ignored(
+def test_data_after_close_frame_is_ignored(
     server: LiveServer, client: WireClient, after: list[bytes], together: bool
 ) -> None:
     """What comes after a close frame is neither delivered nor answered (5.5.1)."""
@@ -662,7 +656,7 @@ def test_data_after_a_close_frame_is_ignored(
     assert server.get("/ws-stats/")["messages_received"] == received
 
 
-def test_a_close_frame_inside_a_fragmented_message_ends_the_connection(server: LiveServer, client: WireClient) -> None:
+def test_close_frame_inside_fragmented_message_closes(server: LiveServer, client: WireClient) -> None:
     """A close frame may stand between fragments; the message that it cuts off is not delivered (5.4, 5.5.1)."""
     received = server.get("/ws-stats/")["messages_received"]
     client.write(frame(TEXT, b"cut", fin=False), close_frame(1000), frame(CONTINUATION, b" off"))
@@ -671,7 +665,7 @@ def test_a_close_frame_inside_a_fragmented_message_ends_the_connection(server: L
 
 
 @pytest.mark.parametrize("code", [None, 1000, 1001, 4999])
-async def test_the_application_learns_the_code_of_the_client(server: LiveServer, code: int | None) -> None:
+async def test_application_gets_close_code_of_client(server: LiveServer, code: int | None) -> None:
     """The code of the received close frame, or 1005 for none, is the close code of the connection (7.1.5)."""
     with connect(server) as client:
         client.write(close_frame(code))
@@ -679,7 +673,7 @@ async def test_the_application_learns_the_code_of_the_client(server: LiveServer,
         await server.until_event(f"disconnect {client.name} client_close {code or 1005}")
 
 
-async def test_the_application_learns_that_the_protocol_was_broken(server: LiveServer) -> None:
+async def test_application_gets_protocol_error_cause(server: LiveServer) -> None:
     """A connection that the server fails has ended for a reason that is not the client's close (7.1.7)."""
     with connect(server) as client:
         client.write(frame(3))
@@ -688,13 +682,13 @@ async def test_the_application_learns_that_the_protocol_was_broken(server: LiveS
 
 
 @pytest.mark.parametrize("code", [1000, 1013, 3000, 4001])
-def test_the_server_closes_with_code_and_reason_and_ends_tcp_first(server: LiveServer, code: int) -> None:
+def test_server_sends_close_frame_and_ends_tcp_first(server: LiveServer, code: int) -> None:
     """A close by the application is one close frame; the client's answer ends TCP (7.1.2)."""
     with connect(server, f"/close?code={code}&reason=bye") as client:
         assert client.close_info(answer=True) == (code, "bye")
 
 
-def test_both_sides_may_close_at_the_same_time(server: LiveServer) -> None:
+def test_simultaneous_close_frames_answer_each_other(server: LiveServer) -> None:
     """Close frames that cross each other are each other's answer (7.1.2)."""
     with WireClient(server.port) as client:
         client.write(client.request("/close?code=4001"))
@@ -706,7 +700,7 @@ def test_both_sides_may_close_at_the_same_time(server: LiveServer) -> None:
 # ── 4: the handshake ──
 
 
-def test_the_handshake_may_come_one_byte_at_a_time(server: LiveServer) -> None:
+def test_handshake_sent_byte_by_byte_is_accepted(server: LiveServer) -> None:
     """The request has no relation to the segments in which TCP brings it (4.2.1)."""
     with WireClient(server.port) as client:
         client.drip(client.request())
@@ -716,7 +710,7 @@ def test_the_handshake_may_come_one_byte_at_a_time(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("offered", [None, "chat", "chat, superchat"])
-def test_a_subprotocol_is_only_agreed_to_if_the_client_has_offered_it(server: LiveServer, offered: str | None) -> None:
+def test_only_offered_subprotocol_is_selected(server: LiveServer, offered: str | None) -> None:
     """The answer names no subprotocol where none was offered, and none but an offered one (4.2.2)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Protocol": offered})
@@ -727,7 +721,7 @@ def test_a_subprotocol_is_only_agreed_to_if_the_client_has_offered_it(server: Li
 
 
 @pytest.mark.parametrize("header", ["Upgrade", "Connection"])
-def test_the_words_of_the_upgrade_are_matched_whatever_their_case(server: LiveServer, header: str) -> None:
+def test_upgrade_tokens_are_case_insensitive(server: LiveServer, header: str) -> None:
     """`websocket` and `Upgrade` are compared without regard to case, the latter among other tokens (4.2.1)."""
     value = {"Upgrade": "WebSocket", "Connection": "keep-alive, UPGRADE"}[header]
     with WireClient(server.port) as client:
@@ -735,7 +729,7 @@ def test_the_words_of_the_upgrade_are_matched_whatever_their_case(server: LiveSe
 
 
 @pytest.mark.parametrize("version", [None, "0", "8", "12", "14", "thirteen", ""])
-def test_a_handshake_of_another_version_is_refused(server: LiveServer, version: str | None) -> None:
+def test_handshake_with_other_version_is_rejected(server: LiveServer, version: str | None) -> None:
     """A version that is not 13 is answered with an HTTP error, and a 426 tells which one is spoken (4.2.2)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Version": version})
@@ -745,7 +739,7 @@ def test_a_handshake_of_another_version_is_refused(server: LiveServer, version: 
 
 
 @pytest.mark.parametrize("key", [None, "", "short", "c2hvcnQ=", "*" * 24, "dGhlIHNhbXBsZSBub25jZQ==dGhl"])
-def test_a_handshake_without_a_proper_key_is_refused(server: LiveServer, key: str | None) -> None:
+def test_handshake_with_invalid_key_is_rejected_with_400(server: LiveServer, key: str | None) -> None:
     """The key is base64 of 16 bytes; without it the answer is 400 (4.2.1)."""
     with WireClient(server.port) as client:
         assert client.upgrade(headers={"Sec-WebSocket-Key": key}).status == 400
@@ -755,7 +749,7 @@ def test_a_handshake_without_a_proper_key_is_refused(server: LiveServer, key: st
     "offer",
     ["permessage-deflate; ;", "permessage-deflate; =", "permessage-deflate;;", "=", ";", "a b", '"'],
 )
-def test_a_malformed_offer_of_extensions_is_refused_or_ignored(server: LiveServer, offer: str) -> None:
+def test_malformed_extension_offer_is_rejected_or_ignored(server: LiveServer, offer: str) -> None:
     """A header that is not of the grammar fails the handshake with 400, or agrees to no extension (9.1)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Extensions": offer})
@@ -763,7 +757,7 @@ def test_a_malformed_offer_of_extensions_is_refused_or_ignored(server: LiveServe
         assert not answer.all("Sec-WebSocket-Extensions")
 
 
-def test_a_header_that_is_no_http_is_refused(server: LiveServer) -> None:
+def test_malformed_http_request_is_rejected(server: LiveServer) -> None:
     """A request that cannot be read is answered with 400 or ended; nobody waits for an answer for ever (4.2.1)."""
     with WireClient(server.port) as client:
         try:
@@ -772,7 +766,7 @@ def test_a_header_that_is_no_http_is_refused(server: LiveServer) -> None:
             pass
 
 
-def test_frames_before_the_answer_to_the_handshake_break_nothing(server: LiveServer) -> None:
+def test_frames_before_handshake_answer_crash_nothing(server: LiveServer) -> None:
     """A client must wait for the answer (4.1); early frames are answered, lost, or the end of their connection."""
     with WireClient(server.port) as client:
         client.write(client.request(), frame(TEXT, b"early"), frame(PING, b"early"))
@@ -798,7 +792,7 @@ def beating_server() -> Iterator[LiveServer]:
 
 
 @pytest.mark.alone
-async def test_a_client_that_answers_pings_with_pongs_stays(beating_server: LiveServer) -> None:
+async def test_client_answering_pings_stays_connected(beating_server: LiveServer) -> None:
     """Heartbeats are ping frames and nothing else; a client that answers them stays, and its round trip is shown."""
     with connect(beating_server) as client:
         for _ in range(4):
@@ -818,7 +812,7 @@ async def test_a_client_that_answers_pings_with_pongs_stays(beating_server: Live
 
 
 @pytest.mark.alone
-async def test_a_client_that_never_answers_a_ping_is_closed(beating_server: LiveServer) -> None:
+async def test_client_ignoring_pings_closes_with_4408(beating_server: LiveServer) -> None:
     """Silence after a ping ends with 4408 at interval + timeout, and without a word of text before it."""
     started = time.monotonic()
     with connect(beating_server) as client:
@@ -833,7 +827,7 @@ async def test_a_client_that_never_answers_a_ping_is_closed(beating_server: Live
     assert not beating_server.errors()
 
 
-def test_a_pong_with_other_bytes_is_no_measure(beating_server: LiveServer) -> None:
+def test_unmatched_pong_is_not_measured(beating_server: LiveServer) -> None:
     """An unsolicited pong is ignored as an answer: it is no round trip, though its sender is alive (5.5.3)."""
     with connect(beating_server) as client:
         for _ in range(4):

@@ -10,8 +10,8 @@ from functools import cache
 
 import pytest
 
-from tests.live.server import LiveServer, until
-from tests.live.wire_client import (
+from tests.support.server import LiveServer, until
+from tests.support.wire_client import (
     BINARY,
     BROWSER_OFFER,
     CLOSE,
@@ -59,7 +59,7 @@ def witness(server: LiveServer) -> Iterator[Witness]:
 
 
 @pytest.fixture(autouse=True)
-def nobody_else_suffers(witness: Witness) -> Iterator[None]:
+def witness_is_unaffected(witness: Witness) -> Iterator[None]:
     """After each test another connection still echoes, and the server has logged no error."""
     yield
     witness.check()
@@ -102,7 +102,7 @@ def bomb(client: WireClient, size: int) -> bytes:
 # ── 7.1: negotiation ──
 
 
-def test_the_offer_of_a_browser_is_taken_without_a_context_of_the_server(server: LiveServer) -> None:
+def test_browser_offer_is_accepted_without_server_context(server: LiveServer) -> None:
     """The server agrees and promises to compress each message by itself (7.1.1.1)."""
     with connect(server, offer=BROWSER_OFFER) as client:
         assert client.parameters is not None
@@ -118,7 +118,7 @@ def test_the_offer_of_a_browser_is_taken_without_a_context_of_the_server(server:
 
 @pytest.mark.parametrize("bits", range(8, 16))
 @pytest.mark.parametrize("rest", ["", "; server_no_context_takeover", "; client_max_window_bits"])
-def test_the_window_that_the_client_can_inflate_is_kept(server: LiveServer, bits: int, rest: str) -> None:
+def test_server_window_fits_client_offer(server: LiveServer, bits: int, rest: str) -> None:
     """The agreed window of the server is at most the offered one, and no distance in its frames is longer (7.1.2.1)."""
     with connect(server, offer=f"permessage-deflate; server_max_window_bits={bits}{rest}") as client:
         if bits == 8 and client.parameters is None:  # zlib cannot deflate with a window of 256 bytes
@@ -133,7 +133,7 @@ def test_the_window_that_the_client_can_inflate_is_kept(server: LiveServer, bits
         assert client.message() == (BINARY, LONG, True)
 
 
-def test_the_inflater_of_that_test_does_refuse_longer_distances() -> None:
+def test_inflater_rejects_distances_beyond_window() -> None:
     """A stream made with a larger window fails to inflate with a smaller one, so that the test above can fail."""
     with pytest.raises(zlib.error):
         inflated_with(zlib.decompressobj(-10), deflate(far_repeats(1500), 15))
@@ -141,7 +141,7 @@ def test_the_inflater_of_that_test_does_refuse_longer_distances() -> None:
 
 
 @pytest.mark.parametrize("bits", range(8, 16))
-def test_the_window_that_the_client_can_deflate_with_is_kept(server: LiveServer, bits: int) -> None:
+def test_client_window_fits_client_offer(server: LiveServer, bits: int) -> None:
     """The agreed window of the client is at most the offered one, and all that fits into it is inflated (7.1.2.2)."""
     with connect(server, offer=f"permessage-deflate; client_max_window_bits={bits}") as client:
         assert client.parameters is not None
@@ -152,7 +152,7 @@ def test_the_window_that_the_client_can_deflate_with_is_kept(server: LiveServer,
         assert client.echoed(TEXT, payload)
 
 
-def test_a_client_that_offers_no_window_may_use_the_largest(server: LiveServer) -> None:
+def test_client_window_defaults_to_15_bits(server: LiveServer) -> None:
     """Without `client_max_window_bits` in the offer the answer has none, and the window is 15 bits (7.1.2.2)."""
     with connect(server, offer="permessage-deflate") as client:
         assert client.parameters is not None
@@ -175,7 +175,7 @@ def test_a_client_that_offers_no_window_may_use_the_largest(server: LiveServer) 
         "permessage-deflate ; client_max_window_bits ; server_max_window_bits = 10",
     ],
 )
-def test_each_valid_offer_is_taken(server: LiveServer, offer: str) -> None:
+def test_each_valid_offer_is_accepted(server: LiveServer, offer: str) -> None:
     """All parameters of the RFC are known, with and without quotes and spaces (7.1)."""
     with connect(server, offer=offer) as client:
         assert client.parameters is not None
@@ -208,7 +208,7 @@ DECLINED = [
 
 
 @pytest.mark.parametrize("offer", DECLINED)
-def test_an_offer_that_is_not_valid_is_declined(server: LiveServer, offer: str) -> None:
+def test_invalid_offer_is_declined(server: LiveServer, offer: str) -> None:
     """An unknown, doubled or wrong parameter declines the offer and does not fail the connection (7.1)."""
     with WireClient(server.port) as client:
         answer = client.upgrade(headers={"Sec-WebSocket-Extensions": offer})
@@ -233,7 +233,7 @@ def test_an_offer_that_is_not_valid_is_declined(server: LiveServer, offer: str) 
         ("permessage-deflate; server_max_window_bits=8, permessage-deflate; server_max_window_bits=9", 9),
     ],
 )
-def test_the_first_acceptable_of_several_offers_is_taken(server: LiveServer, offer: str, bits: int) -> None:
+def test_first_acceptable_offer_is_selected(server: LiveServer, offer: str, bits: int) -> None:
     """Offers are in the order of the client's preference, over all lines of the header, and one is taken (5)."""
     with connect(server, offer=offer) as client:
         assert client.parameters is not None
@@ -243,7 +243,7 @@ def test_the_first_acceptable_of_several_offers_is_taken(server: LiveServer, off
 
 
 @KINDS
-def test_without_an_offer_nothing_is_compressed(server: LiveServer, opcode: int) -> None:
+def test_no_offer_means_no_compression(server: LiveServer, opcode: int) -> None:
     """A client that has offered nothing gets no RSV1, and may set none (6)."""
     with connect(server) as client:
         assert client.parameters is None
@@ -256,9 +256,9 @@ def test_without_an_offer_nothing_is_compressed(server: LiveServer, opcode: int)
 @pytest.mark.parametrize(
     ("config", "args"),
     [({"compression": "none"}, ()), ({}, ("--ws-per-message-deflate", "false"))],
-    ids=["compression", "uvicorn's option"],
+    ids=["compression", "uvicorn option"],
 )
-def test_compression_can_be_turned_off(config: dict[str, str], args: tuple[str, ...]) -> None:
+def test_compression_can_be_disabled(config: dict[str, str], args: tuple[str, ...]) -> None:
     """With compression="none", or uvicorn's own switch, no offer is taken and nothing is compressed."""
     with quiet_server(*args, **config) as server, connect(server, offer=BROWSER_OFFER) as client:
         assert client.parameters is None
@@ -289,7 +289,7 @@ def test_compression_can_be_turned_off(config: dict[str, str], args: tuple[str, 
     ],
     ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value),
 )
-def test_only_messages_of_compression_min_bytes_are_compressed(
+def test_only_messages_of_min_bytes_are_compressed(
     frugal_server: LiveServer, opcode: int, payload: bytes, compressed: bool
 ) -> None:
     """A message below `compression_min_bytes` goes out as it is, a longer one with RSV1 and by itself (7.2.1)."""
@@ -308,7 +308,7 @@ def frugal_server() -> Iterator[LiveServer]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 600, 65_535, 65_536, 65_537, 1_000_000])
-def test_what_cannot_be_made_shorter_comes_back_whole(client: WireClient, size: int) -> None:
+def test_incompressible_message_is_echoed(client: WireClient, size: int) -> None:
     """A message that deflate makes longer is sent right all the same, around each width of the length field (7.2.1)."""
     client.write(frame(BINARY, noise(size)))
     assert client.echoed(BINARY, noise(size))
@@ -335,7 +335,7 @@ LISTENERS = [
 
 @KINDS
 @pytest.mark.parametrize("speaker_offer", [None, BROWSER_OFFER], ids=["plain speaker", "compressing speaker"])
-def test_a_broadcast_reaches_each_window_right(server: LiveServer, opcode: int, speaker_offer: str | None) -> None:
+def test_broadcast_uses_window_of_each_client(server: LiveServer, opcode: int, speaker_offer: str | None) -> None:
     """One broadcast to clients of all windows and of none: each gets it as its own handshake has agreed (7.1.2.1)."""
     messages = [far_repeats(distance, seed=distance) for distance in (10, 700, 1500, 5000, 20_000, 33_000)]
     with ExitStack() as stack:
@@ -351,7 +351,7 @@ def test_a_broadcast_reaches_each_window_right(server: LiveServer, opcode: int, 
             assert found[-1].compressed is (listener.parameters is not None)
 
 
-def test_clients_of_the_same_window_get_the_same_frame(server: LiveServer) -> None:
+def test_clients_with_same_window_get_same_frame(server: LiveServer) -> None:
     """Without a context of the server the compressed frame of a broadcast depends on the window alone (7.1.1.1)."""
     offer = "permessage-deflate; server_no_context_takeover; server_max_window_bits=12"
     with ExitStack() as stack:
@@ -370,7 +370,7 @@ def test_clients_of_the_same_window_get_the_same_frame(server: LiveServer) -> No
         assert others == [first, first]
 
 
-def test_a_burst_of_short_and_long_messages_keeps_its_order(server: LiveServer) -> None:
+def test_mixed_size_burst_preserves_order(server: LiveServer) -> None:
     """Compressed and uncompressed messages of one turn of the loop come in the order in which they were sent (5)."""
     messages = [b"%04d " % number + (LONG if number % 3 == 0 else b"short") for number in range(90)]
     with connect(server) as plain, connect(server, offer=BROWSER_OFFER) as packed:
@@ -388,23 +388,23 @@ def test_a_burst_of_short_and_long_messages_keeps_its_order(server: LiveServer) 
 EXAMPLES = {
     "one fixed block": (["f248cdc9c90700"], b"Hello"),
     "two fragments": (["f248cd", "c9c90700"], b"Hello"),
-    "a stored block": (["000500faff48656c6c6f00"], b"Hello"),
-    "a final block": (["f348cdc9c9070000"], b"Hello"),
+    "stored block": (["000500faff48656c6c6f00"], b"Hello"),
+    "final block": (["f348cdc9c9070000"], b"Hello"),
     "two blocks": (["f248050000 00ffffcac9c90700"], b"Hello"),
     "two blocks, two fragments": (["f248050000", "00ffffcac9c90700"], b"Hello"),
-    "an empty message": (["00"], b""),
-    "an empty message in empty fragments": (["", "00", ""], b""),
+    "empty message": (["00"], b""),
+    "empty message in empty fragments": (["", "00", ""], b""),
 }
 
 
 @pytest.mark.parametrize(("parts", "message"), EXAMPLES.values(), ids=EXAMPLES)
-def test_the_examples_of_the_rfc_are_read(client: WireClient, parts: list[str], message: bytes) -> None:
+def test_rfc_example_messages_are_read(client: WireClient, parts: list[str], message: bytes) -> None:
     """Each way in which section 7.2.3 writes a message is inflated to it (7.2.3)."""
     client.write(*fragments(TEXT, [bytes.fromhex(part) for part in parts], rsv=RSV1))
     assert client.echoed(TEXT, message)
 
 
-def test_the_example_of_a_shared_window_is_read(client: WireClient) -> None:
+def test_rfc_shared_window_example_is_read(client: WireClient) -> None:
     """A message may refer to the one before it, unless the server has asked the client not to (7.2.3.2)."""
     assert client.parameters is not None
     client.write(frame(TEXT, bytes.fromhex("f248cdc9c90700"), rsv=RSV1))
@@ -414,7 +414,7 @@ def test_the_example_of_a_shared_window_is_read(client: WireClient) -> None:
     assert client.echoed(TEXT, b"Hello")
 
 
-def test_the_context_of_the_client_lasts_over_whatever_stands_between(client: WireClient) -> None:
+def test_client_context_survives_interleaved_frames(client: WireClient) -> None:
     """Uncompressed messages, control frames and fragments leave the window of the client as it is (7.2.2)."""
     assert client.parameters is not None
     compressor = compressor_of(client)
@@ -434,7 +434,7 @@ def test_the_context_of_the_client_lasts_over_whatever_stands_between(client: Wi
 
 
 @KINDS
-def test_a_client_without_a_context_is_read(client: WireClient, opcode: int) -> None:
+def test_client_without_context_takeover_is_read(client: WireClient, opcode: int) -> None:
     """A client may compress each message by itself though nobody has asked it to (7.1.1.2)."""
     for number in range(5):
         payload = b"%d " % number + LONG
@@ -443,7 +443,7 @@ def test_a_client_without_a_context_is_read(client: WireClient, opcode: int) -> 
 
 
 @KINDS
-def test_compressed_fragments_may_be_cut_anywhere(client: WireClient, opcode: int) -> None:
+def test_compressed_message_may_be_fragmented_anywhere(client: WireClient, opcode: int) -> None:
     """RSV1 on the first fragment says that the whole message is compressed, wherever it is cut (6.1)."""
     payload = b"Hello, Hello, Hello, world " * 4
     packed = deflated(client, payload)
@@ -456,7 +456,7 @@ def test_compressed_fragments_may_be_cut_anywhere(client: WireClient, opcode: in
     assert client.echoed(opcode, payload)
 
 
-def test_a_ping_between_compressed_fragments_is_answered_before_the_message_ends(client: WireClient) -> None:
+def test_ping_between_compressed_fragments_is_answered_at_once(client: WireClient) -> None:
     """Control frames may stand between the fragments of a compressed message, and are not part of it (6.1)."""
     first, second, third = fragments(TEXT, [(p := deflate(LONG, 9))[:100], p[100:200], p[200:]], rsv=RSV1)
     client.write(first, frame(PING, b"a"))
@@ -469,7 +469,7 @@ def test_a_ping_between_compressed_fragments_is_answered_before_the_message_ends
 
 @pytest.mark.parametrize("first", [RSV1, 0], ids=["compressed message", "plain message"])
 @pytest.mark.parametrize("fin", [True, False])
-def test_rsv1_on_a_continuation_is_refused(client: WireClient, first: int, fin: bool) -> None:
+def test_rsv1_on_continuation_fails_with_1002(client: WireClient, first: int, fin: bool) -> None:
     """RSV1 belongs to the first frame of a message and to no other: 1002 (6.1)."""
     packed = deflate(b"Hello") if first else b"Hello"
     client.write(frame(TEXT, packed[:3], fin=False, rsv=first), frame(CONTINUATION, packed[3:], fin=fin, rsv=RSV1))
@@ -480,14 +480,14 @@ def test_rsv1_on_a_continuation_is_refused(client: WireClient, first: int, fin: 
 @pytest.mark.parametrize(
     "payload", [b"", b"\x03\xe8hello", deflate(b"\x03\xe8hello")], ids=["empty", "plain", "packed"]
 )
-def test_rsv1_on_a_control_frame_is_refused(client: WireClient, opcode: int, payload: bytes) -> None:
+def test_rsv1_on_control_frame_fails_with_1002(client: WireClient, opcode: int, payload: bytes) -> None:
     """A control frame is never compressed: 1002 (6.1)."""
     client.write(frame(opcode, payload, rsv=RSV1))
     assert client.close_info()[0] == 1002
 
 
 @pytest.mark.parametrize("rsv", [RSV2, RSV3, RSV1 | RSV2, RSV1 | RSV3], ids=hex)
-def test_the_other_reserved_bits_stay_reserved(client: WireClient, rsv: int) -> None:
+def test_rsv2_and_rsv3_fail_with_1002(client: WireClient, rsv: int) -> None:
     """The extension gives a meaning to RSV1 alone: 1002 (6)."""
     client.write(frame(TEXT, deflate(b"Hello"), rsv=rsv))
     assert client.close_info()[0] == 1002
@@ -495,24 +495,24 @@ def test_the_other_reserved_bits_stay_reserved(client: WireClient, rsv: int) -> 
 
 CORRUPT = {
     "reserved block type": b"\x07",
-    "stored length that does not match": bytes.fromhex("000500000048656c6c6f"),
+    "wrong stored length": bytes.fromhex("000500000048656c6c6f"),
     "distance before the beginning": bytes.fromhex("f200110000"),
     "bad code lengths": b"\xfc" + b"\xff" * 20,
     "noise": noise(500),
-    "text that is not compressed": LONG,
+    "uncompressed text": LONG,
 }
 
 
 @pytest.mark.parametrize("payload", CORRUPT.values(), ids=CORRUPT)
 @pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
-def test_data_that_does_not_inflate_is_refused(client: WireClient, payload: bytes, cut: bool) -> None:
+def test_invalid_deflate_data_fails_connection(client: WireClient, payload: bytes, cut: bool) -> None:
     """A message that is no deflate stream fails the connection (7.2.2)."""
     half = len(payload) // 2
     client.write(*fragments(TEXT, [payload[:half], payload[half:]] if cut else [payload], rsv=RSV1))
     assert client.close_info()[0] in BROKEN
 
 
-def test_a_stream_that_is_cut_off_breaks_nothing(server: LiveServer) -> None:
+def test_truncated_deflate_stream_is_read_or_fails(server: LiveServer) -> None:
     """A message whose stream ends too early is what could be inflated of it, or the end of the connection (7.2.2)."""
     packed = deflate(b"Hello, Hello, " + noise(40).hex().encode(), 9)
     for at in range(len(packed)):
@@ -527,14 +527,14 @@ def test_a_stream_that_is_cut_off_breaks_nothing(server: LiveServer) -> None:
 
 @pytest.mark.parametrize("text", [b"a\xffb", b"abc\xe2\x82", b"\xed\xa0\x80"], ids=bytes.hex)
 @pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
-def test_a_compressed_text_that_is_not_utf_8_is_refused(client: WireClient, text: bytes, cut: bool) -> None:
+def test_compressed_invalid_utf8_fails_with_1007(client: WireClient, text: bytes, cut: bool) -> None:
     """Text is UTF-8 after it has been inflated: 1007 (RFC 6455, 8.1)."""
     packed = deflate(text, 9)
     client.write(*fragments(TEXT, [packed[:2], packed[2:]] if cut else [packed], rsv=RSV1))
     assert client.close_info()[0] == 1007
 
 
-def test_messages_that_end_with_a_final_block_follow_each_other(client: WireClient) -> None:
+def test_messages_ending_with_final_block_are_all_read(client: WireClient) -> None:
     """BFINAL ends a block, not the connection's stream: the next message is inflated as well (7.2.1, 7.2.3.4)."""
     for number in range(4):
         payload = b"%d " % number + LONG
@@ -542,7 +542,7 @@ def test_messages_that_end_with_a_final_block_follow_each_other(client: WireClie
         assert client.echoed(TEXT, payload)
 
 
-def test_several_final_blocks_make_one_message(client: WireClient) -> None:
+def test_message_with_several_final_blocks_is_read_or_fails(client: WireClient) -> None:
     """Blocks may follow a final one in a message, padded to a byte (7.2.1): read or refused, and never cut off."""
     final = [deflate(word, 9, final=True)[:-1] for word in (b"Hello, ", b"brave ")]
     client.write(frame(TEXT, b"".join(final) + deflate(b"world", 9), rsv=RSV1))
@@ -553,13 +553,13 @@ def test_several_final_blocks_make_one_message(client: WireClient) -> None:
         assert found == Frame(TEXT, b"Hello, brave world")
 
 
-def test_a_flood_of_final_blocks_is_refused(client: WireClient) -> None:
+def test_final_block_flood_fails_connection(client: WireClient) -> None:
     """Empty final blocks without end are the end of their connection, and no work without end (7.2.3.4)."""
     client.write(frame(TEXT, b"\x03\x00" * 40_000, rsv=RSV1))
     assert client.close_info()[0] in BROKEN
 
 
-def test_the_context_of_the_client_lasts_over_a_final_block(client: WireClient) -> None:
+def test_client_context_survives_final_block(client: WireClient) -> None:
     """The window of the client is that of the connection, whatever blocks have filled it (7.2.2)."""
     assert client.parameters is not None
     client.write(frame(TEXT, bytes.fromhex("f348cdc9c9070000"), rsv=RSV1))
@@ -573,7 +573,7 @@ def test_the_context_of_the_client_lasts_over_a_final_block(client: WireClient) 
 
 
 @pytest.mark.parametrize("size", [MAX_SIZE - 300, MAX_SIZE - 1, MAX_SIZE])
-def test_the_limit_is_that_of_the_inflated_message(client: WireClient, size: int) -> None:
+def test_size_limit_applies_to_inflated_message(client: WireClient, size: int) -> None:
     """A message as large as the limit comes back, whatever its size on the wire, in either direction (8)."""
     client.write(frame(BINARY, bomb(client, size), rsv=RSV1))
     assert client.echoed(BINARY, bytes(size))
@@ -584,7 +584,7 @@ def test_the_limit_is_that_of_the_inflated_message(client: WireClient, size: int
 
 @pytest.mark.parametrize("over", [1, 2, 257, 258, 259, 5000])
 @pytest.mark.parametrize("cut", [False, True], ids=["one frame", "fragments"])
-def test_a_message_that_inflates_to_more_than_the_limit_is_refused(client: WireClient, over: int, cut: bool) -> None:
+def test_message_inflating_over_limit_closes_with_1009(client: WireClient, over: int, cut: bool) -> None:
     """A message that is too big after it has been inflated ends with 1009, from the first byte on (8)."""
     packed = bomb(client, MAX_SIZE + over)
     half = len(packed) // 2
@@ -594,7 +594,9 @@ def test_a_message_that_inflates_to_more_than_the_limit_is_refused(client: WireC
 
 @KINDS
 @pytest.mark.parametrize("size", [10 * MAX_SIZE, 100 * MAX_SIZE], ids=["10 MiB", "100 MiB"])
-def test_a_bomb_is_refused_without_its_memory(server: LiveServer, client: WireClient, opcode: int, size: int) -> None:
+def test_bomb_closes_1009_without_full_inflation(
+    server: LiveServer, client: WireClient, opcode: int, size: int
+) -> None:
     """Zeros that were a thousand times shorter on the wire end with 1009 and are never held whole (8)."""
     packed = bomb(client, size)
     memory = PeakMemory(server)
@@ -603,7 +605,7 @@ def test_a_bomb_is_refused_without_its_memory(server: LiveServer, client: WireCl
     assert memory.growth() < 8 * MAX_SIZE
 
 
-def test_a_bomb_in_fragments_is_refused_without_waiting_for_the_end(server: LiveServer, client: WireClient) -> None:
+def test_fragmented_bomb_closes_1009_before_last_fragment(server: LiveServer, client: WireClient) -> None:
     """What the fragments inflate to is counted together, and the one too much ends with 1009 at once (8)."""
     compressor = compressor_of(client)
     parts = [compressor.compress(bytes(MAX_SIZE * 2 // 5)) + compressor.flush(zlib.Z_SYNC_FLUSH) for _ in range(3)]
@@ -616,7 +618,7 @@ def test_a_bomb_in_fragments_is_refused_without_waiting_for_the_end(server: Live
     assert memory.growth() < 8 * MAX_SIZE
 
 
-def test_a_bomb_in_tiny_fragments_is_refused(server: LiveServer, client: WireClient) -> None:
+def test_bomb_in_tiny_fragments_fails_connection(server: LiveServer, client: WireClient) -> None:
     """A bomb is found though each of its fragments is short and inflates to little (8)."""
     packed = bomb(client, 20 * MAX_SIZE)
     memory = PeakMemory(server)
@@ -629,7 +631,7 @@ def test_a_bomb_in_tiny_fragments_is_refused(server: LiveServer, client: WireCli
     assert memory.growth() < 8 * MAX_SIZE
 
 
-async def test_bombs_on_many_connections_leave_nothing_behind(server: LiveServer) -> None:
+async def test_memory_of_many_bombs_is_freed(server: LiveServer) -> None:
     """What bombs have inflated to is given back with their connections (8)."""
     before = server.post("/collect")["rss"]
     for _ in range(20):
@@ -640,7 +642,7 @@ async def test_bombs_on_many_connections_leave_nothing_behind(server: LiveServer
     assert server.post("/collect")["rss"] - before < 8 * MAX_SIZE
 
 
-def test_a_bomb_is_bounded_where_the_limit_of_uvicorn_is_its_default() -> None:
+def test_bomb_is_bounded_with_default_uvicorn_limit() -> None:
     """Where uvicorn's own limit is its 16 MiB, a bomb of 100 MiB ends with 1009 and costs little more than that."""
     with quiet_server() as server, connect(server, offer=BROWSER_OFFER) as client:
         packed = bomb(client, 100 * MAX_SIZE)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.live.raw import RawClient
-from tests.live.server import SERVERS, UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -59,7 +59,7 @@ def raw_member(server: LiveServer, client_id: str) -> RawClient:
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_room_hears_what_is_said_in_it_and_nobody_else_does(serve: Serve, kind: str) -> None:
+async def test_room_message_reaches_members_only(serve: Serve, kind: str) -> None:
     """Who has joined gets it, who says it and who is elsewhere does not; each arrival is told with its metadata."""
     server = serve(kind, app=APP)
     async with (
@@ -88,7 +88,7 @@ async def test_a_room_hears_what_is_said_in_it_and_nobody_else_does(serve: Serve
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_reset_client_leaves_when_presence_grace_is_over(serve: Serve, kind: str) -> None:
+async def test_reset_client_leaves_presence_after_grace(serve: Serve, kind: str) -> None:
     """Its connection leaves the room at once, the client only then."""
     server = serve(kind, app=APP, config={"presence_grace": GRACE})
     async with connect(server.url("/ws/bob")) as bob:
@@ -106,7 +106,7 @@ async def test_a_reset_client_leaves_when_presence_grace_is_over(serve: Serve, k
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_client_that_is_back_within_the_grace_has_not_been_away(serve: Serve, kind: str) -> None:
+async def test_reconnect_within_grace_announces_nothing(serve: Serve, kind: str) -> None:
     """While it is away it is present without a connection, and neither its leaving nor its coming is told."""
     server = serve(kind, app=APP, config={"presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
@@ -126,7 +126,7 @@ async def test_a_client_that_is_back_within_the_grace_has_not_been_away(serve: S
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind != "hypercorn"])  # it passes no code on
-async def test_a_goodbye_is_a_departure_at_once(serve: Serve, kind: str) -> None:
+async def test_normal_close_leaves_presence_at_once(serve: Serve, kind: str) -> None:
     """A close frame with 1000 waits for no grace."""
     server = serve(kind, app=APP, config={"presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
@@ -140,7 +140,7 @@ async def test_a_goodbye_is_a_departure_at_once(serve: Serve, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_two_tabs_are_one_person(serve: Serve, kind: str) -> None:
+async def test_tabs_of_client_share_one_presence_entry(serve: Serve, kind: str) -> None:
     """A client comes with its first connection and goes with its last, and each of them hears the room."""
     server = serve(kind, app=APP, config={"on_duplicate": "allow", "presence_grace": FOR_EVER})
     async with connect(server.url("/ws/bob")) as bob:
@@ -183,7 +183,7 @@ def numbers(client: RawClient, last: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_drop_oldest_leaves_a_slow_client_the_newest_messages(serve: Serve, kind: str) -> None:
+async def test_drop_oldest_delivers_newest_messages_to_slow_client(serve: Serve, kind: str) -> None:
     """It stays, gets what was sent before and the last of what came after, and on_slow tells it once."""
     waiting = 8
     server = serve(
@@ -214,7 +214,7 @@ async def test_drop_oldest_leaves_a_slow_client_the_newest_messages(serve: Serve
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_slow_client_gets_only_the_newest_of_a_key(serve: Serve, kind: str) -> None:
+async def test_slow_client_gets_newest_message_of_key(serve: Serve, kind: str) -> None:
     """What was waiting before keeps its place, and of fifty prices the last one arrives."""
     server = serve(
         kind, app=APP, config={"outbox_max_bytes": 2 * MORE_THAN_BUFFERS_HOLD * SIZE, "send_timeout": FOR_EVER}

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.live.server import ROOT, LiveServer, free_port
+from tests.support.server import ROOT, LiveServer, free_port
 
 APP = "tests.live.identity_app:app"
 MAX_DELAY = 0.050
@@ -149,25 +149,25 @@ async def grows(server: LiveServer, client: ClientConnection, seconds: float, *k
     return delay
 
 
-async def test_who_breaks_every_rule_delays_nobody() -> None:
+async def test_abusive_client_does_not_delay_others() -> None:
     """Pings, giant frames, bombs, half-open handshakes and dials without end: an echo is at most 50 ms later."""
     assert await suffers_at_least("uvicorn-stable", 3) <= MAX_DELAY
 
 
 @pytest.mark.soak
-async def test_who_breaks_the_other_rules_delays_nobody_on_uvicorns_own_class() -> None:
+async def test_abusive_client_does_not_delay_others_on_uvicorn_class() -> None:
     """The same there without the floods of frames."""
     assert await suffers_at_least("uvicorn-sansio", 3, *FLOODS) <= MAX_DELAY
 
 
 @pytest.mark.soak
-async def test_who_breaks_every_rule_for_long_delays_nobody() -> None:
+async def test_long_abuse_does_not_delay_others() -> None:
     """The same for ten seconds."""
     assert await suffers_at_least("uvicorn-stable", 10) <= MAX_DELAY
 
 
 @pytest.mark.soak
 @pytest.mark.xfail(reason="uvicorn's own class parses a whole read at one go", raises=(AssertionError, TimeoutError))
-async def test_who_breaks_every_rule_stops_uvicorns_own_class() -> None:
+async def test_frame_floods_delay_others_on_uvicorn_class() -> None:
     """Where this begins to pass, the docs say too little good of uvicorn."""
     assert await suffers("uvicorn-sansio", 3) <= MAX_DELAY

@@ -10,13 +10,13 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_the_seeds_readme_runs_as_written(serve: Serve, kind: str) -> None:
+async def test_seed_readme_examples_run_as_written(serve: Serve, kind: str) -> None:
     """Quick Start and patterns 1, 2, 4 and 5 do what their comments say, and end without a traceback."""
     server = serve(kind, app="tests.live.seed_app:app")
     async with connect(server.url("/ws/ann@example.com")) as ann, connect(server.url("/ws/bob")) as bob:
@@ -50,7 +50,7 @@ async def test_the_seeds_readme_runs_as_written(serve: Serve, kind: str) -> None
     assert not server.errors()
 
 
-async def test_a_reconnect_with_the_seeds_endpoint_keeps_the_new_session(serve: Serve) -> None:
+async def test_seed_endpoint_cleanup_does_not_end_new_session(serve: Serve) -> None:
     """The reference's worst bug: the old endpoint's disconnect(client_id) must not end the newer connection."""
     server = serve(app="tests.live.seed_app:app")
     async with connect(server.url("/ws/ann")) as old:

@@ -13,8 +13,8 @@ from websockets.asyncio.client import connect as plain_connect
 
 from fastapi_ws_stabilizer.client import Client, ClientClosedError, Gap, connect
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.cutting_proxy import CuttingProxy
-from tests.live.server import SERVERS, UVICORN, LiveServer, until
+from tests.support.faulty_proxy import CuttingProxy
+from tests.support.server import SERVERS, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -91,7 +91,7 @@ async def cut_again_and_again(server: LiveServer, cuts: int, seed: int) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_sixty_random_cuts_lose_and_double_nothing(serve: Serve, kind: str) -> None:
+async def test_sixty_random_cuts_lose_and_duplicate_nothing(serve: Serve, kind: str) -> None:
     """After 60 cuts, stalls and black holes both sides hold identical lists."""
     await cut_again_and_again(serve(kind, app=APP), 60, seed=1)
 
@@ -99,13 +99,13 @@ async def test_sixty_random_cuts_lose_and_double_nothing(serve: Serve, kind: str
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_a_thousand_random_cuts_lose_and_double_nothing(serve: Serve, kind: str) -> None:
+async def test_thousand_random_cuts_lose_and_duplicate_nothing(serve: Serve, kind: str) -> None:
     """After 1,000 cuts, with 20 messages a second in each direction, both sides hold identical lists."""
     await cut_again_and_again(serve(kind, app=APP), CUTS, seed=2)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_ten_messages_sent_meanwhile_arrive_after_the_reconnect(serve: Serve, kind: str) -> None:
+async def test_messages_of_outage_arrive_after_reconnect(serve: Serve, kind: str) -> None:
     """A client whose TCP dies gets exactly the ten messages that were sent while it was away, in order."""
     server = serve(kind, app=APP)
     got: list[Any] = []
@@ -139,7 +139,7 @@ async def test_ten_messages_sent_meanwhile_arrive_after_the_reconnect(serve: Ser
 
 
 @pytest.mark.parametrize("why", ["overflow", "unknown"])
-async def test_who_comes_back_too_late_is_told_so(serve: Serve, why: str) -> None:
+async def test_late_resume_reports_gap_or_lost(serve: Serve, why: str) -> None:
     """More messages than the log holds are a gap; a session whose time is over is lost. Neither is silent."""
     config = {"replay_max_messages": 5} if why == "overflow" else {"session_ttl": 0.2}
     server = serve(app=APP, config=config)
@@ -162,7 +162,7 @@ async def test_who_comes_back_too_late_is_told_so(serve: Serve, why: str) -> Non
 
 
 @pytest.mark.parametrize("client_id", ["ann@example.com", "a.b.c", "😀", "x" * 200])
-async def test_any_client_id_can_come_back(serve: Serve, client_id: str) -> None:
+async def test_any_client_id_can_resume(serve: Serve, client_id: str) -> None:
     """A session resumes whatever its client is called."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
@@ -177,7 +177,7 @@ async def test_any_client_id_can_come_back(serve: Serve, client_id: str) -> None
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_half_open_connection_is_taken_over_at_once(serve: Serve, kind: str) -> None:
+async def test_half_open_connection_is_taken_over_at_once(serve: Serve, kind: str) -> None:
     """The server has not noticed that the old connection is dead; the new one gets the session within a moment."""
     server = serve(kind, app=APP)
     async with CuttingProxy(server.port) as proxy:
@@ -195,7 +195,7 @@ async def test_a_half_open_connection_is_taken_over_at_once(serve: Serve, kind: 
             assert server.get("/count") == {"connections": 1, "sessions": 1, "away": 0}
 
 
-async def test_requests_and_acknowledgements_survive_a_reconnect(serve: Serve) -> None:
+async def test_requests_and_acks_survive_reconnect(serve: Serve) -> None:
     """A question of the server is answered in the next connection; a message of the client is accepted there."""
     server = serve(app=APP)
     async with CuttingProxy(server.port) as proxy:
@@ -246,7 +246,7 @@ async def first_frames(server: LiveServer, *frames: Any) -> tuple[int, str]:
     ],
     ids=["no json", "binary", "no hello", "version", "no n", "too long", "token too long"],
 )
-async def test_a_first_frame_that_is_no_hello_is_closed_4400(serve: Serve, kind: str, frame: Any) -> None:
+async def test_invalid_first_frame_closes_with_4400(serve: Serve, kind: str, frame: Any) -> None:
     """What is malformed gets 4400, another version 4406, and nothing is kept of it."""
     server = serve(kind, app=APP)
     code, reason = await first_frames(server, frame)
@@ -256,7 +256,7 @@ async def test_a_first_frame_that_is_no_hello_is_closed_4400(serve: Serve, kind:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_who_says_nothing_is_closed_4408(serve: Serve, kind: str) -> None:
+async def test_missing_hello_closes_with_4408(serve: Serve, kind: str) -> None:
     """A client has `hello_timeout` for its first frame."""
     server = serve(kind, app=APP, config={"hello_timeout": 0.2})
     assert (await first_frames(server))[0] == 4408
@@ -265,7 +265,7 @@ async def test_who_says_nothing_is_closed_4408(serve: Serve, kind: str) -> None:
 # ── plain clients ──
 
 
-async def test_the_seeds_pattern_3_gives_rooms_and_user_data_back(serve: Serve) -> None:
+async def test_reconnect_token_restores_rooms_and_user_data(serve: Serve) -> None:
     """A plain client with a token gets its rooms and user data back; without one it is new; a used one is refused."""
     server = serve(app=APP)
     token = server.post("/reconnect-token/ann@example.com")["token"]
@@ -282,7 +282,7 @@ async def test_the_seeds_pattern_3_gives_rooms_and_user_data_back(serve: Serve) 
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_token_in_the_query_gives_rooms_and_user_data_back(serve: Serve, kind: str) -> None:
+async def test_query_token_restores_rooms_and_user_data(serve: Serve, kind: str) -> None:
     """`?token=` works with the dependency alone, also while the old connection is not noticed to be dead."""
     server = serve(kind, app=APP)
     token = server.post("/reconnect-token/ann")["token"]
@@ -306,7 +306,7 @@ async def test_a_token_in_the_query_gives_rooms_and_user_data_back(serve: Serve,
 
 
 @pytest.mark.parametrize("kind", ["granian", "uvicorn-sansio", "uvicorn-stable"])
-async def test_a_client_compresses_where_the_server_does_not(serve: Serve, kind: str) -> None:
+async def test_deflate_client_compresses_on_server_without_deflate(serve: Serve, kind: str) -> None:
     """With `deflate=True` large frames are compressed both ways on a server without permessage-deflate."""
     args = ("--ws-per-message-deflate", "false") if kind.startswith("uvicorn") else ()
     server = serve(kind, app=APP, args=args)
@@ -325,7 +325,7 @@ async def test_a_client_compresses_where_the_server_does_not(serve: Serve, kind:
 
 @pytest.mark.parametrize("kind", UVICORN)
 @pytest.mark.parametrize("what", ["room", "remove", "members", "client"])
-async def test_plain_client_that_was_away_finds_what_was_decided(serve: Serve, kind: str, what: str) -> None:
+async def test_returning_plain_client_sees_closed_room_and_kick_code(serve: Serve, kind: str, what: str) -> None:
     """A plain client comes back to no room that was closed to it, and hears the code with which it was kicked."""
     server = serve(kind, app=APP)
     token = server.post("/reconnect-token/ann")["token"]
@@ -346,7 +346,7 @@ async def test_plain_client_that_was_away_finds_what_was_decided(serve: Serve, k
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 @pytest.mark.parametrize("what", ["members", "client"])
-async def test_session_client_that_was_kicked_while_away_hears_its_code(serve: Serve, kind: str, what: str) -> None:
+async def test_detached_client_gets_kick_code_on_return(serve: Serve, kind: str, what: str) -> None:
     """A client with a session that was kicked while its network was gone ends with the code and reason of the kick."""
     server = serve(kind, app=APP)
     async with CuttingProxy(server.port) as proxy:
@@ -364,7 +364,7 @@ async def test_session_client_that_was_kicked_while_away_hears_its_code(serve: S
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_history_is_not_repeated_after_a_cut(serve: Serve, kind: str) -> None:
+async def test_history_is_sent_once_across_cuts(serve: Serve, kind: str) -> None:
     """An endpoint that joins with history in each connection of a session sends it once, however often it is cut."""
     server = serve(kind, app=APP, config={"room_history": 50})
     got: list[Any] = []

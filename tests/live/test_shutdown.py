@@ -12,14 +12,14 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.raw import RawClient
-from tests.live.server import ROOT, UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import ROOT, UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_sigterm_with_idle_pushing_and_stalled_sockets_exits_in_time(serve: Serve, kind: str) -> None:
+async def test_sigterm_with_open_sockets_exits_in_time(serve: Serve, kind: str) -> None:
     """SIGTERM ends the process within disconnect_grace + 2 s, and the clean-ups come before the end of the lifespan."""
     grace = 1.0
     server = serve(kind, config={"disconnect_grace": grace, "send_timeout": 30})
@@ -50,7 +50,7 @@ async def sigterm(server: LiveServer, grace: float) -> None:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_sigterm_with_a_full_inbox_exits_in_time(serve: Serve, kind: str) -> None:
+async def test_sigterm_with_full_inbox_exits_in_time(serve: Serve, kind: str) -> None:
     """A socket whose reading is paused learns of the shutdown too."""
     server = serve(kind, config={"disconnect_grace": 0.5, "inbox_max_messages": 4, "heartbeat_type": "off"})
     with RawClient(server.port, "/idle/ann") as client:
@@ -63,7 +63,7 @@ async def test_sigterm_with_a_full_inbox_exits_in_time(serve: Serve, kind: str) 
     assert not server.errors()
 
 
-async def test_reload_with_an_open_socket_starts_the_new_worker(serve: Serve, tmp_path: Path) -> None:
+async def test_reload_with_open_socket_starts_new_worker(serve: Serve, tmp_path: Path) -> None:
     """With --reload, a changed file leads to a new worker in under 5 s while a client holds its socket open."""
     package = tmp_path / "reloaded"
     package.mkdir()
@@ -93,7 +93,7 @@ async def test_reload_with_an_open_socket_starts_the_new_worker(serve: Serve, tm
         assert time.monotonic() - changed < 5
 
 
-async def test_graceful_shutdown_by_hand_closes_all_and_reports(serve: Serve) -> None:
+async def test_graceful_shutdown_call_closes_all_and_reports(serve: Serve) -> None:
     """graceful_shutdown, called while the server still runs, closes with 1012, waits for hooks and tells the truth."""
     server = serve(app="tests.live.shutdown_app:app")
     async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
@@ -110,7 +110,7 @@ async def test_graceful_shutdown_by_hand_closes_all_and_reports(serve: Serve) ->
             pass
 
 
-async def test_graceful_shutdown_keeps_its_time_limit(serve: Serve) -> None:
+async def test_graceful_shutdown_respects_timeout(serve: Serve) -> None:
     """A hook that hangs costs the timeout and not more, and is counted as failed."""
     server = serve(app="tests.live.shutdown_app:app")
     async with connect(server.url("/ws/hangs")):

@@ -9,15 +9,15 @@ from collections.abc import Callable
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.live.raw import RawClient
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
 SIZE = 65536
 
 
-async def test_a_stalled_client_delays_no_broadcast_to_the_others(serve: Serve) -> None:
+async def test_stalled_client_does_not_delay_broadcasts(serve: Serve) -> None:
     """300 broadcasts of 64 KiB reach four clients in order within 2 s while a fifth reads nothing."""
     server = serve(config={"send_timeout": 30})
 
@@ -41,7 +41,7 @@ async def test_a_stalled_client_delays_no_broadcast_to_the_others(serve: Serve) 
 
 
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn"])
-async def test_a_stuck_send_ends_the_connection_after_send_timeout(serve: Serve, kind: str) -> None:
+async def test_stalled_send_closes_after_send_timeout(serve: Serve, kind: str) -> None:
     """Within send_timeout + 1 s the slot is free and on_disconnect has run once; SIGTERM then exits in under 3 s."""
     server = serve(kind, config={"send_timeout": 1, "disconnect_grace": 1})
     with RawClient(server.port, "/flood/stalled", receive_buffer=4096) as stalled:
@@ -61,7 +61,7 @@ async def test_a_stuck_send_ends_the_connection_after_send_timeout(serve: Serve,
     assert not server.errors()
 
 
-async def test_memory_stays_flat_while_a_client_reads_nothing(serve: Serve) -> None:
+async def test_memory_stays_flat_while_client_does_not_read(serve: Serve) -> None:
     """2,000 messages of 64 KiB to a stalled client cost less than 8 MiB, and end it as a slow consumer."""
     server = serve(config={"send_timeout": 60})
     with RawClient(server.port, "/echo/stalled", receive_buffer=4096) as stalled:
@@ -84,7 +84,7 @@ async def test_memory_stays_flat_while_a_client_reads_nothing(serve: Serve) -> N
         assert server.events("disconnect stalled") == ["disconnect stalled slow_consumer 4507"]
 
 
-async def test_a_slow_client_that_reads_again_gets_its_close_code(serve: Serve) -> None:
+async def test_slow_client_reads_close_code_4507(serve: Serve) -> None:
     """A client whose outbox has overflowed and that reads on then finds 4507."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
@@ -101,7 +101,7 @@ async def test_a_slow_client_that_reads_again_gets_its_close_code(serve: Serve) 
 
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn", "granian"])
 @pytest.mark.parametrize("path", ["/send/ann?text=x&times=1500", "/broadcast?count=3000&size=1"])
-async def test_a_burst_kills_no_client_that_reads(serve: Serve, kind: str, path: str) -> None:
+async def test_burst_over_outbox_size_reaches_reading_client(serve: Serve, kind: str, path: str) -> None:
     """More messages than an outbox holds, sent in one go, all reach a client that reads."""
     server = serve(kind)
     async with connect(server.url("/echo/ann"), max_queue=None) as client:
@@ -113,7 +113,7 @@ async def test_a_burst_kills_no_client_that_reads(serve: Serve, kind: str, path:
     assert "slow_consumer" not in server.probe()["endings"]
 
 
-async def test_slow_recipients_do_not_end_an_endpoint_that_broadcasts(serve: Serve) -> None:
+async def test_slow_recipients_do_not_close_broadcasting_endpoint(serve: Serve) -> None:
     """A broadcast whose only recipient is too slow raises nothing: the sender's connection goes on."""
     server = serve(config={"outbox_max_messages": 4, "send_timeout": 30})
     with RawClient(server.port, "/idle/slow", receive_buffer=4096) as slow:
@@ -127,7 +127,7 @@ async def test_slow_recipients_do_not_end_an_endpoint_that_broadcasts(serve: Ser
     assert not server.errors()
 
 
-async def test_a_direct_send_waits_for_a_slow_client_and_loses_nothing(serve: Serve) -> None:
+async def test_direct_send_waits_for_slow_client_and_loses_nothing(serve: Serve) -> None:
     """`await ws.send()` from the endpoint waits while the outbox is full; every message arrives, in order."""
     server = serve(config={"outbox_max_messages": 8})
     async with connect(server.url("/ten-writers/ann"), max_queue=2) as client:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from fastapi_ws_stabilizer.client import Gap, connect
-from tests.live.raw import RawClient, slow_link
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.raw import RawClient, slow_link
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -35,7 +35,7 @@ def read_at(client: RawClient, rate: int, seconds: float) -> int:
 
 @pytest.mark.parametrize("size", [40_000, 12_000_000])
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_client_stalled_in_one_message_is_ended(serve: Serve, kind: str, size: int) -> None:
+async def test_client_stalled_within_one_message_is_closed(serve: Serve, kind: str, size: int) -> None:
     """A client that stops reading is found though one message is on its way to it and nothing waits behind that."""
     config = {
         "heartbeat_interval": 0.5,
@@ -55,7 +55,7 @@ async def test_client_stalled_in_one_message_is_ended(serve: Serve, kind: str, s
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_steady_slow_reader_is_not_stuck(serve: Serve, kind: str) -> None:
+async def test_steady_slow_reader_is_not_stalled(serve: Serve, kind: str) -> None:
     """What leaves the kernel's queue is progress: a client that reads for longer than send_timeout stays."""
     server = serve(kind, config={"send_timeout": 1, "compression": "none"}, args=NO_UVICORN_PINGS)
     with RawClient(server.port, "/flood/slow", receive_buffer=65536) as client:
@@ -65,7 +65,7 @@ async def test_steady_slow_reader_is_not_stuck(serve: Serve, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_slow_reader_gets_the_last_message_and_the_close_frame(serve: Serve, kind: str) -> None:
+async def test_slow_reader_gets_last_message_and_close_frame(serve: Serve, kind: str) -> None:
     """A client that takes bytes all the time gets all that an endpoint has sent before it returned."""
     server = serve(kind, config={"send_timeout": 1, "compression": "none"}, args=NO_UVICORN_PINGS)
     size = 6_000_000
@@ -86,7 +86,7 @@ def binary_head(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_slow_upload_is_not_silence(serve: Serve, kind: str) -> None:
+async def test_slow_upload_does_not_count_as_silence(serve: Serve, kind: str) -> None:
     """A client that needs longer than heartbeat_interval + heartbeat_timeout for one message stays, and is answered."""
     server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
     with RawClient(server.port, "/echo/slow") as client:
@@ -103,7 +103,7 @@ async def test_slow_upload_is_not_silence(serve: Serve, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_message_that_never_ends_is_silence(serve: Serve, kind: str) -> None:
+async def test_endless_message_counts_as_silence(serve: Serve, kind: str) -> None:
     """A byte now and then holds a connection as long as the largest message takes at 4 KiB a second, and no longer."""
     server = serve(kind, config={**HEARTBEAT, "max_message_size": 4096}, args=NO_UVICORN_PINGS)
     with RawClient(server.port, "/echo/drip") as client:
@@ -119,7 +119,7 @@ async def test_message_that_never_ends_is_silence(serve: Serve, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_ping_behind_a_large_message_is_not_owed(serve: Serve, kind: str) -> None:
+async def test_ping_behind_large_message_causes_no_timeout(serve: Serve, kind: str) -> None:
     """A client that needs longer than heartbeat_interval + heartbeat_timeout to read one message stays."""
     server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
     with RawClient(server.port, "/echo/slow", receive_buffer=65536) as client:
@@ -141,7 +141,7 @@ def read_rest(client: RawClient) -> bytes:
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_large_message_reaches_the_python_client_on_a_slow_link(serve: Serve, kind: str) -> None:
+async def test_large_message_to_python_client_arrives_on_slow_link(serve: Serve, kind: str) -> None:
     """A message that takes longer than heartbeat_interval + heartbeat_timeout arrives in the first connection."""
     server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
     size = 2_000_000
@@ -154,7 +154,7 @@ async def test_large_message_reaches_the_python_client_on_a_slow_link(serve: Ser
 
 
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_large_message_of_the_python_client_arrives_on_a_slow_link(serve: Serve, kind: str) -> None:
+async def test_large_message_of_python_client_arrives_on_slow_link(serve: Serve, kind: str) -> None:
     """The same the other way: the server takes it, and says so, in the first connection."""
     server = serve(kind, config=HEARTBEAT, args=NO_UVICORN_PINGS)
     async with slow_link(server.port, 200_000, upload=True) as port:
@@ -164,7 +164,7 @@ async def test_large_message_of_the_python_client_arrives_on_a_slow_link(serve: 
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_message_that_breaks_off_twice_is_told_and_holds_up_no_other(serve: Serve, kind: str) -> None:
+async def test_message_interrupted_twice_is_skipped_and_reported(serve: Serve, kind: str) -> None:
     """The third connection begins behind it, and what was sent after it arrives."""
     server = serve(kind, config={"replay_max_bytes": 8_000_000})
     gaps: list[Gap] = []

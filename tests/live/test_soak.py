@@ -12,8 +12,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from tests.live.raw import RawClient
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -30,7 +30,7 @@ def traceback_of(server: LiveServer) -> str:
 @pytest.mark.soak
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_a_crowd_of_rude_clients_leaves_a_tidy_server(serve: Serve, kind: str) -> None:
+async def test_mixed_abusive_clients_leave_no_task_or_traceback(serve: Serve, kind: str) -> None:
     """Clients that talk, stall, reset, send garbage and take each other's ids leave no task and no traceback."""
     config = {
         "heartbeat_interval": 0.5,

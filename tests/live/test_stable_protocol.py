@@ -12,9 +12,9 @@ import pytest
 from websockets.asyncio.client import connect as friendly
 from websockets.exceptions import ConnectionClosed
 
-from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
-from tests.live.wire_client import (
+from tests.support.raw import RawClient
+from tests.support.server import LiveServer, until
+from tests.support.wire_client import (
     BINARY,
     BROWSER_OFFER,
     CLOSE,
@@ -98,7 +98,7 @@ def read_to_the_end(client: RawClient) -> tuple[int, int]:
 # ── a flush that is cut short ──
 
 
-async def test_a_close_during_a_flush_ends_it(flushing: Flush) -> None:
+async def test_client_close_during_flush_ends_flush(flushing: Flush) -> None:
     """No message follows the echoed close frame, ws.close() returns at once, and what was not sent is counted."""
     server, client = flushing
     client.socket.sendall(close_frame(1000))
@@ -110,7 +110,7 @@ async def test_a_close_during_a_flush_ends_it(flushing: Flush) -> None:
     assert not server.errors()
 
 
-async def test_sigterm_during_a_flush_lets_it_end(flushing: Flush) -> None:
+async def test_sigterm_during_flush_waits_for_reading_client(flushing: Flush) -> None:
     """The drain waits for what is being sent to a client that reads: all of it, and the code that was meant."""
     server, client = flushing
     stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 8))
@@ -120,8 +120,8 @@ async def test_sigterm_during_a_flush_lets_it_end(flushing: Flush) -> None:
     assert not server.errors()
 
 
-@pytest.mark.parametrize("flushing", [{"handle_signals": False}], indirect=True, ids=["without a drain"])
-async def test_sigterm_during_a_flush_ends_it(flushing: Flush) -> None:
+@pytest.mark.parametrize("flushing", [{"handle_signals": False}], indirect=True, ids=["no drain"])
+async def test_sigterm_during_flush_closes_stalled_client_with_1012(flushing: Flush) -> None:
     """No message follows the close frame with 1012, and the process ends."""
     server, client = flushing
     stopping = asyncio.create_task(asyncio.to_thread(server.terminate, 4))
@@ -135,7 +135,7 @@ async def test_sigterm_during_a_flush_ends_it(flushing: Flush) -> None:
     assert not server.errors()
 
 
-async def test_a_reset_during_a_flush_ends_it(flushing: Flush) -> None:
+async def test_reset_during_flush_ends_flush(flushing: Flush) -> None:
     """ws.close() returns at once, what was not sent is counted, and SIGTERM then ends the process at once."""
     server, client = flushing
     client.reset()
@@ -146,7 +146,7 @@ async def test_a_reset_during_a_flush_ends_it(flushing: Flush) -> None:
     assert not server.errors()
 
 
-async def test_a_reset_and_sigterm_during_a_flush_end_the_process(flushing: Flush) -> None:
+async def test_reset_and_sigterm_during_flush_end_process(flushing: Flush) -> None:
     """Nobody waits for send_timeout or disconnect_grace of a client that is gone."""
     server, client = flushing
     client.reset()
@@ -156,7 +156,7 @@ async def test_a_reset_and_sigterm_during_a_flush_end_the_process(flushing: Flus
     assert not server.errors()
 
 
-async def test_sigterm_says_goodbye_to_all_though_one_has_closed_and_does_not_read(serve: Serve) -> None:
+async def test_sigterm_sends_1012_despite_stalled_closed_client(serve: Serve) -> None:
     """A transport that waits for such a client keeps neither the 1012 from the others nor the lifespan from its end."""
     server = serve(KIND, config=PATIENT)
     path = f"/flush/ann?count={COUNT}&size={SIZE}&close=false"
@@ -189,7 +189,7 @@ async def test_sigterm_says_goodbye_to_all_though_one_has_closed_and_does_not_re
         pytest.param([frame(3, b"x")], 1002, id="reserved-opcode"),
     ],
 )
-def test_what_follows_an_error_in_its_segment_does_not_hide_it(
+def test_data_behind_protocol_error_does_not_hide_its_code(
     strict: LiveServer, wrong: list[bytes], code: int, behind: int
 ) -> None:
     """The close frame has the code of the error, nothing comes after it, and the server logs no crash."""
@@ -211,7 +211,7 @@ def test_what_follows_an_error_in_its_segment_does_not_hide_it(
         pytest.param(frame(BINARY, b"x" * (LIMIT + 1)), 1009, id="1009"),
     ],
 )
-def test_what_comes_after_an_error_is_thrown_away(strict: LiveServer, wrong: bytes, code: int) -> None:
+def test_data_after_protocol_error_is_discarded(strict: LiveServer, wrong: bytes, code: int) -> None:
     """The server reads on for a moment: no TCP reset overtakes the close frame of a client that is still sending."""
     with connect(strict) as client:
         client.write(wrong)
@@ -222,7 +222,7 @@ def test_what_comes_after_an_error_is_thrown_away(strict: LiveServer, wrong: byt
         client.eof()
 
 
-async def test_who_goes_on_sending_after_an_error_is_cut(strict: LiveServer) -> None:
+async def test_client_writing_long_after_error_is_aborted(strict: LiveServer) -> None:
     """The moment is short: two seconds after its close frame the server takes nothing more."""
 
     def refused() -> bool:
@@ -250,14 +250,14 @@ async def test_who_goes_on_sending_after_an_error_is_cut(strict: LiveServer) -> 
         pytest.param([frame(BINARY, deflate(bytes(MEBIBYTE)), rsv=RSV1)], id="compressed-far-over"),
     ],
 )
-def test_an_oversized_message_is_told_the_limit(strict: LiveServer, message: list[bytes]) -> None:
+def test_oversized_message_reason_names_max_message_size(strict: LiveServer, message: list[bytes]) -> None:
     """The close reason names max_message_size, whoever has noticed: the parser, the inflater or this library."""
     with connect(strict, offer=BROWSER_OFFER) as client:
         client.write(*message)
         assert client.close_info() == (1009, f"message over {LIMIT} bytes")
 
 
-def test_an_oversized_message_is_told_the_smaller_limit(serve: Serve) -> None:
+def test_oversized_message_reason_names_smaller_server_limit(serve: Serve) -> None:
     """Where --ws-max-size is below max_message_size, the close reason names that."""
     server = serve(KIND, config={"max_message_size": 2 * LIMIT}, args=("--ws-max-size", str(LIMIT)))
     for size in (LIMIT + 1, 5 * LIMIT):
@@ -269,7 +269,7 @@ def test_an_oversized_message_is_told_the_smaller_limit(serve: Serve) -> None:
 # ── an inbox that nobody reads ──
 
 
-async def test_compressed_messages_do_not_overrun_a_full_inbox(serve: Serve) -> None:
+async def test_compressed_burst_does_not_overrun_full_inbox(serve: Serve) -> None:
     """A segment that inflates a thousand times stays compressed while nobody reads, and arrives in order when it is."""
     count = 60
     server = serve(KIND, config={"inbox_max_bytes": MEBIBYTE})
@@ -288,7 +288,7 @@ async def test_compressed_messages_do_not_overrun_a_full_inbox(serve: Serve) -> 
     assert not server.errors()
 
 
-async def test_a_paused_client_is_not_held_to_pongs_that_nobody_reads(serve: Serve) -> None:
+async def test_read_pause_suspends_uvicorn_keepalive(serve: Serve) -> None:
     """With heartbeat_type off and a full inbox, uvicorn's own keepalive waits as long as reading does."""
     server = serve(
         KIND,
@@ -328,7 +328,7 @@ def answer_ping(client: RawClient) -> None:
 # ── a WebSocket that is handed over late ──
 
 
-async def test_a_task_that_waits_in_send_is_not_forgotten_when_the_socket_is_handed_over(serve: Serve) -> None:
+async def test_task_blocked_in_send_survives_connect(serve: Serve) -> None:
     """Everything arrives that a task had begun to send before manager.connect(), and the end is noticed."""
     server = serve(KIND)
     with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
@@ -346,7 +346,7 @@ async def test_a_task_that_waits_in_send_is_not_forgotten_when_the_socket_is_han
     assert not server.errors()
 
 
-async def test_a_task_that_waits_in_send_is_woken_when_the_client_goes(serve: Serve) -> None:
+async def test_disconnect_wakes_task_blocked_in_send(serve: Serve) -> None:
     """It gets what uvicorn raises there, and the connection ends."""
     server = serve(KIND)
     with RawClient(server.port, "/hand-over/ann?doing=send", receive_buffer=4096) as client:
@@ -359,7 +359,7 @@ async def test_a_task_that_waits_in_send_is_woken_when_the_client_goes(serve: Se
     assert not server.errors()
 
 
-async def test_a_task_that_waits_in_receive_gets_the_next_message(serve: Serve) -> None:
+async def test_task_blocked_in_receive_gets_next_message(serve: Serve) -> None:
     """A reader from before manager.connect() is served, and the end is noticed."""
     server = serve(KIND)
     with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
@@ -372,7 +372,7 @@ async def test_a_task_that_waits_in_receive_gets_the_next_message(serve: Serve) 
     assert not server.errors()
 
 
-async def test_a_task_that_waits_in_receive_is_woken_when_the_client_closes(serve: Serve) -> None:
+async def test_client_close_wakes_task_blocked_in_receive(serve: Serve) -> None:
     """It and the connection both learn of it."""
     server = serve(KIND)
     with RawClient(server.port, "/hand-over/ann?doing=receive") as client:
@@ -396,7 +396,9 @@ async def test_a_task_that_waits_in_receive_is_woken_when_the_client_closes(serv
         ({"max_message_rate": 0.001, "max_message_burst": 1}, "policy"),
     ],
 )
-async def test_end_behind_parsed_close_frame_is_finished(serve: Serve, config: dict[str, object], reason: str) -> None:
+async def test_close_behind_parsed_close_frame_completes_teardown(
+    serve: Serve, config: dict[str, object], reason: str
+) -> None:
     """A connection that a message ends, with the close frame parsed behind it, runs its hooks and holds no shutdown."""
     server = serve(KIND, config={"heartbeat_type": "off", **config})
     client = connect(server, "/idle", offer=BROWSER_OFFER)

@@ -15,8 +15,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from fastapi_ws_stabilizer.shutdown.signals import STILL_RUNNING_AFTER
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.raw import RawClient
-from tests.live.server import UVICORN, LiveServer, until
+from tests.support.raw import RawClient
+from tests.support.server import UVICORN, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -60,7 +60,7 @@ async def test_sigterm_answers_pending_handshake_with_503(serve: Serve, kind: st
 
 @pytest.mark.parametrize("where", ["hook", "identity"])
 @pytest.mark.parametrize("kind", ["hypercorn", "granian"])
-async def test_drain_answers_pending_handshake(serve: Serve, kind: str, where: str) -> None:
+async def test_drain_rejects_pending_handshake_on_other_servers(serve: Serve, kind: str, where: str) -> None:
     """On other servers a drain refuses the handshakes in progress too, and is over when they are answered."""
     server = serve(kind, app=APP, config=CONFIG)
     dialling = await hanging(server, PENDING[where])
@@ -72,7 +72,7 @@ async def test_drain_answers_pending_handshake(serve: Serve, kind: str, where: s
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_drain_closes_client_whose_credential_is_checked(serve: Serve, kind: str) -> None:
+async def test_drain_closes_client_during_credential_check(serve: Serve, kind: str) -> None:
     """A client that has said hello, and whose `on_auth` hook hangs, is closed with 1012 and `retry=`."""
     server = serve(kind, app=APP, config=CONFIG)
     async with connect(server.url("/hook/auth"), subprotocols=[SUBPROTOCOL]) as client:  # type: ignore[list-item]
@@ -107,7 +107,7 @@ async def test_second_sigterm_ends_pending_handshake(serve: Serve, kind: str) ->
 @pytest.mark.parametrize("where", ["hook", "identity"])
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("kind", UVICORN)
-async def test_gone_client_ends_pending_handshake(serve: Serve, kind: str, how: str, where: str) -> None:
+async def test_client_disconnect_ends_pending_handshake(serve: Serve, kind: str, how: str, where: str) -> None:
     """What a handshake waits for is cancelled soon after its client has gone, and nothing is logged as an error."""
     server = serve(kind, app=APP, config=CONFIG)
     client = RawClient(server.port, PENDING[where])
@@ -123,7 +123,7 @@ async def test_gone_client_ends_pending_handshake(serve: Serve, kind: str, how: 
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "granian"])
-async def test_handshake_hook_has_time_limit(serve: Serve, kind: str) -> None:
+async def test_slow_handshake_hook_is_cancelled_with_500(serve: Serve, kind: str) -> None:
     """A handshake hook that takes longer than `hello_timeout` is cancelled, reported, and its client gets 500."""
     server = serve(kind, app=APP, config={**CONFIG, "hello_timeout": 1})
     dialling = await hanging(server, "/hook/hangs")
@@ -135,7 +135,7 @@ async def test_handshake_hook_has_time_limit(serve: Serve, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*UVICORN, "hypercorn", "granian"])
-async def test_manual_connect_during_drain_closes_with_1012(serve: Serve, kind: str) -> None:
+async def test_connect_during_drain_closes_with_1012(serve: Serve, kind: str) -> None:
     """By hand a client that dials during a drain is closed with 1012 and `retry=`, and no traceback is logged."""
     server = serve(kind, app=APP, config={**CONFIG, "drain_window": 4, "drain_timeout": 20})
     clients = await asyncio.gather(*(connect(server.url(f"/hand/{number}")) for number in range(150)))
@@ -193,7 +193,7 @@ async def test_shutdown_from_own_handler_does_not_wait_for_itself(serve: Serve) 
     assert not server.errors()
 
 
-async def test_app_that_swallows_sigterm_is_warned_of(serve: Serve) -> None:
+async def test_app_that_swallows_sigterm_is_logged(serve: Serve) -> None:
     """A signal handler of the app that stops nothing is named in a warning after the drain."""
     server = serve(app="tests.live.swallowing_app:app", args=("--log-level", "error"))
     server.process.send_signal(signal.SIGTERM)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.live.server import LiveServer, until
 from tests.live.test_drain import APP, CONFIG, Closes, closes, crowd
+from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 
@@ -30,7 +30,7 @@ async def stop(server: LiveServer) -> Closes:
     return found
 
 
-async def test_hypercorn_without_worker_processes_is_drained(serve: Serve) -> None:
+async def test_hypercorn_without_workers_drains_over_window(serve: Serve) -> None:
     """With `--workers 0` the server runs in the process that gets the signal: all are told, spread over a while."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG, args=("--workers", "0")))
     assert found.codes == {1012}
@@ -38,7 +38,7 @@ async def test_hypercorn_without_worker_processes_is_drained(serve: Serve) -> No
     assert max(found.times) > 0.5
 
 
-async def test_hypercorn_with_worker_processes_closes_all_at_once(serve: Serve) -> None:
+async def test_hypercorn_with_workers_closes_all_at_once(serve: Serve) -> None:
     """Its workers get no signal of their own: nobody hears `retry=`, and all are closed in one instant."""
     found = await stop(serve("hypercorn", app=APP, config=CONFIG))
     times = found.times

@@ -12,9 +12,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
-from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
 from tests.live.stubborn_app import SOCKET, WEBSOCKET
+from tests.support.raw import RawClient
+from tests.support.server import LiveServer, until
 
 APP = "tests.live.stubborn_app:app"
 KINDS = ("uvicorn-sansio", "uvicorn-wsproto", "uvicorn-stable")
@@ -55,14 +55,14 @@ async def test_catch_all_loop_is_cancelled_after_grace(server: LiveServer, way: 
 
 
 @pytest.mark.parametrize("way", WEBSOCKET)
-async def test_catch_all_loop_by_hand_is_cancelled_after_grace(server: LiveServer, way: str) -> None:
+async def test_catch_all_websocket_loop_is_cancelled_after_grace(server: LiveServer, way: str) -> None:
     """A loop that catches every error of Starlette's WebSocket is cancelled after `disconnect_grace`."""
     before = server.events().count("ended")
     await visit(server, f"/hand/{way}")
     await until(lambda: server.events().count("ended") == before + 1, DEADLINE)
 
 
-async def test_second_reader_that_catches_all_gives_turns(server: LiveServer) -> None:
+async def test_second_reader_catching_all_yields_to_event_loop(server: LiveServer) -> None:
     """A loop that catches the error of a second reader does not hold the event loop, while the client is there."""
     before = server.events().count("ended")
     async with connect(server.url("/two-readers")) as ws:
@@ -72,7 +72,7 @@ async def test_second_reader_that_catches_all_gives_turns(server: LiveServer) ->
     await until(lambda: server.events().count("ended") == before + 1, DEADLINE)
 
 
-async def test_ignored_end_is_warned_of_once_by_name(serve: Serve) -> None:
+async def test_endpoint_ignoring_close_is_logged_once_by_name(serve: Serve) -> None:
     """The log names the endpoint that goes on after the end of its connection, once."""
     server = serve(KINDS[0], app=APP)
     for _ in range(2):
@@ -86,7 +86,7 @@ async def test_ignored_end_is_warned_of_once_by_name(serve: Serve) -> None:
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
 @pytest.mark.parametrize("way", ["receive", "send", "iter", "sleep"])
-async def test_swallowed_cancellation_does_not_hold_shutdown(serve: Serve, kind: str, way: str) -> None:
+async def test_suppressed_cancellation_does_not_block_shutdown(serve: Serve, kind: str, way: str) -> None:
     """An endpoint that swallows its cancellation is named in the log, and neither others nor SIGTERM wait for it."""
     server = serve(kind, app=APP, config={"disconnect_grace": 0.3})
     await visit(server, f"/swallows/{way}")
@@ -96,7 +96,7 @@ async def test_swallowed_cancellation_does_not_hold_shutdown(serve: Serve, kind:
     assert server.terminate(8) < 5
 
 
-async def test_open_connection_that_swallows_cancellation_does_not_hold_shutdown(serve: Serve) -> None:
+async def test_suppressed_cancellation_on_open_socket_exits_in_time(serve: Serve) -> None:
     """An endpoint whose client is there, and that swallows its cancellation, ends with the process at SIGTERM."""
     server = serve("uvicorn-sansio", app=APP, config={"disconnect_grace": 0.3, "drain_window": 0})
     async with connect(server.url("/swallows/receive")):
@@ -107,7 +107,7 @@ async def test_open_connection_that_swallows_cancellation_does_not_hold_shutdown
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_client_state_ends_a_loop_that_does_not_read(serve: Serve, kind: str) -> None:
+async def test_client_state_ends_loop_that_does_not_read(serve: Serve, kind: str) -> None:
     """A loop over `websocket.client_state` ends when the client has left, and does not wait for `disconnect_grace`."""
     server = serve(kind, app=APP, config={"disconnect_grace": 60})
     await visit(server, "/state/sleep")
@@ -116,7 +116,7 @@ async def test_client_state_ends_a_loop_that_does_not_read(serve: Serve, kind: s
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_client_state_lets_unread_messages_be_read(serve: Serve, kind: str) -> None:
+async def test_client_state_allows_reading_unread_messages(serve: Serve, kind: str) -> None:
     """Messages that came in before the end are read by a loop over `client_state`."""
     server = serve(kind, app=APP, config={"disconnect_grace": 60})
     with RawClient(server.port, "/state/read") as client:
@@ -133,7 +133,7 @@ async def test_client_state_lets_unread_messages_be_read(serve: Serve, kind: str
 
 
 @pytest.mark.parametrize("way", ["hand", "socket"])
-async def test_forgotten_tasks_of_reader_and_writer_log_nothing(server: LiveServer, way: str) -> None:
+async def test_forgotten_reader_and_writer_tasks_log_nothing(server: LiveServer, way: str) -> None:
     """`asyncio.wait` over a reader and a writer task leaves no traceback when the client leaves."""
     before = server.events().count("returned")
     for _ in range(3):
@@ -143,7 +143,7 @@ async def test_forgotten_tasks_of_reader_and_writer_log_nothing(server: LiveServ
     assert "never retrieved" not in server.log
 
 
-async def test_forgotten_bug_of_a_task_is_still_logged(serve: Serve) -> None:
+async def test_forgotten_task_bug_is_still_logged(serve: Serve) -> None:
     """Another exception of a task that was told of the end is logged by asyncio as ever."""
     server = serve(KINDS[0], app=APP)
     await visit(server, "/forgotten-bug")

@@ -11,14 +11,14 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
-from tests.live.server import SERVERS, LiveServer, until
+from tests.support.server import SERVERS, LiveServer, until
 
 Serve = Callable[..., LiveServer]
 OFFER = [Subprotocol("ocpp2.0.1"), Subprotocol("ocpp1.6")]
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_handshake_is_answered_with_subprotocol_and_headers(serve: Serve, kind: str) -> None:
+async def test_handshake_answer_has_subprotocol_and_headers(serve: Serve, kind: str) -> None:
     """Every server answers the subprotocol that the endpoint speaks, and all but granian the headers of a hook."""
     server = serve(kind, app="tests.live.subprotocol_app:app")
     async with connect(server.url("/speaks/cp1"), subprotocols=OFFER) as client:

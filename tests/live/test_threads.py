@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.live.server import SERVERS
 from tests.live.threads_app import MESSAGES
+from tests.support.server import SERVERS
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_broadcasts_of_several_threads_arrive_whole_and_in_the_order_of_each_thread(
-    serve: Any, kind: str
-) -> None:
+async def test_threaded_broadcasts_arrive_in_order_of_each_thread(serve: Any, kind: str) -> None:
     """`manager.from_thread.broadcast` of several threads loses no message and mixes no bytes."""
     server = serve(kind, app="tests.live.threads_app:app")
     async with connect(server.url("/ws/ann"), max_queue=None) as ann:
@@ -29,7 +27,7 @@ async def test_broadcasts_of_several_threads_arrive_whole_and_in_the_order_of_ea
 
 
 @pytest.mark.parametrize("kind", ["uvicorn-sansio", "uvicorn-stable"])
-async def test_a_broadcast_on_the_loop_of_a_thread_raises_and_sends_nothing(serve: Any, kind: str) -> None:
+async def test_broadcast_on_loop_of_other_thread_raises(serve: Any, kind: str) -> None:
     """`asyncio.run(manager.broadcast(...))` in a thread raises `WrongLoopError`, and no client gets a byte."""
     server = serve(kind, app="tests.live.threads_app:app")
     async with connect(server.url("/ws/ann"), max_queue=None) as ann:

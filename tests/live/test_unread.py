@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from fastapi_ws_stabilizer.client import connect as connect_client
-from tests.live.server import SERVERS
+from tests.support.server import SERVERS
 
 SENT = 40
 """Messages: more than the inbox holds."""
@@ -20,7 +20,7 @@ SENT = 40
 
 @pytest.mark.parametrize("how", ["sends", "ignores", "waits", "subscribed"])
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_a_client_of_an_endpoint_that_does_not_read_stays_connected(serve: Any, kind: str, how: str) -> None:
+async def test_client_of_non_reading_endpoint_stays_connected(serve: Any, kind: str, how: str) -> None:
     """What the client says goes unread and is counted; what it is sent arrives long after inbox_pause_timeout."""
     server = serve(kind, app="tests.live.unread_app:app")
     async with connect(server.url(f"/{how}/ann"), ping_interval=None) as ws:
@@ -41,9 +41,7 @@ async def test_a_client_of_an_endpoint_that_does_not_read_stays_connected(serve:
 
 @pytest.mark.parametrize("how", ["ignores", "waits"])
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_each_request_to_an_endpoint_that_does_not_read_is_answered_with_an_error(
-    serve: Any, kind: str, how: str
-) -> None:
+async def test_request_to_non_reading_endpoint_gets_error(serve: Any, kind: str, how: str) -> None:
     """A request that no code will read is answered at once, so that its client does not wait in vain."""
     server = serve(kind, app="tests.live.unread_app:app")
     async with connect_client(server.url(f"/{how}/ann")) as client:
@@ -52,7 +50,7 @@ async def test_each_request_to_an_endpoint_that_does_not_read_is_answered_with_a
         assert {str(one).partition(":")[0] for one in answers} == {"not_read"}
 
 
-async def test_a_request_is_handled_where_one_task_reads_and_another_waits_for_the_end(serve: Any) -> None:
+async def test_request_is_handled_beside_wait_closed(serve: Any) -> None:
     """An endpoint that waits in wait_closed beside a task that reads answers every request."""
     server = serve(app="tests.live.unread_app:app")
     async with connect_client(server.url("/works/ann")) as client:
@@ -61,7 +59,7 @@ async def test_a_request_is_handled_where_one_task_reads_and_another_waits_for_t
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-async def test_accepted_messages_of_an_endpoint_that_hangs_wait_for_its_next_connection(serve: Any, kind: str) -> None:
+async def test_messages_to_hanging_endpoint_wait_for_next_connection(serve: Any, kind: str) -> None:
     """Heartbeats are no sign that an endpoint is well: it is closed with 1013, and no message is discarded."""
     beats = json.dumps({"heartbeat_type": "ping", "heartbeat_interval": 0.2, "heartbeat_timeout": 5})
     server = serve(kind, app="tests.live.unread_app:app", env={"TEST_UNREAD_CONFIG": beats})

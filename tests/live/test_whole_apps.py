@@ -19,9 +19,9 @@ from websockets.exceptions import ConnectionClosed
 from fastapi_ws_stabilizer.client import ClientClosedError
 from fastapi_ws_stabilizer.client import connect as connect_client
 from tests.apps.answers import TOKENS
-from tests.live.cutting_proxy import CuttingProxy
-from tests.live.raw import RawClient
-from tests.live.server import LiveServer, until
+from tests.support.faulty_proxy import CuttingProxy
+from tests.support.raw import RawClient
+from tests.support.server import LiveServer, until
 
 Serve = Callable[..., LiveServer]
 KINDS = ("uvicorn-sansio", "uvicorn-stable")
@@ -46,7 +46,7 @@ async def hear(client: ClientConnection, *kinds: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_answers_reach_a_python_client_whole_across_cuts(serve: Serve, kind: str) -> None:
+async def test_answers_reach_python_client_whole_across_cuts(serve: Serve, kind: str) -> None:
     """Each token of an answer arrives once and in order, though the link is cut three times."""
     server = serve(kind, app="tests.apps.answers:app")
     tokens: list[str] = []
@@ -65,7 +65,7 @@ async def test_answers_reach_a_python_client_whole_across_cuts(serve: Serve, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_answers_go_on_while_a_page_is_away(serve: Serve, kind: str) -> None:
+async def test_answers_continue_while_page_is_disconnected(serve: Serve, kind: str) -> None:
     """A page that logs in by `?token=` resumes by its reconnect token and ends with the whole text."""
     server = serve(kind, app="tests.apps.answers:app")
     url = server.url("/ws?token=secret-of-ann")
@@ -85,7 +85,7 @@ async def test_answers_go_on_while_a_page_is_away(serve: Serve, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_reconnect_token_brings_back_the_tab_that_it_was_given_to(serve: Serve, kind: str) -> None:
+async def test_reconnect_token_resumes_its_own_tab(serve: Serve, kind: str) -> None:
     """Of two tabs of one user, each gets its own answer back."""
     server = serve(kind, app="tests.apps.answers:app")
     url = server.url("/ws?token=secret-of-ann")
@@ -102,7 +102,7 @@ async def test_reconnect_token_brings_back_the_tab_that_it_was_given_to(serve: S
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_thoughts_leave_while_the_handler_computes(serve: Serve, kind: str) -> None:
+async def test_thoughts_are_sent_while_handler_computes(serve: Serve, kind: str) -> None:
     """What a handler sends arrives when it is sent, though the handler blocks the event loop between two sends."""
     server = serve(kind, app="tests.apps.answers:app")
     async with connect(server.url("/ws?token=secret-of-ann")) as client:
@@ -119,7 +119,7 @@ async def test_thoughts_leave_while_the_handler_computes(serve: Serve, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_prices_go_on_for_others_when_the_only_client_stops_reading(serve: Serve, kind: str) -> None:
+async def test_prices_continue_after_only_client_stalls(serve: Serve, kind: str) -> None:
     """A client that does not read is disconnected; the publisher goes on, and a later client gets prices."""
     server = serve(kind, app="tests.apps.prices:app")
     with RawClient(server.port, "/ws/stuck", receive_buffer=4096) as stuck:
@@ -133,7 +133,7 @@ async def test_prices_go_on_for_others_when_the_only_client_stops_reading(serve:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_prices_keep_a_client_that_sends_what_no_endpoint_reads(serve: Serve, kind: str) -> None:
+async def test_prices_do_not_disconnect_talking_client(serve: Serve, kind: str) -> None:
     """An endpoint that waits for the end of its connection reads nothing; its client may send keepalives."""
     server = serve(kind, app="tests.apps.prices:app", config={})
     async with connect(server.url("/ws/page")) as page:
@@ -153,7 +153,7 @@ def stats(server: LiveServer, path: str = "/") -> Any:
     return json.loads(body) if path == "/" else body
 
 
-async def test_prices_show_their_statistics_to_the_admin_only(serve: Serve) -> None:
+async def test_prices_stats_are_visible_to_admin_only(serve: Serve) -> None:
     """The stats router behind HTTP Basic answers the admin, with metrics that Prometheus can read."""
     server = serve("uvicorn-stable", app="tests.apps.prices:app")
     async with connect(server.url("/ws/page")) as page:
@@ -170,7 +170,7 @@ async def test_prices_show_their_statistics_to_the_admin_only(serve: Serve) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tables_give_each_message_a_database_session(serve: Serve, kind: str) -> None:
+async def test_tables_handler_gets_database_session_per_message(serve: Serve, kind: str) -> None:
     """A handler in a `functools.wraps` decorator gets its session: committed on return, rolled back on a bug."""
     server = serve(kind, app="tests.apps.tables:app")
     async with connect(server.url("/ws/ann")) as ann:
@@ -185,7 +185,7 @@ async def test_tables_give_each_message_a_database_session(serve: Serve, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tables_show_newcomers_what_was_said_and_nothing_else(serve: Serve, kind: str) -> None:
+async def test_tables_history_contains_only_messages(serve: Serve, kind: str) -> None:
     """The history of a room holds what was said, not who came, went or typed, and ends with the room."""
     server = serve(kind, app="tests.apps.tables:app")
     async with connect(server.url("/ws/ann")) as ann, connect(server.url("/ws/bob")) as bob:
@@ -216,7 +216,7 @@ def is_gone(server: LiveServer, room: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tables_kick_a_member_that_is_away(serve: Serve, kind: str) -> None:
+async def test_tables_kicked_detached_member_is_out_of_room(serve: Serve, kind: str) -> None:
     """A member kicked while away is out of the room when it comes back, and gets nothing of what was said then."""
     server = serve(kind, app="tests.apps.tables:app")
     heard: list[str] = []
@@ -244,7 +244,7 @@ async def test_tables_kick_a_member_that_is_away(serve: Serve, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tables_ban_a_client_that_is_away(serve: Serve, kind: str) -> None:
+async def test_tables_banned_detached_client_gets_4403(serve: Serve, kind: str) -> None:
     """A client banned while away hears 4403 when it comes back."""
     server = serve(kind, app="tests.apps.tables:app")
     async with CuttingProxy(server.port) as proxy:

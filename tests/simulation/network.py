@@ -18,7 +18,7 @@ Serve = Callable[[WebSocket], Any]
 
 
 @dataclass
-class Way:
+class Direction:
     """One direction of a link: first in, first out, with latency, until it is cut.
 
     Attributes:
@@ -53,8 +53,8 @@ class Link:
         loop = asyncio.get_running_loop()
         dice = network.dice
         slow_up = 1.5 if dice.random() < 0.15 else 0.06
-        self.up = Way(loop, lambda: 0.001 + dice.random() * slow_up)
-        self.down = Way(loop, lambda: 0.001 + dice.random() * 0.06)
+        self.up = Direction(loop, lambda: 0.001 + dice.random() * slow_up)
+        self.down = Direction(loop, lambda: 0.001 + dice.random() * 0.06)
         self._to_client: deque[str | bytes] = deque()
         self._client_lost: tuple[int, str] | None = None
         self._client_event = asyncio.Event()

@@ -10,9 +10,10 @@ import pytest
 from fastapi_ws_stabilizer.client.send_buffer import SendBuffer
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.sessions import store
+from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayBuffer
 from fastapi_ws_stabilizer.sessions.session import Session
 from tests.simulation.storm import SCENARIOS, Outcome, Scenario, Storm
-from tests.simulation.virtual_time import run_virtually
+from tests.support.virtual_time import run_virtually
 
 SEEDS = range(1, 16)
 MANY_SEEDS = range(1, 501)
@@ -35,7 +36,7 @@ def first_violation(scenario: Scenario) -> str | None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_everything_arrives_once_and_in_order_or_a_gap_is_declared(scenario: Scenario) -> None:
+def test_storm_delivers_once_in_order_or_declares_gap(scenario: Scenario) -> None:
     """Whatever breaks: once and in order or a declared gap, every promise settles, connected at the end."""
     counts: Counter[str] = Counter()
     for seed in SEEDS:
@@ -50,18 +51,18 @@ def test_everything_arrives_once_and_in_order_or_a_gap_is_declared(scenario: Sce
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_the_same_for_five_hundred_seeds(scenario: Scenario) -> None:
+def test_storm_promises_hold_for_500_seeds(scenario: Scenario) -> None:
     """The same promises, in 500 storms of each kind."""
     assert [seed for seed in MANY_SEEDS if storm(seed, scenario).violations] == []
 
 
-def test_without_epochs_a_store_that_went_back_in_time_is_noticed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_epoch_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the epoch away breaks a promise."""
-    monkeypatch.setattr(Session, "rewind", lambda self, lost: self.rewind(lost))
+    monkeypatch.setattr(Session, "rewind", ReplayBuffer.rewind)
     assert first_violation(REWINDS) is not None
 
 
-def test_without_the_fence_an_old_connection_ends_what_a_new_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fence_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the fence away breaks a promise."""
 
     def detach(self: Session, connection: Any) -> bool:
@@ -72,7 +73,7 @@ def test_without_the_fence_an_old_connection_ends_what_a_new_one_has(monkeypatch
     assert first_violation(NO_RESTARTS) is not None
 
 
-def test_without_the_second_token_a_lost_welcome_costs_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_second_token_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the window of two tokens away breaks a promise."""
     present = Session.present
 
@@ -84,7 +85,7 @@ def test_without_the_second_token_a_lost_welcome_costs_the_session(monkeypatch: 
     assert first_violation(NO_RESTARTS) is not None
 
 
-def test_without_the_low_water_mark_a_part_is_replayed_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_first_seq_check_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the check of the oldest number away breaks a promise."""
     why = store.replay_gap
 
@@ -110,13 +111,13 @@ def resend_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SendBuffer, "resume", resumed)
 
 
-def test_a_client_that_sends_too_much_again_is_deduplicated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resent_client_messages_are_handled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that the server has accepted are handled once, however often they come."""
     resend_everything(monkeypatch)
     assert [seed for seed in SEEDS if storm(seed, NO_RESTARTS).violations] == []
 
 
-def test_without_deduplication_messages_are_handled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deduplication_breaks_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking the look at the client's numbers away breaks a promise.
 
     The fence and the welcome's `ack` keep our own client from ever sending anything twice to a session that goes on, so
@@ -133,7 +134,7 @@ def test_without_deduplication_messages_are_handled_twice(monkeypatch: pytest.Mo
     assert first_violation(NO_RESTARTS) is not None
 
 
-def test_connections_are_taken_over_before_they_are_noticed_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storm_contains_takeovers_of_half_open_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A storm has half-open connections, and the next one takes the session from them."""
     attach = Session.attach
     taken_over: list[bool] = []

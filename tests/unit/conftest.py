@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
-from tests.unit.fake_websocket import FakeServer
+from tests.support.fake_websocket import FakeServer
 
 
 @dataclass

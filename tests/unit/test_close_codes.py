@@ -19,20 +19,20 @@ from fastapi_ws_stabilizer.close_codes import (
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4408, 4999])
-def test_a_code_that_the_rfc_allows_is_returned(code: int) -> None:
+def test_sendable_close_code_is_returned(code: int) -> None:
     """A code of RFC 6455 section 7.4 that an endpoint may send passes the check."""
     assert check_close_code(code) == code
 
 
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, -1, True, "1000", 1000.0, None])
-def test_a_code_that_cannot_be_sent_is_refused(code: object) -> None:
+def test_unsendable_close_code_raises(code: object) -> None:
     """A code that may not stand in a close frame is a `ValueError` that says which ones may."""
     with pytest.raises(ValueError, match="4000 to 4999"):
         check_close_code(code)  # type: ignore[arg-type]
 
 
 @given(st.text(max_size=400))
-def test_a_cut_reason_fits_into_a_close_frame(text: str) -> None:
+def test_truncated_reason_fits_into_close_frame(text: str) -> None:
     """A cut reason has at most 123 bytes of UTF-8, is a prefix, and loses no more than a character needs."""
     whole = text.encode("utf-8", "replace")
     cut = truncate_reason(text).encode("utf-8")
@@ -42,13 +42,13 @@ def test_a_cut_reason_fits_into_a_close_frame(text: str) -> None:
 
 
 @given(st.text(alphabet=st.characters(), max_size=200).map(lambda text: text + "\ud800"))
-def test_a_reason_with_half_a_surrogate_pair_can_be_sent(text: str) -> None:
+def test_half_surrogate_in_reason_is_replaced(text: str) -> None:
     """A reason that UTF-8 cannot hold is sent with a replacement instead of failing."""
     assert len(truncate_reason(text).encode("utf-8")) <= MAX_REASON_BYTES
 
 
 @pytest.mark.parametrize("reason", DisconnectReason)
-def test_every_reason_has_a_rule_whose_code_can_be_sent(reason: DisconnectReason) -> None:
+def test_every_cause_has_policy_with_sendable_code(reason: DisconnectReason) -> None:
     """Each way to end stands in the table, with a close code that can be sent where anything can."""
     rule = CLOSE_POLICIES[reason]
     if reason is DisconnectReason.NETWORK_LOST:
@@ -71,19 +71,19 @@ def test_every_reason_has_a_rule_whose_code_can_be_sent(reason: DisconnectReason
         (DisconnectReason.SLOW_CONSUMER, 4507),
     ],
 )
-def test_the_codes_are_those_of_the_wire_protocol(reason: DisconnectReason, code: int) -> None:
+def test_close_codes_match_wire_protocol(reason: DisconnectReason, code: int) -> None:
     """Each ending has its own close code, and only a normal one has 1000."""
     assert local_close(reason).code == code
 
 
-def test_an_ending_takes_code_and_text_from_the_table_when_none_are_named() -> None:
+def test_local_close_defaults_to_code_and_reason_of_policy() -> None:
     """The table says what is sent when the caller says nothing."""
     made = local_close(DisconnectReason.HEARTBEAT_TIMEOUT)
     assert made == CloseInfo(DisconnectReason.HEARTBEAT_TIMEOUT, 4408, "heartbeat timeout", by_peer=False)
     assert made.rule is CLOSE_POLICIES[DisconnectReason.HEARTBEAT_TIMEOUT]
 
 
-def test_an_ending_takes_code_and_text_from_the_caller() -> None:
+def test_local_close_uses_code_and_reason_of_caller() -> None:
     """A named code and text win over the table, the text cut to size."""
     assert local_close(DisconnectReason.POLICY, code=4401, text="who?") == CloseInfo(
         DisconnectReason.POLICY, 4401, "who?"
@@ -92,7 +92,7 @@ def test_an_ending_takes_code_and_text_from_the_caller() -> None:
     assert local_close(DisconnectReason.POLICY, text="x" * 200).reason == "x" * 123
 
 
-def test_an_ending_with_a_code_that_cannot_be_sent_is_refused() -> None:
+def test_local_close_with_unsendable_code_raises() -> None:
     """No ending of ours can carry a code that a close frame may not."""
     with pytest.raises(ValueError, match="1006"):
         local_close(DisconnectReason.APPLICATION, code=1006)
@@ -112,7 +112,7 @@ def test_an_ending_with_a_code_that_cannot_be_sent_is_refused() -> None:
         (1012, False, DisconnectReason.SERVER_SHUTDOWN, 1012),
     ],
 )
-def test_what_the_server_says_of_a_gone_connection_is_read(
+def test_disconnect_event_distinguishes_remote_close_and_loss(
     code: int, close_frame: bool, reason: DisconnectReason, seen_code: int
 ) -> None:
     """A close frame is told from a lost network, and the server's own endings from the client's."""
@@ -120,6 +120,6 @@ def test_what_the_server_says_of_a_gone_connection_is_read(
     assert made == CloseInfo(reason, seen_code, "", by_peer=True)
 
 
-def test_the_reason_of_a_peer_is_kept() -> None:
+def test_remote_close_has_reason_of_peer() -> None:
     """What the client says in its close frame reaches the ending."""
     assert remote_close(4000, "see you", close_frame=True).reason == "see you"

@@ -65,14 +65,14 @@ WORDS = {
         ("memory_check_interval", 60.0),
     ],
 )
-def test_the_options_of_the_readme_have_their_defaults(option: str, default: Any) -> None:
+def test_options_have_documented_defaults(option: str, default: Any) -> None:
     """Every option that was promised exists, with the default that was promised."""
     assert getattr(WebSocketConfig(), option) == default
 
 
 @pytest.mark.parametrize("option", SECONDS)
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), float("-inf"), True, "soon", None])
-def test_seconds_that_are_no_duration_are_refused_by_name(option: str, value: Any) -> None:
+def test_invalid_duration_names_option(option: str, value: Any) -> None:
     """Zero, negative, nan, infinite and other values that are no duration are an error that names the option."""
     with pytest.raises(ValidationError, match=option):
         WebSocketConfig(**{option: value})
@@ -80,20 +80,20 @@ def test_seconds_that_are_no_duration_are_refused_by_name(option: str, value: An
 
 @pytest.mark.parametrize("option", COUNTS + OPTIONAL_COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), True, "many"])
-def test_numbers_that_are_no_count_are_refused_by_name(option: str, value: Any) -> None:
+def test_invalid_count_names_option(option: str, value: Any) -> None:
     """Zero, negative, broken and other values that are no count are an error that names the option."""
     with pytest.raises(ValidationError, match=option):
         WebSocketConfig(**{option: value})
 
 
 @pytest.mark.parametrize("option", OPTIONAL_COUNTS)
-def test_none_stands_for_no_limit(option: str) -> None:
+def test_none_means_no_limit(option: str) -> None:
     """A cap can be taken away."""
     assert getattr(WebSocketConfig(**{option: None}), option) is None
 
 
 @pytest.mark.parametrize(("option", "words"), WORDS.items())
-def test_an_unknown_word_is_refused_with_the_allowed_ones(option: str, words: tuple[str, ...]) -> None:
+def test_invalid_choice_lists_allowed_values(option: str, words: tuple[str, ...]) -> None:
     """An error about a word names the option and every allowed value."""
     with pytest.raises(ValidationError) as caught:
         WebSocketConfig(**{option: "nonsense"})
@@ -103,7 +103,7 @@ def test_an_unknown_word_is_refused_with_the_allowed_ones(option: str, words: tu
 
 
 @pytest.mark.parametrize(("option", "words"), WORDS.items())
-def test_words_are_read_whatever_their_case(option: str, words: tuple[str, ...]) -> None:
+def test_choices_are_case_insensitive(option: str, words: tuple[str, ...]) -> None:
     """`"PING"` and `"ping"` mean the same, and so does the member of the enum."""
     for word in words:
         given_with = {"heartbeat_payload": "beat"} if word == "custom" else {}
@@ -111,7 +111,7 @@ def test_words_are_read_whatever_their_case(option: str, words: tuple[str, ...])
             assert getattr(WebSocketConfig(**{option: spelling}, **given_with), option) == word
 
 
-def test_enum_members_are_taken_as_they_are() -> None:
+def test_enum_members_are_accepted() -> None:
     """An option with an enum takes its members."""
     config = WebSocketConfig(
         heartbeat_type=HeartbeatType.OFF,
@@ -125,13 +125,13 @@ def test_enum_members_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("value", ["zstd", "deflat", 1])
-def test_a_compression_that_does_not_exist_is_refused(value: Any) -> None:
+def test_unknown_compression_is_rejected(value: Any) -> None:
     """A compression that nobody can do does not pass."""
     with pytest.raises(ValidationError, match="compression"):
         WebSocketConfig(compression=value)
 
 
-def test_an_option_that_does_not_exist_is_refused_with_a_hint() -> None:
+def test_unknown_option_is_rejected_with_hint() -> None:
     """A typo is an error that says which option may have been meant."""
     with pytest.raises(ValidationError, match="no option 'heartbeat_intervall'; did you mean 'heartbeat_interval'"):
         WebSocketConfig(heartbeat_intervall=5)
@@ -139,26 +139,26 @@ def test_an_option_that_does_not_exist_is_refused_with_a_hint() -> None:
         WebSocketConfig(xyzzy=5)
 
 
-def test_a_config_is_made_from_options_only() -> None:
+def test_config_from_non_mapping_raises() -> None:
     """Something that is no mapping of options is a clear error."""
     with pytest.raises(ValidationError):
         WebSocketConfig.model_validate("heartbeat_interval=5")
 
 
-def test_a_config_cannot_be_changed() -> None:
+def test_config_is_immutable() -> None:
     """A config is frozen: a running manager's options do not move."""
     config = WebSocketConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.heartbeat_interval = 5.0
 
 
-def test_a_changed_copy_is_validated() -> None:
+def test_model_copy_validates_changes() -> None:
     """The documented way to a changed config lets no value pass that the constructor refuses."""
     with pytest.raises(ValueError, match="heartbeat_interval"):
         WebSocketConfig().model_copy(update={"heartbeat_interval": float("nan")})
 
 
-def test_a_changed_copy_differs_only_in_what_was_changed() -> None:
+def test_model_copy_changes_only_given_options() -> None:
     """`model_copy(update=...)` keeps the other options and the original."""
     config = WebSocketConfig(send_timeout=3)
     copy = config.model_copy(update={"heartbeat_interval": 5.0})
@@ -166,20 +166,20 @@ def test_a_changed_copy_differs_only_in_what_was_changed() -> None:
     assert config.heartbeat_interval == 30.0
 
 
-def test_a_custom_heartbeat_needs_its_payload() -> None:
+def test_custom_heartbeat_requires_payload() -> None:
     """`heartbeat_type="custom"` without a payload would send nothing, so it is an error."""
     with pytest.raises(ValidationError, match="heartbeat_payload"):
         WebSocketConfig(heartbeat_type="custom")
 
 
-def test_a_payload_without_a_custom_heartbeat_is_refused() -> None:
+def test_payload_without_custom_heartbeat_is_rejected() -> None:
     """A payload that would never be sent is an error, not a dead option."""
     with pytest.raises(ValidationError, match="heartbeat_type='custom'"):
         WebSocketConfig(heartbeat_payload="beat")
 
 
 @pytest.mark.parametrize("payload", ["beat", {"t": 1}, b"\x01", lambda ws: "beat"])
-def test_a_custom_payload_is_kept_as_it_is(payload: Any) -> None:
+def test_custom_payload_is_unchanged(payload: Any) -> None:
     """Any message, or a function of the socket, can be the payload."""
     assert WebSocketConfig(heartbeat_type="custom", heartbeat_payload=payload).heartbeat_payload is payload
 
@@ -188,33 +188,33 @@ def test_a_custom_payload_is_kept_as_it_is(payload: Any) -> None:
     ("value", "meaning"),
     [("auto", "auto"), ("AUTO", "auto"), (True, True), ("true", True), ("No", False), ("0", False), (False, False)],
 )
-def test_require_pong_knows_three_values(value: Any, meaning: Any) -> None:
+def test_require_pong_accepts_auto_true_and_false(value: Any, meaning: Any) -> None:
     """`require_pong` is `"auto"`, true or false, also in the words of an environment variable."""
     assert WebSocketConfig(require_pong=value).require_pong is meaning or meaning == "auto"
     assert WebSocketConfig(require_pong=value).require_pong == meaning
 
 
 @pytest.mark.parametrize("value", ["sometimes", None, 7])
-def test_require_pong_refuses_everything_else(value: Any) -> None:
+def test_require_pong_rejects_other_values(value: Any) -> None:
     """Another value of `require_pong` is an error that names it."""
     with pytest.raises(ValidationError, match="require_pong"):
         WebSocketConfig(require_pong=value)
 
 
 @pytest.mark.parametrize("value", [timedelta(0), timedelta(seconds=-1), "later"])
-def test_a_token_lives_for_some_time(value: Any) -> None:
+def test_token_ttl_is_positive(value: Any) -> None:
     """The life of a token is more than nothing."""
     with pytest.raises(ValidationError, match="reconnect_token_ttl"):
         WebSocketConfig(reconnect_token_ttl=value)
 
 
-def test_changed_options_are_those_that_differ() -> None:
+def test_changed_options_excludes_defaults() -> None:
     """An option that is set to its default does not count as changed."""
     assert WebSocketConfig(num_shards=16).changed_options() == set()
     assert WebSocketConfig(num_shards=8, send_timeout=1).changed_options() == {"num_shards", "send_timeout"}
 
 
-def test_a_beat_always_moves_the_clock() -> None:
+def test_heartbeat_interval_below_clock_resolution_is_rejected() -> None:
     """An interval so short that adding it to the clock changes nothing would beat for ever; it is refused."""
     with pytest.raises(ValidationError, match="heartbeat_interval"):
         WebSocketConfig(heartbeat_interval=1e-300)
@@ -223,7 +223,7 @@ def test_a_beat_always_moves_the_clock() -> None:
 # ── from the environment ──
 
 
-def test_from_env_reads_the_prefixed_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_env_reads_prefixed_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """`WS_HEARTBEAT_INTERVAL` in the process's environment is the option `heartbeat_interval`."""
     monkeypatch.setenv("WS_HEARTBEAT_INTERVAL", "5")
     monkeypatch.setenv("HEARTBEAT_TIMEOUT", "7")
@@ -231,14 +231,14 @@ def test_from_env_reads_the_prefixed_variables(monkeypatch: pytest.MonkeyPatch) 
     assert (config.heartbeat_interval, config.heartbeat_timeout) == (5.0, 60.0)
 
 
-def test_from_env_takes_another_prefix_and_any_case() -> None:
+def test_from_env_accepts_custom_prefix_and_any_case() -> None:
     """The prefix is the caller's, and case does not matter."""
     config = WebSocketConfig.from_env("chat_", {"CHAT_Log_Level": "debug", "WS_NUM_SHARDS": "3"})
     assert (config.log_level, config.num_shards) == ("DEBUG", 16)
 
 
 @pytest.mark.parametrize("text", ["", "none", "None", " null "])
-def test_an_empty_variable_means_no_limit(text: str) -> None:
+def test_empty_variable_means_no_limit(text: str) -> None:
     """A variable can say that there is no limit."""
     assert WebSocketConfig.from_env(environ={"WS_MAX_BAD_MESSAGES": text}).max_bad_messages is None
 
@@ -248,50 +248,50 @@ OPTIONAL = sorted(name for name, field in WebSocketConfig.model_fields.items() i
 
 @pytest.mark.parametrize("option", OPTIONAL)
 @pytest.mark.parametrize("text", ["", "none", "NONE", " null "])
-def test_from_env_of_an_optional_option_reads_none_as_none(option: str, text: str) -> None:
+def test_empty_or_none_variable_unsets_optional_option(option: str, text: str) -> None:
     """Each option that may be absent is absent when its variable is empty or says `none`."""
     assert getattr(WebSocketConfig.from_env(environ={f"WS_{option.upper()}": text}), option) is None
 
 
 @pytest.mark.parametrize("text", ["", "none", "null"])
-def test_from_env_without_trusted_proxies_trusts_none(text: str) -> None:
+def test_empty_trusted_proxies_variable_trusts_none(text: str) -> None:
     """An empty `WS_TRUSTED_PROXIES`, or `none`, is an empty list of proxies."""
     assert WebSocketConfig.from_env(environ={"WS_TRUSTED_PROXIES": text}).trusted_proxies == ()
 
 
-def test_none_is_a_kind_of_compression_in_the_environment() -> None:
+def test_compression_variable_none_disables_compression() -> None:
     """`WS_COMPRESSION=none` switches compression off, and is not the absence of a value."""
     assert WebSocketConfig.from_env(environ={"WS_COMPRESSION": "none"}).compression is CompressionMode.NONE
 
 
-def test_a_tokens_life_is_given_in_seconds() -> None:
+def test_token_ttl_variable_is_in_seconds() -> None:
     """`WS_RECONNECT_TOKEN_TTL` is a number of seconds."""
     config = WebSocketConfig.from_env(environ={"WS_RECONNECT_TOKEN_TTL": "90"})
     assert config.reconnect_token_ttl == timedelta(seconds=90)
 
 
 @pytest.mark.parametrize("text", ["soon", "nan", "-5", "inf", "1e300"])
-def test_a_tokens_life_that_is_none_is_refused_by_name(text: str) -> None:
+def test_invalid_token_ttl_variable_names_option(text: str) -> None:
     """A life that is no duration is the one clear error, whatever Python thinks of the number."""
     with pytest.raises(ValidationError, match="reconnect_token_ttl"):
         WebSocketConfig.from_env(environ={"WS_RECONNECT_TOKEN_TTL": text})
 
 
 @pytest.mark.parametrize(("name", "text"), [("WS_HEARTBEAT_INTERVAL", "nan"), ("WS_ON_DUPLICATE", "both")])
-def test_a_bad_variable_is_refused_by_name(name: str, text: str) -> None:
+def test_invalid_variable_names_option(name: str, text: str) -> None:
     """The error about a variable names the option."""
     with pytest.raises(ValidationError, match=name[3:].lower()):
         WebSocketConfig.from_env(environ={name: text})
 
 
-def test_a_foreign_variable_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_variable_with_prefix_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     """A variable with the prefix that is no option, as Kubernetes adds them, changes nothing and says nothing."""
     config = WebSocketConfig.from_env(environ={"WS_PORT_80_TCP_ADDR": "10.0.0.1", "WS_SERVICE_HOST": "x"})
     assert config == WebSocketConfig()
     assert not caplog.records
 
 
-def test_a_misspelt_variable_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_misspelt_variable_warns_with_hint(caplog: pytest.LogCaptureFixture) -> None:
     """A variable that looks like an option is told, with the option that may have been meant."""
     with caplog.at_level(logging.WARNING, logger="fastapi_ws_stabilizer"):
         WebSocketConfig.from_env(environ={"WS_HEARTBEAT_INTERVALL": "5"})
@@ -322,13 +322,13 @@ def _as_text(value: Any) -> str:
 
 
 @given(st.fixed_dictionaries({}, optional=_TEXTS), st.sampled_from(["WS_", "ws_", "CHAT_WS_"]))
-def test_every_config_makes_the_way_through_the_environment(options: dict[str, Any], prefix: str) -> None:
+def test_config_survives_round_trip_through_environment(options: dict[str, Any], prefix: str) -> None:
     """Options that are written to an environment and read back are the same options."""
     environ = {f"{prefix}{name}".upper(): _as_text(value) for name, value in options.items()}
     assert WebSocketConfig.from_env(prefix, environ) == WebSocketConfig(**options)
 
 
-def test_lists_are_read_from_the_environment() -> None:
+def test_list_variables_are_comma_separated() -> None:
     """Names are separated by commas; a regular expression, which may have some in it, stands alone; `none` is none."""
     environ = {"WS_TRUSTED_PROXIES": "10.0.0.0/8, ::1", "WS_ALLOWED_ORIGINS": "https://a.example,https://b.example"}
     config = WebSocketConfig.from_env(environ=environ)
@@ -342,7 +342,7 @@ def test_lists_are_read_from_the_environment() -> None:
 
 @pytest.mark.parametrize("option", ["trusted_proxies", "allowed_origins"])
 @pytest.mark.parametrize("many", [tuple, list])
-def test_a_list_of_an_option_can_be_any_sequence_and_is_frozen(option: str, many: Any) -> None:
+def test_list_option_accepts_sequence_and_is_frozen(option: str, many: Any) -> None:
     """One entry, a list or a tuple is taken, and what is kept is a tuple: nobody changes it afterwards."""
     entry = {"trusted_proxies": "10.0.0.1", "allowed_origins": "https://example.com"}[option]
     given = many([entry])
@@ -353,7 +353,7 @@ def test_a_list_of_an_option_can_be_any_sequence_and_is_frozen(option: str, many
     assert config.model_copy(update={"num_shards": 2}).changed_options() == {option, "num_shards"}
 
 
-def test_a_pattern_among_the_origins_stays_one() -> None:
+def test_compiled_origin_pattern_is_unchanged() -> None:
     """A compiled pattern is kept as it is, beside texts."""
     pattern = re.compile(r"https://pr-\d+\.example\.com")
     assert WebSocketConfig(allowed_origins=["https://example.com", pattern]).allowed_origins == (

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub import reaper as lifetimes_module
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
-from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
+from tests.support.fake_websocket import FakeServer, eventually, with_deadline
 from tests.unit.test_manager import Client
 
 tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default="nobody")
@@ -42,7 +42,7 @@ async def has(client: Client, message: str) -> None:
     await client.server.until(lambda: message in client.server.data)
 
 
-async def test_the_heartbeat_payload_of_a_connection_sees_its_own_context_variables(manager_with: Any) -> None:
+async def test_heartbeat_payload_sees_context_of_its_connection(manager_with: Any) -> None:
     """`heartbeat_payload` is called with the context variables of the connection that it is made for."""
     manager, _ = manager_with(
         heartbeat_type="custom",
@@ -70,7 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("started", [True, False], ids=["started before", "started by the first connection"])
 @pytest.mark.parametrize("option", OPTIONS)
-async def test_the_timers_of_a_manager_do_not_hold_what_the_first_connection_knew(option: str, started: bool) -> None:
+async def test_manager_timers_do_not_hold_first_connection_context(option: str, started: bool) -> None:
     """Nothing holds the context of a connection that has ended, while others are connected and timers run."""
     manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **OPTIONS[option]}))
     if started:
@@ -98,7 +98,7 @@ async def test_the_timers_of_a_manager_do_not_hold_what_the_first_connection_kne
     await manager.graceful_shutdown(1.0)
 
 
-async def test_what_is_told_of_a_slow_client_is_told_in_its_own_context(manager_with: Any) -> None:
+async def test_on_slow_runs_in_context_of_slow_client(manager_with: Any) -> None:
     """on_slow sees the context variables of the slow client, and not those of the code that has sent to it."""
     manager, _ = manager_with(outbox_max_messages=2)
     seen: list[tuple[str, Any]] = []
@@ -120,7 +120,7 @@ async def test_what_is_told_of_a_slow_client_is_told_in_its_own_context(manager_
     await with_deadline(ann.task)
 
 
-async def test_a_client_that_is_slow_holds_no_context_of_a_publisher(manager_with: Any) -> None:
+async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) -> None:
     """The task and the timers that wait for a slow client do not hold the context of the code that has sent to it."""
     manager, _ = manager_with()
     ann = client_of(manager, "ann")
@@ -146,9 +146,7 @@ async def test_a_client_that_is_slow_holds_no_context_of_a_publisher(manager_wit
     await ann.gone()
 
 
-async def test_a_client_that_is_asked_to_leave_is_so_in_the_context_of_the_manager(
-    manager_with: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_timed_close_runs_hooks_in_connection_context(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end that a timer decides runs the disconnect hooks with the connection's own context variables."""
     monkeypatch.setattr(lifetimes_module, "TOGETHER", 0.0)
     manager, _ = manager_with(max_lifetime=0.05)
@@ -168,9 +166,7 @@ async def test_a_client_that_is_asked_to_leave_is_so_in_the_context_of_the_manag
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-async def test_a_task_that_an_endpoint_leaves_running_does_not_keep_its_connection(
-    manager_with: Any, *, by_hand: bool
-) -> None:
+async def test_leftover_endpoint_task_does_not_hold_connection(manager_with: Any, *, by_hand: bool) -> None:
     """A task that outlives the endpoint that has started it holds neither the connection nor its WebSocket."""
     manager, _ = manager_with()
     left_running: list[asyncio.Task[None]] = []
@@ -192,7 +188,7 @@ async def test_a_task_that_an_endpoint_leaves_running_does_not_keep_its_connecti
     left_running[0].cancel()
 
 
-async def test_a_task_that_serves_one_socket_after_the_other_keeps_only_the_last_connection(manager_with: Any) -> None:
+async def test_task_serving_sockets_in_turn_holds_only_last_one(manager_with: Any) -> None:
     """What a task remembers of the connections that it has opened shrinks when it opens the next one."""
     manager, _ = manager_with()
     alive: list[weakref.ref[Any]] = []
@@ -208,7 +204,7 @@ async def test_a_task_that_serves_one_socket_after_the_other_keeps_only_the_last
     assert sum(one() is not None for one in alive) <= 1
 
 
-async def test_a_task_that_has_opened_a_connection_by_hand_lets_it_go_with_its_own_end(manager_with: Any) -> None:
+async def test_task_of_adopted_connection_releases_it_at_its_end(manager_with: Any) -> None:
     """Without FastAPI around it a connection is remembered until its task is over, whichever of the two ends first."""
     manager, _ = manager_with()
     alive: list[weakref.ref[Any]] = []

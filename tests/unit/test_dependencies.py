@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.dependencies import StableSocketDep, find_manager, st
 from fastapi_ws_stabilizer.errors import ManagerNotFoundError, SocketClosed
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
-from tests.unit.fake_websocket import FakeServer
+from tests.support.fake_websocket import FakeServer
 
 
 async def greet(ws: StableSocket = Depends(stable_socket)) -> None:
@@ -39,21 +39,21 @@ def resume_result(client: TestClient, path: str = "/ws/ann") -> str:
     return str(said)
 
 
-def test_with_the_managers_lifespan() -> None:
+def test_manager_lifespan_serves_sockets() -> None:
     """`FastAPI(lifespan=manager.lifespan)` is all that is needed."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     with TestClient(app) as client:
         assert resume_result(client) == "ann"
 
 
-def test_with_a_lifespan_that_nobody_runs() -> None:
+def test_socket_works_without_running_lifespan() -> None:
     """A test client without `with` runs no lifespan, and sockets work all the same."""
     app = with_endpoint(FastAPI(lifespan=WebSocketConnectionManager().lifespan))
     assert resume_result(TestClient(app)) == "ann"
     assert resume_result(TestClient(app)) == "ann"
 
 
-def test_with_an_installed_manager() -> None:
+def test_installed_manager_serves_sockets() -> None:
     """`manager.install(app)` works with and without a running lifespan."""
     app = with_endpoint(FastAPI())
     WebSocketConnectionManager().install(app)
@@ -62,7 +62,7 @@ def test_with_an_installed_manager() -> None:
         assert resume_result(client) == "ann"
 
 
-def test_with_a_lifespan_of_ones_own() -> None:
+def test_manager_lifespan_inside_own_lifespan_serves_sockets() -> None:
     """`async with manager.lifespan(app) as state: yield state` in the app's own lifespan."""
     manager = WebSocketConnectionManager()
 
@@ -75,7 +75,7 @@ def test_with_a_lifespan_of_ones_own() -> None:
         assert resume_result(client) == "ann"
 
 
-def test_in_a_router_and_in_a_mounted_app() -> None:
+def test_manager_is_found_from_router_and_mounted_app() -> None:
     """The manager of the app that runs is found from an included router and from a mounted sub-app."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     app.include_router(with_endpoint(APIRouter()), prefix="/router")
@@ -85,7 +85,7 @@ def test_in_a_router_and_in_a_mounted_app() -> None:
         assert resume_result(client, "/sub/ws/eve") == "eve"
 
 
-def test_the_short_form_is_the_same() -> None:
+def test_stable_socket_dep_needs_no_default() -> None:
     """`ws: StableSocketDep` needs no default."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
 
@@ -98,7 +98,7 @@ def test_the_short_form_is_the_same() -> None:
         assert ws.receive_text() == "echo"
 
 
-def test_a_named_manager() -> None:
+def test_named_managers_share_one_app() -> None:
     """`Depends(manager.socket)` needs no manager in the app, and two managers can serve one app."""
     one, other = WebSocketConnectionManager(), WebSocketConnectionManager()
     app = FastAPI()
@@ -132,7 +132,7 @@ def current_user(token: Annotated[str, Query()]) -> User:
     return User(token)
 
 
-def test_the_client_id_of_another_dependency() -> None:
+def test_socket_for_uses_client_id_of_dependency() -> None:
     """`manager.socket_for` takes the id from any dependency, and keeps the identity."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
@@ -149,7 +149,7 @@ def test_the_client_id_of_another_dependency() -> None:
     assert manager.counters.connections_opened == 1
 
 
-def test_an_overridden_dependency() -> None:
+def test_dependency_overrides_replace_identity_and_socket() -> None:
     """`app.dependency_overrides` replaces the identity as well as the socket itself."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
@@ -166,9 +166,7 @@ def test_an_overridden_dependency() -> None:
 
 
 @pytest.mark.parametrize("disconnect_code", [1000, 1005, 1006])
-def test_a_client_that_leaves_ends_the_endpoint_without_an_error(
-    disconnect_code: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_disconnect_in_endpoint_leaves_no_traceback(disconnect_code: int, caplog: pytest.LogCaptureFixture) -> None:
     """An endpoint that lets the disconnect escape, or refuses afterwards, leaves no traceback, whatever the code."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     seen: list[str] = []
@@ -193,7 +191,7 @@ def test_a_client_that_leaves_ends_the_endpoint_without_an_error(
     assert caplog.records == []
 
 
-def test_dependencies_that_the_endpoint_uses_are_closed() -> None:
+def test_dependencies_of_endpoint_are_closed() -> None:
     """Dependencies before and after the socket get their whole clean-up, and learn that something failed."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
     log: list[str] = []
@@ -229,7 +227,7 @@ def test_dependencies_that_the_endpoint_uses_are_closed() -> None:
     assert log == ["committed", "rolled back after WebSocketException"]
 
 
-def test_a_parameter_that_is_wrong_after_accept_closes_with_1008() -> None:
+def test_invalid_parameter_after_accept_closes_with_1008() -> None:
     """A validation error of the endpoint's parameters refuses, and no endpoint runs."""
     app = FastAPI(lifespan=WebSocketConnectionManager().lifespan)
 
@@ -249,13 +247,13 @@ def test_a_parameter_that_is_wrong_after_accept_closes_with_1008() -> None:
     [None, object(), FastAPI(), FastAPI(lifespan=asynccontextmanager(lambda app: None))],  # type: ignore[list-item]
     ids=["none", "object", "plain", "lifespan"],
 )
-def test_without_a_manager_the_error_says_how_to_add_one(app: Any) -> None:
+def test_missing_manager_error_lists_three_fixes(app: Any) -> None:
     """An app without a manager is an error with the three ways out of it."""
     with pytest.raises(ManagerNotFoundError, match=r"FastAPI\(lifespan=manager\.lifespan\)"):
         find_manager(FakeServer(app=app).websocket)
 
 
-def test_something_else_under_our_name_is_not_taken_for_a_manager() -> None:
+def test_foreign_object_in_app_state_is_not_manager() -> None:
     """What is found has to be a manager."""
     app = FastAPI()
     app.state.fastapi_ws_stabilizer = "not a manager"
@@ -263,7 +261,7 @@ def test_something_else_under_our_name_is_not_taken_for_a_manager() -> None:
         find_manager(FakeServer(app=app, state=None).websocket)
 
 
-def test_a_lifespan_whose_variables_are_not_set_yet_is_looked_through() -> None:
+def test_lifespan_closure_with_empty_variable_is_skipped() -> None:
     """A closure with an empty variable hides no manager behind another error."""
 
     def make() -> Any:
@@ -281,7 +279,7 @@ def test_a_lifespan_whose_variables_are_not_set_yet_is_looked_through() -> None:
         find_manager(FakeServer(app=make()).websocket)
 
 
-def test_an_endless_chain_of_lifespans_is_given_up() -> None:
+def test_endless_lifespan_chain_is_abandoned() -> None:
     """Looking through merged lifespans has an end."""
 
     def around(inner: Any) -> Any:
@@ -305,7 +303,7 @@ def test_an_endless_chain_of_lifespans_is_given_up() -> None:
 
 @pytest.mark.parametrize("annotation", [StableSocket, StableSocket | None, Annotated[StableSocket, "a note"]])
 @pytest.mark.parametrize("decorate", [lambda app: app.websocket("/ws"), lambda app: app.get("/page")])
-def test_socket_without_dependency_says_what_to_write(annotation: Any, decorate: Any) -> None:
+def test_bare_stable_socket_annotation_names_dependency(annotation: Any, decorate: Any) -> None:
     """`ws: StableSocket` alone is refused with the name of the dependency."""
 
     async def endpoint(ws: Any) -> None:
@@ -316,7 +314,7 @@ def test_socket_without_dependency_says_what_to_write(annotation: Any, decorate:
         decorate(FastAPI())(endpoint)
 
 
-def test_socket_in_a_model_of_arbitrary_types_is_allowed() -> None:
+def test_socket_is_allowed_in_arbitrary_types_model() -> None:
     """A model or dataclass of the application can hold sockets."""
 
     class Player(BaseModel):

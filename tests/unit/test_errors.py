@@ -47,7 +47,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_each_error_belongs_to_the_tree_and_says_something(error: errors.WebSocketStabilizerError) -> None:
+def test_each_error_has_base_sentence_and_close_code(error: errors.WebSocketStabilizerError) -> None:
     """Each error has the one base, a sentence, and a close code that can be sent."""
     assert isinstance(error, errors.WebSocketStabilizerError)
     assert str(error)
@@ -63,7 +63,7 @@ def test_each_error_survives_pickling(error: errors.WebSocketStabilizerError) ->
     assert vars(copy) == vars(error)
 
 
-def test_all_errors_are_tested_here() -> None:
+def test_all_errors_are_tested() -> None:
     """No class of the module escapes these tests."""
     classes = {
         value
@@ -94,12 +94,12 @@ def test_all_errors_are_tested_here() -> None:
         (errors.WrongLoopError, RuntimeError),
     ],
 )
-def test_an_error_is_also_the_builtin_that_one_expects(kind: type, builtin: type) -> None:
+def test_error_inherits_from_expected_builtin(kind: type, builtin: type) -> None:
     """Code that knows only Python's or Starlette's error catches ours."""
     assert issubclass(kind, builtin)
 
 
-def test_a_closed_socket_tells_how_it_ended() -> None:
+def test_socket_closed_error_has_close_info() -> None:
     """The error has the ending, and code and reason as in Starlette's `WebSocketDisconnect`."""
     how = local_close(DisconnectReason.REPLACED)
     error = errors.closed_error_for(how)
@@ -109,7 +109,7 @@ def test_a_closed_socket_tells_how_it_ended() -> None:
     assert str(error) == "the connection is over: replaced, code 4409 (replaced by a newer connection)"
 
 
-def test_a_closed_socket_without_a_text_says_only_reason_and_code() -> None:
+def test_socket_closed_error_without_reason_shows_cause_and_code() -> None:
     """An empty close reason leaves no empty brackets."""
     assert (
         str(errors.closed_error_for(local_close(DisconnectReason.COMPLETED)))
@@ -117,7 +117,7 @@ def test_a_closed_socket_without_a_text_says_only_reason_and_code() -> None:
     )
 
 
-def test_a_socket_that_died_of_silence_is_a_timeout() -> None:
+def test_heartbeat_timeout_raises_connection_timeout_error() -> None:
     """After a heartbeat timeout readers and senders get a `ConnectionTimeoutError`, which is no `TimeoutError`."""
     error = errors.closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
     assert isinstance(error, errors.ConnectionTimeoutError)
@@ -125,14 +125,14 @@ def test_a_socket_that_died_of_silence_is_a_timeout() -> None:
     assert error.code == 4408
 
 
-def test_the_facts_are_attributes() -> None:
+def test_error_details_are_attributes() -> None:
     """What an error is about can be read without parsing its sentence."""
     assert errors.ConnectionNotFoundError("ann").client_id == "ann"
     assert errors.DuplicateClientError("ann").client_id == "ann"
     assert errors.BroadcastFailedError(3).total == 3
 
 
-def test_a_token_that_is_not_good_says_what_it_was_for() -> None:
+def test_invalid_token_error_names_token_purpose() -> None:
     """A ticket is not called a reconnect token, neither to the developer nor to the client."""
     bad, old = errors.InvalidTokenError("revoked", kind="ticket"), errors.TokenExpiredError(kind="ticket")
     assert "the ticket is not good: what this client had was revoked" in str(bad)
@@ -143,13 +143,13 @@ def test_a_token_that_is_not_good_says_what_it_was_for() -> None:
         assert error.reason == error.close_text
 
 
-def test_a_client_id_with_a_line_break_stands_quoted_in_the_sentence() -> None:
+def test_client_id_with_line_break_is_quoted() -> None:
     """A hostile client id cannot begin a new line in an error's sentence."""
     assert "\n" not in str(errors.ConnectionNotFoundError("a\nb"))
     assert "\n" not in str(errors.DuplicateClientError("a\nb"))
 
 
-def test_close_codes_say_what_kind_of_failure_it_was() -> None:
+def test_error_close_codes_distinguish_failure_kinds() -> None:
     """1011 stands for a bug; what is not a bug has a code of its own."""
     assert errors.DuplicateClientError.close_code == 4409
     assert errors.MessageFormatError.close_code == 1003
@@ -157,7 +157,7 @@ def test_close_codes_say_what_kind_of_failure_it_was() -> None:
     assert errors.MessageEncodeError.close_code == 1011
 
 
-def test_shutdown_error_is_true_during_a_drain_and_after_the_shutdown() -> None:
+def test_shutdown_error_names_drain_and_shutdown() -> None:
     """Its text names both states, and what ends them."""
     text = str(errors.ShutdownError())
     assert "draining or shut down" in text

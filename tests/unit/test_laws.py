@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi_ws_stabilizer.routing import clients as clients_module
 
 import fastapi_ws_stabilizer
+from fastapi_ws_stabilizer import manager as manager_module
 from fastapi_ws_stabilizer.close_codes import CLOSE_POLICIES, DisconnectReason
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.wire.encoded import encode
-from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -52,7 +52,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
             yield from ((alias.name, []) for alias in node.names)
 
 
-def test_the_package_was_found() -> None:
+def test_package_modules_are_found() -> None:
     """These tests look at all modules, so an empty list would prove nothing."""
     assert len(TREES) > 30
     assert "connection/connection.py" in TREES
@@ -61,7 +61,7 @@ def test_the_package_was_found() -> None:
 # ── by connection ──
 
 
-async def test_law_1_the_end_of_an_old_connection_never_touches_a_newer_one(manager_with: Any) -> None:
+async def test_law_1_old_connection_teardown_spares_newer_one(manager_with: Any) -> None:
     """Every step of an old connection's end looks itself up by its connection id."""
     manager, _ = manager_with(on_duplicate="allow")
     old_server, new_server = FakeServer(), FakeServer()
@@ -79,7 +79,7 @@ async def test_law_1_the_end_of_an_old_connection_never_touches_a_newer_one(mana
 # ── the pump always reads ──
 
 
-async def test_law_2_pongs_and_closes_are_handled_while_user_code_is_busy(manager_with: Any) -> None:
+async def test_law_2_pongs_and_closes_are_handled_during_user_code(manager_with: Any) -> None:
     """A client is heard, answered and missed without its endpoint ever reading."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -95,7 +95,7 @@ async def test_law_2_pongs_and_closes_are_handled_while_user_code_is_busy(manage
 # ── nobody awaits a slow client ──
 
 
-async def test_law_3_nobody_awaits_a_slow_client(manager_with: Any) -> None:
+async def test_law_3_no_call_waits_for_slow_client(manager_with: Any) -> None:
     """Broadcast, direct send, heartbeat, disconnect and eviction return while a client's send is stuck."""
     manager, _ = manager_with(heartbeat_interval=0.01)
     server = FakeServer()
@@ -113,7 +113,7 @@ async def test_law_3_nobody_awaits_a_slow_client(manager_with: Any) -> None:
 # ── an honest close frame on every exit ──
 
 
-async def test_law_4_every_ending_of_ours_sends_the_close_frame_of_the_table(bench: Any) -> None:
+async def test_law_4_every_local_close_sends_its_table_code(bench: Any) -> None:
     """No path of our own leaves the client with 1006."""
     for reason in DisconnectReason:
         if reason is DisconnectReason.NETWORK_LOST:
@@ -125,7 +125,7 @@ async def test_law_4_every_ending_of_ours_sends_the_close_frame_of_the_table(ben
         assert b.server.close_frames == [(CLOSE_POLICIES[reason].code, CLOSE_POLICIES[reason].text)]
 
 
-async def test_law_4_a_normal_disconnect_is_never_an_error_log(bench: Any) -> None:
+async def test_law_4_normal_disconnect_logs_nothing_above_info(bench: Any) -> None:
     """Whatever way a client goes, nothing of it is above INFO."""
     for code in (1000, 1001, 1005, 1006, 1012, 4000):
         b = bench()
@@ -138,7 +138,7 @@ async def test_law_4_a_normal_disconnect_is_never_an_error_log(bench: Any) -> No
 # ── no silent loss ──
 
 
-async def test_law_5_what_is_never_sent_or_never_read_is_counted_and_reported(bench: Any) -> None:
+async def test_law_5_unsent_and_unread_messages_are_reported(bench: Any) -> None:
     """Each message that an ending throws away is in the totals and in a report."""
     b = bench()
     connection, _ = await b.open()
@@ -157,7 +157,7 @@ async def test_law_5_what_is_never_sent_or_never_read_is_counted_and_reported(be
     assert sum(report.fields["count"] for report in b.heard.of("messages_discarded")) == 3
 
 
-async def test_law_5_a_received_message_that_nobody_will_read_is_counted(manager_with: Any) -> None:
+async def test_law_5_unread_message_after_endpoint_return_is_counted(manager_with: Any) -> None:
     """A message that is still unread when its endpoint has returned is counted, whoever ended the connection."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -172,15 +172,15 @@ async def test_law_5_a_received_message_that_nobody_will_read_is_counted(manager
 # ── encode once ──
 
 
-async def test_law_6_a_broadcast_is_encoded_once(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_law_6_broadcast_is_encoded_once(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many clients there are, the payload is serialised one time."""
     manager, _ = manager_with()
     servers = [FakeServer() for _ in range(20)]
     for number, server in enumerate(servers):
         await manager.connect(f"client-{number}", await server.accepted())
     encoded: list[Any] = []
-    real = clients_module.encode
-    monkeypatch.setattr(clients_module, "encode", lambda message, *_, **__: encoded.append(message) or real(message))
+    real = manager_module.encode
+    monkeypatch.setattr(manager_module, "encode", lambda message, *_, **__: encoded.append(message) or real(message))
     await manager.broadcast({"n": 1})
     for server in servers:
         await server.until(lambda server=server: server.data)
@@ -189,7 +189,7 @@ async def test_law_6_a_broadcast_is_encoded_once(manager_with: Any, monkeypatch:
     assert all(server.data[0] is first for server in servers)
 
 
-async def test_law_6_a_payload_that_cannot_be_encoded_touches_no_socket(manager_with: Any) -> None:
+async def test_law_6_unencodable_payload_touches_no_socket(manager_with: Any) -> None:
     """It raises at the caller; nobody gets anything, nobody goes."""
     manager, heard = manager_with()
     server = FakeServer()
@@ -216,7 +216,7 @@ def test_law_7_every_option_is_read() -> None:
 # ── cancellation ──
 
 
-def test_law_8_nothing_stands_round_a_yield() -> None:
+def test_law_8_no_context_manager_is_open_at_yield() -> None:
     """No task group, cancel scope or timeout is open where a generator yields: it would cancel the wrong code."""
     guards = ("TaskGroup", "create_task_group", "CancelScope", "timeout", "timeout_at", "fail_after", "move_on_after")
     offenders = []
@@ -230,7 +230,7 @@ def test_law_8_nothing_stands_round_a_yield() -> None:
     assert offenders == []
 
 
-def test_law_8_a_caught_cancellation_goes_on() -> None:
+def test_law_8_caught_cancellation_is_raised_again() -> None:
     """Nobody catches `CancelledError` or `BaseException` without raising in the same handler."""
     offenders = []
     for module, tree in TREES.items():
@@ -251,14 +251,14 @@ def test_law_8_a_caught_cancellation_goes_on() -> None:
 # ── one clock, one maker of tasks ──
 
 
-def test_law_9_time_is_read_in_one_place() -> None:
+def test_law_9_only_clock_module_reads_time() -> None:
     """Only `clock.py` asks for the time, so durations are measured on the monotonic clock alone."""
     readers = mentions("monotonic", "time", "perf_counter", "time_ns", "monotonic_ns", "now", "utcnow", "today")
     readers = {module: [name for name in names if "." in name] for module, names in readers.items()}
     assert {module for module, names in readers.items() if names} == {"clock.py"}
 
 
-def test_law_9_nobody_but_the_clock_imports_the_time() -> None:
+def test_law_9_other_modules_do_not_import_clocks() -> None:
     """`time` and `datetime` serve elsewhere only to write durations and moments down, not to read a clock."""
     importers = {
         module: sorted(name for source, names in imports(tree) if source in ("time", "datetime") for name in names)
@@ -273,13 +273,13 @@ def test_law_9_nobody_but_the_clock_imports_the_time() -> None:
     }
 
 
-def test_tasks_are_made_in_one_place() -> None:
+def test_only_tasks_module_creates_tasks() -> None:
     """Only `tasks.py` starts a task; `StableSocket.create_task` is the user's, and goes there too."""
     makers = mentions("create_task", "ensure_future", "run_coroutine_threadsafe", "TaskGroup", "create_task_group")
     assert set(makers) == {"tasks.py"}
 
 
-def test_no_queue_is_unbounded() -> None:
+def test_no_asyncio_queue_is_used() -> None:
     """Nothing waits in an `asyncio.Queue`, whose bound is messages only and easily forgotten."""
     assert mentions("Queue", "LifoQueue", "PriorityQueue", "SimpleQueue") == {}
 
@@ -287,7 +287,7 @@ def test_no_queue_is_unbounded() -> None:
 # ── imports ──
 
 
-def test_nobody_inside_imports_the_package_root() -> None:
+def test_package_root_is_not_imported_inside_package() -> None:
     """The root is for users; inside, each import names the module, so that the arrow can be read in the line."""
     offenders = [
         module
@@ -298,7 +298,7 @@ def test_nobody_inside_imports_the_package_root() -> None:
     assert offenders == []
 
 
-def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
+def test_law_12_only_dependencies_are_imported() -> None:
     """The core needs FastAPI, what FastAPI brings, and the standard library."""
     allowed = {
         "fastapi",
@@ -325,7 +325,7 @@ def test_law_12_nothing_is_imported_that_is_not_a_dependency() -> None:
     }
 
 
-def test_law_12_what_needs_an_extra_is_imported_by_nobody() -> None:
+def test_law_12_modules_with_extras_are_not_imported() -> None:
     """The modules that stand on an optional package are reached by their names only."""
     importers = {
         module
@@ -346,7 +346,7 @@ def test_law_12_what_needs_an_extra_is_imported_by_nobody() -> None:
     assert importers == {"servers/uvicorn/protocol.py", "servers/uvicorn/paced_parser.py"}  # which import the others
 
 
-def test_the_public_names_are_all_there() -> None:
+def test_public_names_exist_in_order() -> None:
     """Everything in `__all__` exists, in order, and the version is a version."""
     names = fastapi_ws_stabilizer.__all__
     assert names == sorted(names)
@@ -355,7 +355,7 @@ def test_the_public_names_are_all_there() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_every_module_class_and_public_function_is_described() -> None:
+def test_public_names_have_docstrings() -> None:
     """Each public name has a docstring that begins with a sentence."""
     missing = []
     for module, tree in TREES.items():
@@ -392,7 +392,7 @@ def _of_connections(tasks: set[Any]) -> list[str]:
     return [task.get_name() for task in tasks if task.get_name().startswith("ws-")]
 
 
-async def test_law_11_an_idle_connection_owns_one_task_and_no_timer(manager_with: Any) -> None:
+async def test_law_11_idle_connection_has_one_task_and_no_timer(manager_with: Any) -> None:
     """A hundred idle connections are a hundred pumps and the one timer of the heartbeat."""
     manager, _ = manager_with(heartbeat_interval=100_000)  # nobody is pinged while this looks
     await manager.start()
@@ -406,7 +406,7 @@ async def test_law_11_an_idle_connection_owns_one_task_and_no_timer(manager_with
     assert _timers() - timers == 1
 
 
-async def test_an_ended_connection_leaves_no_entry(manager_with: Any) -> None:
+async def test_closed_connection_leaves_no_entry(manager_with: Any) -> None:
     """Whatever way connections end, registry, heartbeat, tasks and unfinished ones are empty afterwards."""
     manager, _ = manager_with()
     await manager.start()

@@ -32,8 +32,8 @@ from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from fastapi_ws_stabilizer.observability.logs import get_logger
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.encoded import encode
-from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
-from tests.unit.own_loop import run
+from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.support.own_loop import run
 
 
 class Client:
@@ -91,7 +91,7 @@ def clients_of() -> Any:
 # ── starting and stopping ──
 
 
-async def test_a_new_manager_has_the_default_options() -> None:
+async def test_new_manager_has_default_options() -> None:
     """Without a config the defaults hold, and nobody is connected."""
     manager = WebSocketConnectionManager()
     assert manager.config == WebSocketConfig()
@@ -101,7 +101,7 @@ async def test_a_new_manager_has_the_default_options() -> None:
     assert manager.uptime_seconds == 0.0
 
 
-async def test_starting_twice_changes_nothing(manager_with: Any, clients_of: Any) -> None:
+async def test_second_start_changes_nothing(manager_with: Any, clients_of: Any) -> None:
     """A second `start` makes no second heartbeat, and no connection is lost."""
     manager, _ = manager_with()
     await manager.start()
@@ -117,21 +117,21 @@ async def test_starting_twice_changes_nothing(manager_with: Any, clients_of: Any
     await client.gone()
 
 
-async def test_starting_sets_the_level_of_the_log(manager_with: Any) -> None:
+async def test_start_applies_log_level(manager_with: Any) -> None:
     """`log_level` is honoured."""
     manager, _ = manager_with(log_level="debug")
     await manager.start()
     assert get_logger().level == logging.DEBUG
 
 
-async def test_the_defaults_warn_of_nothing(manager_with: Any) -> None:
+async def test_start_with_default_options_logs_no_warning(manager_with: Any) -> None:
     """A manager whose options are all honoured or untouched starts in silence."""
     manager, heard = manager_with(heartbeat_interval=5, send_timeout=1)
     await manager.start()
     assert [report.event for report in heard.all if report.level >= logging.WARNING] == []
 
 
-async def test_a_missing_websocket_library_is_told(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_websocket_library_is_logged_at_start(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the server cannot speak WebSocket, the start says what to install."""
     monkeypatch.setattr("fastapi_ws_stabilizer.manager.missing_websocket_library", lambda: "pip install something")
     manager, heard = manager_with()
@@ -141,7 +141,7 @@ async def test_a_missing_websocket_library_is_told(manager_with: Any, monkeypatc
     assert report.fields == {"problem": "pip install something"}
 
 
-async def test_the_first_socket_starts_a_manager_that_nobody_started(manager_with: Any, clients_of: Any) -> None:
+async def test_first_socket_starts_manager(manager_with: Any, clients_of: Any) -> None:
     """A manager that nobody started serves all the same."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
@@ -150,7 +150,7 @@ async def test_the_first_socket_starts_a_manager_that_nobody_started(manager_wit
     await client.gone()
 
 
-async def test_a_shutdown_closes_everybody_with_1012(manager_with: Any, clients_of: Any) -> None:
+async def test_shutdown_closes_all_with_1012_and_counts(manager_with: Any, clients_of: Any) -> None:
     """A graceful shutdown ends all connections honestly and reports how many."""
     manager, heard = manager_with()
     clients = await clients_of(manager, "ann", "bob")
@@ -164,7 +164,7 @@ async def test_a_shutdown_closes_everybody_with_1012(manager_with: Any, clients_
     assert heard.of("shutdown")[0].fields["closed_count"] == 2
 
 
-async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> None:
+async def test_shutdown_manager_rejects_connections(manager_with: Any) -> None:
     """A manager that is shut down refuses with 503 before accepting, and by hand with `ShutdownError`."""
     manager, _ = manager_with()
     await manager.start()
@@ -180,7 +180,7 @@ async def test_after_a_shutdown_no_connection_is_taken(manager_with: Any) -> Non
         await manager.connect("ann", await FakeServer().accepted())
 
 
-async def test_a_manager_that_was_shut_down_before_its_start_takes_nobody_either(manager_with: Any) -> None:
+async def test_manager_shut_down_before_start_rejects_connections(manager_with: Any) -> None:
     """`graceful_shutdown` holds, whether the manager was ever started or not, until `start` is called."""
     manager, _ = manager_with()
     await manager.graceful_shutdown(timeout=1)
@@ -190,7 +190,7 @@ async def test_a_manager_that_was_shut_down_before_its_start_takes_nobody_either
     assert manager.running
 
 
-async def test_after_a_shutdown_it_can_be_started_again(manager_with: Any, clients_of: Any) -> None:
+async def test_manager_can_start_again_after_shutdown(manager_with: Any, clients_of: Any) -> None:
     """`start` after a shutdown takes connections again, heartbeat included."""
     manager, _ = manager_with(heartbeat_interval=0.02)
     await clients_of(manager, "ann")
@@ -202,7 +202,7 @@ async def test_after_a_shutdown_it_can_be_started_again(manager_with: Any, clien
     await client.gone()
 
 
-async def test_a_shutdown_cuts_what_does_not_end(manager_with: Any, clients_of: Any) -> None:
+async def test_shutdown_timeout_aborts_remaining_connections(manager_with: Any, clients_of: Any) -> None:
     """The timeout of a shutdown is honoured, and no task is left over."""
     manager, _ = manager_with(send_timeout=60, disconnect_grace=60)
     (client,) = await clients_of(manager, "ann")
@@ -214,7 +214,7 @@ async def test_a_shutdown_cuts_what_does_not_end(manager_with: Any, clients_of: 
     assert manager.get_connection_count() == 0
 
 
-def test_one_manager_can_be_used_on_one_loop_after_the_other() -> None:
+def test_manager_works_on_successive_event_loops() -> None:
     """A test client makes a loop for each connection; a loop of the past does no harm."""
     manager = WebSocketConnectionManager()
 
@@ -228,7 +228,7 @@ def test_one_manager_can_be_used_on_one_loop_after_the_other() -> None:
     assert [run(once()), run(once())] == [1, 1]
 
 
-def test_start_without_asyncio_says_what_is_wrong() -> None:
+def test_start_without_asyncio_names_server_option() -> None:
     """Where a server runs an event loop of another library, the start and the first socket name the option of it."""
     manager = WebSocketConnectionManager()
     server = FakeServer()
@@ -237,7 +237,7 @@ def test_start_without_asyncio_says_what_is_wrong() -> None:
             call().send(None)  # as any event loop would begin it
 
 
-async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any, clients_of: Any) -> None:
+async def test_manager_with_connections_rejects_second_event_loop(manager_with: Any, clients_of: Any) -> None:
     """While there are open connections, another event loop is an error that says what to do."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
@@ -247,7 +247,7 @@ async def test_one_manager_cannot_be_used_on_two_loops_at_once(manager_with: Any
     await client.gone()
 
 
-async def test_a_second_loop_takes_no_manager_from_the_one_that_runs_it(manager_with: Any) -> None:
+async def test_running_manager_rejects_second_event_loop(manager_with: Any) -> None:
     """Also without open connections: sessions, histories and handshakes belong to the event loop that still runs."""
     manager, _ = manager_with()
     await manager.start()
@@ -257,7 +257,7 @@ async def test_a_second_loop_takes_no_manager_from_the_one_that_runs_it(manager_
     assert manager._node is node
 
 
-async def test_the_lifespan_starts_and_stops(manager_with: Any, clients_of: Any) -> None:
+async def test_lifespan_starts_and_stops_manager(manager_with: Any, clients_of: Any) -> None:
     """Within the lifespan the manager runs and is found in the app's state; after it all are closed."""
     manager, _ = manager_with()
     app = FastAPI()
@@ -271,7 +271,7 @@ async def test_the_lifespan_starts_and_stops(manager_with: Any, clients_of: Any)
     assert [(code, text.split(";")[0]) for code, text in client.server.close_frames] == [(1012, "server shutdown")]
 
 
-async def test_installing_wraps_the_lifespan_that_is_there(manager_with: Any) -> None:
+async def test_install_wraps_existing_lifespan(manager_with: Any) -> None:
     """`install` keeps the app's own lifespan and its state, inside the manager's."""
     manager, _ = manager_with()
     order: list[str] = []
@@ -293,7 +293,7 @@ async def test_installing_wraps_the_lifespan_that_is_there(manager_with: Any) ->
     assert not manager.running
 
 
-async def test_installing_into_an_app_without_a_lifespan(manager_with: Any) -> None:
+async def test_install_works_without_lifespan(manager_with: Any) -> None:
     """An app without a lifespan of its own gets the manager's."""
     manager, _ = manager_with()
     app = FastAPI()
@@ -303,7 +303,7 @@ async def test_installing_into_an_app_without_a_lifespan(manager_with: Any) -> N
         assert manager.running
 
 
-def test_an_app_has_one_installed_manager() -> None:
+def test_installing_second_manager_raises() -> None:
     """A second manager is an error that says how to name each."""
     app = FastAPI()
     WebSocketConnectionManager().install(app)
@@ -314,7 +314,7 @@ def test_an_app_has_one_installed_manager() -> None:
 # ── serving ──
 
 
-async def test_a_served_socket_is_accepted_registered_and_closed(manager_with: Any, clients_of: Any) -> None:
+async def test_served_socket_is_accepted_registered_and_closed(manager_with: Any, clients_of: Any) -> None:
     """An endpoint that returns closes with 1000, and nothing is left."""
     manager, heard = manager_with()
     server = FakeServer(path_params={"client_id": "ann"})
@@ -339,7 +339,7 @@ async def test_a_served_socket_is_accepted_registered_and_closed(manager_with: A
         (WebSocketDisconnect(1001), 1000, []),
     ],
 )
-async def test_an_endpoint_that_raises_gets_the_code_that_fits(
+async def test_endpoint_exception_decides_close_code(
     manager_with: Any, error: Exception, code: int, events: list[str]
 ) -> None:
     """The close code says what kind of error it was; dependencies before ours learn that something failed."""
@@ -353,7 +353,7 @@ async def test_an_endpoint_that_raises_gets_the_code_that_fits(
     assert [event for event in heard.events if event.endswith("failed")] == events
 
 
-async def test_an_endpoint_that_lets_the_disconnect_escape_is_quiet(manager_with: Any) -> None:
+async def test_escaped_disconnect_logs_no_error(manager_with: Any) -> None:
     """`SocketClosed` from a socket whose client has left is a normal end, and no error is logged."""
     manager, heard = manager_with()
     server = FakeServer()
@@ -364,7 +364,7 @@ async def test_an_endpoint_that_lets_the_disconnect_escape_is_quiet(manager_with
     assert heard.of("connection_ended")[0].fields["reason"] == "client_close"
 
 
-async def test_an_endpoint_that_fails_after_its_client_was_lost_leaves_one_error(manager_with: Any) -> None:
+async def test_endpoint_error_after_lost_connection_is_logged_once(manager_with: Any) -> None:
     """After a lost network Starlette's handler may close again with 1006, which changes nothing and fails nowhere."""
     manager, heard = manager_with()
     server = FakeServer()
@@ -382,7 +382,7 @@ async def test_an_endpoint_that_fails_after_its_client_was_lost_leaves_one_error
     assert len(heard.of("endpoint_failed")) == 1
 
 
-async def test_a_cancelled_endpoint_stays_cancelled_and_closes_honestly(manager_with: Any, clients_of: Any) -> None:
+async def test_foreign_cancellation_of_endpoint_propagates_after_close(manager_with: Any, clients_of: Any) -> None:
     """A foreign cancellation goes on, after the close frame of a shutdown."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
@@ -394,7 +394,7 @@ async def test_a_cancelled_endpoint_stays_cancelled_and_closes_honestly(manager_
 
 
 @pytest.mark.parametrize("how", ["task", "scope"])
-async def test_a_cancelled_endpoint_has_its_whole_end(manager_with: Any, how: str) -> None:
+async def test_cancelled_endpoint_completes_teardown(manager_with: Any, how: str) -> None:
     """Close frame and hooks have their time before the cancellation goes on, also if it strikes at every await."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -426,7 +426,7 @@ async def test_a_cancelled_endpoint_has_its_whole_end(manager_with: Any, how: st
     assert scope.cancelled_caught == (how == "scope")
 
 
-async def test_an_endpoint_that_ignores_the_end_is_cancelled_and_that_is_swallowed(manager_with: Any) -> None:
+async def test_own_cancellation_after_grace_is_suppressed(manager_with: Any) -> None:
     """Our own cancellation after `disconnect_grace` does not reach who called."""
     manager, heard = manager_with(disconnect_grace=0.03)
     server = FakeServer()
@@ -444,7 +444,7 @@ async def test_an_endpoint_that_ignores_the_end_is_cancelled_and_that_is_swallow
     assert len(heard.of("endpoint_cancelled")) == 1
 
 
-async def test_a_system_exit_goes_on(manager_with: Any) -> None:
+async def test_system_exit_propagates(manager_with: Any) -> None:
     """What is no `Exception` is not touched, and the connection ends as in a shutdown."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -457,7 +457,7 @@ async def test_a_system_exit_goes_on(manager_with: Any) -> None:
 # ── hooks ──
 
 
-async def test_the_hooks_of_a_connections_life(manager_with: Any) -> None:
+async def test_hooks_run_in_lifecycle_order_once(manager_with: Any) -> None:
     """Handshake before accept, connect after it, disconnect once with the reason."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -487,7 +487,7 @@ async def test_the_hooks_of_a_connections_life(manager_with: Any) -> None:
     assert server.data == ["welcome"]
 
 
-async def test_a_handshake_hook_can_refuse(manager_with: Any) -> None:
+async def test_handshake_hook_can_reject(manager_with: Any) -> None:
     """An `HTTPException` in a handshake hook is the answer to the handshake; no other hook runs."""
     manager, heard = manager_with()
     calls: list[str] = []
@@ -508,7 +508,7 @@ async def test_a_handshake_hook_can_refuse(manager_with: Any) -> None:
     assert heard.events == ["connection_refused"]
 
 
-async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
+async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
     """A handshake hook that fails is reported once and refuses with 500."""
     manager, heard = manager_with()
     error = ValueError("bug")
@@ -537,7 +537,7 @@ async def test_a_bug_in_a_handshake_hook_is_a_500(manager_with: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "code"), [(HTTPException(403), 4403), (ValueError("bug"), 1011), (WebSocketException(4001), 4001)]
 )
-async def test_a_connect_hook_that_raises_ends_the_connection(manager_with: Any, error: Exception, code: int) -> None:
+async def test_failing_connect_hook_closes_before_endpoint(manager_with: Any, error: Exception, code: int) -> None:
     """The endpoint does not begin, the close code says why, and the disconnect hooks run once."""
     manager, _ = manager_with()
     calls: list[str] = []
@@ -557,7 +557,7 @@ async def test_a_connect_hook_that_raises_ends_the_connection(manager_with: Any,
     assert manager.get_connection_count() == 0
 
 
-async def test_a_connect_hook_can_refuse_by_closing(manager_with: Any) -> None:
+async def test_closing_connect_hook_prevents_endpoint(manager_with: Any) -> None:
     """A hook that closes the socket keeps the endpoint from beginning."""
     manager, heard = manager_with()
 
@@ -573,7 +573,7 @@ async def test_a_connect_hook_can_refuse_by_closing(manager_with: Any) -> None:
     assert max(report.level for report in heard.all) < logging.WARNING
 
 
-async def test_messages_reach_their_handlers(manager_with: Any) -> None:
+async def test_messages_reach_matching_handlers(manager_with: Any) -> None:
     """`on_message` with a type, without parentheses, and with empty parentheses."""
     manager, _ = manager_with()
     seen: list[Any] = []
@@ -601,7 +601,7 @@ async def test_messages_reach_their_handlers(manager_with: Any) -> None:
 # ── the same client again ──
 
 
-async def test_a_newer_connection_replaces_the_older_one(manager_with: Any, clients_of: Any) -> None:
+async def test_newer_connection_replaces_older_with_4409(manager_with: Any, clients_of: Any) -> None:
     """With `on_duplicate="replace"` the old connection is closed with 4409 and its end does not touch the new one."""
     manager, _ = manager_with()
     (old,) = await clients_of(manager, "ann")
@@ -614,9 +614,7 @@ async def test_a_newer_connection_replaces_the_older_one(manager_with: Any, clie
     await new.gone()
 
 
-async def test_the_old_endpoint_of_the_readme_never_hurts_the_new_connection(
-    manager_with: Any, clients_of: Any
-) -> None:
+async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: Any, clients_of: Any) -> None:
     """`except WebSocketDisconnect: await manager.disconnect(client_id)` means that endpoint's own connection."""
     manager, heard = manager_with()
     (old,) = await clients_of(manager, "ann", by_hand=True)
@@ -629,7 +627,7 @@ async def test_the_old_endpoint_of_the_readme_never_hurts_the_new_connection(
     assert max(report.level for report in heard.all) < logging.WARNING
 
 
-async def test_a_newer_connection_can_be_rejected(manager_with: Any, clients_of: Any) -> None:
+async def test_duplicate_connection_can_be_rejected_with_4409(manager_with: Any, clients_of: Any) -> None:
     """With `on_duplicate="reject"` the old connection stays and the new one is closed with 4409, without hooks."""
     manager, _ = manager_with(on_duplicate="reject")
     calls: list[str] = []
@@ -650,7 +648,7 @@ async def test_a_newer_connection_can_be_rejected(manager_with: Any, clients_of:
     await old.gone()
 
 
-async def test_a_client_may_have_several_connections(manager_with: Any, clients_of: Any) -> None:
+async def test_client_may_have_several_connections(manager_with: Any, clients_of: Any) -> None:
     """With `on_duplicate="allow"` a direct send reaches all connections of a client, which counts once."""
     manager, _ = manager_with(on_duplicate="allow")
     clients = await clients_of(manager, "ann", "ann", "bob")
@@ -668,7 +666,7 @@ async def test_a_client_may_have_several_connections(manager_with: Any, clients_
 # ── by hand ──
 
 
-async def test_a_connection_by_hand_is_looked_after(manager_with: Any) -> None:
+async def test_adopted_connection_is_registered_with_metadata(manager_with: Any) -> None:
     """`connect` registers an accepted WebSocket with its metadata, and the caller goes on reading it himself."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -684,7 +682,7 @@ async def test_a_connection_by_hand_is_looked_after(manager_with: Any) -> None:
     assert manager.get_connection_count() == 0
 
 
-async def test_the_task_that_connected_by_hand_closes_at_its_end(manager_with: Any) -> None:
+async def test_adopted_connection_closes_with_its_task(manager_with: Any) -> None:
     """Outside FastAPI's exit stacks the connection ends with the task that made it."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -699,7 +697,7 @@ async def test_the_task_that_connected_by_hand_closes_at_its_end(manager_with: A
 
 
 @pytest.mark.parametrize(("error", "code"), [(HTTPException(401), 4401), (ValueError("bug"), 1011)])
-async def test_an_endpoint_by_hand_gets_the_code_that_fits_too(
+async def test_adopted_connection_in_endpoint_gets_fitting_close_code(
     manager_with: Any, error: BaseException, code: int
 ) -> None:
     """In a FastAPI endpoint a connection by hand ends as honestly as one of the dependency."""
@@ -718,7 +716,7 @@ async def test_an_endpoint_by_hand_gets_the_code_that_fits_too(
     assert [frame[0] for frame in server.close_frames] == [code]
 
 
-async def test_an_endpoint_by_hand_that_was_cancelled_stays_cancelled(manager_with: Any) -> None:
+async def test_foreign_cancellation_of_adopting_endpoint_propagates(manager_with: Any) -> None:
     """Nobody swallows a foreign cancellation, by hand as little as by dependency."""
     manager, _ = manager_with()
     client = Client(manager, by_hand=True)
@@ -729,7 +727,7 @@ async def test_an_endpoint_by_hand_that_was_cancelled_stays_cancelled(manager_wi
     assert client.server.close_frames == [(1012, "server shutdown")]
 
 
-async def test_only_an_accepted_websocket_can_be_connected(manager_with: Any) -> None:
+async def test_connect_requires_accepted_websocket(manager_with: Any) -> None:
     """Forgetting `accept` is an error that says so."""
     manager, _ = manager_with()
     with pytest.raises(RuntimeError, match=r"await websocket\.accept\(\)"):
@@ -737,9 +735,7 @@ async def test_only_an_accepted_websocket_can_be_connected(manager_with: Any) ->
 
 
 @pytest.mark.parametrize("client_id", ["\ud800", "a\nb", "x" * 257, "\x1b[2J"], ids=ascii)
-async def test_client_id_that_breaks_the_rule_for_names_is_refused_by_every_call_that_takes_one(
-    manager_with: Any, client_id: str
-) -> None:
+async def test_invalid_client_id_raises_in_every_call(manager_with: Any, client_id: str) -> None:
     """By hand, with `serve`, and for tokens and tickets it is a `ValueError` that says what a client may be called."""
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
@@ -756,7 +752,7 @@ async def test_client_id_that_breaks_the_rule_for_names_is_refused_by_every_call
 
 
 @pytest.mark.parametrize("client_id", ["", None, 7])
-async def test_a_client_id_says_something(manager_with: Any, client_id: Any) -> None:
+async def test_empty_or_non_text_client_id_raises(manager_with: Any, client_id: Any) -> None:
     """An empty client id, or one that is no text, is refused."""
     manager, _ = manager_with()
     with pytest.raises(ValueError, match="client_id"):
@@ -764,7 +760,7 @@ async def test_a_client_id_says_something(manager_with: Any, client_id: Any) -> 
 
 
 @pytest.mark.parametrize("with_stack", [True, False])
-async def test_disconnect_after_a_failed_connect_is_quiet(manager_with: Any, with_stack: bool) -> None:
+async def test_disconnect_after_failed_connect_is_silent(manager_with: Any, with_stack: bool) -> None:
     """Where the client leaves during connect(), disconnect() of its id in the same code means it; later it does not."""
     manager, _ = manager_with()
     server = FakeServer(path_params={"client_id": "ann"})
@@ -790,7 +786,7 @@ async def test_disconnect_after_a_failed_connect_is_quiet(manager_with: Any, wit
     await with_deadline(asyncio.ensure_future(endpoint()))
 
 
-async def test_a_connect_hook_refuses_a_connection_by_hand_with_a_disconnect(manager_with: Any) -> None:
+async def test_rejecting_connect_hook_raises_disconnect_in_connect(manager_with: Any) -> None:
     """The caller of `connect` gets `SocketClosed`, which is a `WebSocketDisconnect`."""
     manager, _ = manager_with()
 
@@ -805,7 +801,7 @@ async def test_a_connect_hook_refuses_a_connection_by_hand_with_a_disconnect(man
     assert isinstance(caught.value, WebSocketDisconnect)
 
 
-async def test_disconnecting_who_is_not_there_is_an_error(manager_with: Any, clients_of: Any) -> None:
+async def test_disconnect_of_unknown_client_id_raises(manager_with: Any, clients_of: Any) -> None:
     """`ConnectionNotFoundError` is for a client that is not there; a code that cannot be sent closes nobody."""
     manager, _ = manager_with()
     with pytest.raises(ConnectionNotFoundError):
@@ -817,7 +813,7 @@ async def test_disconnecting_who_is_not_there_is_an_error(manager_with: Any, cli
     await client.gone()
 
 
-async def test_a_pong_that_user_code_read_counts(manager_with: Any, clients_of: Any) -> None:
+async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any) -> None:
     """`handle_pong` is a sign of life; for a client that is gone nothing happens."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
@@ -833,7 +829,7 @@ async def test_a_pong_that_user_code_read_counts(manager_with: Any, clients_of: 
 # ── sending ──
 
 
-async def test_a_broadcast_reaches_everybody_but_who_is_excluded(manager_with: Any, clients_of: Any) -> None:
+async def test_broadcast_skips_excluded_clients(manager_with: Any, clients_of: Any) -> None:
     """The result counts only who it was meant for."""
     manager, _ = manager_with()
     clients = await clients_of(manager, "ann", "bob", "eve")
@@ -847,7 +843,7 @@ async def test_a_broadcast_reaches_everybody_but_who_is_excluded(manager_with: A
         await client.gone()
 
 
-async def test_a_broadcast_to_nobody_is_no_error(manager_with: Any, clients_of: Any) -> None:
+async def test_broadcast_without_recipients_raises_nothing(manager_with: Any, clients_of: Any) -> None:
     """Neither an empty manager nor an exclusion of the only client raises."""
     manager, _ = manager_with()
     assert (await manager.broadcast("hi")).total == 0
@@ -856,7 +852,7 @@ async def test_a_broadcast_to_nobody_is_no_error(manager_with: Any, clients_of: 
     await client.gone()
 
 
-async def test_a_payload_that_cannot_be_encoded_harms_nobody(manager_with: Any, clients_of: Any) -> None:
+async def test_unencodable_broadcast_raises_and_closes_no_socket(manager_with: Any, clients_of: Any) -> None:
     """It raises at the caller, and all connections stay."""
     manager, _ = manager_with()
     clients = await clients_of(manager, "ann", "bob")
@@ -870,7 +866,7 @@ async def test_a_payload_that_cannot_be_encoded_harms_nobody(manager_with: Any, 
         await client.gone()
 
 
-async def test_a_slow_client_keeps_nobody_waiting(manager_with: Any, clients_of: Any) -> None:
+async def test_stalled_client_does_not_block_broadcast(manager_with: Any, clients_of: Any) -> None:
     """A broadcast returns at once however stuck a client is; when its outbox is full, only that client goes."""
     manager, _ = manager_with(outbox_max_messages=2)
     slow, good = await clients_of(manager, "slow", "good")
@@ -887,9 +883,7 @@ async def test_a_slow_client_keeps_nobody_waiting(manager_with: Any, clients_of:
 
 
 @pytest.mark.parametrize("in_room", [False, True])
-async def test_a_broadcast_to_one_slow_client_does_not_raise_into_the_publisher(
-    manager_with: Any, clients_of: Any, in_room: bool
-) -> None:
+async def test_broadcast_to_slow_client_does_not_raise(manager_with: Any, clients_of: Any, in_room: bool) -> None:
     """A slow client that is the only recipient does not end the publisher; `raise_for_failure` raises on demand."""
     manager, _ = manager_with(outbox_max_messages=1)
     (slow,) = await clients_of(manager, "slow")
@@ -907,7 +901,7 @@ async def test_a_broadcast_to_one_slow_client_does_not_raise_into_the_publisher(
     await with_deadline(slow.task)
 
 
-async def test_sending_to_who_is_not_there_is_false(manager_with: Any, clients_of: Any) -> None:
+async def test_send_to_unknown_client_returns_false(manager_with: Any, clients_of: Any) -> None:
     """`send_to_client` says whether it could be queued, and never raises for a client that is gone."""
     manager, _ = manager_with()
     assert not await manager.send_to_client("nobody", "hi")
@@ -922,7 +916,7 @@ async def test_sending_to_who_is_not_there_is_false(manager_with: Any, clients_o
 # ── user data and memory ──
 
 
-async def test_user_data_is_set_and_read_by_client_id(manager_with: Any, clients_of: Any) -> None:
+async def test_user_data_is_accessible_by_client_id(manager_with: Any, clients_of: Any) -> None:
     """Entries are those of `ws.user_data`; a client that is not there has none and cannot get any."""
     manager, _ = manager_with()
     (client,) = await clients_of(manager, "ann")
@@ -937,7 +931,7 @@ async def test_user_data_is_set_and_read_by_client_id(manager_with: Any, clients
     await client.gone()
 
 
-async def test_memory_counts_what_is_inside(manager_with: Any, clients_of: Any) -> None:
+async def test_memory_counts_nested_data_and_queues(manager_with: Any, clients_of: Any) -> None:
     """Ten megabytes nested in user data are ten megabytes; queued and unread messages count too."""
     manager, _ = manager_with(outbox_max_bytes=10**7)
     assert manager.get_memory_usage() == {"total_memory": 0, "connection_count": 0, "per_connection_average": 0.0}
@@ -959,7 +953,7 @@ async def test_memory_counts_what_is_inside(manager_with: Any, clients_of: Any) 
     await bob.gone()
 
 
-async def test_the_heartbeat_reaches_served_sockets(manager_with: Any, clients_of: Any) -> None:
+async def test_heartbeat_timeout_closes_served_socket_with_4408(manager_with: Any, clients_of: Any) -> None:
     """A client that answered once and falls silent is closed with 4408 and found nowhere any more."""
     manager, heard = manager_with(heartbeat_interval=0.02, heartbeat_timeout=0.05)
     (client,) = await clients_of(manager, "ann")
@@ -972,7 +966,7 @@ async def test_the_heartbeat_reaches_served_sockets(manager_with: Any, clients_o
     assert heard.of("connection_ended")[0].fields["reason"] == "heartbeat_timeout"
 
 
-async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
+async def test_internal_task_failure_is_reported_as_bug(manager_with: Any) -> None:
     """A task of the library itself that fails is told with its name, as a bug."""
     manager, heard = manager_with()
     await manager.start()
@@ -989,7 +983,7 @@ async def test_an_internal_failure_is_reported(manager_with: Any) -> None:
 # ── hooks that hang, and the end of the manager ──
 
 
-async def test_an_error_hook_that_hangs_keeps_back_no_close_frame(manager_with: Any) -> None:
+async def test_hanging_error_hook_does_not_delay_close_frame(manager_with: Any) -> None:
     """After a bug the client has its 1011 at once, and the endpoint ends though an error hook never does."""
     manager, _ = manager_with(disconnect_grace=0.05)
     frames: list[Any] = []
@@ -1010,7 +1004,7 @@ async def test_an_error_hook_that_hangs_keeps_back_no_close_frame(manager_with: 
     assert frames == [(1011, "internal error")]
 
 
-async def test_a_shutdown_that_runs_out_of_time_still_tells_the_disconnect_hooks(manager_with: Any) -> None:
+async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) -> None:
     """A handler that is busy beyond the timeout costs no `on_disconnect`, and it is told once."""
     manager, _ = manager_with()
     told: list[str] = []
@@ -1041,7 +1035,7 @@ async def test_a_shutdown_that_runs_out_of_time_still_tells_the_disconnect_hooks
     assert told == ["ann"]
 
 
-async def test_a_shutdown_during_the_handshake_refuses_the_connection(manager_with: Any) -> None:
+async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -> None:
     """A connection whose handshake hook is slower than the shutdown is not accepted afterwards."""
     manager, _ = manager_with()
     await manager.start()
@@ -1070,7 +1064,7 @@ async def test_a_shutdown_during_the_handshake_refuses_the_connection(manager_wi
 # ── by hand: whose connection is meant ──
 
 
-async def test_one_websocket_is_connected_once(manager_with: Any) -> None:
+async def test_second_connect_of_websocket_raises(manager_with: Any) -> None:
     """A second `connect` with the same WebSocket is refused, and the first connection is not touched."""
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
@@ -1080,7 +1074,7 @@ async def test_one_websocket_is_connected_once(manager_with: Any) -> None:
     assert manager.get_active_connections() == ["ann"]
 
 
-async def test_a_child_task_means_the_connection_of_its_endpoint(manager_with: Any, clients_of: Any) -> None:
+async def test_disconnect_in_child_task_spares_newer_connection(manager_with: Any, clients_of: Any) -> None:
     """`disconnect(client_id)` in a task that the old endpoint has started never ends the newer connection."""
     manager, _ = manager_with()
     server = FakeServer()
@@ -1108,7 +1102,7 @@ async def test_a_child_task_means_the_connection_of_its_endpoint(manager_with: A
     assert not new.server.close_frames
 
 
-async def test_a_task_that_outlives_its_endpoint_means_whoever_is_connected(manager_with: Any, clients_of: Any) -> None:
+async def test_disconnect_in_leftover_task_closes_current_connection(manager_with: Any, clients_of: Any) -> None:
     """A worker that was started in a connection can still disconnect a later connection of that client."""
     manager, _ = manager_with()
     go = asyncio.Event()
@@ -1160,7 +1154,7 @@ _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
-async def test_what_is_queued_for_many_is_sent_shard_by_shard(
+async def test_queued_messages_are_flushed_shard_by_shard(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, scheduler: list[int]
 ) -> None:
     """One turn of the event loop sends to one of num_shards parts when it takes long, and with one part to all."""
@@ -1176,7 +1170,7 @@ async def test_what_is_queued_for_many_is_sent_shard_by_shard(
 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
-async def test_connections_that_end_together_end_shard_by_shard(
+async def test_simultaneous_closes_are_processed_shard_by_shard(
     manager_with: Any, clients_of: Any, num_shards: int, scheduler: list[int]
 ) -> None:
     """The ends of many are decided at once, and what is left to do for them begins one part after the other."""
@@ -1196,7 +1190,7 @@ async def test_connections_that_end_together_end_shard_by_shard(
         await with_deadline(client.task)
 
 
-async def test_disconnect_hooks_run_a_few_at_a_time(manager_with: Any, clients_of: Any) -> None:
+async def test_disconnect_hooks_have_bounded_concurrency(manager_with: Any, clients_of: Any) -> None:
     """No more than max_concurrent_cleanup connections are told of at once, and all are in the end."""
     manager, _ = manager_with(max_concurrent_cleanup=2)
     told: list[str] = []
@@ -1219,7 +1213,7 @@ async def test_disconnect_hooks_run_a_few_at_a_time(manager_with: Any, clients_o
     assert sorted(told) == list("abcdef")
 
 
-async def test_close_frames_wait_for_the_server_a_few_at_a_time(
+async def test_close_frames_have_bounded_concurrency(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than max_concurrent_cleanup are given to servers that take none, and all are sent in the end."""
@@ -1245,7 +1239,7 @@ async def test_close_frames_wait_for_the_server_a_few_at_a_time(
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-async def test_failure_while_registering_finishes_the_connection(
+async def test_failed_registration_closes_with_1011(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, by_hand: bool
 ) -> None:
     """A connection that fails between its handshake and its hooks is closed with 1011, reported, and forgotten."""

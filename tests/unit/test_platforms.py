@@ -44,7 +44,7 @@ def options(*path: Platform) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_every_fact_has_a_source_and_a_day(fact: Fact) -> None:
+def test_every_fact_has_source_and_date(fact: Fact) -> None:
     """A fact names an https address, the day on which it was read, and says something in a sentence."""
     source = urlsplit(fact.source)
     assert source.scheme == "https"
@@ -55,7 +55,7 @@ def test_every_fact_has_a_source_and_a_day(fact: Fact) -> None:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
-def test_every_value_has_a_ground_and_every_ground_a_value(platform: Platform) -> None:
+def test_platform_values_and_facts_match(platform: Platform) -> None:
     """No value is without a fact about it, no fact is about a value that is not set, and no platform has neither."""
     about = {fact.about for fact in platform.facts} - {"note"}
     assert about == {value for value in VALUES if getattr(platform, value) is not None}
@@ -63,20 +63,20 @@ def test_every_value_has_a_ground_and_every_ground_a_value(platform: Platform) -
 
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
-def test_names_are_written_in_one_way(platform: Platform) -> None:
+def test_platform_names_are_lowercase_with_hyphens(platform: Platform) -> None:
     """A name is made of small letters and hyphens, and the table has it under itself."""
     assert PLATFORMS[platform.name] is platform
     assert platform.name == platform.name.lower().replace("_", "-")
     assert platform.title
 
 
-def test_no_platform_takes_the_name_of_another() -> None:
+def test_platform_names_are_unique() -> None:
     """Each definition is in the table: a second one of the same name would hide the first."""
     defined = (*proxies.PROXIES, *clouds.AMAZON, *clouds.AZURE, *clouds.GOOGLE, *hosts.HOSTS)
     assert list(PLATFORMS.values()) == list(defined)
 
 
-def test_facts_cannot_be_changed_by_accident() -> None:
+def test_platforms_are_immutable() -> None:
     """Platforms are frozen, and so is their table."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLATFORMS["nginx"].idle_timeout = 1.0  # type: ignore[misc]
@@ -90,7 +90,7 @@ def test_facts_cannot_be_changed_by_accident() -> None:
 @pytest.mark.parametrize(
     ("idle_timeout", "interval"), [(20.0, 8.0), (30.0, 12.0), (55.0, 22.0), (60.0, 24.0), (75.0, 30.0), (350.0, 30.0)]
 )
-def test_two_beats_fit_into_the_idle_timeout(idle_timeout: float, interval: float) -> None:
+def test_heartbeat_fits_twice_into_idle_timeout(idle_timeout: float, interval: float) -> None:
     """The interval is four tenths of the idle timeout, and never above the default."""
     assert options(a_hop(idle_timeout=idle_timeout)) == {"heartbeat_interval": pytest.approx(interval)}
 
@@ -98,7 +98,7 @@ def test_two_beats_fit_into_the_idle_timeout(idle_timeout: float, interval: floa
 @pytest.mark.parametrize(
     ("cut", "lifetime"), [(30.0, 27.0), (300.0, 270.0), (3600.0, 3540.0), (14400.0, 14340.0), (86400.0, 86340.0)]
 )
-def test_a_connection_is_closed_before_its_platform_cuts_it(cut: float, lifetime: float) -> None:
+def test_lifetime_closes_before_platform_limit(cut: float, lifetime: float) -> None:
     """A tenth earlier, a minute at most; a client that is asked to leave has its time within that."""
     assert options(a_hop(max_lifetime=cut)) == {"max_lifetime": pytest.approx(lifetime)}
     assert cut - lifetime > DRAIN_LEAD
@@ -108,19 +108,19 @@ def test_a_connection_is_closed_before_its_platform_cuts_it(cut: float, lifetime
     ("grace", "window", "timeout"),
     [(0.0, 0.0, 0.1), (5.0, 1.7, 3.1), (10.0, 3.3, 6.7), (30.0, 10.0, 20.0), (120.0, 10.0, 30.0)],
 )
-def test_a_drain_fits_into_the_grace(grace: float, window: float, timeout: float) -> None:
+def test_drain_fits_into_shutdown_grace(grace: float, window: float, timeout: float) -> None:
     """The closes have a third of the grace and all of the drain two thirds, and never more than by default."""
     fitting = options(a_hop(grace=grace))
     assert fitting == {"drain_window": pytest.approx(window), "drain_timeout": pytest.approx(timeout)}
 
 
-def test_what_nobody_documents_is_not_set() -> None:
+def test_undocumented_hop_sets_no_option() -> None:
     """A hop without values sets nothing, and takes nothing away from one that has them."""
     assert options(a_hop()) == {}
     assert options(a_hop(), a_hop(idle_timeout=60.0)) == options(a_hop(idle_timeout=60.0))
 
 
-def test_the_smallest_value_wins_each_by_itself() -> None:
+def test_smallest_value_of_each_kind_applies() -> None:
     """Idle timeout, lifetime and grace may each come from another hop."""
     path = (a_hop(20.0, 600.0, 30.0), a_hop(60.0, 300.0, 10.0), a_hop(30.0, 900.0, 0.0))
     smallest = options(a_hop(20.0, 300.0, 0.0))
@@ -131,7 +131,7 @@ def test_the_smallest_value_wins_each_by_itself() -> None:
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_every_platform_makes_a_config(name: str) -> None:
+def test_every_platform_creates_safe_config(name: str) -> None:
     """Only the options for which a platform has a value are set, and they stay on the safe side of it."""
     config = WebSocketConfig.for_platform(name)
     platform = PLATFORMS[name]
@@ -149,7 +149,7 @@ def test_every_platform_makes_a_config(name: str) -> None:
     assert platform.grace is None or config.drain_window <= platform.grace / 2
 
 
-def test_a_path_of_several_hops() -> None:
+def test_path_takes_strictest_value_of_each_option() -> None:
     """Each option comes from the hop that asks most for it; all other options are the defaults."""
     config = WebSocketConfig.for_platform("azure-front-door", "nginx", "istio", "kubernetes")
     assert config.heartbeat_interval == pytest.approx(24.0)  # nginx
@@ -158,30 +158,30 @@ def test_a_path_of_several_hops() -> None:
     assert config.changed_options() == {"heartbeat_interval", "max_lifetime", "drain_window", "drain_timeout"}
 
 
-def test_the_order_of_hops_does_not_matter() -> None:
+def test_hop_order_does_not_change_config() -> None:
     """A path and its reverse make the same config."""
     path = ("google-alb", "ingress-nginx", "kubernetes", "istio")
     configs = [WebSocketConfig.for_platform(*order) for order in itertools.permutations(path)]
     assert all(config == configs[0] for config in configs)
 
 
-def test_a_platform_that_documents_nothing_changes_nothing() -> None:
+def test_undocumented_platform_gives_default_config() -> None:
     """The config is the default one."""
     assert WebSocketConfig.for_platform("cloudflare") == DEFAULTS
 
 
 @pytest.mark.parametrize("name", ["AWS-ALB", "aws_alb", "Aws_Alb"])
-def test_a_name_is_read_whatever_its_case(name: str) -> None:
+def test_platform_lookup_ignores_case_and_underscores(name: str) -> None:
     """Capital letters and underscores are no mistakes."""
     assert resolve_hops(name) == (PLATFORMS["aws-alb"],)
 
 
-def test_a_path_keeps_its_order() -> None:
+def test_path_preserves_hop_order() -> None:
     """The client's side stays first, and a hop may come twice."""
     assert [platform.name for platform in resolve_hops("nginx", "istio", "nginx")] == ["nginx", "istio", "nginx"]
 
 
-def test_own_options_go_before_those_of_the_platforms() -> None:
+def test_overrides_take_precedence_over_platforms() -> None:
     """An override wins, also one that undoes a limit, and other options can be set beside."""
     config = WebSocketConfig.for_platform(
         "google-cloud-run", "nginx", heartbeat_interval=5, max_lifetime=None, on_duplicate="allow"
@@ -190,7 +190,7 @@ def test_own_options_go_before_those_of_the_platforms() -> None:
     assert config.drain_window == pytest.approx(3.3)
 
 
-def test_the_environment_goes_before_the_platforms() -> None:
+def test_environment_takes_precedence_over_platforms() -> None:
     """What `from_env` has read can be laid on top; what it has not read leaves the platforms' options alone."""
     read = WebSocketConfig.from_env(
         environ={"WS_HEARTBEAT_INTERVAL": "7", "WS_RECONNECT_SECRET": "0123456789abcdef", "WS_LOG_LEVEL": "debug"}
@@ -201,7 +201,7 @@ def test_the_environment_goes_before_the_platforms() -> None:
     assert config.drain_window == pytest.approx(1.7)
 
 
-def test_an_override_is_checked_as_ever() -> None:
+def test_invalid_override_is_rejected() -> None:
     """A wrong value and a misspelt option are refused."""
     with pytest.raises(ValidationError, match="heartbeat_interval"):
         WebSocketConfig.for_platform("nginx", heartbeat_interval=0)
@@ -209,7 +209,7 @@ def test_an_override_is_checked_as_ever() -> None:
         WebSocketConfig.for_platform("nginx", heartbeat_intervall=5)
 
 
-def test_a_subclass_makes_its_own_kind() -> None:
+def test_config_subclass_retains_shorter_default() -> None:
     """A config with a shorter default interval never gets a longer one."""
 
     class Quick(WebSocketConfig):
@@ -224,7 +224,7 @@ def test_a_subclass_makes_its_own_kind() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
+def test_unsupported_platform_is_rejected_with_reason(name: str) -> None:
     """The error names it and says why, wherever on the path it stands."""
     for path in ((name,), ("nginx", name), (name, "nginx")):
         with pytest.raises(UnsupportedPlatformError) as refused:
@@ -235,7 +235,7 @@ def test_a_platform_that_cannot_hold_sockets_is_refused(name: str) -> None:
         assert refused.value.refusal in str(refused.value)
 
 
-def test_the_platforms_that_are_refused() -> None:
+def test_unsupported_platforms_match_documentation() -> None:
     """They are those whose documentation says that no process of the user's holds the socket."""
     assert REFUSED == ["aws-alb-lambda", "aws-api-gateway", "google-app-engine-standard"]
 
@@ -243,7 +243,7 @@ def test_the_platforms_that_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "similar"), [("ngnix", "nginx"), ("aws-albs", "aws-alb"), ("CLOUD_RUN", "google-cloud-run"), ("zzz", None)]
 )
-def test_an_unknown_platform_is_an_error_that_lists_the_known(name: str, similar: str | None) -> None:
+def test_unknown_platform_error_lists_known_names(name: str, similar: str | None) -> None:
     """All names are in it, and the one that may have been meant."""
     with pytest.raises(UnknownPlatformError) as unknown:
         WebSocketConfig.for_platform("nginx", name)
@@ -253,7 +253,7 @@ def test_an_unknown_platform_is_an_error_that_lists_the_known(name: str, similar
     assert (f"did you mean {similar!r}?" in str(unknown.value)) == (similar is not None)
 
 
-def test_a_path_without_hops_is_an_error() -> None:
+def test_empty_path_raises() -> None:
     """Nothing to look up is more likely a mistake than a wish for the defaults."""
     with pytest.raises(ValueError, match="at least one hop"):
         WebSocketConfig.for_platform(heartbeat_interval=5)
@@ -262,7 +262,7 @@ def test_a_path_without_hops_is_an_error() -> None:
 # ── platforms that were changed ──
 
 
-def test_a_platform_that_was_changed_counts_as_it_is() -> None:
+def test_modified_platform_uses_its_own_values() -> None:
     """Its own facts stay, and the smallest value still wins."""
     config = WebSocketConfig.for_platform("aws-alb", hop("nginx", idle_timeout=20))
     assert config.heartbeat_interval == 8
@@ -279,7 +279,7 @@ def test_a_platform_that_was_changed_counts_as_it_is() -> None:
         ("aws-api-gateway", {"grace": 1}, "the gateway holds the socket itself"),
     ],
 )
-def test_a_change_that_makes_no_sense_is_an_error(name: str, values: dict[str, float], problem: str) -> None:
+def test_invalid_platform_change_raises(name: str, values: dict[str, float], problem: str) -> None:
     """It says what is wrong."""
     with pytest.raises(ValueError, match=problem):
         hop(name, **values)

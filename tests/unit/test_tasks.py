@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all, wait_for_first
-from tests.unit.fake_websocket import settle, with_deadline
+from tests.support.fake_websocket import settle, with_deadline
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
@@ -22,7 +22,7 @@ def make() -> tuple[TaskSet, list[tuple[str, BaseException]]]:
     return TaskSet(lambda task, error: failures.append((task.get_name(), error))), failures
 
 
-async def test_a_task_has_its_name_and_gives_its_result() -> None:
+async def test_task_has_name_and_returns_result() -> None:
     """A spawned task is named, and can be awaited like any other."""
     tasks, failures = make()
 
@@ -35,7 +35,7 @@ async def test_a_task_has_its_name_and_gives_its_result() -> None:
     assert failures == []
 
 
-async def test_a_task_is_held_until_it_ends_and_not_longer() -> None:
+async def test_running_task_is_referenced_until_it_ends() -> None:
     """A task that only the set knows survives the garbage collector; an ended one is let go of."""
     tasks, _ = make()
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -57,7 +57,7 @@ async def test_a_task_is_held_until_it_ends_and_not_longer() -> None:
     assert len(tasks) == 0
 
 
-async def test_a_failure_is_told() -> None:
+async def test_task_failure_is_reported_once() -> None:
     """The exception of a task reaches the owner of the set, once."""
     tasks, failures = make()
     error = ValueError("no")
@@ -71,7 +71,7 @@ async def test_a_failure_is_told() -> None:
     assert len(tasks) == 0
 
 
-async def test_a_cancellation_is_not_a_failure() -> None:
+async def test_cancelled_task_is_not_reported() -> None:
     """A task that was cancelled is not reported."""
     tasks, failures = make()
     task = tasks.spawn(asyncio.Event().wait(), name="waiting")
@@ -81,7 +81,7 @@ async def test_a_cancellation_is_not_a_failure() -> None:
     assert failures == []
 
 
-async def test_a_task_that_cancels_its_set_is_spared() -> None:
+async def test_task_cancelling_its_set_is_not_cancelled() -> None:
     """The task that closes the set goes on; the caller gets only the others."""
     tasks, _ = make()
 
@@ -95,7 +95,7 @@ async def test_a_task_that_cancels_its_set_is_spared() -> None:
     assert other.cancelled()
 
 
-async def test_a_task_runs_in_the_context_that_it_is_given() -> None:
+async def test_task_runs_in_given_context() -> None:
     """Context variables come from the given context, else from the caller's."""
     tasks, _ = make()
 
@@ -112,7 +112,7 @@ async def test_a_task_runs_in_the_context_that_it_is_given() -> None:
         VARIABLE.reset(token)
 
 
-async def test_waiting_for_what_is_done_takes_no_turn() -> None:
+async def test_wait_for_done_futures_does_not_yield() -> None:
     """Futures that are done are not waited for, and none at all is fine."""
     done = asyncio.get_running_loop().create_future()
     done.set_result(None)
@@ -120,14 +120,14 @@ async def test_waiting_for_what_is_done_takes_no_turn() -> None:
     assert await wait_for_all([], None)
 
 
-async def test_a_wait_that_times_out_touches_nothing() -> None:
+async def test_timed_out_wait_leaves_futures_pending() -> None:
     """After the timeout the futures are still pending, and the answer is no."""
     future = asyncio.get_running_loop().create_future()
     assert not await wait_for_all([future], 0.01)
     assert not future.done()
 
 
-async def test_a_cancelled_wait_touches_nothing() -> None:
+async def test_cancelled_wait_leaves_futures_pending() -> None:
     """The cancellation of who waits goes on to the waiter and not to the futures."""
     future = asyncio.get_running_loop().create_future()
     waiter = asyncio.ensure_future(wait_for_all([future], None))
@@ -138,7 +138,7 @@ async def test_a_cancelled_wait_touches_nothing() -> None:
     assert not future.done()
 
 
-async def test_a_failed_future_counts_as_done() -> None:
+async def test_failed_future_counts_as_done() -> None:
     """Waiting says whether all are done, and does not raise what they have raised."""
     future = asyncio.get_running_loop().create_future()
     future.set_exception(ValueError("no"))
@@ -147,7 +147,7 @@ async def test_a_failed_future_counts_as_done() -> None:
         future.result()
 
 
-async def test_waiting_for_the_first_ends_with_it() -> None:
+async def test_wait_first_returns_with_first_future() -> None:
     """The first future that is done ends the wait, and the others are not touched."""
     first, second = (asyncio.get_running_loop().create_future() for _ in range(2))
     waiter = asyncio.ensure_future(wait_for_first([first, second], 5.0))
@@ -161,7 +161,7 @@ async def test_waiting_for_the_first_ends_with_it() -> None:
 
 
 @pytest.mark.parametrize("wait", [wait_for_all, wait_for_first])
-async def test_timer_of_a_wait_that_is_over_holds_nothing_of_the_caller(wait: Any) -> None:
+async def test_cancelled_wait_timer_holds_no_caller_context(wait: Any) -> None:
     """A timer that was cancelled stays in the event loop until its time; it does not keep the caller's context."""
 
     class Held:

@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.room import Room
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, OF_ROOM, OF_SOCKET
-from tests.unit.fake_websocket import FakeServer, eventually, with_deadline
+from tests.support.fake_websocket import FakeServer, eventually, with_deadline
 
 EMPTY_ROOM = Room("lobby", lambda: None)  # type: ignore[arg-type, return-value]
 SOCKET = object.__new__(StableSocket)
@@ -27,7 +27,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("owner", "name"), CASES)
-def test_wrong_name_says_the_right_one(owner: str, name: str) -> None:
+def test_wrong_name_error_names_right_one(owner: str, name: str) -> None:
     """A name that people guess raises an `AttributeError` which says what to write, with names that exist."""
     thing = OWNERS[owner]
     assert not hasattr(thing, name)
@@ -57,14 +57,14 @@ def test_wrong_name_says_the_right_one(owner: str, name: str) -> None:
         ("ws", "id", "ws.connection_id"),
     ],
 )
-def test_common_guess_is_answered(owner: str, name: str, right: str) -> None:
+def test_common_wrong_guess_names_right_one(owner: str, name: str, right: str) -> None:
     """The names of Starlette, FastAPI's tutorial and Socket.IO lead to those of this library."""
     with pytest.raises(AttributeError, match=re.escape(right)):
         getattr(OWNERS[owner], name)
 
 
 @pytest.mark.parametrize("owner", list(OWNERS))
-def test_unknown_name_is_an_ordinary_error(owner: str) -> None:
+def test_unknown_name_raises_ordinary_error(owner: str) -> None:
     """A name that is in no table raises what Python raises."""
     thing = OWNERS[owner]
     with pytest.raises(AttributeError) as caught:
@@ -74,13 +74,13 @@ def test_unknown_name_is_an_ordinary_error(owner: str) -> None:
     assert getattr(thing, "nonsense", 5) == 5
 
 
-def test_error_within_a_property_stays_as_it_is() -> None:
+def test_error_within_property_is_unchanged() -> None:
     """An `AttributeError` that a property raises is not taken for a missing name."""
     with pytest.raises(AttributeError, match="'_connection'"):
         _ = SOCKET.client_id
 
 
-def test_tools_that_look_at_objects_are_not_disturbed() -> None:
+def test_copy_mock_and_inspect_work_on_socket() -> None:
     """Copies, mocks and inspection see a socket as they did without the tables."""
     assert isinstance(copy.copy(SOCKET), StableSocket)
     assert isinstance(copy.copy(EMPTY_ROOM), Room)
@@ -92,7 +92,7 @@ def test_tools_that_look_at_objects_are_not_disturbed() -> None:
     assert inspect.unwrap(WebSocketConnectionManager().broadcast)
 
 
-async def test_socket_that_is_open_is_copied() -> None:
+async def test_copy_of_open_socket_is_same_connection() -> None:
     """A copy of an open socket is the same connection."""
     manager, server = WebSocketConnectionManager(), FakeServer(path_params={"client_id": "ann"})
     async with manager.serve(server.websocket, "ann") as ws:
@@ -103,20 +103,20 @@ async def test_socket_that_is_open_is_copied() -> None:
 
 
 @pytest.mark.parametrize("options", [{"heartbeat_interval": 5.0}, {}])
-def test_manager_with_a_dict_says_to_write_a_config(options: dict[str, Any]) -> None:
+def test_manager_with_dict_asks_for_config(options: dict[str, Any]) -> None:
     """Options as a dict are refused with what to write."""
     with pytest.raises(TypeError, match=re.escape("WebSocketConnectionManager(WebSocketConfig(**options))")):
         WebSocketConnectionManager(options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", ["redis://localhost", 5, WebSocketConfig, object()])
-def test_manager_with_something_else_says_what_it_takes(wrong: Any) -> None:
+def test_manager_with_wrong_type_names_expected_types(wrong: Any) -> None:
     """Anything but a config is refused by name."""
     with pytest.raises(TypeError, match=r"takes a WebSocketConfig, not"):
         WebSocketConnectionManager(wrong)
 
 
-def test_manager_with_an_app_says_install() -> None:
+def test_manager_with_app_suggests_install() -> None:
     """An app is given to `install`, or given the manager's lifespan."""
     from fastapi import FastAPI
 

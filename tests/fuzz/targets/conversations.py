@@ -31,7 +31,7 @@ from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
 from tests.fuzz import virtual
 from tests.fuzz.choices import text_of
 from tests.fuzz.strict_json import strict_json
-from tests.unit.sessions.fake_attachment import FakeAttachment
+from tests.support.fake_attachment import FakeAttachment
 
 CONFIG: Final = WebSocketConfig(
     max_message_size=4096, replay_max_messages=16, replay_max_bytes=2048, max_detached_sessions=20, session_ttl=60

@@ -52,7 +52,7 @@ def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
 
 
-def test_a_deployment_that_is_well_passes(doctor: Any) -> None:
+def test_clean_deployment_exits_0(doctor: Any) -> None:
     """The exit code is 0 if nothing is found."""
     assert doctor(APP, "--server", "uvicorn", "--platform", "aws-nlb", *BOUND) == (0, "nothing found\n", "")
 
@@ -67,7 +67,7 @@ def test_a_deployment_that_is_well_passes(doctor: Any) -> None:
     ],
     ids=str,
 )
-def test_platforms_may_be_separated_by_commas_and_stand_before_the_app(doctor: Any, arguments: tuple[str, ...]) -> None:
+def test_platforms_are_accepted_with_commas_and_before_app(doctor: Any, arguments: tuple[str, ...]) -> None:
     """The app is found wherever it stands, and each platform is looked at."""
     code, out, err = doctor("--ignore", "D07", *arguments) if arguments[0] == APP else doctor(*arguments)
     assert (code, err) == (0, "")
@@ -75,12 +75,12 @@ def test_platforms_may_be_separated_by_commas_and_stand_before_the_app(doctor: A
     assert "D18" in out
 
 
-def test_missing_app_is_named(doctor: Any) -> None:
+def test_missing_app_argument_is_named(doctor: Any) -> None:
     """Without an app the doctor cannot look, and says what to name."""
     assert doctor("--platform", "nginx", "kubernetes") == (2, "", "name the app as for a server, such as main:app\n")
 
 
-def test_errors_fail_it(doctor: Any) -> None:
+def test_errors_exit_1(doctor: Any) -> None:
     """The exit code is 1 if there is an error, and all findings are printed."""
     code, out, err = doctor(APP, "--platform", "google-cloud-run", "nginx", "--http2", "--option", "reload=true")
     assert (code, err) == (1, "")
@@ -88,13 +88,13 @@ def test_errors_fail_it(doctor: Any) -> None:
         assert word in out
 
 
-def test_warnings_alone_do_not(doctor: Any) -> None:
+def test_warnings_alone_exit_0(doctor: Any) -> None:
     """The exit code is 0 if there are warnings only."""
     code, out, _ = doctor(APP, *BOUND, "--option", "limit-max-requests=1000")
     assert (code, out.splitlines()[-1]) == (0, "errors: 0, warnings: 1")
 
 
-def test_findings_can_be_left_out(doctor: Any) -> None:
+def test_ignored_findings_exit_0(doctor: Any) -> None:
     """A finding that is known and accepted does not fail it."""
     assert doctor(APP, "--ignore", "d07") == (0, "nothing found\n", "")
 
@@ -110,21 +110,19 @@ def test_findings_can_be_left_out(doctor: Any) -> None:
         (("--option", "ws_ping_interval=None", "--option", "limit_concurrency=5"), "D11"),
     ],
 )
-def test_each_argument_is_heard(doctor: Any, arguments: tuple[str, ...], code: str) -> None:
+def test_each_argument_reaches_checks(doctor: Any, arguments: tuple[str, ...], code: str) -> None:
     """What is told on the command line reaches the checks."""
     _, out, _ = doctor(APP, *BOUND, *arguments, "--ignore", "D18")
     assert code in out
     assert "errors: 1, warnings: 0" in out or "errors: 0, warnings: 1" in out
 
 
-def test_the_options_of_the_manager_can_be_the_server_s(doctor: Any) -> None:
+def test_uvicorn_options_flag_uses_manager_options(doctor: Any) -> None:
     """`--uvicorn-options` stands for `uvicorn.run(app, **manager.uvicorn_options())`."""
     assert doctor(APP, "--uvicorn-options")[0] == 0
 
 
-def test_a_manager_that_the_app_does_not_show_is_found_in_its_module(
-    doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manager_is_found_in_module_of_app(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An app that uses `Depends(manager.socket)` alone has its manager beside it; two are one too many."""
     monkeypatch.syspath_prepend(tmp_path)
     begin = "from fastapi import FastAPI\nfrom fastapi_ws_stabilizer import WebSocketConnectionManager as M\n"
@@ -155,7 +153,7 @@ def test_a_manager_that_the_app_does_not_show_is_found_in_its_module(
         ((":app",), "cannot import '': ValueError"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said(doctor: Any, arguments: tuple[str, ...], message: str) -> None:
+def test_uninspectable_target_exits_2(doctor: Any, arguments: tuple[str, ...], message: str) -> None:
     """The exit code is 2, with one line that says why."""
     code, out, err = doctor(*arguments)
     assert (code, out) == (2, "")
@@ -174,7 +172,7 @@ def test_what_cannot_be_looked_at_is_said(doctor: Any, arguments: tuple[str, ...
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_an_app_that_breaks_at_its_import_is_said(
+def test_failing_app_import_exits_2(
     doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
     """Whatever it raises, the exit code is 2, with one line; an app that exits does not pass."""
@@ -186,7 +184,7 @@ def test_an_app_that_breaks_at_its_import_is_said(
     assert err.startswith("cannot import 'breaks_at_import': ")
 
 
-def test_an_interrupt_at_the_import_is_one(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_import_propagates(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C means the command."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
@@ -194,7 +192,7 @@ def test_an_interrupt_at_the_import_is_one(doctor: Any, tmp_path: Path, monkeypa
         doctor("interrupted:app")
 
 
-def test_it_is_a_command() -> None:
+def test_module_runs_as_command() -> None:
     """`python -m` finds an app of the working directory."""
     command = [sys.executable, "-m", "fastapi_ws_stabilizer", "doctor", APP, *BOUND, "--platform", "railway"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -205,7 +203,7 @@ def test_it_is_a_command() -> None:
 # ── what it prints ──
 
 
-def test_a_table_is_printed_with_rich() -> None:
+def test_findings_are_table_with_rich() -> None:
     """With `rich` it is a table in which every word stands, brackets too."""
     out = io.StringIO()
     write_findings(FINDINGS, out)
@@ -216,7 +214,7 @@ def test_a_table_is_printed_with_rich() -> None:
 
 
 @pytest.mark.usefixtures("without_rich")
-def test_plain_text_is_printed_without_rich() -> None:
+def test_findings_are_plain_lines_without_rich() -> None:
     """Without `rich` it is the same words as plain lines, none too long."""
     out = io.StringIO()
     write_findings(FINDINGS, out)
@@ -227,6 +225,6 @@ def test_plain_text_is_printed_without_rich() -> None:
     assert max(map(len, lines)) <= WIDTH
 
 
-def test_nothing_is_counted_as_nothing() -> None:
+def test_no_findings_print_one_line() -> None:
     """Without findings there is one line."""
     assert summary([]) == "nothing found"

@@ -68,7 +68,7 @@ def drain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def test_a_drain_prints_its_report(drain: Any, answered: Answered) -> None:
+def test_drain_prints_result_and_exits_0_or_1(drain: Any, answered: Answered) -> None:
     """The exit code is 0 if all connections ended in time, and 1 if some were cut."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     code, out, err = drain(url, "--timeout", "7")
@@ -80,14 +80,14 @@ def test_a_drain_prints_its_report(drain: Any, answered: Answered) -> None:
 
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\n", f" {SECRET}\r\n"])
-def test_the_end_of_line_of_a_secret_from_a_file_is_left_out(drain: Any, answered: Answered, secret: str) -> None:
+def test_trailing_newline_of_secret_is_stripped(drain: Any, answered: Answered, secret: str) -> None:
     """`kubectl create secret --from-file` keeps the newline of the file."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=secret)[0] == 0
     assert f"authorization: bearer {SECRET}\r\n".encode() in heard[0].lower()
 
 
-def test_a_secret_may_have_the_letters_that_a_header_has(drain: Any, answered: Answered) -> None:
+def test_secret_may_contain_latin_1_characters(drain: Any, answered: Answered) -> None:
     """Those of Latin-1, as the server reads them."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=f"{SECRET}-\u00fc")[0] == 0
@@ -95,7 +95,7 @@ def test_a_secret_may_have_the_letters_that_a_header_has(drain: Any, answered: A
 
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\nX-More: 1", f"{SECRET}\u20ac", f"{SECRET}\x01"])
-def test_a_secret_that_is_no_header_is_not_printed(drain: Any, answered: Answered, secret: str) -> None:
+def test_invalid_header_secret_is_neither_printed_nor_sent(drain: Any, answered: Answered, secret: str) -> None:
     """It says which variable is wrong, and sends nothing."""
     url, heard = answered(answer("200 OK", json.dumps(REPORT).encode()))
     assert drain(url, secret=secret) == (
@@ -106,14 +106,14 @@ def test_a_secret_that_is_no_header_is_not_printed(drain: Any, answered: Answere
     assert heard == []
 
 
-def test_no_secret_is_an_error(drain: Any) -> None:
+def test_blank_secret_is_error(drain: Any) -> None:
     """White space is none."""
     code, _, err = drain("http://127.0.0.1:9", secret=" \n")
     assert (code, err) == (2, "no secret: set WS_DRAIN_SECRET to the server's drain_secret\n")
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
-def test_the_secret_goes_to_no_proxy(
+def test_secret_is_not_sent_to_proxy(
     drain: Any, answered: Answered, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A proxy of the environment is not asked."""
@@ -126,7 +126,7 @@ def test_the_secret_goes_to_no_proxy(
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
-def test_the_secret_follows_no_redirect(drain: Any, answered: Answered, status: str) -> None:
+def test_redirect_is_not_followed_with_secret(drain: Any, answered: Answered, status: str) -> None:
     """A redirect is an error that names where it leads."""
     elsewhere, seen = answered(answer("200 OK", json.dumps(REPORT).encode()))
     url, _ = answered(answer(status, b"", f"Location: {elsewhere}/drain"))
@@ -160,7 +160,7 @@ def test_the_secret_follows_no_redirect(drain: Any, answered: Answered, status: 
         (answer("302 Found", b"", f"Location: /?was={SECRET}"), "redirected: HTTP 302 to /?was=***"),
     ],
 )
-def test_an_answer_that_is_no_report_is_one_line(drain: Any, answered: Answered, response: bytes, message: str) -> None:
+def test_unexpected_answer_exits_1_with_one_line(drain: Any, answered: Answered, response: bytes, message: str) -> None:
     """Whatever is there instead of a server of ours: no traceback, no secret, and the exit code is 1."""
     url, _ = answered(response)
     code, out, err = drain(url)
@@ -189,7 +189,7 @@ def test_an_answer_that_is_no_report_is_one_line(drain: Any, answered: Answered,
         "http://a..b/ws-stats",
     ],
 )
-def test_a_url_that_cannot_be_asked_is_one_line(drain: Any, url: str) -> None:
+def test_invalid_url_exits_2_with_one_line(drain: Any, url: str) -> None:
     """The exit code is 2."""
     code, out, err = drain(url)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -197,14 +197,14 @@ def test_a_url_that_cannot_be_asked_is_one_line(drain: Any, url: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "3601"])
-def test_a_timeout_that_the_server_would_not_take_is_refused(drain: Any, seconds: str) -> None:
+def test_invalid_timeout_exits_2_and_sends_nothing(drain: Any, seconds: str) -> None:
     """The exit code is 2, and nothing is sent."""
     code, out, err = drain("http://127.0.0.1:9", "--timeout", seconds)
     assert (code, out) == (2, "")
     assert err == f"--timeout must be above 0 s and at most 3600 s, not {seconds}\n"
 
 
-def test_nobody_there_is_one_line(drain: Any) -> None:
+def test_refused_connection_prints_one_line(drain: Any) -> None:
     """A port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

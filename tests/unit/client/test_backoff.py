@@ -17,31 +17,31 @@ SLOW = [1012, 1013, 1014, 4429, 4503]
 
 
 @pytest.mark.parametrize("code", AGAIN + AGAIN_OF_APPLICATIONS)
-def test_a_code_without_a_verdict_is_dialled_again_after(code: int) -> None:
+def test_unknown_close_code_reconnects_with_backoff(code: int) -> None:
     """What says nothing about the client itself is no reason to stay away."""
     assert action_for(code) is ReconnectAction.AGAIN
 
 
 @pytest.mark.parametrize("code", FINAL + FINAL_OF_APPLICATIONS)
-def test_a_final_code_is_obeyed(code: int) -> None:
+def test_terminal_code_stops_reconnecting(code: int) -> None:
     """A client that is told that it is wrong does not come back."""
     assert action_for(code) is ReconnectAction.FINAL
 
 
 @pytest.mark.parametrize("code", [1008, 3000, 4401])
-def test_a_code_about_credentials_wants_new_ones(code: int) -> None:
+def test_credential_code_requests_new_credential(code: int) -> None:
     """Credentials can be renewed, once."""
     assert action_for(code) is ReconnectAction.REFRESH
 
 
 @pytest.mark.parametrize("code", [4000, 4412])
-def test_a_client_that_leaves_to_come_back_dials_at_once(code: int) -> None:
+def test_detach_and_resync_codes_reconnect_at_once(code: int) -> None:
     """Detaching and resynchronising are no failures of the server."""
     assert action_for(code) is ReconnectAction.NOW
 
 
 @given(st.integers(1000, 4999))
-def test_every_code_has_a_verdict(code: int) -> None:
+def test_every_close_code_has_reconnect_action(code: int) -> None:
     """There is no code that a client does not know what to do with."""
     assert action_for(code) in ReconnectAction
 
@@ -53,37 +53,37 @@ def delays(monkeypatch: pytest.MonkeyPatch, dice: float, codes: list[int], **opt
     return [round(backoff.delay(code, ""), 6) for code in codes]
 
 
-def test_the_window_doubles_and_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_window_doubles_up_to_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delays are 200 ms and a part of a window that doubles with each failure, up to 30 s."""
     assert delays(monkeypatch, 1.0, [1006] * 8) == [1.2, 2.2, 4.2, 8.2, 16.2, 30.2, 30.2, 30.2]
 
 
-def test_the_jitter_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_has_full_jitter_above_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any part of the window is possible, nothing of it too, but the 200 ms always are."""
     assert delays(monkeypatch, 0.0, [1006] * 5) == [0.2] * 5
     assert delays(monkeypatch, 0.5, [1006] * 3) == [0.7, 1.2, 2.2]
 
 
 @pytest.mark.parametrize("code", SLOW)
-def test_the_window_is_wider_where_all_were_told_the_same(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_shared_shutdown_code_widens_first_window(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Where a server is on its way down the first window is five times as wide."""
     assert delays(monkeypatch, 1.0, [code, code, code, code]) == [5.2, 10.2, 20.2, 30.2]
 
 
-def test_the_numbers_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_limits_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least delay, the first window and the largest one can be chosen."""
     assert delays(monkeypatch, 1.0, [1006] * 4, base=0.5, max_delay=3.0, min_delay=0.0) == [0.5, 1.0, 2.0, 3.0]
 
 
 @given(st.sampled_from(AGAIN), st.integers(0, 10_000))
-def test_a_delay_is_always_within_its_bounds(code: int, attempt: int) -> None:
+def test_delay_is_always_within_bounds(code: int, attempt: int) -> None:
     """However often it has failed: never below 200 ms, never above 30.2 s."""
     backoff = Backoff(attempt=attempt)
     assert 0.2 <= backoff.delay(code, "") <= 30.2
     assert backoff.attempt == attempt + 1
 
 
-def test_a_stable_connection_forgets_the_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stable_connection_resets_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a reset the window begins anew."""
     monkeypatch.setattr(backoff_module.random, "uniform", lambda low, high: high)
     backoff = Backoff(attempt=7)
@@ -101,13 +101,13 @@ def test_a_stable_connection_forgets_the_failures(monkeypatch: pytest.MonkeyPatc
         ("retry=9999999", 300.0),
     ],
 )
-def test_hint_is_the_least_delay(reason: str, delay: float) -> None:
+def test_retry_hint_is_minimum_delay(reason: str, delay: float) -> None:
     """A hint in the reason is when to come back at the earliest, up to 300 s."""
     for _ in range(20):
         assert delay <= Backoff().delay(4503, reason) <= delay * 1.1 + 0.2
 
 
-def test_hint_has_jitter() -> None:
+def test_retry_hint_has_jitter() -> None:
     """Clients that were told the same time come back spread over a tenth of it, and 200 ms."""
     found = [Backoff().delay(4503, "retry=10000") for _ in range(500)]
     assert min(found) < 10.2
@@ -115,7 +115,7 @@ def test_hint_has_jitter() -> None:
     assert len(set(found)) > 400
 
 
-def test_hint_of_a_limit_is_kept_to_each_time() -> None:
+def test_retry_hint_of_4429_is_always_obeyed() -> None:
     """After 4429 the client comes back when it is told to, however often that was; and never without any pause."""
     backoff = Backoff()
     assert all(2.0 <= backoff.delay(4429, "too many messages; retry=2000") <= 2.4 for _ in range(20))
@@ -123,12 +123,12 @@ def test_hint_of_a_limit_is_kept_to_each_time() -> None:
 
 
 @pytest.mark.parametrize("reason", ["", "retry", "retry=", "retry=-5", "retry=soon", "noretry=100", "retry=99999999"])
-def test_what_is_no_hint_is_ignored(reason: str) -> None:
+def test_invalid_retry_hint_is_ignored(reason: str) -> None:
     """Nothing but digits after `retry=` is a hint."""
     assert Backoff().delay(1006, reason) >= 0.2
 
 
-def test_a_hint_is_believed_three_times() -> None:
+def test_retry_hint_is_obeyed_three_times() -> None:
     """A server that says `retry=0` for ever is not dialled without end."""
     backoff = Backoff()
     assert max(backoff.delay(4503, "retry=0") for _ in range(3)) <= 0.2

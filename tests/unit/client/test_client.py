@@ -28,7 +28,7 @@ from fastapi_ws_stabilizer.client import (
 from fastapi_ws_stabilizer.client.backoff import Backoff
 from fastapi_ws_stabilizer.client.transport import UnreadableMessageError
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, deflated
-from tests.unit.client.fake_link import FakeLink, Scene, soon, virtually
+from tests.support.fake_link import FakeLink, Scene, soon, virtually
 
 FINAL_CODES = [1002, 1003, 1007, 1009, 1010, 3003, 4400, 4403, 4404, 4406, 4410, 4418]
 PASSING_CODES = [1000, 1001, 1005, 1006, 1011, 1012, 1015, 3500, 4001, 4408, 4500, 4503, 4507, 4999]
@@ -43,7 +43,7 @@ def now() -> float:
 
 
 @virtually
-async def test_a_client_says_hello_and_is_open_when_it_is_welcomed() -> None:
+async def test_client_is_open_after_hello_and_welcome() -> None:
     """The first frame says which dial this is and of which instance, and the welcome is acknowledged at once."""
     async with Scene() as scene:
         hello = scene.link.hello
@@ -58,7 +58,7 @@ async def test_a_client_says_hello_and_is_open_when_it_is_welcomed() -> None:
 
 
 @virtually
-async def test_a_client_is_entered_when_it_is_open() -> None:
+async def test_async_with_opens_and_closes_client() -> None:
     """`async with` returns with an open connection, and says goodbye at its end."""
     scene = Scene()
     entering = asyncio.ensure_future(scene.client.__aenter__())
@@ -72,8 +72,8 @@ async def test_a_client_is_entered_when_it_is_open() -> None:
     assert scene.client.state == "closed"
 
 
-@pytest.mark.parametrize("moment", ["dialling", "greeted", "waiting", "closing"])
-def test_a_client_that_is_not_entered_leaves_nothing_behind(moment: str) -> None:
+@pytest.mark.parametrize("moment", ["dialling", "connected", "waiting", "closing"])
+def test_cancelled_async_with_leaves_no_task(moment: str) -> None:
     """Who is cancelled while it waits for the first connection has no client, and no task of one."""
 
     @virtually
@@ -101,7 +101,7 @@ def test_a_client_that_is_not_entered_leaves_nothing_behind(moment: str) -> None
 
 
 @virtually
-async def test_a_client_whose_first_answer_is_final_leaves_nothing_behind() -> None:
+async def test_terminal_first_close_leaves_no_task() -> None:
     """Also without a cancellation an `async with` that is not entered leaves no task."""
     scene = Scene()
     scene.subprotocol = None
@@ -112,7 +112,7 @@ async def test_a_client_whose_first_answer_is_final_leaves_nothing_behind() -> N
 
 
 @virtually
-async def test_what_can_never_be_dialled_ends_the_client() -> None:
+async def test_invalid_target_closes_client() -> None:
     """A dial that says that no other can succeed is the last one."""
     scene = Scene()
     scene.failures = [ClientClosedError(4400, "it cannot be dialled: not://a.url")]
@@ -122,7 +122,7 @@ async def test_what_can_never_be_dialled_ends_the_client() -> None:
 
 
 @virtually
-async def test_a_server_that_speaks_something_else_is_left() -> None:
+async def test_missing_subprotocol_ends_attempt_before_hello() -> None:
     """Without the subprotocol there is no common version, and nothing is said."""
     scene = Scene()
     scene.subprotocol = None
@@ -134,7 +134,7 @@ async def test_a_server_that_speaks_something_else_is_left() -> None:
 
 
 @virtually
-async def test_nothing_is_said_before_the_welcome() -> None:
+async def test_messages_wait_for_welcome() -> None:
     """Messages wait for the welcome, and frames before it are not looked at."""
     async with Scene() as scene:
         scene.client.send("early")
@@ -146,7 +146,7 @@ async def test_nothing_is_said_before_the_welcome() -> None:
 
 
 @virtually
-async def test_one_deadline_covers_the_whole_dial() -> None:
+async def test_connect_timeout_covers_whole_attempt() -> None:
     """A dial that hangs, and a server that does not welcome, are given up after `connect_timeout`."""
     scene = Scene(connect_timeout=10.0)
     scene.black_hole = True
@@ -175,7 +175,7 @@ async def test_one_deadline_covers_the_whole_dial() -> None:
     ],
     ids=str,
 )
-def test_malformed_welcome_makes_the_client_dial_again(frame: dict[str, Any]) -> None:
+def test_malformed_welcome_closes_4412_and_reconnects(frame: dict[str, Any]) -> None:
     """The client leaves a connection whose welcome it cannot read with 4412, tells the error, and dials again."""
 
     @virtually
@@ -193,7 +193,7 @@ def test_malformed_welcome_makes_the_client_dial_again(frame: dict[str, Any]) ->
 
 
 @virtually
-async def test_a_url_may_be_a_function() -> None:
+async def test_url_function_is_called_for_each_attempt() -> None:
     """The URL is asked for anew for each dial, and what fails there is one failed dial."""
     urls = iter(["ws://one", None, "ws://three"])
 
@@ -215,7 +215,7 @@ async def test_a_url_may_be_a_function() -> None:
 
 
 @pytest.mark.parametrize("code", FINAL_CODES)
-def test_a_final_code_closes_the_client(code: int) -> None:
+def test_terminal_code_closes_client(code: int) -> None:
     """After a code that is about the client it does not dial again, and everybody who waits is told."""
 
     @virtually
@@ -243,7 +243,7 @@ def test_a_final_code_closes_the_client(code: int) -> None:
 
 
 @pytest.mark.parametrize("code", PASSING_CODES)
-def test_after_any_other_code_the_session_is_resumed(code: int) -> None:
+def test_other_close_code_resumes_session(code: int) -> None:
     """After a code that says nothing about the client it dials again, with its token and its number."""
 
     @virtually
@@ -263,7 +263,7 @@ def test_after_any_other_code_the_session_is_resumed(code: int) -> None:
 
 
 @virtually
-async def test_a_superseded_client_becomes_a_new_one() -> None:
+async def test_superseded_client_starts_new_session() -> None:
     """After 4409 the token is worth nothing: the client begins a new session, and does not fight for the old one."""
     async with Scene() as scene:
         await scene.opened()
@@ -274,7 +274,7 @@ async def test_a_superseded_client_becomes_a_new_one() -> None:
 
 
 @virtually
-async def test_a_missing_message_is_resumed_over_at_once() -> None:
+async def test_ping_number_mismatch_resumes_at_once_after_4412() -> None:
     """A ping whose number is not ours proves a loss: the client leaves with 4412, and dials without waiting."""
     async with Scene() as scene:
         await scene.opened()
@@ -287,7 +287,7 @@ async def test_a_missing_message_is_resumed_over_at_once() -> None:
 
 
 @virtually
-async def test_the_third_resync_in_a_row_gives_the_session_up() -> None:
+async def test_third_resync_in_row_starts_new_session() -> None:
     """Numbers that never fit end in a new session, and not in a loop; a stable connection forgets them."""
     async with Scene(stable_after=5.0) as scene:
         await scene.opened()
@@ -304,7 +304,7 @@ async def test_the_third_resync_in_a_row_gives_the_session_up() -> None:
 
 
 @virtually
-async def test_a_server_that_resumes_elsewhere_is_not_believed() -> None:
+async def test_full_resume_at_wrong_number_is_rejected() -> None:
     """`full` has to begin at the number that was presented."""
     async with Scene() as scene:
         await scene.opened()
@@ -318,7 +318,7 @@ async def test_a_server_that_resumes_elsewhere_is_not_believed() -> None:
 
 
 @virtually
-async def test_a_hint_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_retry_hint_of_draining_server_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draining server's `retry=` is obeyed."""
     async with Scene() as scene:
         await scene.opened()
@@ -329,7 +329,7 @@ async def test_a_hint_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @virtually
-async def test_delays_grow_until_a_connection_was_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backoff_grows_until_connection_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failed dials wait longer and longer; five seconds of an open connection begin anew, and less does not."""
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     async with Scene() as scene:
@@ -353,7 +353,7 @@ async def test_delays_grow_until_a_connection_was_stable(monkeypatch: pytest.Mon
 
 
 @virtually
-async def test_a_refused_credential_is_renewed_once() -> None:
+async def test_rejected_credential_is_renewed_once() -> None:
     """After 4401 the credential is asked for with `force`, and presented at once; a second refusal is final."""
     forced: list[bool] = []
 
@@ -372,7 +372,7 @@ async def test_a_refused_credential_is_renewed_once() -> None:
 
 
 @pytest.mark.parametrize("code", [4401, 3000, 1008])
-def test_without_a_provider_a_refused_credential_is_final(code: int) -> None:
+def test_rejected_credential_without_provider_is_final(code: int) -> None:
     """Who has no other credential does not ask twice."""
 
     @virtually
@@ -385,7 +385,7 @@ def test_without_a_provider_a_refused_credential_is_final(code: int) -> None:
 
 
 @virtually
-async def test_a_stable_connection_forgets_a_refusal() -> None:
+async def test_stable_connection_allows_another_credential_renewal() -> None:
     """A credential that was good for a while may be refused again later."""
     async with Scene(auth=lambda: "x", stable_after=5.0) as scene:
         for count in (2, 3):
@@ -396,7 +396,7 @@ async def test_a_stable_connection_forgets_a_refusal() -> None:
 
 
 @virtually
-async def test_a_credential_is_refreshed_without_a_new_connection() -> None:
+async def test_auth_request_is_answered_with_new_credential() -> None:
     """The server's `auth` is answered with a new credential; its `ok` with nothing."""
 
     def auth(force: bool = False) -> str:
@@ -411,7 +411,7 @@ async def test_a_credential_is_refreshed_without_a_new_connection() -> None:
 
 
 @virtually
-async def test_a_provider_that_fails_during_a_refresh_ends_nothing() -> None:
+async def test_failing_provider_during_renewal_keeps_connection() -> None:
     """The error is told, and the connection stays until the server ends it."""
 
     def auth(**options: Any) -> str:
@@ -430,7 +430,7 @@ async def test_a_provider_that_fails_during_a_refresh_ends_nothing() -> None:
 
 
 @virtually
-async def test_messages_are_numbered_and_done_when_they_are_accepted() -> None:
+async def test_message_future_resolves_on_ack_or_pong() -> None:
     """The future of a message is done with the server's word, from an `ack` or from a `pong`."""
     async with Scene() as scene:
         await scene.opened()
@@ -445,7 +445,7 @@ async def test_messages_are_numbered_and_done_when_they_are_accepted() -> None:
 
 
 @virtually
-async def test_what_is_not_accepted_is_sent_again() -> None:
+async def test_unacked_messages_are_resent_with_same_numbers() -> None:
     """A resumed session gets what it has not accepted with the same numbers, then what was queued meanwhile."""
     async with Scene() as scene:
         await scene.opened()
@@ -461,7 +461,7 @@ async def test_what_is_not_accepted_is_sent_again() -> None:
 
 
 @virtually
-async def test_bytes_travel_as_bytes() -> None:
+async def test_bytes_are_sent_as_binary_frames() -> None:
     """A message of bytes is a binary frame, both ways."""
     async with Scene() as scene:
         await scene.opened()
@@ -475,7 +475,7 @@ async def test_bytes_travel_as_bytes() -> None:
 
 
 @virtually
-async def test_a_message_of_the_server_is_acknowledged_within_a_second() -> None:
+async def test_received_messages_are_acked_in_batches() -> None:
     """A few messages are acknowledged together, one second after the first; 32 at once."""
     async with Scene() as scene:
         await scene.opened()
@@ -490,7 +490,7 @@ async def test_a_message_of_the_server_is_acknowledged_within_a_second() -> None
 
 
 @virtually
-async def test_a_volatile_message_of_the_server_is_not_counted() -> None:
+async def test_received_volatile_message_is_not_acked() -> None:
     """Volatile messages arrive and are neither counted nor acknowledged."""
     async with Scene() as scene:
         await scene.opened()
@@ -501,7 +501,7 @@ async def test_a_volatile_message_of_the_server_is_not_counted() -> None:
 
 
 @virtually
-async def test_a_ping_is_answered_at_once_with_the_count() -> None:
+async def test_ping_is_answered_at_once_with_last_number() -> None:
     """A pong carries the number of what was processed, and the time of the ping."""
     async with Scene() as scene:
         await scene.opened()
@@ -512,7 +512,7 @@ async def test_a_ping_is_answered_at_once_with_the_count() -> None:
 
 
 @virtually
-async def test_a_volatile_message_goes_now_or_never() -> None:
+async def test_volatile_message_is_not_buffered() -> None:
     """Without a connection it is not sent, and with one it has no number and is not kept."""
     async with Scene() as scene:
         assert not scene.client.send_volatile(1)
@@ -530,7 +530,7 @@ async def test_a_volatile_message_goes_now_or_never() -> None:
 
 
 @virtually
-async def test_a_message_that_the_server_would_not_take_is_refused() -> None:
+async def test_message_over_server_limit_is_rejected() -> None:
     """`max` of the welcome is looked at before anything is sent."""
     async with Scene() as scene:
         await scene.opened(max=1000)
@@ -540,7 +540,7 @@ async def test_a_message_that_the_server_would_not_take_is_refused() -> None:
 
 
 @virtually
-async def test_a_full_buffer_refuses_or_drops() -> None:
+async def test_full_send_buffer_rejects_or_drops_oldest() -> None:
     """While there is no connection as much waits as may: then the new one fails, or the oldest one."""
     async with Scene(max_buffered=2) as scene:
         scene.client.send(1)
@@ -555,14 +555,14 @@ async def test_a_full_buffer_refuses_or_drops() -> None:
 
 
 @virtually
-async def test_an_overflow_that_nobody_knows_is_an_error() -> None:
+async def test_unknown_overflow_policy_raises() -> None:
     """A policy is one of two."""
     with pytest.raises(ValueError, match="'drop_newest'"):
         Client("ws://server", overflow="drop_newest")  # type: ignore[arg-type]
 
 
 @virtually
-async def test_messages_wait_for_who_iterates_and_outlive_connections() -> None:
+async def test_iteration_continues_across_connections() -> None:
     """One iteration sees the messages of all connections, in order, and ends with the client."""
     async with Scene() as scene:
         got: list[Any] = []
@@ -584,7 +584,7 @@ async def test_messages_wait_for_who_iterates_and_outlive_connections() -> None:
 
 
 @virtually
-async def test_a_slow_reader_stops_the_reading_and_not_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_iteration_pauses_liveness_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing is read because the application is slow, silence is no sign of a dead link."""
     monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
@@ -598,7 +598,7 @@ async def test_a_slow_reader_stops_the_reading_and_not_the_connection(monkeypatc
 
 
 @virtually
-async def test_a_loop_that_was_left_does_not_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_abandoned_iteration_blocks_reading_for_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a `break`, messages that nobody reads hold up handlers and answers for ten seconds and not for ever."""
     monkeypatch.setattr("fastapi_ws_stabilizer.client.inbound.MAX_UNREAD", 2)
     async with Scene() as scene:
@@ -622,7 +622,7 @@ async def test_a_loop_that_was_left_does_not_stop_the_reading(monkeypatch: pytes
 
 
 @virtually
-async def test_a_request_returns_the_answer() -> None:
+async def test_request_returns_answer_or_raises_error() -> None:
     """The reply with its id settles a request, also if it is an error."""
     async with Scene() as scene:
         await scene.opened()
@@ -641,7 +641,7 @@ async def test_a_request_returns_the_answer() -> None:
 
 
 @virtually
-async def test_a_request_survives_a_reconnect() -> None:
+async def test_client_request_survives_reconnect() -> None:
     """A request that was accepted is answered in the next connection."""
     async with Scene() as scene:
         await scene.opened()
@@ -655,7 +655,7 @@ async def test_a_request_survives_a_reconnect() -> None:
 
 
 @virtually
-async def test_a_request_that_was_never_sent_is_withdrawn_when_its_time_is_over() -> None:
+async def test_unsent_request_is_cancelled_at_timeout() -> None:
     """A timed-out or cancelled request that still waits is not sent any more."""
     async with Scene() as scene:
         with pytest.raises(RequestTimeoutError) as caught:
@@ -672,7 +672,7 @@ async def test_a_request_that_was_never_sent_is_withdrawn_when_its_time_is_over(
 
 
 @virtually
-async def test_an_answer_that_comes_too_late_is_ignored() -> None:
+async def test_late_answer_is_ignored() -> None:
     """A request has its own time, whatever becomes of its message."""
     async with Scene() as scene:
         await scene.opened()
@@ -683,7 +683,7 @@ async def test_an_answer_that_comes_too_late_is_ignored() -> None:
 
 
 @virtually
-async def test_a_handler_answers_the_server() -> None:
+async def test_handler_return_value_answers_server_request() -> None:
     """What a handler returns is the reply to a request of the server, numbered like a message."""
     async with Scene() as scene:
 
@@ -705,7 +705,7 @@ async def test_a_handler_answers_the_server() -> None:
 
 
 @virtually
-async def test_an_answer_that_cannot_be_sent_is_told() -> None:
+async def test_unencodable_answer_is_reported() -> None:
     """A handler that returns what cannot be JSON hurts nobody else."""
     async with Scene() as scene:
         scene.client.on("*")(lambda data: object())
@@ -725,7 +725,7 @@ async def test_an_answer_that_cannot_be_sent_is_told() -> None:
     ],
     ids=["not JSON", "too large", "error too large", "error not JSON"],
 )
-def test_in_place_of_an_answer_that_cannot_be_sent_goes_an_error(answer: Any, text: str) -> None:
+def test_unencodable_answer_is_replaced_by_error_reply(answer: Any, text: str) -> None:
     """Who has asked is told why there is no answer, and the next message is handled."""
 
     @virtually
@@ -751,7 +751,7 @@ def test_in_place_of_an_answer_that_cannot_be_sent_goes_an_error(answer: Any, te
 
 
 @virtually
-async def test_an_answer_that_became_too_large_is_an_error() -> None:
+async def test_answer_over_new_server_limit_becomes_error() -> None:
     """The next server may take less than the one for which an answer was queued."""
     async with Scene() as scene:
         gate = asyncio.Event()
@@ -770,7 +770,7 @@ async def test_an_answer_that_became_too_large_is_an_error() -> None:
 
 
 @virtually
-async def test_an_answer_for_which_there_is_no_room_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_answer_without_buffer_room_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Where not even an error can be queued this is logged, and nothing else suffers."""
     async with Scene(max_buffered=1) as scene:
         scene.client.on()(lambda data: data)
@@ -786,7 +786,7 @@ async def test_an_answer_for_which_there_is_no_room_is_told(caplog: pytest.LogCa
 
 
 @virtually
-async def test_a_new_session_gets_no_answers_to_the_old_one() -> None:
+async def test_new_session_gets_no_answers_of_old_session() -> None:
     """Requests of a lost session are not answered in the new one, at whatever point their answers were."""
     async with Scene() as scene:
         gate = asyncio.Event()
@@ -812,7 +812,7 @@ async def test_a_new_session_gets_no_answers_to_the_old_one() -> None:
 
 
 @virtually
-async def test_a_gap_is_told() -> None:
+async def test_gap_event_names_missing_numbers() -> None:
     """Messages that will not come are named by their numbers, and counting goes on behind them."""
     async with Scene() as scene:
         await scene.opened()
@@ -828,7 +828,7 @@ async def test_a_gap_is_told() -> None:
 
 
 @virtually
-async def test_a_lost_session_is_told_and_fails_what_was_sent() -> None:
+async def test_lost_session_fails_sent_messages_only() -> None:
     """Sent messages and accepted requests of a lost session fail; what was never sent goes to the new one."""
     async with Scene() as scene:
         await scene.opened()
@@ -852,7 +852,7 @@ async def test_a_lost_session_is_told_and_fails_what_was_sent() -> None:
 
 
 @virtually
-async def test_a_lost_session_can_be_sent_again_with_keys() -> None:
+async def test_replay_on_lost_resends_messages_with_same_keys() -> None:
     """With `replay_on_lost` every message has a key, and goes to the new session with the same one."""
     async with Scene(replay_on_lost=True) as scene:
         await scene.opened()
@@ -871,7 +871,7 @@ async def test_a_lost_session_can_be_sent_again_with_keys() -> None:
 
 
 @virtually
-async def test_a_silent_server_is_given_up() -> None:
+async def test_silent_server_is_disconnected_after_timeout() -> None:
     """After `ping + timeout` without any frame the link is dead, and the close frame is not waited for."""
     async with Scene() as scene:
         await scene.opened(ping=25_000, timeout=20_000)
@@ -886,7 +886,7 @@ async def test_a_silent_server_is_given_up() -> None:
 
 
 @virtually
-async def test_a_server_without_a_heartbeat_is_believed() -> None:
+async def test_server_without_heartbeat_may_be_silent() -> None:
     """Where the server says that it sends no pings silence means nothing."""
     async with Scene() as scene:
         await scene.opened(ping=0, timeout=0)
@@ -895,7 +895,7 @@ async def test_a_server_without_a_heartbeat_is_believed() -> None:
 
 
 @virtually
-async def test_a_doubted_link_is_probed() -> None:
+async def test_unanswered_probe_closes_connection() -> None:
     """A probe that is answered proves the link and measures it; one that is not ends it at once."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened()
@@ -921,7 +921,7 @@ async def is_doubted_after(seconds: float, link: FakeLink, *, before: int = 0) -
 
 
 @virtually
-async def test_a_message_that_is_not_accepted_for_long_is_a_doubt() -> None:
+async def test_unacked_message_triggers_probe_after_ten_seconds() -> None:
     """When the server has not accepted a message for ten seconds it is asked for a sign of life."""
     async with Scene() as scene:
         await scene.opened()
@@ -933,7 +933,7 @@ async def test_a_message_that_is_not_accepted_for_long_is_a_doubt() -> None:
 
 
 @virtually
-async def test_each_message_has_its_own_ten_seconds() -> None:
+async def test_each_message_has_its_own_ack_timeout() -> None:
     """However well the ones before it went, a message that is not accepted is a doubt ten seconds after it was sent."""
     async with Scene() as scene:
         await scene.opened()
@@ -946,7 +946,7 @@ async def test_each_message_has_its_own_ten_seconds() -> None:
 
 
 @virtually
-async def test_an_acknowledgement_behind_a_probe_is_no_delay_for_the_next() -> None:
+async def test_ack_after_probe_restarts_ack_timeout() -> None:
     """Who is doubted and answers has ten seconds for what it has not accepted then, from the moment that was sent."""
     async with Scene() as scene:
         await scene.opened()
@@ -960,7 +960,7 @@ async def test_an_acknowledgement_behind_a_probe_is_no_delay_for_the_next() -> N
 
 
 @virtually
-async def test_a_server_that_answers_and_accepts_nothing_is_asked_every_ten_seconds() -> None:
+async def test_answering_server_without_acks_is_probed_repeatedly() -> None:
     """It lives, so the connection stays."""
     async with Scene() as scene:
         await scene.opened()
@@ -986,19 +986,19 @@ class SlowReader:
             await self.may_go_on.wait()
             self.handled.append(data)
 
-    async def is_told(self, count: int) -> None:
+    async def send_to_handler(self, count: int) -> None:
         """Let the server send so many messages to the handler."""
         await self.scene.link.say(*[{"type": "msg", "event": "slow", "data": n} for n in range(count)])
 
 
 @virtually
 @pytest.mark.parametrize("asked", ["by the client", "by check()"])
-async def test_who_does_not_read_blames_nobody_for_silence(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+async def test_unread_probe_reply_does_not_close_connection(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     """The answer to a probe may lie unread behind what a slow handler has not taken: the link is not left for it."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
         reader = SlowReader(scene, monkeypatch)
-        await reader.is_told(6)
+        await reader.send_to_handler(6)
         scene.client.send("x")
         if asked == "by check()":
             scene.client.probe()
@@ -1012,12 +1012,12 @@ async def test_who_does_not_read_blames_nobody_for_silence(monkeypatch: pytest.M
 
 
 @virtually
-async def test_a_dead_link_is_left_soon_after_the_reading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dead_connection_is_closed_after_reading_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time for an answer begins anew then."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
         reader = SlowReader(scene, monkeypatch)
-        await reader.is_told(3)
+        await reader.send_to_handler(3)
         scene.client.probe()
         await asyncio.sleep(22)
         assert scene.client.state == "open"
@@ -1029,7 +1029,7 @@ async def test_a_dead_link_is_left_soon_after_the_reading_goes_on(monkeypatch: p
 
 
 @virtually
-async def test_a_large_message_on_a_slow_link_has_its_time() -> None:
+async def test_large_message_on_slow_link_extends_probe_timeout() -> None:
     """The answer to a probe comes behind the message that it is asked for: 16 KiB in a second are no dead link."""
     async with Scene(probe_timeout=5.0) as scene:
         await scene.opened(ping=0)
@@ -1045,7 +1045,7 @@ async def test_a_large_message_on_a_slow_link_has_its_time() -> None:
 
 
 @virtually
-async def test_bytes_of_an_incomplete_message_are_heard() -> None:
+async def test_incomplete_message_bytes_count_as_liveness() -> None:
     """A large message on a slow link is no silence, which begins with the last of its bytes."""
     async with Scene() as scene:
         link = await scene.opened(ping=25_000, timeout=20_000)
@@ -1057,7 +1057,7 @@ async def test_bytes_of_an_incomplete_message_are_heard() -> None:
 
 
 @virtually
-async def test_client_says_that_it_lives_while_a_large_message_comes_in() -> None:
+async def test_client_acks_during_large_inbound_message() -> None:
     """The server's ping is behind the message, perhaps in a proxy, so the client says something within its timeout."""
     async with Scene() as scene:
         link = await scene.opened(ping=25_000, timeout=20_000)
@@ -1072,7 +1072,7 @@ async def test_client_says_that_it_lives_while_a_large_message_comes_in() -> Non
 
 @virtually
 @pytest.mark.parametrize("what", ["come", "gone"])
-async def test_bytes_that_pass_are_an_answer_to_a_probe(what: str) -> None:
+async def test_bytes_in_transit_count_as_probe_answer(what: str) -> None:
     """An answer is behind what is on its way, in both directions, and is waited for as long as that moves."""
     async with Scene(probe_timeout=5.0) as scene:
         link = await scene.opened(ping=0)
@@ -1096,7 +1096,7 @@ async def breaks_off(link: FakeLink, count: int = 100_000) -> None:
 
 
 @virtually
-async def test_message_that_breaks_off_twice_is_a_gap() -> None:
+async def test_message_interrupted_twice_becomes_gap() -> None:
     """It would be begun again for ever, so the client goes on behind it, and says so."""
     async with Scene() as scene:
         await scene.opened()
@@ -1118,7 +1118,7 @@ async def test_message_that_breaks_off_twice_is_a_gap() -> None:
 
 @virtually
 @pytest.mark.parametrize("between", ["volatile", "ping", "quiet"])
-async def test_volatile_message_that_breaks_off_twice_costs_no_other_message(between: str) -> None:
+async def test_interrupted_volatile_message_skips_no_number(between: str) -> None:
     """The server does not begin a volatile message anew, so the client leaves out nothing in its place."""
     async with Scene() as scene:
         await scene.opened()
@@ -1139,7 +1139,7 @@ async def test_volatile_message_that_breaks_off_twice_costs_no_other_message(bet
 
 
 @virtually
-async def test_slow_message_that_breaks_off_twice_is_a_gap_however_long_it_takes() -> None:
+async def test_slow_message_interrupted_twice_becomes_gap() -> None:
     """A message whose bytes come with the welcome is the one that was begun anew, also if it breaks off late."""
     async with Scene() as scene:
         await scene.opened()
@@ -1154,7 +1154,7 @@ async def test_slow_message_that_breaks_off_twice_is_a_gap_however_long_it_takes
 
 @virtually
 @pytest.mark.parametrize("count", [0, 16 * 1024 - 1])
-async def test_small_message_is_never_given_up(count: int) -> None:
+async def test_small_message_is_never_skipped(count: int) -> None:
     """What ends the connections again and again is not that."""
     async with Scene() as scene:
         for dial in range(1, 6):
@@ -1165,7 +1165,7 @@ async def test_small_message_is_never_given_up(count: int) -> None:
 
 
 @virtually
-async def test_message_that_breaks_off_is_counted_by_its_number() -> None:
+async def test_interruptions_are_counted_per_message_number() -> None:
     """Another message, or another session, begins the count anew."""
     async with Scene() as scene:
         await scene.opened()
@@ -1181,7 +1181,7 @@ async def test_message_that_breaks_off_is_counted_by_its_number() -> None:
 
 
 @virtually
-async def test_messages_that_are_not_read_do_not_break_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unread_messages_do_not_count_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come in while a handler held up the reading may be whole."""
     async with Scene() as scene:
         for dial in range(1, 4):
@@ -1189,7 +1189,7 @@ async def test_messages_that_are_not_read_do_not_break_off(monkeypatch: pytest.M
             await link.welcome("none" if dial == 1 else "full", seq=scene.client.last)
             if dial == 1:
                 reader = SlowReader(scene, monkeypatch)
-                await reader.is_told(3)
+                await reader.send_to_handler(3)
             else:
                 await link.say({"type": "later"})
             await breaks_off(link)
@@ -1198,7 +1198,7 @@ async def test_messages_that_are_not_read_do_not_break_off(monkeypatch: pytest.M
 
 
 @virtually
-async def test_goodbye_in_the_middle_of_a_message_is_no_gap() -> None:
+async def test_close_during_partial_message_reports_no_gap() -> None:
     """A client that is closed misses nothing that it would tell."""
     async with Scene() as scene:
         await scene.opened()
@@ -1211,7 +1211,7 @@ async def test_goodbye_in_the_middle_of_a_message_is_no_gap() -> None:
 
 
 @virtually
-async def test_what_is_sent_again_late_has_its_time_from_then() -> None:
+async def test_late_resent_message_gets_ack_timeout_from_resend() -> None:
     """And from when it is sent again. When it was sent in the connection before says nothing of this one."""
     async with Scene() as scene:
         await scene.opened()
@@ -1230,7 +1230,7 @@ async def test_what_is_sent_again_late_has_its_time_from_then() -> None:
 
 
 @virtually
-async def test_what_is_sent_again_has_ten_seconds_again() -> None:
+async def test_resent_messages_get_new_ack_timeout() -> None:
     """After a reconnect the server has its time for the messages that the connection before has lost."""
     async with Scene() as scene:
         await scene.opened()
@@ -1242,7 +1242,7 @@ async def test_what_is_sent_again_has_ten_seconds_again() -> None:
 
 
 @virtually
-async def test_a_connection_that_takes_nothing_any_more_is_left() -> None:
+async def test_stalled_write_closes_connection_after_grace() -> None:
     """When nothing can be sent the reader has a moment to learn why; then the connection is lost."""
     async with Scene() as scene:
         await scene.opened()
@@ -1258,7 +1258,7 @@ async def test_a_connection_that_takes_nothing_any_more_is_left() -> None:
 
 
 @virtually
-async def test_the_reader_knows_better_why_nothing_can_be_sent() -> None:
+async def test_close_code_read_after_failed_write_applies() -> None:
     """A close code that is read after a write has failed is the one that counts."""
     async with Scene() as scene:
         await scene.opened()
@@ -1270,7 +1270,7 @@ async def test_the_reader_knows_better_why_nothing_can_be_sent() -> None:
 
 
 @virtually
-async def test_a_writer_that_fails_ends_its_connection(
+async def test_writer_bug_is_logged_and_session_resumes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What fails in writing and is no closed connection is logged, and the session goes on in a new connection."""
@@ -1293,7 +1293,7 @@ async def test_a_writer_that_fails_ends_its_connection(
 
 
 @virtually
-async def test_a_check_while_waiting_dials_now() -> None:
+async def test_probe_during_backoff_reconnects_now() -> None:
     """News of the network end the wait for the next dial."""
     async with Scene(min_delay=100) as scene:
         await scene.opened()
@@ -1306,7 +1306,7 @@ async def test_a_check_while_waiting_dials_now() -> None:
 
 
 @virtually
-async def test_a_client_can_be_told_to_reconnect() -> None:
+async def test_reconnect_closes_4000_and_resumes_at_once() -> None:
     """`reconnect` leaves with 4000, and the session goes on in the next connection, at once."""
     async with Scene() as scene:
         await scene.opened()
@@ -1317,7 +1317,7 @@ async def test_a_client_can_be_told_to_reconnect() -> None:
 
 
 @virtually
-async def test_what_an_old_connection_still_says_is_ignored() -> None:
+async def test_frames_of_old_connection_are_ignored() -> None:
     """A connection that was left speaks for nobody."""
     async with Scene() as scene:
         await scene.opened()
@@ -1335,7 +1335,7 @@ async def test_what_an_old_connection_still_says_is_ignored() -> None:
 
 
 @virtually
-async def test_a_drain_is_obeyed() -> None:
+async def test_drain_frame_closes_4000_and_resumes() -> None:
     """The client leaves after `after` with 4000, and resumes at once."""
     async with Scene() as scene:
         await scene.opened()
@@ -1349,7 +1349,7 @@ async def test_a_drain_is_obeyed() -> None:
 
 
 @virtually
-async def test_of_two_drains_the_earlier_one_counts() -> None:
+async def test_earlier_of_two_drain_frames_applies() -> None:
     """A later drain does not put off the first, and an earlier one is obeyed."""
     async with Scene() as scene:
         await scene.opened()
@@ -1379,7 +1379,7 @@ async def test_unknown_frames_are_ignored() -> None:
 @pytest.mark.parametrize(
     "frame", ["{", "[]", {"type": "ack"}, {"type": "drain"}, {"type": "msg", "event": 7}, b"\x02\x00\x00", {"type": 7}]
 )
-def test_unreadable_frame_is_told_and_skipped(frame: Any) -> None:
+def test_unreadable_frame_is_reported_and_skipped(frame: Any) -> None:
     """A frame that the client cannot read ends nothing: the client tells `on_error`, counts it and goes on."""
 
     @virtually
@@ -1406,7 +1406,7 @@ def test_unreadable_frame_is_told_and_skipped(frame: Any) -> None:
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_unreadable_frame_keeps_its_number(frame: Any, number: int) -> None:
+def test_unreadable_sequenced_frame_counts_its_number(frame: Any, number: int) -> None:
     """A sequenced frame that the client cannot read counts, so that the next ping of the server finds no gap."""
 
     @virtually
@@ -1421,7 +1421,7 @@ def test_unreadable_frame_keeps_its_number(frame: Any, number: int) -> None:
 
 
 @virtually
-async def test_message_over_the_clients_size_is_not_final() -> None:
+async def test_oversized_message_is_retried_then_session_restarts() -> None:
     """The client dials again after a message that its library refuses, and the third time asks for a new session."""
     async with Scene() as scene:
         for dial in (1, 2, 3):
@@ -1436,7 +1436,7 @@ async def test_message_over_the_clients_size_is_not_final() -> None:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_compressed_unreadable_frame_keeps_its_number(compressed: bool) -> None:
+def test_unreadable_compressed_frame_counts_its_number(compressed: bool) -> None:
     """A compressed frame that holds too much for the client counts as what its beginning says."""
 
     @virtually
@@ -1453,7 +1453,7 @@ def test_compressed_unreadable_frame_keeps_its_number(compressed: bool) -> None:
 
 
 @virtually
-async def test_an_error_of_the_server_is_told() -> None:
+async def test_error_frame_is_reported_and_keeps_connection() -> None:
     """An `error` frame ends nothing."""
     async with Scene() as scene:
         await scene.opened()
@@ -1463,7 +1463,7 @@ async def test_an_error_of_the_server_is_told() -> None:
 
 
 @virtually
-async def test_refused_message_fails_its_future_and_is_named() -> None:
+async def test_rejected_message_fails_its_future_and_is_reported() -> None:
     """The future of a message that the server refuses fails with its word, and `on_error` hears which one it was."""
     async with Scene() as scene:
         await scene.opened()
@@ -1482,7 +1482,7 @@ async def test_refused_message_fails_its_future_and_is_named() -> None:
 
 
 @virtually
-async def test_refused_message_with_a_time_is_sent_again_in_order() -> None:
+async def test_rejected_message_with_delay_is_resent_in_order() -> None:
     """A message that the server has no room for, and those behind it, are sent again after the time, one at first."""
     async with Scene() as scene:
         await scene.opened()
@@ -1506,7 +1506,7 @@ async def test_refused_message_with_a_time_is_sent_again_in_order() -> None:
 
 
 @virtually
-async def test_messages_on_their_way_are_few_until_some_are_accepted() -> None:
+async def test_number_of_unacked_messages_is_limited() -> None:
     """The client has at most 128 messages on their way at first, and with each accepted one it may have one more."""
     async with Scene() as scene:
         await scene.opened()
@@ -1524,7 +1524,7 @@ async def test_messages_on_their_way_are_few_until_some_are_accepted() -> None:
 
 
 @virtually
-async def test_a_listener_that_fails_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failing_listener_does_not_affect_others(caplog: pytest.LogCaptureFixture) -> None:
     """What a listener raises is logged, and the others and the connection go on."""
     async with Scene() as scene:
 
@@ -1544,7 +1544,7 @@ async def test_a_listener_that_fails_hurts_nobody(caplog: pytest.LogCaptureFixtu
 
 
 @virtually
-async def test_a_listener_may_be_async() -> None:
+async def test_async_listener_does_not_block_client() -> None:
     """What a listener awaits holds nothing up; that it fails is logged."""
     async with Scene() as scene:
         heard: list[str] = []
@@ -1564,7 +1564,7 @@ async def test_a_listener_may_be_async() -> None:
 
 
 @virtually
-async def test_closing_settles_everything() -> None:
+async def test_close_fails_pending_futures_with_client_closed_error() -> None:
     """At the end every future fails with `ClientClosedError`, whatever state its message was in."""
     scene = Scene()
     async with scene:
@@ -1593,8 +1593,8 @@ async def test_closing_settles_everything() -> None:
     assert len(scene.client._tasks) == 0
 
 
-@pytest.mark.parametrize("moment", ["idle", "dialling", "greeted", "waiting"])
-def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
+@pytest.mark.parametrize("moment", ["idle", "dialling", "connected", "waiting"])
+def test_client_can_be_closed_in_any_state(moment: str) -> None:
     """Closing ends a dial, a greeting and a wait within `flush_timeout`, and leaves no task."""
 
     @virtually
@@ -1621,7 +1621,7 @@ def test_a_client_can_be_closed_at_any_moment(moment: str) -> None:
 
 
 @virtually
-async def test_a_close_frame_that_goes_nowhere_holds_nobody_up_for_long() -> None:
+async def test_stalled_close_frame_delays_close_by_seconds_only() -> None:
     """A network that takes nothing delays the end by seconds, and no more."""
     async with Scene() as scene:
         await scene.opened()
@@ -1634,7 +1634,7 @@ async def test_a_close_frame_that_goes_nowhere_holds_nobody_up_for_long() -> Non
 
 
 @virtually
-async def test_a_client_may_be_closed_from_its_own_handler() -> None:
+async def test_client_can_be_closed_from_its_own_handler() -> None:
     """Closing in a handler does not wait for that handler."""
     async with Scene() as scene:
 
@@ -1650,7 +1650,7 @@ async def test_a_client_may_be_closed_from_its_own_handler() -> None:
 
 
 @virtually
-async def test_a_bug_in_the_client_leaves_nobody_waiting(
+async def test_client_bug_closes_client_and_wakes_waiters(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If the client itself fails it is closed, everybody who waits is told, and the error is logged."""
@@ -1666,7 +1666,7 @@ async def test_a_bug_in_the_client_leaves_nobody_waiting(
 
 
 @virtually
-async def test_no_secret_is_in_what_a_client_shows() -> None:
+async def test_client_repr_contains_no_token_or_credential() -> None:
     """The repr of a client names its session, and neither its token nor its credential."""
     async with Scene(auth=lambda: "credential") as scene:
         await scene.opened()
@@ -1674,7 +1674,7 @@ async def test_no_secret_is_in_what_a_client_shows() -> None:
 
 
 @virtually
-async def test_connect_makes_a_client() -> None:
+async def test_connect_creates_client_with_same_options() -> None:
     """`connect` takes what `Evictable` takes."""
     client = connect("ws://server", dial=Scene()._dial, max_buffered=1)
     assert isinstance(client, Client)
@@ -1689,7 +1689,7 @@ async def test_connect_makes_a_client() -> None:
 
 
 @virtually
-async def test_close_sends_what_is_queued_first() -> None:
+async def test_client_close_flushes_before_close_frame() -> None:
     """Closing sends numbered and volatile messages, waits for the server's word, and then says goodbye."""
     async with Scene() as scene:
         await scene.opened()
@@ -1717,7 +1717,7 @@ async def test_close_writes_volatile_messages_first() -> None:
 
 
 @virtually
-async def test_close_sends_what_is_queued_in_a_later_connection() -> None:
+async def test_close_flushes_in_later_connection() -> None:
     """A connection that breaks while the client leaves is replaced, and the messages arrive."""
     async with Scene() as scene:
         await scene.opened()
@@ -1732,7 +1732,7 @@ async def test_close_sends_what_is_queued_in_a_later_connection() -> None:
 
 
 @pytest.mark.parametrize("flush_timeout", [0.5, 3.0])
-def test_flush_timeout_bounds_the_close(flush_timeout: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_flush_timeout_bounds_close(flush_timeout: float, caplog: pytest.LogCaptureFixture) -> None:
     """What the server has not accepted in time fails, and a warning says how much that is."""
 
     @virtually
@@ -1752,7 +1752,7 @@ def test_flush_timeout_bounds_the_close(flush_timeout: float, caplog: pytest.Log
 
 
 @virtually
-async def test_cancelled_close_ends_the_client_at_once() -> None:
+async def test_cancelled_close_ends_client_at_once() -> None:
     """A close that is cancelled while it waits for the server ends the client all the same."""
     async with Scene() as scene:
         await scene.opened()
@@ -1769,7 +1769,7 @@ async def test_cancelled_close_ends_the_client_at_once() -> None:
 # ── what is told ──
 
 
-def test_failed_dials_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_first_failed_attempt_of_row_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The first failed dial of a row is a warning, the others are not, and a new row begins after a connection."""
     caplog.set_level(logging.INFO, "fastapi_ws_stabilizer.client")
 
@@ -1793,7 +1793,7 @@ def test_failed_dials_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "secret" not in caplog.text
 
 
-def test_final_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_terminal_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A close that is final, and not ours, is a warning; our own close is none."""
 
     @virtually
@@ -1811,7 +1811,7 @@ def test_final_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @virtually
-async def test_loop_ends_with_an_error_unless_it_was_our_close() -> None:
+async def test_iteration_raises_unless_client_was_closed_locally() -> None:
     """`async for` gives the messages that have come, then ends after our `close()` and raises after any other end."""
     for code in (None, 4410):
         async with Scene() as scene:
@@ -1830,7 +1830,7 @@ async def test_loop_ends_with_an_error_unless_it_was_our_close() -> None:
 
 
 @virtually
-async def test_closed_says_how_the_client_was_closed() -> None:
+async def test_closed_attribute_has_code_and_reason() -> None:
     """`closed` is `None` until the client is closed for good, and has the code and the reason then."""
     async with Scene() as scene:
         await scene.opened()
@@ -1842,7 +1842,7 @@ async def test_closed_says_how_the_client_was_closed() -> None:
 
 
 @pytest.mark.parametrize("timeout", [3.0, 20.0])
-def test_first_connect_timeout_closes_a_client_that_never_connected(timeout: float) -> None:
+def test_first_connect_timeout_closes_unconnected_client(timeout: float) -> None:
     """A client without a first connection in time is closed for good, and its error names the last failed dial."""
 
     @virtually
@@ -1859,7 +1859,7 @@ def test_first_connect_timeout_closes_a_client_that_never_connected(timeout: flo
 
 
 @virtually
-async def test_first_connect_timeout_does_not_end_a_client_that_was_connected() -> None:
+async def test_first_connect_timeout_ignores_connected_client() -> None:
     """A client that has had a connection dials for ever."""
     async with Scene(first_connect_timeout=2) as scene:
         await scene.opened()
@@ -1873,7 +1873,7 @@ async def test_first_connect_timeout_does_not_end_a_client_that_was_connected() 
 
 
 @virtually
-async def test_misuse_of_a_client_says_what_to_write() -> None:
+async def test_client_misuse_error_names_correct_usage() -> None:
     """Each wrong way to use `connect()` raises an error that names the right one."""
     with pytest.raises(TypeError, match="async with connect"):
         await connect("ws://server")
@@ -1894,7 +1894,7 @@ async def test_misuse_of_a_client_says_what_to_write() -> None:
 
 
 @virtually
-async def test_message_of_a_client_that_is_not_started_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_send_without_start_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     """A message waits for `start()`; a second later one warning says that nothing has started the client."""
     client = connect("ws://server")
     client.send("a")
@@ -1910,7 +1910,7 @@ async def test_message_of_a_client_that_is_not_started_is_told_once(caplog: pyte
 
 
 @virtually
-async def test_message_of_a_client_that_is_started_soon_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+async def test_send_before_prompt_start_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     """What is queued before `start()` is sent after it, and nothing is said."""
     async with Scene() as scene:
         scene.client.send("early")
@@ -1921,14 +1921,14 @@ async def test_message_of_a_client_that_is_started_soon_is_no_warning(caplog: py
         assert not any("start()" in text for text in caplog.messages)
 
 
-def test_client_outside_of_a_loop_says_where_it_is_made() -> None:
+def test_client_outside_event_loop_raises_helpful_error() -> None:
     """A client that is made outside of a running event loop says how it is made."""
     with pytest.raises(RuntimeError, match=r"asyncio\.run"):
         connect("ws://server")
 
 
 @virtually
-async def test_event_of_a_message_is_its_type_too() -> None:
+async def test_message_event_falls_back_to_its_type() -> None:
     """`message.event` is the `type` of the object where the message has no event, and `repr` shows the data, cut."""
     async with Scene() as scene:
         await scene.opened()
@@ -1940,7 +1940,7 @@ async def test_event_of_a_message_is_its_type_too() -> None:
 
 
 @virtually
-async def test_close_reads_on_behind_messages_that_are_not_read() -> None:
+async def test_close_reads_acks_behind_unread_messages() -> None:
     """Unread messages that hold up the reading do not keep the server's word from a client that leaves."""
     async with Scene() as scene:
         await scene.opened()

@@ -24,7 +24,7 @@ from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
         (MessageTooLargeError(12, 10), "the message has 12 bytes, and the server takes 10"),
     ],
 )
-def test_an_error_says_what_has_happened(error: ClientError, text: str) -> None:
+def test_client_errors_have_base_class_and_sentence(error: ClientError, text: str) -> None:
     """Each error is one of this library, and its text is a sentence."""
     assert isinstance(error, WebSocketStabilizerError)
     assert str(error).startswith(text)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from fastapi_ws_stabilizer.client.timers import NamedTimers
-from tests.unit.client.fake_link import virtually
+from tests.support.fake_link import virtually
 
 
 @virtually
-async def test_a_timer_calls_once_when_it_is_due() -> None:
+async def test_timer_fires_once_when_due() -> None:
     """A timer runs until it has called, and can be started anew in its own call."""
     timers, called = NamedTimers(), []
 
@@ -30,7 +30,7 @@ async def test_a_timer_calls_once_when_it_is_due() -> None:
 
 
 @virtually
-async def test_of_each_name_there_is_one_timer() -> None:
+async def test_timer_with_same_name_replaces_earlier() -> None:
     """Starting a timer again takes the place of the one before, and leaves those of other names alone."""
     timers, called = NamedTimers(), []
     timers.start("x", 1, lambda: called.append("first"))
@@ -41,7 +41,7 @@ async def test_of_each_name_there_is_one_timer() -> None:
 
 
 @virtually
-async def test_a_stopped_timer_does_not_call() -> None:
+async def test_stopped_timer_does_not_fire() -> None:
     """Stopping one or all of them, also again or before any was started, ends the calling."""
     timers, called = NamedTimers(), []
     timers.stop("x")

@@ -9,7 +9,7 @@ import pytest
 from fastapi_ws_stabilizer.client.transport import TransportClosedError, default_connector
 
 
-def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_websockets_error_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has not installed the extra is told its name."""
     monkeypatch.delitem(sys.modules, "fastapi_ws_stabilizer.client.websockets_transport", raising=False)
     monkeypatch.setitem(sys.modules, "websockets.asyncio.client", None)
@@ -17,7 +17,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
         default_connector()
 
 
-def test_a_lost_transport_knows_its_code() -> None:
+def test_transport_closed_error_has_code_and_reason() -> None:
     """The code and the reason are attributes, and in the text."""
     lost = TransportClosedError(4503, "draining")
     assert (lost.code, lost.reason) == (4503, "draining")

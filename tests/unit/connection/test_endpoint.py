@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.errors import (
     ShutdownError,
     closed_error_for,
 )
-from tests.unit.fake_websocket import settle, with_deadline
+from tests.support.fake_websocket import settle, with_deadline
 
 CLOSED = closed_error_for(local_close(DisconnectReason.REPLACED))
 TIMED_OUT = closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
@@ -47,7 +47,7 @@ TIMED_OUT = closed_error_for(local_close(DisconnectReason.HEARTBEAT_TIMEOUT))
     ],
     ids=lambda error: f"{type(error).__module__}.{type(error).__name__}",
 )
-def test_what_tells_the_client_something_is_no_bug(error: BaseException) -> None:
+def test_rejection_disconnect_and_cancellation_are_no_bugs(error: BaseException) -> None:
     """A refusal, a disconnect and a cancellation are not errors that somebody has to mend."""
     assert not is_bug(error)
 
@@ -55,7 +55,7 @@ def test_what_tells_the_client_something_is_no_bug(error: BaseException) -> None
 @pytest.mark.parametrize(
     "error", [ValueError("x"), KeyError("x"), MessageEncodeError("x"), ConcurrentReceiveError(), TimeoutError()]
 )
-def test_everything_else_is_a_bug(error: BaseException) -> None:
+def test_other_exceptions_are_bugs(error: BaseException) -> None:
     """Whatever else an endpoint lets escape is reported."""
     assert is_bug(error)
 
@@ -81,22 +81,22 @@ def test_everything_else_is_a_bug(error: BaseException) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_each_way_to_end_has_its_code(error: Any, reason: DisconnectReason, code: int, text: str) -> None:
+def test_endpoint_outcome_decides_close_code(error: Any, reason: DisconnectReason, code: int, text: str) -> None:
     """A return is 1000, an HTTPException 4000 + its status, a bug 1011 without a word about the inside."""
     assert close_info_for(error) == CloseInfo(reason, code, text[:123])
 
 
-def test_an_http_error_with_an_odd_status_still_has_a_code() -> None:
+def test_http_exception_with_odd_status_has_close_code() -> None:
     """A status that makes no close code of 4000 + status ends the connection all the same."""
     assert close_info_for(HTTPException(1500, "odd")).cause in (DisconnectReason.POLICY, DisconnectReason.ERROR)
 
 
-def test_a_detail_that_json_does_not_know_is_written_as_text() -> None:
+def test_non_json_detail_becomes_text_in_reason() -> None:
     """Any detail can stand in the close reason."""
     assert "object" in close_info_for(HTTPException(400, {"x": object()})).reason
 
 
-def test_a_validation_error_names_the_parameters() -> None:
+def test_validation_error_reason_names_parameters() -> None:
     """Invalid parameters close with 1008 and a reason that names them as JSON."""
     error = WebSocketRequestValidationError([{"loc": ("query", "page"), "msg": "not an int", "type": "int"}])
     how = close_info_for(error)
@@ -104,7 +104,7 @@ def test_a_validation_error_names_the_parameters() -> None:
     assert json.loads(how.reason) == [{"loc": "query.page", "msg": "not an int"}]
 
 
-def test_only_whole_problems_stand_in_a_reason() -> None:
+def test_validation_reason_contains_only_whole_problems() -> None:
     """Of many problems as many are told as fit whole, so that the reason stays JSON."""
     problems = [{"loc": ("query", f"parameter{number}"), "msg": "not an int"} for number in range(10)]
     text = close_info_for(WebSocketRequestValidationError(problems)).reason
@@ -112,13 +112,13 @@ def test_only_whole_problems_stand_in_a_reason() -> None:
     assert len(text.encode()) <= MAX_REASON_BYTES
 
 
-def test_a_problem_that_is_too_long_is_told_by_its_place() -> None:
+def test_long_validation_problem_is_cut_to_parameter_name() -> None:
     """A single problem that does not fit is cut to the parameter's name."""
     problem = {"loc": ("query", "page"), "msg": "x" * 500}
     assert close_info_for(WebSocketRequestValidationError([problem])).reason == "invalid: query.page"
 
 
-def test_a_validation_error_without_problems_is_told_too() -> None:
+def test_validation_error_without_problems_has_reason() -> None:
     """An empty list of problems is no failure of its own."""
     assert close_info_for(WebSocketRequestValidationError([])).code == 1008
 
@@ -126,7 +126,7 @@ def test_a_validation_error_without_problems_is_told_too() -> None:
 # ── cancelling ──
 
 
-async def test_our_own_cancellation_can_be_swallowed() -> None:
+async def test_own_cancellation_can_be_suppressed() -> None:
     """The task that we cancelled may go on, and its count of cancellations is right again."""
 
     async def endpoint() -> int:
@@ -148,7 +148,7 @@ async def test_our_own_cancellation_can_be_swallowed() -> None:
     assert ours == [True]
 
 
-async def test_a_foreign_cancellation_is_not_ours() -> None:
+async def test_foreign_cancellation_propagates() -> None:
     """A task that somebody else cancelled has to go on with its cancellation."""
 
     async def endpoint() -> bool:
@@ -168,7 +168,7 @@ async def test_a_foreign_cancellation_is_not_ours() -> None:
 
 
 @pytest.mark.xfail(sys.version_info < (3, 11), reason="Python 3.10 does not count cancellations")
-async def test_a_foreign_cancellation_beside_ours_wins() -> None:
+async def test_foreign_cancellation_beside_own_propagates() -> None:
     """Where both have cancelled, the cancellation goes on."""
 
     async def endpoint() -> bool:
@@ -187,14 +187,14 @@ async def test_a_foreign_cancellation_beside_ours_wins() -> None:
     assert await with_deadline(task) is False
 
 
-async def test_an_error_that_is_no_cancellation_is_not_ours() -> None:
+async def test_error_raised_on_cancellation_is_not_suppressed() -> None:
     """What an endpoint raises when it is cancelled is its own error."""
     endpoint = EndpointTask(cancellable=True)
     assert not endpoint.is_own_cancellation(ValueError("no"))
     assert not endpoint.is_own_cancellation(asyncio.CancelledError())
 
 
-async def test_user_code_that_has_returned_is_not_cancelled() -> None:
+async def test_returned_endpoint_is_not_cancelled() -> None:
     """The clean-up of dependencies, which runs in the same task, is left alone."""
 
     async def endpoint() -> str:
@@ -208,7 +208,7 @@ async def test_user_code_that_has_returned_is_not_cancelled() -> None:
     assert await with_deadline(asyncio.ensure_future(endpoint())) == "cleaned up"
 
 
-async def test_an_endpoint_is_cancelled_once() -> None:
+async def test_endpoint_is_cancelled_once() -> None:
     """A second cancel does not hit the code that handles the first."""
 
     async def endpoint() -> str:
@@ -227,7 +227,7 @@ async def test_an_endpoint_is_cancelled_once() -> None:
     assert await with_deadline(task) == "handled"
 
 
-async def test_an_endpoint_that_is_not_ours_to_cancel_is_left_alone() -> None:
+async def test_endpoint_of_adopted_socket_is_not_cancelled() -> None:
     """For a socket that was connected by hand nobody waits, and nothing is cancelled."""
     endpoint = EndpointTask(cancellable=False)
     assert endpoint.returned.done()
@@ -240,7 +240,7 @@ async def test_an_endpoint_that_is_not_ours_to_cancel_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack"])
-async def test_the_end_of_user_code_is_learnt_from_fastapis_stack(name: str) -> None:
+async def test_end_of_user_code_is_seen_through_fastapi_stack(name: str) -> None:
     """The callback stands above the dependencies, so it is called before they are closed."""
     order: list[str] = []
     endpoint = EndpointTask(cancellable=True)
@@ -250,7 +250,7 @@ async def test_the_end_of_user_code_is_learnt_from_fastapis_stack(name: str) -> 
     assert order == ["dependency closed, returned=True"]
 
 
-async def test_the_stack_that_closes_first_is_taken() -> None:
+async def test_innermost_fastapi_stack_is_watched() -> None:
     """Of FastAPI's several stacks the innermost is the one whose end is that of the user's code."""
     inner, outer = AsyncExitStack(), AsyncExitStack()
     scope = {"fastapi_inner_astack": outer, "fastapi_function_astack": inner, "fastapi_astack": "not a stack"}
@@ -258,7 +258,7 @@ async def test_the_stack_that_closes_first_is_taken() -> None:
     assert find_exit_stack({"fastapi_function_astack": None, "fastapi_astack": outer}) is outer
 
 
-async def test_without_a_stack_only_the_refinement_is_missing() -> None:
+async def test_missing_fastapi_stack_is_ignored() -> None:
     """Outside FastAPI there is no stack, and watching does nothing."""
     endpoint = EndpointTask(cancellable=True)
     endpoint.watch({})
@@ -266,7 +266,7 @@ async def test_without_a_stack_only_the_refinement_is_missing() -> None:
     assert not endpoint.returned.done()
 
 
-def test_error_of_application_with_unsendable_code_ends_with_1008() -> None:
+def test_application_error_with_unsendable_code_closes_with_1008() -> None:
     """A subclass of the library's error whose close code cannot be sent ends its connection all the same."""
 
     class Odd(ShutdownError):

@@ -13,8 +13,8 @@ from fastapi_ws_stabilizer.connection.inbox import Inbox, InboxClosed, InboxLimi
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError
 from fastapi_ws_stabilizer.memory.budget import MemoryBudget
 from fastapi_ws_stabilizer.wire.v1.frames import message_of
-from tests.unit.fake_websocket import settle, with_deadline
-from tests.unit.own_loop import run
+from tests.support.fake_websocket import settle, with_deadline
+from tests.support.own_loop import run
 
 
 def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
@@ -22,7 +22,7 @@ def make(max_messages: int = 3, max_bytes: int = 10_000) -> Inbox:
     return Inbox(InboxLimits(max_messages, max_bytes))
 
 
-async def test_messages_come_out_in_their_order() -> None:
+async def test_messages_are_read_in_order() -> None:
     """What went in first comes out first, text and bytes as they came."""
     inbox = make()
     inbox.put("one")
@@ -31,7 +31,7 @@ async def test_messages_come_out_in_their_order() -> None:
     assert (len(inbox), inbox.held_bytes) == (0, 0)
 
 
-async def test_a_waiting_reader_is_woken_by_a_message() -> None:
+async def test_message_wakes_waiting_reader() -> None:
     """A reader that came first gets the message when it comes."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
@@ -42,7 +42,7 @@ async def test_a_waiting_reader_is_woken_by_a_message() -> None:
     assert await inbox.get() == "two"
 
 
-async def test_a_reader_gets_what_came_before_the_disconnect() -> None:
+async def test_closed_inbox_returns_queued_messages_first() -> None:
     """A closed inbox gives out what it holds, and only then says that it is closed."""
     inbox = make()
     inbox.put("one")
@@ -52,7 +52,7 @@ async def test_a_reader_gets_what_came_before_the_disconnect() -> None:
         await inbox.get()
 
 
-async def test_a_discarded_inbox_gives_out_nothing_and_counts_it() -> None:
+async def test_discarded_inbox_is_empty_and_counts_messages() -> None:
     """Messages that are thrown away are counted."""
     inbox = make()
     inbox.put("one")
@@ -63,7 +63,7 @@ async def test_a_discarded_inbox_gives_out_nothing_and_counts_it() -> None:
         await inbox.get()
 
 
-async def test_a_waiting_reader_is_woken_by_the_end() -> None:
+async def test_close_wakes_waiting_reader() -> None:
     """A reader that waits when the inbox closes learns it."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
@@ -73,7 +73,7 @@ async def test_a_waiting_reader_is_woken_by_the_end() -> None:
         await with_deadline(reader)
 
 
-async def test_closing_again_wakes_a_reader_only_once() -> None:
+async def test_second_close_wakes_reader_only_once() -> None:
     """A second message or close before the woken reader has run breaks nothing."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
@@ -84,7 +84,7 @@ async def test_closing_again_wakes_a_reader_only_once() -> None:
     assert await with_deadline(reader) == "one"
 
 
-async def test_a_cancelled_reader_loses_no_message() -> None:
+async def test_cancelled_reader_loses_no_message() -> None:
     """A reader that is cancelled after it was woken has taken nothing out."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
@@ -96,7 +96,7 @@ async def test_a_cancelled_reader_loses_no_message() -> None:
     assert await with_deadline(inbox.get()) == "one"
 
 
-async def test_a_timeout_of_the_reader_loses_no_message() -> None:
+async def test_reader_timeout_loses_no_message() -> None:
     """`asyncio.wait_for` round a read can be repeated without a gap."""
     inbox = make()
     with pytest.raises(asyncio.TimeoutError):
@@ -105,7 +105,7 @@ async def test_a_timeout_of_the_reader_loses_no_message() -> None:
     assert await asyncio.wait_for(inbox.get(), 1.0) == "one"
 
 
-async def test_a_second_reader_is_refused() -> None:
+async def test_second_reader_raises() -> None:
     """Two tasks that wait for the same stream would each get a part of it, so the second gets an error."""
     inbox = make()
     reader = asyncio.ensure_future(inbox.get())
@@ -116,7 +116,7 @@ async def test_a_second_reader_is_refused() -> None:
     assert await with_deadline(reader) == "one"
 
 
-async def test_the_mark_is_reached_by_messages_or_by_bytes() -> None:
+async def test_inbox_is_full_by_count_or_bytes() -> None:
     """An inbox is full by number or by size; the message that reaches the mark is taken."""
     by_number, by_size = make(max_messages=2), make(max_bytes=500)
     by_number.put("a")
@@ -128,7 +128,7 @@ async def test_the_mark_is_reached_by_messages_or_by_bytes() -> None:
     assert len(by_size) == 1
 
 
-async def test_room_comes_when_a_message_is_read() -> None:
+async def test_read_that_makes_room_wakes_waiter() -> None:
     """Who waits for room is woken by the read that makes it, not by one that is not enough."""
     inbox = make(max_messages=2)
     for text in ("a", "b", "c"):
@@ -143,14 +143,14 @@ async def test_room_comes_when_a_message_is_read() -> None:
     assert not inbox.full
 
 
-async def test_there_is_room_at_once_where_the_mark_is_not_reached() -> None:
+async def test_wait_for_room_below_limit_returns_at_once() -> None:
     """Waiting for room that is there takes no turn."""
     inbox = make()
     await with_deadline(inbox.wait_for_room())
     assert not inbox.full
 
 
-async def test_waiting_for_room_ends_with_the_connection() -> None:
+async def test_close_wakes_wait_for_room() -> None:
     """A full inbox that is closed lets the pump go on to its end."""
     inbox = make(max_messages=1)
     inbox.put("a")
@@ -162,7 +162,7 @@ async def test_waiting_for_room_ends_with_the_connection() -> None:
     await with_deadline(inbox.wait_for_room())
 
 
-async def test_cancelling_the_wait_for_room_is_safe() -> None:
+async def test_cancelled_wait_for_room_leaves_inbox_usable() -> None:
     """After a cancelled wait the next one works."""
     inbox = make(max_messages=1)
     inbox.put("a")
@@ -177,7 +177,7 @@ async def test_cancelling_the_wait_for_room_is_safe() -> None:
     assert room.cancelled()
 
 
-async def test_a_message_frees_what_it_was_counted_with() -> None:
+async def test_message_frees_size_counted_on_arrival() -> None:
     """Python grows a str when somebody asks for its UTF-8; the account must not lose by it."""
     inbox = make()
     text = '"' + "grün€" * 50 + '"'
@@ -188,7 +188,7 @@ async def test_a_message_frees_what_it_was_counted_with() -> None:
 
 
 @given(st.lists(st.one_of(st.binary(max_size=50), st.text(max_size=50), st.just(None)), max_size=40), st.booleans())
-def test_the_account_is_right_after_any_operations(steps: list[str | bytes | None], discard: bool) -> None:
+def test_account_matches_after_random_operations(steps: list[str | bytes | None], discard: bool) -> None:
     """Every message that went in was read, is held, or was counted as discarded; the bytes are those of the held."""
 
     async def play() -> None:
@@ -209,7 +209,7 @@ def test_the_account_is_right_after_any_operations(steps: list[str | bytes | Non
     run(play())
 
 
-async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() -> None:
+async def test_transferred_inbox_drops_nothing_for_next_reader() -> None:
     """What one reader has read, and said of reading, does not hold for the next one."""
     inbox = Inbox(InboxLimits(2, 1000))
     inbox.put("one")
@@ -223,7 +223,7 @@ async def test_an_inbox_that_is_handed_over_drops_nothing_for_its_next_reader() 
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])
-async def test_requests_are_taken_out_of_an_inbox(others: int) -> None:
+async def test_requests_are_removed_from_inbox(others: int) -> None:
     """Only what asks for an answer is taken out, and the memory of it is given back."""
     budget = MemoryBudget()
     inbox = Inbox(InboxLimits(10, 10_000, budget))

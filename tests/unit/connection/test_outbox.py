@@ -22,8 +22,8 @@ from fastapi_ws_stabilizer.events import Counters, EventBus
 from fastapi_ws_stabilizer.scheduling import CallbackSemaphore, FlushScheduler
 from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.encoded import encode
-from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
-from tests.unit.own_loop import run
+from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.support.own_loop import run
 
 
 class Owner:
@@ -159,7 +159,7 @@ async def post() -> AsyncIterator[Callable[..., Post]]:
         await wait_for_all(one.tasks.cancel(), 2.0)
 
 
-async def test_messages_go_out_in_their_order(post: Any) -> None:
+async def test_messages_are_sent_in_order(post: Any) -> None:
     """The writer sends what was queued, in order, and counts it."""
     p = post(max_messages=10)
     for text in ("a", "b", "c"):
@@ -170,7 +170,7 @@ async def test_messages_go_out_in_their_order(post: Any) -> None:
     assert (len(p.outbox), p.outbox.held_bytes) == (0, 0)
 
 
-async def test_an_empty_outbox_owns_no_task(post: Any) -> None:
+async def test_empty_outbox_has_no_task(post: Any) -> None:
     """A task exists only while a send waits."""
     p = post()
     p.server.block()
@@ -184,7 +184,7 @@ async def test_an_empty_outbox_owns_no_task(post: Any) -> None:
     await p.server.until(lambda: p.server.data == ["a", "b"])
 
 
-async def test_an_outbox_that_is_not_open_takes_nothing(post: Any) -> None:
+async def test_outbox_before_open_accepts_nothing(post: Any) -> None:
     """Before the connection is open nothing can be queued."""
     p = post()
     closed = p.make(max_messages=1, max_bytes=1, send_timeout=1)
@@ -192,7 +192,7 @@ async def test_an_outbox_that_is_not_open_takes_nothing(post: Any) -> None:
     assert not await closed.put_wait(encode("a"))
 
 
-async def test_the_bound_is_in_messages(post: Any) -> None:
+async def test_outbox_is_bounded_by_message_count(post: Any) -> None:
     """No more than `max_messages` wait behind the one that is being sent."""
     p = post(max_messages=2)
     await p.stuck_with("sending", "a", "b")
@@ -200,7 +200,7 @@ async def test_the_bound_is_in_messages(post: Any) -> None:
     assert len(p.outbox) == 2
 
 
-async def test_the_bound_is_in_bytes(post: Any) -> None:
+async def test_outbox_is_bounded_by_bytes(post: Any) -> None:
     """No more than `max_bytes` wait behind the one that is being sent."""
     p = post(max_messages=100, max_bytes=10)
     await p.stuck_with("sending", "12345678")
@@ -209,7 +209,7 @@ async def test_the_bound_is_in_bytes(post: Any) -> None:
     assert p.outbox.held_bytes == 10
 
 
-async def test_one_message_of_any_size_fits_into_an_empty_outbox(post: Any) -> None:
+async def test_empty_outbox_accepts_message_of_any_size(post: Any) -> None:
     """A message that is larger than the bound can be sent all the same, alone."""
     p = post(max_bytes=10)
     await p.stuck_with("sending", "x" * 5000)
@@ -218,7 +218,7 @@ async def test_one_message_of_any_size_fits_into_an_empty_outbox(post: Any) -> N
     await p.server.until(lambda: len(p.server.data) == 2)
 
 
-async def test_pressure_begins_above_one_half(post: Any) -> None:
+async def test_backpressure_starts_above_half_of_bound(post: Any) -> None:
     """An outbox is under pressure when more than half of one of its bounds is used."""
     p = post(max_messages=4, max_bytes=100)
     await p.stuck_with("sending", "a", "b")
@@ -230,7 +230,7 @@ async def test_pressure_begins_above_one_half(post: Any) -> None:
     assert q.outbox.half_full
 
 
-async def test_a_waiting_sender_goes_on_when_there_is_room(post: Any) -> None:
+async def test_put_wait_continues_when_room_appears(post: Any) -> None:
     """`put_wait` waits while the outbox is full, and queues as soon as the client takes something."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
@@ -242,7 +242,7 @@ async def test_a_waiting_sender_goes_on_when_there_is_room(post: Any) -> None:
     await p.server.until(lambda: p.server.data == ["sending", "a", "b"])
 
 
-async def test_waiting_senders_go_on_in_their_order(post: Any) -> None:
+async def test_waiting_senders_are_served_in_order(post: Any) -> None:
     """Who waited first is served first, however many wait."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "0")
@@ -253,7 +253,7 @@ async def test_waiting_senders_go_on_in_their_order(post: Any) -> None:
     await p.server.until(lambda: p.server.data == ["sending", *"01234567"])
 
 
-async def test_nobody_overtakes_a_waiting_sender(post: Any) -> None:
+async def test_put_wait_queues_behind_waiting_sender(post: Any) -> None:
     """A `put_wait` that comes while another waits queues behind it, even if its own message would fit."""
     p = post(max_messages=10, max_bytes=10)
     await p.stuck_with("sending", "123456")
@@ -267,7 +267,7 @@ async def test_nobody_overtakes_a_waiting_sender(post: Any) -> None:
     await p.server.until(lambda: p.server.data == ["sending", "123456", "1234567", "1"])
 
 
-async def test_room_goes_to_who_waits_first_even_if_it_is_too_small(post: Any) -> None:
+async def test_first_waiting_sender_gets_room_despite_its_size(post: Any) -> None:
     """A large message that waits gets in as soon as the bounds are not reached, and holds up those behind it."""
     p = post(max_messages=10, max_bytes=10)
     gate = asyncio.Semaphore(0)
@@ -297,7 +297,7 @@ async def test_room_goes_to_who_waits_first_even_if_it_is_too_small(post: Any) -
     assert taken == ["sending", "1", "22222", "333", "bbbbbbbb", "s"]
 
 
-async def test_a_cancelled_sender_leaves_its_message_out_and_lets_the_next_one_go(post: Any) -> None:
+async def test_cancelled_sender_queues_nothing_and_blocks_no_sender(post: Any) -> None:
     """A sender that is cancelled while it waits has queued nothing, and holds up nobody."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
@@ -310,7 +310,7 @@ async def test_a_cancelled_sender_leaves_its_message_out_and_lets_the_next_one_g
     assert first.cancelled()
 
 
-async def test_the_room_of_a_cancelled_sender_goes_to_the_one_behind_it(post: Any) -> None:
+async def test_room_of_cancelled_sender_goes_to_next_sender(post: Any) -> None:
     """A sender that waits and is cancelled leaves its message out and its place to the next."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
@@ -323,7 +323,7 @@ async def test_the_room_of_a_cancelled_sender_goes_to_the_one_behind_it(post: An
     assert first.cancelled()
 
 
-async def test_free_room_goes_to_who_waits_before_anybody_else(post: Any) -> None:
+async def test_freed_room_goes_to_waiting_sender_first(post: Any) -> None:
     """The writer hands room over, so messages that nobody waits with cannot take it away."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
@@ -336,7 +336,7 @@ async def test_free_room_goes_to_who_waits_before_anybody_else(post: Any) -> Non
     assert await with_deadline(waiting)
 
 
-async def test_a_finish_flushes_and_then_closes(post: Any) -> None:
+async def test_finish_flushes_then_closes(post: Any) -> None:
     """What is queued is sent, the close frame after it, and then `done` is set."""
     p = post()
     p.outbox.put(encode("a"))
@@ -349,7 +349,7 @@ async def test_a_finish_flushes_and_then_closes(post: Any) -> None:
     ]
 
 
-async def test_a_finish_without_flush_throws_away_and_counts(post: Any) -> None:
+async def test_finish_without_flush_counts_discarded_messages(post: Any) -> None:
     """Where nothing is flushed, what waits is counted as discarded, and only the close frame goes out."""
     p = post()
     await p.stuck_with("sending", "a", "b")
@@ -361,7 +361,7 @@ async def test_a_finish_without_flush_throws_away_and_counts(post: Any) -> None:
     assert p.outbox.held_bytes == 0
 
 
-async def test_a_finished_outbox_takes_nothing_more(post: Any) -> None:
+async def test_finished_outbox_accepts_nothing(post: Any) -> None:
     """After the end has begun nothing can be queued, and a second end changes nothing."""
     p = post()
     p.outbox.finish(1000, "", flush=True)
@@ -372,7 +372,7 @@ async def test_a_finished_outbox_takes_nothing_more(post: Any) -> None:
     assert p.server.close_frames == [(1000, "")]
 
 
-async def test_waiting_senders_learn_of_the_end(post: Any) -> None:
+async def test_finish_wakes_waiting_senders(post: Any) -> None:
     """Everyone who waits for room is woken when the outbox is shut, and has queued nothing."""
     p = post(max_messages=1)
     await p.stuck_with("sending", "a")
@@ -382,7 +382,7 @@ async def test_waiting_senders_learn_of_the_end(post: Any) -> None:
     assert await with_deadline(asyncio.gather(*senders)) == [False, False]
 
 
-async def test_discarding_an_idle_outbox_is_done_at_once(post: Any) -> None:
+async def test_discard_of_idle_outbox_completes_at_once(post: Any) -> None:
     """Without a writer there is nothing to wait for."""
     p = post()
     assert p.outbox.discard() == 0
@@ -390,7 +390,7 @@ async def test_discarding_an_idle_outbox_is_done_at_once(post: Any) -> None:
     assert p.outbox.discard() == 0
 
 
-async def test_discarding_stops_a_stuck_send(post: Any) -> None:
+async def test_discard_stops_stalled_send(post: Any) -> None:
     """A discarded outbox sends nothing more, not even the close frame that was waiting."""
     p = post()
     await p.stuck_with("sending", "a")
@@ -403,7 +403,7 @@ async def test_discarding_stops_a_stuck_send(post: Any) -> None:
     assert p.outbox._watch is None
 
 
-async def test_discarding_before_the_writer_has_run_is_done_too(post: Any) -> None:
+async def test_discard_before_writer_runs_completes(post: Any) -> None:
     """A message and the end of the connection in one turn of the event loop leave nobody waiting for `done`."""
     p = post()
     p.outbox.put(encode("a"))
@@ -412,7 +412,7 @@ async def test_discarding_before_the_writer_has_run_is_done_too(post: Any) -> No
     assert p.server.taken == []
 
 
-async def test_a_failed_send_is_told_and_ends_the_writer(post: Any) -> None:
+async def test_failed_send_is_reported_and_stops_writer(post: Any) -> None:
     """When the server refuses a message the owner learns the error, and nothing more is sent."""
     p = post()
     error = OSError("gone")
@@ -425,7 +425,7 @@ async def test_a_failed_send_is_told_and_ends_the_writer(post: Any) -> None:
     assert len(p.outbox) == 0
 
 
-async def test_a_failed_close_frame_is_told_too(post: Any) -> None:
+async def test_failed_close_frame_is_reported(post: Any) -> None:
     """A close frame that the server refuses does not keep the end from coming."""
     p = post()
     p.server.fail(RuntimeError("closed already"))
@@ -434,7 +434,7 @@ async def test_a_failed_close_frame_is_told_too(post: Any) -> None:
     assert len(p.owner.failures) == 1
 
 
-async def test_a_stuck_send_is_told_once(post: Any) -> None:
+async def test_stalled_send_is_reported_once(post: Any) -> None:
     """A send that makes no progress for `send_timeout` is told."""
     p = post(send_timeout=0.02)
     await p.stuck_with("sending")
@@ -442,7 +442,7 @@ async def test_a_stuck_send_is_told_once(post: Any) -> None:
     assert p.owner.taken == 0
 
 
-async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_send_with_progress_is_not_stalled(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly makes progress, and `send_timeout` counts from the last of it."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
@@ -453,7 +453,7 @@ async def test_a_send_with_progress_is_not_stuck(post: Any, monkeypatch: pytest.
     await eventually(lambda: p.owner.stuck == 1)
 
 
-async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_delayed_send_is_reported_before_stall(post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a send waits the owner can look at its transport, long before `send_timeout`."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     p = post(send_timeout=5)
@@ -462,7 +462,7 @@ async def test_a_send_that_waits_is_told_before_it_is_stuck(post: Any, monkeypat
     assert p.owner.stuck == 0
 
 
-async def test_a_slow_client_that_makes_progress_is_not_stuck(post: Any) -> None:
+async def test_stall_watch_measures_one_send(post: Any) -> None:
     """The watch measures one send, not the whole queue."""
     p = post(max_messages=100, send_timeout=0.2)
 
@@ -476,7 +476,7 @@ async def test_a_slow_client_that_makes_progress_is_not_stuck(post: Any) -> None
     assert p.owner.stuck == 0
 
 
-async def test_the_watch_ends_when_there_is_nothing_to_watch(post: Any) -> None:
+async def test_stall_watch_stops_without_delayed_send(post: Any) -> None:
     """Some time after a send has waited the outbox owns no timer either."""
     p = post(send_timeout=0.02)
     p.server.block()
@@ -499,7 +499,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_who_reads_needs_no_slot(post: Any) -> None:
+async def test_reading_client_needs_no_writer_slot(post: Any) -> None:
     """However many stuck clients there are for two slots, one whose sends do not wait gets all of its messages."""
     slots = CallbackSemaphore(2)
     stuck = [post(sends=slots) for _ in range(40)]
@@ -517,7 +517,7 @@ async def test_who_reads_needs_no_slot(post: Any) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> None:
+async def test_send_waiting_for_slot_continues_in_order(post: Any) -> None:
     """A send that was begun and waits for a slot is neither begun again nor overtaken, and its client is stuck."""
     slots = CallbackSemaphore(1)
     first, second = post(sends=slots), post(sends=slots)
@@ -535,7 +535,7 @@ async def test_a_send_without_a_slot_goes_on_when_there_is_one(post: Any) -> Non
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_send_without_a_slot_ends_with_its_connection(post: Any) -> None:
+async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> None:
     """Discarding closes the send that was begun, counts its message, and leaves the slot to others."""
     slots = CallbackSemaphore(1)
     first, second, third = (post(sends=slots) for _ in range(3))
@@ -554,7 +554,7 @@ async def test_a_send_without_a_slot_ends_with_its_connection(post: Any) -> None
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-async def test_a_stuck_send_gives_its_slot_up(post: Any, by_hand: bool) -> None:
+async def test_stalled_send_releases_slot(post: Any, by_hand: bool) -> None:
     """A send that waits for longer than a healthy client makes it holds up no other, and goes on all the same."""
     slots = CallbackSemaphore(1)
     stuck, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
@@ -576,7 +576,7 @@ _STEPS = st.lists(st.sampled_from(["put", "big", "wait", "turn", "block", "relea
 
 @settings(deadline=None, max_examples=60)
 @given(_STEPS, st.sampled_from(["flush", "drop", "discard", "fail"]), st.booleans())
-def test_every_message_is_accounted_for(steps: list[str], end: str, settled: bool) -> None:
+def test_every_message_is_sent_or_counted_as_discarded(steps: list[str], end: str, settled: bool) -> None:
     """Whatever happens, each message that was taken is sent or counted as discarded when all is over."""
 
     async def play() -> None:

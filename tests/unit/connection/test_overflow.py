@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import encode
-from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def offer(b: Any, *texts: str, key: Any = None) -> list[EnqueueResult]:
     return [b.connection.outbox.offer(encode(text, key)) for text in texts]
 
 
-async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
+async def test_drop_oldest_discards_and_counts_oldest(stalled: Any) -> None:
     """The messages that have waited longest go, and each is counted."""
     b = await stalled(outbox_overflow="drop_oldest")
     assert offer(b, *"abcdef")[-1] is EnqueueResult.SLOW
@@ -50,7 +50,7 @@ async def test_drop_oldest_makes_room_for_the_new(stalled: Any) -> None:
     assert b.connection.close_info is None
 
 
-async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
+async def test_drop_newest_discards_and_counts_newest(stalled: Any) -> None:
     """What waits is kept, what finds no room is counted."""
     b = await stalled(outbox_overflow="drop_newest")
     assert offer(b, *"abcdef")[-2:] == [EnqueueResult.DROPPED, EnqueueResult.DROPPED]
@@ -59,7 +59,7 @@ async def test_drop_newest_leaves_the_new_out(stalled: Any) -> None:
     assert b.events.counters.messages_dropped == 2
 
 
-async def test_disconnect_closes_4507(stalled: Any) -> None:
+async def test_disconnect_policy_closes_with_4507(stalled: Any) -> None:
     """The client learns that it has missed something."""
     b = await stalled()
     assert offer(b, *"abcde")[-1] is EnqueueResult.CLOSED
@@ -67,7 +67,7 @@ async def test_disconnect_closes_4507(stalled: Any) -> None:
     assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
 
 
-async def test_each_degree_of_slowness_is_told_once_until_the_client_has_caught_up(stalled: Any) -> None:
+async def test_slowness_level_is_reported_once_until_drained(stalled: Any) -> None:
     """Lagging, dropping, and anew after it has caught up."""
     b = await stalled(outbox_overflow="drop_newest")
     offer(b, *"abcdefgh")
@@ -82,7 +82,7 @@ async def test_each_degree_of_slowness_is_told_once_until_the_client_has_caught_
     assert b.events.counters.slow_clients == {SlowConsumer.LAGGING: 2, SlowConsumer.DROPPING: 1}
 
 
-async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any) -> None:
+async def test_keyed_message_replaces_queued_message(stalled: Any) -> None:
     """Only the newest of a key is sent, in the place of the first; other keys and messages are left alone."""
     b = await stalled()
     offer(b, "p1", key="price")
@@ -96,7 +96,7 @@ async def test_a_newer_message_takes_the_place_of_one_with_its_key(stalled: Any)
     await b.server.until(lambda: b.server.data[-1] == "p4")
 
 
-async def test_a_newer_message_takes_the_place_of_one_that_a_sender_waits_with(stalled: Any) -> None:
+async def test_keyed_message_replaces_message_of_waiting_sender(stalled: Any) -> None:
     """The sender returns as if its own were queued, in its place in the line, and the client gets the newer one."""
     b = await stalled()
     offer(b, *"abcd")
@@ -114,7 +114,7 @@ async def test_a_newer_message_takes_the_place_of_one_that_a_sender_waits_with(s
     assert b.events.counters.messages_coalesced == 3
 
 
-async def test_waiting_senders_with_one_key_are_one_message(stalled: Any) -> None:
+async def test_waiting_senders_with_same_key_coalesce(stalled: Any) -> None:
     """All but the newest return at once, since theirs are worth nothing any more."""
     b = await stalled()
     offer(b, *"abcd")
@@ -127,7 +127,7 @@ async def test_waiting_senders_with_one_key_are_one_message(stalled: Any) -> Non
     assert b.events.counters.messages_coalesced == 4
 
 
-async def test_a_waiting_sender_is_not_starved_by_smaller_messages(bench: Any) -> None:
+async def test_waiting_sender_is_not_starved_by_small_messages(bench: Any) -> None:
     """What becomes free is its own as soon as the bounds are not reached, however often others fill the outbox up."""
     b = bench(outbox_max_bytes=100, outbox_overflow="drop_newest")
     await b.open()
@@ -161,7 +161,7 @@ async def test_a_waiting_sender_is_not_starved_by_smaller_messages(bench: Any) -
     await eventually(lambda: "x" * 60 in taken)
 
 
-async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothers_place(
+async def test_replacing_message_counts_lagging_client_as_slow(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broadcast tells how many lag, whether its message was added or has replaced one."""
@@ -181,7 +181,7 @@ async def test_a_client_that_lags_is_counted_as_slow_when_a_message_takes_anothe
     server.release()
 
 
-async def test_pongs_and_pings_go_before_messages(stalled: Any) -> None:
+async def test_control_frames_precede_messages(stalled: Any) -> None:
     """A control frame overtakes what is queued."""
     b = await stalled()
     offer(b, "a", "b")
@@ -190,7 +190,7 @@ async def test_pongs_and_pings_go_before_messages(stalled: Any) -> None:
     await b.server.until(lambda: b.server.data == ["stuck", "pong", "a", "b"])
 
 
-def test_a_key_that_cannot_be_one_raises_at_the_caller() -> None:
+def test_unhashable_key_raises_in_caller() -> None:
     """A key must be hashable, and that shows before anything is queued."""
     with pytest.raises(TypeError):
         encode("x", ["no", "key"])
@@ -204,7 +204,7 @@ _STEPS = st.lists(
 
 @settings(deadline=None, max_examples=300)
 @given(_STEPS)
-def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
+def test_send_queue_matches_list_model(steps: list[tuple[str, str | None]]) -> None:
     """Whatever is put in and taken out, order, length, bytes and places of keys are those of a plain list."""
     backlog = SendQueue(OutboxLimits(WebSocketConfig(outbox_max_messages=10), Counters()))
     model: list[Any] = []
@@ -229,7 +229,7 @@ def test_the_backlog_is_a_queue(steps: list[tuple[str, str | None]]) -> None:
         assert backlog.held_bytes == sum(frame.size for frame in model)
 
 
-async def test_an_outbox_stands_in_line_for_a_slot_once(bench: Any) -> None:
+async def test_outbox_queues_for_writer_slot_once(bench: Any) -> None:
     """However often it is offered something meanwhile; and it gets its turn when the slot is free."""
     b = bench(outbox_max_messages=4, outbox_overflow="drop_oldest", max_concurrent_broadcast=1)
     await b.open()

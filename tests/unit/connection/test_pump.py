@@ -11,10 +11,10 @@ from fastapi_ws_stabilizer.connection import pump as pump_module
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
 from fastapi_ws_stabilizer.errors import SocketClosed
-from tests.unit.fake_websocket import FakeServer, eventually, settle, with_deadline
+from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
 
-async def test_messages_are_read_without_anybody_waiting_for_them(bench: Any) -> None:
+async def test_messages_are_read_without_waiting_reader(bench: Any) -> None:
     """What comes in goes to the inbox and is counted, whatever the endpoint is doing."""
     b = bench()
     connection, _ = await b.open()
@@ -25,7 +25,7 @@ async def test_messages_are_read_without_anybody_waiting_for_them(bench: Any) ->
     assert b.events.counters.messages_received == 3
 
 
-async def test_an_empty_binary_message_is_a_message(bench: Any) -> None:
+async def test_event_without_text_or_bytes_is_empty_binary(bench: Any) -> None:
     """A message without a text and without bytes, as some servers put it, is empty bytes."""
     b = bench()
     connection, _ = await b.open()
@@ -37,7 +37,7 @@ async def test_an_empty_binary_message_is_a_message(bench: Any) -> None:
     ("ping", "pong"),
     [("ping", "pong"), ('{"type":"ping"}', '{"type":"pong"}'), ('{"type":"ping","ts":5}', '{"type":"pong","ts":5}')],
 )
-async def test_a_clients_ping_is_answered_while_user_code_is_busy(bench: Any, ping: str, pong: str) -> None:
+async def test_text_ping_is_answered_while_handler_is_busy(bench: Any, ping: str, pong: str) -> None:
     """Pings are answered by the pump and are no messages."""
     b = bench()
     connection, _ = await b.open()
@@ -47,7 +47,7 @@ async def test_a_clients_ping_is_answered_while_user_code_is_busy(bench: Any, pi
     assert b.events.counters.messages_received == 1
 
 
-async def test_a_pong_is_a_sign_of_life_and_no_message(bench: Any) -> None:
+async def test_text_pong_counts_as_liveness_and_is_hidden(bench: Any) -> None:
     """A pong reaches the pulse and not the endpoint."""
     b = bench()
     connection, _ = await b.open()
@@ -59,7 +59,7 @@ async def test_a_pong_is_a_sign_of_life_and_no_message(bench: Any) -> None:
     assert len(connection.inbox) == 0
 
 
-async def test_any_message_is_a_sign_of_life(bench: Any) -> None:
+async def test_data_counts_as_liveness_but_not_as_pong(bench: Any) -> None:
     """Data proves life as well as a pong does, and is not counted as an answer."""
     b = bench()
     connection, _ = await b.open()
@@ -71,7 +71,7 @@ async def test_any_message_is_a_sign_of_life(bench: Any) -> None:
     assert not connection.liveness.has_ponged
 
 
-async def test_interception_can_be_switched_off(bench: Any) -> None:
+async def test_disabled_control_frames_are_data(bench: Any) -> None:
     """Where control frames are off, `ping` and `pong` are data like any other."""
     b = bench()
     connection, _ = await b.open(control_frames=False)
@@ -81,7 +81,7 @@ async def test_interception_can_be_switched_off(bench: Any) -> None:
     assert b.server.data == []
 
 
-async def test_a_text_that_no_parser_takes_is_data(bench: Any) -> None:
+async def test_unparsable_control_text_is_data(bench: Any) -> None:
     """Half a surrogate pair in what looks like a control frame does not stop the reading."""
     b = bench()
     connection, _ = await b.open()
@@ -91,7 +91,7 @@ async def test_a_text_that_no_parser_takes_is_data(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("message", ["x" * 11, "ä" * 6, "🌱" * 3, b"x" * 11])
-async def test_a_message_over_the_limit_closes_and_is_never_seen(bench: Any, message: str | bytes) -> None:
+async def test_message_over_max_size_closes_1009_undelivered(bench: Any, message: str | bytes) -> None:
     """One byte over `max_message_size` closes with 1009, and no reader gets the message."""
     b = bench(max_message_size=10)
     connection, _ = await b.open()
@@ -107,7 +107,7 @@ async def test_a_message_over_the_limit_closes_and_is_never_seen(bench: Any, mes
 
 
 @pytest.mark.parametrize("message", ["x" * 10, "ä" * 5, "🌱🌱äx"[:2] + "xx", b"x" * 10])
-async def test_a_message_at_the_limit_is_taken(bench: Any, message: str | bytes) -> None:
+async def test_message_at_max_size_is_accepted(bench: Any, message: str | bytes) -> None:
     """Exactly `max_message_size` bytes are allowed."""
     b = bench(max_message_size=10)
     connection, _ = await b.open()
@@ -118,7 +118,7 @@ async def test_a_message_at_the_limit_is_taken(bench: Any, message: str | bytes)
     assert await with_deadline(connection.receive()) == message
 
 
-async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
+async def test_full_inbox_pauses_reading_until_read(bench: Any) -> None:
     """With `inbox_overflow="pause"` reading stops at the mark, is told once, and goes on when there is room."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()
@@ -132,7 +132,7 @@ async def test_a_full_inbox_pauses_the_reading(bench: Any) -> None:
     assert connection.close_info is None
 
 
-async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_read_pause_does_not_count_as_silence(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What could not be read during our pause never counts as the client's silence."""
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
@@ -146,7 +146,7 @@ async def test_a_pause_ends_with_a_sign_of_life(bench: Any, monkeypatch: pytest.
     assert connection.liveness.awaiting_since is None
 
 
-async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
+async def test_connection_can_close_during_read_pause(bench: Any) -> None:
     """A connection whose reading is paused can be ended, and what came in before can still be read."""
     b = bench(inbox_max_messages=1)
     connection, _ = await b.open()
@@ -168,7 +168,7 @@ async def test_a_pause_is_no_obstacle_to_the_end(bench: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
-async def test_end_during_read_pause_delivers_every_read_message(
+async def test_close_during_read_pause_delivers_read_messages(
     bench: Any, reason: DisconnectReason, tracked: bool
 ) -> None:
     """An ending that delivers what is unread delivers the message that filled the inbox too."""
@@ -187,7 +187,7 @@ async def test_end_during_read_pause_delivers_every_read_message(
 
 
 @pytest.mark.parametrize("code", [None, 1000])
-async def test_end_during_read_pause_counts_every_discarded_message(bench: Any, code: int | None) -> None:
+async def test_close_during_read_pause_counts_discarded_messages(bench: Any, code: int | None) -> None:
     """Each message that was read is handled or counted as discarded, also where the endpoint reads only a part."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open(cancellable=True)
@@ -202,7 +202,7 @@ async def test_end_during_read_pause_counts_every_discarded_message(bench: Any, 
     assert b.events.counters.messages_discarded + handled == b.events.counters.messages_received == 3
 
 
-async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
+async def test_inbox_overflow_close_closes_with_1013(bench: Any) -> None:
     """With `inbox_overflow="close"` a client that sends faster than it is read is closed with 1013."""
     b = bench(inbox_max_messages=2, inbox_overflow="close")
     connection, _ = await b.open()
@@ -212,7 +212,7 @@ async def test_a_full_inbox_closes_where_that_is_wanted(bench: Any) -> None:
     assert b.events.counters.messages_discarded == 3
 
 
-async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
+async def test_inbox_max_bytes_pauses_reading(bench: Any) -> None:
     """`inbox_max_bytes` pauses the reading like `inbox_max_messages`."""
     b = bench(inbox_max_bytes=1000)
     connection, _ = await b.open()
@@ -233,7 +233,7 @@ async def test_the_bytes_of_the_inbox_are_bounded_too(bench: Any) -> None:
         (None, None, DisconnectReason.NETWORK_LOST, 1006),
     ],
 )
-async def test_the_end_by_the_other_side_is_read(
+async def test_disconnect_event_decides_close_info(
     bench: Any, code: Any, reason: Any, expected: DisconnectReason, seen: int
 ) -> None:
     """A disconnect event ends the connection with what it says, and nothing is sent any more."""
@@ -246,7 +246,7 @@ async def test_the_end_by_the_other_side_is_read(
     assert b.server.close_frames == []
 
 
-async def test_a_receive_that_fails_is_a_lost_network(bench: Any) -> None:
+async def test_failing_receive_is_lost_connection(bench: Any) -> None:
     """A server that tears its stream down instead of saying so has lost the connection, and that is no error log."""
     b = bench()
     connection, _ = await b.open()
@@ -257,7 +257,7 @@ async def test_a_receive_that_fails_is_a_lost_network(bench: Any) -> None:
     assert max(report.level for report in b.heard.all) < 30
 
 
-async def test_a_flood_of_pings_is_not_answered_in_full(bench: Any) -> None:
+async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:
     """A client that pings without taking anything gets no answer instead of an ever longer queue."""
     b = bench()
     connection, _ = await b.open()
@@ -268,9 +268,7 @@ async def test_a_flood_of_pings_is_not_answered_in_full(bench: Any) -> None:
     assert connection.close_info is None
 
 
-async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pump_bug_is_reported_and_closes_connection(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug of ours in reading is told, and the connection does not stay without a reader."""
     b = bench()
     connection, _ = await b.open()
@@ -291,7 +289,7 @@ async def test_a_pump_that_fails_is_reported_and_ends_its_connection(
         ({"max_byte_rate": 10**9}, True),
     ],
 )
-async def test_a_message_is_looked_at_only_where_somebody_wants_to_know(
+async def test_message_size_is_checked_only_with_reachable_limit(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], watches: bool
 ) -> None:
     """Without a limit that a message could reach, it costs nothing to have limits."""
@@ -307,9 +305,7 @@ async def test_a_message_is_looked_at_only_where_somebody_wants_to_know(
     assert told == (["may", "heard"] if watches else [])
 
 
-async def test_the_pump_drops_the_oldest_messages_of_an_endpoint_that_never_reads(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After inbox_pause_timeout without a read, reading goes on, and the oldest messages go and are counted."""
     monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
     b = bench(inbox_max_messages=2, inbox_pause_timeout=0.05)
@@ -324,9 +320,7 @@ async def test_the_pump_drops_the_oldest_messages_of_an_endpoint_that_never_read
     assert connection.close_info is None
 
 
-async def test_the_pump_ends_the_connection_of_an_endpoint_that_hangs(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that has read, and neither reads nor sends any more, is cut after inbox_pause_timeout."""
     monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
     b = bench(inbox_max_messages=1, inbox_pause_timeout=0.05)
@@ -338,7 +332,7 @@ async def test_the_pump_ends_the_connection_of_an_endpoint_that_hangs(
     assert b.server.close_frames == [(1013, "nobody reads the messages")]
 
 
-async def test_the_pump_does_not_pause_for_an_endpoint_that_ignores_messages(bench: Any) -> None:
+async def test_pump_does_not_pause_with_ignore_messages(bench: Any) -> None:
     """With `ignore_messages` reading goes on at once."""
     b = bench(inbox_max_messages=2)
     connection, _ = await b.open()

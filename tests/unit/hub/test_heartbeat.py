@@ -18,9 +18,9 @@ from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
 from fastapi_ws_stabilizer.hub.heartbeat import MAX_TIMER_LAG, MAX_TOGETHER, HeartbeatScheduler
 from fastapi_ws_stabilizer.wire.encoded import encode
+from tests.support.fake_recipient import FakeRecipient
+from tests.support.fake_websocket import eventually, settle
 from tests.unit.conftest import Heard
-from tests.unit.fake_websocket import eventually, settle
-from tests.unit.hub.fake_member import FakeMember
 
 
 class Beating:
@@ -36,9 +36,9 @@ class Beating:
         self.first = lambda low, high: high
         self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.events)
 
-    def add(self, client_id: str = "ann", **kwargs: Any) -> FakeMember:
+    def add(self, client_id: str = "ann", **kwargs: Any) -> FakeRecipient:
         """Begin to beat for a new connection, whose first ping is due after one interval."""
-        member = FakeMember(client_id, **kwargs)
+        member = FakeRecipient(client_id, **kwargs)
         member.liveness.on_frame(self.now)
         self.heartbeat.add(member)
         return member
@@ -48,7 +48,7 @@ class Beating:
         self.now = 1000.0 + seconds
         self.heartbeat.run_due(self.now, late)
 
-    def pong(self, member: FakeMember) -> None:
+    def pong(self, member: FakeRecipient) -> None:
         """Let the client answer."""
         member.liveness.on_frame(self.now)
         member.liveness.on_pong(self.now)
@@ -73,7 +73,7 @@ async def event_loop_is_running() -> None:
     """Make these tests run on an event loop, since adding a connection sets a timer."""
 
 
-async def test_a_connection_is_pinged_once_per_interval(beating: Any) -> None:
+async def test_connection_is_pinged_once_per_interval(beating: Any) -> None:
     """Pings come one interval apart, and none between."""
     clock = beating(heartbeat_interval=10)
     member = clock.add()
@@ -83,7 +83,7 @@ async def test_a_connection_is_pinged_once_per_interval(beating: Any) -> None:
     assert clock.events.counters.pings_sent == 3
 
 
-async def test_the_first_ping_comes_after_a_random_part_of_the_interval(beating: Any) -> None:
+async def test_first_ping_is_delayed_by_random_part_of_interval(beating: Any) -> None:
     """Clients that connect together are not pinged together."""
     clock = beating(heartbeat_interval=10)
     asked = []
@@ -96,10 +96,10 @@ async def test_the_first_ping_comes_after_a_random_part_of_the_interval(beating:
     assert asked == [(0.0, 10.0)]
 
 
-async def test_first_pings_are_really_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_first_pings_are_spread_over_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real random numbers, a hundred connections of one moment are due all over the interval."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=10), EventBus())
-    members = [FakeMember() for _ in range(100)]
+    members = [FakeRecipient() for _ in range(100)]
     for member in members:
         heartbeat.add(member)
     heartbeat.stop()
@@ -109,9 +109,7 @@ async def test_first_pings_are_really_spread(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("interval", "timeout"), [(10, 25), (10, 60), (30, 5), (10, 10)])
-async def test_the_timeout_is_honoured_longer_or_shorter_than_the_interval(
-    beating: Any, interval: float, timeout: float
-) -> None:
+async def test_heartbeat_timeout_is_exact_for_any_interval(beating: Any, interval: float, timeout: float) -> None:
     """A client that always answered and then falls silent is closed exactly `heartbeat_timeout` after the ping."""
     clock = beating(heartbeat_interval=interval, heartbeat_timeout=timeout)
     member = clock.add()
@@ -126,7 +124,7 @@ async def test_the_timeout_is_honoured_longer_or_shorter_than_the_interval(
     assert len(clock.heartbeat) == 0
 
 
-async def test_pings_go_on_while_an_answer_is_awaited(beating: Any) -> None:
+async def test_pings_continue_while_pong_is_outstanding(beating: Any) -> None:
     """With a timeout over several intervals, each interval has its ping, and the first open one counts."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=35, require_pong=True)
     member = clock.add()
@@ -138,7 +136,7 @@ async def test_pings_go_on_while_an_answer_is_awaited(beating: Any) -> None:
     assert member.close_info is not None
 
 
-async def test_a_timeout_is_told_with_the_time_of_silence(beating: Any) -> None:
+async def test_heartbeat_timeout_event_has_silent_seconds(beating: Any) -> None:
     """The report of a timeout names connection, client and how long it was silent."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add("bob")
@@ -149,7 +147,7 @@ async def test_a_timeout_is_told_with_the_time_of_silence(beating: Any) -> None:
     assert report.fields == {"client_id": "bob", "connection_id": member.connection_id, "silent_seconds": 15.0}
 
 
-async def test_a_chatty_client_that_never_pongs_lives(beating: Any) -> None:
+async def test_inbound_frames_without_pong_prevent_timeout(beating: Any) -> None:
     """Any inbound frame proves life, even where pongs are required."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -160,7 +158,7 @@ async def test_a_chatty_client_that_never_pongs_lives(beating: Any) -> None:
     assert len(member.frames) >= 9
 
 
-async def test_a_client_that_has_never_answered_is_not_closed(beating: Any) -> None:
+async def test_require_pong_auto_starts_with_first_pong(beating: Any) -> None:
     """With `require_pong="auto"` enforcement starts with the client's first pong."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5)
     member = clock.add()
@@ -173,7 +171,7 @@ async def test_a_client_that_has_never_answered_is_not_closed(beating: Any) -> N
     assert member.close_info is not None
 
 
-async def test_a_required_pong_is_required_from_the_start(beating: Any) -> None:
+async def test_require_pong_true_closes_client_without_pong(beating: Any) -> None:
     """With `require_pong=True` a client that never answers is closed."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -182,7 +180,7 @@ async def test_a_required_pong_is_required_from_the_start(beating: Any) -> None:
     assert member.close_info is not None
 
 
-async def test_a_pong_that_is_not_required_is_never_missed(beating: Any) -> None:
+async def test_require_pong_false_never_closes_silent_client(beating: Any) -> None:
     """With `require_pong=False` silence closes nobody, not even who has answered before."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=False)
     member = clock.add()
@@ -193,7 +191,7 @@ async def test_a_pong_that_is_not_required_is_never_missed(beating: Any) -> None
     assert member.close_info is None
 
 
-async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> None:
+async def test_pong_right_after_ping_is_counted(beating: Any) -> None:
     """A pong that is handled right after the ping was queued is not lost."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -213,7 +211,7 @@ async def test_a_pong_at_the_very_moment_of_the_ping_counts(beating: Any) -> Non
     assert member.liveness.rtt == 0.0
 
 
-async def test_a_client_whose_outbox_is_full_is_not_pinged_and_owes_nothing(beating: Any) -> None:
+async def test_full_outbox_suspends_ping_and_timeout(beating: Any) -> None:
     """A ping that finds no room proves nothing, so no answer to it is awaited."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add(room=False)
@@ -226,7 +224,7 @@ async def test_a_client_whose_outbox_is_full_is_not_pinged_and_owes_nothing(beat
     assert len(member.frames) == 1
 
 
-async def test_a_pause_of_ours_is_not_the_clients_silence(beating: Any) -> None:
+async def test_paused_reading_suspends_heartbeat_timeout(beating: Any) -> None:
     """While we do not read, what the client owes is forgiven."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -237,7 +235,7 @@ async def test_a_pause_of_ours_is_not_the_clients_silence(beating: Any) -> None:
     assert member.close_info is None
 
 
-async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> None:
+async def test_ping_behind_send_queue_suspends_timeout(beating: Any) -> None:
     """While messages wait before it the client cannot have seen the ping; when they are gone the debt counts again."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -251,7 +249,7 @@ async def test_a_ping_that_could_not_be_sent_yet_is_no_debt(beating: Any) -> Non
     assert member.close_info is not None
 
 
-async def test_who_is_sent_something_in_every_turn_is_found_dead_too(beating: Any, bench: Any) -> None:
+async def test_send_on_every_iteration_does_not_defer_timeout(beating: Any, bench: Any) -> None:
     """A message that waits for no more than the end of the turn is no backlog, and forgives no missing answer."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
@@ -265,7 +263,7 @@ async def test_who_is_sent_something_in_every_turn_is_found_dead_too(beating: An
     assert connection.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
 
 
-async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
+async def test_stalled_send_does_not_cause_heartbeat_timeout(
     beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
@@ -283,7 +281,7 @@ async def test_who_takes_nothing_for_long_is_not_taken_for_dead(
     assert connection.close_info is None
 
 
-async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
+async def test_late_timer_grants_grace_before_timeout(beating: Any) -> None:
     """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -296,7 +294,7 @@ async def test_a_late_beat_gives_a_second_look(beating: Any) -> None:
     assert member.close_info is not None
 
 
-async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None:
+async def test_grace_after_lag_is_at_most_heartbeat_timeout(beating: Any) -> None:
     """A short timeout has a short second look."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
     member = clock.add()
@@ -307,7 +305,7 @@ async def test_a_second_look_is_no_longer_than_the_timeout(beating: Any) -> None
     assert member.close_info is not None
 
 
-async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
+async def test_timer_lag_below_maximum_grants_no_grace(beating: Any) -> None:
     """A beat that is late by less than half a second is on time."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -316,7 +314,7 @@ async def test_a_slightly_late_beat_closes_all_the_same(beating: Any) -> None:
     assert member.close_info is not None
 
 
-async def test_an_ended_connection_is_let_go_of(beating: Any) -> None:
+async def test_closed_connection_is_removed_from_heartbeat(beating: Any) -> None:
     """A connection that ended otherwise is neither pinged nor kept."""
     clock = beating(heartbeat_interval=10)
     member = clock.add()
@@ -326,7 +324,7 @@ async def test_an_ended_connection_is_let_go_of(beating: Any) -> None:
     assert len(clock.heartbeat) == 0
 
 
-async def test_a_removed_connection_is_not_pinged(beating: Any) -> None:
+async def test_removed_connection_is_not_pinged(beating: Any) -> None:
     """After `remove` a connection gets nothing, and the others do."""
     clock = beating(heartbeat_interval=10)
     gone, here = clock.add("gone"), clock.add("here")
@@ -337,7 +335,7 @@ async def test_a_removed_connection_is_not_pinged(beating: Any) -> None:
     assert (len(gone.frames), len(here.frames)) == (0, 1)
 
 
-async def test_connections_that_come_and_go_leave_nothing_behind(beating: Any) -> None:
+async def test_removed_connections_do_not_grow_heap(beating: Any) -> None:
     """However many connections have been removed, the heap holds little more than those that are there."""
     clock = beating(heartbeat_interval=10)
     staying = [clock.add() for _ in range(3)]
@@ -350,7 +348,7 @@ async def test_connections_that_come_and_go_leave_nothing_behind(beating: Any) -
     assert [len(member.frames) for member in staying] == [1, 1, 1]
 
 
-async def test_a_stuck_client_delays_nobodys_beat(beating: Any) -> None:
+async def test_full_outbox_does_not_delay_pings_to_others(beating: Any) -> None:
     """A client whose outbox is full costs the others nothing."""
     clock = beating(heartbeat_interval=10)
     stuck = clock.add(room=False)
@@ -361,7 +359,7 @@ async def test_a_stuck_client_delays_nobodys_beat(beating: Any) -> None:
 
 
 @pytest.mark.parametrize("payload", ["beat", {"kind": "beat"}, b"\x01"])
-async def test_a_custom_payload_is_what_is_sent(beating: Any, payload: Any) -> None:
+async def test_custom_payload_is_sent_and_encoded_once(beating: Any, payload: Any) -> None:
     """With `heartbeat_type="custom"` the heartbeat is the user's own message, encoded once."""
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=payload)
     member = clock.add()
@@ -373,7 +371,7 @@ async def test_a_custom_payload_is_what_is_sent(beating: Any, payload: Any) -> N
     assert sent == payload or json.loads(sent) == payload
 
 
-async def test_a_custom_payload_can_be_a_function_of_the_socket(beating: Any) -> None:
+async def test_payload_function_receives_socket(beating: Any) -> None:
     """A callable payload is called for each beat with what user code knows the connection by."""
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: {"for": socket})
     member = clock.add()
@@ -381,7 +379,7 @@ async def test_a_custom_payload_can_be_a_function_of_the_socket(beating: Any) ->
     assert json.loads(member.frames[0].text) == {"for": member.socket}
 
 
-async def test_a_payload_function_that_fails_is_told_and_tried_again(beating: Any) -> None:
+async def test_failing_payload_function_is_reported_and_retried(beating: Any) -> None:
     """A bug in the payload function is reported, hurts no other connection, and the next beat tries again."""
     answers: list[Any] = [ValueError("bug"), object(), "beat"]
 
@@ -401,14 +399,14 @@ async def test_a_payload_function_that_fails_is_told_and_tried_again(beating: An
     assert [frame.text for frame in member.frames] == ["beat"]
 
 
-async def test_a_payload_that_cannot_be_encoded_is_refused_when_the_manager_is_made() -> None:
+async def test_unencodable_payload_raises_at_construction() -> None:
     """A constant payload that JSON does not know fails early and not at each beat."""
     config = WebSocketConfig(heartbeat_type="custom", heartbeat_payload={"x": object()})
     with pytest.raises(MessageEncodeError):
         HeartbeatScheduler(config, EventBus())
 
 
-async def test_a_payload_function_that_ends_its_connection_leaves_no_entry(beating: Any) -> None:
+async def test_payload_function_closing_connection_unschedules_it(beating: Any) -> None:
     """A connection that its own payload function has ended is not scheduled again."""
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: end())
     member = clock.add()
@@ -423,7 +421,7 @@ async def test_a_payload_function_that_ends_its_connection_leaves_no_entry(beati
     assert len(clock.heartbeat) == 0
 
 
-async def test_a_heartbeat_that_is_off_does_nothing(beating: Any) -> None:
+async def test_heartbeat_off_schedules_nothing(beating: Any) -> None:
     """With `heartbeat_type="off"` nobody is scheduled and no timer is set."""
     clock = beating(heartbeat_type="off")
     member = clock.add()
@@ -437,10 +435,10 @@ async def test_a_heartbeat_that_is_off_does_nothing(beating: Any) -> None:
 # ── the one timer ──
 
 
-async def test_the_timer_beats_by_itself() -> None:
+async def test_heartbeat_timer_pings_on_real_clock() -> None:
     """On the real clock, a connection is pinged without anybody calling."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=0.02), EventBus())
-    member = FakeMember()
+    member = FakeRecipient()
     heartbeat.add(member)
     await eventually(lambda: len(member.frames) >= 2)
     heartbeat.stop()
@@ -448,7 +446,7 @@ async def test_the_timer_beats_by_itself() -> None:
     assert heartbeat._timer is None
 
 
-async def test_all_connections_share_one_timer(beating: Any) -> None:
+async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
     """However many connections there are, the event loop holds one timer for them, a little after the first is due."""
     clock = beating(heartbeat_interval=10)
     firsts = iter([5.0, 7.0, 2.0, 9.0])
@@ -464,7 +462,7 @@ async def test_all_connections_share_one_timer(beating: Any) -> None:
     assert clock.heartbeat._timer_due == 1002.0 + MAX_TOGETHER
 
 
-async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating: Any) -> None:
+async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> None:
     """When the timer itself comes late by half a second or more, that is a warning, and gives a second look."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
@@ -479,7 +477,9 @@ async def test_a_blocked_event_loop_is_told_and_nobody_is_closed_for_it(beating:
     assert clock.heartbeat._timer is not None
 
 
-async def test_a_beat_for_many_gives_the_loop_turns(beating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeat_of_many_connections_yields_to_event_loop(
+    beating: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is due when the loop was held for long comes in the next turn, and nobody is left out or pinged twice."""
     looks = iter(range(10**6))
     monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_BLOCK)
@@ -493,7 +493,7 @@ async def test_a_beat_for_many_gives_the_loop_turns(beating: Any, monkeypatch: p
     assert [len(member.frames) for member in members] == [1] * 9
 
 
-async def test_stopping_twice_is_fine(beating: Any) -> None:
+async def test_heartbeat_stop_is_idempotent(beating: Any) -> None:
     """A stopped heartbeat has no connections, no timer, and can be stopped again."""
     clock = beating()
     clock.add()
@@ -507,7 +507,7 @@ async def test_stopping_twice_is_fine(beating: Any) -> None:
 # ── bytes ──
 
 
-async def test_client_that_sends_part_of_a_message_is_not_silent(beating: Any) -> None:
+async def test_partial_inbound_message_restarts_timeout(beating: Any) -> None:
     """Bytes that have come since the ping begin the time anew, from the last of them."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
@@ -525,7 +525,7 @@ async def test_client_that_sends_part_of_a_message_is_not_silent(beating: Any) -
     assert member.close_info.cause is DisconnectReason.HEARTBEAT_TIMEOUT
 
 
-async def test_client_that_never_completes_a_message_is_closed(beating: Any) -> None:
+async def test_never_completed_inbound_message_is_closed(beating: Any) -> None:
     """A byte now and then holds a connection no longer than the largest message takes at the slowest rate."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
     member = clock.add()
@@ -537,7 +537,7 @@ async def test_client_that_never_completes_a_message_is_closed(beating: Any) -> 
     assert member.close_info is not None
 
 
-async def test_client_that_completes_messages_has_time_for_the_next(beating: Any) -> None:
+async def test_message_time_limit_restarts_with_each_message(beating: Any) -> None:
     """The bound is one of each message, and not of a connection."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
     member = clock.add()
@@ -549,7 +549,7 @@ async def test_client_that_completes_messages_has_time_for_the_next(beating: Any
         assert member.close_info is None, second
 
 
-async def test_client_that_takes_bytes_before_its_ping_is_not_silent(beating: Any) -> None:
+async def test_outbound_progress_before_ping_defers_timeout(beating: Any) -> None:
     """A ping behind a large message is owed from the last look at which its client had taken more of that."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
@@ -567,7 +567,7 @@ async def test_client_that_takes_bytes_before_its_ping_is_not_silent(beating: An
 
 
 @pytest.mark.parametrize(("unsent", "taken"), [(16 * 1024 - 1, 100_000), (20_000, 0), (None, None)])
-async def test_client_that_takes_nothing_before_its_ping_is_silent(
+async def test_outbound_bytes_without_progress_do_not_defer_timeout(
     beating: Any, unsent: int | None, taken: int | None
 ) -> None:
     """Little before a ping delays no pong, and bytes that nobody takes are no sign of life."""
@@ -580,7 +580,7 @@ async def test_client_that_takes_nothing_before_its_ping_is_silent(
     assert member.close_info is not None
 
 
-async def test_bytes_behind_a_ping_are_no_sign_of_life(beating: Any) -> None:
+async def test_outbound_progress_after_ping_does_not_defer_timeout(beating: Any) -> None:
     """A client whose machine takes more and more, and that answers nothing, is closed one timeout later at most."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
@@ -591,7 +591,7 @@ async def test_bytes_behind_a_ping_are_no_sign_of_life(beating: Any) -> None:
     assert member.close_info is not None
 
 
-async def test_ended_client_leaves_no_debt(beating: Any) -> None:
+async def test_removed_or_answering_client_leaves_no_ping_state(beating: Any) -> None:
     """What is remembered of a client goes with it, and what it has paid at its next ping."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     members = [clock.add(str(number)) for number in range(3)]
@@ -608,9 +608,9 @@ async def test_ended_client_leaves_no_debt(beating: Any) -> None:
     assert not clock.heartbeat._debts
 
 
-async def test_payload_function_that_ends_its_connection_leaves_no_debt(beating: Any) -> None:
+async def test_payload_function_closing_connection_leaves_no_state(beating: Any) -> None:
     """Much on its way to a client that has just ended is not remembered."""
-    members: list[FakeMember] = []
+    members: list[FakeRecipient] = []
 
     def payload(_: object) -> str:
         clock.heartbeat.remove(members[0])

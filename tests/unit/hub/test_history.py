@@ -36,7 +36,7 @@ def last(history: RoomHistory, room: str, count: int = 100) -> list[str | None]:
     return [frame.text for frame in history.last(room, count)]
 
 
-def test_a_newcomer_gets_the_last_messages_of_its_room() -> None:
+def test_history_returns_newest_messages_oldest_first() -> None:
     """The last messages come oldest first, at most as many as are asked for, and those of no other room."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a", "b", "c")
@@ -48,21 +48,21 @@ def test_a_newcomer_gets_the_last_messages_of_its_room() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_who_asks_for_nothing_gets_nothing(count: int) -> None:
+def test_history_with_non_positive_count_returns_nothing(count: int) -> None:
     """A count that is not positive is nothing, and not everything."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     assert last(history, "lobby", count) == []
 
 
-def test_a_room_remembers_as_many_as_it_may() -> None:
+def test_history_beyond_max_messages_drops_oldest() -> None:
     """Of too many messages the oldest are forgotten."""
     history = RoomHistory(3, 60)
     say(history, "lobby", *"abcde")
     assert last(history, "lobby") == ["c", "d", "e"]
 
 
-def test_where_nothing_is_to_be_remembered_nothing_is() -> None:
+def test_history_limit_zero_stores_nothing() -> None:
     """A limit of 0 costs nothing."""
     history = RoomHistory(0, 60)
     say(history, "lobby", "a")
@@ -70,14 +70,14 @@ def test_where_nothing_is_to_be_remembered_nothing_is() -> None:
     assert last(history, "lobby") == []
 
 
-def test_volatile_messages_are_not_remembered() -> None:
+def test_volatile_message_is_not_in_history() -> None:
     """What is worth nothing later is not kept for newcomers."""
     history = RoomHistory(10, 60)
     history.add("lobby", encode("a", volatile=True))
     assert len(history) == 0
 
 
-def test_a_room_remembers_as_many_bytes_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_beyond_max_bytes_drops_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of too many bytes the oldest are forgotten, and one message of any size is kept."""
     monkeypatch.setattr(history_module, "MAX_BYTES", 10)
     history = RoomHistory(100, 60)
@@ -89,7 +89,7 @@ def test_a_room_remembers_as_many_bytes_as_it_may(monkeypatch: pytest.MonkeyPatc
     assert last(history, "lobby") == ["e"]
 
 
-def test_old_messages_are_forgotten(clock: Clock) -> None:
+def test_messages_beyond_max_age_expire(clock: Clock) -> None:
     """A message is remembered for its time, whoever asks."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
@@ -103,7 +103,7 @@ def test_old_messages_are_forgotten(clock: Clock) -> None:
     assert last(history, "lobby") == []
 
 
-def test_a_room_in_which_nothing_is_said_any_more_is_forgotten(clock: Clock) -> None:
+def test_history_of_idle_room_expires_on_any_message(clock: Clock) -> None:
     """Rooms that are silent for too long go when anything is said anywhere."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
@@ -117,7 +117,7 @@ def test_a_room_in_which_nothing_is_said_any_more_is_forgotten(clock: Clock) -> 
     assert last(history, "lobby") == ["c"]
 
 
-def test_a_room_whose_messages_were_all_too_old_is_forgotten(clock: Clock) -> None:
+def test_room_with_only_expired_messages_is_removed(clock: Clock) -> None:
     """A room that was emptied by a question is forgotten with the next message."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
@@ -127,7 +127,7 @@ def test_a_room_whose_messages_were_all_too_old_is_forgotten(clock: Clock) -> No
     assert len(history) == 1
 
 
-def test_of_too_many_rooms_the_most_silent_goes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rooms_beyond_max_rooms_drop_least_recent(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more rooms are remembered than may be: the one in which nothing was said for longest goes first."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 2)
     history = RoomHistory(10, 60)
@@ -139,7 +139,7 @@ def test_of_too_many_rooms_the_most_silent_goes(clock: Clock, monkeypatch: pytes
     assert last(history, "lobby") == ["lobby", "lobby"]
 
 
-def test_a_message_is_shared_and_not_copied() -> None:
+def test_history_shares_message_without_copy() -> None:
     """What a room remembers is the very message that was broadcast."""
     history, frame = RoomHistory(10, 60), encode("a")
     history.add("lobby", frame)
@@ -150,9 +150,7 @@ def test_a_message_is_shared_and_not_copied() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40)), max_size=40), st.integers(1, 5), st.integers(1, 7)
 )
-def test_whatever_is_said_a_room_remembers_a_tail_of_it(
-    said: list[tuple[str, int]], max_messages: int, count: int
-) -> None:
+def test_history_is_always_tail_of_room_messages(said: list[tuple[str, int]], max_messages: int, count: int) -> None:
     """What a room remembers is the end of what was said in it, and its bytes are counted right."""
     history, rooms = RoomHistory(max_messages, 60), {room: [] for room in "abc"}
     for number, (room, size) in enumerate(said):
@@ -165,7 +163,7 @@ def test_whatever_is_said_a_room_remembers_a_tail_of_it(
             assert history._rooms[room].bytes == sum(map(len, texts[-max_messages:]))
 
 
-def test_ended_room_forgets_and_remembers_nothing_until_it_begins(clock: Clock) -> None:
+def test_ended_room_records_nothing_until_begin(clock: Clock) -> None:
     """The end of a room drops its messages and those that are sent to it since, until a member has come."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "private")
@@ -178,7 +176,7 @@ def test_ended_room_forgets_and_remembers_nothing_until_it_begins(clock: Clock) 
     assert last(history, "lobby") == ["new"]
 
 
-def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> None:
+def test_room_end_is_remembered_for_max_age(clock: Clock) -> None:
     """After `max_age` a room that has ended is one that nobody has joined yet; other rooms drop it by then."""
     history = RoomHistory(10, 60)
     history.end("lobby")
@@ -195,7 +193,7 @@ def test_end_of_a_room_is_remembered_for_the_age_of_a_message(clock: Clock) -> N
     assert len(history) == 1
 
 
-def test_ended_rooms_do_not_push_living_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_rooms_do_not_evict_live_history(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rooms end, what was said in others stays, and of the ends only the last are remembered."""
     monkeypatch.setattr(history_module, "MAX_ROOMS", 3)
     monkeypatch.setattr(history_module, "MAX_ENDED", 3)
@@ -208,14 +206,14 @@ def test_ended_rooms_do_not_push_living_ones_out(monkeypatch: pytest.MonkeyPatch
     assert list(history._ended) == ["room 7", "room 8", "room 9"]
 
 
-def test_disabled_history_does_not_remember_ends() -> None:
+def test_disabled_history_does_not_record_room_end() -> None:
     """A limit of 0 costs nothing when a room ends either."""
     history = RoomHistory(0, 60)
     history.end("lobby")
     assert (len(history), len(history._ended), history.enabled) == (0, 0, False)
 
 
-def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_omits_message_for_excluded_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message is left out for the names that it excluded, which count as bytes of the room."""
     history = RoomHistory(10, 60)
     history.add("lobby", encode("a"), frozenset({"ann", "connection 1"}))
@@ -228,7 +226,7 @@ def test_excluded_names_do_not_get_a_message(monkeypatch: pytest.MonkeyPatch) ->
     assert last(history, "lobby") == ["c"]
 
 
-def test_messages_since_a_moment(clock: Clock) -> None:
+def test_history_since_time_omits_earlier_messages(clock: Clock) -> None:
     """What was sent before a moment is left out."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "before")

@@ -19,9 +19,9 @@ from pydantic_core import from_json, to_json
 from fastapi_ws_stabilizer.hub import presence as presence_module
 from fastapi_ws_stabilizer.hub.presence import AT_ONCE, Presence, PresenceTracker
 from fastapi_ws_stabilizer.tasks import TaskSet
-from tests.unit.fake_websocket import eventually, settle
-from tests.unit.hub.fake_member import FakeMember
-from tests.unit.own_loop import run
+from tests.support.fake_recipient import FakeRecipient
+from tests.support.fake_websocket import eventually, settle
+from tests.support.own_loop import run
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
@@ -73,11 +73,11 @@ class Watched:
         """What was said, in words."""
         return [f"{who.client_id} {what}" for what, who in self.calls]
 
-    def enter(self, member: FakeMember, room: str = "lobby", metadata: Any = None) -> None:
+    def enter(self, member: FakeRecipient, room: str = "lobby", metadata: Any = None) -> None:
         """Let a connection in."""
         self.board.join(room, member.client_id, member.connection_id, metadata)
 
-    def leave(self, member: FakeMember, room: str = "lobby", *, at_once: bool = False) -> None:
+    def leave(self, member: FakeRecipient, room: str = "lobby", *, at_once: bool = False) -> None:
         """Take a connection out."""
         self.board.leave(room, member.client_id, member.connection_id, at_once=at_once)
 
@@ -118,10 +118,10 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
 # ── who is present ──
 
 
-async def test_two_tabs_are_one_person(watched: Any) -> None:
+async def test_client_with_two_connections_is_present_once(watched: Any) -> None:
     """A client is present once, with all its connections, and only its first and last one are announced."""
     w = watched()
-    one, two = FakeMember("ann"), FakeMember("ann")
+    one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
     w.enter(two)
     (ann,) = w.board.present("lobby")
@@ -137,10 +137,10 @@ async def test_two_tabs_are_one_person(watched: Any) -> None:
     assert w.said == ["ann joined", "ann left"]
 
 
-async def test_a_connection_that_enters_twice_leaves_once(watched: Any) -> None:
+async def test_repeated_join_needs_one_leave(watched: Any) -> None:
     """Connections are known by their ids, so to enter again is nothing, and one leaving is enough."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     w.enter(ann)
     assert [who.connections for who in w.board.present("lobby")] == [1]
@@ -148,10 +148,10 @@ async def test_a_connection_that_enters_twice_leaves_once(watched: Any) -> None:
     assert w.present() == []
 
 
-async def test_leaving_without_having_entered_changes_nothing(watched: Any) -> None:
+async def test_leave_without_join_changes_nothing(watched: Any) -> None:
     """Neither a foreign room nor a foreign client nor an old connection of the same client takes anybody out."""
     w = watched(grace=0)
-    ann, old, bob = FakeMember("ann"), FakeMember("ann"), FakeMember("bob")
+    ann, old, bob = FakeRecipient("ann"), FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.leave(old)
     w.leave(bob)
@@ -164,13 +164,13 @@ async def test_leaving_without_having_entered_changes_nothing(watched: Any) -> N
     assert len(w.board) == 1
 
 
-async def test_people_stand_in_the_order_of_their_arrival(watched: Any) -> None:
+async def test_presence_order_is_order_of_first_join(watched: Any) -> None:
     """Further tabs and reloads keep a client's place; who has left and comes again is last."""
     w = watched()
-    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     for member in (ann, bob, eve):
         w.enter(member)
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     w.leave(bob)
     w.enter(bob)
     assert w.present() == ["ann", "bob", "eve"]
@@ -179,10 +179,10 @@ async def test_people_stand_in_the_order_of_their_arrival(watched: Any) -> None:
     assert w.present() == ["ann", "eve", "bob"]
 
 
-async def test_rooms_know_nothing_of_each_other(watched: Any) -> None:
+async def test_presence_of_each_room_is_independent(watched: Any) -> None:
     """A client that is in two rooms comes and goes in each by itself."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann, "a")
     w.enter(ann, "b")
     w.leave(ann, "a", at_once=True)
@@ -191,7 +191,7 @@ async def test_rooms_know_nothing_of_each_other(watched: Any) -> None:
     assert {(what, who.room) for what, who in w.calls} == {("joined", "b")}
 
 
-async def test_a_room_that_nobody_is_in_is_empty(watched: Any) -> None:
+async def test_presence_of_unknown_room_is_empty(watched: Any) -> None:
     """Asking for people where there are none is no error and makes no room."""
     w = watched()
     assert w.board.present("nowhere") == []
@@ -201,20 +201,20 @@ async def test_a_room_that_nobody_is_in_is_empty(watched: Any) -> None:
 # ── what is known of them ──
 
 
-async def test_metadata_of_a_later_join_replaces_the_former(watched: Any) -> None:
+async def test_later_join_replaces_presence_metadata(watched: Any) -> None:
     """The client is described by the last that was given; a join that gives none changes nothing."""
     w = watched()
     seen = []
     for metadata in (None, {"name": "Ann"}, None, {"away": True}):
-        w.enter(FakeMember("ann"), metadata=metadata)
+        w.enter(FakeRecipient("ann"), metadata=metadata)
         seen += [who.metadata for who in w.board.present("lobby")]
     assert seen == [{}, {"name": "Ann"}, {"name": "Ann"}, {"away": True}]
 
 
-async def test_a_client_can_be_described_anew(watched: Any) -> None:
+async def test_presence_update_replaces_metadata_unannounced(watched: Any) -> None:
     """An update replaces the metadata of who is present, is not announced, and says if there was nobody."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
     await settle()
     assert w.board.update("lobby", "ann", {"name": "Anne"})
@@ -227,11 +227,11 @@ async def test_a_client_can_be_described_anew(watched: Any) -> None:
     assert w.board.update("lobby", "ann", {"away": True})
 
 
-async def test_what_the_caller_does_to_its_metadata_later_is_not_seen(watched: Any) -> None:
+async def test_presence_metadata_is_copied(watched: Any) -> None:
     """What was given is copied, on entering and on updating."""
     w = watched()
     mine = {"n": 1}
-    w.enter(FakeMember("ann"), metadata=mine)
+    w.enter(FakeRecipient("ann"), metadata=mine)
     mine["n"] = 2
     assert w.board.present("lobby")[0].metadata == {"n": 1}
     w.board.update("lobby", "ann", mine)
@@ -239,10 +239,10 @@ async def test_what_the_caller_does_to_its_metadata_later_is_not_seen(watched: A
     assert w.board.present("lobby")[0].metadata == {"n": 2}
 
 
-async def test_a_new_stay_begins_without_the_old_metadata(watched: Any) -> None:
+async def test_rejoin_after_leave_starts_without_metadata(watched: Any) -> None:
     """Who has left is forgotten, even if that was not said yet: its next stay is a new one."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
     await settle()
     w.leave(ann, at_once=True)
@@ -252,10 +252,10 @@ async def test_a_new_stay_begins_without_the_old_metadata(watched: Any) -> None:
     assert (presence.metadata, presence.present_seconds) == ({}, 0.0)
 
 
-async def test_a_presence_says_for_how_long(watched: Any) -> None:
+async def test_present_seconds_span_reconnects_and_grace(watched: Any) -> None:
     """Seconds run from the arrival, over reloads, and stop at the end of the grace or at a deliberate leaving."""
     w = watched(grace=10)
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
     w.at(7)
@@ -273,7 +273,7 @@ async def test_a_presence_says_for_how_long(watched: Any) -> None:
     assert gone == [("bob", 0, 20.0), ("ann", 0, 30.0)]
 
 
-def test_a_presence_can_be_sent_and_kept() -> None:
+def test_presence_is_serializable_and_hashable() -> None:
     """It is JSON with durations only, can be in a set, and two looks at the same state are equal."""
     first, second = Presence("ann", "lobby", {"n": 1}, 2, 3.0), Presence("ann", "lobby", {"n": 1}, 2, 4.0)
     assert from_json(to_json(first)) == {
@@ -286,10 +286,10 @@ def test_a_presence_can_be_sent_and_kept() -> None:
     assert len({first, second}) == 1
 
 
-async def test_rosters_that_two_thousand_people_keep_share_what_they_hold(watched: Any) -> None:
+async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
     """Each roster shows its own moment, and 2,000 that are looked at and kept make a few objects for each person."""
     w = watched()
-    members = [FakeMember(f"c{number}") for number in range(2_000)]
+    members = [FakeRecipient(f"c{number}") for number in range(2_000)]
     gc.collect()
     before = len(gc.get_objects())
     tracemalloc.start()
@@ -312,13 +312,13 @@ async def test_rosters_that_two_thousand_people_keep_share_what_they_hold(watche
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "describe", "wait"]), st.integers(0, 150)), max_size=300))
-def test_roster_shows_the_people_of_its_moment_whatever_comes_after(steps: list[tuple[str, int]]) -> None:
+def test_presence_list_is_unaffected_by_later_changes(steps: list[tuple[str, int]]) -> None:
     """A roster is what `present` said in its moment, whether it was looked at then or only kept."""
 
     async def play() -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             w = Watched(monkeypatch, 0.0)
-            members = [FakeMember(f"c{number}") for number in range(151)]
+            members = [FakeRecipient(f"c{number}") for number in range(151)]
             kept: list[tuple[Any, list[Presence], list[float]]] = []
             for act, number in steps:
                 member = members[number]
@@ -345,10 +345,10 @@ def test_roster_shows_the_people_of_its_moment_whatever_comes_after(steps: list[
 # ── graces ──
 
 
-async def test_a_reload_is_neither_a_departure_nor_an_arrival(watched: Any) -> None:
+async def test_reconnect_within_grace_is_not_announced(watched: Any) -> None:
     """A client whose last connection goes and that is back within the grace is present all the time, unannounced."""
     w = watched(grace=10)
-    old, new = FakeMember("ann"), FakeMember("ann")
+    old, new = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(old)
     await settle()
     w.leave(old)
@@ -361,10 +361,10 @@ async def test_a_reload_is_neither_a_departure_nor_an_arrival(watched: Any) -> N
     assert w.said == ["ann joined"]
 
 
-async def test_a_client_is_gone_when_its_grace_has_run_out(watched: Any) -> None:
+async def test_client_leaves_presence_when_grace_ends(watched: Any) -> None:
     """It is present until `grace` seconds after its last connection has left, and not longer."""
     w = watched(grace=10)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.at(5)
@@ -379,10 +379,10 @@ async def test_a_client_is_gone_when_its_grace_has_run_out(watched: Any) -> None
     assert w.said == ["ann joined", "ann left"]
 
 
-async def test_each_leaving_has_a_whole_grace(watched: Any) -> None:
+async def test_interrupted_grace_does_not_shorten_next_grace(watched: Any) -> None:
     """A grace that was interrupted by a return does not count for the next one."""
     w = watched(grace=10)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann)
     w.at(9)
@@ -394,25 +394,25 @@ async def test_each_leaving_has_a_whole_grace(watched: Any) -> None:
     assert w.present() == []
 
 
-async def test_a_late_leaving_of_an_old_connection_does_not_touch_a_grace(watched: Any) -> None:
+async def test_repeated_leave_does_not_change_running_grace(watched: Any) -> None:
     """Who is expected back is neither expected for longer nor gone at once because a connection leaves twice."""
     w = watched(grace=10)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann)
     w.at(5)
     w.leave(ann)
-    w.leave(FakeMember("ann"), at_once=True)
+    w.leave(FakeRecipient("ann"), at_once=True)
     w.at(9.9)
     assert w.present() == ["ann"]
     w.at(10)
     assert w.present() == []
 
 
-async def test_who_means_to_leave_gets_no_grace(watched: Any) -> None:
+async def test_explicit_leave_skips_grace(watched: Any) -> None:
     """With `at_once` the last connection takes its client with it, and one of several does not."""
     w = watched(grace=10)
-    one, two = FakeMember("ann"), FakeMember("ann")
+    one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
     w.enter(two)
     w.leave(one, at_once=True)
@@ -423,25 +423,25 @@ async def test_who_means_to_leave_gets_no_grace(watched: Any) -> None:
 
 
 @pytest.mark.parametrize("broken_first", [True, False])
-async def test_a_tab_that_is_reloaded_while_the_other_leaves_is_no_departure(watched: Any, broken_first: bool) -> None:
+async def test_lost_connection_gets_grace_when_other_one_leaves(watched: Any, broken_first: bool) -> None:
     """Of two tabs one breaks and one says goodbye, in either order: the broken one is expected back."""
     w = watched(grace=10)
-    broken, closed = FakeMember("ann"), FakeMember("ann")
+    broken, closed = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(broken)
     w.enter(closed)
     await settle()
     for tab in (broken, closed) if broken_first else (closed, broken):
         w.leave(tab, at_once=tab is closed)
     await settle()
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     await settle()
     assert w.said == ["ann joined"]
 
 
-async def test_without_a_grace_leaving_is_at_once(watched: Any) -> None:
+async def test_zero_grace_announces_leave_immediately(watched: Any) -> None:
     """A grace of zero seconds needs no timer."""
     w = watched(grace=0)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann)
@@ -451,7 +451,7 @@ async def test_without_a_grace_leaving_is_at_once(watched: Any) -> None:
     assert w.said == ["ann joined", "ann left"]
 
 
-async def test_a_grace_ends_by_itself() -> None:
+async def test_grace_ends_on_real_clock() -> None:
     """On the real clock, a client is gone without anybody calling, and no timer stays."""
     left = asyncio.Event()
 
@@ -473,7 +473,7 @@ async def test_a_grace_ends_by_itself() -> None:
 async def test_all_graces_share_one_timer(watched: Any) -> None:
     """However many are expected back, the event loop holds one timer, for the first; who is back costs nothing."""
     w = watched(grace=10)
-    members = [FakeMember(f"client-{number}") for number in range(5)]
+    members = [FakeRecipient(f"client-{number}") for number in range(5)]
     timers = set()
     for second, member in enumerate(members):
         w.at(second)
@@ -493,10 +493,10 @@ async def test_all_graces_share_one_timer(watched: Any) -> None:
     assert w.board._timer is None
 
 
-async def test_a_timer_for_somebody_who_is_back_is_set_anew(watched: Any) -> None:
+async def test_timer_of_returned_client_ends_no_other_grace(watched: Any) -> None:
     """When the first of those who were expected is back, its timer ends nobody else's grace early."""
     w = watched(grace=10)
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
     w.leave(ann)
@@ -511,21 +511,21 @@ async def test_a_timer_for_somebody_who_is_back_is_set_anew(watched: Any) -> Non
     assert w.present() == ["ann"]
 
 
-async def test_reloading_again_and_again_piles_nothing_up(watched: Any) -> None:
+async def test_repeated_reconnects_hold_one_grace_entry(watched: Any) -> None:
     """A client is expected back once, however often it has left."""
     w = watched(grace=10)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     for _ in range(1000):
         w.enter(ann)
         w.leave(ann)
     assert len(w.board._graces) == 1
 
 
-async def test_many_graces_that_end_together_share_the_loop(watched: Any) -> None:
+async def test_simultaneous_grace_ends_are_processed_in_batches(watched: Any) -> None:
     """One turn of the event loop ends no more than `AT_ONCE` of them; the rest follows by itself."""
     w = watched(grace=10)
     w.listening = False
-    members = [FakeMember(f"client-{number}") for number in range(1000)]
+    members = [FakeRecipient(f"client-{number}") for number in range(1000)]
     for member in members:
         w.enter(member)
         w.leave(member)
@@ -542,10 +542,10 @@ async def test_many_graces_that_end_together_share_the_loop(watched: Any) -> Non
 # ── announcements ──
 
 
-async def test_arrivals_and_departures_are_told_in_order(watched: Any) -> None:
+async def test_joins_and_leaves_are_announced_in_order(watched: Any) -> None:
     """Within a room, what happened first is said first."""
     w = watched(grace=10)
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann, metadata={"name": "Ann"})
     w.enter(bob)
     await settle()
@@ -558,13 +558,13 @@ async def test_arrivals_and_departures_are_told_in_order(watched: Any) -> None:
     assert w.calls[3][1] == Presence("ann", "lobby", {"name": "Ann"}, 0, 10.0)
 
 
-async def test_one_call_at_a_time_in_a_room(watched: Any) -> None:
+async def test_announcements_of_room_run_one_at_a_time(watched: Any) -> None:
     """The next call of a room waits for the end of the one before; other rooms do not."""
     w = watched()
     w.block()
     for name in ("ann", "bob"):
-        w.enter(FakeMember(name), "a")
-        w.enter(FakeMember(name), "b")
+        w.enter(FakeRecipient(name), "a")
+        w.enter(FakeRecipient(name), "b")
     await settle()
     assert [(who.room, who.client_id) for _, who in w.calls] == [("a", "ann"), ("b", "ann")]
     assert len(w.tasks) == 2
@@ -573,12 +573,12 @@ async def test_one_call_at_a_time_in_a_room(watched: Any) -> None:
     assert w.said == ["ann joined", "ann joined", "bob joined", "bob joined"]
 
 
-async def test_who_came_and_went_before_it_was_said_is_not_mentioned(watched: Any) -> None:
+async def test_join_undone_before_announcement_is_not_announced(watched: Any) -> None:
     """An arrival that has undone itself while another call was running is never said."""
     w = watched()
-    bob = FakeMember("bob")
+    bob = FakeRecipient("bob")
     w.block()
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     await settle()
     for _ in range(100):
         w.enter(bob)
@@ -588,14 +588,14 @@ async def test_who_came_and_went_before_it_was_said_is_not_mentioned(watched: An
     assert w.said == ["ann joined"]
 
 
-async def test_who_went_and_came_before_it_was_said_is_not_mentioned(watched: Any) -> None:
+async def test_leave_undone_before_announcement_is_not_announced(watched: Any) -> None:
     """A departure that has undone itself while another call was running is never said; the next one is."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.block()
-    w.enter(FakeMember("bob"))
+    w.enter(FakeRecipient("bob"))
     await settle()
     for _ in range(100):
         w.leave(ann, at_once=True)
@@ -608,10 +608,10 @@ async def test_who_went_and_came_before_it_was_said_is_not_mentioned(watched: An
     assert w.said == ["ann joined", "bob joined", "ann left"]
 
 
-async def test_who_goes_while_its_arrival_is_being_said_is_said_to_have_gone(watched: Any) -> None:
+async def test_leave_during_join_announcement_is_announced(watched: Any) -> None:
     """A call that has begun counts as said, so its opposite follows."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.block()
     w.enter(ann)
     await settle()
@@ -621,10 +621,10 @@ async def test_who_goes_while_its_arrival_is_being_said_is_said_to_have_gone(wat
     assert w.said == ["ann joined", "ann left"]
 
 
-async def test_who_comes_while_its_departure_is_being_said_is_said_to_have_come(watched: Any) -> None:
+async def test_join_during_leave_announcement_is_announced(watched: Any) -> None:
     """After a departure whose call has begun, a return is an arrival."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.block()
@@ -636,10 +636,10 @@ async def test_who_comes_while_its_departure_is_being_said_is_said_to_have_come(
     assert w.said == ["ann joined", "ann left", "ann joined"]
 
 
-async def test_a_room_that_is_empty_but_for_a_running_call_is_the_same_room(watched: Any) -> None:
+async def test_empty_room_with_running_hook_starts_no_second_task(watched: Any) -> None:
     """While a departure is being said, who comes and goes unsaid does not let another call begin beside it."""
     w = watched()
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     await settle()
     w.block()
@@ -647,7 +647,7 @@ async def test_a_room_that_is_empty_but_for_a_running_call_is_the_same_room(watc
     await settle()
     w.enter(bob)
     w.leave(bob, at_once=True)
-    w.enter(FakeMember("eve"))
+    w.enter(FakeRecipient("eve"))
     await settle()
     assert w.said == ["ann joined", "ann left"]
     assert len(w.tasks) == 1
@@ -656,12 +656,12 @@ async def test_a_room_that_is_empty_but_for_a_running_call_is_the_same_room(watc
     assert w.said == ["ann joined", "ann left", "eve joined"]
 
 
-async def test_churn_while_a_hook_is_slow_is_bounded_by_the_clients(watched: Any) -> None:
+async def test_pending_announcements_are_one_per_client(watched: Any) -> None:
     """What waits is one entry per client, and one task, however much happens."""
     w = watched()
-    members = [FakeMember(f"client-{number}") for number in range(10)]
+    members = [FakeRecipient(f"client-{number}") for number in range(10)]
     w.block()
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     await settle()
     for _ in range(50):
         for member in members:
@@ -675,14 +675,14 @@ async def test_churn_while_a_hook_is_slow_is_bounded_by_the_clients(watched: Any
     assert w.said == ["ann joined", *(f"{member.client_id} joined" for member in members[1::2])]
 
 
-async def test_what_is_said_is_true_when_it_is_said(watched: Any) -> None:
+async def test_announcement_carries_state_at_call_time(watched: Any) -> None:
     """An arrival that had to wait tells the metadata and connections of the moment of its call."""
     w = watched()
     w.block()
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     await settle()
-    w.enter(FakeMember("bob"), metadata={"n": 1})
-    w.enter(FakeMember("bob"), metadata={"n": 2})
+    w.enter(FakeRecipient("bob"), metadata={"n": 1})
+    w.enter(FakeRecipient("bob"), metadata={"n": 2})
     w.now += 3
     w.release()
     await settle()
@@ -690,26 +690,26 @@ async def test_what_is_said_is_true_when_it_is_said(watched: Any) -> None:
     assert (what, bob, bob.present_seconds) == ("joined", Presence("bob", "lobby", {"n": 2}, 2, 0.0), 3.0)
 
 
-async def test_a_task_exists_only_while_there_is_something_to_say(watched: Any) -> None:
+async def test_announcer_task_exists_only_while_needed(watched: Any) -> None:
     """One task per room speaks and ends; a second tab, a reload and people who just are there have none."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
-    w.enter(FakeMember("bob"))
+    w.enter(FakeRecipient("bob"))
     assert len(w.tasks) == 1
     await settle()
     assert len(w.tasks) == 0
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     w.leave(ann)
     w.enter(ann)
     assert len(w.tasks) == 0
 
 
-async def test_when_nobody_listens_nothing_is_spawned(watched: Any) -> None:
+async def test_presence_without_hooks_creates_no_task(watched: Any) -> None:
     """Without hooks, people come and go and no task is made; no entry waits for being said."""
     w = watched(grace=10)
     w.listening = False
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.enter(bob)
     assert w.board._rooms["lobby"].pending == {}
@@ -721,11 +721,11 @@ async def test_when_nobody_listens_nothing_is_spawned(watched: Any) -> None:
     assert w.calls == []
 
 
-async def test_who_has_come_before_anybody_listened_goes_unsaid(watched: Any) -> None:
+async def test_late_presence_hook_gets_no_leave_without_join(watched: Any) -> None:
     """A hook that is registered late hears of no departure without its arrival, and of everything from then on."""
     w = watched()
     w.listening = False
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
     w.listening = True
     w.enter(bob)
@@ -735,7 +735,7 @@ async def test_who_has_come_before_anybody_listened_goes_unsaid(watched: Any) ->
     assert w.said == ["bob joined", "ann joined"]
 
 
-async def test_calls_that_wait_for_nothing_share_the_loop() -> None:
+async def test_many_announcements_yield_to_event_loop() -> None:
     """Of a room's announcements no more than `AT_ONCE` are made in one turn of the event loop."""
     said = 0
 
@@ -756,7 +756,7 @@ async def test_calls_that_wait_for_nothing_share_the_loop() -> None:
     await eventually(lambda: len(tasks) == 0)
 
 
-async def test_calls_do_not_see_the_context_of_who_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_announcement_runs_in_context_of_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Context variables are those of the board's maker, not those of one connection among many."""
     seen: list[str] = []
 
@@ -772,10 +772,10 @@ async def test_calls_do_not_see_the_context_of_who_came_first(monkeypatch: pytes
     assert seen == ["maker's"]
 
 
-async def test_a_hook_may_let_others_come_and_go(watched: Any) -> None:
+async def test_presence_change_by_hook_is_announced_afterwards(watched: Any) -> None:
     """What a call of a room does to the same room is said after it, by the same task."""
     w = watched()
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     hear = w.board._joined
 
     async def joined(who: Presence) -> None:
@@ -791,10 +791,10 @@ async def test_a_hook_may_let_others_come_and_go(watched: Any) -> None:
     assert w.said == ["ann joined", "bob joined", "ann left"]
 
 
-async def test_a_call_that_raises_after_all_silences_nobody(watched: Any) -> None:
+async def test_raising_presence_hook_does_not_stop_announcements(watched: Any) -> None:
     """Its error is reported by the task, it counts as said, and what else is unsaid is said."""
     w = watched()
-    ann, hear = FakeMember("ann"), w.board._joined
+    ann, hear = FakeRecipient("ann"), w.board._joined
 
     async def joined(who: Presence) -> None:
         await hear(who)
@@ -803,7 +803,7 @@ async def test_a_call_that_raises_after_all_silences_nobody(watched: Any) -> Non
 
     w.board._joined = joined
     w.enter(ann)
-    w.enter(FakeMember("bob"))
+    w.enter(FakeRecipient("bob"))
     await settle()
     assert w.said == ["ann joined", "bob joined"]
     w.leave(ann, at_once=True)
@@ -813,43 +813,43 @@ async def test_a_call_that_raises_after_all_silences_nobody(watched: Any) -> Non
     w.failures.clear()
 
 
-async def test_who_comes_in_the_moment_in_which_the_task_ends_is_said_to_have_come(watched: Any) -> None:
+async def test_join_while_announcer_ends_is_announced(watched: Any) -> None:
     """Between the task's last look and its end nothing is lost."""
     w = watched()
 
     async def joined(who: Presence) -> None:
         w.calls.append(("joined", who))
         if who.client_id == "ann":  # runs after this task's last step and before it is known to be done
-            asyncio.get_running_loop().call_soon(w.enter, FakeMember("bob"))
+            asyncio.get_running_loop().call_soon(w.enter, FakeRecipient("bob"))
 
     w.board._joined = joined
-    w.enter(FakeMember("ann"))
+    w.enter(FakeRecipient("ann"))
     await settle()
     assert w.said == ["ann joined", "bob joined"]
 
 
 @pytest.mark.parametrize("begun", [True, False])
-async def test_what_a_cancelled_task_has_not_said_waits_for_the_next_change(watched: Any, begun: bool) -> None:
+async def test_cancelled_announcement_is_made_at_next_change(watched: Any, begun: bool) -> None:
     """A task that is cancelled, even before its first step, starts no other; the next change in its room does."""
     w = watched()
     w.block()
-    w.enter(FakeMember("ann"))
-    w.enter(FakeMember("bob"))
+    w.enter(FakeRecipient("ann"))
+    w.enter(FakeRecipient("bob"))
     await settle(2 if begun else 0)
     w.tasks.cancel()
     await settle()
     w.running.clear()
     assert len(w.tasks) == 0
     w.release()
-    w.enter(FakeMember("eve"))
+    w.enter(FakeRecipient("eve"))
     await settle()
     assert w.said == ["ann joined", "bob joined", "eve joined"]
 
 
-async def test_a_departure_that_a_cancelled_task_has_not_said_is_not_forgotten(watched: Any) -> None:
+async def test_pending_leave_survives_cancelled_announcer(watched: Any) -> None:
     """An empty room is kept for it, so that a return undoes it and is no second arrival."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann, at_once=True)
@@ -863,10 +863,10 @@ async def test_a_departure_that_a_cancelled_task_has_not_said_is_not_forgotten(w
     assert len(w.board) == 0
 
 
-async def test_a_loop_that_begins_tasks_eagerly_changes_nothing(watched: Any) -> None:
+async def test_eager_task_factory_does_not_change_announcements(watched: Any) -> None:
     """Calls that run inside `enter` and `leave` see the new state, and still come one at a time per room."""
     w = watched(grace=0)
-    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     hear = w.board._joined
 
     async def joined(who: Presence) -> None:
@@ -898,10 +898,10 @@ async def test_a_loop_that_begins_tasks_eagerly_changes_nothing(watched: Any) ->
 # ── nothing is left ──
 
 
-async def test_an_empty_room_vanishes_when_all_is_said(watched: Any) -> None:
+async def test_empty_room_is_removed_after_last_announcement(watched: Any) -> None:
     """A room stays until its last departure is said, and not longer."""
     w = watched(grace=10)
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.leave(ann)
@@ -916,20 +916,20 @@ async def test_an_empty_room_vanishes_when_all_is_said(watched: Any) -> None:
     assert len(w.board) == 0
 
 
-async def test_a_room_whose_arrivals_undid_themselves_vanishes(watched: Any) -> None:
+async def test_room_with_undone_join_is_removed(watched: Any) -> None:
     """A room that never had anything to say leaves no entry and no task."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     w.leave(ann, at_once=True)
     await settle()
     assert (len(w.board), len(w.tasks), w.calls) == (0, 0, [])
 
 
-async def test_a_closed_board_says_nothing_more(watched: Any) -> None:
+async def test_closed_tracker_announces_nothing(watched: Any) -> None:
     """Closing forgets everybody, stops the timer, and lets the call that has begun end by itself, once or twice."""
     w = watched(grace=10)
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.block()
     w.enter(ann)
     await settle()
@@ -948,10 +948,10 @@ async def test_a_closed_board_says_nothing_more(watched: Any) -> None:
     assert (len(w.board), len(w.tasks), len(w.board._graces)) == (0, 0, 0)
 
 
-async def test_a_board_that_was_closed_can_be_used_again(watched: Any) -> None:
+async def test_closed_tracker_can_be_reused(watched: Any) -> None:
     """What begins after closing is new, and the end of a call from before does not touch it."""
     w = watched()
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     w.enter(ann)
     await settle()
     w.block()
@@ -959,7 +959,7 @@ async def test_a_board_that_was_closed_can_be_used_again(watched: Any) -> None:
     await settle()
     w.board.close()
     w.listening = False
-    w.enter(FakeMember("bob"))
+    w.enter(FakeRecipient("bob"))
     w.release()
     await settle()
     assert w.present() == ["bob"]
@@ -1001,7 +1001,7 @@ class Model:
     def __init__(self) -> None:
         self.stays: dict[tuple[str, str], Stay] = {}
 
-    def enter(self, room: str, member: FakeMember, metadata: Any, now: float) -> None:
+    def enter(self, room: str, member: FakeRecipient, metadata: Any, now: float) -> None:
         """Let a connection in."""
         stay = self.stays.setdefault((room, member.client_id), Stay(now, {}))
         stay.connections.add(member.connection_id)
@@ -1009,7 +1009,7 @@ class Model:
         stay.expected = 0.0
         stay.metadata = stay.metadata if metadata is None else metadata
 
-    def leave(self, room: str, member: FakeMember, at_once: bool, now: float) -> None:
+    def leave(self, room: str, member: FakeRecipient, at_once: bool, now: float) -> None:
         """Take a connection out."""
         stay = self.stays.get((room, member.client_id))
         if stay is not None and member.connection_id in stay.connections:
@@ -1042,7 +1042,7 @@ def said_of(calls: list[tuple[str, Presence]]) -> Iterator[tuple[tuple[str, str]
 
 @settings(max_examples=300)
 @given(STEPS)
-def test_what_is_true_is_told_in_the_end(steps: list[tuple[Any, ...]]) -> None:
+def test_presence_and_announcements_agree_with_model(steps: list[tuple[Any, ...]]) -> None:
     """Whatever comes, goes, waits or blocks: presence is that of a naive model, calls alternate, and at last agree."""
     run(_play(steps))
 
@@ -1050,7 +1050,7 @@ def test_what_is_true_is_told_in_the_end(steps: list[tuple[Any, ...]]) -> None:
 async def _play(steps: list[tuple[Any, ...]]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         w, model = Watched(monkeypatch, GRACE), Model()
-        members = [FakeMember(CLIENTS[number % 2]) for number in range(4)]
+        members = [FakeRecipient(CLIENTS[number % 2]) for number in range(4)]
         heard_all = True
         for act, *details in steps:
             if act == "enter":
@@ -1094,7 +1094,7 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
         await settle()
 
 
-def test_rooms_are_listed_while_others_come() -> None:
+def test_room_list_is_stable_while_rooms_change() -> None:
     """The list of rooms is one of a moment: another thread may ask for it while rooms come and go."""
 
     async def nothing(_: Presence) -> None:

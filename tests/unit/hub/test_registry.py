@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
-from tests.unit.hub.fake_member import FakeMember
+from tests.support.fake_recipient import FakeRecipient
 
 
-def test_a_connection_is_found_by_its_id_and_its_client() -> None:
+def test_connection_is_found_by_connection_and_client_id() -> None:
     """Both ids lead to a registered connection."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     registry.add(ann)
     registry.add(bob)
     assert registry.get(ann.connection_id) is ann
@@ -22,18 +22,18 @@ def test_a_connection_is_found_by_its_id_and_its_client() -> None:
     assert len(registry) == 2
 
 
-def test_what_is_not_there_is_nothing() -> None:
+def test_lookup_of_unknown_id_returns_nothing() -> None:
     """Looking for somebody who is not connected is no error."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     assert registry.get("nobody") is None
     assert registry.of_client("nobody") == []
     assert list(registry) == []
 
 
-def test_the_end_of_an_old_connection_does_not_touch_a_newer_one() -> None:
+def test_removing_old_connection_leaves_newer_one() -> None:
     """Connections are removed by their own id, so a newer one of the same client stays."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    old, new = FakeMember("ann"), FakeMember("ann")
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    old, new = FakeRecipient("ann"), FakeRecipient("ann")
     registry.add(old)
     registry.add(new)
     registry.remove(old)
@@ -42,18 +42,18 @@ def test_the_end_of_an_old_connection_does_not_touch_a_newer_one() -> None:
     assert registry.get(new.connection_id) is new
 
 
-def test_removing_a_connection_that_was_never_added_changes_nothing() -> None:
+def test_removing_unknown_connection_changes_nothing() -> None:
     """A connection that was refused can be removed like any other."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    registry.add(kept := FakeMember("ann"))
-    registry.remove(FakeMember("ann"))
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    registry.add(kept := FakeRecipient("ann"))
+    registry.remove(FakeRecipient("ann"))
     assert list(registry) == [kept]
 
 
-def test_connections_may_leave_while_they_are_read() -> None:
+def test_registry_iteration_allows_removal() -> None:
     """Reading all connections sees those of the moment at which it began."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    members = [FakeMember() for _ in range(3)]
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    members = [FakeRecipient() for _ in range(3)]
     for member in members:
         registry.add(member)
     seen = []
@@ -64,10 +64,10 @@ def test_connections_may_leave_while_they_are_read() -> None:
     assert len(registry) == 0
 
 
-def test_the_connections_of_a_client_come_oldest_first() -> None:
+def test_client_connections_are_listed_oldest_first() -> None:
     """The order of a client's connections is that of their coming."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    members = [FakeMember("ann") for _ in range(4)]
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    members = [FakeRecipient("ann") for _ in range(4)]
     for member in members:
         registry.add(member)
     registry.remove(members[1])
@@ -75,11 +75,11 @@ def test_the_connections_of_a_client_come_oldest_first() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9))))
-def test_both_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
+def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
     """Whatever comes and goes, both indexes hold the same connections and no empty entry stays."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry()
-    members = [FakeMember(f"client-{number % 3}") for number in range(10)]
-    there: list[FakeMember] = []
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
+    members = [FakeRecipient(f"client-{number % 3}") for number in range(10)]
+    there: list[FakeRecipient] = []
     for comes, number in steps:
         member = members[number]
         if comes and member not in there:
@@ -95,9 +95,9 @@ def test_both_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [1, 4, 32])
-def test_connections_are_divided_into_equal_parts(num_shards: int) -> None:
+def test_connections_are_distributed_evenly_over_shards(num_shards: int) -> None:
     """There are num_shards parts, and new connections go to them in turn."""
-    registry: ConnectionRegistry[FakeMember] = ConnectionRegistry(num_shards)
+    registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry(num_shards)
     for _ in range(2 * num_shards):
-        registry.add(FakeMember(shard=registry.next_shard()))
+        registry.add(FakeRecipient(shard=registry.next_shard()))
     assert [len(part) for part in registry.outboxes()] == [2] * num_shards

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
 from fastapi_ws_stabilizer.hub.rooms import RoomMembership
-from tests.unit.hub.fake_member import FakeMember
+from tests.support.fake_recipient import FakeRecipient
 
 
 @pytest.fixture
-def rooms() -> RoomMembership[FakeMember]:
+def rooms() -> RoomMembership[FakeRecipient]:
     """Rooms that a connection may be in any number of."""
     return RoomMembership(None)
 
@@ -22,9 +22,9 @@ def rooms() -> RoomMembership[FakeMember]:
 # ── joining and leaving ──
 
 
-def test_who_joins_is_in(rooms: RoomMembership[FakeMember]) -> None:
+def test_join_adds_member_and_room(rooms: RoomMembership[FakeRecipient]) -> None:
     """A connection that has joined is among the members, and the room among its rooms."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     assert rooms.join(ann, "lobby")
     assert rooms.members("lobby") == [ann]
     assert rooms.rooms_of(ann) == ("lobby",)
@@ -33,9 +33,9 @@ def test_who_joins_is_in(rooms: RoomMembership[FakeMember]) -> None:
     assert "lobby" in rooms
 
 
-def test_joining_twice_is_joining_once(rooms: RoomMembership[FakeMember]) -> None:
+def test_repeated_join_is_idempotent(rooms: RoomMembership[FakeRecipient]) -> None:
     """The second time says that it was in already, keeps its place, and one leaving is enough."""
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     rooms.join(ann, "lobby")
     rooms.join(bob, "lobby")
     assert not rooms.join(ann, "lobby")
@@ -44,9 +44,9 @@ def test_joining_twice_is_joining_once(rooms: RoomMembership[FakeMember]) -> Non
     assert rooms.members("lobby") == [bob]
 
 
-def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: RoomMembership[FakeMember]) -> None:
+def test_leave_without_membership_changes_nothing(rooms: RoomMembership[FakeRecipient]) -> None:
     """It says so, whether the room exists, the connection is elsewhere, or neither."""
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     assert not rooms.leave(ann, "lobby")
     rooms.join(ann, "lobby")
     rooms.join(bob, "attic")
@@ -56,9 +56,9 @@ def test_leaving_a_room_that_one_is_not_in_changes_nothing(rooms: RoomMembership
     assert len(rooms) == 2
 
 
-def test_a_connection_that_ends_leaves_all_its_rooms(rooms: RoomMembership[FakeMember]) -> None:
+def test_leave_all_removes_member_and_returns_rooms(rooms: RoomMembership[FakeRecipient]) -> None:
     """It is in none afterwards; which they were is told in the order of joining; others stay."""
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("c", "a", "b"):
         rooms.join(ann, name)
     rooms.join(bob, "a")
@@ -68,18 +68,18 @@ def test_a_connection_that_ends_leaves_all_its_rooms(rooms: RoomMembership[FakeM
     assert rooms.members("a") == [bob]
 
 
-def test_a_connection_in_no_room_may_leave_all(rooms: RoomMembership[FakeMember]) -> None:
+def test_leave_all_without_rooms_returns_nothing(rooms: RoomMembership[FakeRecipient]) -> None:
     """There is nothing to leave, and no error."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     assert rooms.leave_all(ann) == ()
     rooms.join(ann, "lobby")
     rooms.leave_all(ann)
     assert rooms.leave_all(ann) == ()
 
 
-def test_two_connections_of_a_client_are_two_members(rooms: RoomMembership[FakeMember]) -> None:
+def test_connections_of_one_client_are_separate_members(rooms: RoomMembership[FakeRecipient]) -> None:
     """The end of an old connection takes no newer one of the same client out."""
-    old, new = FakeMember("ann"), FakeMember("ann")
+    old, new = FakeRecipient("ann"), FakeRecipient("ann")
     rooms.join(old, "lobby")
     rooms.join(new, "lobby")
     rooms.join(new, "attic")
@@ -90,9 +90,9 @@ def test_two_connections_of_a_client_are_two_members(rooms: RoomMembership[FakeM
     assert rooms.rooms_of(new) == ("lobby", "attic")
 
 
-def test_who_comes_back_is_last(rooms: RoomMembership[FakeMember]) -> None:
+def test_rejoin_moves_member_to_end(rooms: RoomMembership[FakeRecipient]) -> None:
     """Members and rooms stand in the order of the latest joining."""
-    ann, bob = FakeMember("ann"), FakeMember("bob")
+    ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("a", "b"):
         rooms.join(ann, name)
         rooms.join(bob, name)
@@ -106,9 +106,9 @@ def test_who_comes_back_is_last(rooms: RoomMembership[FakeMember]) -> None:
 
 
 @pytest.mark.parametrize("name", ["", None, 7, b"lobby", ["lobby"]])
-def test_a_name_that_is_none_is_refused(rooms: RoomMembership[FakeMember], name: Any) -> None:
+def test_empty_or_non_string_room_name_raises_value_error(rooms: RoomMembership[FakeRecipient], name: Any) -> None:
     """A room's name is a string that is not empty; the error says so, and nobody is in anything."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     with pytest.raises(ValueError, match="a string of at least one character"):
         rooms.join(ann, name)
     assert rooms.rooms_of(ann) == ()
@@ -118,9 +118,9 @@ def test_a_name_that_is_none_is_refused(rooms: RoomMembership[FakeMember], name:
 @pytest.mark.parametrize(
     "name", ["x" * 257, "x" * 1_000_000, "\r\n[ERROR] fake", "\x1b[2J", "a\x00"], ids=lambda n: ascii(n[:9])
 )
-def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: RoomMembership[FakeMember], name: str) -> None:
+def test_long_or_unprintable_room_name_raises_short_error(rooms: RoomMembership[FakeRecipient], name: str) -> None:
     """Clients choose names of rooms: the error is one short line, and no bug where an endpoint lets it escape."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     with pytest.raises(RoomNameError, match="at most 256 characters") as refused:
         rooms.join(ann, name)
     assert len(str(refused.value)) < 250
@@ -130,10 +130,10 @@ def test_a_name_that_is_too_long_or_rewrites_a_line_is_refused(rooms: RoomMember
     assert rooms.join(ann, "x" * 256)
 
 
-def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:
+def test_join_beyond_room_limit_raises() -> None:
     """The error tells room and limit; no room comes into being; the rooms that it is in are still its own."""
-    rooms: RoomMembership[FakeMember] = RoomMembership(2)
-    ann = FakeMember("ann")
+    rooms: RoomMembership[FakeRecipient] = RoomMembership(2)
+    ann = FakeRecipient("ann")
     rooms.join(ann, "a")
     rooms.join(ann, "b")
     with pytest.raises(RoomLimitError) as caught:
@@ -145,27 +145,27 @@ def test_a_connection_at_its_limit_is_let_into_no_further_room() -> None:
     assert rooms.join(ann, "c")
 
 
-def test_the_limit_is_each_connections_own() -> None:
+def test_room_limit_applies_per_connection() -> None:
     """A second connection of the same client has a limit of its own, whatever the first has joined."""
-    rooms: RoomMembership[FakeMember] = RoomMembership(1)
-    rooms.join(FakeMember("ann"), "a")
-    assert rooms.join(FakeMember("ann"), "b")
+    rooms: RoomMembership[FakeRecipient] = RoomMembership(1)
+    rooms.join(FakeRecipient("ann"), "a")
+    assert rooms.join(FakeRecipient("ann"), "b")
 
 
-def test_a_limit_of_none_lets_nobody_in() -> None:
+def test_room_limit_zero_rejects_every_join() -> None:
     """With a limit of zero there are no rooms, and a refused connection costs no entry."""
-    rooms: RoomMembership[FakeMember] = RoomMembership(0)
+    rooms: RoomMembership[FakeRecipient] = RoomMembership(0)
     with pytest.raises(RoomLimitError):
-        rooms.join(FakeMember("ann"), "a")
+        rooms.join(FakeRecipient("ann"), "a")
     assert rooms._members == rooms._names == {}
 
 
 # ── nothing is left ──
 
 
-def test_an_empty_room_vanishes(rooms: RoomMembership[FakeMember]) -> None:
+def test_empty_room_is_removed(rooms: RoomMembership[FakeRecipient]) -> None:
     """With its last member a room is gone, by one way as by the other."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     rooms.join(ann, "lobby")
     rooms.leave(ann, "lobby")
     assert "lobby" not in rooms
@@ -175,9 +175,9 @@ def test_an_empty_room_vanishes(rooms: RoomMembership[FakeMember]) -> None:
     assert "lobby" not in rooms
 
 
-def test_a_connection_in_no_room_costs_no_entry(rooms: RoomMembership[FakeMember]) -> None:
+def test_connection_without_rooms_holds_no_entry(rooms: RoomMembership[FakeRecipient]) -> None:
     """Neither who was never in a room nor who has left the last is kept."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     rooms.rooms_of(ann)
     rooms.leave(ann, "lobby")
     rooms.leave_all(ann)
@@ -190,18 +190,18 @@ def test_a_connection_in_no_room_costs_no_entry(rooms: RoomMembership[FakeMember
 # ── who is spoken to ──
 
 
-def test_an_audience_is_everybody_in_the_room(rooms: RoomMembership[FakeMember]) -> None:
+def test_recipients_of_room_are_its_members_in_order(rooms: RoomMembership[FakeRecipient]) -> None:
     """One room's audience are its members in order, whether the room is named by itself or in a list."""
-    ann, bob, eve = FakeMember("ann"), FakeMember("bob"), FakeMember("eve")
+    ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     rooms.join(ann, "lobby")
     rooms.join(bob, "lobby")
     rooms.join(eve, "l")
     assert list(rooms.recipients(["lobby"])) == list(rooms.recipients("lobby")) == [ann, bob]
 
 
-def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: RoomMembership[FakeMember]) -> None:
+def test_member_of_several_rooms_is_recipient_once(rooms: RoomMembership[FakeRecipient]) -> None:
     """Several rooms, or one that is named twice, have no member twice; two connections of a client are two."""
-    ann, again, bob = FakeMember("ann"), FakeMember("ann"), FakeMember("bob")
+    ann, again, bob = FakeRecipient("ann"), FakeRecipient("ann"), FakeRecipient("bob")
     for name in ("a", "b"):
         rooms.join(ann, name)
     rooms.join(again, "b")
@@ -210,7 +210,7 @@ def test_who_is_in_several_rooms_is_in_their_audience_once(rooms: RoomMembership
     assert len(rooms.recipients(["b", "b"])) == 2
 
 
-def test_rooms_that_do_not_exist_have_no_audience(rooms: RoomMembership[FakeMember]) -> None:
+def test_unknown_rooms_have_no_recipients(rooms: RoomMembership[FakeRecipient]) -> None:
     """Speaking into an empty room, or none, reaches nobody and makes no room."""
     assert (
         list(rooms.recipients(["nowhere", "neither"]))
@@ -222,9 +222,9 @@ def test_rooms_that_do_not_exist_have_no_audience(rooms: RoomMembership[FakeMemb
 
 
 @pytest.mark.parametrize("names", ["a", ["a"], ["a", "b"]])
-def test_an_audience_may_leave_while_it_is_spoken_to(rooms: RoomMembership[FakeMember], names: Any) -> None:
+def test_recipients_are_unaffected_by_later_changes(rooms: RoomMembership[FakeRecipient], names: Any) -> None:
     """An audience is that of the moment: who leaves or joins afterwards does not change it."""
-    members = [FakeMember() for _ in range(3)]
+    members = [FakeRecipient() for _ in range(3)]
     for member in members:
         rooms.join(member, "a")
         rooms.join(member, "b")
@@ -233,15 +233,15 @@ def test_an_audience_may_leave_while_it_is_spoken_to(rooms: RoomMembership[FakeM
     for member in audience:
         seen.append(member)
         rooms.leave_all(member)
-        rooms.join(FakeMember(), "a")
-        rooms.join(FakeMember(), "a")
+        rooms.join(FakeRecipient(), "a")
+        rooms.join(FakeRecipient(), "a")
     assert seen == members
     assert len(audience) == 3
 
 
-def test_members_are_those_of_the_moment(rooms: RoomMembership[FakeMember]) -> None:
+def test_changing_returned_list_does_not_change_room(rooms: RoomMembership[FakeRecipient]) -> None:
     """What is done to the returned list is not done to the room."""
-    ann = FakeMember("ann")
+    ann = FakeRecipient("ann")
     rooms.join(ann, "lobby")
     rooms.members("lobby").clear()
     rooms.names().clear()
@@ -259,11 +259,11 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.none() | st.integers(0, 4))
-def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int, str]], limit: int | None) -> None:
+def test_membership_agrees_with_model(steps: list[tuple[str, int, str]], limit: int | None) -> None:
     """Whatever is joined and left, everything that can be asked agrees with a plain list of who is where."""
-    rooms: RoomMembership[FakeMember] = RoomMembership(limit)
-    members = [FakeMember(f"client-{number % 3}") for number in range(6)]
-    pairs: list[tuple[FakeMember, str]] = []
+    rooms: RoomMembership[FakeRecipient] = RoomMembership(limit)
+    members = [FakeRecipient(f"client-{number % 3}") for number in range(6)]
+    pairs: list[tuple[FakeRecipient, str]] = []
     for act, number, name in steps:
         member = members[number]
         mine = [room for who, room in pairs if who is member]
@@ -294,10 +294,10 @@ def test_membership_is_always_that_of_a_list_of_pairs(steps: list[tuple[str, int
         assert set(rooms._names) == {who.connection_id for who, _ in pairs}
 
 
-def test_handed_over_place_is_not_left_by_the_old_member() -> None:
+def test_leave_all_of_old_member_after_handover_does_nothing() -> None:
     """A member with the same id takes the place of another in all its rooms, and that one's end changes nothing."""
     rooms: RoomMembership[Any] = RoomMembership(None)
-    old, new = FakeMember(), FakeMember()
+    old, new = FakeRecipient(), FakeRecipient()
     new.connection_id = old.connection_id
     rooms.hand_over(old, new)
     for name in ("lobby", "kitchen"):

@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.wire.deflate import TAIL, deflate_message
 
 
 @pytest.mark.parametrize("bits", range(9, 16))
-def test_a_window_that_is_agreed_on_can_be_compressed_for(bits: int) -> None:
+def test_negotiated_window_can_be_compressed_with(bits: int) -> None:
     """A client may ask for any window that zlib compresses with, and gets it."""
     _, agreed = DEFLATE.process_request_params([("server_max_window_bits", str(bits))], [])
     assert agreed.local_max_window_bits == bits
@@ -20,7 +20,7 @@ def test_a_window_that_is_agreed_on_can_be_compressed_for(bits: int) -> None:
     assert zlib.decompressobj(wbits=-bits).decompress(packed + TAIL) == b"hello" * 200
 
 
-def test_a_window_that_zlib_does_not_have_is_not_agreed_on() -> None:
+def test_window_unsupported_by_zlib_is_declined() -> None:
     """Compression with a window of 8 bits is declined, or the first message would break the connection."""
     with pytest.raises(NegotiationError):
         DEFLATE.process_request_params([("server_max_window_bits", "8")], [])

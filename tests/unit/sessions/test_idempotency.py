@@ -27,7 +27,7 @@ def replies(session: Session) -> list[dict[str, Any]]:
     return [json.loads(frame.payload) for frame in session.since(0)]
 
 
-def test_a_new_key_is_known_to_nobody() -> None:
+def test_new_key_is_unknown_until_handling_starts() -> None:
     """A key is new until a message with it is going to be handled."""
     seen = IdempotencyCache()
     assert seen.look("ann", "k") is None
@@ -36,7 +36,7 @@ def test_a_new_key_is_known_to_nobody() -> None:
     assert len(seen) == 1
 
 
-def test_one_clients_keys_say_nothing_about_anothers() -> None:
+def test_keys_of_clients_are_separate() -> None:
     """Keys belong to a client id, and cannot run into those of another."""
     seen = IdempotencyCache()
     seen.begin("ann", "k")
@@ -44,7 +44,7 @@ def test_one_clients_keys_say_nothing_about_anothers() -> None:
     assert seen.look("annk", "") is None
 
 
-def test_who_asks_again_gets_the_same_answer() -> None:
+def test_repeated_request_gets_stored_answer() -> None:
     """A request that was handled is answered again from memory, in whatever session it comes again."""
     seen, first, second = IdempotencyCache(), session_of(), session_of()
     seen.begin("ann", "k")
@@ -57,7 +57,7 @@ def test_who_asks_again_gets_the_same_answer() -> None:
     assert replies(first) == []
 
 
-def test_who_asks_again_too_early_gets_the_answer_when_it_is_there() -> None:
+def test_repeat_during_handling_waits_for_same_answer() -> None:
     """A request that is being handled is not handled again: its second asker waits for the same answer."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
@@ -69,7 +69,7 @@ def test_who_asks_again_too_early_gets_the_answer_when_it_is_there() -> None:
     assert replies(session) == [{"type": "reply", "re": "c7", "data": 5}]
 
 
-def test_a_message_that_wants_no_answer_gets_none() -> None:
+def test_message_without_id_gets_no_answer() -> None:
     """A message without an id is only kept from being handled again."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
@@ -82,7 +82,7 @@ def test_a_message_that_wants_no_answer_gets_none() -> None:
 
 
 @pytest.mark.parametrize("answer", ["x" * MAX_ANSWER_BYTES, object()], ids=["too large", "no JSON"])
-def test_an_answer_that_cannot_be_kept_is_said_to_be_gone(answer: object) -> None:
+def test_repeat_of_unstorable_answer_gets_error(answer: object) -> None:
     """Answers that are too large, or cannot be JSON, are not kept; who asks again is told so."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
@@ -93,7 +93,7 @@ def test_an_answer_that_cannot_be_kept_is_said_to_be_gone(answer: object) -> Non
     assert replies(session)[0]["error"]["code"] == "handled_before"
 
 
-def test_the_largest_answer_that_is_kept_is_kept() -> None:
+def test_answer_at_size_limit_is_stored() -> None:
     """The limit of an answer is that of its JSON, and is itself allowed."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
@@ -104,7 +104,7 @@ def test_the_largest_answer_that_is_kept_is_kept() -> None:
     assert len(replies(session)[0]["data"]) == MAX_ANSWER_BYTES - 2
 
 
-def test_a_message_whose_handler_has_failed_may_come_again() -> None:
+def test_key_of_failed_message_is_reusable() -> None:
     """A key that was not used up after all is new."""
     seen = IdempotencyCache()
     seen.begin("ann", "k")
@@ -115,7 +115,7 @@ def test_a_message_whose_handler_has_failed_may_come_again() -> None:
     assert len(seen) == 0
 
 
-def test_who_waits_for_a_message_that_failed_is_told() -> None:
+def test_repeat_of_failing_request_gets_error() -> None:
     """A second request with a key whose first message fails is answered with an error, not left to wait."""
     seen, session = IdempotencyCache(), session_of()
     seen.begin("ann", "k")
@@ -126,7 +126,7 @@ def test_who_waits_for_a_message_that_failed_is_told() -> None:
     assert [reply["error"]["code"] for reply in replies(session)] == ["not_handled"]
 
 
-def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recent_client_is_evicted_above_key_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded by a number of keys of all clients, and those that use theirs keep them."""
     monkeypatch.setattr(idempotency, "MAX_KEYS", 3)
     seen = IdempotencyCache()
@@ -140,7 +140,7 @@ def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkey
     assert len(seen) == 3
 
 
-def test_of_too_many_keys_of_a_client_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_key_of_client_is_evicted_above_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client pushes out its own keys, and nobody else's."""
     monkeypatch.setattr(idempotency, "MAX_KEYS_OF_ONE", 3)
     seen = IdempotencyCache()
@@ -151,7 +151,7 @@ def test_of_too_many_keys_of_a_client_the_oldest_is_forgotten(monkeypatch: pytes
     assert [seen.look("ann", str(number)) is not None for number in range(5)] == [False, False, True, True, True]
 
 
-def test_an_old_key_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_key_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded in time: a new key takes those with it that are too old."""
     now = [1000.0]
     monkeypatch.setattr(idempotency, "monotonic", lambda: now[0])

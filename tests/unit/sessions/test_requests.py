@@ -11,12 +11,12 @@ from fastapi_ws_stabilizer.close_codes import DisconnectReason, local_close
 from fastapi_ws_stabilizer.errors import RequestError, SessionEndedError
 from fastapi_ws_stabilizer.sessions import requests as requests_module
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
-from tests.unit.fake_websocket import settle, with_deadline
+from tests.support.fake_websocket import settle, with_deadline
 
 OVER = local_close(DisconnectReason.COMPLETED)
 
 
-async def test_an_answer_reaches_who_asked() -> None:
+async def test_answer_resolves_its_own_request() -> None:
     """Each request has an id of its own, and its answer goes to its own future."""
     requests = PendingRequests()
     (first_id, first), (second_id, second) = requests.open(), requests.open()
@@ -26,7 +26,7 @@ async def test_an_answer_reaches_who_asked() -> None:
     assert (await first, await second) == (None, {"b": 2})
 
 
-async def test_an_answer_may_be_an_error() -> None:
+async def test_error_answer_raises_in_caller() -> None:
     """An error of the client is raised where its answer is awaited."""
     requests = PendingRequests()
     request_id, future = requests.open()
@@ -37,7 +37,7 @@ async def test_an_answer_may_be_an_error() -> None:
 
 
 @pytest.mark.parametrize("error", ["no", 7, [], {}, {"code": 7}, {"code": "x" * 10_000, "message": ["y" * 10_000]}])
-async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
+async def test_malformed_error_answer_raises_short_error(error: Any) -> None:
     """Whatever a client says in place of an error is one, and a short one."""
     requests = PendingRequests()
     request_id, future = requests.open()
@@ -48,7 +48,7 @@ async def test_an_error_of_any_form_is_an_error(error: Any) -> None:
     assert len(caught.value.message) <= 1024
 
 
-async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+async def test_unexpected_answer_is_ignored() -> None:
     """Answers that come twice, too late or to nothing hurt nobody."""
     requests = PendingRequests()
     requests.resolve("s1", 1, None)
@@ -65,12 +65,12 @@ async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     requests.resolve(cancelled_id, 1, None)
 
 
-async def test_forgetting_what_was_never_asked_is_quiet() -> None:
+async def test_forgetting_unknown_request_is_silent() -> None:
     """Forgetting is safe at any time."""
     PendingRequests().forget("s1")
 
 
-async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_number_of_pending_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that answers nothing cannot be asked without end; a forgotten request makes room."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 2)
     requests = PendingRequests()
@@ -83,7 +83,7 @@ async def test_open_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     requests.open()
 
 
-async def test_an_acknowledgement_wakes_all_it_covers() -> None:
+async def test_ack_wakes_all_waiters_up_to_its_number() -> None:
     """Who waits for a number is woken by the first acknowledgement at or above it."""
     requests = PendingRequests()
     waiting = {seq: asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)}
@@ -95,7 +95,7 @@ async def test_an_acknowledgement_wakes_all_it_covers() -> None:
     await with_deadline(waiting[3])
 
 
-async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
+async def test_wait_for_already_acked_number_returns_at_once() -> None:
     """An acknowledgement that came before is as good, and an older one takes nothing back."""
     requests = PendingRequests()
     requests.acknowledged(4)
@@ -105,7 +105,7 @@ async def test_what_is_acknowledged_already_is_not_waited_for() -> None:
     await with_deadline(requests.until_acknowledged(4))
 
 
-async def test_what_was_missed_is_not_acknowledged() -> None:
+async def test_wait_for_number_in_gap_fails() -> None:
     """Who waits for a message that its client will not get is told so; what the client did get is acknowledged."""
     requests = PendingRequests()
     waiting = [asyncio.ensure_future(requests.until_acknowledged(seq)) for seq in (1, 2, 3)]
@@ -123,12 +123,12 @@ async def test_what_was_missed_is_not_acknowledged() -> None:
     await with_deadline(later)
 
 
-async def test_missing_nothing_is_quiet() -> None:
+async def test_gap_without_waiters_fails_nothing() -> None:
     """A gap that nobody waits over fails nobody."""
     PendingRequests().fail_after_gap(3)
 
 
-async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
+async def test_cancelled_ack_waiter_is_forgotten() -> None:
     """A sender that waits no longer is forgotten, and the others are not touched."""
     requests = PendingRequests()
     given_up = asyncio.ensure_future(requests.until_acknowledged(1))
@@ -143,7 +143,7 @@ async def test_cancelling_who_waits_leaves_nothing_behind() -> None:
     assert not requests._acks
 
 
-async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_number_of_ack_waiters_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that acknowledges nothing cannot be waited for without end."""
     monkeypatch.setattr(requests_module, "MAX_OPEN", 1)
     requests = PendingRequests()
@@ -155,7 +155,7 @@ async def test_senders_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     await with_deadline(first)
 
 
-async def test_the_end_of_the_session_fails_everything() -> None:
+async def test_session_end_fails_current_and_later_waiters() -> None:
     """At the end whoever waits is told so, and who comes later is told at once."""
     requests = PendingRequests()
     _, answer = requests.open()
@@ -176,7 +176,7 @@ async def test_the_end_of_the_session_fails_everything() -> None:
     assert isinstance(nobody_waits_for_this_one.exception(), SessionEndedError)
 
 
-async def test_an_end_with_nothing_open_is_quiet() -> None:
+async def test_session_end_without_waiters_is_silent() -> None:
     """A session for which nothing was ever asked ends without ado."""
     requests = PendingRequests()
     requests.fail_all(OVER)

@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.sessions.replay_buffer import ReplayLimits
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
-from tests.unit.sessions.fake_attachment import FakeAttachment
+from tests.support.fake_attachment import FakeAttachment
 
 
 class Owned:
@@ -39,7 +39,7 @@ def said(session: Session, seq: int = 0) -> list[object]:
 WELCOME = EncodedMessage("welcome")
 
 
-def test_what_is_offered_is_kept_and_queued() -> None:
+def test_sent_message_is_numbered_stored_and_queued() -> None:
     """A message for a client that is connected is numbered, kept and queued, as the one frame for all v1 clients."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
@@ -50,7 +50,7 @@ def test_what_is_offered_is_kept_and_queued() -> None:
     assert session.since(0)[0] is connection.frames[1] is frame.enveloped
 
 
-def test_what_is_offered_while_the_client_is_away_is_kept() -> None:
+def test_message_for_detached_session_is_numbered_and_stored() -> None:
     """A message for a client that is away is numbered and kept."""
     session = Owned().session
     assert session.offer(encode("hello")) is EnqueueResult.QUEUED
@@ -59,7 +59,7 @@ def test_what_is_offered_while_the_client_is_away_is_kept() -> None:
     assert not session.is_attached
 
 
-def test_a_new_connection_begins_with_the_welcome_and_what_was_missed() -> None:
+def test_new_connection_gets_welcome_then_replay_then_live() -> None:
     """Replay and live traffic are one path: the welcome, what comes after the number, then what is offered later."""
     session, connection = Owned().session, FakeAttachment()
     for number in range(3):
@@ -71,7 +71,7 @@ def test_a_new_connection_begins_with_the_welcome_and_what_was_missed() -> None:
     assert session.socket == connection.socket
 
 
-def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
+def test_volatile_message_is_neither_stored_nor_numbered() -> None:
     """A volatile message goes to who is there, and is missed by who is away."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
@@ -85,7 +85,7 @@ def test_a_volatile_message_is_neither_kept_nor_numbered() -> None:
     assert (session.head, len(session.kept)) == (0, 0)
 
 
-def test_a_sequenced_message_is_kept_even_if_the_outbox_refuses_it() -> None:
+def test_sequenced_message_refused_by_outbox_is_stored() -> None:
     """A client that is too slow loses its connection, and no message: the log has it."""
     session, connection = Owned().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
@@ -95,7 +95,7 @@ def test_a_sequenced_message_is_kept_even_if_the_outbox_refuses_it() -> None:
     assert said(session) == [1]
 
 
-def test_what_an_ending_connection_refuses_is_kept() -> None:
+def test_message_refused_by_closing_connection_is_stored() -> None:
     """A message that comes while the connection ends for another reason waits for the next one."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
@@ -105,7 +105,7 @@ def test_what_an_ending_connection_refuses_is_kept() -> None:
     assert said(session) == [1]
 
 
-def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
+def test_waiting_sender_is_numbered_before_later_message() -> None:
     """Queue and log agree on the order, also if making room lets in a sender that has waited."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
@@ -121,7 +121,7 @@ def test_who_has_waited_is_numbered_before_what_makes_room_for_it() -> None:
     assert [frame.text for frame in session.since(0)] == connection.texts[1:]
 
 
-async def test_a_send_that_waits_is_numbered_when_it_is_queued() -> None:
+async def test_waiting_send_is_numbered_when_queued() -> None:
     """A message of the endpoint gets its number in the moment in which it is queued."""
     session, connection, numbers = Owned().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
@@ -134,7 +134,7 @@ async def test_a_send_that_waits_is_numbered_when_it_is_queued() -> None:
     assert (numbers, session.head) == ([1], 2)
 
 
-def test_only_the_connection_that_has_the_session_sends_on_the_fast_path() -> None:
+def test_only_attached_connection_sends_on_fast_path() -> None:
     """A connection that has lost its session does not write into the log of the next one."""
     session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
@@ -144,7 +144,7 @@ def test_only_the_connection_that_has_the_session_sends_on_the_fast_path() -> No
     assert not session.put_now(new, encode("v", volatile=True))
 
 
-def test_the_end_of_an_old_connection_detaches_nothing() -> None:
+def test_close_of_old_connection_detaches_nothing() -> None:
     """The fence: only the connection that has the session can leave it."""
     session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
@@ -155,7 +155,7 @@ def test_the_end_of_an_old_connection_detaches_nothing() -> None:
     assert not session.is_attached
 
 
-def test_pressure_is_that_of_the_connection() -> None:
+def test_session_is_backpressured_with_its_connection() -> None:
     """A session is under pressure if its connection is; one without a connection never is."""
     session, connection = Owned().session, FakeAttachment()
     assert not session.is_backpressured()
@@ -168,7 +168,7 @@ def test_pressure_is_that_of_the_connection() -> None:
 # ── tokens ──
 
 
-def test_the_newest_token_is_good() -> None:
+def test_newest_token_is_valid() -> None:
     """The token of the last welcome is good, and says in which epoch it was issued."""
     owned = Owned()
     token = owned.session.new_token()
@@ -178,7 +178,7 @@ def test_the_newest_token_is_good() -> None:
 
 
 @pytest.mark.parametrize("secret", ["", "x", "🦊", "\ud800"])
-def test_what_was_never_issued_is_not_good(secret: str) -> None:
+def test_unissued_token_is_invalid(secret: str) -> None:
     """No other secret is good, not even before any was issued."""
     owned = Owned()
     assert owned.session.present(secret) is None
@@ -187,7 +187,7 @@ def test_what_was_never_issued_is_not_good(secret: str) -> None:
     assert not owned.session.knows(secret)
 
 
-def test_two_tokens_are_good_until_the_newer_one_is_confirmed() -> None:
+def test_two_tokens_are_valid_until_newer_is_confirmed() -> None:
     """The welcome that brings a new token may be lost: what was presented last stays good beside it."""
     owned = Owned()
     session = owned.session
@@ -202,7 +202,7 @@ def test_two_tokens_are_good_until_the_newer_one_is_confirmed() -> None:
     assert session.knows(second)
 
 
-def test_every_token_is_compared_whichever_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_check_always_compares_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """How many comparisons a check takes tells nothing of which token was right, nor whether one was."""
     owned = Owned()
     session = owned.session
@@ -219,7 +219,7 @@ def test_every_token_is_compared_whichever_is_good(monkeypatch: pytest.MonkeyPat
             assert len(compared) == 2
 
 
-def test_a_welcome_lost_again_and_again_costs_nothing() -> None:
+def test_repeatedly_lost_welcome_keeps_token_valid() -> None:
     """A client that never gets a welcome can come back with the same token for ever."""
     owned = Owned()
     kept = owned.secret()
@@ -229,7 +229,7 @@ def test_a_welcome_lost_again_and_again_costs_nothing() -> None:
     assert owned.session.present(kept) == 0
 
 
-def test_presenting_the_newest_token_kills_the_older_one() -> None:
+def test_presenting_newest_token_invalidates_older() -> None:
     """Presenting a token confirms it: its client has got the welcome that it was in."""
     owned = Owned()
     first = owned.secret()
@@ -239,7 +239,7 @@ def test_presenting_the_newest_token_kills_the_older_one() -> None:
     assert owned.session.present(first) is None
 
 
-def test_a_token_that_was_issued_and_never_confirmed_is_replaced_by_the_next() -> None:
+def test_unconfirmed_token_is_replaced_by_next() -> None:
     """The window has two tokens: the one presented last, and the newest one."""
     owned = Owned()
     kept = owned.secret()
@@ -250,7 +250,7 @@ def test_a_token_that_was_issued_and_never_confirmed_is_replaced_by_the_next() -
     assert owned.session.knows(kept)
 
 
-def test_looking_at_a_token_presents_nothing() -> None:
+def test_token_check_confirms_nothing() -> None:
     """Whether a token is good can be asked without an effect."""
     owned = Owned()
     first = owned.secret()
@@ -260,7 +260,7 @@ def test_looking_at_a_token_presents_nothing() -> None:
     assert owned.session.knows(first)
 
 
-def test_a_token_remembers_the_epoch_in_which_it_was_issued() -> None:
+def test_token_records_its_issue_epoch() -> None:
     """A token of before a rewind says so."""
     owned = Owned()
     for number in range(5):
@@ -273,7 +273,7 @@ def test_a_token_remembers_the_epoch_in_which_it_was_issued() -> None:
     assert owned.session.present(owned.secret()) == 1
 
 
-def test_no_secret_is_in_a_repr() -> None:
+def test_session_repr_contains_no_token() -> None:
     """A session shows its id, whose it is and how it does, and no token."""
     owned = Owned()
     secret = owned.secret()
@@ -288,7 +288,7 @@ def test_no_secret_is_in_a_repr() -> None:
 # ── acknowledging and replying ──
 
 
-def test_an_acknowledgement_forgets_what_was_sent() -> None:
+def test_ack_forgets_only_sent_messages() -> None:
     """What the client has acknowledged is not kept; what was never sent cannot be acknowledged."""
     session = Owned().session
     for number in range(3):
@@ -299,7 +299,7 @@ def test_an_acknowledgement_forgets_what_was_sent() -> None:
     assert session.acknowledged(3)
 
 
-async def test_a_reply_is_a_numbered_message() -> None:
+async def test_reply_is_numbered_message() -> None:
     """A reply takes its turn among the messages, and survives a reconnect as they do."""
     session, connection = Owned().session, FakeAttachment()
     session.attach(connection, 0, WELCOME)
@@ -317,7 +317,7 @@ async def test_a_reply_is_a_numbered_message() -> None:
     assert session.head == 3
 
 
-async def test_a_reply_that_cannot_be_json_is_an_error_of_its_sender() -> None:
+async def test_unencodable_reply_raises_without_numbering() -> None:
     """An answer that cannot be encoded is told to who gives it, and numbers nothing."""
     session = Owned().session
     with pytest.raises(MessageEncodeError, match="object cannot be sent as JSON"):
@@ -328,7 +328,7 @@ async def test_a_reply_that_cannot_be_json_is_an_error_of_its_sender() -> None:
 # ── the end ──
 
 
-def test_ending_a_session_ends_its_connection() -> None:
+def test_ending_attached_session_closes_its_connection() -> None:
     """What ends an attached session ends its connection, which decides what becomes of the session."""
     owned, connection = Owned(), FakeAttachment()
     owned.session.attach(connection, 0, WELCOME)
@@ -337,7 +337,7 @@ def test_ending_a_session_ends_its_connection() -> None:
     assert owned.ended == []
 
 
-def test_a_session_without_a_connection_ends_at_once() -> None:
+def test_ending_detached_session_ends_it_once() -> None:
     """A client that is away is ended without being asked, once."""
     owned = Owned()
     assert owned.session.close(DisconnectReason.APPLICATION, code=4410)
@@ -347,7 +347,7 @@ def test_a_session_without_a_connection_ends_at_once() -> None:
     assert owned.session.close_info is owned.ended[0][1]
 
 
-async def test_a_session_that_is_over_takes_nothing_and_lets_go_who_waits() -> None:
+async def test_ended_session_rejects_messages_and_fails_waiters() -> None:
     """At the end the log is empty, nothing more is taken, and whatever was waited for fails."""
     session = Owned().session
     session.offer(encode(1))

@@ -18,10 +18,10 @@ from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.v1.hello import Hello
-from tests.simulation.virtual_time import run_virtually
+from tests.support.fake_attachment import FakeAttachment
+from tests.support.fake_websocket import settle
+from tests.support.virtual_time import run_virtually
 from tests.unit.conftest import Heard
-from tests.unit.fake_websocket import settle
-from tests.unit.sessions.fake_attachment import FakeAttachment
 
 NONE, FULL, GAP, LOST = ResumeOutcome.NONE, ResumeOutcome.FULL, ResumeOutcome.GAP, ResumeOutcome.LOST
 
@@ -91,7 +91,7 @@ def say(session: Session, count: int) -> None:
         session.offer(encode(number))
 
 
-async def test_a_client_without_a_token_gets_a_new_session() -> None:
+async def test_hello_without_token_gets_new_session() -> None:
     """`none`: who asks for nothing begins anew, in a shard, known by its id."""
     shop = Shop()
     resume_result = shop.greet()
@@ -104,7 +104,7 @@ async def test_a_client_without_a_token_gets_a_new_session() -> None:
     assert len(shop.sessions) == 2
 
 
-async def test_a_client_that_has_missed_nothing_resumes_fully() -> None:
+async def test_client_without_missed_messages_resumes_fully() -> None:
     """`full`: there may be nothing to replay."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -116,7 +116,7 @@ async def test_a_client_that_has_missed_nothing_resumes_fully() -> None:
     assert shop.events.counters.sessions_resumed == 1
 
 
-async def test_a_client_gets_exactly_what_it_has_missed() -> None:
+async def test_full_resume_replays_exactly_missed_messages() -> None:
     """`full`: the messages after the number that was presented follow the welcome, those of the absence included."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -128,7 +128,7 @@ async def test_a_client_gets_exactly_what_it_has_missed() -> None:
     assert shop.sessions.detached_count == 0
 
 
-async def test_the_number_presented_is_an_acknowledgement() -> None:
+async def test_presented_number_acknowledges_messages() -> None:
     """What a client has processed is not kept for it, and who waited for that goes on."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -139,7 +139,7 @@ async def test_the_number_presented_is_an_acknowledgement() -> None:
     assert before.session.first_seq == 3
 
 
-async def test_an_unknown_token_is_a_lost_session() -> None:
+async def test_unknown_token_is_lost_session() -> None:
     """`lost/unknown`: a session that was never here, and a secret that is not its."""
     shop = Shop()
     session, token, _ = shop.connect()
@@ -150,7 +150,7 @@ async def test_an_unknown_token_is_a_lost_session() -> None:
     assert shop.greet(99, token).session is session.session
 
 
-async def test_a_session_whose_time_is_over_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_session_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """`lost/expired`: a client that comes when its time is over finds it ended, even if no timer has done it."""
     shop = Shop(session_ttl=10)
     now = [1000.0]
@@ -165,7 +165,7 @@ async def test_a_session_whose_time_is_over_is_lost(monkeypatch: pytest.MonkeyPa
     shop.sessions.stop()
 
 
-async def test_another_clients_token_gets_it_a_session_of_its_own() -> None:
+async def test_token_of_other_client_starts_new_session() -> None:
     """`lost/denied`: a good token in the hands of another principal leads to a new session of that one."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -175,7 +175,7 @@ async def test_another_clients_token_gets_it_a_session_of_its_own() -> None:
     assert shop.greet(2, token).session is before.session
 
 
-async def test_a_late_dial_with_a_token_is_stale() -> None:
+async def test_late_attempt_with_token_is_stale() -> None:
     """A dial not above the highest that the session has seen is one that its client has given up."""
     shop = Shop()
     before, token, connection = shop.connect(3)
@@ -186,7 +186,7 @@ async def test_a_late_dial_with_a_token_is_stale() -> None:
     assert shop.greet(4, token).outcome is FULL
 
 
-async def test_a_late_dial_is_stale_though_its_token_is_used_up() -> None:
+async def test_late_attempt_with_consumed_token_is_stale() -> None:
     """The newer dial may have used the token up: what comes late still ends, and gets no session in its place."""
     shop = Shop()
     before, first, _ = shop.connect(1)
@@ -197,7 +197,7 @@ async def test_a_late_dial_is_stale_though_its_token_is_used_up() -> None:
     assert len(shop.sessions) == 1
 
 
-async def test_a_late_dial_without_a_token_is_stale() -> None:
+async def test_late_attempt_without_token_is_stale() -> None:
     """A first dial that arrives after the second one gets nothing, if its client says which instance it is."""
     shop = Shop()
     resume_result = shop.greet(2, instance="tab-1")
@@ -208,7 +208,7 @@ async def test_a_late_dial_without_a_token_is_stale() -> None:
     assert shop.greet(3, instance="tab-1").session is not resume_result.session
 
 
-async def test_an_instance_is_forgotten_with_its_session() -> None:
+async def test_client_instance_is_forgotten_with_its_session() -> None:
     """A session that is over makes no later dial stale."""
     shop = Shop()
     first = shop.greet(2, instance="tab-1").session
@@ -221,7 +221,7 @@ async def test_an_instance_is_forgotten_with_its_session() -> None:
     assert len(shop.sessions._of_instance) == 1
 
 
-async def test_a_welcome_that_is_lost_costs_nothing() -> None:
+async def test_lost_welcome_keeps_presented_token_valid() -> None:
     """The token presented last is good beside the newest one, until that is confirmed."""
     shop = Shop()
     before, first, _ = shop.connect(1)
@@ -233,7 +233,7 @@ async def test_a_welcome_that_is_lost_costs_nothing() -> None:
     assert shop.greet(6, newest).session is before.session
 
 
-async def test_presenting_a_token_confirms_it() -> None:
+async def test_presented_newest_token_invalidates_older() -> None:
     """When the newest token is presented the one before it is worth nothing."""
     shop = Shop()
     _, first, _ = shop.connect(1)
@@ -242,7 +242,7 @@ async def test_presenting_a_token_confirms_it() -> None:
     assert shop.outcome(4, first)[:2] == (LOST, "unknown")
 
 
-async def test_a_token_of_an_earlier_epoch_is_a_gap() -> None:
+async def test_token_of_earlier_epoch_is_gap() -> None:
     """`gap/epoch`: numbers of before a rewind may mean other messages, so nothing is replayed for them."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -254,7 +254,7 @@ async def test_a_token_of_an_earlier_epoch_is_a_gap() -> None:
     assert shop.greet(3, before.session.new_token(), 7).outcome is FULL
 
 
-async def test_a_number_ahead_is_a_gap() -> None:
+async def test_number_ahead_of_server_is_gap() -> None:
     """`gap/ahead`: a client that has seen more than there is has seen it elsewhere."""
     shop = Shop()
     before, token, _ = shop.connect()
@@ -262,7 +262,7 @@ async def test_a_number_ahead_is_a_gap() -> None:
     assert shop.outcome(2, token, 3) == (GAP, "ahead", 2)
 
 
-async def test_an_overflowed_log_is_a_gap_and_nothing_of_it_is_replayed() -> None:
+async def test_overflowed_buffer_is_gap_without_replay() -> None:
     """`gap/overflow`: a client that has missed more than is kept gets none of it, and is told so."""
     shop = Shop(replay_max_messages=3)
     before, token, _ = shop.connect()
@@ -276,7 +276,7 @@ async def test_an_overflowed_log_is_a_gap_and_nothing_of_it_is_replayed() -> Non
     assert shop.greet(3, newer, 5).outcome is FULL
 
 
-async def test_who_waits_for_a_message_in_the_gap_is_told() -> None:
+async def test_gap_fails_ack_waiters_of_missed_messages() -> None:
     """Nobody is told that a message was acknowledged which its client has not got."""
     shop = Shop(replay_max_messages=1)
     before, token, _ = shop.connect()
@@ -290,7 +290,7 @@ async def test_who_waits_for_a_message_in_the_gap_is_told() -> None:
     assert isinstance(missed.exception(), RequestError)
 
 
-async def test_the_oldest_message_that_is_kept_is_enough() -> None:
+async def test_client_missing_exactly_stored_messages_resumes_fully() -> None:
     """A client that has missed exactly what is kept gets all of it."""
     shop = Shop(replay_max_messages=3)
     before, token, _ = shop.connect()
@@ -299,7 +299,7 @@ async def test_the_oldest_message_that_is_kept_is_enough() -> None:
     assert (resume_result.outcome, len(before.session.since(2))) == (FULL, 3)
 
 
-async def test_messages_that_have_become_too_old_are_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_messages_are_overflow_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was kept too long is not replayed either."""
     shop = Shop(replay_max_age=10)
     before, token, _ = shop.connect()
@@ -309,7 +309,7 @@ async def test_messages_that_have_become_too_old_are_an_overflow(monkeypatch: py
     assert shop.outcome(2, token, 1) == (GAP, "overflow", 2)
 
 
-async def test_the_epoch_is_looked_at_before_the_numbers() -> None:
+async def test_epoch_is_checked_before_numbers() -> None:
     """Of several reasons for a gap the first in the protocol's order is told."""
     shop = Shop(replay_max_messages=1)
     before, token, _ = shop.connect()
@@ -323,7 +323,7 @@ async def test_the_epoch_is_looked_at_before_the_numbers() -> None:
     assert token
 
 
-async def test_a_takeover_swaps_the_owner() -> None:
+async def test_takeover_moves_session_to_new_connection() -> None:
     """A half-open connection loses the session to the next one at once, and its end takes nothing away."""
     shop = Shop()
     before, token, old = shop.connect()
@@ -342,7 +342,7 @@ def in_time(body: Callable[[], Any]) -> None:
     run_virtually(body())
 
 
-def test_a_session_ends_when_its_client_does_not_come_back() -> None:
+def test_detached_session_ends_after_ttl() -> None:
     """At the end of its time a session is over, is told so, and ends as its last connection did."""
 
     async def body() -> None:
@@ -366,7 +366,7 @@ def test_a_session_ends_when_its_client_does_not_come_back() -> None:
     in_time(body)
 
 
-def test_a_client_that_comes_back_in_time_keeps_its_session() -> None:
+def test_resume_in_time_keeps_session() -> None:
     """Returning stops the clock, and leaving again starts it anew."""
 
     async def body() -> None:
@@ -386,7 +386,7 @@ def test_a_client_that_comes_back_in_time_keeps_its_session() -> None:
     in_time(body)
 
 
-def test_each_session_has_its_own_time() -> None:
+def test_each_session_has_its_own_deadline() -> None:
     """One timer serves them all, each at its moment."""
 
     async def body() -> None:
@@ -406,7 +406,7 @@ def test_each_session_has_its_own_time() -> None:
     in_time(body)
 
 
-def test_many_sessions_that_end_together_give_the_loop_a_turn() -> None:
+def test_mass_expiry_ends_bounded_batches_per_iteration() -> None:
     """No more than `AT_ONCE` sessions end in one turn, and all of them in the end."""
 
     async def body() -> None:
@@ -421,7 +421,7 @@ def test_many_sessions_that_end_together_give_the_loop_a_turn() -> None:
     in_time(body)
 
 
-async def test_of_too_many_that_are_away_the_first_goes() -> None:
+async def test_oldest_detached_session_is_evicted_with_warning() -> None:
     """No more sessions wait than may: the one whose client has left first is over, with a warning."""
     shop = Shop(max_detached_sessions=2)
     sessions = [shop.connect(who=who)[0].session for who in ("ann", "bob", "cid")]
@@ -433,7 +433,7 @@ async def test_of_too_many_that_are_away_the_first_goes() -> None:
     shop.sessions.stop()
 
 
-async def test_where_nothing_is_kept_a_session_ends_with_its_connection() -> None:
+async def test_disabled_reconnect_ends_session_with_connection() -> None:
     """With `enable_reconnect=False` nobody is waited for."""
     shop = Shop(enable_reconnect=False)
     session = shop.connect()[0].session
@@ -443,7 +443,7 @@ async def test_where_nothing_is_kept_a_session_ends_with_its_connection() -> Non
     assert shop.sessions.detached_count == 0
 
 
-async def test_a_session_ends_once() -> None:
+async def test_session_ends_once() -> None:
     """Ending a session again changes nothing, and one that is over does not go away."""
     shop = Shop()
     session = shop.connect()[0].session
@@ -454,7 +454,7 @@ async def test_a_session_ends_once() -> None:
     assert shop.sessions.detached_count == 0
 
 
-async def test_a_session_that_is_away_can_be_ended() -> None:
+async def test_detached_session_can_be_ended() -> None:
     """Ending a session whose client is away is its end, and its client is told `lost` when it comes."""
     shop = Shop()
     resume_result, token, _ = shop.connect()
@@ -467,7 +467,7 @@ async def test_a_session_that_is_away_can_be_ended() -> None:
     shop.sessions.stop()
 
 
-async def test_at_the_end_all_sessions_are_over() -> None:
+async def test_shutdown_ends_all_sessions() -> None:
     """A shutdown ends every session, with a connection or without, and leaves no timer."""
     shop = Shop()
     here, away = shop.connect(who="ann")[0].session, shop.connect(who="bob")[0].session
@@ -478,7 +478,7 @@ async def test_at_the_end_all_sessions_are_over() -> None:
     assert shop.sessions.stop() == []
 
 
-async def test_no_token_is_in_what_is_told() -> None:
+async def test_session_events_contain_no_token() -> None:
     """Reports about sessions hold no secret."""
     shop = Shop(replay_max_messages=1)
     resume_result, token, _ = shop.connect()

@@ -10,13 +10,13 @@ import pytest
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
-from tests.unit.client.fake_link import soon, virtually
-from tests.unit.fake_websocket import FakeServer
-from tests.unit.routing.stage import Peer, Stage
+from tests.support.fake_link import soon, virtually
+from tests.support.fake_websocket import FakeServer
+from tests.support.stage import Peer, Stage
 
 
 @virtually
-async def test_sessions_that_can_be_resumed_are_counted() -> None:
+async def test_drain_report_counts_resumable_sessions() -> None:
     """Those of clients that are there, which keep theirs, and of those that are away; not what has ended."""
     async with Stage(drain_window=1) as stage:
         await Peer(stage, "ann").dial()
@@ -29,7 +29,7 @@ async def test_sessions_that_can_be_resumed_are_counted() -> None:
 
 
 @virtually
-async def test_what_is_not_over_in_time_is_forced() -> None:
+async def test_connection_over_drain_timeout_is_forced() -> None:
     """An endpoint that does not end is cut when the time is over, and counted as failed and forced."""
     async with Stage(drain_window=0, disconnect_grace=60) as stage:
 
@@ -45,7 +45,7 @@ async def test_what_is_not_over_in_time_is_forced() -> None:
 
 
 @virtually
-async def test_a_second_drain_waits_for_the_first() -> None:
+async def test_concurrent_drains_return_same_report() -> None:
     """Both get the same report: a connection is counted once."""
     async with Stage(drain_window=1) as stage:
         stage.plain("ann")
@@ -57,7 +57,7 @@ async def test_a_second_drain_waits_for_the_first() -> None:
 
 
 @virtually
-async def test_clients_with_a_session_are_asked_and_plain_ones_told_when_to_come_back() -> None:
+async def test_drain_sends_drain_frame_to_v1_and_1012_to_plain() -> None:
     """`drain` with a moment of its own for the one, 1012 with `retry=` for the other."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage, "ann").dial()
@@ -73,7 +73,7 @@ async def test_clients_with_a_session_are_asked_and_plain_ones_told_when_to_come
 
 
 @virtually
-async def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
+async def test_slow_reader_gets_all_messages_during_drain() -> None:
     """Only who takes nothing is cut: a reader of one message in a third of a second has its time."""
     async with Stage(drain_window=0) as stage:
         line = stage.plain("slow")
@@ -95,7 +95,7 @@ async def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
 
 
 @virtually
-async def test_a_shorter_time_makes_a_drain_quicker() -> None:
+async def test_second_drain_with_shorter_timeout_shortens_first() -> None:
     """A shutdown within two seconds does not wait for a drain that has five minutes."""
     async with Stage(drain_window=10, disconnect_grace=400) as stage:
 
@@ -117,7 +117,7 @@ async def test_a_shorter_time_makes_a_drain_quicker() -> None:
 
 
 @virtually
-async def test_a_drain_keeps_a_short_time() -> None:
+async def test_short_drain_timeout_is_respected() -> None:
     """Neither the clients that are asked to leave nor the goodbyes make it longer."""
     async with Stage(drain_window=10, disconnect_grace=400) as stage:
 
@@ -135,7 +135,7 @@ async def test_a_drain_keeps_a_short_time() -> None:
 
 
 @virtually
-async def test_a_start_ends_a_drain() -> None:
+async def test_start_during_drain_resumes_accepting() -> None:
     """Who has not been closed yet stays, and new ones are let in."""
     async with Stage(drain_window=10) as stage:
         for number in range(500):
@@ -152,7 +152,7 @@ async def test_a_start_ends_a_drain() -> None:
 
 
 @virtually
-async def test_a_drain_that_was_cancelled_is_begun_again() -> None:
+async def test_shutdown_after_cancelled_drain_closes_all() -> None:
     """A server that cancels all tasks leaves no manager that can never be shut down."""
     async with Stage(drain_window=10) as stage:
         for number in range(100):
@@ -169,7 +169,7 @@ async def test_a_drain_that_was_cancelled_is_begun_again() -> None:
 
 
 @virtually
-async def test_who_leaves_by_itself_is_not_waited_for() -> None:
+async def test_drain_returns_when_last_client_has_left() -> None:
     """One client with a session that goes at once makes a drain of no noticeable length."""
     async with Stage(drain_window=10) as stage:
         line = await Peer(stage, "ann").dial()
@@ -185,7 +185,7 @@ async def test_who_leaves_by_itself_is_not_waited_for() -> None:
 
 
 @virtually
-async def test_client_that_leaves_as_asked_has_reason_server_shutdown() -> None:
+async def test_client_closing_after_drain_has_cause_server_shutdown() -> None:
     """A client that leaves with 4000 because a drain asked it to is told, counted and ended as `server_shutdown`."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage).dial()
@@ -204,7 +204,7 @@ async def test_client_that_leaves_as_asked_has_reason_server_shutdown() -> None:
 
 @pytest.mark.parametrize(("code", "reason"), [(1000, "client_close"), (4321, "client_close"), (1006, "network_lost")])
 @virtually
-async def test_client_that_ends_otherwise_during_drain_keeps_its_reason(code: int, reason: str) -> None:
+async def test_client_closing_otherwise_during_drain_retains_cause(code: int, reason: str) -> None:
     """A client that says goodbye, closes with its own code or is lost while a drain waits for it has that reason."""
     async with Stage(drain_window=2) as stage:
         line = await Peer(stage).dial()
@@ -216,7 +216,7 @@ async def test_client_that_ends_otherwise_during_drain_keeps_its_reason(code: in
 
 
 @virtually
-async def test_client_that_leaves_unasked_has_reason_client_close() -> None:
+async def test_client_closing_without_drain_has_cause_client_close() -> None:
     """4000 from a client that was not asked to leave stays `client_close`, and its session goes on."""
     async with Stage() as stage:
         peer = Peer(stage)
@@ -227,7 +227,7 @@ async def test_client_that_leaves_unasked_has_reason_client_close() -> None:
 
 @pytest.mark.parametrize("call", ["drain", "graceful_shutdown"])
 @virtually
-async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
+async def test_drain_in_endpoint_waits_for_other_connections(call: str) -> None:
     """In a socket's own code a drain returns when the others have ended; that socket ends when its code goes on."""
     async with Stage(drain_window=1, disconnect_grace=20) as stage:
         events: list[Any] = []
@@ -256,7 +256,7 @@ async def test_drain_from_own_endpoint_waits_for_all_others(call: str) -> None:
         assert not stage.manager._node.connections
 
 
-async def test_shutdown_after_untracked_connection_waits_for_it() -> None:
+async def test_shutdown_in_task_of_explicit_connection_waits_for_it() -> None:
     """A task that has connected by hand outside of FastAPI, and shuts down, waits: that end needs no code of it."""
     manager = WebSocketConnectionManager(WebSocketConfig(disconnect_grace=0.1))
     server = FakeServer()
@@ -268,7 +268,7 @@ async def test_shutdown_after_untracked_connection_waits_for_it() -> None:
 
 
 @virtually
-async def test_drain_from_disconnect_hook_does_not_wait_for_itself() -> None:
+async def test_drain_in_disconnect_hook_does_not_wait_for_itself() -> None:
     """A disconnect hook that drains goes on when the other connections have ended."""
     async with Stage(drain_window=1, disconnect_grace=20) as stage:
         loop = asyncio.get_running_loop()

@@ -59,7 +59,7 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return put
 
 
-async def test_the_first_signal_comes_after_the_drain(server: list[int]) -> None:
+async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
     """The server hears of it when all is done, once."""
     drain = Draining()
     drain.signals.listen()
@@ -71,7 +71,7 @@ async def test_the_first_signal_comes_after_the_drain(server: list[int]) -> None
     drain.signals.stop()
 
 
-async def test_one_stop_that_is_told_twice_is_one(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A process group gets it, and then the master passes it on: that is no second wish."""
     put = in_time(monkeypatch)
     drain = Draining()
@@ -86,7 +86,7 @@ async def test_one_stop_that_is_told_twice_is_one(server: list[int], monkeypatch
     drain.signals.stop()
 
 
-async def test_a_second_signal_goes_straight_through_and_the_first_does_not_follow(
+async def test_second_signal_is_forwarded_immediately_and_only_once(
     server: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """uvicorn would take the late first one for a wish to skip the end of the lifespan."""
@@ -103,7 +103,7 @@ async def test_a_second_signal_goes_straight_through_and_the_first_does_not_foll
     drain.signals.stop()
 
 
-async def test_a_manager_that_has_stopped_swallows_nothing(server: list[int]) -> None:
+async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
     """Also where a library has put its handler before ours, and still calls it."""
     drain = Draining()
     drain.signals.listen()
@@ -132,7 +132,7 @@ async def test_two_managers_may_stop_in_any_order(server: list[int], first: int)
     assert server == [signal.SIGTERM, signal.SIGTERM]
 
 
-async def test_two_managers_drain_at_the_same_time(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_managers_drain_concurrently_on_signal(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One signal is handed on when both are done, and a second one at once."""
     put = in_time(monkeypatch)
     drains = [Draining(), Draining()]
@@ -153,7 +153,7 @@ async def test_two_managers_drain_at_the_same_time(server: list[int], monkeypatc
         drain.signals.stop()
 
 
-async def test_a_second_life_drains_again(server: list[int]) -> None:
+async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> None:
     """What is started again in the same process hears again, in that loop and in another one."""
     drain = Draining()
     drain.over.set()
@@ -166,7 +166,7 @@ async def test_a_second_life_drains_again(server: list[int]) -> None:
     assert not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), SignalHandler)
 
 
-async def test_handlers_are_given_back(server: list[int]) -> None:
+async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
     """Those that were there before, even where it stops in the middle of a drain."""
     before = signal.getsignal(signal.SIGTERM)
     drain = Draining()
@@ -179,7 +179,7 @@ async def test_handlers_are_given_back(server: list[int]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_off_the_main_thread_it_is_said_once() -> None:
+def test_listening_off_main_thread_is_reported_once() -> None:
     """Signals come to the main thread only."""
     heard = Heard()
     events = EventBus()
@@ -196,7 +196,7 @@ def test_off_the_main_thread_it_is_said_once() -> None:
     assert [report.event for report in heard.all] == ["signals_not_heard"]
 
 
-async def test_handler_that_swallows_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
     heard = Heard()
@@ -219,7 +219,7 @@ async def test_handler_that_swallows_signal_is_reported(server: list[int], monke
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["stopped", "started again"])
-async def test_end_after_handed_on_signal_is_not_reported(
+async def test_end_after_forwarded_signal_is_not_reported(
     server: list[int], monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
@@ -237,9 +237,7 @@ async def test_end_after_handed_on_signal_is_not_reported(
     drain.signals.stop()
 
 
-async def test_the_watch_for_a_handler_runs_in_the_context_of_the_manager(
-    server: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_still_running_report_uses_context_of_manager(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second signal that interrupts code of a client is handed on there, and what follows is told outside of it."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.01)
     put = in_time(monkeypatch)

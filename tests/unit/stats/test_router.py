@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.dependencies import StableSocketDep
 from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.stats import stats_router
-from tests.unit.fake_websocket import FakeServer, eventually
+from tests.support.fake_websocket import FakeServer, eventually
 
 SECRET = "a-secret-that-nobody-guesses"
 
@@ -46,7 +46,7 @@ def client(manager: WebSocketConnectionManager) -> Iterator[TestClient]:
         yield client
 
 
-def test_the_totals_of_a_life(client: TestClient) -> None:
+def test_stats_count_connections_messages_and_close_causes(client: TestClient) -> None:
     """Connections, messages, broadcasts and endings are counted."""
     with client.websocket_connect("/ws/ann") as ann, client.websocket_connect("/ws/bob"):
         ann.send_text("hi")
@@ -61,7 +61,7 @@ def test_the_totals_of_a_life(client: TestClient) -> None:
     assert later["endings"] == {"client_close": 2}
 
 
-def test_the_connections_a_page_at_a_time(client: TestClient) -> None:
+def test_connections_are_listed_in_pages(client: TestClient) -> None:
     """Open connections come oldest first, by client if wanted, and a page at a time."""
     with client.websocket_connect("/ws/a"), client.websocket_connect("/ws/b"), client.websocket_connect("/ws/c"):
         everything = client.get("/ws-stats/connections").json()
@@ -77,9 +77,7 @@ def test_the_connections_a_page_at_a_time(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 3000], ids=["surrogate", "line break", "long"])
-def test_identity_that_is_no_name_is_refused_and_breaks_no_statistics(
-    manager: WebSocketConnectionManager, name: str
-) -> None:
+def test_invalid_identity_is_rejected_401_and_not_listed(manager: WebSocketConnectionManager, name: str) -> None:
     """A credential whose owner cannot be called so is refused with 401, and the stats, and others, never see it."""
     app = make(manager)
 
@@ -98,7 +96,7 @@ def test_identity_that_is_no_name_is_refused_and_breaks_no_statistics(
     assert [one["client_id"] for one in answer.json()["connections"]] == ["ann"]
 
 
-def test_one_connection(client: TestClient) -> None:
+def test_connection_is_found_by_connection_id(client: TestClient) -> None:
     """A connection is found by its connection id, with everything that is known of it; another id is a 404."""
     with client.websocket_connect("/ws/ann") as ws:
         ws.send_text("pong")
@@ -130,12 +128,12 @@ def test_one_connection(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 1001}, {"offset": -1}])
-def test_a_page_has_limits(client: TestClient, params: dict[str, int]) -> None:
+def test_invalid_page_parameters_return_422(client: TestClient, params: dict[str, int]) -> None:
     """Nobody can ask for everything at once."""
     assert client.get("/ws-stats/connections", params=params).status_code == 422
 
 
-async def test_health_says_whether_connections_are_taken(manager: WebSocketConnectionManager) -> None:
+async def test_health_returns_503_after_shutdown(manager: WebSocketConnectionManager) -> None:
     """Health is 200 while the manager runs, and 503 after a shutdown."""
     async for client in _http(make(manager)):
         await manager.start()
@@ -146,7 +144,7 @@ async def test_health_says_whether_connections_are_taken(manager: WebSocketConne
         assert (stopped.status_code, stopped.json()) == (503, {"status": "shut_down", "connections": 0})
 
 
-async def test_readiness_ends_with_the_drain_and_liveness_does_not(manager: WebSocketConnectionManager) -> None:
+async def test_drain_ends_readiness_but_not_liveness(manager: WebSocketConnectionManager) -> None:
     """Who is draining takes no new connections, and is not to be killed for it."""
     async for client in _http(make(manager)):
         await manager.start()
@@ -169,7 +167,7 @@ async def test_readiness_ends_with_the_drain_and_liveness_does_not(manager: WebS
         (SECRET, f"Bearer {SECRET}", 200),
     ],
 )
-async def test_only_who_has_the_secret_may_drain(secret: str | None, header: str, status: int) -> None:
+async def test_drain_requires_drain_secret(secret: str | None, header: str, status: int) -> None:
     """Without a `drain_secret` nobody may, and with one who presents it."""
     manager = WebSocketConnectionManager(WebSocketConfig(drain_secret=secret))
     async for client in _http(make(manager)):
@@ -184,14 +182,14 @@ async def test_only_who_has_the_secret_may_drain(secret: str | None, header: str
     await manager.graceful_shutdown(timeout=1)
 
 
-async def test_a_manager_that_waits_for_its_first_socket_is_healthy(manager: WebSocketConnectionManager) -> None:
+async def test_unstarted_manager_is_healthy(manager: WebSocketConnectionManager) -> None:
     """A manager that nobody started takes connections, so a readiness probe must not keep them away."""
     async for client in _http(make(manager)):
         health = await client.get("/ws-stats/health")
         assert (health.status_code, health.json()["status"]) == (200, "ok")
 
 
-async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
+async def test_stats_show_queued_and_unread_messages(manager: WebSocketConnectionManager) -> None:
     """What waits to be sent and to be read can be seen, summed up and by connection."""
     server = FakeServer()
     del server.websocket.scope["client"]
@@ -214,7 +212,7 @@ async def test_queues_are_shown(manager: WebSocketConnectionManager) -> None:
     await manager.graceful_shutdown(timeout=1)
 
 
-async def test_what_a_client_chooses_stands_in_the_stats_as_json(manager: WebSocketConnectionManager) -> None:
+async def test_client_chosen_values_are_json_escaped_in_stats(manager: WebSocketConnectionManager) -> None:
     """Markup of a client id is text of a JSON string, in the page and in the answer's type."""
     hostile = '</script><script>alert(1)</script>\\"\u202e\U000e0001'
     server = FakeServer()
@@ -229,7 +227,7 @@ async def test_what_a_client_chooses_stands_in_the_stats_as_json(manager: WebSoc
     await manager.graceful_shutdown(timeout=1)
 
 
-def test_the_stats_are_protected_by_fastapis_own_means(manager: WebSocketConnectionManager) -> None:
+def test_stats_are_protected_by_router_dependencies(manager: WebSocketConnectionManager) -> None:
     """`dependencies=[Depends(...)]` guards every path."""
 
     def admin(token: Annotated[str, Header()] = "") -> None:
@@ -242,7 +240,7 @@ def test_the_stats_are_protected_by_fastapis_own_means(manager: WebSocketConnect
         assert client.get("/ws-stats/", headers={"token": "secret"}).status_code == 200
 
 
-def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
+def test_stats_paths_are_in_openapi_document(client: TestClient) -> None:
     """Each path has its model and says what its fields mean."""
     document = client.get("/openapi.json").json()
     assert {path for path in document["paths"] if path.startswith("/ws-stats")} == {
@@ -260,7 +258,7 @@ def test_the_stats_stand_in_the_openapi_document(client: TestClient) -> None:
     assert schemas["StatsSummary"]["properties"]["queued_bytes"]["description"]
 
 
-def test_without_a_manager_the_error_says_how_to_add_one() -> None:
+def test_stats_without_manager_raise_with_hint() -> None:
     """Stats in an app without a manager are a mistake that is told."""
     app = FastAPI()
     app.include_router(stats_router)
@@ -274,7 +272,7 @@ async def _http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def test_refusals_evictions_and_memory_are_shown() -> None:
+async def test_stats_show_rejections_evictions_and_memory() -> None:
     """The totals say who was turned away and why, who had to go, and what is held; a connection what is its own."""
     manager = WebSocketConnectionManager(
         WebSocketConfig(max_connections=2, max_total_memory=50_000, max_message_rate=1, heartbeat_type="off")
@@ -298,7 +296,7 @@ async def test_refusals_evictions_and_memory_are_shown() -> None:
     await manager.graceful_shutdown(timeout=1)
 
 
-async def test_a_refused_handshake_is_counted_by_what_refused_it() -> None:
+async def test_rejected_handshake_is_counted_by_option_or_code() -> None:
     """By the option, where one did, and by the code that means the same otherwise."""
     manager = WebSocketConnectionManager(WebSocketConfig(max_connections=1))
     foreign = [(b"origin", b"https://evil.example"), (b"host", b"testserver")]
@@ -313,7 +311,7 @@ async def test_a_refused_handshake_is_counted_by_what_refused_it() -> None:
     await manager.graceful_shutdown(timeout=1)
 
 
-async def test_the_address_is_the_client_s() -> None:
+async def test_stats_show_forwarded_address_of_trusted_proxy_only() -> None:
     """Behind a proxy that is trusted it is the one that the proxy says; nobody else is believed."""
     manager = WebSocketConnectionManager(WebSocketConfig(trusted_proxies=["10.0.0.7"]))
     said = [(b"x-forwarded-for", b"198.51.100.4, 203.0.113.9")]

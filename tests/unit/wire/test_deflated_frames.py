@@ -17,7 +17,7 @@ LIMIT = 10_000
 
 
 @given(st.text(alphabet="ab\u00e9\U0001f600", min_size=0, max_size=2000))
-def test_a_compressed_frame_is_read_as_the_text_that_it_was(text: str) -> None:
+def test_compressed_frame_decodes_to_original_text(text: str) -> None:
     """What is worth compressing comes back as it was, and the rest is left as it is."""
     frame = json.dumps({"type": "msg", "data": text}, ensure_ascii=False)
     packed = deflated(frame)
@@ -28,7 +28,7 @@ def test_a_compressed_frame_is_read_as_the_text_that_it_was(text: str) -> None:
         assert parse(packed, LIMIT) == {"type": "msg", "data": text}
 
 
-def test_a_compressed_frame_is_refused_where_it_was_not_agreed_on() -> None:
+def test_unnegotiated_compressed_frame_is_malformed() -> None:
     """Kind 2 is malformed unless both sides have listed the capability."""
     packed = deflated(json.dumps({"type": "msg", "data": "x" * 1000}))
     assert packed is not None
@@ -37,7 +37,7 @@ def test_a_compressed_frame_is_refused_where_it_was_not_agreed_on() -> None:
     assert refused.value.code == 4400
 
 
-def test_a_bomb_is_not_inflated() -> None:
+def test_frame_inflating_beyond_limit_is_too_big() -> None:
     """A frame that holds more than the limit is too big, and no more than that is inflated."""
     bomb = b"\x02\x00\x00" + raw_deflate(b"x" * 10_000_000)
     with pytest.raises(ProtocolError, match="more than") as refused:
@@ -49,7 +49,7 @@ def test_a_bomb_is_not_inflated() -> None:
     "packed",
     [b"\x02", b"\x02\x00", b"\x02\x00\x00", b"\x02\x00\x01{}", b"\x02\x00\x00garbage", b"\x02\x00\x00" + b"\xff" * 9],
 )
-def test_garbage_is_malformed(packed: bytes) -> None:
+def test_invalid_deflate_data_closes_with_4400(packed: bytes) -> None:
     """What is no raw deflate of a text frame is 4400."""
     with pytest.raises(ProtocolError) as refused:
         parse(packed, LIMIT)
@@ -57,7 +57,7 @@ def test_garbage_is_malformed(packed: bytes) -> None:
 
 
 @pytest.mark.parametrize("cut", [-1, -2, -5])
-def test_a_frame_that_ends_too_early_is_malformed(cut: int) -> None:
+def test_truncated_deflate_stream_is_malformed(cut: int) -> None:
     """A stream without its end is no whole frame; nor is one with something behind its end."""
     packed = b"\x02\x00\x00" + raw_deflate(json.dumps({"type": "msg", "data": "x" * 1000}).encode())
     with pytest.raises(ProtocolError):
@@ -66,7 +66,7 @@ def test_a_frame_that_ends_too_early_is_malformed(cut: int) -> None:
         parse(packed + b"\x00", LIMIT)
 
 
-def test_a_broadcast_is_compressed_once() -> None:
+def test_broadcast_is_compressed_once() -> None:
     """All clients that take compressed frames get the same one, and bytes are left as they are."""
     frame = to_v1(encode("x" * 1000))
     assert to_deflated(frame) is to_deflated(frame)

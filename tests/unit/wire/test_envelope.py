@@ -46,19 +46,19 @@ def read(frame: EncodedMessage) -> Message:
     ],
     ids=repr,
 )
-def test_what_is_sent_is_what_arrives(message: Any, data: Any) -> None:
+def test_enveloped_payload_arrives_unchanged(message: Any, data: Any) -> None:
     """Texts arrive as texts, bytes as bytes, and all else as the JSON value that a plain client would get."""
     assert read(to_v1(encode(message))).data == data
 
 
 @given(st.text(st.characters(codec="utf-8")))
-def test_any_text_arrives_as_it_is(text: str) -> None:
+def test_any_text_survives_envelope(text: str) -> None:
     """A text is a JSON string in its envelope, whatever is in it, JSON included."""
     assert read(to_v1(encode(text))).data == text
 
 
 @given(st.binary())
-def test_any_bytes_arrive_as_they_are(data: bytes) -> None:
+def test_any_bytes_survive_envelope(data: bytes) -> None:
     """Bytes stand behind the envelope."""
     frame = to_v1(encode(data))
     assert frame.binary
@@ -66,7 +66,7 @@ def test_any_bytes_arrive_as_they_are(data: bytes) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=256), st.booleans(), st.booleans())
-def test_room_and_volatility_are_said(room: str, volatile: bool, binary: bool) -> None:
+def test_envelope_contains_room_and_volatile_flag(room: str, volatile: bool, binary: bool) -> None:
     """An envelope says which room a message was sent to, and whether it is volatile, and for a counted one nothing."""
     frame = encode(b"x" if binary else "x", volatile=volatile)
     frame.room = room
@@ -76,13 +76,13 @@ def test_room_and_volatility_are_said(room: str, volatile: bool, binary: bool) -
     assert "seq" not in sent
 
 
-def test_the_least_envelope_holds_nothing_but_the_data() -> None:
+def test_minimal_envelope_contains_only_data() -> None:
     """A broadcast costs a few bytes more than to a plain client."""
     assert to_v1(encode({"a": 1})).text == '{"type":"msg","data":{"a":1}}'
     assert to_v1(encode("x")).text == '{"type":"msg","data":"x"}'
 
 
-def test_an_envelope_is_made_once() -> None:
+def test_envelope_is_encoded_once() -> None:
     """All clients get the same object, and an envelope is its own."""
     frame = encode("x")
     enveloped = to_v1(frame)
@@ -91,20 +91,20 @@ def test_an_envelope_is_made_once() -> None:
     assert enveloped.size == len(enveloped.payload)
 
 
-def test_an_envelope_knows_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_envelope_records_creation_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The age of what is kept is counted from its envelope."""
     monkeypatch.setattr(envelope_module, "monotonic", lambda: 123.0)
     assert to_v1(encode("x")).created_at == 123.0
     assert sequenced_frame("reply", 1, re="c1").created_at == 123.0
 
 
-def test_only_a_volatile_message_can_be_replaced_by_a_newer_one() -> None:
+def test_only_volatile_message_has_coalescing_key() -> None:
     """What is numbered keeps no coalescing key: leaving it out would break the count."""
     assert to_v1(encode("x", "price", volatile=True)).key == "price"
     assert to_v1(encode("x", "price")).key is None
 
 
-def test_a_message_can_be_sent_again_to_one_more_client() -> None:
+def test_replay_copy_has_same_content_and_new_envelope() -> None:
     """A message from a room's history is a new message with the same content and a new envelope."""
     for message in ("ü", {"a": 1}, b"\x00"):
         frame = encode(message, "key")
@@ -123,7 +123,7 @@ def test_a_message_can_be_sent_again_to_one_more_client() -> None:
         assert to_v1(copy).payload == to_v1(frame).payload
 
 
-def test_a_reply_is_its_own_envelope() -> None:
+def test_reply_is_enveloped_at_creation() -> None:
     """What is made for one client alone is enveloped from the start, text or binary."""
     reply = sequenced_frame("reply", {"ok": True}, re="c1", error=None)
     assert json.loads(reply.payload) == {"type": "reply", "re": "c1", "data": {"ok": True}}
@@ -134,28 +134,28 @@ def test_a_reply_is_its_own_envelope() -> None:
     assert not request.volatile
 
 
-def test_what_cannot_be_json_is_no_reply() -> None:
+def test_unencodable_reply_raises_value_error() -> None:
     """Data that cannot be encoded raises `ValueError`."""
     with pytest.raises(ValueError, match="serialize"):
         sequenced_frame("reply", object(), re="c1")
 
 
 @pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
-def test_request_with_a_wrong_event_raises(event: Any) -> None:
+def test_request_with_invalid_event_raises(event: Any) -> None:
     """An event that clients cannot read raises at the sender."""
     with pytest.raises(MessageEncodeError, match="an event is a text"):
         sequenced_frame("msg", None, event=event, id="1")
 
 
 @pytest.mark.parametrize("data", [10**400, "x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\ud800", object()])
-def test_reply_that_clients_cannot_read_raises(data: Any) -> None:
+def test_reply_beyond_client_limits_raises(data: Any) -> None:
     """A reply beyond the limits of the clients raises at the sender."""
     with pytest.raises(MessageEncodeError):
         sequenced_frame("reply", data, re="c1")
 
 
 @pytest.mark.parametrize("message", ["x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\x00" * (MAX_SENT_BYTES // 6)])
-def test_message_that_grows_over_the_limit_raises(message: Any) -> None:
+def test_message_with_envelope_over_limit_raises(message: Any) -> None:
     """A message whose envelope is larger than clients take raises, and one that just fits does not."""
     frame = encode(message)
     with pytest.raises(MessageEncodeError, match="send it in parts"):

@@ -28,9 +28,9 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
     require_int,
 )
 from fastapi_ws_stabilizer.wire.v1.hello import parse_hello
-from tests.simulation.virtual_time import run_virtually
-from tests.unit.client.fake_link import Scene, virtually
-from tests.unit.fake_websocket import FakeServer, with_deadline
+from tests.support.fake_link import Scene, virtually
+from tests.support.fake_websocket import FakeServer, with_deadline
+from tests.support.virtual_time import run_virtually
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 FRAMES = json.loads((VECTORS / "frames.json").read_text(encoding="utf-8"))
@@ -82,14 +82,14 @@ def read(direction: str, raw: str | bytes) -> dict[str, Any]:
 
 
 @by_name([vector for vector in FRAMES if vector["valid"]])
-def test_a_valid_frame_is_read(vector: dict[str, Any]) -> None:
+def test_valid_vector_frame_is_read(vector: dict[str, Any]) -> None:
     """What the vectors call a frame is read as what they say it is."""
     frame = vector["frame"]
     assert read(vector["direction"], wire_of(vector)) == {name: bytes_in(value) for name, value in frame.items()}
 
 
 @by_name([vector for vector in FRAMES if not vector["valid"]])
-def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
+def test_invalid_vector_frame_is_rejected_with_its_code(vector: dict[str, Any]) -> None:
     """What the vectors call malformed is, and that of a client leads to the close code that they name."""
     with pytest.raises(ProtocolError) as caught:
         read(vector["direction"], wire_of(vector))
@@ -98,7 +98,7 @@ def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
 
 
 @by_name([vector for vector in FRAMES if not vector["valid"] and vector["direction"] == "server"])
-def test_invalid_frame_of_a_server_does_not_end_the_client(vector: dict[str, Any]) -> None:
+def test_invalid_server_frame_does_not_end_client(vector: dict[str, Any]) -> None:
     """The client leaves the frame out and goes on, or asks for a resynchronisation where it was the welcome."""
 
     @virtually
@@ -118,7 +118,7 @@ def test_invalid_frame_of_a_server_does_not_end_the_client(vector: dict[str, Any
 
 
 @by_name([vector for vector in FRAMES if vector["valid"] and vector["frame"]["type"] in ("msg", "reply")])
-def test_what_is_written_reads_as_the_vector(vector: dict[str, Any]) -> None:
+def test_written_frame_matches_vector(vector: dict[str, Any]) -> None:
     """Messages and replies that this library writes say what those of the vectors do."""
     fields = {name: bytes_in(value) for name, value in vector["frame"].items() if value is not None}
     written = envelope(fields.pop("type"), fields.pop("data", None), **fields)
@@ -127,7 +127,7 @@ def test_what_is_written_reads_as_the_vector(vector: dict[str, Any]) -> None:
     assert isinstance(written, bytes) is bool(vector.get("binary"))
 
 
-def test_names_are_unique() -> None:
+def test_vector_names_are_unique() -> None:
     """A vector is known by its name."""
     for vectors in (FRAMES, CONVERSATIONS):
         names = [vector["name"] for vector in vectors]
@@ -324,7 +324,7 @@ class Play:
 
 
 @by_name(CONVERSATIONS)
-def test_the_server_plays_its_part_of_a_conversation(vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_follows_conversation_vector(vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the server says, and when it closes, is what the vectors say."""
     monkeypatch.setattr("fastapi_ws_stabilizer.hub.heartbeat.random.uniform", lambda _, most: most)
 

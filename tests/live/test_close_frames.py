@@ -1,0 +1,278 @@
+"""Every accepted socket gets an honest close frame, whatever ends it, and hooks are told the truth on every server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.support.raw import RawClient
+from tests.support.server import SERVERS, UVICORN, LiveServer, until
+
+Serve = Callable[..., LiveServer]
+
+
+async def ended(server: LiveServer, path: str, *messages: str) -> tuple[int, str, int]:
+    """Connect, send, and return the code and reason of the close frame and how many bytes came before it."""
+    received = 0
+    async with connect(server.url(path), max_size=None) as client:
+        for message in messages:
+            await client.send(message)
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                received += len(await asyncio.wait_for(client.recv(), 5))
+    frame = closed.value.rcvd
+    assert frame is not None, "1006: closed without a close frame"
+    return frame.code, frame.reason, received
+
+
+BUGS = [
+    ("/raise/bug?what=value", "endpoint_failed", "ValueError"),
+    ("/group/bug?what=bug", "endpoint_failed", "ExceptionGroup"),
+    ("/run/bug", "endpoint_failed", "ValueError"),
+    ("/echo/bug?connect=boom", "endpoint_failed", "ValueError"),
+    ("/hand-raise/bug", "endpoint_failed", "ValueError"),
+    ("/own-cancel/bug", "endpoint_failed", "CancelledError"),
+]
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+@pytest.mark.parametrize(("path", "event", "error"), BUGS)
+async def test_bug_closes_with_1011_and_is_logged_once(
+    serve: Serve, kind: str, path: str, event: str, error: str
+) -> None:
+    """A bug in the endpoint, a handler or a hook: 1011, one record with the connection id, one call of on_error."""
+    server = serve(kind)
+    messages = ['{"type":"boom"}'] if path.startswith("/run") else []
+    assert await ended(server, path, *messages) == (1011, "internal error", 0)
+    await server.until_event("error bug")
+    assert server.events("error") == [f"error bug {error}"]
+    records = [line for line in server.log.splitlines() if " ERROR " in line]
+    assert len(records) == 1
+    assert event in records[0]
+    assert "connection_id=" in records[0]
+    assert server.log.count("Traceback") == (2 if path.startswith("/group") else 1)  # a group has one for each part
+    assert server.log.count("Exception in ASGI") == 0
+
+
+REFUSALS = [
+    ("/later-401/ann", 4401, "token expired"),
+    ("/needs-number/ann?number=x", 1008, '[{"loc":"query.number","msg"'),
+    ("/raise/ann?what=http", 4404, "no such room"),
+    ("/raise/ann?what=long", 4401, "é" * 61),
+    ("/raise/ann?what=websocket", 4321, "mine"),
+    ("/raise/ann?what=disconnect", 1000, ""),
+    ("/echo/ann?connect=403", 4403, "not you"),
+    ("/group/ann?what=401", 4401, "expired"),
+]
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_rejection_closes_with_its_code_and_logs_no_error(serve: Serve, kind: str) -> None:
+    """HTTPException is 4000 + its status, invalid parameters 1008, a WebSocketException as it is; none is an error."""
+    server = serve(kind)
+    for path, code, reason in REFUSALS:
+        found = await ended(server, path)
+        assert (path, found[0]) == (path, code)
+        assert found[1].startswith(reason)
+        assert len(found[1].encode()) <= 123
+    assert server.events("the endpoint ran") == []
+    assert server.events("error") == []
+    assert not server.errors()
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_rejection_before_accept_is_http_status(serve: Serve, kind: str) -> None:
+    """What an identity dependency or a handshake hook raises is answered with its status, a bug there with 500."""
+    server = serve(kind)
+    for path, status in (("/identified", 401), ("/echo/ann?handshake=403", 403), ("/echo/ann?handshake=boom", 500)):
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(server.url(path))
+        assert (path, refused.value.response.status_code) == (path, status)
+    async with connect(server.url("/identified?token=ann")) as client:
+        assert await client.recv() == "ann"
+    assert server.events("connect") == ["connect ann"]
+    records = [line for line in server.log.splitlines() if " ERROR fastapi_ws_stabilizer" in line]
+    assert len(records) == 1
+    assert "handshake_hook_failed" in records[0]
+    assert server.events("error") == ["error ann ValueError"]
+
+
+async def test_dependency_entered_before_socket_sees_exception(serve: Serve) -> None:
+    """A dependency before ours sees an exception and rolls back, though nothing is raised to the server."""
+    server = serve()
+    assert (await ended(server, "/raise-resource-first/ann"))[0] == 1011
+    await server.until_event("released ann")
+    assert server.events("rollback ann") == ["rollback ann WebSocketException"]
+    assert server.events("commit") == []
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_slow_reader_gets_all_messages_after_endpoint_returns(serve: Serve, kind: str) -> None:
+    """What is queued at the return reaches a client that reads on two seconds later, and the 1000 after it."""
+    server = serve(kind)
+    with RawClient(server.port, "/return/ann?size=8000000", receive_buffer=4096) as client:
+        client.handshake()
+        await asyncio.sleep(2.5)
+
+        def read() -> tuple[int, int]:
+            opcode, payload = client.frame()
+            return opcode, len(payload)
+
+        assert await asyncio.to_thread(read) == (2, 8_000_000)
+        assert await asyncio.to_thread(client.close_frame) == (1000, "")
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_returning_endpoint_flushes_and_closes_with_1000(serve: Serve, kind: str) -> None:
+    """A client gets all of 1 MiB and then 1000, on every server; by hand too."""
+    server = serve(kind)
+    size = 1024 * 1024
+    assert await ended(server, f"/return/ann?size={size}") == (1000, "", size)
+    assert await ended(server, "/hand-return/ann") == (1000, "", 0)
+    assert not server.errors()
+
+
+async def scenario_client_close(server: LiveServer) -> None:
+    async with connect(server.url("/echo/ann")) as client:
+        await client.close(1001)
+
+
+async def scenario_network_lost(server: LiveServer) -> None:
+    with RawClient(server.port, "/echo/ann") as client:
+        client.handshake()
+        await server.until_event("connect")
+        client.reset()
+
+
+async def scenario_heartbeat_timeout(server: LiveServer) -> None:
+    with RawClient(server.port, "/echo/ann") as client:  # one that answers ping frames neither
+        client.handshake()
+        client.send(1, b"pong")
+        assert (await asyncio.to_thread(client.close_frame, 5))[0] == 4408
+
+
+async def scenario_slow_consumer(server: LiveServer) -> None:
+    with RawClient(server.port, "/idle/ann", receive_buffer=4096) as client:
+        client.handshake()
+        await server.until_event("connect")
+        for _ in range(40):
+            try:
+                await asyncio.to_thread(server.post, "/broadcast?count=10&size=65536&pause=0.001")
+            except OSError:  # 500: the only recipient is too slow
+                break
+        await server.until_event("disconnect ann")
+
+
+async def scenario_server_shutdown(server: LiveServer) -> None:
+    async with connect(server.url("/echo/ann")) as client:
+        await asyncio.to_thread(server.post, "/shutdown")
+        with pytest.raises(ConnectionClosed) as closed:
+            await drain(client)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+
+
+async def scenario_replaced(server: LiveServer) -> None:
+    async with connect(server.url("/echo/ann")) as old, connect(server.url("/echo/ann")):
+        with pytest.raises(ConnectionClosed) as closed:
+            await drain(old)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4409
+        await server.until_event("disconnect ann replaced")
+        await until(lambda: len(server.events("connect ann")) == 2)  # else the newer one ends before its hooks
+    await server.until_event("disconnect ann client_close")  # the newer one's, or the next scenario would hear it
+
+
+async def scenario_policy(server: LiveServer) -> None:
+    assert (await ended(server, "/raise/ann?what=http"))[0] == 4404
+
+
+async def scenario_error(server: LiveServer) -> None:
+    assert (await ended(server, "/raise/ann?what=value"))[0] == 1011
+
+
+async def drain(client: Any) -> None:
+    while True:
+        await asyncio.wait_for(client.recv(), 5)
+
+
+SCENARIOS = {
+    "client_close": (scenario_client_close, {}),
+    "network_lost": (scenario_network_lost, {}),
+    "heartbeat_timeout": (scenario_heartbeat_timeout, {"heartbeat_interval": 0.3, "heartbeat_timeout": 0.3}),
+    "slow_consumer": (scenario_slow_consumer, {"outbox_max_messages": 8}),
+    "server_shutdown": (scenario_server_shutdown, {}),
+    "replaced": (scenario_replaced, {}),
+    "policy": (scenario_policy, {}),
+    "error": (scenario_error, {}),
+}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_disconnect_reason_is_same_on_every_server(serve: Serve, kind: str) -> None:
+    """Eight ways to end give the same DisconnectReason to on_disconnect, whatever codes the server invents."""
+    quick = {reason: play for reason, (play, config) in SCENARIOS.items() if not config}
+    special = {reason: (play, config) for reason, (play, config) in SCENARIOS.items() if config}
+    server = serve(kind)
+    told = []
+    for reason, play in quick.items():
+        if reason == "server_shutdown":
+            continue
+        server.post("/forget")
+        await play(server)
+        await server.until_event("disconnect ann")
+        told.append((reason, server.events("disconnect ann")[0].split()[2]))
+    server.post("/forget")
+    await scenario_server_shutdown(server)
+    told.append(("server_shutdown", server.events("disconnect ann")[0].split()[2]))
+    for reason, (play, config) in special.items():
+        other = serve(kind, config=config)
+        await play(other)
+        await other.until_event("disconnect ann")
+        told.append((reason, other.events("disconnect ann")[0].split()[2]))
+    assert told == [(reason, reason) for reason, _ in told]
+    assert {reason for reason, _ in told} == set(SCENARIOS)
+
+
+@pytest.mark.parametrize("kind", UVICORN)
+async def test_close_validates_code_and_truncates_reason(serve: Serve, kind: str) -> None:
+    """close(1006) raises at the call; 300 bytes of emoji are cut on a character border; closing twice is once."""
+    server = serve(kind)
+    assert await ended(server, "/close/ann?code=4321&reason=" + "%F0%9F%98%80" * 75) == (4321, "😀" * 30, 0)
+    assert (await ended(server, "/close/bob?code=1006"))[0] == 1000
+    assert server.events("refused close code 1006 cannot be sent")
+    assert not server.errors()
+
+
+async def test_message_over_limit_closes_1009_and_is_not_delivered(serve: Serve) -> None:
+    """max_message_size bytes are taken, one more closes 1009, text counted in UTF-8."""
+    server = serve(config={"max_message_size": 1000})
+    async with connect(server.url("/echo/ann")) as client:
+        for message in ("x" * 1000, b"x" * 1000, "é" * 500):
+            await client.send(message)
+            assert await client.recv() == message
+    for message in ("x" * 1001, b"x" * 1001, "é" * 500 + "x"):
+        async with connect(server.url("/echo/ann")) as client:
+            await client.send(message)
+            with pytest.raises(ConnectionClosed) as closed:
+                await asyncio.wait_for(client.recv(), 5)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+    await until(lambda: len(server.events("disconnect ann message_too_big 1009")) == 3)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_adopting_endpoint_ends_after_disconnect(serve: Serve, kind: str) -> None:
+    """An idle endpoint that has only called connect() ends when its client leaves, with nothing left behind."""
+    server = serve(kind)
+    async with connect(server.url("/hand-idle/ann")):
+        await server.until_event("connect ann")
+    await until(lambda: not [name for name in server.probe()["tasks"] if name.startswith("ws-")])
+    assert server.probe()["connections"] == 0
+    assert len(server.events("disconnect ann client_close")) == 1
+    assert not server.errors()

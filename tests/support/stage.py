@@ -1,0 +1,240 @@
+"""A manager whose hooks and handlers take notes, and clients that do to it what a test tells them to. Virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+from fastapi import HTTPException, WebSocketException
+
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
+from tests.support.fake_link import soon
+from tests.support.fake_websocket import FakeServer, with_deadline
+from tests.unit.conftest import Heard
+
+_instances = itertools.count(1)
+
+
+class Stage:
+    """A manager, and everything that its application has seen.
+
+    Attributes:
+        events: Which hooks were called, in order.
+        notes: The data of all messages that were handled, in order.
+        gate: What the handler of `wait` waits for.
+        endpoint: What the endpoint does.
+        refusal: What the connect hook raises.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **options}))
+        self.heard = Heard()
+        self.manager.events.subscribe(self.heard)
+        self.events: list[str] = []
+        self.notes: list[Any] = []
+        self.gate = asyncio.Event()
+        self.endpoint: Callable[[StableSocket], Awaitable[None]] = lambda ws: ws.run()
+        self.refusal: Exception | None = None
+        self.lines: list[Line] = []
+        self._note_hooks()
+        self._handle()
+
+    def _note_hooks(self) -> None:
+        manager, events = self.manager, self.events
+
+        @manager.on_connect
+        async def connected(ws: StableSocket) -> None:
+            events.append(f"connect {ws.client_id}")
+            if self.refusal is not None:
+                raise self.refusal
+
+        @manager.on_resume
+        async def resumed(ws: StableSocket, outcome: ResumeOutcome) -> None:
+            events.append(f"resume {ws.client_id} {outcome.value}")
+
+        @manager.on_disconnect
+        async def disconnected(ws: StableSocket, reason: DisconnectReason) -> None:
+            events.append(f"disconnect {ws.client_id} {reason.value}")
+
+        @manager.on_session_end
+        async def ended(ws: StableSocket, reason: DisconnectReason) -> None:
+            events.append(f"session_end {ws.client_id} {reason.value}")
+
+    def _handle(self) -> None:
+        manager = self.manager
+
+        @manager.on_message("note")
+        async def note(ws: StableSocket, data: Any) -> None:
+            self.notes.append(data)
+
+        @manager.on_message("wait")
+        async def wait(ws: StableSocket, data: Any) -> None:
+            await self.gate.wait()
+            self.notes.append(data)
+
+        @manager.on_message("echo")
+        async def echo(ws: StableSocket, data: Any) -> Any:
+            self.notes.append(data)
+            return data
+
+        @manager.on_message("bug")
+        async def bug(ws: StableSocket, data: Any) -> None:
+            raise RuntimeError(data)
+
+    async def __aenter__(self) -> Stage:
+        await self.manager.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.gate.set()
+        for line in self.lines:
+            line.server.release()
+        await self.manager.graceful_shutdown(1.0)
+        await with_deadline(asyncio.gather(*(line.task for line in self.lines)))
+
+    def plain(self, client_id: str | None = "ann", *, token: str | None = None) -> Line:
+        """Let a plain client dial."""
+        return Line(self, client_id, query="" if token is None else f"token={token}")
+
+    def socket(self, client_id: str = "ann") -> StableSocket:
+        """The only open socket of a client."""
+        (socket,) = self.manager.get_sockets(client_id)
+        return socket
+
+    @property
+    def bugs(self) -> list[str]:
+        """The events that were reported with an error."""
+        return [report.event for report in self.heard.all if report.error is not None]
+
+
+class Line:
+    """One connection.
+
+    Attributes:
+        socket: What the endpoint has got.
+        error: What left the endpoint.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        client_id: str | None = "ann",
+        *,
+        query: str = "",
+        subprotocols: tuple[str, ...] = (),
+        **scope: Any,
+    ) -> None:
+        path_params = {} if client_id is None else {"client_id": client_id}
+        self.server = FakeServer(path_params=path_params, query=query, subprotocols=list(subprotocols), **scope)
+        self.socket: StableSocket | None = None
+        self.error: Exception | None = None
+        self._stage = stage
+        self.task = asyncio.ensure_future(self._serve())
+        stage.lines.append(self)
+
+    async def _serve(self) -> None:
+        try:
+            async with self._stage.manager.serve(self.server.websocket) as self.socket:
+                await self._stage.endpoint(self.socket)
+        except (WebSocketException, HTTPException) as error:
+            self.error = error
+
+    async def say(self, *frames: dict[str, Any] | str) -> None:
+        """Let the client send frames, and let everything happen that they lead to."""
+        self.server.feed_text(*(json.dumps(frame) if isinstance(frame, dict) else frame for frame in frames))
+        await soon()
+
+    async def message(self, event: str, *data: Any, first: int = 1, **fields: Any) -> None:
+        """Let the client send numbered messages."""
+        numbered = [
+            {"type": "msg", "seq": first + place, "event": event, "data": one} for place, one in enumerate(data)
+        ]
+        await self.say(*({**one, **fields} for one in numbered))
+
+    async def leaves(self, code: int = 1006) -> None:
+        """Let the connection break, or the client close it."""
+        self.server.feed_disconnect(code)
+        await soon()
+
+    @property
+    def frames(self) -> list[dict[str, Any]]:
+        """What the server has sent, without acknowledgements."""
+        return [frame for frame in map(parse, self.server.data) if frame["type"] != "ack"]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The frames of one type that the server has sent."""
+        return [frame for frame in map(parse, self.server.data) if frame["type"] == kind]
+
+    @property
+    def got(self) -> list[Any]:
+        """The data of the messages that the server has sent."""
+        return [frame["data"] for frame in self.of("msg")]
+
+    @property
+    def welcome(self) -> dict[str, Any]:
+        """The welcome."""
+        (welcome,) = self.of("welcome")
+        return welcome
+
+    @property
+    def outcome(self) -> str:
+        """What the welcome says of the session that was asked for."""
+        outcome: str = self.welcome["resume"]
+        return outcome
+
+    @property
+    def close_code(self) -> int | None:
+        """The code of the server's close frame."""
+        codes = [code for code, _ in self.server.close_frames]
+        return codes[0] if codes else None
+
+
+class Peer:
+    """A client of `stabilizer.v1.json` that is played by hand.
+
+    Attributes:
+        token: The token of its last welcome.
+        dials: How often it has dialled.
+    """
+
+    def __init__(self, stage: Stage, client_id: str | None = "ann", *, instance: str | None = None) -> None:
+        self.stage = stage
+        self.client_id = client_id
+        self.instance = instance or f"instance {next(_instances)}"
+        self.token: str | None = None
+        self.dials = 0
+
+    async def dial(
+        self,
+        seq: int = 0,
+        *,
+        auth: str | None = None,
+        token: str | None = None,
+        subprotocols: tuple[str, ...] = (SUBPROTOCOL,),
+        caps: list[str] | None = None,
+    ) -> Line:
+        """Connect and say hello, with the token of the last welcome."""
+        self.dials += 1
+        line = Line(self.stage, self.client_id, subprotocols=subprotocols)
+        hello: dict[str, Any] = {"type": "hello", "v": 1, "n": self.dials, "client": self.instance}
+        if caps is not None:
+            hello["caps"] = caps
+        if auth is not None:
+            hello["auth"] = auth
+        if token or self.token:
+            hello["resume"] = {"token": token or self.token, "seq": seq}
+        await line.say(hello)
+        if line.of("welcome"):
+            self.token = line.welcome["token"]
+        return line

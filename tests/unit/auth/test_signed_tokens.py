@@ -1,0 +1,517 @@
+"""Tests of reconnect tokens: good once, for one client, for a while, and for who has the secret."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
+from fastapi_ws_stabilizer.auth.signed_tokens import MAX_SIGNED_TOKEN_CHARS, PREFIX, ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.wire.identifiers import is_name
+
+OLD, NEW = b"the key of last year", b"the key of this year"
+IDS = ["ann@example.com", "a.b.c", "🦊", "x" * 200, " ", "ü", "a-_=.b", "wsr1."]
+NO_IDS = ["", "a\x00b\x1f\n", "\ud800", "x" * 257, "a\u2028b"]
+
+
+class WallClock:
+    """Wall time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_800_000_000.0
+        monkeypatch.setattr(tokens_module, "wall", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> WallClock:
+    """A fake wall clock."""
+    return WallClock(monkeypatch)
+
+
+def raw_of(token: str) -> bytes:
+    """The bytes in a token."""
+    text = token[len(PREFIX) :]
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def token_of(raw: bytes) -> str:
+    """A token of these bytes."""
+    return PREFIX + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def problem_with(tokens: ReconnectTokens, token: str, client_id: str | None = None) -> str:
+    """What is wrong with a token."""
+    with pytest.raises(InvalidTokenError) as caught:
+        tokens.consume(token, client_id)
+    assert caught.value.__cause__ is None
+    assert PREFIX not in f"{caught.value} {caught.value!r} {caught.value.args}"
+    return caught.value.problem
+
+
+@pytest.mark.parametrize("client_id", NO_IDS, ids=ascii)
+def test_token_for_invalid_client_id_is_rejected(client_id: str) -> None:
+    """No token is issued for an id that no client may have, and one that another version has issued is malformed."""
+    tokens = ReconnectTokens([NEW], 60.0)
+    with pytest.raises(ValueError, match="client_id must"):
+        tokens.issue(client_id)
+    if client_id:
+        raw, name = raw_of(tokens.issue("ann")), client_id.encode("utf-8", "surrogatepass")
+        body = raw[:28] + len(name).to_bytes(4, "big") + name
+        foreign = token_of(body + hmac.new(NEW, tokens_module._CONTEXT + body, hashlib.sha256).digest())
+        assert problem_with(tokens, foreign) == "malformed"
+
+
+@pytest.mark.parametrize("client_id", IDS)
+def test_token_contains_its_client_id(client_id: str) -> None:
+    """What is issued for a client id is good for it, whatever characters are in it."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert tokens.consume(tokens.issue(client_id), client_id).client_id == client_id
+
+
+@given(st.text(min_size=1, max_size=256).filter(is_name))
+def test_any_client_id_survives_round_trip(client_id: str) -> None:
+    """Whatever text a client id is, its token says exactly that."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert tokens.read(tokens.issue(client_id)).client_id == client_id
+
+
+def test_first_version_token_stays_valid(clock: WallClock) -> None:
+    """What workers and clients of an older release hold is read, byte by byte, as it was written."""
+    token = "wsr1.AAABoxhcUAAAAAGjGF06YAABAgMEBQYHCAkKCwAAAANhbm4Qics_i7kSvClX2cd4VjX6ljxaLwo3LbTJ630pU0Jlkg"
+    claim = ReconnectTokens([NEW], 60).consume(token, "ann")
+    assert (claim.issued, claim.until, claim.number) == (1_800_000_000_000, 1_800_000_060_000, bytes(range(12)))
+
+
+def test_reading_token_does_not_consume_it() -> None:
+    """A token that was only read is good afterwards."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    assert tokens.read(token) == tokens.read(token) == tokens.consume(token)
+
+
+def test_token_is_valid_once() -> None:
+    """The second use is told that there was a first."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    tokens.consume(token)
+    assert problem_with(tokens, token) == "used"
+    assert len(tokens) == 1
+
+
+def test_simultaneously_issued_tokens_differ(clock: WallClock) -> None:
+    """Two tokens of one client and one moment are two tokens, each good once."""
+    tokens = ReconnectTokens([NEW], 60)
+    first, second = tokens.issue("ann"), tokens.issue("ann")
+    assert tokens.consume(first).number != tokens.consume(second).number
+
+
+def test_token_of_other_client_is_rejected_unconsumed() -> None:
+    """Who presents somebody else's token gets nothing, and takes nothing from its owner."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    assert problem_with(tokens, token, "bob") == "other_client"
+    assert tokens.consume(token, "ann").client_id == "ann"
+
+
+@pytest.mark.parametrize("pair", [("ann", "ann "), ("a", "ab"), ("é", "e\u0301"), ("1", "\u0661")])
+def test_similar_client_ids_are_different(pair: tuple[str, str]) -> None:
+    """A token is bound to the id as it is, character by character."""
+    tokens = ReconnectTokens([NEW], 60)
+    assert problem_with(tokens, tokens.issue(pair[0]), pair[1]) == "other_client"
+
+
+def test_truncated_token_is_rejected() -> None:
+    """No beginning of a token is a token."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann@example.com")
+    problems = {problem_with(tokens, token[:length]) for length in range(len(token))}
+    assert problems == {"malformed", "signature"}
+    assert len(tokens) == 0
+
+
+def test_token_with_altered_byte_is_rejected() -> None:
+    """Every byte of a token counts, those of the signature too."""
+    tokens = ReconnectTokens([NEW], 60)
+    raw = raw_of(tokens.issue("ann@example.com"))
+    for place in range(len(raw)):
+        for bit in (0x01, 0x80):
+            altered = raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :]
+            assert problem_with(tokens, token_of(altered)) == "signature"
+
+
+def test_token_with_altered_character_is_rejected() -> None:
+    """Every character of a token counts, those of its prefix too."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    for place in range(len(token)):
+        other = "B" if token[place] == "A" else "A"
+        altered = token[:place] + other + token[place + 1 :]
+        assert problem_with(tokens, altered) in ("malformed", "signature")
+
+
+def test_forged_token_is_rejected() -> None:
+    """Who does not know the secret cannot sign."""
+    tokens, forger = ReconnectTokens([NEW], 60), ReconnectTokens([b"a guess, and a bad one"], 60)
+    assert problem_with(tokens, forger.issue("ann"), "ann") == "signature"
+
+
+def test_plain_hmac_with_same_secret_is_rejected() -> None:
+    """A plain HMAC of a token's body with the right key is no signature: the purpose is part of it."""
+    tokens = ReconnectTokens([NEW], 60)
+    body = raw_of(tokens.issue("ann"))[:-32]
+    assert problem_with(tokens, token_of(body + hmac.digest(NEW, body, hashlib.sha256))) == "signature"
+
+
+def test_token_of_other_secret_is_rejected() -> None:
+    """Tokens of two managers without a common secret are not good for each other."""
+    mine, yours = ReconnectTokens([], 60), ReconnectTokens([], 60)
+    assert problem_with(yours, mine.issue("ann")) == "signature"
+    assert mine.consume(mine.issue("ann")).client_id == "ann"
+
+
+def test_shared_secret_is_valid_in_every_process() -> None:
+    """A token is good wherever its secret is known."""
+    assert ReconnectTokens([NEW], 60).consume(ReconnectTokens([NEW], 60).issue("ann")).client_id == "ann"
+
+
+def test_token_from_before_rotation_is_valid_with_old_key() -> None:
+    """The first key signs, and all of them verify."""
+    before, after = ReconnectTokens([OLD], 60), ReconnectTokens([NEW, OLD], 60)
+    assert after.consume(before.issue("ann")).client_id == "ann"
+    assert ReconnectTokens([NEW], 60).consume(after.issue("ann")).client_id == "ann"
+
+
+def test_token_from_before_rotation_is_invalid_without_old_key() -> None:
+    """A key that is kept no longer signs nothing any more."""
+    assert problem_with(ReconnectTokens([NEW], 60), ReconnectTokens([OLD], 60).issue("ann")) == "signature"
+
+
+def test_token_expires_after_ttl(clock: WallClock) -> None:
+    """A token is good for its time and not a millisecond longer."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    clock.now += 59.999
+    assert tokens.read(token).client_id == "ann"
+    clock.now += 0.001
+    with pytest.raises(TokenExpiredError) as caught:
+        tokens.consume(token, "ann")
+    assert token not in str(caught.value)
+    assert len(tokens) == 0
+
+
+def test_expired_forged_token_is_reported_as_forged(clock: WallClock) -> None:
+    """Nothing of a token is believed before its signature: a bad one is not told that it has expired."""
+    token = ReconnectTokens([OLD], 60).issue("ann")
+    clock.now += 1000
+    assert problem_with(ReconnectTokens([NEW], 60), token) == "signature"
+
+
+def test_consumed_expired_token_is_reported_as_expired(clock: WallClock) -> None:
+    """Used tokens are remembered only as long as they would be good."""
+    tokens = ReconnectTokens([NEW], 60)
+    token = tokens.issue("ann")
+    tokens.consume(token)
+    clock.now += 60
+    with pytest.raises(TokenExpiredError):
+        tokens.consume(token)
+    tokens.consume(tokens.issue("bob"))
+    assert len(tokens) == 1
+
+
+def test_second_spelling_of_token_is_rejected() -> None:
+    """A token has one spelling: padding, another alphabet, spaces and loose bits are not good."""
+    tokens = ReconnectTokens([NEW], 60)
+    while not {"-", "_"} <= set(token := tokens.issue("ann")):
+        pass
+    text = token[len(PREFIX) :]
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    assert len(text) % 4, "the last character of this token has bits that mean nothing"
+    loose = text[:-1] + alphabet[alphabet.index(text[-1]) ^ 1]
+    spellings = [
+        text + "=" * (-len(text) % 4),
+        text + "=",
+        text.replace("-", "+").replace("_", "/"),
+        text.replace("-", "+"),
+        text.replace("_", "/"),
+        text[:8] + "\n" + text[8:],
+        text + " ",
+        " " + text,
+        loose,
+        text.replace("-", "\u2010"),
+    ]
+    for spelling in spellings:
+        assert problem_with(tokens, PREFIX + spelling) == "malformed"
+    assert problem_with(tokens, "WSR1." + text) == "malformed"
+    assert tokens.consume(token).client_id == "ann"
+
+
+def test_wrong_client_id_length_is_rejected() -> None:
+    """Even what is signed is refused if it does not say how long its client id is."""
+    tokens = ReconnectTokens([NEW], 60)
+    body = raw_of(tokens.issue("ann"))[:-32] + b"a"
+    assert problem_with(tokens, token_of(body + tokens_module._sign(NEW, body))) == "malformed"
+
+
+@pytest.mark.parametrize(
+    "junk", ["", "x", PREFIX, PREFIX + "!", PREFIX + "é", PREFIX + "A" * 9000, "a.b.c", "wsr2.AAAA"]
+)
+def test_junk_is_malformed_token(junk: str) -> None:
+    """Junk is told from tokens that were altered."""
+    assert problem_with(ReconnectTokens([NEW], 60), junk) == "malformed"
+
+
+@pytest.mark.parametrize("junk", [None, 7, b"wsr1.AAAA", ["wsr1."]])
+def test_non_text_is_malformed_token(junk: object) -> None:
+    """What JSON brought in place of a text is an error of a token, and not of a type."""
+    with pytest.raises(InvalidTokenError) as caught:
+        ReconnectTokens([NEW], 60).consume(junk)  # type: ignore[arg-type]
+    assert caught.value.problem == "malformed"
+
+
+@given(st.one_of(st.text(), st.text().map(PREFIX.__add__), st.binary(max_size=200).map(token_of)))
+def test_random_text_is_rejected_and_not_stored(text: str) -> None:
+    """Whatever comes in is refused with the error for it, and nothing of it is kept."""
+    tokens = ReconnectTokens([NEW], 60)
+    with pytest.raises(InvalidTokenError):
+        tokens.consume(text)
+    assert len(tokens) == 0
+
+
+def test_invalid_tokens_use_no_memory() -> None:
+    """Twenty thousand bogus tokens leave nothing behind: only good tokens are remembered."""
+    tokens = ReconnectTokens([NEW], 60)
+    raw = raw_of(tokens.issue("ann"))
+    for number in range(20_000):
+        bogus = number.to_bytes(8, "big") + raw[8:] if number % 2 else number.to_bytes(4, "big") * 20
+        with pytest.raises(InvalidTokenError):
+            tokens.consume(token_of(bogus))
+    assert len(tokens) == 0
+    assert len(tokens._used) == len(tokens._revoked) == 0
+    assert vars(tokens).keys() == {"_keys", "_ttl_ms", "_used", "_revoked", "_floor", "_latest"}
+
+
+def test_oversized_token_is_rejected_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long is refused before any work is done for it."""
+    monkeypatch.setattr(tokens_module.base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    assert problem_with(ReconnectTokens([NEW], 60), PREFIX + "A" * MAX_SIGNED_TOKEN_CHARS) == "malformed"
+
+
+def test_forgotten_consumed_token_stays_invalid(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When too many were used the oldest are forgotten, and whatever was issued before them is refused from then on."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 3)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(10):
+        issued.append(tokens.issue("ann"))
+        clock.now += 0.001
+    unused = issued.pop(5)
+    for token in issued:
+        tokens.consume(token)
+        assert len(tokens) <= 3
+    for token in issued:
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.consume(token)
+    with pytest.raises(TokenExpiredError):
+        tokens.consume(unused)
+    assert tokens.consume(tokens.issue("ann")).client_id == "ann"
+
+
+def test_out_of_order_consumed_tokens_stay_invalid(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floor rises to the newest token that was forgotten, whenever it was used."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(8):
+        issued.append(tokens.issue("ann"))
+        clock.now += 0.001
+    used = []
+    for token in (issued[7], issued[0], issued[6], issued[1], issued[5], issued[2]):
+        try:
+            tokens.consume(token)
+        except TokenExpiredError:
+            continue
+        used.append(token)
+    assert issued[7] in used
+    for _ in range(2):
+        clock.now += 0.001
+        tokens.consume(tokens.issue("ann"))
+    for token in used:
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.consume(token)
+
+
+def test_expired_consumed_tokens_free_room_without_floor(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that have expired are forgotten at no cost to those that have not."""
+    monkeypatch.setattr(tokens_module, "MAX_USED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    for _ in range(2):
+        tokens.consume(tokens.issue("ann"))
+    clock.now += 30
+    waiting = tokens.issue("bob")
+    clock.now += 30
+    tokens.consume(tokens.issue("cid"))
+    assert len(tokens) == 1
+    assert tokens.consume(waiting).client_id == "bob"
+
+
+# ── revoking ──
+
+
+def test_token_issued_before_revocation_is_rejected() -> None:
+    """Every token of the client, whichever process has issued it, and only that client's."""
+    tokens, other_worker = ReconnectTokens([NEW], 60), ReconnectTokens([NEW], 60)
+    before = [tokens.issue("ann"), tokens.issue("ann"), other_worker.issue("ann")]
+    bob = tokens.issue("bob")
+    tokens.revoke("ann")
+    assert [problem_with(tokens, token, "ann") for token in before] == ["revoked"] * 3
+    assert tokens.consume(bob).client_id == "bob"
+
+
+def test_token_issued_after_revocation_is_valid(clock: WallClock) -> None:
+    """Also in the same millisecond, in which what was issued before is refused."""
+    tokens = ReconnectTokens([NEW], 60)
+    before = tokens.issue("ann")
+    tokens.revoke("ann")
+    after = tokens.issue("ann")
+    assert problem_with(tokens, before) == "revoked"
+    assert tokens.consume(after, "ann").client_id == "ann"
+
+
+def test_second_revocation_in_same_millisecond_applies(clock: WallClock) -> None:
+    """Revoked, issued, revoked: nothing of it is good, and the next one is."""
+    tokens = ReconnectTokens([NEW], 60)
+    issued = []
+    for _ in range(3):
+        issued.append(tokens.issue("ann"))
+        tokens.revoke("ann")
+    assert [problem_with(tokens, token) for token in issued] == ["revoked"] * 3
+    assert tokens.consume(tokens.issue("ann")).client_id == "ann"
+
+
+def test_clock_set_back_does_not_undo_revocation(clock: WallClock) -> None:
+    """What was issued before a revocation is refused, whatever the time is said to be since; what is new is good."""
+    tokens = ReconnectTokens([NEW], 60)
+    before = tokens.issue("ann")
+    clock.now -= 3600
+    tokens.revoke("ann")
+    assert problem_with(tokens, before) == "revoked"
+    token = tokens.issue("ann")
+    clock.now += 59.999
+    assert tokens.read(token).client_id == "ann"
+    clock.now += 0.001
+    with pytest.raises(TokenExpiredError):
+        tokens.read(token)
+
+
+def test_latest_revocation_applies(clock: WallClock) -> None:
+    """Revoking once more refuses what was issued in between."""
+    tokens = ReconnectTokens([NEW], 60)
+    tokens.revoke("ann")
+    clock.now += 1
+    between = tokens.issue("ann")
+    clock.now += 1
+    tokens.revoke("ann")
+    assert problem_with(tokens, between) == "revoked"
+
+
+def test_revocation_covers_consumed_and_unused_tokens() -> None:
+    """A refusal keeps nothing."""
+    tokens = ReconnectTokens([NEW], 60)
+    used, unused = tokens.issue("ann"), tokens.issue("ann")
+    tokens.consume(used)
+    tokens.revoke("ann")
+    assert problem_with(tokens, used) == problem_with(tokens, unused) == "revoked"
+    assert len(tokens) == 1
+
+
+def test_revocation_is_forgotten_after_revoked_tokens_expire(clock: WallClock) -> None:
+    """That costs nobody a token."""
+    tokens = ReconnectTokens([NEW], 60)
+    revoked = tokens.issue("ann")
+    tokens.revoke("ann")
+    clock.now += 1
+    good = tokens.issue("bob")
+    clock.now += 58.5
+    tokens.revoke("cid")
+    assert list(tokens._revoked) == ["ann", "cid"]
+    clock.now += 0.5
+    tokens.revoke("cid")
+    assert list(tokens._revoked) == ["cid"]
+    with pytest.raises(TokenExpiredError):
+        tokens.consume(revoked)
+    assert tokens.consume(good).client_id == "bob"
+
+
+def test_forgotten_revocation_rejects_longer_lived_token(clock: WallClock) -> None:
+    """What a worker with a longer ttl has issued is refused, though the revocation is forgotten."""
+    tokens = ReconnectTokens([NEW], 60)
+    long = ReconnectTokens([NEW], 3600).issue("ann")
+    tokens.revoke("ann")
+    clock.now += 61
+    tokens.revoke("bob")
+    assert list(tokens._revoked) == ["bob"]
+    with pytest.raises(TokenExpiredError):
+        tokens.consume(long)
+
+
+def test_revoked_token_stays_invalid_above_revocation_limit(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When too many clients were revoked, all tokens are refused that were issued before the one that is forgotten."""
+    monkeypatch.setattr(tokens_module, "MAX_REVOKED", 3)
+    tokens = ReconnectTokens([NEW], 60)
+    issued = {}
+    for number in range(8):
+        issued[f"client {number}"] = tokens.issue(f"client {number}")
+        clock.now += 0.001
+    for client_id in list(issued)[:5]:
+        tokens.revoke(client_id)
+        assert len(tokens._revoked) <= 3
+        clock.now += 0.001
+    for token in issued.values():
+        with pytest.raises((InvalidTokenError, TokenExpiredError)):
+            tokens.consume(token)
+    assert tokens.consume(tokens.issue("client 0")).client_id == "client 0"
+
+
+def test_repeated_revocation_uses_one_entry(clock: WallClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pushes nobody else's revocation out, and a newer one is kept longer."""
+    monkeypatch.setattr(tokens_module, "MAX_REVOKED", 2)
+    tokens = ReconnectTokens([NEW], 60)
+    for client_id in ("ann", "bob", "ann", "ann"):
+        tokens.revoke(client_id)
+        clock.now += 1
+    assert list(tokens._revoked) == ["bob", "ann"]
+    assert tokens._floor == -1
+
+
+async def test_logs_and_reprs_contain_no_token_or_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a token nor a secret appears in a log, a repr or the text of an error or a config."""
+    secret = "a secret of at least sixteen bytes"
+    config = WebSocketConfig(reconnect_secret=secret)
+    with caplog.at_level(logging.DEBUG):
+        manager = WebSocketConnectionManager(config)
+        token = manager.generate_reconnect_token("ann")
+        assert await manager.validate_reconnect_token(token) == "ann"
+        with pytest.raises(InvalidTokenError) as caught:
+            await manager.validate_reconnect_token(token)
+    claim = ReconnectTokens([secret.encode()], 60).read(token)
+    told = [caplog.text, repr(manager), str(manager), repr(config), str(config), repr(manager._tokens)]
+    told += [str(caught.value), repr(caught.value), repr(claim), str(caught.value.args)]
+    for text in told:
+        assert token not in text
+        assert secret not in text
+
+
+def test_token_is_distinguished_from_credential() -> None:
+    """Only what begins as a token is taken for one."""
+    assert looks_like_token(ReconnectTokens([NEW], 60).issue("ann"))
+    assert not looks_like_token("eyJhbGciOi.J9.x")
+    assert not looks_like_token(None)

@@ -1,0 +1,93 @@
+"""Tests of tickets: good once, for a moment, and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
+from fastapi_ws_stabilizer.auth.signed_tokens import PREFIX, ReconnectTokens, looks_like_token
+from fastapi_ws_stabilizer.auth.tickets import TICKET_PREFIX, Tickets
+from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError
+
+SECRET = b"the key of this year"
+
+
+def problem_with(tickets: Tickets, ticket: str) -> str:
+    """What is wrong with a ticket."""
+    with pytest.raises(InvalidTokenError) as caught:
+        tickets.redeem(ticket)
+    assert caught.value.kind == "ticket"
+    assert TICKET_PREFIX not in f"{caught.value} {caught.value!r} {caught.value.args}"
+    return caught.value.problem
+
+
+@pytest.mark.parametrize("client_id", ["ann", "ann@example.com", "🦊", "x" * 200, "wst1."])
+def test_ticket_redeems_to_its_client_id(client_id: str) -> None:
+    """Who redeems a ticket is who it was issued for."""
+    tickets = Tickets([SECRET], 30)
+    assert tickets.redeem(tickets.issue(client_id)) == client_id
+
+
+@pytest.mark.parametrize("client_id", ["", None, 7])
+def test_ticket_for_empty_client_id_raises(client_id: object) -> None:
+    """An id that says nothing is an error of who issues, and no stranger's ticket."""
+    with pytest.raises(ValueError, match="not empty"):
+        Tickets([SECRET], 30).issue(client_id)  # type: ignore[arg-type]
+
+
+def test_ticket_is_redeemed_only_once() -> None:
+    """The second one who comes with it stays out."""
+    tickets = Tickets([SECRET], 30)
+    ticket = tickets.issue("ann")
+    tickets.redeem(ticket)
+    assert problem_with(tickets, ticket) == "used"
+
+
+def test_ticket_expires_after_ticket_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ticket is good for its time, and what is said then names its option."""
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(tokens_module, "wall", lambda: now[0])
+    tickets = Tickets([SECRET], 30)
+    late, in_time = tickets.issue("ann"), tickets.issue("ann")
+    now[0] += 29.5
+    assert tickets.redeem(in_time) == "ann"
+    now[0] += 0.5
+    with pytest.raises(TokenExpiredError, match="ticket_ttl") as caught:
+        tickets.redeem(late)
+    assert caught.value.reason == "ticket expired"
+
+
+def test_ticket_is_valid_on_workers_with_same_secret() -> None:
+    """And at none that does not."""
+    ticket = Tickets([SECRET], 30).issue("ann")
+    assert Tickets([SECRET], 30).redeem(ticket) == "ann"
+    assert problem_with(Tickets([], 30), ticket) == "signature"
+
+
+def test_ticket_and_reconnect_token_are_not_interchangeable() -> None:
+    """The same secret signs both, and neither is good as the other, whatever it is made to begin with."""
+    tickets, tokens = Tickets([SECRET], 30), ReconnectTokens([SECRET], 30)
+    ticket, token = tickets.issue("ann"), tokens.issue("ann")
+    assert not looks_like_token(ticket)
+    assert problem_with(tickets, token) == "malformed"
+    assert problem_with(tickets, token.replace(PREFIX, TICKET_PREFIX)) == "signature"
+    for as_token, problem in ((ticket, "malformed"), (ticket.replace(TICKET_PREFIX, PREFIX), "signature")):
+        with pytest.raises(InvalidTokenError) as caught:
+            tokens.consume(as_token)
+        assert (caught.value.problem, caught.value.kind) == (problem, "reconnect token")
+
+
+def test_revoke_invalidates_earlier_tickets_of_client() -> None:
+    """What was issued before is refused, for that client alone; what is issued after is good."""
+    tickets = Tickets([SECRET], 30)
+    ann, bob = tickets.issue("ann"), tickets.issue("bob")
+    tickets.revoke("ann")
+    assert problem_with(tickets, ann) == "revoked"
+    assert tickets.redeem(bob) == "bob"
+    assert tickets.redeem(tickets.issue("ann")) == "ann"
+
+
+def test_secret_is_not_in_repr_of_tickets() -> None:
+    """Printing the part shows nothing."""
+    tickets = Tickets([SECRET], 30)
+    assert SECRET.decode() not in repr(tickets)

@@ -1,0 +1,383 @@
+"""Tests of what a client has received: handled one after the other, or kept for who iterates."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.client import inbound as incoming_module
+from fastapi_ws_stabilizer.client.inbound import InboundMessages, event_of
+from fastapi_ws_stabilizer.errors import RequestError
+from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
+from fastapi_ws_stabilizer.wire.v1.frames import Message
+from tests.support.fake_link import soon, virtually
+from tests.support.fake_websocket import settle, with_deadline
+
+
+class Desk:
+    """Where messages come in, and what was replied."""
+
+    def __init__(self) -> None:
+        self.failures: list[BaseException] = []
+        self.tasks = TaskSet(lambda _, error: self.failures.append(error))
+        self.replies: list[tuple[str, Any, Any]] = []
+        self.incoming = InboundMessages(self.tasks, lambda *reply: self.replies.append(reply))
+        self.handled: list[Any] = []
+
+    def put(self, *data: Any, event: str | None = None) -> None:
+        """Let messages come in."""
+        for one in data:
+            self.incoming.put(Message(one, event=event))
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    """A desk; what is left of its tasks is cancelled at the end."""
+    made = Desk()
+    yield made
+    await wait_for_all(made.tasks.cancel(), 1.0)
+    assert made.failures == []
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (Message(1, event="chat"), "chat"),
+        (Message({"type": "chat"}), "chat"),
+        (Message({"type": "a"}, event="b"), "b"),
+        (Message({"type": 7}), None),
+        (Message([1]), None),
+        (Message("chat"), None),
+        (Message(b"chat"), None),
+    ],
+    ids=repr,
+)
+def test_message_event_precedes_its_type(message: Message, event: str | None) -> None:
+    """What a sender calls its message counts before what is in it."""
+    assert event_of(message) == event
+
+
+async def test_unhandled_messages_wait_for_iteration(desk: Desk) -> None:
+    """They are read in the order in which they came."""
+    desk.put("a", "b")
+    assert [(await with_deadline(desk.incoming.get())).data for _ in range(2)] == ["a", "b"]  # type: ignore[union-attr]
+    reading = asyncio.ensure_future(desk.incoming.get())
+    await settle()
+    desk.put("c")
+    assert (await with_deadline(reading)).data == "c"  # type: ignore[union-attr]
+
+
+async def test_cancelled_iteration_loses_no_message(desk: Desk) -> None:
+    """A message that nobody got is there for the next reader."""
+    reading = asyncio.ensure_future(desk.incoming.get())
+    await settle()
+    desk.put("a")
+    reading.cancel()
+    await settle()
+    assert reading.cancelled()
+    assert (await with_deadline(desk.incoming.get())).data == "a"  # type: ignore[union-attr]
+
+
+async def test_messages_before_close_can_still_be_read(desk: Desk) -> None:
+    """At the end readers get what is left, and then nothing."""
+    desk.put("a")
+    desk.incoming.close()
+    assert (await with_deadline(desk.incoming.get())).data == "a"  # type: ignore[union-attr]
+    assert await with_deadline(desk.incoming.get()) is None
+
+
+async def test_client_close_wakes_waiting_reader(desk: Desk) -> None:
+    """A reader that waits learns that nothing more will come."""
+    reading = asyncio.ensure_future(desk.incoming.get())
+    await settle()
+    desk.incoming.close()
+    assert await with_deadline(reading) is None
+
+
+async def test_handler_gets_data_of_its_event(desk: Desk) -> None:
+    """A message goes to the handlers of its event, those of no event to the handler of all others."""
+    desk.incoming.on("chat", lambda data: desk.handled.append(("chat", data)))
+    desk.incoming.on("chat", lambda data: desk.handled.append(("too", data)))
+    desk.incoming.on("*", lambda data: desk.handled.append(("*", data)))
+    desk.put(1, event="chat")
+    desk.put(2, event="other")
+    desk.put({"type": "chat"})
+    await settle()
+    assert desk.handled == [("chat", 1), ("too", 1), ("*", 2), ("chat", {"type": "chat"}), ("too", {"type": "chat"})]
+
+
+async def test_handlers_run_one_after_another(desk: Desk) -> None:
+    """The second message waits until the first one is handled."""
+    gate = asyncio.Event()
+
+    async def handle(data: Any) -> None:
+        desk.handled.append(("begin", data))
+        await gate.wait()
+        desk.handled.append(("end", data))
+
+    desk.incoming.on("chat", handle)
+    desk.put(1, 2, event="chat")
+    await settle()
+    assert desk.handled == [("begin", 1)]
+    gate.set()
+    await settle()
+    assert desk.handled == [("begin", 1), ("end", 1), ("begin", 2), ("end", 2)]
+
+
+async def test_handler_return_value_answers_request(desk: Desk) -> None:
+    """A request is answered with the first value that a handler returns; a message is not answered."""
+
+    async def answer(data: int) -> int:
+        return data + 1
+
+    desk.incoming.on("add", lambda _: None)
+    desk.incoming.on("add", answer)
+    desk.incoming.on("add", lambda _: 99)
+    desk.incoming.put(Message(1, event="add", id="s1"))
+    desk.put(5, event="add")
+    await settle()
+    assert desk.replies == [("s1", 2, None)]
+
+
+async def test_request_error_of_handler_is_answer(desk: Desk) -> None:
+    """A `RequestError` is the answer."""
+
+    def refuse(_: Any) -> None:
+        raise RequestError("busy", "later")
+
+    desk.incoming.on("*", refuse)
+    desk.incoming.put(Message(1, id="s1"))
+    await settle()
+    assert desk.replies == [("s1", None, {"code": "busy", "message": "later"})]
+
+
+async def test_handler_bug_is_logged_and_answered_without_details(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """A bug is logged, told to who asked, without what is inside it, and the next message is handled."""
+
+    def fail(data: Any) -> None:
+        desk.handled.append(data)
+        raise KeyError("secret")
+
+    desk.incoming.on("chat", fail)
+    desk.incoming.put(Message(1, event="chat", id="s1"))
+    desk.put(2, event="chat")
+    await settle()
+    assert desk.handled == [1, 2]
+    assert [(to, error["code"]) for to, _, error in desk.replies] == [("s1", "handler_failed")]
+    assert "secret" not in str(desk.replies)
+    assert len(caplog.records) == 2
+    assert caplog.records[0].exc_info is not None
+
+
+async def test_unread_messages_are_dropped_oldest_first(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client over which nobody iterates keeps the newest messages, counts the others, and says so once."""
+    monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
+    with caplog.at_level(logging.WARNING):
+        desk.put("a", "b", "c", "d")
+    assert desk.incoming.unhandled == 2
+    assert len(caplog.records) == 1
+    await with_deadline(desk.incoming.room())
+    assert (await with_deadline(desk.incoming.get())).data == "c"  # type: ignore[union-attr]
+
+
+async def test_slow_iteration_pauses_reading(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once somebody iterates nothing is thrown away: nothing more is read until there is room."""
+    monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
+    desk.put("a")
+    await with_deadline(desk.incoming.get())
+    desk.put("b", "c")
+    waiting = asyncio.ensure_future(desk.incoming.room())
+    await settle()
+    assert not waiting.done()
+    await with_deadline(desk.incoming.get())
+    await with_deadline(waiting)
+    assert desk.incoming.unhandled == 0
+
+
+async def test_busy_handlers_pause_reading(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers that are busy make the reading wait, and TCP push back."""
+    monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
+    gate = asyncio.Event()
+
+    async def handle(data: Any) -> None:
+        await gate.wait()
+
+    desk.incoming.on("chat", handle)
+    desk.put(1, 2, 3, event="chat")
+    await settle()
+    waiting = asyncio.ensure_future(desk.incoming.room())
+    await settle()
+    assert not waiting.done()
+    gate.set()
+    await with_deadline(waiting)
+
+
+async def test_cancellation_inside_handler_is_answered_as_failure(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that awaits what somebody has cancelled is answered for, and the next message is handled."""
+
+    async def handle(data: Any) -> Any:
+        desk.handled.append(data)
+        if data == 1:
+            gone = asyncio.get_running_loop().create_future()
+            gone.cancel()
+            await gone
+        return data
+
+    desk.incoming.on("chat", handle)
+    desk.incoming.put(Message(1, event="chat", id="s1"))
+    desk.incoming.put(Message(2, event="chat", id="s2"))
+    await settle()
+    assert desk.handled == [1, 2]
+    failed = {"code": "handler_failed", "message": "the client could not handle it"}
+    assert desk.replies == [("s1", None, failed), ("s2", 2, None)]
+    assert len(caplog.records) == 1
+
+
+async def test_client_close_cancels_running_handler(desk: Desk) -> None:
+    """A handler that is at work when the client ends is cancelled, and what is behind it is not handled."""
+
+    async def handle(data: Any) -> None:
+        desk.handled.append(data)
+        await asyncio.Event().wait()
+
+    desk.incoming.on("chat", handle)
+    desk.put(1, 2, event="chat")
+    await settle()
+    desk.incoming.close()
+    assert await wait_for_all(desk.tasks.cancel(), 1.0)
+    assert (desk.handled, len(desk.tasks)) == ([1], 0)
+
+
+async def test_requests_of_lost_session_are_handled_unanswered(desk: Desk) -> None:
+    """In a new session another request may have the same id."""
+    gate = asyncio.Event()
+
+    async def handle(data: Any) -> Any:
+        await gate.wait()
+        desk.handled.append(data)
+        return data
+
+    desk.incoming.on("*", handle)
+    for data in (1, 2):
+        desk.incoming.put(Message(data, id=f"s{data}"))
+    await settle()
+    desk.incoming.begun_anew()
+    desk.incoming.put(Message(3, id="s1"))
+    gate.set()
+    await settle()
+    assert desk.handled == [1, 2, 3]
+    assert desk.replies == [("s1", 3, None)]
+
+
+def crowded(monkeypatch: pytest.MonkeyPatch, waits: bool = False) -> InboundMessages:
+    """A place for messages of which two may wait."""
+    monkeypatch.setattr(incoming_module, "MAX_UNREAD", 2)
+    return InboundMessages(TaskSet(lambda *_: None), lambda *_: None, lambda: waits)
+
+
+async def fill(incoming: InboundMessages) -> None:
+    """Read one message by hand, and let as many come in as may wait."""
+    incoming.put(Message("a"))
+    message = await incoming.get()
+    assert message is not None
+    for data in "bc":
+        incoming.put(Message(data))
+
+
+@pytest.mark.parametrize("waits", ["handlers", "answers"])
+def test_abandoned_iteration_drops_oldest_after_ten_seconds(monkeypatch: pytest.MonkeyPatch, waits: str) -> None:
+    """After ten seconds in which nobody has read there is room again, and the oldest message goes."""
+
+    @virtually
+    async def play() -> None:
+        incoming = crowded(monkeypatch, waits == "answers")
+        if waits == "handlers":
+            incoming.on("chat", lambda data: data)
+        await fill(incoming)
+        waiting = asyncio.ensure_future(incoming.room())
+        await asyncio.sleep(9.5)
+        assert not waiting.done()
+        await asyncio.sleep(2)
+        assert waiting.done()
+        incoming.put(Message("d"))
+        assert incoming.unhandled == 1
+        message = await incoming.get()
+        assert message is not None
+        assert message.data == "c"
+
+    play()
+
+
+@virtually
+async def test_abandoned_iteration_drops_nothing_without_demand() -> None:
+    """Without handlers and without anything to wait for nothing is thrown away, however long nobody reads."""
+    with pytest.MonkeyPatch.context() as patched:
+        incoming = crowded(patched)
+        await fill(incoming)
+        waiting = asyncio.ensure_future(incoming.room())
+        await asyncio.sleep(3600)
+        assert not waiting.done()
+        await incoming.get()
+        await soon()
+        assert waiting.done()
+
+
+@virtually
+async def test_slow_loop_body_loses_no_message() -> None:
+    """A loop that takes its time for a message is still there, and loses nothing; ten seconds later it may be gone."""
+    with pytest.MonkeyPatch.context() as patched:
+        incoming = crowded(patched, waits=True)
+        incoming.put(Message("a"))
+        waiting: asyncio.Future[None] | None = None
+        async for message in incoming.loop():
+            assert message.data == "a"
+            for data in "bc":
+                incoming.put(Message(data))
+            waiting = asyncio.ensure_future(incoming.room())
+            await asyncio.sleep(3600)
+            assert not waiting.done()
+            break
+        assert waiting is not None
+        await asyncio.sleep(8)
+        assert not waiting.done(), "the next loop may begin"
+        await asyncio.sleep(4)
+        assert waiting.done()
+
+
+@virtually
+async def test_slow_handlers_do_not_abandon_iteration() -> None:
+    """While handlers hold the reading up, who iterates by hand has nothing to read, and is still waited for later."""
+    with pytest.MonkeyPatch.context() as patched:
+        incoming, gate = crowded(patched), asyncio.Event()
+        incoming.on("chat", lambda _: gate.wait())
+        await fill(incoming)
+        for _ in range(2):
+            await incoming.get()
+        for data in range(3):
+            incoming.put(Message(data, event="chat"))
+        await soon()
+        waiting = asyncio.ensure_future(incoming.room())
+        await asyncio.sleep(60)
+        assert not waiting.done()
+        gate.set()
+        await soon()
+        assert waiting.done()
+        for data in "def":
+            incoming.put(Message(data))
+        assert incoming.unhandled == 0
+
+
+@virtually
+async def test_iteration_ends_after_last_message() -> None:
+    """What came before the end is read, and then the loop is over."""
+    incoming = InboundMessages(TaskSet(lambda *_: None), lambda *_: None)
+    incoming.put(Message("a"))
+    incoming.close()
+    assert [message.data async for message in incoming.loop()] == ["a"]
+    assert aiter(loop := incoming.loop()) is loop

@@ -1,0 +1,80 @@
+"""Tests of the requests of a client that are not answered yet."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fastapi_ws_stabilizer.client.errors import ClientClosedError, SessionLostError
+from fastapi_ws_stabilizer.client.requests import PendingRequests
+from fastapi_ws_stabilizer.client.send_buffer import PendingMessage
+from fastapi_ws_stabilizer.errors import RequestError
+from tests.support.fake_websocket import settle
+
+
+def opened(requests: PendingRequests, name: str) -> tuple[asyncio.Future[object], PendingMessage]:
+    """A request, and the message that it is sent in."""
+    message = PendingMessage("msg", None, {"id": name})
+    return requests.open(name, message), message
+
+
+async def test_answer_resolves_its_request_once() -> None:
+    """Each answer goes to the request with its id, once."""
+    requests = PendingRequests()
+    (first, _), (second, _) = opened(requests, "c1"), opened(requests, "c2")
+    requests.answered("c2", 2, None)
+    requests.answered("c2", 3, None)
+    requests.answered("c9", 9, None)
+    assert (await second, first.done(), len(requests)) == (2, False, 1)
+
+
+@pytest.mark.parametrize("error", [{"code": "no", "message": "never"}, {}, "no", {"code": 7}, {"code": "x" * 9999}])
+async def test_error_answer_raises_short_error(error: object) -> None:
+    """Whatever a server says in place of an error is one, and a short one."""
+    requests = PendingRequests()
+    future, _ = opened(requests, "c1")
+    requests.answered("c1", None, error)
+    with pytest.raises(RequestError) as caught:
+        await future
+    assert len(caught.value.code) <= 64
+
+
+async def test_failed_message_fails_its_request() -> None:
+    """A message that is not accepted will not be answered; one that is accepted is not answered yet."""
+    requests = PendingRequests()
+    (failed, lost), (waiting, accepted) = opened(requests, "c1"), opened(requests, "c2")
+    cancelled, given_up = opened(requests, "c3")
+    lost.fail(SessionLostError())
+    accepted.accept()
+    given_up.done.cancel()
+    await settle()
+    assert isinstance(failed.exception(), SessionLostError)
+    assert not waiting.done()
+    assert not cancelled.done()
+
+
+async def test_lost_session_fails_accepted_requests() -> None:
+    """The answer to an accepted request went with the session; what was not accepted is its message's business."""
+    requests = PendingRequests()
+    (asked, accepted), (unsent, _) = opened(requests, "c1"), opened(requests, "c2")
+    accepted.accept()
+    requests.session_lost()
+    assert isinstance(asked.exception(), SessionLostError)
+    assert not unsent.done()
+
+
+async def test_fail_all_fails_every_pending_request() -> None:
+    """At the end nobody waits any more, and who has stopped waiting is left alone."""
+    requests = PendingRequests()
+    future, _ = opened(requests, "c1")
+    forgotten, _ = opened(requests, "c2")
+    cancelled, _ = opened(requests, "c3")
+    requests.forget("c2")
+    requests.forget("c2")
+    cancelled.cancel()
+    requests.give_up(ClientClosedError(1000))
+    assert isinstance(future.exception(), ClientClosedError)
+    assert not forgotten.done()
+    assert len(requests) == 0
+    requests.answered("c1", 1, None)

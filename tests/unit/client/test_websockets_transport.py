@@ -1,0 +1,241 @@
+"""Tests of the connections of the `websockets` library, against a real server of that library."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import re
+import ssl
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.server import ServerConnection, serve
+
+from fastapi_ws_stabilizer.client import websockets_transport as over_websockets
+from fastapi_ws_stabilizer.client.backoff import ReconnectAction, action_for
+from fastapi_ws_stabilizer.client.errors import ClientClosedError
+from fastapi_ws_stabilizer.client.transport import TransportClosedError, UnreadableMessageError
+from fastapi_ws_stabilizer.client.websockets_transport import connector
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.fake_websocket import eventually, with_deadline
+
+
+@asynccontextmanager
+async def served(handler: Callable[[ServerConnection], Awaitable[None]], **options: Any) -> Any:
+    """A server on this machine, as its URL."""
+    async with serve(handler, "127.0.0.1", 0, **options) as server:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+
+
+async def echo(connection: ServerConnection) -> None:
+    """Send everything back."""
+    async for message in connection:
+        await connection.send(message)
+
+
+async def test_text_and_bytes_travel_in_both_directions() -> None:
+    """A transport sends and receives texts and bytes as they are, in the subprotocol that the server has chosen."""
+    async with served(echo, subprotocols=[SUBPROTOCOL]) as url:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        assert transport.subprotocol == SUBPROTOCOL
+        for message in ("ü", b"\x00\xff", "", b""):
+            await transport.send(message)
+            assert await with_deadline(transport.receive()) == message
+        await transport.close(1000, "bye")
+        with pytest.raises(TransportClosedError):
+            await transport.send("late")
+
+
+async def test_incomplete_message_bytes_are_counted() -> None:
+    """A transport knows what has come of a message before it is whole, and what the server has taken."""
+    may_end = asyncio.Event()
+
+    async def parts() -> Any:
+        yield "a" * 1000
+        await may_end.wait()
+        yield "b"
+
+    async def slow(connection: ServerConnection) -> None:
+        await connection.send(parts())
+        await connection.wait_closed()
+
+    async with served(slow) as url:
+        transport: Any = await with_deadline(connector({"compression": None})(url, [SUBPROTOCOL]))
+        await eventually(lambda: transport.received()[0] >= 1000)
+        count, at = transport.received()
+        assert 0.0 < at <= monotonic()
+        may_end.set()
+        assert await with_deadline(transport.receive()) == "a" * 1000 + "b"
+        assert transport.received()[0] > count
+        before = transport.send_progress()
+        await transport.send("x" * 1000)
+        await eventually(lambda: transport.send_progress() > before or sys.platform != "linux")
+        await transport.close(1000, "")
+
+
+async def test_custom_create_connection_counts_no_bytes() -> None:
+    """`create_connection` is an option as any other; then whole messages are all that is seen."""
+    async with served(echo) as url:
+        dial = connector({"create_connection": ClientConnection})
+        transport: Any = await with_deadline(dial(url, [SUBPROTOCOL]))
+        assert transport.received() == (0, 0.0)
+        await transport.close(1000, "")
+
+
+async def test_server_without_subprotocol_reports_none() -> None:
+    """A server that speaks something else is connected to, and says so."""
+    async with served(echo) as url:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        assert transport.subprotocol is None
+        await transport.close(1000, "")
+
+
+async def test_server_close_frame_reaches_reader_and_writer() -> None:
+    """The code and the reason are those that the server has sent, for the reader and for the writer."""
+
+    async def close(connection: ServerConnection) -> None:
+        await connection.close(4503, "draining; retry=250")
+
+    async with served(close) as url:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        for _ in range(2):
+            with pytest.raises(TransportClosedError) as caught:
+                await with_deadline(transport.receive())
+            assert (caught.value.code, caught.value.reason) == (4503, "draining; retry=250")
+        with pytest.raises(TransportClosedError) as caught:
+            await transport.send("x")
+        assert caught.value.code == 4503
+
+
+async def test_broken_connection_closes_with_1006() -> None:
+    """Without a close frame the code is 1006."""
+
+    async def cut(connection: ServerConnection) -> None:
+        connection.transport.abort()
+
+    async with served(cut) as url:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportClosedError) as caught:
+            await with_deadline(transport.receive())
+        assert caught.value.code == 1006
+
+
+async def test_oversized_message_requests_resync() -> None:
+    """What this side refuses to read asks for a resynchronisation, and the reason has the library's code in it."""
+
+    async def much(connection: ServerConnection) -> None:
+        await connection.send("x" * 2000)
+        await connection.wait_closed()
+
+    async with served(much) as url:
+        transport = await with_deadline(connector({"max_size": 1000})(url, [SUBPROTOCOL]))
+        with pytest.raises(UnreadableMessageError, match="1009") as caught:
+            await with_deadline(transport.receive())
+        assert caught.value.code == 4412
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code", "reason"),
+    [
+        (401, {}, 4401, "HTTP 401"),
+        (403, {}, 4403, "HTTP 403"),
+        (404, {}, 4404, "HTTP 404"),
+        (429, {"Retry-After": "7"}, 4429, r"HTTP 429; retry=7\d\d\d"),
+        (503, {"Retry-After": "soon"}, 4503, "HTTP 503"),
+        (503, {}, 4503, "HTTP 503"),
+        (500, {}, 1006, "HTTP 500"),
+    ],
+)
+async def test_rejected_handshake_becomes_close_code(
+    status: int, headers: dict[str, str], code: int, reason: str
+) -> None:
+    """The HTTP status of a refusal means what the close code for it does, and `Retry-After` is a hint."""
+
+    def refuse(connection: ServerConnection, _: object) -> Any:
+        response = connection.respond(http.HTTPStatus(status), "")
+        response.headers.update(headers)
+        return response
+
+    async with served(echo, process_request=refuse) as url:
+        with pytest.raises(TransportClosedError) as caught:
+            await with_deadline(connector({"proxy": None})(url, [SUBPROTOCOL]))
+    assert caught.value.code == code
+    assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
+
+
+async def test_unreachable_server_is_lost_connection() -> None:
+    """A dial that finds nobody has failed as a broken connection does."""
+    async with served(echo) as url:
+        pass
+    with pytest.raises(TransportClosedError) as caught:
+        await with_deadline(connector({})(url, [SUBPROTOCOL]))
+    assert caught.value.code == 1006
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("not a url", {}),
+        ("http://127.0.0.1/ws", {}),
+        ("ws://127.0.0.1:1/ws", {"no_such_option": 1}),
+        ("ws://127.0.0.1:1/ws", {"ssl": ssl.create_default_context()}),
+    ],
+    ids=["no URL", "scheme", "TypeError", "ValueError"],
+)
+async def test_invalid_target_is_terminal(url: str, options: dict[str, Any]) -> None:
+    """A wrong URL and a wrong option are said to be so, with a code after which no client dials again."""
+    with pytest.raises(ClientClosedError, match="it cannot be dialled: ") as caught:
+        await with_deadline(connector(options)(url, [SUBPROTOCOL]))
+    assert action_for(caught.value.code) is ReconnectAction.FINAL
+
+
+async def test_invalid_certificate_is_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is a `ValueError` too, and a server can get another one."""
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise ssl.SSLCertVerificationError("certificate has expired")
+
+    monkeypatch.setattr(over_websockets, "connect", refuse)
+    with pytest.raises(TransportClosedError) as caught:
+        await connector({})("wss://127.0.0.1/ws", [SUBPROTOCOL])
+    assert caught.value.code == 1006
+
+
+async def test_cancelled_close_aborts_connection() -> None:
+    """Cancelling a close cuts the connection."""
+    held = asyncio.Event()
+
+    async def hold(connection: ServerConnection) -> None:
+        connection.transport.pause_reading()
+        await held.wait()
+
+    async with served(hold, close_timeout=0.01) as url:
+        transport = await with_deadline(connector({"close_timeout": 60})(url, [SUBPROTOCOL]))
+        closing = asyncio.ensure_future(transport.close(4000, "drain"))
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing}, timeout=5)
+        assert closing.cancelled()
+        with pytest.raises(TransportClosedError):
+            await with_deadline(transport.receive())
+        held.set()
+
+
+async def test_close_frame_counts_when_network_stays_open() -> None:
+    """A server that says goodbye and closes nothing is left after half a second, with its code."""
+
+    async def close_and_stay(connection: ServerConnection) -> None:
+        connection.transport.write(b"\x88\x05" + (4429).to_bytes(2, "big") + b"why")
+        connection.transport.pause_reading()
+        await connection.wait_closed()
+
+    async with served(close_and_stay, close_timeout=0.1) as url:
+        transport = await with_deadline(connector({})(url, [SUBPROTOCOL]))
+        with pytest.raises(TransportClosedError) as caught:
+            await asyncio.wait_for(transport.receive(), 3)
+        assert (caught.value.code, caught.value.reason) == (4429, "why")

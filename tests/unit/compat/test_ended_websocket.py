@@ -1,0 +1,204 @@
+"""Tests of calls on a connection that has ended: each raises again, and the event loop has its turns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.compat.ended_websocket import IGNORED, PAUSE, SPINS
+from fastapi_ws_stabilizer.errors import SocketClosed
+from tests.support.fake_websocket import settle, with_deadline
+
+
+async def ended(bench: Any, **options: Any) -> Any:
+    """A connection that has ended."""
+    b = bench(**options)
+    await b.open()
+    b.connection.close(DisconnectReason.APPLICATION)
+    await with_deadline(b.connection.finished)
+    return b
+
+
+async def turns_of(*calls: Any) -> list[int]:
+    """How many turns of the event loop each call took."""
+    scheduler = 0
+    over = False
+
+    async def count() -> None:
+        nonlocal scheduler
+        while not over:
+            scheduler += 1
+            await asyncio.sleep(0)
+
+    async def make() -> list[int]:
+        taken = []
+        for call in calls:
+            before = scheduler
+            with pytest.raises(SocketClosed):
+                await call()
+            taken.append(scheduler - before)
+        return taken
+
+    counting = asyncio.ensure_future(count())
+    taken = await asyncio.ensure_future(make())
+    over = True
+    await counting
+    return taken
+
+
+async def test_first_error_after_close_raises_without_yielding(bench: Any) -> None:
+    """A task is told of the end without a turn of the event loop the first time, and with one from then on."""
+    b = await ended(bench)
+    socket = b.connection.socket
+    assert await turns_of(socket.receive, lambda: socket.send("x"), socket.receive_json) == [0, 1, 1]
+
+
+async def test_each_task_gets_first_close_error_without_yielding(bench: Any) -> None:
+    """What one task was told does not slow another one down."""
+    b = await ended(bench)
+    for _ in range(3):
+        assert await turns_of(b.connection.socket.receive) == [0]
+
+
+async def test_task_ignoring_close_yields_to_event_loop(bench: Any) -> None:
+    """A loop that no error ends leaves the event loop to others after many errors."""
+    b = await ended(bench)
+    count = 0
+
+    async def spin() -> None:
+        nonlocal count
+        while True:
+            try:
+                await b.connection.socket.receive()
+            except SocketClosed:
+                count += 1
+
+    task = asyncio.ensure_future(spin())
+    await asyncio.wait({task}, timeout=0.5)
+    task.cancel()
+    await settle()
+    assert IGNORED < SPINS <= count < SPINS + 50
+    assert len(b.heard.of("end_ignored")) == 1
+
+
+async def spin(*sockets: Any) -> None:
+    """A loop that catches all errors and never waits."""
+    while True:
+        for socket in sockets:
+            with contextlib.suppress(SocketClosed):
+                await socket.send("x")
+
+
+async def test_task_spinning_on_two_closed_connections_is_named(bench: Any) -> None:
+    """A loop that ignores the ends of several connections in turn is named by its coroutine, and slowed down."""
+    benches = [await ended(bench), await ended(bench)]
+    task = asyncio.ensure_future(spin(*(b.connection.socket for b in benches)))
+    task.set_name("the publisher")
+    await asyncio.wait({task}, timeout=0.5)
+    task.cancel()
+    await settle()
+    for b in benches:
+        (report,) = b.heard.of("end_ignored")
+        assert report.fields["task"] == "the publisher"
+        assert report.fields["coroutine"] == "spin"
+        assert "endpoint" not in report.fields
+
+
+async def rounds_among(bench: Any, between: Callable[[Any], Awaitable[None]], stale: int) -> tuple[float, list[Any]]:
+    """The seconds that a publisher needs for 200 rounds after many, and what is said of it."""
+    benches = [await ended(bench) for _ in range(stale)]
+    live = bench()
+    await live.open()
+    for b in benches:  # as connections of one manager do
+        b.connection._parts.scheduler = live.connection._parts.scheduler
+
+    async def publish(rounds: int) -> None:
+        for _ in range(rounds):
+            for b in benches:
+                with contextlib.suppress(SocketClosed):
+                    await b.connection.socket.send("price")
+            await between(live.connection.socket)
+
+    async def measure() -> float:
+        await publish(SPINS + 1)
+        began = monotonic()
+        await publish(100)
+        return monotonic() - began
+
+    seconds = await asyncio.ensure_future(measure())
+    return seconds, [report for b in benches for report in b.heard.of("end_ignored")]
+
+
+@pytest.mark.parametrize("stale", [1, IGNORED + 1])
+@pytest.mark.parametrize("how", ["sleeps", "sends"])
+async def test_publisher_to_some_closed_connections_is_not_slowed(bench: Any, how: str, stale: int) -> None:
+    """A task that waits, or sends to connections that are open, between two errors is well: nothing is said of it."""
+
+    async def between(socket: Any) -> None:
+        await (asyncio.sleep(0.0001) if how == "sleeps" else socket.send("price"))
+
+    seconds, told = await rounds_among(bench, between, stale)
+    assert told == []
+    assert seconds < 100 * PAUSE
+
+
+async def test_endpoint_sleeping_between_errors_is_named(bench: Any) -> None:
+    """An endpoint that goes on with its own connection is named, whatever it does between the errors."""
+    b = bench()
+
+    async def endpoint() -> None:
+        await b.open(cancellable=True)
+        b.connection.close(DisconnectReason.APPLICATION)
+        for _ in range(IGNORED):
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(SocketClosed):
+                await b.connection.socket.receive()
+        b.connection.endpoint.mark_returned()
+
+    await with_deadline(asyncio.ensure_future(endpoint()))
+    (report,) = b.heard.of("end_ignored")
+    assert report.fields["endpoint"] == b.connection.endpoint_name
+
+
+async def test_closed_websocket_reads_unread_then_raises_disconnect(bench: Any) -> None:
+    """Starlette's WebSocket gives unread messages after the end, then raises `WebSocketDisconnect` each time."""
+    b = bench()
+    await b.open()
+    b.server.feed_text("1", "2")
+    b.server.feed_disconnect(1001)
+    await with_deadline(b.connection.finished)
+    websocket = b.connection.websocket
+    assert isinstance(websocket, WebSocket)
+    assert websocket.client_state is WebSocketState.CONNECTED
+    assert [await websocket.receive_text(), await websocket.receive_text()] == ["1", "2"]
+    for _ in range(3):
+        with pytest.raises(WebSocketDisconnect) as caught:
+            await websocket.receive_text()
+        assert caught.value.code == 1001
+        assert websocket.client_state is WebSocketState.DISCONNECTED
+
+
+async def test_closed_websocket_keeps_application_class(bench: Any) -> None:
+    """A WebSocket of a class of the application keeps it after the end."""
+
+    class Own(WebSocket):
+        """One with something of its own."""
+
+        name = "own"
+
+    b = bench()
+    await b.server.accepted()
+    b.server.websocket.__class__ = Own
+    await b.open(accept=False)
+    b.connection.open()
+    b.connection.close(DisconnectReason.APPLICATION)
+    await with_deadline(b.connection.finished)
+    assert isinstance(b.connection.websocket, Own)
+    assert b.connection.websocket.client_state is WebSocketState.DISCONNECTED

@@ -1,0 +1,194 @@
+"""Tests of the term of a credential: when a client is asked for a new one, and when it is too late."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.connection.credential_expiry import (
+    MAX_RENEWAL_CHARS,
+    CredentialExpiry,
+    parse_renewal,
+    to_milliseconds,
+)
+from tests.support.fake_link import virtually
+
+
+class Held:
+    """A connection that writes down what it is told, with the time."""
+
+    def __init__(self) -> None:
+        self.close_info: CloseInfo | None = None
+        self.told: list[tuple[float, dict[str, Any]]] = []
+        self.ended: list[tuple[float, int | None]] = []
+        self.asked: list[str | None] = []
+        self.term = CredentialExpiry(self, self.asked.append)
+
+    def answer(self, frame: Any) -> None:
+        """As a connection."""
+        self.told.append((now(), json.loads(frame.text)))
+
+    def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
+        """As a connection."""
+        assert reason is DisconnectReason.POLICY
+        assert text == "the credential has expired"
+        self.ended.append((now(), code))
+        self.close_info = local_close(reason, code=code, text=text)
+        return True
+
+
+def now() -> float:
+    """The time of the test's clock."""
+    return round(asyncio.get_running_loop().time(), 3)
+
+
+@pytest.mark.parametrize(
+    ("life", "asked_at"),
+    [
+        (3600.0, 3570.0),  # never earlier than 30 s before
+        (100.0, 80.0),  # a fifth is left
+        (10.0, 8.0),
+        (4.0, 3.0),  # a second at least
+        (2.0, 1.0),
+        (1.0, 0.5),  # of a short one half
+        (0.02, 0.01),
+    ],
+)
+@virtually
+async def test_client_gets_renewal_request_then_4401_at_expiry(life: float, asked_at: float) -> None:
+    """It gets as much notice as its credential's life allows, and 4401 when that is over."""
+    held = Held()
+    held.term.reset(life)
+    await asyncio.sleep(life + 1)
+    assert held.told == [(asked_at, {"type": "auth", "in": to_milliseconds(life - asked_at)})]
+    assert held.ended == [(life, 4401)]
+
+
+@virtually
+async def test_credential_without_expiry_is_never_requested() -> None:
+    """Without a term nothing happens."""
+    held = Held()
+    held.term.reset(None)
+    await asyncio.sleep(1e6)
+    assert (held.told, held.ended) == ([], [])
+
+
+@virtually
+async def test_renewed_credential_schedules_next_renewal() -> None:
+    """The client is told that it was taken, and is asked anew."""
+    held = Held()
+    held.term.reset(10.0)
+    await asyncio.sleep(8.5)
+    held.term.renewal_requested("new")
+    assert held.asked == ["new"]
+    held.term.renewed(10.0)
+    await asyncio.sleep(9.0)
+    assert [frame for _, frame in held.told] == [
+        {"type": "auth", "in": 2000},
+        {"type": "auth", "ok": True, "in": 10_000},
+        {"type": "auth", "in": 2000},
+    ]
+    assert held.ended == []
+    await asyncio.sleep(1.5)
+    assert held.ended == [(18.5, 4401)]
+
+
+@virtually
+async def test_renewal_during_validation_is_ignored() -> None:
+    """What comes meanwhile is not looked at: each look is a call of the application."""
+    held = Held()
+    for credential in ("one", "two", None):
+        held.term.renewal_requested(credential)
+    assert held.asked == ["one"]
+    held.term.renewed(None)
+    held.term.renewal_requested("three")
+    assert held.asked == ["one", "three"]
+
+
+@virtually
+async def test_renewal_without_validator_keeps_old_expiry() -> None:
+    """The old one's time goes on, and the client is told that it cannot be renewed here."""
+    held = Held()
+    held.term.reset(10.0)
+    held.term.renewal_requested("new")
+    held.term.renewal_rejected("credentials are not renewed here")
+    assert held.told[0][1]["code"] == "auth_refused"
+    await asyncio.sleep(11)
+    assert held.ended == [(10.0, 4401)]
+
+
+@virtually
+async def test_renewal_accepted_after_close_sends_nothing() -> None:
+    """The connection is over: nothing is sent, and no timer is left."""
+    held = Held()
+    held.term.reset(1.0)
+    held.term.renewal_requested("new")
+    await asyncio.sleep(2)
+    told = len(held.told)
+    held.term.renewed(1.0)
+    await asyncio.sleep(10)
+    assert len(held.told) == told
+    assert held.ended == [(1.0, 4401)]
+
+
+@pytest.mark.parametrize(
+    ("message", "token"),
+    [
+        ('{"type":"auth","token":"x"}', "x"),
+        (' {"token": "a b", "type": "auth"} ', "a b"),
+        ('{"type":"auth","token":""}', ""),
+        ('{"type":"auth"}', None),
+        ('{"type":"auth","token":7}', None),
+        ('{"type":"auth","token":"x","more":1}', None),
+        ('{"type":"chat","token":"auth"}', None),
+        ('["auth"]', None),
+        ('"auth"', None),
+        ('{"type":"auth","token":NaN}', None),
+        ('{"type":"auth","token":"\\ud800"}', None),
+        ('"auth"' + "[" * 5000, None),
+        ("auth", None),
+        (b'{"type":"auth","token":"x"}', None),
+        ('{"type":"auth","token":"' + "x" * MAX_RENEWAL_CHARS + '"}', None),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_plain_client_renewal_requires_exact_object_shape(message: str | bytes, token: str | None) -> None:
+    """Only an object of exactly that shape is one; all else is data of the application."""
+    assert parse_renewal(message) == token
+
+
+def test_longest_credential_can_be_renewed() -> None:
+    """The longest credential that is taken elsewhere can be renewed too."""
+    token = "x" * 8192
+    assert parse_renewal(f'{{"type":"auth","token":"{token}"}}') == token
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, 1), (0.0001, 1), (1.0, 1000), (1.2345, 1234)])
+def test_durations_are_sent_as_at_least_one_millisecond(seconds: float, told: int) -> None:
+    """One at least: nothing would say that it is over."""
+    assert to_milliseconds(seconds) == told
+
+
+@virtually
+async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
+    """`expires_at` is an end that only a new time moves, and not an `on_auth` that returns nothing."""
+    held = Held()
+    held.term.start(None, 10.0)
+    held.term.renewal_requested("new")
+    held.term.renewed(None)
+    assert held.told[-1][1]["code"] == "auth_refused"
+    await asyncio.sleep(11)
+    assert held.ended == [(10.0, 4401)]
+
+
+@virtually
+async def test_earlier_of_on_auth_and_identity_expiry_applies() -> None:
+    """What `on_auth` says and when the identity ends: whichever comes first."""
+    held = Held()
+    held.term.start(5.0, 10.0)
+    await asyncio.sleep(6)
+    assert held.ended == [(5.0, 4401)]

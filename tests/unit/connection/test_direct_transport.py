@@ -1,0 +1,675 @@
+"""Tests of a connection that is at its server's transport, over a link that does what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
+from fastapi_ws_stabilizer.connection.outbox_owner import SlowConsumer
+from fastapi_ws_stabilizer.servers.direct import EXTENSION
+from fastapi_ws_stabilizer.socket import READER_START_GRACE
+from fastapi_ws_stabilizer.wire.encoded import encode
+from tests.support.fake_websocket import FakeServer, eventually, settle
+
+
+class LinkServer(FakeServer):
+    """A server that offers a link, and is its own transport."""
+
+    def __init__(self) -> None:
+        super().__init__(extensions={EXTENSION: {}})
+        self.write_paused = False
+        self.window_bits = 0
+        self.reading = True
+        self.closed: list[tuple[int, str]] = []
+        self.pings: list[bytes] = []
+        self.writes: list[bytes] = []
+        self.error: Exception | None = None
+        self.gone_before: dict[str, Any] | None = None
+        self.compression = True
+
+    @property
+    def transport(self) -> LinkServer:
+        return self
+
+    in_use = False
+
+    def write(self, data: bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        self.writes.append(data)
+
+    def abort(self) -> None:
+        self.closed.append((1006, "aborted"))
+
+    def is_closing(self) -> bool:
+        return False
+
+    def refuse_compression(self) -> None:
+        self.compression = False
+
+    def attach(self, sink: Any, *, max_message_bytes: int, own_pings: bool) -> None:
+        self.sink = sink
+        if self.gone_before is not None:
+            sink.gone(self.gone_before)
+
+    def ping(self, payload: bytes) -> None:
+        self.pings.append(payload)
+
+    def close(self, code: int, reason: str) -> None:
+        self.closed.append((code, reason))
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def stall(self) -> None:
+        """The transport has had enough."""
+        self.write_paused = True
+        self.sink.pause_writing()
+
+    def drain(self) -> None:
+        """The transport takes more."""
+        self.write_paused = False
+        self.sink.resume_writing()
+
+
+@pytest.fixture
+def linked(bench: Any) -> Any:
+    async def make(**options: Any) -> Any:
+        b = bench(**options)
+        b.server = LinkServer()
+        await b.open()
+        assert isinstance(b.connection.outbox, DirectOutbox)
+        return b
+
+    return make
+
+
+def offer(b: Any, *texts: str) -> list[Any]:
+    return [b.connection.outbox.offer(encode(text)) for text in texts]
+
+
+async def test_messages_of_one_iteration_are_one_write(linked: Any) -> None:
+    """Fifty messages, one write, in their order; one alone is a write of its own."""
+    b = await linked()
+    offer(b, *(f"{number:02}" for number in range(50)))
+    assert b.server.writes == []
+    await settle()
+    assert b.server.writes == [b"".join(b"\x81\x02%02d" % number for number in range(50))]
+    offer(b, "alone")
+    await settle()
+    assert b.server.writes[1:] == [b"\x81\x05alone"]
+    assert b.events.counters.messages_sent == 51
+
+
+async def test_full_transport_gets_no_more_messages(linked: Any) -> None:
+    """What is queued waits in the outbox, where it is bounded, until the transport takes more."""
+    b = await linked()
+    b.server.stall()
+    offer(b, "a", "b")
+    await settle()
+    assert b.server.writes == []
+    assert len(b.connection.outbox) == 2
+    assert b.connection.outbox.blocked
+    b.server.drain()
+    assert b.server.writes == [b"\x81\x01a\x81\x01b"]
+
+
+async def test_large_send_queue_is_written_in_pieces(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each piece the transport is asked whether it has had enough."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_outbox.MAX_WRITE_BYTES", 10)
+    b = await linked()
+    b.server.stall()
+    offer(b, "a" * 8, "b" * 8, "c" * 8)
+    await settle()
+    write = b.server.write
+
+    def write_and_stall(data: bytes) -> None:
+        write(data)
+        b.server.stall()
+
+    b.connection.outbox._write = write_and_stall
+    b.server.drain()
+    assert len(b.server.writes) == 1
+    assert len(b.connection.outbox) == 1
+    b.server.drain()
+    assert b"".join(b.server.writes) == b"\x81\x08aaaaaaaa\x81\x08bbbbbbbb\x81\x08cccccccc"
+
+
+async def test_stalled_client_lags_then_is_disconnected(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds and the policy are those of every outbox; the close frame is written though the transport is full."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.STALL_THRESHOLD", -1.0)
+    b = await linked(outbox_max_messages=2)
+    b.server.stall()
+    offer(b, "a")
+    await settle()
+    offer(b, "b", "c")
+    assert b.slow == [SlowConsumer.LAGGING, SlowConsumer.DISCONNECTED]
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
+    assert b.server.closed == [(4507, "slow consumer")]
+
+
+async def test_stalled_client_is_aborted_after_send_timeout(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport that makes no progress at all is aborted."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
+    b = await linked(send_timeout=0.03)
+    b.server.stall()
+    offer(b, "a")
+    await eventually(lambda: (1006, "aborted") in b.server.closed)
+    assert "send_stuck" in b.heard.events
+
+
+@pytest.mark.parametrize("texts", [("a",), ("a", "b")])
+async def test_failed_write_closes_and_counts_lost_messages(linked: Any, texts: tuple[str, ...]) -> None:
+    """What the transport raises goes to nobody who sends, and what was lost is counted."""
+    b = await linked()
+    b.server.error = RuntimeError("the handle is closed")
+    offer(b, *texts)
+    await settle()
+    offer(b, "later")
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
+    await eventually(lambda: b.events.counters.messages_discarded == len(texts) + 1)
+    assert b.task_failures == []
+
+
+@pytest.mark.parametrize("texts", [("a",), ("a", "b")])
+async def test_nothing_is_written_after_failed_write(linked: Any, texts: tuple[str, ...]) -> None:
+    """Neither what is offered later, nor the last call, nor a transport that takes more leads to a second write."""
+    b = await linked()
+    attempts: list[bytes] = []
+
+    def write(data: bytes) -> None:
+        attempts.append(data)
+        raise RuntimeError("the handle is closed")
+
+    b.connection.outbox._write = write
+    offer(b, *texts)
+    await settle()
+    offer(b, "later")
+    b.server.sink.before_shutdown()
+    b.server.drain()
+    offer(b, "later", "still")
+    await settle()
+    assert len(attempts) == 1
+    b.server.sink.connection_lost({"type": "websocket.disconnect", "code": 1006})
+    assert b.events.counters.messages_discarded == len(texts) + 3
+
+
+async def test_client_disconnect_ends_flush(linked: Any) -> None:
+    """What was to be sent before the close frame is counted, close() returns, and a transport that drains gets none."""
+    b = await linked()
+    b.server.stall()
+    offer(b, "a", "b")
+    closing = asyncio.ensure_future(b.connection.socket.close(4001, "bye"))
+    await settle()
+    assert not closing.done()
+    b.server.sink.connection_lost({"type": "websocket.disconnect", "code": 1000, "reason": ""})
+    await asyncio.wait_for(closing, 5)
+    b.server.drain()
+    await settle()
+    assert b.server.writes == b.server.closed == []
+    assert b.events.counters.messages_discarded == 2
+    assert b.connection.close_info.code == 4001
+
+
+async def test_messages_reach_inbox_without_task(linked: Any) -> None:
+    """What the link has read is there at once; text pings are answered before what is queued."""
+    b = await linked()
+    assert len(b.tasks) == 0
+    b.server.sink.message_received("hello")
+    b.server.sink.message_received("ping")
+    assert await b.connection.receive() == "hello"
+    offer(b, "data")
+    await settle()
+    assert b.server.writes == [b"\x81\x04pong", b"\x81\x04data"]
+
+
+async def test_full_inbox_pauses_transport_until_read(linked: Any) -> None:
+    """The message after the full one is taken, then nothing more is read; one that is read makes room."""
+    b = await linked(inbox_max_messages=2)
+    for text in "ab":
+        b.server.sink.message_received(text)
+    assert b.server.reading
+    b.server.sink.message_received("c")
+    assert not b.server.reading
+    assert b.connection.reading_paused
+    assert [await b.connection.receive() for _ in range(2)] == ["a", "b"]
+    assert b.server.reading
+    assert not b.connection.reading_paused
+
+
+async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None:
+    """An endpoint that has read, reads no more and sends nothing is cut after inbox_pause_timeout."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.03)
+    b.server.sink.message_received("first")
+    await b.connection.receive()
+    b.server.sink.message_received("a")
+    b.server.sink.message_received("b")
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.code == 1013
+    await eventually(lambda: b.server.closed == [(1013, "nobody reads the messages")])
+
+
+async def test_inbox_overflow_close_closes_connection(linked: Any) -> None:
+    """With that policy reading never stops, and the message too many is counted."""
+    b = await linked(inbox_max_messages=1, inbox_overflow="close")
+    b.server.sink.message_received("a")
+    b.server.sink.message_received("b")
+    assert b.connection.close_info.code == 1013
+    assert b.events.counters.messages_discarded >= 1
+
+
+async def test_messages_after_close_in_same_read_are_counted(linked: Any) -> None:
+    """What one read has brought together with the message that ended the connection is discarded, each of it."""
+    b = await linked(inbox_max_messages=2, inbox_overflow="close")
+    for number in range(10):
+        b.server.sink.message_received(str(number))
+    assert b.connection.close_info.code == 1013
+    assert b.events.counters.messages_received == 3
+    assert b.events.counters.messages_discarded == 10
+
+
+async def test_heartbeat_measures_only_matching_pongs(linked: Any) -> None:
+    """The payload tells an answer from an unsolicited pong; a full transport gets no ping."""
+    b = await linked()
+    connection = b.connection
+    assert connection.pings_by_protocol
+    now = connection.opened_at + 5
+    assert connection.ping(None, now)
+    b.server.sink.pong_received(b"anything")
+    assert connection.liveness.rtt is None
+    b.server.sink.pong_received(b.server.pings[0])
+    assert connection.liveness.rtt is not None
+    b.server.stall()
+    assert not connection.ping(None, now)
+
+
+async def test_pongs_up_to_ping_count_are_free(linked: Any) -> None:
+    """As many pong frames as there were ping frames are free, also late ones; more than that count."""
+    b = await linked()
+    for number in range(300):
+        b.connection.ping(None, b.connection.opened_at + number)
+    for payload in b.server.pings:
+        b.server.sink.pong_received(payload)
+    for _ in range(int(CONTROL_FRAMES.burst)):
+        b.server.sink.pong_received(b"unasked")
+    assert b.connection.close_info is None
+    b.server.sink.pong_received(b"unasked")
+    assert b.connection.close_info.code == 4429
+
+
+async def test_partial_message_counts_as_liveness(linked: Any) -> None:
+    """A large message over a slow line is no silence, and its end pays what is owed."""
+    b = await linked()
+    liveness = b.connection.liveness
+    liveness.last_seen = liveness.awaiting_since = -1.0
+    b.server.sink.data_received()
+    assert liveness.last_seen > 0
+    assert liveness.awaiting_since == -1.0
+    b.server.sink.message_received("whole")
+    assert liveness.awaiting_since is None
+
+
+@pytest.mark.parametrize("frame", ["ping", "pong"])
+async def test_control_frame_answers_pending_ping(linked: Any, frame: str) -> None:
+    """A ping or pong of the client is a whole frame."""
+    b = await linked()
+    b.connection.liveness.awaiting_since = -1.0
+    if frame == "ping":
+        b.server.sink.ping_received()
+    else:
+        b.server.sink.pong_received(b"unasked")
+    assert b.connection.liveness.awaiting_since is None
+
+
+async def test_queued_messages_are_written_before_server_stops(linked: Any) -> None:
+    """What was queued in the turn in which the server stops is not lost."""
+    b = await linked()
+    offer(b, "last words")
+    b.server.sink.before_shutdown()
+    assert b.server.writes == [b"\x81\x0alast words"]
+
+
+async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
+    """Neither before the accept nor after it is anything compressed."""
+    b = await linked(compression="none", compression_min_bytes=0)
+    assert b.connection._link is not None
+    b.connection._link.refuse_compression()  # as the door does
+    assert not b.server.compression
+    offer(b, "x" * 100)
+    await settle()
+    assert b.server.writes[0][0] == 0x81
+
+
+async def test_connection_lost_before_registration_is_not_registered(manager_with: Any) -> None:
+    """A link can say at once that the client has gone while user code was between accept and connect."""
+    manager, _ = manager_with()
+    server = LinkServer()
+    server.gone_before = {"type": "websocket.disconnect", "code": 1001, "reason": ""}
+    with pytest.raises(Exception, match="over"):
+        await asyncio.wait_for(manager.connect("ann", await server.accepted()), 5)
+    assert manager.get_connection_count() == 0
+    assert manager.get_active_connections() == []
+
+
+async def test_middleware_around_direct_transport_is_logged_once(manager_with: Any) -> None:
+    """Connections then go through ASGI, and the log says why, once."""
+    manager, heard = manager_with(compression="none")
+    for name in ("ann", "bob"):
+        server = LinkServer()
+        websocket = await server.accepted()
+        send = websocket._send
+
+        async def wrapped(message: Any, send: Any = send) -> None:
+            await send(message)
+
+        websocket._send = wrapped
+        await manager.connect(name, websocket)
+    assert await manager.send_to_client("bob", "hi")
+    await server.until(lambda: server.data == ["hi"])
+    assert heard.events.count("link_wrapped") == 1
+    assert heard.events.count("compression_left_to_server") == 1
+
+
+async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on other servers: the log names it, and the server hears of no exception."""
+    b = await linked()
+    monkeypatch.setattr("fastapi_ws_stabilizer.connection.direct_reader.decode", lambda *_: 1 / 0)
+    b.server.sink.message_received("x")
+    assert b.connection.close_info.cause is DisconnectReason.NETWORK_LOST
+    (report,) = b.heard.of("internal_task_failed")
+    assert isinstance(report.error, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("reason", [DisconnectReason.MEMORY, DisconnectReason.APPLICATION])
+async def test_failing_server_close_does_not_block_teardown(linked: Any, reason: DisconnectReason) -> None:
+    """A link whose close raises ends its connection as one that takes the close frame."""
+    b = await linked()
+
+    def refuse(code: int, reason: str) -> None:
+        raise RuntimeError("connection is closing")
+
+    b.server.close = refuse
+    b.connection.close(reason)
+    await asyncio.wait({b.connection.finished}, timeout=5)
+    assert b.connection.is_finished
+
+
+async def test_full_transport_with_empty_queue_is_watched(linked: Any) -> None:
+    """A client that takes nothing of its only message ends as a slow consumer after `send_timeout`."""
+    b = await linked(send_timeout=0.05)
+    offer(b, "large")
+    b.connection.outbox._write = lambda data: (b.server.writes.append(data), b.server.stall())
+    await settle()
+    assert len(b.connection.outbox) == 0
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
+
+
+async def test_drained_transport_is_not_watched(linked: Any) -> None:
+    """The watch ends with what it watches, and messages go the short way again."""
+    b = await linked(send_timeout=0.05)
+    b.server.stall()
+    b.server.drain()
+    await asyncio.sleep(0.1)
+    assert b.connection.close_info is None
+    assert b.connection.outbox._watch is None
+    assert b.connection.outbox.try_enqueue(encode("a"))
+
+
+async def test_transport_full_before_attach_is_watched(linked: Any, bench: Any) -> None:
+    """What the server has written before counts too."""
+    b = bench(send_timeout=0.05)
+    b.server = LinkServer()
+    b.server.write_paused = True
+    await b.open()
+    await eventually(lambda: b.connection.close_info is not None)
+    assert b.connection.close_info.cause is DisconnectReason.SLOW_CONSUMER
+
+
+# ── what user code sends ──
+
+
+async def test_endpoint_send_is_written_before_yielding(linked: Any) -> None:
+    """A message of the endpoint is at the transport when the call is over, whatever the endpoint does then."""
+    b = await linked()
+    assert b.connection.put_now(encode("now"))
+    assert b.connection.put_now(encode("too"))
+    assert b.server.writes == [b"\x81\x03now", b"\x81\x03too"]
+    assert b.events.counters.messages_sent == 2
+    assert len(b.connection.outbox) == b.connection.outbox.held_bytes == 0
+
+
+async def test_endpoint_send_flushes_earlier_queued_messages(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a broadcast has queued in the same turn goes first, and nothing goes twice."""
+    b = await linked()
+    monkeypatch.setattr(turns_module, "monotonic", lambda: 0.0)  # the loop is not held for long
+    offer(b, "first")
+    sending = b.connection.send(encode("then"))
+    with pytest.raises(StopIteration):
+        sending.send(None)
+    assert b.server.writes == [b"\x81\x05first\x81\x04then"]
+    await settle()
+    assert len(b.server.writes) == 1
+
+
+async def test_endpoint_send_waits_in_outbox_while_transport_is_full(linked: Any) -> None:
+    """A client that takes nothing gets nothing more written, and what waits is sent in order when it does."""
+    b = await linked()
+    b.server.stall()
+    for text in ("a", "b"):
+        await b.connection.send(encode(text))
+    assert b.server.writes == []
+    b.server.drain()
+    await settle()
+    assert b"".join(b.server.writes) == b"\x81\x01a\x81\x01b"
+
+
+async def test_sender_yields_to_loop_after_max_block(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send gives the loop a turn when it was held for longer than MAX_BLOCK, and else it does not."""
+    b = await linked()
+    now = [1e9]
+    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    await b.connection.send(encode("first"))
+    turned: list[str] = []
+    asyncio.get_running_loop().call_soon(turned.append, "turned")
+    await b.connection.send(encode("second"))
+    assert turned == []
+    now[0] += 2 * turns_module.MAX_BLOCK
+    await b.connection.send(encode("third"))
+    assert turned == ["turned"]
+
+
+# ── an endpoint that does not read ──
+
+
+def say(b: Any, *texts: str) -> None:
+    """The client sends some messages."""
+    for text in texts:
+        b.server.sink.message_received(text)
+
+
+async def test_unread_inbox_drops_oldest_after_pause_timeout(linked: Any) -> None:
+    """An endpoint that only sends is not cut for what its client says: the oldest go, are counted, and it is told."""
+    b = await linked(inbox_max_messages=2, inbox_pause_timeout=0.05)
+    say(b, "1", "2", "3")
+    assert b.connection.reading_paused
+    assert not b.server.reading
+    await eventually(lambda: b.server.reading)
+    assert not b.connection.reading_paused
+    say(b, "4", "5")
+    assert b.server.reading
+    assert b.connection.inbox.unread() == ["4", "5"]
+    assert b.events.counters.messages_discarded == 3
+    (told,) = b.heard.of("messages_not_read")
+    assert "ignore_messages" in told.fields["advice"]
+    assert b.connection.close_info is None
+
+
+async def test_ignore_messages_never_pauses_reading(linked: Any) -> None:
+    """`ws.ignore_messages()` holds at once, also after a message was read, and until one is read again."""
+    b = await linked(inbox_max_messages=2)
+    ws = b.connection.socket
+    say(b, "subscribe")
+    assert await ws.receive() == "subscribe"
+    ws.ignore_messages()
+    say(b, *"123456")
+    assert b.server.reading
+    assert b.events.counters.messages_discarded == 4
+    assert [await ws.receive() for _ in range(2)] == ["5", "6"]
+    say(b, *"789")
+    assert not b.server.reading
+    assert b.heard.of("messages_not_read") == []
+
+
+async def test_ignore_messages_ends_current_read_pause(linked: Any) -> None:
+    """A full inbox is emptied as far as needed when the endpoint says that it does not read."""
+    b = await linked(inbox_max_messages=2)
+    say(b, *"123")
+    assert not b.server.reading
+    b.connection.socket.ignore_messages()
+    assert b.server.reading
+
+
+async def waits_for_the_end(b: Any) -> asyncio.Future[Any]:
+    """A task of the endpoint has called `wait_closed`."""
+    waiting = asyncio.ensure_future(b.connection.socket.wait_closed())
+    await asyncio.sleep(0)
+    return waiting
+
+
+async def test_wait_closed_without_read_drops_oldest_silently(linked: Any) -> None:
+    """`wait_closed` in an endpoint that has not read lets the oldest messages go, soon and without a warning."""
+    b = await linked(inbox_max_messages=2)
+    waiting = await waits_for_the_end(b)
+    say(b, *"123")
+    assert not b.server.reading
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    say(b, *"45")
+    assert b.server.reading
+    assert b.events.counters.messages_discarded == 3
+    assert "reading_paused" not in b.heard.events
+    waiting.cancel()
+
+
+async def test_cancelled_wait_closed_loses_no_message(linked: Any) -> None:
+    """An endpoint that looks for the end now and then, and has not read yet, loses no message."""
+    b = await linked(inbox_max_messages=2)
+    waiting = await waits_for_the_end(b)
+    say(b, *"12")
+    waiting.cancel()
+    await asyncio.sleep(0)
+    say(b, "3")
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    assert [await b.connection.socket.receive() for _ in range(3)] == ["1", "2", "3"]
+    assert "reading_paused" in b.heard.events
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_burst_during_wait_closed_closes_only_if_later_read(linked: Any, reads: bool) -> None:
+    """With inbox_overflow="close" a burst at an endpoint that waits for the end is dropped, unless it reads."""
+    b = await linked(inbox_max_messages=2, inbox_overflow="close")
+    waiting = await waits_for_the_end(b)
+    say(b, *"123")
+    assert b.connection.close_info is None
+    if reads:
+        assert await b.connection.socket.receive() == "1"
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    assert (b.connection.close_info is not None) is reads
+    waiting.cancel()
+
+
+async def test_hanging_handler_beside_wait_closed_is_logged(linked: Any) -> None:
+    """A handler that hangs from the first message on is named in the log, though wait_closed is called beside it."""
+    b = await linked(inbox_max_messages=2)
+    waiting = await waits_for_the_end(b)
+    say(b, "0")
+    assert await b.connection.socket.receive() == "0"
+    say(b, *"123")
+    assert "reading_paused" not in b.heard.events
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    assert "reading_paused" in b.heard.events
+    assert b.events.counters.messages_discarded == 0
+    waiting.cancel()
+
+
+async def test_woken_reader_loses_nothing_to_burst(linked: Any) -> None:
+    """A burst that fills the inbox before the task that waits for a message has run is read whole."""
+    b = await linked(inbox_max_messages=2)
+    waiting = await waits_for_the_end(b)
+    await asyncio.sleep(1.5 * READER_START_GRACE)
+    reading = asyncio.ensure_future(b.connection.socket.receive())
+    await asyncio.sleep(0)
+    say(b, *"123")
+    assert await reading == "1"
+    assert [await b.connection.socket.receive() for _ in range(2)] == ["2", "3"]
+    assert b.events.counters.messages_discarded == 0
+    waiting.cancel()
+
+
+async def test_slow_reader_beside_wait_closed_loses_nothing(linked: Any) -> None:
+    """Where one task waits for the end and another reads slowly, reading pauses and no message is dropped."""
+    b = await linked(inbox_max_messages=2)
+    waiting = await waits_for_the_end(b)
+    say(b, "1")
+    assert await b.connection.socket.receive() == "1"
+    say(b, *"234")
+    assert not b.server.reading
+    assert b.events.counters.messages_discarded == 0
+    waiting.cancel()
+
+
+async def test_endpoint_sending_after_first_read_stays_connected(linked: Any) -> None:
+    """After a first message, an endpoint that only sends keeps its connection when its inbox is full."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"123")
+    assert not b.server.reading
+    await b.connection.socket.send("news")
+    await eventually(lambda: b.server.reading)
+    assert b.connection.close_info is None
+    assert len(b.heard.of("messages_not_read")) == 1
+
+
+async def test_broadcasts_do_not_save_hanging_endpoint_from_1013(linked: Any) -> None:
+    """Broadcasts are no sign that the endpoint is well: it has neither read nor sent, and is cut with 1013."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"12")
+    offer(b, "the news of others")
+    await eventually(lambda: b.connection.close_info is not None or b.server.reading)
+    assert b.connection.close_info is not None
+    assert b.connection.close_info.code == 1013
+
+
+async def test_idle_check_does_not_close_sending_endpoint(linked: Any) -> None:
+    """Whether an endpoint sends is remembered apart from whether its connection is used."""
+    b = await linked(inbox_max_messages=1, inbox_pause_timeout=0.05)
+    say(b, "subscribe")
+    await b.connection.receive()
+    say(b, *"12")
+    await b.connection.socket.send("news")
+    assert b.connection.consume_activity()
+    await eventually(lambda: b.connection.close_info is not None or b.server.reading)
+    assert b.connection.close_info is None
+
+
+async def test_pause_timer_holds_no_endpoint_context(linked: Any) -> None:
+    """A pause that begins in code of the endpoint does not keep its context variables alive."""
+    b = await linked(inbox_max_messages=1)
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant")
+    tenant.set("ann's")
+    say(b, *"12")
+    assert tenant not in b.server.sink._timer._context

@@ -1,0 +1,108 @@
+"""Tests of the signs of life of one connection."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_ws_stabilizer.connection.liveness import MAX_OPEN_PINGS, Liveness
+
+
+def test_new_connection_has_no_outstanding_ping() -> None:
+    """A connection counts as seen when it opens, and has answered nothing yet."""
+    liveness = Liveness(10.0)
+    assert (liveness.last_seen, liveness.awaiting_since, liveness.has_ponged, liveness.rtt) == (10.0, None, False, None)
+
+
+def test_inbound_frame_clears_outstanding_ping() -> None:
+    """Not only a pong but any inbound frame proves life."""
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(5.0)
+    assert liveness.awaiting_since == 5.0
+    liveness.on_frame(6.0)
+    assert (liveness.last_seen, liveness.awaiting_since) == (6.0, None)
+    assert not liveness.has_ponged
+
+
+def test_pong_measures_round_trip() -> None:
+    """The round trip is the time from the ping to its pong."""
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(5.0)
+    liveness.on_frame(5.25)
+    liveness.on_pong(5.25)
+    assert liveness.has_ponged
+    assert liveness.rtt == pytest.approx(0.25)
+
+
+def test_unsolicited_pong_does_not_change_round_trip() -> None:
+    """An unsolicited pong shows that the client answers, and leaves the round trip alone."""
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.on_pong(1.5)
+    liveness.on_pong(9.0)
+    assert liveness.rtt == pytest.approx(0.5)
+
+
+def test_pongs_beyond_pings_sent_are_unsolicited() -> None:
+    """Of either kind, early or late; one that nobody has asked for is none."""
+    liveness = Liveness(0.0)
+    assert not liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_unmeasured_ping()
+    payload = liveness.pinged_by_protocol(2.0)
+    liveness.reset_deadline()
+    assert liveness.ponged_by_protocol(b"late", 3.0)
+    assert liveness.ponged_by_protocol(payload, 3.0)
+    assert liveness.on_pong(3.0)
+    assert not liveness.on_pong(3.0)
+    assert not liveness.ponged_by_protocol(payload, 3.0)
+
+
+def test_outstanding_pings_are_bounded() -> None:
+    """A client that was silent for days may not send as many pongs as it was sent pings."""
+    liveness = Liveness(0.0)
+    for number in range(2 * MAX_OPEN_PINGS):
+        liveness.on_ping_sent(float(number))
+    assert [liveness.on_pong(1e6) for _ in range(MAX_OPEN_PINGS + 1)] == [True] * MAX_OPEN_PINGS + [False]
+
+
+def test_round_trip_is_measured_from_oldest_open_ping() -> None:
+    """A client that answers late looks no better because it was asked again."""
+    liveness = Liveness(0.0)
+    liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_ping_sent(2.0)
+    assert liveness.awaiting_since == 1.0
+    liveness.on_pong(2.5)
+    assert liveness.rtt == pytest.approx(1.5)
+
+
+def test_data_between_ping_and_pong_does_not_shorten_rtt() -> None:
+    """TCP keeps the order, so the first pong answers the first open ping, whatever was received in between."""
+    liveness = Liveness(0.0)
+    liveness.on_pong(0.5)
+    liveness.on_ping_sent(1.0)
+    liveness.on_frame(1.1)
+    liveness.on_ping_sent(2.0)
+    liveness.on_frame(2.1)
+    liveness.on_pong(2.1)
+    assert liveness.rtt == pytest.approx(1.1)
+
+
+def test_first_pong_is_measured_from_last_ping() -> None:
+    """A client that has ignored pings for long has no round trip as long as that."""
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.on_ping_sent(100.0)
+    liveness.on_pong(100.5)
+    assert liveness.rtt == pytest.approx(0.5)
+
+
+def test_reset_deadline_clears_ping_and_measurement() -> None:
+    """A pause of ours is no debt of the client, and a pong after it says nothing about the way."""
+    liveness = Liveness(0.0)
+    liveness.on_ping_sent(1.0)
+    liveness.reset_deadline()
+    assert liveness.awaiting_since is None
+    liveness.on_pong(50.0)
+    assert liveness.rtt is None
+    assert liveness.has_ponged

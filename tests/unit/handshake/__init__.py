@@ -1,0 +1,1 @@
+"""Unit tests of `fastapi_ws_stabilizer.handshake`."""

@@ -1,0 +1,388 @@
+"""Tests of how a client is told that it may not come in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from fastapi import HTTPException, WebSocketException
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import WebSocketRequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+
+from fastapi_ws_stabilizer import events as reports_module
+from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
+from fastapi_ws_stabilizer.config import RejectPolicy
+from fastapi_ws_stabilizer.errors import (
+    ConnectionLimitExceededError,
+    DuplicateClientError,
+    InvalidTokenError,
+    ManagerNotFoundError,
+    OriginNotAllowedError,
+    RoomLimitError,
+    ShutdownError,
+    TokenExpiredError,
+    TooManyConnectionsError,
+)
+from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, EventBus
+from fastapi_ws_stabilizer.handshake import rejection as module
+from fastapi_ws_stabilizer.handshake.rejection import Rejector, answered_subprotocol, mark_handled, to_http_exception
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.fake_websocket import FakeServer, with_deadline
+from tests.unit.conftest import Heard
+
+BROWSER = {"headers": [(b"host", b"testserver"), (b"origin", b"http://testserver")]}
+PROGRAM: dict[str, Any] = {}
+
+
+async def refused(
+    error: Exception, *, policy: str = "auto", accept: bool = False, **scope: Any
+) -> tuple[FakeServer, Exception]:
+    """Turn a client away, and return what its server saw and what is to be raised."""
+    server = FakeServer(**scope)
+    if accept:
+        await server.accepted()
+    told = await with_deadline(Rejector(RejectPolicy(policy), EventBus()).reject(server.websocket, error, "1.2.3.4"))
+    return server, told
+
+
+def kinds(server: FakeServer) -> list[str]:
+    """What the server was sent."""
+    return [message["type"].removeprefix("websocket.") for message in server.taken]
+
+
+FULL = ConnectionLimitExceededError("max_connections", 10, 4.2)
+MANY = TooManyConnectionsError("max_connections_per_address", 10, 4.2)
+
+STATUSES: dict[str, tuple[Any, int, str, str | None]] = {
+    "full": (FULL, 503, "the server is full", "5"),
+    "at once": (ConnectionLimitExceededError("max_connect_rate", 10, 0.01), 503, "the server is full", "1"),
+    "too many": (MANY, 429, "too many connections", "5"),
+    "draining": (ShutdownError(), 503, ShutdownError.close_text, "1"),
+    "origin": (OriginNotAllowedError("foreign"), 403, "origin not allowed", None),
+    "token": (InvalidTokenError("used"), 401, "invalid reconnect token", None),
+    "expired": (TokenExpiredError(), 401, "reconnect token expired", None),
+    "duplicate": (DuplicateClientError("ann"), 409, "connected already", None),
+    "rooms": (RoomLimitError("lobby", 3), 403, RoomLimitError.close_text, None),
+    "close code": (WebSocketException(4404, "no such game"), 404, "no such game", None),
+    "empty close code": (WebSocketException(4401), 401, "Unauthorized", None),
+    "policy": (WebSocketException(1008), 403, "Forbidden", None),
+    "app code": (WebSocketException(4001, "later"), 403, "later", None),
+    "no status": (WebSocketException(4499), 403, "Forbidden", None),
+    "broken": (WebSocketException(1011), 500, "Internal Server Error", None),
+    "bug": (ManagerNotFoundError(), 500, "internal error", None),
+    "going away": (WebSocketException(1012), 503, "Service Unavailable", None),
+    "later": (WebSocketException(1013, "try later"), 503, "try later", None),
+}
+
+
+@pytest.mark.parametrize("what", STATUSES)
+def test_rejection_has_matching_http_status(what: str) -> None:
+    """A close code of 4400 on is 4000 + a status, and the others have one too; a bug tells nothing of itself."""
+    error, status, detail, retry = STATUSES[what]
+    answer = to_http_exception(error)
+    assert (answer.status_code, answer.detail) == (status, detail)
+    assert (answer.headers or {}).get("Retry-After") == retry
+
+
+@pytest.mark.parametrize(
+    ("error", "policy", "who", "accepts"),
+    [
+        (HTTPException(401), "auto", BROWSER, True),
+        (HTTPException(401), "auto", PROGRAM, False),
+        (HTTPException(401), "close", BROWSER, True),
+        (HTTPException(401), "close", PROGRAM, True),
+        (HTTPException(401), "http", BROWSER, False),
+        (HTTPException(401), "http", PROGRAM, False),
+        (MANY, "auto", BROWSER, True),
+        (MANY, "close", PROGRAM, True),
+        (MANY, "http", BROWSER, False),
+        (FULL, "auto", BROWSER, False),
+        (FULL, "close", BROWSER, False),
+        (ShutdownError(), "close", BROWSER, False),
+        (OriginNotAllowedError("foreign"), "auto", BROWSER, False),
+        (OriginNotAllowedError("foreign"), "close", BROWSER, False),
+    ],
+)
+async def test_reject_policy_selects_close_code_or_http_status(
+    error: Exception, policy: str, who: dict[str, Any], accepts: bool
+) -> None:
+    """By `auto` a browser, by `close` everybody, by `http` nobody; and nobody of a foreign origin or a full server."""
+    server, told = await refused(error, policy=policy, **who)
+    if accepts:
+        assert kinds(server) == ["accept", "close"]
+        assert isinstance(told, WebSocketException)
+    else:
+        assert kinds(server) == ["http.response.start", "http.response.body"]
+        assert isinstance(told, WebSocketException)
+
+
+ANSWERS: dict[str, tuple[Exception, int, bytes, dict[bytes, bytes]]] = {
+    "text": (HTTPException(401, "bad token", {"X-Why": "no"}), 401, b'{"detail":"bad token"}', {b"x-why": b"no"}),
+    "json": (HTTPException(409, {"why": ["no"]}), 409, b'{"detail":{"why":["no"]}}', {}),
+    "full": (FULL, 503, b'{"detail":"the server is full"}', {b"retry-after": b"5"}),
+    "no body": (HTTPException(304), 304, b"", {}),
+    "no JSON": (HTTPException(403, "not \ud800", {"X-Why": "no"}), 403, b'{"detail":"Forbidden"}', {b"x-why": b"no"}),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+async def test_http_rejection_equals_fastapi_error_response(what: str) -> None:
+    """Status, body and headers are those that FastAPI gives an HTTP route, whatever the framework does with errors."""
+    error, status, body, headers = ANSWERS[what]
+    server, _ = await refused(error, policy="http")
+    start, sent = server.taken
+    assert (start["status"], sent["body"]) == (status, body)
+    assert headers.items() <= dict(start["headers"]).items()
+
+
+async def own(*_: object) -> None:
+    """An application's handler of errors."""
+
+
+HANDLERS: dict[str, tuple[dict[Any, Any], dict[int, Any], bool]] = {
+    "FastAPI's": ({StarletteHTTPException: http_exception_handler}, {}, False),
+    "Starlette's": ({StarletteHTTPException: ExceptionMiddleware(own).http_exception}, {}, False),
+    "none": ({}, {}, False),
+    "class": ({StarletteHTTPException: own}, {}, True),
+    "status code": ({StarletteHTTPException: http_exception_handler}, {401: own}, True),
+    "other status": ({StarletteHTTPException: http_exception_handler}, {404: own}, False),
+    "other error": ({StarletteHTTPException: http_exception_handler, KeyError: own}, {}, False),
+}
+
+
+@pytest.mark.parametrize("recent", [True, False])
+@pytest.mark.parametrize("what", HANDLERS)
+async def test_app_handler_answers_rejection_where_supported(
+    monkeypatch: pytest.MonkeyPatch, what: str, recent: bool
+) -> None:
+    """It gets the error itself, unless Starlette is too old to send its answer."""
+    monkeypatch.setattr(module, "_STARLETTE", (0, 41) if recent else (0, 40))
+    handlers, by_status, is_own = HANDLERS[what]
+    error = HTTPException(401)
+    server, told = await refused(error, policy="http", **{"starlette.exception_handlers": (handlers, by_status)})
+    assert (told is error) == (is_own and recent)
+    assert (kinds(server) == []) == (is_own and recent)
+
+
+@pytest.mark.parametrize("policy", ["auto", "close"])
+async def test_repeated_rejections_of_address_get_http_status(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """Who dials again at once gets 429 over HTTP, and the code again later; other addresses and refusals go on."""
+    clock = Clock(monkeypatch)
+    rejector = Rejector(RejectPolicy(policy), EventBus())
+
+    async def told(address: str, error: Exception = MANY) -> str:
+        server = FakeServer(**BROWSER)
+        await with_deadline(rejector.reject(server.websocket, error, address))
+        return kinds(server)[0]
+
+    assert [await told("1.2.3.4") for _ in range(3)] == ["accept", "http.response.start", "http.response.start"]
+    assert await told("1.2.3.5") == "accept"
+    assert [await told("1.2.3.4", HTTPException(401)) for _ in range(2)] == ["accept", "accept"]
+    assert [await told(f"2001:db8::{number}") for number in (1, 2)] == ["accept", "http.response.start"]
+    clock.now += module.CLOSE_CODE_INTERVAL
+    assert [await told("1.2.3.4") for _ in range(2)] == ["accept", "http.response.start"]
+
+
+async def test_accepted_rejections_over_rate_get_http_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `Origin` is easily sent: beyond a rate those who send one get the HTTP answer, until time has passed."""
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    rejector = Rejector(RejectPolicy.AUTO, EventBus())
+
+    async def accepts() -> bool:
+        server = FakeServer(**BROWSER)
+        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+        return any(message["type"] == "websocket.accept" for message in server.taken)
+
+    assert [await accepts() for _ in range(502)] == [True] * 500 + [False] * 2
+    now += 0.02
+    assert [await accepts() for _ in range(3)] == [True] * 2 + [False]
+
+
+async def test_http_rejections_do_not_use_up_accept_rate() -> None:
+    """Who gets the HTTP answer anyway is not counted, and `reject="close"` is what the application has chosen."""
+    rejector = Rejector(RejectPolicy.AUTO, EventBus())
+    for _ in range(600):
+        await rejector.reject(FakeServer().websocket, HTTPException(401), "1.2.3.4")
+    server = FakeServer(**BROWSER)
+    await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+    assert kinds(server) == ["accept", "close"]
+    rejector = Rejector(RejectPolicy.CLOSE, EventBus())
+    for _ in range(600):
+        server = FakeServer()
+        await rejector.reject(server.websocket, HTTPException(401), "1.2.3.4")
+    assert kinds(server) == ["accept", "close"]
+
+
+@pytest.mark.parametrize("policy", ["auto", "close", "http"])
+async def test_rejection_after_accept_closes_with_code(policy: str) -> None:
+    """After accept there is no HTTP status any more."""
+    server, _ = await refused(FULL, policy=policy, accept=True)
+    assert kinds(server) == ["accept", "close"]
+    code, reason = server.close_frames[0]
+    assert (code, reason) == (4503, "the server is full; retry=4200")
+
+
+@pytest.mark.parametrize(
+    ("error", "close"),
+    [
+        (HTTPException(401, "bad token"), (4401, "bad token")),
+        (HTTPException(429, "slow down", headers={"Retry-After": "7"}), (4429, "slow down; retry=7000")),
+        (HTTPException(403, {"why": "no"}), (4403, '{"why":"no"}')),
+        (WebSocketException(4404, "no such game"), (4404, "no such game")),
+        (MANY, (4429, "too many connections; retry=4200")),
+        (InvalidTokenError(), (4401, "invalid reconnect token")),
+        (
+            WebSocketRequestValidationError([{"loc": ("query", "n"), "msg": "wrong"}]),
+            (1008, '[{"loc":"query.n","msg":"wrong"}]'),
+        ),
+        (HTTPException(403, "é" * 200), (4403, "é" * 61)),
+    ],
+    ids=str,
+)
+async def test_rejection_close_frame_has_code_and_reason(error: Exception, close: tuple[int, str]) -> None:
+    """The code is 4000 + the status, and the reason what was said, cut to what a close frame carries."""
+    server, _ = await refused(error, **BROWSER)
+    assert server.close_frames == [close]
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPException(401), FULL, OriginNotAllowedError("null"), WebSocketException(4401)], ids=str
+)
+async def test_server_without_http_extension_rejects_with_403(error: Exception) -> None:
+    """Where no HTTP answer can be given, the handshake is refused with the status that every server can give."""
+    server, told = await refused(error, policy="http", extensions={})
+    assert kinds(server) == ["close"]
+    assert isinstance(told, WebSocketException)
+
+
+@pytest.mark.parametrize("policy", ["auto", "close"])
+@pytest.mark.parametrize(
+    ("offered", "marker", "answered"),
+    [([], None, None), (["chat", SUBPROTOCOL], None, SUBPROTOCOL), (["bearer", "secret"], "bearer", "bearer")],
+)
+async def test_rejected_browser_gets_non_secret_subprotocol(
+    offered: list[str], marker: str | None, answered: str | None, policy: str
+) -> None:
+    """Chrome takes no answer without one; it is one that is known to be no credential."""
+    scope: dict[str, Any] = {} if marker is None else {SUBPROTOCOL_KEY: marker}
+    server, _ = await refused(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER, **scope)
+    assert server.taken[0]["subprotocol"] == answered
+
+
+@pytest.mark.parametrize("policy", ["auto", "close"])
+@pytest.mark.parametrize(
+    "offered",
+    [
+        ["chat", "superchat"],
+        ["stabilizer.auth.c2VjcmV0"],
+        ["bearer", "secret"],
+        ["base64url.bearer.authorization.k8s.io.SECRET", "v4.channel.k8s.io"],
+    ],
+)
+async def test_possible_secret_in_subprotocol_is_not_echoed(offered: list[str], policy: str) -> None:
+    """Where no subprotocol is known to be none, the refusal is the HTTP answer: no log on the way has the secret."""
+    server, _ = await refused(HTTPException(401), policy=policy, subprotocols=offered, **BROWSER)
+    assert kinds(server) == ["http.response.start", "http.response.body"]
+    assert "secret" not in repr(server.taken).lower()
+
+
+def test_unoffered_marker_is_not_selected() -> None:
+    """A client that fails a handshake for a subprotocol that it has not offered is not given one."""
+    assert answered_subprotocol(FakeServer(subprotocols=["chat"], **{SUBPROTOCOL_KEY: "bearer"}).websocket) is None
+
+
+async def test_rejection_is_counted_and_emits_event(heard: tuple[EventBus, Heard]) -> None:
+    """By the option that says so, else by the close code; with the address, and nothing of a credential."""
+    events, ear = heard
+    for error in (FULL, FULL, MANY, HTTPException(401, "no"), OriginNotAllowedError("foreign"), RoomLimitError("a", 3)):
+        await Rejector(RejectPolicy.HTTP, events).reject(FakeServer(query="token=secret").websocket, error, "1.2.3.4")
+    counted = {"max_connections": 2, "max_connections_per_address": 1, "4401": 1, "4403": 1, "1008": 1}
+    assert events.counters.refusals == counted
+    assert ear.events == ["connection_refused"] * 6
+    assert [one.fields["address"] for one in ear.all] == ["1.2.3.4"] * 6
+    assert "secret" not in repr(ear.all)
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(reports_module, "monotonic", lambda: self.now)
+
+
+def levels(ear: Heard) -> list[tuple[str, int]]:
+    """At which level refusals were told, and how many others each says were left out."""
+    return [(logging.getLevelName(one.level), one.fields.get("more", 0)) for one in ear.all]
+
+
+@pytest.mark.parametrize(("error", "level"), [(MANY, "WARNING"), (HTTPException(401), "INFO")], ids=["option", "code"])
+def test_rejection_flood_logs_one_line_per_minute(
+    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard], error: Exception, level: str
+) -> None:
+    """One of a kind is told, the others at DEBUG; the next minute's says how many they were. By an option it warns."""
+    clock, (events, ear) = Clock(monkeypatch), heard
+    rejector = Rejector(RejectPolicy.AUTO, events)
+
+    def refuse(times: int = 1) -> None:
+        for _ in range(times):
+            rejector.record(FakeServer().websocket, error, "1.2.3.4")
+
+    refuse(100)
+    clock.now += THROTTLE_INTERVAL - 1
+    refuse()
+    assert levels(ear) == [(level, 0)] + [("DEBUG", 0)] * 100
+    clock.now += 1
+    refuse(2)
+    assert levels(ear)[101:] == [(level, 100), ("DEBUG", 0)]
+    clock.now += THROTTLE_INTERVAL
+    refuse()
+    clock.now += THROTTLE_INTERVAL
+    refuse()
+    assert levels(ear)[103:] == [(level, 1), (level, 0)]
+    assert events.counters.refusals.total() == 105
+
+
+def test_rejection_log_is_throttled_per_kind(monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, Heard]) -> None:
+    """Each kind has its own minute; of the many that an application may make up, those too many share one."""
+    Clock(monkeypatch)
+    events, ear = heard
+    rejector = Rejector(RejectPolicy.AUTO, events)
+    for code in range(4000, 4000 + 2 * MAX_THROTTLED_KINDS):
+        rejector.record(FakeServer().websocket, WebSocketException(code), "1.2.3.4")
+    assert levels(ear) == [("INFO", 0)] * (MAX_THROTTLED_KINDS + 1) + [("DEBUG", 0)] * (MAX_THROTTLED_KINDS - 1)
+    assert len(events._throttled["connection_refused"]) == MAX_THROTTLED_KINDS + 1
+
+
+async def test_disconnect_during_rejection_raises_no_error() -> None:
+    """Nobody is left to be told, and nothing is raised but what ends the endpoint."""
+    server = FakeServer(**BROWSER)
+    server.fail(OSError("gone"))
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
+    assert isinstance(told, WebSocketException)
+
+
+async def test_blocked_rejection_ends_after_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Telling it takes so long and no longer, and leaves no task behind."""
+    monkeypatch.setattr(module, "REJECTION_TIMEOUT", 0.02)
+    server = FakeServer(**BROWSER)
+    server.block()
+    told = await with_deadline(Rejector(RejectPolicy.AUTO, EventBus()).reject(server.websocket, HTTPException(401), ""))
+    assert isinstance(told, WebSocketException)
+    await asyncio.sleep(0)
+    assert [task for task in asyncio.all_tasks() if task.get_name() == "ws-refusal"] == []
+
+
+async def test_websocket_marked_handled_sends_no_close() -> None:
+    """Starlette closes what an exception ends: of that nothing reaches a WebSocket that is closed already."""
+    server = FakeServer()
+    mark_handled(server.websocket)
+    await server.websocket.close(1008)
+    await FakeServer().websocket.accept()
+    assert server.offered == []

@@ -1,0 +1,114 @@
+"""Tests of who gets what, on connections without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.hub.hub import SMALL_ROOM, Hub
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.tasks import TaskSet
+from fastapi_ws_stabilizer.wire.encoded import encode
+from tests.support.fake_recipient import FakeRecipient
+
+
+class HubHarness:
+    """A delivery with its turns, and connections in the room `lobby`."""
+
+    def __init__(self, members: int, **options: Any) -> None:
+        self.config = WebSocketConfig(**options)
+        events = EventBus()
+        self.scheduler = FlushScheduler(self.config.num_shards, events)
+        self.hub: Hub[FakeRecipient] = Hub(
+            self.config,
+            events,
+            self.scheduler,
+            TaskSet(lambda _, error: None),
+            joined=self._hear,
+            left=self._hear,
+            wanted=lambda: False,
+        )
+        self.members = [self.add(f"client-{number}") for number in range(members)]
+
+    async def _hear(self, _: Any) -> None:
+        """Nobody wants to be told."""
+
+    def add(self, client_id: str) -> FakeRecipient:
+        """Connect a client, and let it into the lobby."""
+        member = FakeRecipient(client_id, shard=self.hub.registry.next_shard())
+        self.hub.registry.add(member)
+        self.hub.join(member, "lobby", None)
+        return member
+
+    async def reached_by_turn(self, **whom: Any) -> list[int]:
+        """Broadcast, and return how many have been reached at the end of each turn that has reached somebody."""
+        task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **whom))
+        reached: list[int] = []
+        while not task.done():
+            await asyncio.sleep(0)
+            count = sum(len(member.frames) for member in self.members)
+            if count not in reached:
+                reached.append(count)
+        await task
+        return reached
+
+
+@pytest.fixture
+def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event loop have been held for long wherever that is asked."""
+    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+
+
+@pytest.mark.usefixtures("no_hold")
+@pytest.mark.parametrize(
+    ("members", "num_shards", "reached"),
+    [
+        (SMALL_ROOM, 16, [SMALL_ROOM]),
+        (SMALL_ROOM + 1, 16, [SMALL_ROOM, SMALL_ROOM + 1]),
+        (400, 4, [100, 200, 300, 400]),
+        (400, 3, [134, 268, 400]),
+        (400, 1, [400]),
+    ],
+)
+async def test_room_broadcast_is_sharded_only_for_large_room(members: int, num_shards: int, reached: list[int]) -> None:
+    """A small room is reached at one go, and a large one in num_shards parts."""
+    hub = HubHarness(members, num_shards=num_shards)
+    assert await hub.reached_by_turn(rooms="lobby") == reached
+
+
+@pytest.mark.usefixtures("no_hold")
+@pytest.mark.parametrize(("num_shards", "reached"), [(1, [8]), (4, [2, 4, 6, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8])])
+async def test_broadcast_to_all_is_always_sharded(num_shards: int, reached: list[int]) -> None:
+    """A broadcast to everybody goes shard by shard, however few they are."""
+    assert await HubHarness(8, num_shards=num_shards).reached_by_turn() == reached
+
+
+@pytest.mark.parametrize("how", ["to one", "to all"])
+async def test_send_after_max_block_yields_to_writers(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A send gives the loop a turn when writers have waited for longer than MAX_BLOCK, and else it does not."""
+    now = [100.0]
+    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    hub = HubHarness(1, num_shards=1)
+    log: list[str] = []
+
+    class Writer:
+        def flush_now(self) -> None:
+            log.append("written")
+
+    async def send() -> None:
+        if how == "to all":
+            await hub.hub.broadcast(encode("hi"))
+        else:
+            assert await hub.hub.send_to_client("client-0", encode("hi"))
+
+    hub.scheduler.schedule(hub.scheduler.pending(0), Writer())
+    await send()
+    assert log == []
+    now[0] += 1.0
+    await send()
+    assert log == ["written"]

@@ -1,1 +1,0 @@
-"""Tests of how a client says who it is."""

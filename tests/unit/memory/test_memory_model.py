@@ -1,0 +1,221 @@
+"""Whatever clients do under `max_total_memory`: the sums are right, the limit holds, and the worst goes first."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from tests.support.fake_link import soon
+from tests.support.memory_world import ModelClient, World, noting_servers
+from tests.support.virtual_time import VirtualLoop, run_virtually
+
+POLICIES = ("lru", "fifo", "oldest")
+LIMIT = 20_000
+"""Small, so that much of what happens leads to an eviction."""
+
+guests = st.integers(0, 11)
+sizes = st.sampled_from([0, 10, 500, 2_000, 5_000])
+rooms = st.sampled_from([None, "lobby", "kitchen"])
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Up to twelve clients, every third of them plain and deaf, every other one with a session."""
+
+    policy = "lru"
+    evictions = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = ExitStack()
+        self._loop: Any = None
+
+    @initialize(full=st.booleans())
+    def begin(self, full: bool) -> None:
+        """A manager on a loop whose clock jumps; its clients hold nothing yet, or nearly all that they may."""
+        self._stack.enter_context(noting_servers())
+        self._loop = self._stack.enter_context(VirtualRunner())
+
+        async def make() -> World:
+            world = World(self.policy, LIMIT)
+            await world.stage.__aenter__()
+            return world
+
+        self.world: World = self._loop.run(make())
+        for number in range(12):
+            self.do(self.world.comes(self.guest(number)))
+            if full:
+                self.do(self.world.keeps(self.guest(number), "a", LIMIT // 16))
+
+    def guest(self, number: int) -> ModelClient:
+        return self.world.add(f"c{number}", numbered=number % 2 == 1, deaf=number % 3 == 0)
+
+    def do(self, step: Any) -> None:
+        async def run() -> None:
+            if step is not None:
+                await step
+            await soon()
+
+        self._loop.run(run())
+
+    @rule(number=guests)
+    def comes(self, number: int) -> None:
+        self.do(self.world.comes(self.guest(number)))
+
+    @rule(number=guests)
+    def leaves(self, number: int) -> None:
+        self.do(self.world.leaves(self.guest(number)))
+
+    @rule(number=guests)
+    def close_normally(self, number: int) -> None:
+        self.do(self.world.close_normally(self.guest(number)))
+
+    @rule(number=guests, key=st.sampled_from("ab"), size=sizes)
+    def keeps(self, number: int, key: str, size: int) -> None:
+        self.do(self.world.keeps(self.guest(number), key, size))
+
+    @rule(number=guests, size=sizes)
+    def grows(self, number: int, size: int) -> None:
+        self.do(self.world.grows(self.guest(number), size))
+
+    @rule(number=guests, size=sizes)
+    def says(self, number: int, size: int) -> None:
+        self.do(self.world.says(self.guest(number), size))
+
+    @rule(number=guests)
+    def acknowledges(self, number: int) -> None:
+        self.do(self.world.acknowledges(self.guest(number)))
+
+    @rule(number=guests)
+    def blocks(self, number: int) -> None:
+        self.world.blocks(self.guest(number))
+
+    @rule(number=guests)
+    def reads(self, number: int) -> None:
+        self.world.reads(self.guest(number))
+        self.do(None)
+
+    @rule(number=guests, room=rooms.filter(bool))
+    def joins(self, number: int, room: str) -> None:
+        self.do(self.world.joins(self.guest(number), room))
+
+    @rule(size=sizes, room=rooms, key=st.sampled_from([None, "price"]))
+    def broadcast(self, size: int, room: str | None, key: str | None) -> None:
+        self.do(self.world.broadcast(size, room, key))
+
+    @rule(number=guests, size=sizes)
+    def tell(self, number: int, size: int) -> None:
+        self.do(self.world.tell(self.guest(number), size))
+
+    @rule(seconds=st.sampled_from([1.0, 130.0]))
+    def time_passes(self, seconds: float) -> None:
+        for guest in self.world.guests.values():
+            if guest.left is not None and seconds > 120:  # nobody is waited for any longer
+                guest.member, guest.token = None, None
+        self.do(asyncio.sleep(seconds))
+
+    @invariant()
+    def holds(self) -> None:
+        if self._loop is not None:
+            self.world.check()
+
+    def teardown(self) -> None:
+        type(self).evictions += self.world.evictions if self._loop is not None else 0
+        try:
+            if self._loop is not None:
+                self._loop.run(self.world.end())
+        finally:
+            self._stack.close()
+
+
+class VirtualRunner:
+    """A loop whose clock jumps, and the library's clock with it, for as long as a machine runs."""
+
+    def __enter__(self) -> VirtualRunner:
+        self._loop = VirtualLoop()
+        self._clocks = ExitStack()
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastapi_ws_stabilizer") and hasattr(module, "monotonic"):
+                self._clocks.enter_context(mock.patch.object(module, "monotonic", self._loop.time))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clocks.close()
+        self._loop.close()
+
+    def run(self, coroutine: Any) -> Any:
+        return self._loop.run_until_complete(coroutine)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_limit_and_eviction_match_model_of_12_clients(policy: str) -> None:
+    """After each step the sum is a full count, the limit holds, and who went was the worst at that moment."""
+    machine = type(f"Machine_{policy}", (MemoryMachine,), {"policy": policy})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    assert machine.evictions  # begun full, as every other one is, hardly any gets by without one
+
+
+def one_step(world: World, guest: ModelClient, dice: random.Random) -> Any:
+    """What one client does, or what is done to it."""
+    size, key = dice.choice((10, 300, 3_000, 60_000)), dice.choice("abc")
+    steps: tuple[Callable[[], Any], ...] = (
+        lambda: world.comes(guest),
+        lambda: world.leaves(guest),
+        lambda: world.keeps(guest, key, size),
+        lambda: world.keeps(guest, key, size),
+        lambda: world.grows(guest, size),
+        lambda: world.says(guest, size),
+        lambda: world.acknowledges(guest),
+        lambda: world.blocks(guest),
+        lambda: world.reads(guest),
+        lambda: world.tell(guest, size),
+        lambda: world.broadcast(size // 10, dice.choice((None, "lobby")), None),
+    )
+    return dice.choice(steps)()
+
+
+async def a_thousand(policy: str, seed: int, steps: int) -> int:
+    """Random steps of a thousand clients; return how many had to go."""
+    dice = random.Random(seed)
+    world = World(policy, 100_000)
+    await world.stage.__aenter__()
+    everybody = [world.add(f"c{n}", numbered=n % 4 == 1, deaf=n % 7 == 0) for n in range(1000)]
+    busy = dice.sample(everybody, 60)
+    try:
+        for guest in everybody:
+            await world.comes(guest)
+            if guest.client_id.endswith("0"):
+                await world.joins(guest, "lobby")
+        world.check()
+        for _ in range(steps):
+            step = one_step(world, dice.choice(dice.choice((busy, everybody))), dice)
+            if step is not None:
+                await step
+            await soon()
+            world.check()
+    finally:
+        await world.end()
+    return world.evictions
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32))
+def test_memory_limit_and_eviction_hold_for_1000_clients(policy: str, seed: int) -> None:
+    """The same with a thousand connections: user data, messages, broadcasts, departures and returns at random."""
+    with noting_servers():
+        assert run_virtually(a_thousand(policy, seed, 300)) > 3

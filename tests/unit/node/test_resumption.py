@@ -1,0 +1,638 @@
+"""Tests of reconnect tokens: what a plain client gets for one, in its query and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fastapi_ws_stabilizer.auth import signed_tokens as tokens_module
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.errors import InvalidTokenError, SocketClosed, TokenExpiredError
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.stats.router import connections, overview
+from tests.support.fake_link import soon, virtually
+from tests.support.fake_websocket import FakeServer
+from tests.support.stage import Line, Peer, Stage
+
+OLD, NEW = "the secret of last year", "the secret of this year"
+
+
+@pytest.fixture
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A wall clock that a test moves."""
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(tokens_module, "wall", lambda: now[0])
+    return now
+
+
+async def detach_client(stage: Stage, client_id: str = "ann") -> str:
+    """The token of a plain client that has left its rooms and its user data behind."""
+    line = stage.plain(client_id)
+    await soon()
+    await stage.socket(client_id).join("lobby", {"name": "Ann"})
+    await stage.socket(client_id).join("kitchen")
+    stage.socket(client_id).user_data["orders"] = 3
+    token = stage.manager.generate_reconnect_token(client_id)
+    await line.leaves()
+    return token
+
+
+async def back(stage: Stage, token: str, client_id: str | None = "ann") -> Line:
+    """A plain client that dials with a token."""
+    line = stage.plain(client_id, token=token)
+    await soon()
+    assert line.socket is not None
+    return line
+
+
+def assert_new(line: Line) -> None:
+    """It has got nothing."""
+    assert line.socket is not None
+    assert (line.socket.rooms, line.socket.user_data, line.socket.resumed.value) == ((), {}, "none")
+
+
+# ── ?token= ──
+
+
+@virtually
+async def test_token_restores_rooms_presence_and_user_data() -> None:
+    """Rooms, presence metadata and user data are back, and the outcome is a gap: messages were missed."""
+    async with Stage() as stage:
+        token = await detach_client(stage)
+        await stage.manager.room("lobby").send("missed")
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert (line.socket.rooms, line.socket.user_data) == (("lobby", "kitchen"), {"orders": 3})
+        assert line.socket.resumed is ResumeOutcome.GAP
+        assert [dict(who.metadata) for who in stage.manager.room("lobby").presence] == [{"name": "Ann"}]
+        assert (stage.events[2:], line.server.data) == (["resume ann gap"], [])
+        assert stage.manager.counters.sessions_resumed == 1
+
+
+@virtually
+async def test_return_within_presence_grace_is_not_announced() -> None:
+    """Back within the grace of presence is no departure."""
+    async with Stage(presence_grace=5) as stage:
+        told: list[str] = []
+
+        @stage.manager.on_leave
+        async def left(room: Any, who: Any) -> None:
+            told.append(room.name)
+
+        await back(stage, await detach_client(stage))
+        await asyncio.sleep(10)
+        assert told == []
+        assert stage.manager.room("lobby").clients == ["ann"]
+
+
+@virtually
+async def test_token_after_session_ttl_has_outcome_lost() -> None:
+    """Its client is who it says, but what it had is gone: it comes in as a new one, which is reported as lost."""
+    async with Stage(session_ttl=20) as stage:
+        token = await detach_client(stage)
+        await asyncio.sleep(30)
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert (line.socket.rooms, line.socket.user_data) == ((), {})
+        assert line.socket.resumed is ResumeOutcome.LOST
+        assert [report.fields["why"] for report in stage.heard.of("session_lost")] == ["unknown"]
+        assert stage.events[-1] == "connect ann"
+
+
+@virtually
+async def test_token_after_clean_close_has_outcome_lost() -> None:
+    """A client that has said goodbye has left nothing behind."""
+    async with Stage() as stage:
+        line = stage.plain()
+        await soon()
+        stage.socket().user_data["orders"] = 3
+        token = stage.manager.generate_reconnect_token("ann")
+        await line.leaves(1000)
+        assert stage.events == ["connect ann", "disconnect ann client_close", "session_end ann client_close"]
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert (line.socket.user_data, line.socket.resumed) == ({}, ResumeOutcome.LOST)
+
+
+@pytest.mark.parametrize("why", ["other_client", "signature", "malformed", "used", "expired"])
+def test_invalid_token_has_outcome_lost_and_emits_cause(why: str, wall_clock: list[float]) -> None:
+    """Its client comes in as a new one, nothing of anybody's is given away, and the reason is reported."""
+
+    @virtually
+    async def play() -> None:
+        async with Stage(reconnect_token_ttl=timedelta(seconds=60)) as stage:
+            token, client_id = await detach_client(stage), "ann"
+            if why == "other_client":
+                client_id = "bob"
+            elif why == "signature":
+                token = WebSocketConnectionManager().generate_reconnect_token("ann")
+            elif why == "malformed":
+                token = token[:40]
+            elif why == "used":
+                await (await back(stage, token)).leaves(1000)
+            else:
+                wall_clock[0] += 61
+            line = await back(stage, token, client_id)
+            assert_new(line)
+            (report,) = stage.heard.of("session_lost")
+            assert (report.fields["why"], report.fields["client_id"]) == (why, client_id)
+            assert stage.events[-1] == f"connect {client_id}"
+            assert stage.bugs == []
+
+    play()
+
+
+@virtually
+async def test_token_presented_by_other_client_is_not_consumed() -> None:
+    """Who presents what is not his takes it from nobody."""
+    async with Stage() as stage:
+        token = await detach_client(stage)
+        assert_new(await back(stage, token, "bob"))
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert line.socket.user_data == {"orders": 3}
+
+
+@virtually
+async def test_app_token_in_query_is_ignored() -> None:
+    """What is none of ours under that name is the application's: nothing is reported, and it can be read."""
+    async with Stage() as stage:
+        await detach_client(stage)
+        line = await back(stage, "eyJhbGciOi")
+        assert_new(line)
+        assert line.socket is not None
+        assert line.socket.query_params["token"] == "eyJhbGciOi"
+        assert stage.heard.of("session_lost") == []
+        assert stage.manager.counters.sessions_lost == 0
+
+
+@virtually
+async def test_token_restores_state_of_last_connection() -> None:
+    """Of several connections of one client what the last one has left is kept; the others are told to be over."""
+    async with Stage(on_duplicate="allow") as stage:
+        lines = [stage.plain(), stage.plain()]
+        await soon()
+        for number, line in enumerate(lines):
+            assert line.socket is not None
+            line.socket.user_data["number"] = number
+        token = stage.manager.generate_reconnect_token("ann")
+        for line in lines:
+            await line.leaves()
+        assert stage.events.count("session_end ann network_lost") == 1
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert line.socket.user_data == {"number": 1}
+
+
+@virtually
+async def test_detached_state_is_bounded_by_max_sessions_away() -> None:
+    """Of more than max_detached_sessions plain clients the one that left first is given up."""
+    async with Stage(max_detached_sessions=1) as stage:
+        token = await detach_client(stage)
+        await detach_client(stage, "bob")
+        await soon()
+        assert stage.events.count("session_end ann network_lost") == 1
+        line = await back(stage, token)
+        assert line.socket is not None
+        assert line.socket.resumed is ResumeOutcome.LOST
+
+
+@virtually
+async def test_shutdown_ends_detached_plain_sessions() -> None:
+    """Their sessions end with the server, each once."""
+    async with Stage() as stage:
+        await detach_client(stage)
+        await stage.manager.graceful_shutdown(1.0)
+        assert [event.split()[0] for event in stage.events] == ["connect", "disconnect", "session_end"]
+
+
+# ── by hand ──
+
+
+async def connect_explicitly(stage: Stage, token: str, client_id: str) -> Any:
+    """The seed's third pattern."""
+    server = FakeServer()
+    websocket = await server.accepted()
+    if await stage.manager.validate_reconnect_token(token) == client_id:
+        return await stage.manager.connect(client_id, websocket)
+    return None
+
+
+@virtually
+async def test_validated_token_restores_state_in_same_task() -> None:
+    """The next `connect` of that client gets what it had."""
+    async with Stage() as stage:
+        token = await detach_client(stage)
+        socket = await connect_explicitly(stage, token, "ann")
+        assert (socket.rooms, socket.user_data) == (("lobby", "kitchen"), {"orders": 3})
+        assert socket.resumed is ResumeOutcome.GAP
+        assert stage.events[-1] == "resume ann gap"
+
+
+@virtually
+async def test_token_validated_in_other_task_restores_nothing() -> None:
+    """It proves nothing about what this task connects."""
+    async with Stage() as stage:
+        token = await detach_client(stage)
+        assert await asyncio.ensure_future(stage.manager.validate_reconnect_token(token)) == "ann"
+        websocket = await FakeServer().accepted()
+        socket = await stage.manager.connect("ann", websocket)
+        assert (socket.rooms, socket.user_data, socket.resumed) == ((), {}, ResumeOutcome.NONE)
+
+
+@virtually
+async def test_validated_token_restores_nothing_for_other_client() -> None:
+    """Another client that the same task connects gets nothing of it."""
+    async with Stage() as stage:
+        await stage.manager.validate_reconnect_token(await detach_client(stage))
+        websocket = await FakeServer().accepted()
+        socket = await stage.manager.connect("bob", websocket)
+        assert (socket.rooms, socket.resumed) == ((), ResumeOutcome.NONE)
+
+
+def test_invalid_token_raises_error_with_problem(wall_clock: list[float]) -> None:
+    """Each kind has its own error, and each leads to 4401."""
+
+    @virtually
+    async def play() -> None:
+        async with Stage(reconnect_token_ttl=timedelta(seconds=60)) as stage:
+            validate, make = stage.manager.validate_reconnect_token, stage.manager.generate_reconnect_token
+            token = make("ann")
+            assert await validate(token) == "ann"
+            foreign = WebSocketConnectionManager().generate_reconnect_token("ann")
+            for bad, problem in ((token, "used"), (foreign, "signature"), ("x", "malformed"), ("wsr1.é", "malformed")):
+                with pytest.raises(InvalidTokenError) as caught:
+                    await validate(bad)
+                assert (caught.value.problem, caught.value.code) == (problem, 4401)
+            token = make("ann")
+            wall_clock[0] += 61
+            with pytest.raises(TokenExpiredError) as expired:
+                await validate(token)
+            assert expired.value.code == 4401
+
+    play()
+
+
+# ── options ──
+
+
+@virtually
+async def test_reconnect_disabled_issues_no_token_and_ends_sessions() -> None:
+    """With enable_reconnect=False no tokens are made or taken, and sessions end with their connections."""
+    async with Stage(enable_reconnect=False) as stage:
+        for call in (stage.manager.generate_reconnect_token,):
+            with pytest.raises(InvalidTokenError) as caught:
+                call("ann")
+            assert caught.value.problem == "disabled"
+        with pytest.raises(InvalidTokenError) as caught:
+            await stage.manager.validate_reconnect_token("wsr1.x")
+        assert caught.value.problem == "disabled"
+        peer = Peer(stage)
+        line = await peer.dial()
+        assert line.welcome["ttl"] == 0
+        await line.leaves()
+        assert stage.events == ["connect ann", "disconnect ann network_lost", "session_end ann network_lost"]
+        assert (await peer.dial()).outcome == "lost"
+
+
+@virtually
+async def test_valid_token_with_reconnect_disabled_restores_nothing() -> None:
+    """With enable_reconnect=False a token of another worker gives nothing back."""
+    issuer = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=NEW))
+    async with Stage(enable_reconnect=False, reconnect_secret=NEW) as stage:
+        line = await back(stage, issuer.generate_reconnect_token("ann"))
+        assert line.socket is not None
+        assert line.socket.user_data == {}
+        assert stage.events == ["connect ann"]
+
+
+def test_rotated_secrets_verify_old_tokens() -> None:
+    """The first secret signs, all verify: what was signed before the rotation is good until the old one is dropped."""
+
+    @virtually
+    async def play() -> None:
+        before = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=OLD))
+        during = WebSocketConnectionManager(WebSocketConfig(reconnect_secret=[NEW, OLD]))
+        after = WebSocketConnectionManager(WebSocketConfig.from_env(environ={"WS_RECONNECT_SECRET": NEW}))
+        from_env = WebSocketConnectionManager(
+            WebSocketConfig.from_env(environ={"WS_RECONNECT_SECRET": f"{NEW}, {OLD}"})
+        )
+        old, new = before.generate_reconnect_token("ann"), during.generate_reconnect_token("ann")
+        for manager in (during, from_env):
+            assert [await manager.validate_reconnect_token(token) for token in (old, new)] == ["ann", "ann"]
+        assert await after.validate_reconnect_token(new) == "ann"
+        for manager, token in ((after, old), (before, new)):
+            with pytest.raises(InvalidTokenError) as caught:
+                await manager.validate_reconnect_token(token)
+            assert caught.value.problem == "signature"
+
+    play()
+
+
+@pytest.mark.parametrize("secret", ["short", [NEW, "short"], b"short"])
+def test_short_reconnect_secret_raises(secret: Any) -> None:
+    """One that can be guessed is refused, and is not in the error."""
+    with pytest.raises(ValidationError) as caught:
+        WebSocketConfig(reconnect_secret=secret)
+    assert "at least 16 bytes" in str(caught.value)
+    assert NEW not in repr(WebSocketConfig(reconnect_secret=NEW))
+
+
+@pytest.mark.parametrize(("several", "secret"), [(True, None), (True, NEW), (False, None)])
+def test_several_workers_without_secret_emit_warning(
+    monkeypatch: pytest.MonkeyPatch, several: bool, secret: str | None
+) -> None:
+    """A token that only this worker can verify is warned about, once, if there are others."""
+    monkeypatch.setattr("fastapi_ws_stabilizer.manager.several_workers", lambda: several)
+
+    @virtually
+    async def play() -> None:
+        async with Stage(reconnect_secret=secret) as stage:
+            for _ in range(3):
+                stage.manager.generate_reconnect_token("ann")
+            warnings = stage.heard.of("reconnect_secret_missing")
+            assert [report.level for report in warnings] == ([logging.WARNING] if several and secret is None else [])
+
+    play()
+
+
+def test_tokens_and_secrets_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a good nor a bad token, nor a secret, nor the token of a welcome, is in any record or report."""
+    caplog.set_level(logging.DEBUG)
+
+    @virtually
+    async def play() -> None:
+        async with Stage(reconnect_secret=NEW, log_level="DEBUG") as stage:
+            token = await detach_client(stage)
+            words = [token, NEW]
+            for bad in (token[:-3], f"{token}x"):
+                await (await back(stage, bad)).leaves()
+                words.append(bad)
+            line = await back(stage, token)
+            await line.leaves()
+            await (await back(stage, token)).leaves()
+            peer = Peer(stage, "bob")
+            await (await peer.dial()).leaves()
+            words += [peer.token or "", "bogus.bogus"]
+            await (await peer.dial(token="bogus.bogus")).leaves()
+            await stage.manager.graceful_shutdown(1.0)
+            logged = [f"{record.getMessage()} {vars(record)}" for record in caplog.records]
+            assert len(logged) > 10
+            for word in words:
+                assert word not in "".join(logged)
+                assert word not in repr(stage.heard.all)
+
+    play()
+
+
+# ── client ids that the path does not say ──
+
+
+@virtually
+async def test_resumed_v1_client_retains_generated_client_id() -> None:
+    """Without a client id in the URL a v1 client that proves its session is who it was."""
+    async with Stage() as stage:
+        peer = Peer(stage, None)
+        line = await peer.dial()
+        (name,) = stage.manager.get_active_connections()
+        await line.leaves()
+        assert (await peer.dial()).outcome == "full"
+        assert stage.manager.get_active_connections() == [name]
+
+
+@virtually
+async def test_guessed_session_id_grants_no_client_id() -> None:
+    """Without a client id in the URL the id of a session without its secret makes nobody its client."""
+    async with Stage() as stage:
+        line = await Peer(stage, None).dial()
+        (name,) = stage.manager.get_active_connections()
+        stranger = await Peer(stage, None).dial(token=f"{line.welcome['session']}.guess")
+        assert (stranger.outcome, stranger.welcome["why"]) == ("lost", "unknown")
+        assert line.close_code is None
+        assert len(set(stage.manager.get_active_connections())) == 2
+        assert name in stage.manager.get_active_connections()
+
+
+@virtually
+async def test_returning_plain_client_retains_generated_client_id() -> None:
+    """Without a client id in the URL a token says whose it is."""
+    async with Stage() as stage:
+        line = stage.plain(None)
+        await soon()
+        (name,) = stage.manager.get_active_connections()
+        stage.socket(name).user_data["orders"] = 3
+        token = stage.manager.generate_reconnect_token(name)
+        await line.leaves()
+        line = await back(stage, token, None)
+        assert line.socket is not None
+        assert (line.socket.client_id, line.socket.user_data) == (name, {"orders": 3})
+
+
+@virtually
+async def test_session_token_of_other_client_is_denied_unconsumed() -> None:
+    """A good token of another client is denied, and neither used nor confirmed by that: its owner can still resume."""
+    async with Stage() as stage:
+        peer = Peer(stage)
+        line = await peer.dial()
+        first = peer.token
+        await line.say({"type": "ack", "seq": 0})
+        await line.leaves()
+        line = await peer.dial()  # its welcome, with a second token, gets lost
+        second, peer.token = peer.token, first
+        await line.leaves()
+        thief = Peer(stage, "bob")
+        thief.dials = 50
+        stolen = await thief.dial(token=second)
+        assert (stolen.outcome, stolen.welcome["why"]) == ("lost", "denied")
+        assert (await peer.dial()).outcome == "full"
+        assert "resume bob full" not in stage.events
+
+
+# ── what can be looked at ──
+
+
+@virtually
+async def test_stats_count_sessions_and_resume_outcomes() -> None:
+    """The stats router counts sessions, those that are away, and what became of those who came back."""
+    async with Stage(replay_max_messages=1) as stage:
+        peer = Peer(stage)
+        await (await peer.dial()).leaves()
+        line = await peer.dial()
+        await line.leaves()
+        for number in range(3):
+            await stage.manager.send_to_client("ann", number)
+        assert (await peer.dial()).outcome == "gap"
+        await (await Peer(stage, "bob").dial()).leaves()
+        await Peer(stage, "joe").dial(token="no.token")
+        stage.plain("sue")
+        await soon()
+        counters = await overview(stage.manager)
+        page = await connections(stage.manager, offset=0, limit=100)
+        names = ("sessions", "sessions_away", "sessions_resumed", "session_gaps", "sessions_lost")
+        assert [getattr(counters, name) for name in names] == [3, 1, 1, 1, 1]
+        of_client = {one.client_id: one.session_id for one in page.connections}
+        assert of_client["ann"] == stage.socket().session_id
+        assert of_client["sue"] is None
+
+
+# ── tokens of several connections ──
+
+
+async def tabs(stage: Stage, *rooms: str) -> list[Line]:
+    """Connections of one client, each in a room of its own and with something kept."""
+    lines = []
+    for room in rooms:
+        line = stage.plain()
+        await soon()
+        assert line.socket is not None
+        await line.socket.join(room)
+        line.socket.user_data["room"] = room
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("leaving", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("by_socket", [True, False], ids=["ws.reconnect_token()", "generate_reconnect_token(ws)"])
+@virtually
+async def test_connection_token_restores_state_of_that_connection(leaving: tuple[int, int], by_socket: bool) -> None:
+    """A token names a connection: whichever tab leaves last, each token brings what its own tab had."""
+    async with Stage(on_duplicate="allow") as stage:
+        lines = await tabs(stage, "one", "two")
+        sockets = [line.socket for line in lines if line.socket is not None]
+        generate = stage.manager.generate_reconnect_token
+        tokens = [socket.reconnect_token() if by_socket else generate(socket) for socket in sockets]
+        for place in leaving:
+            await lines[place].leaves()
+        back = [stage.plain(token=token) for token in tokens]
+        await soon()
+        assert [line.socket and (line.socket.rooms, line.socket.user_data["room"]) for line in back] == [
+            (("one",), "one"),
+            (("two",), "two"),
+        ]
+
+
+@virtually
+async def test_second_connection_token_restores_successor_state() -> None:
+    """A second token of a connection brings what the connection leaves that came back with the first."""
+    async with Stage(on_duplicate="allow") as stage:
+        first, other = await tabs(stage, "one", "two")
+        assert first.socket is not None
+        assert other.socket is not None
+        tokens = [first.socket.reconnect_token(), first.socket.reconnect_token(), other.socket.reconnect_token()]
+        await first.leaves()
+        again = stage.plain(token=tokens[0])
+        await soon()
+        assert again.socket is not None
+        again.socket.user_data["more"] = 1
+        await again.leaves()
+        await other.leaves()
+        third = stage.plain(token=tokens[1])
+        await soon()
+        assert third.socket is not None
+        assert (third.socket.rooms, third.socket.user_data) == (("one",), {"room": "one", "more": 1})
+
+
+@virtually
+async def test_client_token_names_current_or_newest_connection() -> None:
+    """In an endpoint it is that connection's; elsewhere that of the connection which came last."""
+    async with Stage(on_duplicate="allow") as stage:
+        own: list[str] = []
+
+        async def endpoint(ws: StableSocket) -> None:
+            await stage.gate.wait()
+            own.append(stage.manager.generate_reconnect_token("ann"))
+            await ws.run()
+
+        stage.endpoint = endpoint
+        lines = await tabs(stage, "one", "two", "three")
+        elsewhere = stage.manager.generate_reconnect_token("ann")
+        stage.gate.set()
+        await soon()
+        for line in lines:
+            await line.leaves()
+        back = [stage.plain(token=token) for token in (elsewhere, *own[:2])]
+        await soon()
+        assert [line.socket and line.socket.rooms for line in back] == [("three",), ("one",), ("two",)]
+
+
+@virtually
+async def test_session_without_token_ends_without_ttl() -> None:
+    """`on_session_end` comes after `session_ttl` where a token was given out, and at once where none was."""
+    async with Stage(on_duplicate="allow", session_ttl=60) as stage:
+        first, second = await tabs(stage, "one", "two")
+        assert first.socket is not None
+        first.socket.reconnect_token()
+        await second.leaves()
+        await asyncio.sleep(5)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 1
+        await first.leaves()
+        await asyncio.sleep(50)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 1
+        await asyncio.sleep(20)
+        assert len([event for event in stage.events if event.startswith("session_end")]) == 2
+
+
+@pytest.mark.parametrize("query", ["token=login&reconnect_token={}", "reconnect_token={}", "token={}"])
+@virtually
+async def test_reconnect_token_is_read_from_either_query_parameter(query: str) -> None:
+    """`?reconnect_token=` is the manager's, beside a login's `?token=`; that is read too if it is a reconnect token."""
+    async with Stage() as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        token = line.socket.reconnect_token()
+        await line.leaves()
+        back = Line(stage, query=query.format(token))
+        await soon()
+        assert back.socket is not None
+        assert (back.socket.rooms, back.socket.resumed.value) == (("one",), "gap")
+
+
+@virtually
+async def test_reconnect_token_of_closed_socket_raises() -> None:
+    """A connection that is over has left what it had: a token for it would bring nothing."""
+    async with Stage() as stage:
+        (line,) = await tabs(stage, "one")
+        await line.leaves()
+        assert line.socket is not None
+        for call in (line.socket.reconnect_token, lambda: stage.manager.generate_reconnect_token(line.socket)):  # type: ignore[arg-type]
+            with pytest.raises(SocketClosed):
+                call()
+    async with Stage(enable_reconnect=False) as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        with pytest.raises(InvalidTokenError, match="enable_reconnect"):
+            line.socket.reconnect_token()
+
+
+async def test_send_to_detached_plain_client_returns_false() -> None:
+    """`send_to_client` is False for a plain client that may come back with a token, and raises nothing."""
+    async with Stage() as stage:
+        line = stage.plain("ann")
+        await line.server.until(lambda: bool(stage.manager.get_sockets("ann")))
+        stage.manager.generate_reconnect_token("ann")
+        line.server.feed_disconnect(1006)
+        await asyncio.wait_for(line.task, 5)
+        assert stage.manager.get_active_connections() == []
+        assert await stage.manager.send_to_client("ann", "hi") is False
+
+
+@virtually
+async def test_connection_token_records_expire_with_tokens() -> None:
+    """With several connections of a client, a token names one of them, for as long as the token is good."""
+    async with Stage(on_duplicate="allow", reconnect_token_ttl=timedelta(minutes=10)) as stage:
+        (line,) = await tabs(stage, "one")
+        assert line.socket is not None
+        resumption = stage.manager._node.resumption
+        for _ in range(20):
+            line.socket.reconnect_token()
+        assert len(resumption._named) == 20
+        await asyncio.sleep(601)
+        line.socket.reconnect_token()
+        assert (len(resumption._named), len(resumption.detached._expected)) == (1, 1)

@@ -1,0 +1,358 @@
+"""Property: an exception in any call that the end of a connection makes does not stop the end."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastapi_ws_stabilizer
+from fastapi_ws_stabilizer.close_codes import DisconnectReason
+from fastapi_ws_stabilizer.connection.asgi_outbox import AsgiOutbox
+from fastapi_ws_stabilizer.connection.closing import ClosingConnections
+from fastapi_ws_stabilizer.connection.connection import Connection
+from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
+from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
+from fastapi_ws_stabilizer.connection.inbox import Inbox
+from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
+from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
+from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
+from fastapi_ws_stabilizer.handshake.closer import Closer
+from fastapi_ws_stabilizer.handshake.session_lifecycle import SessionLifecycle
+from fastapi_ws_stabilizer.hub.heartbeat import HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.hub import Hub
+from fastapi_ws_stabilizer.hub.presence import PresenceTracker
+from fastapi_ws_stabilizer.hub.reaper import ConnectionReaper
+from fastapi_ws_stabilizer.hub.registry import ConnectionRegistry
+from fastapi_ws_stabilizer.limits.connections import Reservation
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.scheduling import FlushScheduler
+from fastapi_ws_stabilizer.sessions.ended_sessions import EndedSessions
+from fastapi_ws_stabilizer.sessions.session import Session
+from fastapi_ws_stabilizer.sessions.store import SessionStore
+from fastapi_ws_stabilizer.socket import StableSocket
+from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
+from tests.support.fake_link import soon, virtually
+from tests.support.stage import Line, Stage
+from tests.unit.connection.test_direct_transport import LinkServer
+
+PACKAGE = Path(fastapi_ws_stabilizer.__file__).parent
+
+END = {
+    "connection/connection.py": (
+        "_start_closing",
+        "_close_outbox",
+        "_mark_websocket_disconnected",
+        "_close_inbox",
+        "_tear_down",
+        "_wait_for_work",
+        "_wait_for_endpoint",
+        "_wait_for_flush",
+        "_cancel_endpoint",
+        "run_disconnect_hooks",
+        "abort",
+        "_mark_closed",
+        "_stop_reading",
+        "close_unread",
+    ),
+    "handshake/closer.py": ("_on_closing", "_on_closed"),
+    "handshake/session_lifecycle.py": ("detach", "_save_state", "_leave_presence"),
+    "hub/hub.py": ("remove", "end_session"),
+}
+"""The functions that the end of a connection consists of."""
+
+CALLS: dict[str, tuple[type, ...]] = {
+    "_on_closing": (Closer,),
+    "_on_closed": (Closer,),
+    "add": (ClosingConnections, EndedSessions),
+    "remove": (ClosingConnections, MemoryBudget, HeartbeatScheduler, ConnectionReaper, Hub, ConnectionRegistry),
+    "release": (Reservation,),
+    "leave": (PresenceTracker,),
+    "detach": (SessionLifecycle,),
+    "on_detached": (SessionStore,),
+    "mark_closed": (MemoryBudget,),
+    "_detach_user_data": (StableSocket,),
+    "close": (V1Protocol, Inbox),
+    "reset": (CredentialExpiry,),
+    "on_discarded": (V1Protocol,),
+    "unread": (Inbox,),
+    "discard": (AsgiOutbox, DirectOutbox),
+    "finish": (AsgiOutbox, DirectOutbox, Session),
+    "watch": (EndpointTask,),
+    "schedule": (FlushScheduler,),
+    "wait_idle": (EndpointTask,),
+    "cancel": (EndpointTask,),
+    "disconnect": (HookRegistry,),
+    "notify_session_end": (SessionLifecycle,),
+    "session_end": (HookRegistry,),
+    "abort": (ServerTransport,),
+    "abort_unless_flushed": (ServerTransport,),
+    "abort_unless_answered": (ServerTransport,),
+    "end": (SessionStore,),
+    "suspend": (Hub,),
+    "remove_queue": (ConnectionRegistry,),
+    "_stop_reading": (Connection,),
+    "_close_inbox": (Connection,),
+    "_close_outbox": (Connection,),
+    "_mark_websocket_disconnected": (Connection,),
+    "_wait_for_work": (Connection,),
+    "wait_for_predecessors": (Connection,),
+    "run_disconnect_hooks": (Connection,),
+    "_wait_for_endpoint": (Connection,),
+    "_wait_for_flush": (Connection,),
+    "close_unread": (Connection,),
+    "_keep_rooms": (Closer,),
+    "_save_state": (SessionLifecycle,),
+    "_leave_presence": (SessionLifecycle,),
+    "_detached_state_of": (SessionLifecycle,),
+    "keep_rooms": (Hub,),
+}
+"""The calls that these functions make, by name, and the classes in which each is made to raise."""
+
+SAFE = {
+    *("attempt", "_attempt_async", "emit", "monotonic", "replace", "get_running_loop", "call_later", "current_task"),
+    *(
+        "set",
+        "set_result",
+        "done",
+        "max",
+        "min",
+        "wait_for_all",
+        "ends_session",
+        "force_finish",
+        "give_up",
+        "pending",
+        "_discarded",
+    ),
+    *("flush_now", "Remains", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable", "_forget", "_arm"),
+    *(
+        "_key_of",
+        "_expected_as",
+        "add",
+        "get",
+        "detach",
+        "_close_outbox",
+        "leave_rooms",
+        "stop_sending",
+        "on_disconnect",
+        "on_closed",
+        "stop_accounting",
+        "detach",
+    ),
+    *("pop", "detaches", "is_terminal", "on_closing", "on_closed", "on_session_end", "finished", "save"),
+    *("_abandon_endpoint", "len", "becomes_ended"),
+}
+"""Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
+step which is made to raise as a whole."""
+
+RUNNERS = {"disconnect", "run_disconnect_hooks", "_on_closed"}
+"""Calls without which the hooks are not told, or the connection not taken out: made to raise after their work only."""
+
+TARGETS = [(owner, name) for name, owners in CALLS.items() for owner in owners]
+
+
+class Boom(Exception):
+    """What a call is made to raise."""
+
+
+class Bomb:
+    """Makes one method raise, once, when it is armed.
+
+    Args:
+        owner: The class.
+        name: The method.
+        after: Whether it does its work before it raises.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str, *, after: bool) -> None:
+        self.armed = False
+        self.hit = False
+        real = getattr(owner, name)
+
+        def went_off() -> bool:
+            goes, self.armed = self.armed, False
+            self.hit = self.hit or goes
+            return goes
+
+        def sync(this: Any, *args: Any, **options: Any) -> Any:
+            goes = went_off()
+            if goes and not after:
+                raise Boom
+            result = real(this, *args, **options)
+            if goes:
+                raise Boom
+            return result
+
+        async def waiting(this: Any, *args: Any, **options: Any) -> Any:
+            goes = went_off()
+            if goes and not after:
+                raise Boom
+            result = await real(this, *args, **options)
+            if goes:
+                raise Boom
+            return result
+
+        patch.setattr(owner, name, waiting if asyncio.iscoroutinefunction(real) else sync)
+
+
+def dial(stage: Stage, kind: str) -> Line:
+    """Connect a client of a kind."""
+    if kind == "link":
+        line = Line.__new__(Line)
+        line.server, line.socket, line.error, line._stage = LinkServer(), None, None, stage
+        line.server.websocket.scope["path_params"]["client_id"] = "ann"
+        line.task = asyncio.ensure_future(line._serve())
+        stage.lines.append(line)
+        return line
+    return Line(stage, "ann", subprotocols=(SUBPROTOCOL,) if kind == "v1" else ())
+
+
+def end_by_client(line: Line) -> None:
+    """The client says goodbye."""
+    gone = {"type": "websocket.disconnect", "code": 1000, "reason": ""}
+    if isinstance(line.server, LinkServer):
+        line.server.sink.connection_lost(gone)
+    else:
+        line.server.feed(gone)
+
+
+def end_by_network(line: Line) -> None:
+    """The network is lost."""
+    gone = {"type": "websocket.disconnect", "code": 1006}
+    if isinstance(line.server, LinkServer):
+        line.server.sink.connection_lost(gone)
+    else:
+        line.server.feed(gone)
+
+
+def end_by_server(line: Line) -> None:
+    """The server ends the connection, and flushes nothing."""
+    assert line.socket is not None
+    line.socket._connection.close(DisconnectReason.MEMORY)
+
+
+def end_by_endpoint(line: Line) -> None:
+    """The application closes it."""
+    assert line.socket is not None
+    line.socket._connection.close(DisconnectReason.APPLICATION)
+
+
+def end_by_kick(line: Line) -> None:
+    """The application closes it with a code that tells the client to stay away."""
+    assert line.socket is not None
+    line.socket._connection.close(DisconnectReason.APPLICATION, code=4403)
+
+
+ENDS: tuple[Callable[[Line], None], ...] = (end_by_client, end_by_network, end_by_server, end_by_endpoint, end_by_kick)
+
+
+def left_over(stage: Stage) -> dict[str, int]:
+    """What a manager still holds of connections."""
+    node = stage.manager._node
+    admission = node.admission.limiter
+    return {
+        "unfinished": len(node.connections),
+        "ending": len(node._closing_connections),
+        "registry": len(node.registry),
+        "outboxes": sum(len(shard) for shard in node.registry.outboxes()) - node.sessions.detached_count,
+        "rooms": len(node.hub.rooms) - node.sessions.detached_count - len(node.resumption.detached),
+        "present": len(node.hub.presence),
+        "lifetimes": len(node.reaper),
+        "places": len(admission),
+    }
+
+
+async def play(bomb: Bomb, kind: str, how: Callable[[Line], None], *, complete: bool) -> None:
+    """Let one connection end, and look at what is left."""
+    options = {
+        "disconnect_grace": 2,
+        "send_timeout": 1,
+        "max_total_memory": 10**8,
+        "max_connections": 9,
+        "presence_grace": 0,
+    }
+    async with Stage(**options, max_lifetime=1000) as stage:
+        manager = stage.manager
+
+        async def endpoint(ws: StableSocket) -> None:
+            await ws.join("lobby")
+            ws.user_data["kept"] = 1
+            await ws.receive()
+            await stage.gate.wait()
+
+        stage.endpoint = endpoint
+        line = dial(stage, kind)
+        if kind == "v1":
+            await line.say({"type": "hello", "v": 1, "n": 1, "client": "x"})
+        await soon()
+        assert line.socket is not None, kind
+        manager.generate_reconnect_token("ann")
+        connection = line.socket._connection
+        if kind == "v1":
+            connection.credential.reset(500)
+            await line.message("note", "unread", "unread")
+        bomb.armed = True
+        how(line)
+        bomb_is_for_later = bomb.armed
+        await asyncio.wait({connection.finished}, timeout=60)
+        bomb.armed = False
+        await asyncio.wait({line.task}, timeout=60)
+        assert connection.is_finished, "the end did not reach its last step"
+        assert line.task.done(), "the endpoint did not end"
+        assert bomb_is_for_later or bomb.hit
+        assert [event for event in stage.events if event.startswith("disconnect ann")] == [
+            f"disconnect ann {connection.close_info.cause.value}"
+        ]
+        reported = [report for report in stage.heard.all if isinstance(report.error, Boom)]
+        assert len(reported) == bomb.hit, [report.event for report in reported]
+        await asyncio.sleep(10)
+        if complete:
+            assert not any(left_over(stage).values()), left_over(stage)
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Patches that are undone in a test, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.mark.parametrize(("owner", "name"), TARGETS, ids=lambda one: getattr(one, "__name__", one))
+@virtually
+async def test_teardown_completes_when_one_call_raises(owner: type, name: str) -> None:
+    """Whatever one call of the end raises, the end reaches its last step, and the failure is reported once."""
+    hits = 0
+    for after in (False, True):
+        if name in RUNNERS and not after:
+            continue
+        for kind in ("plain", "link", "v1"):
+            for how in ENDS:
+                with pytest.MonkeyPatch.context() as patch:
+                    bomb = Bomb(patch, owner, name, after=after)
+                    await play(bomb, kind, how, complete=after)
+                hits += bomb.hit
+    assert hits, "no end makes this call: take it out of the list"
+
+
+def test_every_call_of_teardown_is_covered() -> None:
+    """The functions of the end make no call that is neither made to raise nor known to be safe."""
+    unknown = []
+    for module, functions in END.items():
+        tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in functions:
+                for call in ast.walk(node):
+                    if isinstance(call, ast.Call):
+                        callee = call.func
+                        name = callee.attr if isinstance(callee, ast.Attribute) else getattr(callee, "id", "?")
+                        if name in ("attempt", "_attempt_async"):
+                            step = call.args[0]
+                            name = step.attr if isinstance(step, ast.Attribute) else "?"
+                        if name not in CALLS and name not in SAFE:
+                            unknown.append(f"{module}: {node.name} calls {name}")
+    assert not unknown

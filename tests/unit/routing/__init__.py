@@ -1,1 +1,0 @@
-"""Tests of the way from events and messages to the user's functions."""

@@ -1,0 +1,60 @@
+"""Tests of the options that go with a manager's, with a uvicorn that takes them and one that is too old."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import pytest
+from uvicorn.config import Config
+
+from fastapi_ws_stabilizer.config import WebSocketConfig
+from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
+from fastapi_ws_stabilizer.servers.uvicorn.options import MODULE, uvicorn_options
+from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
+
+FOLDER = "fastapi_ws_stabilizer.servers.uvicorn"
+
+PARTS = ("uvicorn.protocols.websockets.websockets_sansio_impl", "websockets.extensions.permessage_deflate")
+"""What the protocol class is built on, and an older uvicorn, or one without the websockets library, does not have."""
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    """Does nothing."""
+
+
+def loaded(options: dict[str, Any]) -> Config:
+    """What uvicorn makes of the options."""
+    config = Config(application, log_level="critical", **options)
+    config.load()
+    return config
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none", "heartbeat_interval": 1.5, "max_message_size": 5}])
+def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
+    """They choose the protocol class, and say to uvicorn what the manager was told."""
+    manager = WebSocketConnectionManager(WebSocketConfig(**options))
+    config = loaded(manager.uvicorn_options())
+    assert config.ws_protocol_class is StableWebSocketProtocol
+    assert config.ws_max_size == manager.config.max_message_size
+    assert config.ws_ping_interval == manager.config.heartbeat_interval
+    assert config.ws_ping_timeout == manager.config.heartbeat_timeout
+    assert config.ws_per_message_deflate == (manager.config.compression == "deflate")
+    assert config.timeout_graceful_shutdown is not None
+
+
+@pytest.mark.parametrize("missing", [*PARTS, MODULE])
+def test_missing_protocol_class_falls_back_with_warning(missing: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The options are still taken, and a warning says what is missing."""
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
+        for name in (MODULE, f"{FOLDER}.compat", f"{FOLDER}.paced_parser", f"{FOLDER}.deflate"):
+            patch.delitem(sys.modules, name)
+        patch.setitem(sys.modules, missing, None)
+        options = uvicorn_options(WebSocketConfig())
+    assert options["ws"] == "auto"
+    assert loaded(options).ws_protocol_class is not None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.event == "uvicorn_internals_unknown"
+    assert missing in record.message or "pip install -U" in record.message

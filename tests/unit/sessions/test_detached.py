@@ -1,0 +1,156 @@
+"""Tests of what plain clients have left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.sessions import detached as left_module
+from fastapi_ws_stabilizer.sessions.detached import DetachedState, DetachedStateStore
+
+ROOMS = {"lobby": {"name": "Ann"}}
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(left_module, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that is a number."""
+    return Clock(monkeypatch)
+
+
+def leave(
+    detached: DetachedStateStore,
+    client_id: str,
+    rooms: dict[str, dict[str, str]],
+    user_data: dict[str, Any] | None,
+    socket: str,
+) -> list[DetachedState]:
+    """Leave something."""
+    return detached.save(
+        client_id, DetachedState(rooms, MeteredDict(None, None, user_data), 0.0, socket, detached.discard)
+    )
+
+
+def faces(gone: list[DetachedState]) -> list[object]:
+    """Whose it was."""
+    return [left.socket for left in gone]
+
+
+def test_only_client_with_token_is_resumable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client is expected back if it was given a token, and of too many the first one is not any more."""
+    monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
+    detached = DetachedStateStore(60, 10)
+    assert not detached.is_resumable("ann")
+    for client_id in ("ann", "bob", "ann", "cid"):
+        detached.mark_resumable(client_id, 3600)
+    assert [detached.is_resumable(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+
+
+def test_client_is_resumable_until_token_expires(clock: Clock) -> None:
+    """A client whose token has expired cannot come back with it, and nothing of it is remembered."""
+    detached = DetachedStateStore(60, 10)
+    detached.mark_resumable("ann", 3600)
+    clock.now += 1800
+    detached.mark_resumable("bob", 3600)
+    clock.now += 1801
+    assert [detached.is_resumable(who) for who in ("ann", "bob")] == [False, True]
+    detached.collect()
+    assert list(detached._expected) == ["bob"]
+
+
+def test_zero_ttl_saves_no_detached_state() -> None:
+    """Without a time to keep it nothing is left."""
+    detached = DetachedStateStore(0, 10)
+    detached.mark_resumable("ann", 3600)
+    assert not detached.is_resumable("ann")
+
+
+def test_returning_client_gets_detached_state_once(clock: Clock) -> None:
+    """Rooms, how the client is described in them, and user data come back once."""
+    detached = DetachedStateStore(60, 10)
+    detached.mark_resumable("ann", 3600)
+    assert leave(detached, "ann", ROOMS, {"cart": [1]}, "face") == []
+    assert len(detached) == 1
+    left = detached.claim("ann")
+    assert left is not None
+    assert (left.rooms, left.user_data, left.socket) == (ROOMS, {"cart": [1]}, "face")
+    assert detached.claim("ann") is None
+    assert detached.is_resumable("ann")  # it holds the next token soon, and may have it already
+
+
+def test_unknown_client_gets_no_detached_state() -> None:
+    """Nothing is kept for who has left nothing."""
+    assert DetachedStateStore(60, 10).claim("ann") is None
+
+
+def test_detached_state_expires_after_ttl(clock: Clock) -> None:
+    """A client that comes back too late gets nothing."""
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
+    clock.now += 30
+    leave(detached, "bob", ROOMS, None, "bob")
+    assert detached.next_due() == 1060.0
+    clock.now += 29.9
+    assert detached.collect() == []
+    clock.now += 0.1
+    assert faces(detached.collect()) == ["ann"]
+    assert detached.next_due() == 1090.0
+    assert detached.claim("ann") is None
+
+
+def test_expired_uncollected_state_is_not_returned(clock: Clock) -> None:
+    """What is too old is given to nobody, even if nobody has collected it yet."""
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
+    clock.now += 60
+    assert detached.claim("ann") is None
+
+
+def test_save_collects_expired_state(clock: Clock) -> None:
+    """Whoever leaves something takes away what is too old."""
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "ann")
+    clock.now += 60
+    assert faces(leave(detached, "bob", ROOMS, None, "bob")) == ["ann"]
+
+
+def test_last_connection_of_client_decides_detached_state(clock: Clock) -> None:
+    """What a client left before goes for what it leaves now, and its time begins anew."""
+    detached = DetachedStateStore(60, 10)
+    leave(detached, "ann", ROOMS, None, "first")
+    leave(detached, "bob", ROOMS, None, "bob")
+    clock.now += 10
+    assert faces(leave(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
+    clock.now += 50
+    assert faces(detached.collect()) == ["bob"]
+    left = detached.claim("ann")
+    assert left is not None
+    assert left.socket == "second"
+
+
+def test_oldest_state_is_evicted_above_limit(clock: Clock) -> None:
+    """No more is kept than may be."""
+    detached = DetachedStateStore(60, 2)
+    gone = [faces(leave(detached, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
+    assert gone == [[], [], ["ann"]]
+    assert len(detached) == 2
+
+
+def test_clear_returns_all_detached_state(clock: Clock) -> None:
+    """At the end everything is handed out, so that its end can be told."""
+    detached = DetachedStateStore(60, 10)
+    for who in ("ann", "bob"):
+        leave(detached, who, ROOMS, None, who)
+    assert faces(detached.clear()) == ["ann", "bob"]
+    assert len(detached) == 0
+    assert detached.next_due() is None
+    assert detached.collect() == []

@@ -1,0 +1,183 @@
+"""Tests of the replay log: which messages it holds, under which numbers, and when they go."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.sessions import replay_buffer as log_module
+from fastapi_ws_stabilizer.sessions.replay_buffer import NOTHING, ReplayBuffer, ReplayLimits
+from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
+
+WIDE = ReplayLimits(1000, 10**6, 60.0)
+
+
+def frame(text: str = "x", at: float = 0.0) -> EncodedMessage:
+    """A message that was made at some moment."""
+    made = EncodedMessage(text)
+    made.created_at = at
+    return made
+
+
+def log_of(*texts: str, limits: ReplayLimits = WIDE) -> ReplayBuffer:
+    """A log with some messages."""
+    log = ReplayBuffer(limits)
+    for text in texts:
+        log.append(frame(text))
+    return log
+
+
+def texts(log: ReplayBuffer, seq: int) -> list[str | None]:
+    """The messages after a number."""
+    return [entry.text for entry in log.since(seq)]
+
+
+def test_sequence_numbers_start_at_one() -> None:
+    """The first message of a log is number 1, and each next one is one more."""
+    log = ReplayBuffer(WIDE)
+    assert (log.head, log.first_seq, len(log.kept)) == (0, 1, 0)
+    assert [log.append(frame()) for _ in range(3)] == [1, 2, 3]
+    assert (log.head, log.first_seq, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
+
+
+def test_since_returns_later_messages_in_order() -> None:
+    """`since` gives every message after a number, the oldest first."""
+    log = log_of("a", "b", "c")
+    assert texts(log, 0) == ["a", "b", "c"]
+    assert texts(log, 2) == ["c"]
+    assert texts(log, 3) == []
+
+
+def test_ack_forgets_messages_up_to_its_number() -> None:
+    """An acknowledgement forgets everything up to its number, and numbers go on."""
+    log = log_of("a", "b", "c")
+    log.forget_up_to(2)
+    assert (log.first_seq, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
+    log.forget_up_to(1)
+    assert texts(log, 2) == ["c"]
+    assert [kept.text for kept in log.kept] == ["c"]
+    assert log.append(frame("d")) == 4
+
+
+def test_drained_buffer_has_no_queue() -> None:
+    """An idle session costs no queue, also after it was busy."""
+    log = log_of("a", "b")
+    log.forget_up_to(2)
+    assert log._entries is NOTHING
+    assert (log.first_seq, log.head, log.held_bytes) == (3, 2, 0)
+    assert log.append(frame()) == 3
+    assert tuple(NOTHING) == ()
+
+
+def test_oldest_messages_are_evicted_above_count_limit() -> None:
+    """A log holds as many messages as it may, the newest ones."""
+    log = log_of(*"abcdef", limits=ReplayLimits(3, 10**6, 60.0))
+    assert (log.first_seq, log.head, texts(log, 3)) == (4, 6, ["d", "e", "f"])
+
+
+def test_oldest_messages_are_evicted_above_byte_limit() -> None:
+    """A log holds as many bytes as it may."""
+    log = log_of("aaaa", "bbbb", "cccc", limits=ReplayLimits(1000, 9, 60.0))
+    assert (log.first_seq, log.held_bytes, texts(log, 1)) == (2, 8, ["bbbb", "cccc"])
+
+
+def test_single_message_above_byte_limit_is_retained() -> None:
+    """A message above the limit of bytes is kept until the next one comes: else it could never be resumed over."""
+    log = log_of("a", "b" * 100, limits=ReplayLimits(1000, 9, 60.0))
+    assert (log.first_seq, log.held_bytes) == (2, 100)
+    log.append(frame("c"))
+    assert (log.first_seq, log.held_bytes, texts(log, 2)) == (3, 1, ["c"])
+
+
+def test_messages_expire_after_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message is kept for its time."""
+    log = ReplayBuffer(ReplayLimits(1000, 10**6, 10.0))
+    for at in (101.0, 102.0, 112.0):
+        log.append(frame(str(at), at))
+    monkeypatch.setattr(log_module, "monotonic", lambda: 112.0)
+    log.forget_old()
+    assert (log.first_seq, texts(log, 1)) == (2, ["102.0", "112.0"])
+    monkeypatch.setattr(log_module, "monotonic", lambda: 1000.0)
+    log.forget_old()
+    assert (log.first_seq, log.head, log.held_bytes) == (4, 3, 0)
+    assert log._entries is NOTHING
+
+
+def test_clear_continues_sequence_numbers() -> None:
+    """Clearing forgets the messages and not the count."""
+    log = log_of("a", "b")
+    log.forget_all()
+    assert (len(log.kept), log.first_seq, log.head, log.held_bytes) == (0, 3, 2, 0)
+    assert log.append(frame()) == 3
+
+
+def test_rewind_reissues_sequence_numbers() -> None:
+    """A store that lost its newest entries counts on from where it is."""
+    log = log_of("a", "b", "c")
+    log.rewind(2)
+    assert (log.head, log.first_seq, log.held_bytes, texts(log, 0)) == (1, 1, 1, ["a"])
+    assert log.append(frame("B")) == 2
+
+
+def test_rewind_below_first_entry_empties_buffer() -> None:
+    """A rewind below the oldest message leaves nothing, and below the first begins anew."""
+    log = log_of("a", "b", "c")
+    log.forget_up_to(2)
+    log.rewind(2)
+    assert (len(log.kept), log.head, log.held_bytes) == (0, 1, 0)
+    log.rewind(5)
+    assert (log.head, log.first_seq) == (0, 1)
+
+
+def test_entries_are_shared_between_buffers() -> None:
+    """Two sessions that got the same message hold the same object."""
+    one, shared = ReplayBuffer(WIDE), frame("hello")
+    other = ReplayBuffer(WIDE)
+    one.append(shared)
+    other.append(shared)
+    assert one.since(0)[0] is other.since(0)[0] is shared
+
+
+def test_since_excludes_messages_appended_during_replay() -> None:
+    """What is recorded while a replay is read is no part of it, and breaks it in no way."""
+    log = log_of("a", "b")
+    replay = log.since(0)
+    log.append(frame("c"))
+    log.forget_up_to(3)
+    assert [entry.text for entry in replay] == ["a", "b"]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("record"), st.integers(1, 30)),
+        st.tuples(st.just("forget"), st.integers(0, 60)),
+        st.tuples(st.just("clear"), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS, st.integers(1, 8), st.integers(1, 100))
+def test_buffer_is_gapless_tail_after_random_operations(
+    steps: list[tuple[str, int]], max_messages: int, max_bytes: int
+) -> None:
+    """A log holds the newest messages without a hole, within its limits, and its bytes are counted right."""
+    log, recorded = ReplayBuffer(ReplayLimits(max_messages, max_bytes, 60.0)), []
+    numbers = itertools.count(1)
+    for what, value in steps:
+        if what == "record":
+            recorded.append(frame(f"{next(numbers):04}".ljust(value, ".")))
+            assert log.append(recorded[-1]) == len(recorded)
+        elif what == "forget":
+            log.forget_up_to(min(value, log.head))
+            assert log.first_seq > min(value, log.head)
+        else:
+            log.forget_all()
+        held = list(log.since(log.first_seq - 1))
+        assert held == recorded[log.first_seq - 1 :]
+        assert log.held_bytes == sum(entry.size for entry in held)
+        assert len(log.kept) <= max_messages
+        assert log.held_bytes <= max_bytes or len(log.kept) == 1

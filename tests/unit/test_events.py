@@ -1,0 +1,117 @@
+"""Tests of the interface through which the core tells what happened."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fastapi_ws_stabilizer.events import MAX_THROTTLED_KINDS, THROTTLE_INTERVAL, Event, EventBus
+
+
+def test_every_listener_gets_every_event() -> None:
+    """A report reaches all listeners with its event, level and facts."""
+    events = EventBus()
+    first: list[Event] = []
+    second: list[Event] = []
+    events.subscribe(first.append)
+    events.subscribe(second.append)
+    events.emit("connection_opened", logging.INFO, client_id="ann")
+    assert first == second == [Event("connection_opened", logging.INFO, {"client_id": "ann"})]
+
+
+def test_unsubscribed_listener_gets_no_event() -> None:
+    """What `subscribe` returns ends the subscription."""
+    events = EventBus()
+    heard: list[Event] = []
+    stop = events.subscribe(heard.append)
+    stop()
+    events.emit("x", logging.INFO)
+    assert heard == []
+
+
+def test_listener_may_unsubscribe_during_call() -> None:
+    """A listener that leaves in the middle of a report keeps nobody else from hearing it."""
+    events = EventBus()
+    heard: list[str] = []
+
+    def once(report: Event) -> None:
+        heard.append("once")
+        stop()
+
+    stop = events.subscribe(once)
+    events.subscribe(lambda report: heard.append("always"))
+    events.emit("x", logging.INFO)
+    events.emit("x", logging.INFO)
+    assert heard == ["once", "always", "always"]
+
+
+def test_failing_listener_is_logged_and_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
+    """The failure of one listener is logged, and the others still hear the report."""
+    events = EventBus()
+    heard: list[Event] = []
+
+    def broken(report: Event) -> None:
+        raise ValueError("broken listener")
+
+    events.subscribe(broken)
+    events.subscribe(heard.append)
+    events.emit("x", logging.INFO)
+    assert len(heard) == 1
+    assert [record.event for record in caplog.records] == ["listener_failed"]
+    assert "broken listener" in caplog.text
+
+
+def test_emit_exception_emits_error_event() -> None:
+    """A bug is reported at level ERROR with the exception itself."""
+    events = EventBus()
+    heard: list[Event] = []
+    events.subscribe(heard.append)
+    error = ValueError("bug")
+    events.emit_exception("endpoint_failed", error, connection_id="5f")
+    assert heard == [Event("endpoint_failed", logging.ERROR, {"connection_id": "5f"}, error)]
+
+
+def test_counters_start_at_zero_and_are_per_manager() -> None:
+    """Two managers do not count into each other's totals."""
+    one, other = EventBus(), EventBus()
+    one.counters.broadcasts += 1
+    one.counters.endings["x"] += 1  # type: ignore[index]
+    assert other.counters.broadcasts == 0
+    assert not other.counters.endings
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("fastapi_ws_stabilizer.events.monotonic", lambda: self.now)
+
+
+def test_throttled_event_is_emitted_once_per_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a kind has its level, the others are at DEBUG, and the next one that has it says how many they were."""
+    clock, events = Clock(monkeypatch), EventBus()
+    heard: list[Event] = []
+    events.subscribe(heard.append)
+    assert events.emit_throttled("refused", logging.WARNING, "full", who="ann")
+    assert not events.emit_throttled("refused", logging.WARNING, "full", who="bob")
+    clock.now += THROTTLE_INTERVAL
+    assert events.emit_throttled("refused", logging.WARNING, "full", who="cid")
+    assert events.emit_throttled("refused", logging.INFO, "late", who="dan")
+    assert heard == [
+        Event("refused", logging.WARNING, {"who": "ann"}),
+        Event("refused", logging.DEBUG, {"who": "bob"}),
+        Event("refused", logging.WARNING, {"who": "cid", "more": 1}),
+        Event("refused", logging.INFO, {"who": "dan"}),
+    ]
+
+
+def test_throttling_of_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds are counted for each event: too many of one, which share a minute then, leave the others at their level."""
+    Clock(monkeypatch)
+    events = EventBus()
+    told = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
+    assert told == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
+    assert events.emit_throttled("limited", logging.WARNING, "0")
+    assert events.emit_throttled("limited", logging.WARNING, "")

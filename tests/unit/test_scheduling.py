@@ -1,0 +1,283 @@
+"""Tests of work that is cut into pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer.events import EventBus
+from fastapi_ws_stabilizer.scheduling import CHECK_INTERVAL, CallbackSemaphore, FlushScheduler, LoopBudget
+from tests.support.fake_websocket import settle
+from tests.support.own_loop import run
+
+
+class Worker:
+    """Notes when it takes its turn."""
+
+    def __init__(self, name: str, log: list[str], clock: Any = None, error: BaseException | None = None) -> None:
+        self.name, self.log, self.clock, self.error = name, log, clock, error
+
+    def flush_now(self) -> None:
+        """Take it, for as long as the clock says."""
+        self.log.append(self.name)
+        if self.clock is not None:
+            self.clock.now += 0.004
+        if self.error is not None:
+            raise self.error
+
+
+class Clock:
+    """A clock that stands still unless somebody works."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def soon(scheduler: FlushScheduler, shard: int, worker: Worker) -> None:
+    scheduler.schedule(scheduler.pending(shard), worker)
+
+
+async def test_work_is_flushed_on_next_loop_iteration() -> None:
+    """Nothing runs at the call, everything in the next turn of the event loop."""
+    log: list[str] = []
+    scheduler = FlushScheduler(4, EventBus())
+    for shard in (2, 0, 2):
+        soon(scheduler, shard, Worker(str(shard), log))
+    assert log == []
+    await asyncio.sleep(0)
+    assert log == ["2", "2", "0"]
+
+
+async def test_flush_beyond_max_block_continues_next_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds the loop for more than MAX_BLOCK goes on in the next turn, with the shard that has waited longest."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    log: list[str] = []
+    scheduler = FlushScheduler(4, EventBus())
+    for shard in range(4):
+        soon(scheduler, shard, Worker(str(shard), log, clock))
+    await asyncio.sleep(0)
+    assert log == ["0", "1"]
+    soon(scheduler, 0, Worker("late", log, clock))
+    await asyncio.sleep(0)
+    assert log == ["0", "1", "2", "3"]
+    await asyncio.sleep(0)
+    assert log == ["0", "1", "2", "3", "late"]
+
+
+async def test_single_shard_is_flushed_without_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With num_shards=1 the loop waits for all of it: that is what more shards buy."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    log: list[str] = []
+    scheduler = FlushScheduler(1, EventBus())
+    for number in range(10):
+        soon(scheduler, 0, Worker(str(number), log, clock))
+    await asyncio.sleep(0)
+    assert len(log) == 10
+
+
+async def test_failing_flush_is_reported_and_others_continue(heard: Any) -> None:
+    """Its failure is reported as ours, and the others have their turn."""
+    events, ear = heard
+    log: list[str] = []
+    scheduler = FlushScheduler(1, events)
+    soon(scheduler, 0, Worker("bad", log, error=ValueError("x")))
+    soon(scheduler, 0, Worker("good", log))
+    await settle()
+    assert log == ["bad", "good"]
+    assert ear.events == ["internal_task_failed"]
+
+
+@pytest.mark.parametrize(("num_shards", "first_turn"), [(2, CHECK_INTERVAL), (1, 2 * CHECK_INTERVAL + 1)])
+async def test_large_shard_is_split_after_max_block(
+    monkeypatch: pytest.MonkeyPatch, num_shards: int, first_turn: int
+) -> None:
+    """The clock is looked at after each LOOK_EVERY workers of a shard, unless there is only one shard."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    log: list[str] = []
+    scheduler = FlushScheduler(num_shards, EventBus())
+    names = [str(number) for number in range(2 * CHECK_INTERVAL + 1)]
+    for name in names:
+        soon(scheduler, 0, Worker(name, log, clock))
+    await asyncio.sleep(0)
+    assert len(log) == first_turn
+    await settle()
+    assert log == names
+
+
+async def test_large_shard_within_max_block_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many workers a shard has, they share a turn of the event loop that is short."""
+    monkeypatch.setattr(turns_module, "monotonic", Clock())
+    log: list[str] = []
+    scheduler = FlushScheduler(2, EventBus())
+    for number in range(2 * CHECK_INTERVAL + 1):
+        soon(scheduler, 0, Worker(str(number), log))
+    await asyncio.sleep(0)
+    assert len(log) == 2 * CHECK_INTERVAL + 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+async def test_cancelled_error_in_flush_does_not_stop_others(num_shards: int) -> None:
+    """A CancelledError goes to the event loop, and the others of its shard and of later ones have their turn."""
+    told: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    error = asyncio.CancelledError()
+    log: list[str] = []
+    scheduler = FlushScheduler(num_shards, EventBus())
+    soon(scheduler, 0, Worker("before", log))
+    soon(scheduler, 0, Worker("bad", log, error=error))
+    soon(scheduler, 0, Worker("behind", log))
+    soon(scheduler, num_shards - 1, Worker("last", log))
+    await settle()
+    assert log == ["before", "bad", "behind", "last"]
+    assert told == [error]
+    soon(scheduler, 0, Worker("later", log))
+    await settle()
+    assert log[4:] == ["later"]
+
+
+class Again(Worker):
+    """One that has work for another turn, a number of times, and may raise in each."""
+
+    times = 0
+
+    def __init__(self, scheduler: FlushScheduler, shard: int, again: int, log: list[str], *args: Any) -> None:
+        super().__init__(str(shard), log, *args)
+        self.scheduler, self.shard, self.again = scheduler, shard, again
+
+    def flush_now(self) -> None:
+        """Take it, and ask for the next one before it is over."""
+        self.times += 1
+        if self.times <= self.again:
+            soon(self.scheduler, self.shard, self)
+        super().flush_now()
+
+
+_WORKERS = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.integers(0, 3),
+        st.sampled_from([None, None, None, ValueError("x"), asyncio.CancelledError()]),
+    ),
+    max_size=30,
+)
+
+
+@given(_WORKERS, st.sampled_from([1, 2, 4]), st.booleans())
+def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]], num_shards: int, long: bool) -> None:
+    """Whoever works long, fails, or has more work, takes as many turns as it has asked for, and no shard two places."""
+
+    async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
+        clock = Clock()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(turns_module, "monotonic", clock)
+            patch.setattr(turns_module, "CHECK_INTERVAL", 2)
+            scheduler = FlushScheduler(num_shards, EventBus())
+            log: list[str] = []
+            everyone = [
+                Again(scheduler, shard % num_shards, again, log, clock if long else None, error)
+                for shard, again, error in workers
+            ]
+            for number, worker in enumerate(everyone):
+                soon(scheduler, worker.shard, worker)
+                if number % 7 == 6:
+                    await asyncio.sleep(0)
+            for _ in range(200):
+                await asyncio.sleep(0)
+                assert len({id(shard) for shard in scheduler._ready}) == len(scheduler._ready)
+            assert [worker.times for worker in everyone] == [1 + worker.again for worker in everyone]
+            assert len(log) == sum(worker.times for worker in everyone)
+            assert not scheduler._scheduled
+
+    run(play())
+
+
+async def test_exceeded_loop_budget_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that sends in a loop without a pause can see that it is time for one, whether any work waits or not."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    scheduler = FlushScheduler(1, EventBus())
+    assert not scheduler.exceeded()
+    clock.now += 0.006
+    assert scheduler.exceeded()
+    assert not scheduler.exceeded()
+    clock.now += 0.006
+    soon(scheduler, 0, Worker("x", []))
+    await settle()
+    assert not scheduler.exceeded()
+
+
+async def test_loop_budget_restarts_after_yield(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn may be held for as long."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    hold = LoopBudget()
+    clock.now += 0.006
+    assert hold.exceeded()
+    await hold.yield_to_loop()
+    assert not hold.exceeded()
+
+
+def test_semaphore_wakes_waiters_in_order() -> None:
+    """Who waits for a slot looks again when one is free, the first first; who needs none passes it on."""
+    slots = CallbackSemaphore(1)
+    assert slots.free
+    slots.take()
+    assert not slots.free
+    log: list[str] = []
+
+    def look(name: str, wants: bool = True) -> Any:
+        return lambda: log.append(name) or wants
+
+    slots.wait(look("a"))
+    slots.wait(look("b"))
+    assert len(slots) == 2
+    slots.wake_next()
+    assert log == []
+    slots.release()
+    assert log == ["a"]
+    slots.wake_next()
+    assert log == ["a", "b"]
+    slots.wake_next()
+    assert log == ["a", "b"]
+
+
+def test_semaphore_skips_waiters_without_need() -> None:
+    """However many in a line are gone, the first that still wants a slot is reached, at once and without recursion."""
+    slots = CallbackSemaphore(1)
+    slots.take()
+    for _ in range(5000):
+        slots.wait(lambda: False)
+    log: list[str] = []
+    slots.wait(lambda: log.append("here") is None)
+    slots.wait(lambda: log.append("not yet") is None)
+    slots.release()
+    assert log == ["here"]
+    assert len(slots) == 1
+
+
+async def test_long_flush_does_not_count_against_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that took long to flush are not held against code that goes on sending."""
+    clock = Clock()
+    monkeypatch.setattr(turns_module, "monotonic", clock)
+    scheduler = FlushScheduler(1, EventBus())
+
+    class Slow:
+        def flush_now(self) -> None:
+            clock.now += 2 * turns_module.MAX_BLOCK
+
+    scheduler.schedule(scheduler.pending(0), Slow())
+    await asyncio.sleep(0)
+    assert not scheduler.exceeded()
+    clock.now += 1.1 * turns_module.MAX_BLOCK
+    assert scheduler.exceeded()

@@ -1,0 +1,430 @@
+"""Tests of the frames of `stabilizer.v1.json`: what is read, what is refused, and how they are written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_ws_stabilizer.wire.deflate import deflate_stream
+from fastapi_ws_stabilizer.wire.v1 import frames as v1
+from fastapi_ws_stabilizer.wire.v1.frames import (
+    MAX_HELLO_BYTES,
+    MAX_META_BYTES,
+    MAX_NAME_CHARS,
+    MAX_RESUME_TOKEN_CHARS,
+    MAX_SEQ,
+    SUBPROTOCOL,
+    Message,
+    ProtocolError,
+    binary_envelope,
+    control_frame,
+    envelope,
+    message_of,
+    optional_int,
+    optional_text,
+    parse,
+    ping_timestamp,
+    require_int,
+)
+from fastapi_ws_stabilizer.wire.v1.hello import offered_credential, offers_v1, parse_hello
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=MAX_NAME_CHARS)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | NAMES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def binary(meta: bytes, payload: bytes = b"", *, kind: int = 1, length: int | None = None) -> bytes:
+    """A binary frame with any head."""
+    return struct.pack(">BH", kind, len(meta) if length is None else length) + meta + payload
+
+
+# ── reading ──
+
+
+@given(st.one_of(st.text(), st.binary(), st.binary().map(lambda raw: b"\x01\x00\x02{}" + raw), JSON.map(json.dumps)))
+def test_any_input_is_frame_or_protocol_error(raw: str | bytes) -> None:
+    """Reading raises nothing but `ProtocolError`, and what it returns has a type."""
+    try:
+        frame = parse(raw)
+    except ProtocolError:
+        return
+    assert isinstance(frame["type"], str)
+
+
+@given(st.dictionaries(st.sampled_from(["type", "seq", "event", "id", "key", "room", "data", "re", "x"]), JSON))
+def test_any_object_is_message_or_protocol_error(frame: dict[str, Any]) -> None:
+    """Fields of any kind in any place lead to a message or to `ProtocolError`."""
+    try:
+        message = message_of(parse(json.dumps(frame)))
+    except ProtocolError:
+        return
+    assert message.seq is None or 1 <= message.seq <= MAX_SEQ
+    for name in (message.event, message.id, message.key, message.room):
+        assert name is None or len(name) <= MAX_NAME_CHARS
+
+
+@given(st.one_of(st.text(), st.binary(), JSON.map(json.dumps), st.dictionaries(NAMES, JSON).map(json.dumps)))
+def test_any_first_frame_is_hello_or_protocol_error(raw: str | bytes) -> None:
+    """Reading a hello raises nothing but `ProtocolError`."""
+    with pytest.raises(ProtocolError):
+        parse_hello(raw)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "ping",
+        "null",
+        "7",
+        '"hello"',
+        "[]",
+        '[{"type":"msg"}]',
+        "{}",
+        '{"type":null}',
+        '{"type":7}',
+        '{"type":["msg"]}',
+        '{"type":"msg"',
+        '{"type":"msg"}}',
+        '{"type":"msg","data":NaN}',
+        '{"type":"msg","data":-Infinity}',
+        "{'type':'msg'}",
+        '{"type":"msg","data":"\ud800"}',
+        '{"type":"msg","data":' + "[" * 5000 + "]" * 5000 + "}",
+    ],
+)
+def test_non_object_or_missing_type_is_malformed(text: str) -> None:
+    """A text frame is one JSON object whose `type` is a text."""
+    with pytest.raises(ProtocolError):
+        parse(text)
+
+
+def test_malformed_frame_has_close_code() -> None:
+    """What breaks the protocol is closed with 4400, and a version that is not spoken with 4406."""
+    assert ProtocolError("no frame").code == 4400
+    with pytest.raises(ProtocolError) as other_version:
+        parse_hello('{"type":"hello","v":2,"n":1}')
+    assert other_version.value.code == 4406
+
+
+def test_unknown_types_and_fields_are_accepted() -> None:
+    """Newer peers may say more: what is not known is no error."""
+    assert parse('{"type":"later","x":[1]}') == {"type": "later", "x": [1]}
+    message = message_of(parse('{"type":"msg","data":1,"priority":9,"seq":3}'))
+    assert (message.data, message.seq) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x01",
+        b"\x01\x00",
+        binary(b""),
+        binary(b"{}"),
+        binary(b'{"type":"msg"}', kind=0),
+        binary(b'{"type":"msg"}', kind=2),
+        binary(b'{"type":"msg"}', kind=255),
+        binary(b'{"type":"msg"}', length=15),
+        binary(b'{"type":"msg"}', length=13),
+        binary(b'{"type":"ack","seq":1}'),
+        binary(b'{"type":"hello","v":1,"n":1}'),
+        binary(b'{"type":7}'),
+        binary(b"[]"),
+        binary(b'{"type":"msg","event":"\xff"}'),
+    ],
+)
+def test_malformed_binary_frame_is_rejected(raw: bytes) -> None:
+    """A binary frame has a head, as much meta as it says, and a message or a reply in it."""
+    with pytest.raises(ProtocolError):
+        parse(raw)
+
+
+def test_binary_frame_data_follows_meta() -> None:
+    """The bytes behind the meta are the data, none of them included, and win over a `data` in the meta."""
+    assert parse(binary(b'{"type":"msg","seq":4}', b"\x00\xff")) == {"type": "msg", "seq": 4, "data": b"\x00\xff"}
+    assert parse(binary(b'{"type":"reply","re":"c1","data":1}'))["data"] == b""
+
+
+@pytest.mark.parametrize("value", [0, 1, MAX_SEQ])
+def test_numbers_up_to_2_53_minus_1_are_accepted(value: int) -> None:
+    """Numbers go to 2^53 - 1, which JavaScript counts exactly."""
+    assert require_int({"type": "ack", "seq": value}, "seq") == value
+    assert optional_int({"type": "ack", "seq": value}, "seq") == value
+
+
+@pytest.mark.parametrize("value", [-1, MAX_SEQ + 1, 10**400, 1.0, 1.5, True, False, "1", None, [1], {}])
+def test_invalid_number_is_malformed(value: Any) -> None:
+    """Numbers are whole, not negative, and no booleans; one that must be there is no null."""
+    with pytest.raises(ProtocolError, match="seq is a whole number from 0"):
+        require_int({"type": "ack", "seq": value}, "seq")
+
+
+def test_number_below_minimum_is_malformed() -> None:
+    """A message's number begins with 1."""
+    with pytest.raises(ProtocolError, match="from 1"):
+        message_of({"type": "msg", "seq": 0})
+
+
+def test_optional_field_may_be_null() -> None:
+    """A field that is null is as good as left out."""
+    frame = {"type": "msg", "seq": None, "event": None, "id": None, "key": None, "room": None, "data": None}
+    message = message_of(frame)
+    assert (message.seq, message.event, message.id, message.key, message.room, message.data) == (None,) * 6
+    assert optional_int({}, "seq") is None
+
+
+@pytest.mark.parametrize("name", ["event", "id", "key", "room"])
+def test_names_are_strings_of_limited_length(name: str) -> None:
+    """Names are texts, as long as they may be and no longer."""
+    assert getattr(message_of({"type": "msg", name: "x" * MAX_NAME_CHARS}), name) == "x" * MAX_NAME_CHARS
+    for value in ("x" * (MAX_NAME_CHARS + 1), 7, [], {}, True):
+        with pytest.raises(ProtocolError, match=f"{name} is a text of at most {MAX_NAME_CHARS}"):
+            message_of({"type": "msg", name: value})
+
+
+@pytest.mark.parametrize("name", ["event", "id", "key", "room"])
+@pytest.mark.parametrize("value", ["a\x00", "\r\n[ERROR] fake", "\x1b[2J", "\x9b", "\u2028"], ids=ascii)
+def test_control_characters_in_name_are_rejected(name: str, value: str) -> None:
+    """What would rewrite a line wherever it is shown is no name; the error does not repeat it."""
+    with pytest.raises(ProtocolError, match="none of them a control character") as refused:
+        message_of({"type": "msg", name: value})
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "packed", [b"\xff\xff", deflate_stream(b"\xff"), deflate_stream(b"{}")[:-1], deflate_stream(b"{}") * 2]
+)
+def test_compressed_frame_error_hides_library_text(packed: bytes) -> None:
+    """Neither zlib's error nor Python's reaches a client."""
+    with pytest.raises(ProtocolError) as refused:
+        parse(b"\x02\x00\x00" + packed, 1000)
+    assert str(refused.value) == "a compressed frame is raw deflate of UTF-8, once and whole"
+
+
+def test_frame_error_names_exceeded_limit() -> None:
+    """A limit is told: nested too deep, or a number too large."""
+    with pytest.raises(ProtocolError, match="it is nested deeper than 64 levels"):
+        parse('{"type":"msg","data":' + "[" * 64 + "]" * 64 + "}")
+    with pytest.raises(ProtocolError, match="a number in it is beyond"):
+        parse('{"type":"msg","data":1e999}')
+
+
+def test_string_field_may_have_its_own_limit() -> None:
+    """Tokens are longer than names."""
+    assert optional_text({"token": "x" * 512}, "token", 512) == "x" * 512
+    with pytest.raises(ProtocolError):
+        optional_text({"token": "x" * 513}, "token", 512)
+
+
+@pytest.mark.parametrize(
+    ("data", "raw"),
+    [("hello", "hello"), (b"\x00", b"\x00"), ({"a": [1]}, '{"a":[1]}'), (None, "null"), (1.5, "1.5"), ("", "")],
+)
+def test_message_content_matches_that_of_plain_client(data: Any, raw: str | bytes) -> None:
+    """One handler serves both kinds of clients: texts and bytes as they are, all else as JSON."""
+    assert Message(data).raw == raw
+
+
+def test_message_repr_shows_truncated_data() -> None:
+    """The `repr` of a message shows what it carries, cut to a few values and 80 characters of a text."""
+    assert repr(Message({"a": 1}, event="b", id="c1", seq=3)) == "<Message event='b' id='c1' seq=3 data={'a': 1}>"
+    assert len(repr(Message(["x" * 10_000] * 100))) < 700
+    assert len(repr(Message(b"x" * 10_000))) < 200
+
+
+# ── writing ──
+
+
+@given(JSON, st.none() | NAMES, st.none() | NAMES, st.none() | NAMES, st.none() | st.integers(1, MAX_SEQ))
+def test_json_message_survives_round_trip(
+    data: Any, event: str | None, id_: str | None, key: str | None, seq: int | None
+) -> None:
+    """What is written with any fields is read with the same ones."""
+    raw = envelope("msg", data, event=event, id=id_, key=key, seq=seq)
+    assert isinstance(raw, str)
+    message = message_of(parse(raw))
+    assert (message.data, message.event, message.id, message.key, message.seq) == (data, event, id_, key, seq)
+    assert json.loads(raw).get("type") == "msg"
+    assert raw.startswith('{"type":"msg"')
+
+
+@given(st.binary(), st.none() | NAMES, st.none() | st.integers(1, MAX_SEQ))
+def test_binary_message_survives_round_trip(data: bytes, event: str | None, seq: int | None) -> None:
+    """Bytes travel behind their fields, and nothing in them is looked at."""
+    for wrapped in (data, bytearray(data), memoryview(data)):
+        raw = envelope("msg", wrapped, event=event, seq=seq)
+        assert isinstance(raw, bytes)
+        message = message_of(parse(raw))
+        assert (message.data, message.event, message.seq) == (data, event, seq)
+
+
+def test_non_finite_number_becomes_null() -> None:
+    """NaN and infinities are null, as in JavaScript."""
+    assert envelope("msg", [float("nan"), float("inf")]) == '{"type":"msg","data":[null,null]}'
+
+
+def test_infinity_is_written_as_null() -> None:
+    """What cannot be JSON is made JSON: no frame of ours is one that its reader could not read."""
+    assert control_frame("pong", ts=float("inf")).text == '{"type":"pong","ts":null}'
+
+
+def test_unencodable_data_raises_in_sender() -> None:
+    """Data that cannot be encoded raises `ValueError`."""
+    with pytest.raises(ValueError, match="serialize"):
+        envelope("msg", object())
+
+
+def test_binary_message_meta_is_limited() -> None:
+    """The meta of a binary frame is as long as its two bytes of length can say."""
+    room = "x" * (MAX_META_BYTES - len('{"type":"msg","room":""}'))
+    assert parse(binary_envelope({"type": "msg", "room": room}, b"y"))["data"] == b"y"
+    with pytest.raises(ValueError, match="more than 65535"):
+        binary_envelope({"type": "msg", "room": room + "x"}, b"y")
+
+
+def test_control_frame_omits_none_fields() -> None:
+    """Fields that are `None` are not written; zero and false are."""
+    assert control_frame("welcome", why=None, seq=0, ok=False).text == '{"type":"welcome","seq":0,"ok":false}'
+
+
+# ── negotiation ──
+
+
+def test_offered_subprotocol_is_matched_exactly() -> None:
+    """The subprotocol is matched exactly, wherever it stands in the offer."""
+    assert offers_v1(["chat", SUBPROTOCOL])
+    assert not offers_v1([])
+    assert not offers_v1(["stabilizer.v2.json", "STABILIZER.V1.JSON", "stabilizer.v1.json "])
+
+
+@pytest.mark.parametrize("token", ["secret", "ü🦊", "a" * 100, "??>>", ""])
+def test_subprotocol_may_carry_base64url_credential(token: str) -> None:
+    """A credential is base64url, with or without padding."""
+    text = base64.urlsafe_b64encode(token.encode()).decode()
+    assert offered_credential([SUBPROTOCOL, "stabilizer.auth." + text]) == token
+    assert offered_credential(["stabilizer.auth." + text.rstrip("=")]) == token
+
+
+@pytest.mark.parametrize("offer", [[], [SUBPROTOCOL], ["stabilizer.auth._w"], ["stabilizer.auth.A"]])
+def test_unreadable_subprotocol_credential_is_ignored(offer: list[str]) -> None:
+    """What is no credential is as good as left out, and raises nothing."""
+    assert offered_credential(offer) is None
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_any_subprotocol_credential_raises_nothing(text: str) -> None:
+    """A credential among the subprotocols is read or not, and never an error of the server."""
+    assert isinstance(offered_credential(["stabilizer.auth." + text]), (str, type(None)))
+
+
+# ── the first frame ──
+
+
+def hello(**fields: Any) -> str:
+    """A hello with some fields changed; `None` leaves one out."""
+    frame = {"type": "hello", "v": 1, "n": 1, **fields}
+    return json.dumps({name: value for name, value in frame.items() if value is not None})
+
+
+def test_hello_fields_are_read() -> None:
+    """All fields of a hello are read."""
+    read = parse_hello(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}, client="tab-1", caps=["x"]))
+    assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (7, "credential", "a.b", 42, "tab-1")
+
+
+def test_minimal_hello_has_version_and_attempt() -> None:
+    """Everything else may be left out."""
+    read = parse_hello(hello(n=0))
+    assert (read.attempt, read.auth, read.token, read.seq, read.instance) == (0, None, None, 0, None)
+
+
+def test_hello_repr_contains_no_token_or_credential() -> None:
+    """A hello in a log tells no secret."""
+    read = parse_hello(hello(n=7, auth="credential", resume={"token": "a.b", "seq": 42}))
+    assert repr(read) == "<Hello dial=7 seq=42 resumes=True>"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "msg"},
+        {"v": None},
+        {"v": 2},
+        {"v": "1"},
+        {"n": None},
+        {"n": -1},
+        {"n": 1.5},
+        {"n": "1"},
+        {"n": MAX_SEQ + 1},
+        {"resume": "a.b"},
+        {"resume": []},
+        {"resume": {}},
+        {"resume": {"token": "a.b"}},
+        {"resume": {"token": "a.b", "seq": -1}},
+        {"resume": {"token": "a.b", "seq": None}},
+        {"resume": {"token": None, "seq": 1}},
+        {"resume": {"token": 7, "seq": 1}},
+        {"resume": {"token": "x" * (MAX_RESUME_TOKEN_CHARS + 1), "seq": 1}},
+        {"auth": 7},
+        {"auth": {"token": "x"}},
+        {"client": 7},
+        {"client": "x" * (MAX_NAME_CHARS + 1)},
+    ],
+    ids=str,
+)
+def test_hello_with_invalid_field_is_malformed(fields: dict[str, Any]) -> None:
+    """A hello that cannot be understood is no hello."""
+    frame = {"type": "hello", "v": 1, "n": 1, **fields}
+    with pytest.raises(ProtocolError):
+        parse_hello(json.dumps({name: value for name, value in frame.items() if value is not None or name == "resume"}))
+
+
+def test_binary_hello_is_malformed() -> None:
+    """A binary first frame is no hello, whatever is in it."""
+    with pytest.raises(ProtocolError):
+        parse_hello(hello().encode())
+
+
+def test_hello_at_byte_limit_is_accepted() -> None:
+    """The limit of a hello is in bytes, and is itself allowed."""
+    room = MAX_HELLO_BYTES - len(hello(auth=""))
+    assert len(parse_hello(hello(auth="x" * room)).auth or "") == room
+    with pytest.raises(ProtocolError, match="8192 bytes"):
+        parse_hello(hello(auth="x" * (room + 1)))
+    frame = json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "é" * (room // 2 + 1)}, ensure_ascii=False)
+    assert len(frame) < MAX_HELLO_BYTES < len(frame.encode())
+    with pytest.raises(ProtocolError, match="8192 bytes"):
+        parse_hello(frame)
+
+
+def test_hello_over_byte_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unauthenticated peer costs no parsing beyond the limit."""
+    monkeypatch.setattr(v1, "read_json", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ProtocolError):
+        parse_hello("{" + " " * MAX_HELLO_BYTES)
+
+
+@pytest.mark.parametrize("ts", [None, 0, 17, -1, 1.5, 1767225600123, "", "x" * 64])
+def test_ping_returns_number_or_short_text(ts: Any) -> None:
+    """It gets back what it has sent; `null` is nothing."""
+    assert ping_timestamp({"type": "ping", "ts": ts}) == ts
+    assert ping_timestamp({"type": "ping"}) is None
+
+
+@pytest.mark.parametrize("ts", ["x" * 65, True, [], [1], {}, {"a": 1}])
+def test_ping_with_other_timestamp_is_malformed(ts: Any) -> None:
+    """Pongs to a client that does not read are held, so it does not choose how large they are."""
+    with pytest.raises(ProtocolError, match="ping: ts is a number or a text of at most 64 characters") as refused:
+        ping_timestamp({"type": "ping", "ts": ts})
+    assert refused.value.code == 4400
