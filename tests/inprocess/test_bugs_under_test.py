@@ -9,7 +9,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from fastapi_ws_stabilizer import StableSocket, StableSocketDep, WebSocketConnectionManager
 
-ENTRY_POINTS = ("endpoint", "assertion", "handler", "explicit connect", "serve", "connect")
+ENTRY_POINTS = ("endpoint", "assertion", "handler", "explicit", "serve", "connect")
 
 
 def made() -> FastAPI:
@@ -40,8 +40,8 @@ def made() -> FastAPI:
     async def handler(ws: StableSocketDep) -> None:
         await ws.run()
 
-    @app.websocket("/hand")
-    async def hand(websocket: WebSocket) -> None:
+    @app.websocket("/explicit")
+    async def explicit(websocket: WebSocket) -> None:
         await websocket.accept()
         await manager.connect("ann", websocket)
         await websocket.receive_text()

@@ -63,26 +63,26 @@ class _Speaker(FakeAttachment):
         """Send a control frame."""
         self.answers.append(frame)
 
-    def tell(self, event: str, level: int, **fields: Any) -> None:
+    def emit(self, event: str, level: int, **fields: Any) -> None:
         """Nobody listens."""
 
-    def may_send(self, size: int, message: Message | None = None) -> bool:
+    def admit_message(self, size: int, message: Message | None = None) -> bool:
         """Whether a message may be sent now: always."""
         return True
 
-    def control_came(self) -> None:
+    def on_control_frame(self) -> None:
         """Nobody counts."""
 
-    def heard(self) -> None:
+    def on_message(self) -> None:
         """Nobody notes it."""
 
-    def holds(self) -> None:
+    def on_nonzero(self) -> None:
         """As of a connection."""
 
     def evict(self) -> None:
         """There is room."""
 
-    def holds_too_much(self, held: int) -> None:
+    def on_limit_exceeded(self, held: int) -> None:
         """There is no limit."""
 
 
