@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import websockets
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
 
@@ -23,6 +24,9 @@ from fastapi_ws_stabilizer.client.websockets_transport import connector
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.fake_websocket import eventually, with_deadline
+
+NO_PROXY: dict[str, Any] = {"proxy": None} if int(websockets.__version__.split(".")[0]) >= 15 else {}
+"""The option of `websockets.connect` by which the environment names no proxy; older ones know none."""
 
 
 @asynccontextmanager
@@ -163,7 +167,7 @@ async def test_rejected_handshake_becomes_close_code(
 
     async with served(echo, process_request=refuse) as url:
         with pytest.raises(TransportClosedError) as caught:
-            await with_deadline(connector({"proxy": None})(url, [SUBPROTOCOL]))
+            await with_deadline(connector(NO_PROXY)(url, [SUBPROTOCOL]))
     assert caught.value.code == code
     assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
 

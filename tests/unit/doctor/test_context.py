@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
 from starlette.endpoints import WebSocketEndpoint
 from starlette.routing import Mount, WebSocketRoute
@@ -254,14 +255,15 @@ def test_manager_check_inspects_own_deployment(under: Any) -> None:
     assert own.check() == []
     assert [finding.code for finding in own.check(platform="nginx")] == ["D01", "D18"]
     assert [finding.code for finding in own.check(platform=["nginx"], idle_timeout=300)] == ["D18"]
-    assert [finding.code for finding in own.check(server="uvicorn")] == ["D06", "D07"]
+    unread = [] if tuple(map(int, uvicorn.__version__.split(".")[:2])) < (0, 50) else ["D06"]  # its `auto` reads ahead
+    assert [finding.code for finding in own.check(server="uvicorn")] == [*unread, "D07"]
     options = own.uvicorn_options()
     assert [finding.code for finding in own.check(FastAPI(), server="uvicorn", server_options=options)] == []
     own.on_handshake(lambda ws: None)
     assert [finding.code for finding in own.check(server="gunicorn")] == ["D13"]
     under("uvicorn")
     assert own.check() == []
-    assert [finding.code for finding in own.check(server_options={"reload": True})] == ["D06", "D07", "D12"]
+    assert [finding.code for finding in own.check(server_options={"reload": True})] == [*unread, "D07", "D12"]
 
 
 def admin(request: Request) -> None:

@@ -12,7 +12,6 @@ from uvicorn.config import Config
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.manager import WebSocketConnectionManager
 from fastapi_ws_stabilizer.servers.uvicorn.options import MODULE, uvicorn_options
-from fastapi_ws_stabilizer.servers.uvicorn.protocol import StableWebSocketProtocol
 
 FOLDER = "fastapi_ws_stabilizer.servers.uvicorn"
 
@@ -36,7 +35,7 @@ def test_uvicorn_accepts_options(options: dict[str, Any]) -> None:
     """They choose the protocol class, and say to uvicorn what the manager was told."""
     manager = WebSocketConnectionManager(WebSocketConfig(**options))
     config = loaded(manager.uvicorn_options())
-    assert config.ws_protocol_class is StableWebSocketProtocol
+    assert config.ws_protocol_class is not None  # which one depends on uvicorn: `unit/compat/test_uvicorn.py`
     assert config.ws_max_size == manager.config.max_message_size
     assert config.ws_ping_interval == manager.config.heartbeat_interval
     assert config.ws_ping_timeout == manager.config.heartbeat_timeout
@@ -49,7 +48,7 @@ def test_missing_protocol_class_falls_back_with_warning(missing: str, caplog: py
     """The options are still taken, and a warning says what is missing."""
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "fastapi_ws_stabilizer"):
         for name in (MODULE, f"{FOLDER}.compat", f"{FOLDER}.paced_parser", f"{FOLDER}.deflate"):
-            patch.delitem(sys.modules, name)
+            patch.delitem(sys.modules, name, raising=False)
         patch.setitem(sys.modules, missing, None)
         options = uvicorn_options(WebSocketConfig())
     assert options["ws"] == "auto"
