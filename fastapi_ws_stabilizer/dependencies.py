@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from fastapi import Depends, WebSocket
 from starlette.requests import HTTPConnection
 
+from fastapi_ws_stabilizer.compat.starlette import lifespan_owners
 from fastapi_ws_stabilizer.errors import ManagerNotFoundError
 from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
-
-_MAX_LIFESPANS: Final = 32
-"""How many merged lifespans are looked through for a manager's."""
 
 
 def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
@@ -46,20 +43,9 @@ def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
 
 
 def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:
-    """The manager whose `lifespan` this is, alone or merged with those of included routers."""
-    waiting = [lifespan]
-    for _ in range(_MAX_LIFESPANS):
-        if not waiting:
-            break
-        candidate = waiting.pop(0)
-        owner = getattr(candidate, "__self__", None)
-        if isinstance(owner, WebSocketConnectionManager):
-            return owner
-        candidate = getattr(candidate, "__wrapped__", candidate)
-        for cell in getattr(candidate, "__closure__", None) or ():
-            with suppress(ValueError):  # an empty cell
-                waiting.append(cell.cell_contents)
-    return None
+    """Return the manager whose `lifespan` this is, alone or merged with those of included routers."""
+    owners = lifespan_owners(lifespan)
+    return next((owner for owner in owners if isinstance(owner, WebSocketConnectionManager)), None)
 
 
 async def stable_socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:

@@ -22,11 +22,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import WebSocket, WebSocketDisconnect
-from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, detaches, local_close
 from fastapi_ws_stabilizer.compat.ended_websocket import IGNORED, PAUSE, SPINS, becomes_ended, end_errors_of
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
@@ -94,7 +94,7 @@ class Connection(Handover):
         self.opened_at = monotonic()
         self.liveness = Liveness(self.opened_at, parts.round_trips)
         self.inbox = Inbox(parts.inbox_limits)
-        self.server_transport = ServerTransport(websocket._receive, websocket._send)
+        self.server_transport = ServerTransport(*asgi_callables(websocket))
         self.shard = parts.next_shard()
         self._link = self.server_transport.direct_transport(websocket.scope)
         self.protocol = None
@@ -133,9 +133,8 @@ class Connection(Handover):
     def open(self) -> None:
         """Start to read. From here on every path leads to one ending and to `finished`."""
         websocket = self.websocket
-        receive = websocket._receive
-        websocket._receive = self._asgi_receive
-        websocket._send = self._asgi_send
+        receive, _ = asgi_callables(websocket)
+        install_asgi_shim(websocket, self._asgi_receive, self._asgi_send)
         self.opened = True
         self.context = contextvars.copy_context()
         self.endpoint.watch(websocket.scope)
@@ -239,7 +238,7 @@ class Connection(Handover):
         """Let Starlette's `WebSocket` say that the client has left, as soon as everything that it has sent is read."""
         becomes_ended(self.websocket)
         if not len(self.inbox):
-            self.websocket.client_state = WebSocketState.DISCONNECTED
+            mark_disconnected(self.websocket)
 
     def _close_outbox(self, how: CloseInfo) -> None:
         if how.by_peer:
@@ -357,7 +356,7 @@ class Connection(Handover):
         Code that goes on is named in the log, and slowed down if it does not stop, or was cancelled.
         """
         if self.close_info is not None:
-            self.websocket.client_state = WebSocketState.DISCONNECTED
+            mark_disconnected(self.websocket)
         task = asyncio.current_task()
         if task is None:
             return

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from fastapi import WebSocketDisconnect
@@ -22,14 +22,11 @@ from fastapi_ws_stabilizer.close_codes import (
     local_close,
     truncate_reason,
 )
+from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
 from fastapi_ws_stabilizer.tasks import LazyEvent
 
 _CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
-
-_STACKS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
-"""Where FastAPI keeps the exit stacks of a connection, the one that closes first comes first. The names have changed
-over its versions; where none is found, only the refinement that it serves is missing."""
 
 
 class _Busy:
@@ -171,15 +168,6 @@ _NO_BUGS: Final = (
     WebSocketRequestValidationError,
     asyncio.CancelledError,
 )
-
-
-def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
-    """The exit stack that FastAPI closes first when the endpoint of this connection ends."""
-    for name in _STACKS:
-        stack = scope.get(name)
-        if isinstance(stack, AsyncExitStack):
-            return stack
-    return None
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi_ws_stabilizer.close_codes import SERVER_CODES
+from fastapi_ws_stabilizer.compat.starlette import unwrap_send
 from fastapi_ws_stabilizer.net.tcp import (
     progress,
     seconds_since_received,
@@ -38,8 +39,8 @@ class ServerTransport:
 
     def __init__(self, receive: object, send: object) -> None:
         self._receiver: Any = getattr(receive, "__self__", None)
-        self._sender: Any = getattr(unwrap_send(send, _MAX_WRAPPERS), "__self__", None)
-        direct = unwrap_send(send, _MAX_WRAPPERS, only_starlettes=True)
+        self._sender: Any = getattr(unwrap_send(send), "__self__", None)
+        direct = unwrap_send(send, only_starlettes=True)
         self.send: Any = direct if getattr(direct, "__self__", None) is not None else send
 
     @property
@@ -191,31 +192,4 @@ class ServerTransport:
 
 _UNKNOWN: Final = object()
 
-_MAX_WRAPPERS: Final = 8
-
-
 _SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
-
-
-def unwrap_send(send: Any, most: int, *, only_starlettes: bool = False) -> Any:
-    """The server's `send` inside the closures that Starlette's exception middleware puts round it.
-
-    Args:
-        send: What the application was given.
-        most: How many wrappers are opened.
-        only_starlettes: Whether to stop at a closure that is not Starlette's. Its own hand every WebSocket message on
-            as it is, so they can be left out.
-    """
-    for _ in range(most):
-        if only_starlettes and getattr(send, "__module__", None) != "starlette._exception_handler":
-            break
-        names = getattr(getattr(send, "__code__", None), "co_freevars", ())
-        cells = getattr(send, "__closure__", None) or ()
-        inner = dict(zip(names, cells, strict=False)).get("send")
-        if inner is None or hasattr(send, "__self__"):
-            break
-        try:
-            send = inner.cell_contents
-        except ValueError:  # an empty cell
-            break
-    return send

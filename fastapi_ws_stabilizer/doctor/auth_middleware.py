@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any, Final
 
-from fastapi.routing import APIWebSocketRoute
 from fastapi.security.base import SecurityBase
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import WebSocketRoute
 
 from fastapi_ws_stabilizer.auth.credentials import Credential
+from fastapi_ws_stabilizer.compat.fastapi import included_router
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES, OWN_MODULES
 
 OWN_SOCKETS: Final = frozenset({"stable_socket", "socket"})
@@ -105,15 +105,6 @@ def _raises(code: CodeType) -> bool:
     return any(_raises(constant) for constant in code.co_consts if isinstance(constant, CodeType))
 
 
-def included_dependencies(included: Any) -> list[Any]:
-    """What a router was included with, of a FastAPI that keeps it beside the router."""
-    return APIWebSocketRoute("/", _nobody, dependencies=included.include_context.dependencies).dependant.dependencies
-
-
-async def _nobody() -> None:
-    """The endpoint of a route that is asked for its dependencies alone."""
-
-
 def _routes(
     routes: Iterable[Any], prefix: str, logins: tuple[str, ...]
 ) -> Iterator[tuple[str, WebSocketRoute, tuple[str, ...]]]:
@@ -121,10 +112,9 @@ def _routes(
     for route in routes:
         if isinstance(route, WebSocketRoute):
             yield prefix + route.path, route, logins
-        elif (router := getattr(route, "original_router", None)) is not None:
-            # Newer FastAPI keeps an included router whole, and what it was included with beside it.
-            if not any(map(authenticates, included_dependencies(route))):
-                yield from _routes(router.routes, prefix + route.include_context.prefix, logins)
+        elif (included := included_router(route)) is not None:
+            if not any(map(authenticates, included.dependencies)):
+                yield from _routes(included.routes, prefix + included.prefix, logins)
         elif inner := getattr(route, "routes", None):
             more = _logins(getattr(route, "app", None))
             yield from _routes(inner, prefix + str(getattr(route, "path", "")), (*logins, *more))

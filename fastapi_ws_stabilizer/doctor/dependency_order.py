@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from starlette.routing import WebSocketRoute
 
-from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates, included_dependencies
+from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
 from fastapi_ws_stabilizer.socket_context import identity_dependency
 
@@ -34,9 +35,8 @@ def _solved(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]) -> Iter
             own = getattr(getattr(route, "dependant", None), "dependencies", ())
             whole = itertools.chain.from_iterable(map(_beneath, (*before, *own)))
             yield prefix + route.path, list(itertools.islice(whole, MAX_DEPENDENCIES))
-        elif (router := getattr(route, "original_router", None)) is not None:
-            more = (*before, *included_dependencies(route))
-            yield from _solved(router.routes, prefix + route.include_context.prefix, more)
+        elif (included := included_router(route)) is not None:
+            yield from _solved(included.routes, prefix + included.prefix, (*before, *included.dependencies))
         elif inner := getattr(route, "routes", None):
             yield from _solved(inner, prefix + str(getattr(route, "path", "")), ())
 

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 
-from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates, included_dependencies
+from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
 FIRST_ENDPOINT: Final = "overview"
@@ -27,9 +28,8 @@ def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
             own = [one for one in route.dependant.dependencies if getattr(one.call, "__module__", "") != MODULE]
             if is_stats and not any(map(authenticates, own)):
                 yield prefix + route.path
-        elif (router := getattr(route, "original_router", None)) is not None:
-            # Newer FastAPI keeps an included router whole, and what it was included with beside it.
-            if not any(map(authenticates, included_dependencies(route))):
-                yield from _open_routes(router.routes, prefix + route.include_context.prefix)
+        elif (included := included_router(route)) is not None:
+            if not any(map(authenticates, included.dependencies)):
+                yield from _open_routes(included.routes, prefix + included.prefix)
         elif inner := getattr(route, "routes", None):
             yield from _open_routes(inner, prefix + str(getattr(route, "path", "")))

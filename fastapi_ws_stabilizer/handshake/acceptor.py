@@ -13,11 +13,13 @@ from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason
+from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
 from fastapi_ws_stabilizer.connection import current as own
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.errors import (
     ConnectionLimitExceededError,
@@ -272,7 +274,7 @@ class Acceptor(Closer, Services):
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
             raise RuntimeError("connect() takes an open WebSocket: call `await websocket.accept()` before it")
-        if isinstance(known := getattr(websocket._receive, "__self__", None), Connection):
+        if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), Connection):
             raise RuntimeError(f"this WebSocket is connected already, as client {known.client_id!r}")
         self.budget.begin()
         stack = find_exit_stack(websocket.scope)

@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy, WebSocketConfig
 from fastapi_ws_stabilizer.connection.closing import MAX_CLOSING, ClosingConnections
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask
@@ -112,7 +113,7 @@ class Handshake:
 
     def _check_abandoned(self) -> None:
         self._timer = None
-        if ServerTransport(self.websocket._receive, self.websocket._send).closing:
+        if ServerTransport(*asgi_callables(self.websocket)).closing:
             self.gone = True
             self.cut()
         elif not self.established and not self.rejected:
@@ -134,7 +135,7 @@ class Handshake:
         websocket = self.websocket
         if websocket.application_state is not WebSocketState.CONNECTED:
             if not self._compresses:
-                link = ServerTransport(websocket._receive, websocket._send).direct_transport(websocket.scope)
+                link = ServerTransport(*asgi_callables(websocket)).direct_transport(websocket.scope)
                 if link is not None:
                     link.refuse_compression()
             scope = websocket.scope
@@ -257,7 +258,7 @@ class AdmissionController:
     def abort(self) -> None:
         """Cut the connections whose handshakes do not come to an end."""
         for handshake in list(self._handshakes):
-            ServerTransport(handshake.websocket._receive, handshake.websocket._send).abort()
+            ServerTransport(*asgi_callables(handshake.websocket)).abort()
 
     def stopping(self) -> ShutdownError:
         """Why nobody is let in any more, and when to come back."""
@@ -302,7 +303,7 @@ class AdmissionController:
         A server that believes X-Forwarded-For has put somebody in the place of the proxy, and a client may have named
         that one. So with `trusted_proxies` the transport is asked, where it can be reached.
         """
-        peer = ServerTransport(websocket._receive, websocket._send).peer if self._reads_headers else None
+        peer = ServerTransport(*asgi_callables(websocket)).peer if self._reads_headers else None
         if peer is not None:
             return peer
         return None if websocket.client is None else websocket.client.host

@@ -9,9 +9,9 @@ from typing import Any
 
 import anyio
 from fastapi import HTTPException, WebSocketDisconnect, WebSocketException
-from starlette.websockets import WebSocketState
 
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local_close
+from fastapi_ws_stabilizer.compat.starlette import mark_open
 from fastapi_ws_stabilizer.compat.under_test import test_client_wants_errors
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import current as own
@@ -173,7 +173,7 @@ class Closer:
         if known is None and isinstance(root_cause(error), SocketClosed):
             return None  # outside of Starlette nothing would handle it, and there are no dependencies
         # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
-        websocket.application_state = WebSocketState.CONNECTED
+        mark_open(websocket)
         seen = WebSocketException(connection.close_info.code if connection.close_info else 1000)
         if known is None or handler_of(websocket, seen) is None:
             return seen

@@ -11,9 +11,10 @@ from fastapi import WebSocket, WebSocketException
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
+from fastapi_ws_stabilizer.compat.starlette import mark_handled
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.errors import ShutdownError
-from fastapi_ws_stabilizer.handshake.rejection import Rejector, mark_handled
+from fastapi_ws_stabilizer.handshake.rejection import Rejector
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.sessions.store import ResumeResult, SessionStore, StaleAttemptError

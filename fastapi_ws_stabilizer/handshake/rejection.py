@@ -23,6 +23,7 @@ from starlette.websockets import WebSocketState
 from fastapi_ws_stabilizer.auth.credentials import SUBPROTOCOL_KEY
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, truncate_reason
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables, mark_handled
 from fastapi_ws_stabilizer.config import RejectPolicy
 from fastapi_ws_stabilizer.connection.endpoint import close_info_for
 from fastapi_ws_stabilizer.connection.server_transport import ServerTransport
@@ -194,7 +195,7 @@ class Rejector:
             await websocket.close(code, truncate_reason(reason))
 
         if accept:  # before it is sent: one implementation of uvicorn's waits for the answer itself
-            server_transport = ServerTransport(websocket._receive, websocket._send)
+            server_transport = ServerTransport(*asgi_callables(websocket))
             server_transport.abort_unless_answered(taken=False)  # there is nothing but the close frame
         await self._last_words(websocket, close())
         return WebSocketException(code, truncate_reason(reason))
@@ -228,13 +229,3 @@ def _is_http_only(error: Exception) -> bool:
     if isinstance(error, TooManyConnectionsError):
         return False
     return isinstance(error, (ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError))
-
-
-def mark_handled(websocket: WebSocket) -> None:
-    """It is closed: Starlette, which closes what a `WebSocketException` ends, has nothing left to do."""
-
-    async def nothing(_: object) -> None:
-        pass
-
-    websocket._send = nothing
-    websocket.application_state = WebSocketState.CONNECTED

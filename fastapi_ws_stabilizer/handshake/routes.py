@@ -11,8 +11,8 @@ from starlette.convertors import FloatConvertor, IntegerConvertor, PathConvertor
 from starlette.routing import Host, Mount, WebSocketRoute, compile_path
 from starlette.staticfiles import StaticFiles
 
-_MAX_MIDDLEWARE: Final = 32
-"""How much middleware round a mounted app is looked through."""
+from fastapi_ws_stabilizer.compat.fastapi import included_router
+from fastapi_ws_stabilizer.compat.starlette import mounted_app
 
 _SAMPLES: Final = {
     StringConvertor: "a-sample-of-the-doctor",
@@ -55,11 +55,11 @@ def route_entries(routes: Iterable[Any], prefix: str = "") -> Iterator[RouteEntr
     for route in routes:
         if isinstance(route, WebSocketRoute):
             yield RouteEntry("socket", prefix + route.path, route)
-        elif (included := getattr(route, "original_router", None)) is not None:  # newer FastAPI keeps it whole
-            yield from route_entries(included.routes, prefix + str(getattr(route.include_context, "prefix", "")))
+        elif (included := included_router(route)) is not None:
+            yield from route_entries(included.routes, prefix + included.prefix)
         elif isinstance(route, Mount):
             path = prefix + route.path
-            app = _inside(route)
+            app = mounted_app(route)
             inner = getattr(app, "routes", None)
             if inner is not None:
                 yield from route_entries(inner, path)
@@ -97,17 +97,6 @@ def shadowed_routes(app: Any) -> tuple[tuple[str, str], ...]:
         if entry.kind != "host":
             before.append(entry)
     return tuple(shadowed)
-
-
-def _inside(route: Mount) -> Any:
-    """The app of a mount, without the middleware round it."""
-    app = getattr(route, "_base_app", route.app)
-    for _ in range(_MAX_MIDDLEWARE):
-        inner = getattr(app, "app", None)
-        if inner is None or isinstance(app, StaticFiles) or hasattr(app, "routes"):
-            break
-        app = inner
-    return app
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
+from fastapi_ws_stabilizer.compat.fastapi import included_router
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.routes import RouteEntry, entries_for_path
 
@@ -100,10 +101,7 @@ def websocket_routes(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[
         if isinstance(route, WebSocketRoute):
             yield prefix + route.path, route
             continue
-        # A mount has `path` and `routes`; newer FastAPI keeps an included router whole, with its prefix beside it.
-        included = getattr(route, "original_router", None)
-        inner = getattr(route if included is None else included, "routes", None) or ()
-        path = (
-            getattr(getattr(route, "include_context", None), "prefix", "") if included else getattr(route, "path", "")
-        )
-        yield from websocket_routes(inner, prefix + str(path))
+        included = included_router(route)
+        inner = (getattr(route, "routes", None) or ()) if included is None else included.routes
+        path = str(getattr(route, "path", "")) if included is None else included.prefix
+        yield from websocket_routes(inner, prefix + path)

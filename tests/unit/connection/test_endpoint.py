@@ -14,7 +14,8 @@ from fastapi.exceptions import WebSocketRequestValidationError
 from starlette import exceptions as starlette_exceptions
 
 from fastapi_ws_stabilizer.close_codes import MAX_REASON_BYTES, CloseInfo, DisconnectReason, local_close
-from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, find_exit_stack, is_bug
+from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
+from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
 from fastapi_ws_stabilizer.errors import (
     ConcurrentReceiveError,
     DuplicateClientError,

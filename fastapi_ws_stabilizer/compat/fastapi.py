@@ -1,0 +1,61 @@
+"""Private parts of FastAPI that the package relies on.
+
+Supported: FastAPI 0.115 and newer. Each function names its fallback: what is missing on a version that does not have
+the part. `tests/unit/compat/test_fastapi.py` runs on the lowest and on the newest version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any, Final, NamedTuple
+
+from fastapi.routing import APIWebSocketRoute
+
+EXIT_STACK_KEYS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
+"""Keys of the scope under which FastAPI stores the exit stacks of a connection. The one that closes first comes first.
+The names have changed over its versions."""
+
+
+def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
+    """Return the exit stack that FastAPI closes first when the endpoint of a connection ends.
+
+    Fallback: `None`. The connection then learns of the end of its endpoint after the other dependencies are closed.
+    """
+    for name in EXIT_STACK_KEYS:
+        stack = scope.get(name)
+        if isinstance(stack, AsyncExitStack):
+            return stack
+    return None
+
+
+class IncludedRouter(NamedTuple):
+    """A router that newer FastAPI keeps whole inside the app that includes it.
+
+    Attributes:
+        routes: The routes of the router.
+        prefix: The prefix that it was included with.
+        dependencies: The dependencies that it was included with, as FastAPI solves them.
+    """
+
+    routes: Any
+    prefix: str
+    dependencies: list[Any]
+
+
+def included_router(route: Any) -> IncludedRouter | None:
+    """Return the router that an entry of `app.routes` stands for; `None` if the entry is a route of another kind.
+
+    Fallback: `None`. Older FastAPI copies the routes of a router into the app, so there is nothing to open.
+    """
+    router = getattr(route, "original_router", None)
+    if router is None:
+        return None
+    context = getattr(route, "include_context", None)
+    dependencies = getattr(context, "dependencies", None) or []
+    solved = APIWebSocketRoute("/", _no_endpoint, dependencies=dependencies).dependant.dependencies
+    return IncludedRouter(router.routes, str(getattr(context, "prefix", "")), solved)
+
+
+async def _no_endpoint() -> None:
+    """Stand in for the endpoint of a route that is made for its dependencies alone."""

@@ -1,0 +1,109 @@
+"""Private parts of Starlette that the package relies on.
+
+Supported: Starlette 0.37.2 and newer. Each function names its fallback: what is missing on a version that does not have
+the part. `tests/unit/compat/test_starlette.py` runs on the lowest and on the newest version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+from starlette.websockets import WebSocket, WebSocketState
+
+_MAX_WRAPPERS: Final = 8
+"""Closures around the server's `send` that are opened."""
+
+_MAX_LIFESPANS: Final = 32
+"""Merged lifespans that are searched for a manager's."""
+
+_MAX_MIDDLEWARE: Final = 32
+"""Layers of middleware around a mounted app that are opened."""
+
+
+def asgi_callables(websocket: WebSocket) -> tuple[Any, Any]:
+    """Return the ASGI `receive` and `send` of a `WebSocket`. Starlette has no public way to them, and no fallback."""
+    return websocket._receive, websocket._send
+
+
+def install_asgi_shim(websocket: WebSocket, receive: Any, send: Any) -> None:
+    """Replace the ASGI `receive` and `send` of a `WebSocket`, so that code which uses it goes through a connection."""
+    websocket._receive = receive
+    websocket._send = send
+
+
+def mark_handled(websocket: WebSocket) -> None:
+    """Let Starlette do nothing more with a `WebSocket` that is answered: it closes what a `WebSocketException` ends."""
+
+    async def nothing(_: object) -> None:
+        pass
+
+    websocket._send = nothing
+    mark_open(websocket)
+
+
+def mark_open(websocket: WebSocket) -> None:
+    """Let Starlette believe that the application may still send. It raises when it closes a closed `WebSocket`."""
+    websocket.application_state = WebSocketState.CONNECTED
+
+
+def mark_disconnected(websocket: WebSocket) -> None:
+    """Let Starlette's `WebSocket` say that its client has disconnected."""
+    websocket.client_state = WebSocketState.DISCONNECTED
+
+
+def unwrap_send(send: Any, *, only_starlettes: bool = False) -> Any:
+    """Return the server's `send` inside the closures that Starlette's exception middleware puts around it.
+
+    Starlette's closures hand every WebSocket message on as it is, so they can be left out. Fallback: `send` itself,
+    through which the transport is out of reach, so that a connection is closed instead of aborted.
+
+    Args:
+        send: The `send` that the application got.
+        only_starlettes: Whether to stop at a closure that is not Starlette's.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        if only_starlettes and getattr(send, "__module__", None) != "starlette._exception_handler":
+            break
+        names = getattr(getattr(send, "__code__", None), "co_freevars", ())
+        cells = getattr(send, "__closure__", None) or ()
+        inner = dict(zip(names, cells, strict=False)).get("send")
+        if inner is None or hasattr(send, "__self__"):
+            break
+        try:
+            send = inner.cell_contents
+        except ValueError:  # an empty cell
+            break
+    return send
+
+
+def lifespan_owners(lifespan: Any) -> Iterator[Any]:
+    """Yield the objects whose methods a lifespan is made of: itself, and those that FastAPI has merged into it.
+
+    A merged lifespan is a closure over the others. Fallback: nothing is found, and `manager.install(app)` or a running
+    lifespan names the manager.
+    """
+    waiting = [lifespan]
+    for _ in range(_MAX_LIFESPANS):
+        if not waiting:
+            break
+        candidate = waiting.pop(0)
+        owner = getattr(candidate, "__self__", None)
+        if owner is not None:
+            yield owner
+        candidate = getattr(candidate, "__wrapped__", candidate)
+        for cell in getattr(candidate, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty cell
+                waiting.append(cell.cell_contents)
+
+
+def mounted_app(route: Any) -> Any:
+    """Return the app of a mount without the middleware around it. Fallback: the app with its middleware."""
+    app = getattr(route, "_base_app", route.app)
+    for _ in range(_MAX_MIDDLEWARE):
+        inner = getattr(app, "app", None)
+        if inner is None or hasattr(app, "routes"):
+            break
+        app = inner
+    return app
