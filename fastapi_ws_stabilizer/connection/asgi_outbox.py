@@ -40,12 +40,12 @@ class WriterPool:
 class AsgiOutbox(Outbox):
     """Awaits the server's `send`, without a task where that does not wait.
 
-    uvicorn's `send` waits only while its transport is full. So it is begun where we are, and only if it waits does a
+    uvicorn's `send` waits only while its transport is full. So it is started where we are, and only if it waits does a
     task take over: first that send, then what has been queued behind it. Other sends begin in a task of their own.
 
     Args:
         send: The server's `send`.
-        by_hand: Whether `send` may be begun outside of a task of its own: it is the server's, with no middleware round
+        inline: Whether `send` may be started outside of a task of its own: it is the server's, with no middleware round
             it that might look at the current task. Not with a close frame: uvicorn's older implementation has a timeout
             for it, which belongs to a task.
         writers: The tasks of sends that wait.
@@ -72,12 +72,12 @@ class AsgiOutbox(Outbox):
         shard: int,
         *,
         send: Send,
-        by_hand: bool,
+        inline: bool,
         writers: WriterPool,
     ) -> None:
         super().__init__(owner, limits, scheduler, shard)
         self._send = send
-        self._inline = by_hand
+        self._inline = inline
         self._writers = writers
         self._task: asyncio.Task[None] | None = None
         self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
@@ -122,23 +122,23 @@ class AsgiOutbox(Outbox):
         self._in_flight = 0
         limits = self._limits
         limits.counters.messages_sent += 1
-        if limits.tells_delivery:
+        if limits.reports_delivery:
             self.owner.on_delivered()
 
-    def _carry(self) -> None:
+    def _send_queued(self) -> None:
         """Send one message after the other, as long as the server takes them."""
         if self._task is not None or self._queued_for_slot:
             return
-        while self._waiting():
+        while self._has_next():
             slots = self._slots()
             if self._inline and slots is self._writers.sends:
                 try:
-                    sending = start_inline(self._begin_next())
+                    sending = start_inline(self._start_next())
                 except Exception as error:
                     self._send_failed(error)
                     break
                 if sending is None:
-                    self._has_sent()
+                    self._on_sent()
                     continue
                 self._suspend(sending)
                 return
@@ -148,10 +148,10 @@ class AsgiOutbox(Outbox):
             self._start_writer(None, slots)
             if self._task is not None:
                 return
-        self._rest()
+        self._on_idle()
 
     def _suspend(self, sending: StartedCoroutine) -> None:
-        """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
+        """A send that was started waits for the server: let a task wait for it, now or when there is a slot."""
         if self._writers.sends.free:
             self._start_writer(sending, self._writers.sends)
             return
@@ -164,13 +164,13 @@ class AsgiOutbox(Outbox):
         self._due = self._queued_for_slot = True
         slots.wait(self._on_slot_free)
 
-    def _waiting(self) -> bool:
+    def _has_next(self) -> bool:
         return not self._broken and (self._any or self._close is not None)
 
     def _slots(self) -> CallbackSemaphore:
         return self._writers.sends if self._any else self._writers.closes
 
-    def _begin_next(self) -> Any:
+    def _start_next(self) -> Any:
         """Take out what is next, and call `send` with it."""
         self._delivers = not self._control
         if self._control:
@@ -183,23 +183,26 @@ class AsgiOutbox(Outbox):
                 self._serve_waiters()
             message = (to_deflated(frame) if self._deflates else frame).message()
         else:
-            assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
+            assert self._close is not None  # noqa: S101 (for the type checker; `_has_next` has looked)
             message = asgi_close(*self._close)
             self._close = None
         return self._send(message)
 
-    def _has_sent(self) -> None:
+    def _on_sent(self) -> None:
         if self._in_flight:
             self._in_flight = 0
             self._limits.counters.messages_sent += 1
-            if self._delivers and self._limits.tells_delivery:
+            if self._delivers and self._limits.reports_delivery:
                 self.owner.on_delivered()
 
-    def _start_writer(self, begun: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
-        """Let a task wait for a send that was begun, and send what is behind it."""
+    def _start_writer(self, started: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
+        """Let a task wait for a send that was started, and send what is behind it."""
         context = copied(self.owner.context)  # not that of whoever has sent to this client first
         task = self._writers.tasks.spawn(
-            self._write_loop(begun), name=f"ws-writer-{self.owner.connection_id}", context=context, eager=begun is None
+            self._write_loop(started),
+            name=f"ws-writer-{self.owner.connection_id}",
+            context=context,
+            eager=started is None,
         )
         if task.done():  # it began at once, and did not wait
             return
@@ -213,15 +216,15 @@ class AsgiOutbox(Outbox):
     async def _write_loop(self, sending: Awaitable[None] | None) -> None:
         """Send until nothing is left, or others wait for the slot."""
         try:
-            if sending is None and self._waiting():
-                sending = self._begin_next()
+            if sending is None and self._has_next():
+                sending = self._start_next()
             while sending is not None:
                 await sending
-                self._has_sent()
-                if not self._waiting() or self._slot is not self._slots() or len(self._slot):
+                self._on_sent()
+                if not self._has_next() or self._slot is not self._slots() or len(self._slot):
                     return
                 self._blocked_since = monotonic()
-                sending = self._begin_next()
+                sending = self._start_next()
         except Exception as error:
             self._send_failed(error)
 
@@ -236,12 +239,12 @@ class AsgiOutbox(Outbox):
         if self._in_flight:  # cancelled
             unsent, self._in_flight = self._in_flight, 0
             self.owner.on_unsent(unsent)
-        if self._waiting():
+        if self._has_next():
             self._schedule_flush()
         else:
-            self._rest()
+            self._on_idle()
 
-    def _rest(self) -> None:
+    def _on_idle(self) -> None:
         """Everything is sent, or nothing can be."""
         self._on_drained()
         self._writers.sends.wake_next()
@@ -254,11 +257,11 @@ class AsgiOutbox(Outbox):
     def _on_slot_free(self) -> bool:
         """There may be a slot. Tell whether we still want one."""
         self._queued_for_slot = False
-        parked, self._suspended = self._suspended, None
-        if parked is not None:
-            self._start_writer(parked, self._writers.sends)
+        suspended, self._suspended = self._suspended, None
+        if suspended is not None:
+            self._start_writer(suspended, self._writers.sends)
             return True
-        if not self._waiting():
+        if not self._has_next():
             return False
         self._due = False
         self._schedule_flush()
@@ -271,7 +274,7 @@ class AsgiOutbox(Outbox):
 
     def lingers(self) -> bool:
         """As every outbox; what the server has been given and has not taken waits too."""
-        return (self._any or self._in_flight > 0) and not self.on_send_delayed
+        return (self._any or self._in_flight > 0) and not self.is_delayed
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(
@@ -279,7 +282,7 @@ class AsgiOutbox(Outbox):
         )
 
     def _check_slot(self) -> None:
-        if self.on_send_delayed:
+        if self.is_delayed:
             self._slot_timer = None
             self._give_slot_back()
         else:
@@ -300,10 +303,10 @@ class AsgiOutbox(Outbox):
         if self._suspended is not None:
             self._suspended.close()
             self._suspended = None
-            discarded_on_the_way, self._in_flight = self._in_flight, 0
+            discarded_in_flight, self._in_flight = self._in_flight, 0
         else:
-            discarded_on_the_way = 0
-        discarded = super().discard() + discarded_on_the_way
+            discarded_in_flight = 0
+        discarded = super().discard() + discarded_in_flight
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         return discarded

@@ -96,7 +96,7 @@ class Connection(Handover):
         self.inbox = Inbox(parts.inbox_limits)
         self.server_transport = ServerTransport(websocket._receive, websocket._send)
         self.shard = parts.next_shard()
-        self._link = self.server_transport.direct_transport(websocket.scope)
+        self._direct = self.server_transport.direct_transport(websocket.scope)
         self.protocol = None
         self.outbox = self._make_outbox(parts, numbered=numbered)
         self._closing = None
@@ -115,7 +115,7 @@ class Connection(Handover):
         self.bad_messages = 0
         self.dropped_messages = 0
         self.used = False
-        self._numbers = 0
+        self._sequenced_count = 0
         self._parts = parts
         self.watches_input = parts.watches_input
         self._tasks: TaskSet | None = None
@@ -123,7 +123,7 @@ class Connection(Handover):
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
         self.reservation: Reservation | None = None
-        self.remains = None
+        self.residual = None
         self.credential: CredentialExpiry | None = None
         self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
@@ -144,9 +144,9 @@ class Connection(Handover):
             self._take_over(self.protocol)
         self.events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
-        if isinstance(self.outbox, DirectOutbox) and self._link is not None:
-            self._link.attach(
-                DirectReader(self, self._link, self.outbox),
+        if isinstance(self.outbox, DirectOutbox) and self._direct is not None:
+            self._direct.attach(
+                DirectReader(self, self._direct, self.outbox),
                 max_message_bytes=self.config.max_message_size,
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
@@ -191,40 +191,42 @@ class Connection(Handover):
             return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
         return self._start_closing(local_close(reason, code=code, text=text, from_outside=from_outside))
 
-    def on_peer_close(self, how: CloseInfo) -> None:
+    def on_peer_close(self, close_info: CloseInfo) -> None:
         """The connection is gone: the client, the network or the server in front of us has ended it."""
-        self._start_closing(how)
+        self._start_closing(close_info)
 
     def on_connection_lost(self, error: BaseException) -> None:
         """The connection broke."""
         if self._start_closing(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.emit("connection_lost", logging.DEBUG, cause=repr(error))
 
-    def _start_closing(self, how: CloseInfo) -> bool:
+    def _start_closing(self, close_info: CloseInfo) -> bool:
         if self.close_info is not None:
             return False
-        if self.protocol is not None and how.code == 1000 and not how.by_peer:
-            how = replace(how, code=SESSION_ENDED)  # 1000 also comes from proxies, and is no reason to stay away
-        asked = self._parts.drain_requests.pop(self.connection_id, None)
-        if asked is not None and detaches(how):  # it did what we asked for: its application has not closed it
-            how = replace(how, cause=asked)
-        self.close_info = how
+        if self.protocol is not None and close_info.code == 1000 and not close_info.by_peer:
+            close_info = replace(
+                close_info, code=SESSION_ENDED
+            )  # proxies send 1000 too, and clients reconnect after it
+        drain_cause = self._parts.drain_requests.pop(self.connection_id, None)
+        if drain_cause is not None and detaches(close_info):  # the client obeyed the drain; no code closed it
+            close_info = replace(close_info, cause=drain_cause)
+        self.close_info = close_info
         attempt = self.attempt
         attempt(self._parts.on_closing, self)
-        self.events.counters.endings[how.cause] += 1
+        self.events.counters.endings[close_info.cause] += 1
         if self.protocol is not None:
             attempt(self.protocol.close)
         if self.credential is not None:
             attempt(self.credential.reset, None)
-        attempt(self._close_inbox, discard=not how.rule.deliver)
-        if not how.by_peer:
+        attempt(self._close_inbox, discard=not close_info.rule.deliver)
+        if not close_info.by_peer:
             # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
-            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else FLUSH_GRACE
+            abort_delay = _MAX_FLUSH * self.config.send_timeout if close_info.rule.flush else FLUSH_GRACE
             self._abort_timer = asyncio.get_running_loop().call_later(
-                patience, self.attempt, self.abort, context=self._parts.outbox_limits.context
+                abort_delay, self.attempt, self.abort, context=self._parts.outbox_limits.context
             )
             attempt(self._stop_reading)
-        if not attempt(self._close_outbox, how):
+        if not attempt(self._close_outbox, close_info):
             attempt(self.abort)
             self.outbox.give_up()
         attempt(self.endpoint.watch, self.websocket.scope)
@@ -241,11 +243,11 @@ class Connection(Handover):
         if not len(self.inbox):
             self.websocket.client_state = WebSocketState.DISCONNECTED
 
-    def _close_outbox(self, how: CloseInfo) -> None:
-        if how.by_peer:
+    def _close_outbox(self, close_info: CloseInfo) -> None:
+        if close_info.by_peer:
             self._discarded(self.outbox.discard())
         else:
-            self._discarded(self.outbox.finish(how.code, how.reason, flush=how.rule.flush))
+            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.rule.flush))
 
     def close_unread(self) -> None:
         """Throw away what nobody will read any more."""
@@ -265,8 +267,8 @@ class Connection(Handover):
     def flush_now(self) -> None:
         """Begin with the rest of the end. Called soon after it was decided, with those of others, shard by shard."""
         if self.close_info is not None and not self._finished.is_set:
-            end = self._tear_down(self.close_info)
-            self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self.context)
+            teardown = self._tear_down(self.close_info)
+            self._parts.tasks.spawn(teardown, name=f"ws-end-{self.connection_id}", context=self.context)
 
     @property
     def waits_for_user_code(self) -> bool:
@@ -293,7 +295,7 @@ class Connection(Handover):
             await asyncio.shield(self.closing)
         return self.close_info
 
-    async def _tear_down(self, how: CloseInfo) -> None:
+    async def _tear_down(self, close_info: CloseInfo) -> None:
         until = monotonic() + self.config.disconnect_grace
         try:
             await self._attempt_async(self._wait_for_work)
@@ -305,7 +307,7 @@ class Connection(Handover):
             await self._attempt_async(self._wait_for_endpoint, until)
             await self._attempt_async(self._wait_for_flush)
         finally:
-            self._mark_closed(how)
+            self._mark_closed(close_info)
 
     async def _wait_for_work(self) -> None:
         """Wait until your code is done with the message that it has in hand."""
@@ -377,7 +379,7 @@ class Connection(Handover):
         """Nothing more is done for this connection: let go whoever waits for its end."""
         self._mark_closed(self.close_info or local_close(DisconnectReason.SERVER_SHUTDOWN))
 
-    def _mark_closed(self, how: CloseInfo) -> None:
+    def _mark_closed(self, close_info: CloseInfo) -> None:
         if self._finished.is_set:
             return
         self._finished.set()
@@ -397,17 +399,21 @@ class Connection(Handover):
             attempt(self.close_unread)
         elif self.protocol is None:
             attempt(self.inbox.stop_accounting)
-        patient = how.rule.flush and how.cause is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
-        timeout = self.config.send_timeout if patient else FLUSH_GRACE
-        attempt(self.server_transport.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if patient else 0.0)
-        if not how.by_peer:
+        waits_for_flush = (
+            close_info.rule.flush
+            and close_info.cause is not DisconnectReason.SERVER_SHUTDOWN
+            and not close_info.by_peer
+        )
+        timeout = self.config.send_timeout if waits_for_flush else FLUSH_GRACE
+        attempt(self.server_transport.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if waits_for_flush else 0.0)
+        if not close_info.by_peer:
             attempt(self.server_transport.abort_unless_answered)
         self.emit(
             "connection_ended",
             logging.INFO,
-            reason=how.cause.value,
-            code=how.code,
-            text=how.reason,
+            reason=close_info.cause.value,
+            code=close_info.code,
+            text=close_info.reason,
             seconds=monotonic() - self.opened_at,
         )
 
@@ -432,15 +438,15 @@ class Connection(Handover):
     def _task_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
         if isinstance(error, WebSocketDisconnect):
             return
-        ending_it = self._close_by_error(error)
-        self._parts.tasks.spawn(ending_it, name=f"ws-error-{self.connection_id}", context=copied(self.context))
+        closing = self._close_by_error(error)
+        self._parts.tasks.spawn(closing, name=f"ws-error-{self.connection_id}", context=copied(self.context))
 
     async def _close_by_error(self, error: BaseException) -> None:
         """End the connection by what a tied task has raised, as the application's handler says if it has one."""
-        how: CloseInfo = close_info_for(error)
+        close_info: CloseInfo = close_info_for(error)
         bug = error if is_bug(error) else None
         if self._parts.close_info_by_handler is not None:
-            how, bug = await self._parts.close_info_by_handler(self, error)
-        self.close(how.cause, code=how.code, text=how.reason)
+            close_info, bug = await self._parts.close_info_by_handler(self, error)
+        self.close(close_info.cause, code=close_info.code, text=close_info.reason)
         if bug is not None:
             await self.report_bug("tied_task_failed", bug)

@@ -12,13 +12,13 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.v1.frames import control_frame
 
-LEAD: Final = 0.2
+RENEWAL_LEAD_FRACTION: Final = 0.2
 """The part of a credential's life that is left when the client is asked for a new one."""
 
-MIN_LEAD: Final = 1.0
+MIN_RENEWAL_LEAD: Final = 1.0
 """Seconds that are left then at least, of a life that is twice as long."""
 
-MAX_LEAD: Final = 30.0
+MAX_RENEWAL_LEAD: Final = 30.0
 """Seconds before its end at which it is asked at the earliest."""
 
 
@@ -49,13 +49,13 @@ class CredentialExpiry:
         renew: Called with a credential that the client sends later. `taken` is called when that is good.
     """
 
-    __slots__ = ("_has_end", "_holder", "_renew", "_renewing", "_timer")
+    __slots__ = ("_holder", "_identity_expires", "_renew", "_renewing", "_timer")
 
     def __init__(self, holder: Holder, renew: Callable[[str | None], None]) -> None:
         self._holder = holder
         self._renew = renew
         self._renewing = False
-        self._has_end = False
+        self._identity_expires = False
         self._timer: asyncio.TimerHandle | None = None
 
     def renewal_requested(self, credential: str | None) -> None:
@@ -66,7 +66,7 @@ class CredentialExpiry:
 
     def start(self, expires_in: float | None, identity_expires_in: float | None) -> None:
         """It is good for the shorter of what `on_auth` and the identity say, in seconds; `None` is no word."""
-        self._has_end = identity_expires_in is not None
+        self._identity_expires = identity_expires_in is not None
         self.reset(min((one for one in (expires_in, identity_expires_in) if one is not None), default=None))
 
     def reset(self, seconds: float | None) -> None:
@@ -75,14 +75,14 @@ class CredentialExpiry:
             self._timer.cancel()
             self._timer = None
         if seconds is not None:
-            lead = min(MAX_LEAD, max(seconds * LEAD, min(MIN_LEAD, seconds / 2)))
+            lead = min(MAX_RENEWAL_LEAD, max(seconds * RENEWAL_LEAD_FRACTION, min(MIN_RENEWAL_LEAD, seconds / 2)))
             self._timer = asyncio.get_running_loop().call_later(
-                seconds - lead, self._ask, lead, context=contextvars.Context()
+                seconds - lead, self._request_renewal, lead, context=contextvars.Context()
             )
 
     def renewed(self, expires_in: float | None) -> None:
         """A new credential was looked at, and is good."""
-        if expires_in is None and self._has_end:
+        if expires_in is None and self._identity_expires:
             self.renewal_rejected("nobody has said for how long the new credential is good")
             return
         self._renewing = False
@@ -99,7 +99,7 @@ class CredentialExpiry:
         if self._holder.close_info is None:
             self._holder.answer(control_frame("error", code="auth_refused", message=why))
 
-    def _ask(self, within: float) -> None:
+    def _request_renewal(self, within: float) -> None:
         self._holder.answer(control_frame("auth", **{"in": to_milliseconds(within)}))
         self._timer = asyncio.get_running_loop().call_later(within, self._expired, context=contextvars.Context())
 

@@ -25,7 +25,7 @@ class DirectOutbox(Outbox):
         min_bytes: Messages below this size are not compressed.
     """
 
-    __slots__ = ("_link", "_min_bytes", "_paused", "_window_bits", "_write")
+    __slots__ = ("_direct", "_min_bytes", "_paused", "_window_bits", "_write")
 
     def __init__(
         self,
@@ -34,23 +34,23 @@ class DirectOutbox(Outbox):
         scheduler: FlushScheduler,
         shard: int,
         *,
-        link: DirectTransport,
+        direct: DirectTransport,
         min_bytes: int,
     ) -> None:
         super().__init__(owner, limits, scheduler, shard)
-        self._link = link
+        self._direct = direct
         self._min_bytes = min_bytes
         # Copies of what the link knows. Of a broadcast to many, waiting for the memory of each connection's objects is
         # most of the cost, so this touches as few of them as it can.
         self._paused = False
         self._window_bits = 0
-        self._write: Callable[[bytes], None] = link.transport.write
+        self._write: Callable[[bytes], None] = direct.transport.write
 
     def on_attached(self, *, compress: bool) -> None:
         """The link is ours now, and has negotiated what it has."""
-        if self._link.write_paused:
+        if self._direct.write_paused:
             self.pause_writing()
-        self._window_bits = self._link.window_bits if compress else 0
+        self._window_bits = self._direct.window_bits if compress else 0
 
     def flush_now(self) -> None:
         """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
@@ -77,10 +77,10 @@ class DirectOutbox(Outbox):
         else:
             limits = self._limits
             limits.counters.messages_sent += 1
-            if limits.tells_delivery:
+            if limits.reports_delivery:
                 self.owner.on_delivered()
 
-    def _carry(self) -> None:
+    def _send_queued(self) -> None:
         """What is queued becomes one write, as far as the transport takes it."""
         while self._any:
             if self._paused:
@@ -100,24 +100,24 @@ class DirectOutbox(Outbox):
                 self._failed(error, len(frames))
                 return
             self._limits.counters.messages_sent += len(frames)
-            if delivers and self._limits.tells_delivery:
+            if delivers and self._limits.reports_delivery:
                 self.owner.on_delivered()
         if not self._paused:
             self._on_drained()
         if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
             close, self._close = self._close, None
             try:
-                self._link.close(*close)
+                self._direct.close(*close)
             except Exception as error:
                 self._failed(error, 0)
         if self._shut:
             self._set_done()
 
-    def finish(self, code: int, text: str, *, flush: bool) -> int:
+    def finish(self, code: int, reason: str, *, flush: bool) -> int:
         """As every outbox; what need not wait for the client is done at once."""
-        discarded = super().finish(code, text, flush=flush)
+        discarded = super().finish(code, reason, flush=flush)
         if not flush and not self._broken:
-            self._carry()
+            self._send_queued()
         return discarded
 
     def pause_writing(self) -> None:
@@ -135,4 +135,4 @@ class DirectOutbox(Outbox):
         self._paused = False
         self._unblock()
         if not self._broken:
-            self._carry()
+            self._send_queued()

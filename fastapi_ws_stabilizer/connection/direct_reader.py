@@ -28,13 +28,13 @@ class DirectReader:
     it is taken too: that is what one read of the server holds, or a few kilobytes of it if it is compressed.
     """
 
-    __slots__ = ("_connection", "_link", "_outbox", "_since", "_taken", "_timer")
+    __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")
 
-    def __init__(self, connection: Pumped, link: DirectTransport, outbox: DirectOutbox) -> None:
+    def __init__(self, connection: Pumped, direct: DirectTransport, outbox: DirectOutbox) -> None:
         self._connection = connection
-        self._link = link
+        self._direct = direct
         self._outbox = outbox
-        self._taken = 0
+        self._reads = 0
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -105,8 +105,8 @@ class DirectReader:
     def _pause(self) -> None:
         connection = self._connection
         begin_pause(connection)
-        self._link.pause_reading()
-        self._taken, self._since = connection.inbox.reads, monotonic()
+        self._direct.pause_reading()
+        self._reads, self._since = connection.inbox.reads, monotonic()
         connection.inbox.notify_when_room(self._resume)
         self._watch(connection.config.inbox_pause_timeout)
 
@@ -114,22 +114,22 @@ class DirectReader:
         self._stop_timer()
         self._connection.pause = None
         self._connection.liveness.on_frame(monotonic())  # the pause was ours
-        self._link.resume_reading()
+        self._direct.resume_reading()
 
     def _watch(self, delay: float) -> None:
         # Reading may go on, and pause again, in code of the endpoint, whose context a cancelled timer would hold.
         context = self._outbox._limits.context
-        self._timer = asyncio.get_running_loop().call_later(delay, self._look, context=context)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._check_reads, context=context)
 
-    def _look(self) -> None:
+    def _check_reads(self) -> None:
         """See whether anybody has read since the last look."""
         self._timer = None
         connection = self._connection
         if connection.close_info is not None:
             return
         now, timeout = monotonic(), connection.config.inbox_pause_timeout
-        if connection.inbox.reads != self._taken:
-            self._taken, self._since = connection.inbox.reads, now
+        if connection.inbox.reads != self._reads:
+            self._reads, self._since = connection.inbox.reads, now
             begin_pause(connection)
         if drop_unread(connection):  # there is room, so reading goes on
             return

@@ -27,7 +27,7 @@ from fastapi_ws_stabilizer.tasks import LazyEvent
 
 _CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
 
-_STACKS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
+_EXIT_STACK_KEYS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
 """Where FastAPI keeps the exit stacks of a connection, the one that closes first comes first. The names have changed
 over its versions; where none is found, only the refinement that it serves is missing."""
 
@@ -41,10 +41,10 @@ class _Busy:
         self._endpoint = endpoint
 
     def __enter__(self) -> None:
-        self._endpoint._at_work += 1
+        self._endpoint._running += 1
 
     def __exit__(self, *_: object) -> None:
-        self._endpoint._rests()
+        self._endpoint._on_work_done()
 
 
 class EndpointTask(LazyEvent):
@@ -56,7 +56,7 @@ class EndpointTask(LazyEvent):
         tracked: Whether we are told when the user's code ends.
     """
 
-    __slots__ = ("_at_work", "_cancelled", "_idle", "_task", "tracked")
+    __slots__ = ("_cancelled", "_idle", "_running", "_task", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class EndpointTask(LazyEvent):
         self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
         self.tracked = cancellable
-        self._at_work = 0
+        self._running = 0
         self._idle: asyncio.Future[None] | None = None
         if not cancellable:
             self.mark_returned()  # nobody would tell us when it does
@@ -85,7 +85,7 @@ class EndpointTask(LazyEvent):
     @property
     def is_running(self) -> bool:
         """Whether the user's code has not ended, or is at work on what the connection has received."""
-        return not self.is_set or self._at_work > 0
+        return not self.is_set or self._running > 0
 
     @property
     def returned(self) -> asyncio.Future[None]:
@@ -99,13 +99,13 @@ class EndpointTask(LazyEvent):
     def wait_idle(self) -> asyncio.Future[None]:
         """A future that is done as soon as nobody is at work. The disconnect hooks wait for that."""
         self._idle = asyncio.get_running_loop().create_future()
-        if not self._at_work:
+        if not self._running:
             self._idle.set_result(None)
         return self._idle
 
-    def _rests(self) -> None:
-        self._at_work -= 1
-        if not self._at_work and self._idle is not None and not self._idle.done():
+    def _on_work_done(self) -> None:
+        self._running -= 1
+        if not self._running and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     def watch(self, scope: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ class EndpointTask(LazyEvent):
         return not error.args or error.args[0] == _CANCEL_MESSAGE
 
 
-_NO_BUGS: Final = (
+_EXPECTED_ERRORS: Final = (
     HTTPException,
     WebSocketException,
     WebSocketDisconnect,  # SocketClosed is one
@@ -175,7 +175,7 @@ _NO_BUGS: Final = (
 
 def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
     """The exit stack that FastAPI closes first when the endpoint of this connection ends."""
-    for name in _STACKS:
+    for name in _EXIT_STACK_KEYS:
         stack = scope.get(name)
         if isinstance(stack, AsyncExitStack):
             return stack
@@ -187,14 +187,16 @@ def root_cause(error: BaseException) -> BaseException:
     inside = getattr(error, "exceptions", None)
     if not isinstance(inside, (tuple, list)) or not inside:
         return error
-    found = [root_cause(one) for one in inside]
-    return min(found, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError))))
+    causes = [root_cause(one) for one in inside]
+    return min(
+        causes, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError)))
+    )
 
 
 def is_bug(error: BaseException) -> bool:
     """Whether an exception that an endpoint let escape is one that somebody has to mend."""
     error = root_cause(error)
-    if isinstance(error, _NO_BUGS):
+    if isinstance(error, _EXPECTED_ERRORS):
         return False
     return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
 

@@ -47,14 +47,14 @@ class SocketFacts:
     @property
     def recipient_id(self) -> str:
         """By what rooms know it: its connection, or its session if it has one."""
-        member_id: str = self._connection.recipient.connection_id
-        return member_id
+        recipient_id: str = self._connection.recipient.connection_id
+        return recipient_id
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What `manager.connect(..., metadata=...)` was given."""
         if self._metadata is None:
-            self._metadata = MeteredDict(self._counts, self._connection.recipient)
+            self._metadata = MeteredDict(self._open_budget, self._connection.recipient)
         return self._metadata
 
     @property
@@ -70,7 +70,7 @@ class SocketFacts:
                 session.user_data = MeteredDict(self._connection.budget if session.ended is None else None, session)
             return session.user_data
         if self._user_data is None:
-            self._user_data = MeteredDict(self._counts, self._connection)
+            self._user_data = MeteredDict(self._open_budget, self._connection)
         return self._user_data
 
     @user_data.setter
@@ -80,12 +80,12 @@ class SocketFacts:
         Raises:
             MemoryLimitExceededError: It is more than may be held. What was there stays.
         """
-        kept: Any = self.user_data
-        if data is not kept:  # `ws.user_data |= ...` has written it already
-            kept.replace(data)
+        current: Any = self.user_data
+        if data is not current:  # `ws.user_data |= ...` has written it already
+            current.replace(data)
 
     @property
-    def _counts(self) -> MemoryBudget | None:
+    def _open_budget(self) -> MemoryBudget | None:
         """Where what is kept for it is counted: nowhere any more when it is over, for nobody would take it out."""
         return self._connection.budget if self._connection.close_info is None else None
 
@@ -106,13 +106,13 @@ class SocketFacts:
             MemoryLimitExceededError: There is no room for it beside what there is already, which stays.
         """
         own, self._user_data = self._user_data, user_data
-        before, user_data.owner = user_data.owner, self._connection  # room is made for this one, not from it
+        previous_owner, user_data.owner = user_data.owner, self._connection  # room is made for this one, not from it
         if own is None:
             return
         try:
             user_data.update(own)
         except MemoryLimitExceededError:
-            self._user_data, user_data.owner = own, before
+            self._user_data, user_data.owner = own, previous_owner
             raise
         own.detach()
 

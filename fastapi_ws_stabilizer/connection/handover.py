@@ -41,26 +41,26 @@ class Handover(Metered):
         Nothing of this waits, so no message comes between, and none is sent or read twice.
         """
         session = protocol.session
-        last: Handover | None = session.previous_connection
+        previous: Handover | None = session.previous_connection
         if session.inbox is not None:
             rest = session.inbox.transfer()
             self.inbox = session.inbox
-            if last is not None:  # else everything was done for it
-                last.inbox = rest
-                self.follow(last)
+            if previous is not None:  # else everything was done for it
+                previous.inbox = rest
+                self.add_predecessor(previous)
         session.inbox, session.previous_connection = self.inbox, self
         if protocol.max_inflated:
             self.outbox.deflate_frames()
-        before = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
-        protocol.tell_outcome()
-        if before is not None:
-            before.close(DisconnectReason.REPLACED, text="another connection has taken the session over")
+        replaced = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
+        protocol.emit_outcome()
+        if replaced is not None:
+            replaced.close(DisconnectReason.REPLACED, text="another connection has taken the session over")
 
-    def follow(self, last: Handover) -> None:
+    def add_predecessor(self, previous: Handover) -> None:
         """Nothing is done here until everything is done there, and where that one waits for in its turn."""
-        self.predecessors = tuple(one for one in (*last.predecessors, last) if not one.is_finished)
+        self.predecessors = tuple(one for one in (*previous.predecessors, previous) if not one.is_finished)
 
-    def wait_for_hooks_of(self, ended: Iterable[Handover]) -> None:
+    def add_hook_predecessors(self, ended: Iterable[Handover]) -> None:
         """Begin no hook here before the hooks for the end of these connections of the same client have run.
 
         A connection whose connect hooks never began has none to wait for.
@@ -74,10 +74,10 @@ class Handover(Metered):
     async def wait_for_predecessors(self) -> None:
         """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
         if self.predecessors:
-            await asyncio.gather(*(one.released() for one in self.predecessors))
+            await asyncio.gather(*(one.wait_released() for one in self.predecessors))
             self.predecessors = ()
 
-    async def released(self) -> None:
+    async def wait_released(self) -> None:
         """Wait until nothing more is done here for a session that another connection has taken over.
 
         That is: the message that was in hand is handled, and the disconnect hooks have run. Each of them is bounded,
@@ -85,7 +85,7 @@ class Handover(Metered):
         where there are many.
         """
         grace = self.config.disconnect_grace
-        settled = self.inbox.drained
-        if settled is not None:
-            await wait_for_first([settled, self.endpoint.returned], grace)
+        drained = self.inbox.drained
+        if drained is not None:
+            await wait_for_first([drained, self.endpoint.returned], grace)
         await wait_for_all([self._hooks_done.future], None)

@@ -26,7 +26,7 @@ Item = str | bytes | Message
 _Items = deque[tuple[Item, int]]
 """Messages with their sizes: a str grows when it is encoded."""
 
-_NOTHING: Final[_Items] = deque(maxlen=0)
+_EMPTY: Final[_Items] = deque(maxlen=0)
 """What every empty inbox holds, so that an idle connection need not own a queue."""
 
 
@@ -89,12 +89,12 @@ class Inbox:
 
     __slots__ = (
         "_closed",
-        "_in_hand",
+        "_drained",
+        "_handling",
         "_items",
         "_limits",
         "_on_room",
         "_reader",
-        "_settled",
         "_single",
         "held_bytes",
         "reads",
@@ -102,15 +102,15 @@ class Inbox:
 
     def __init__(self, limits: InboxLimits) -> None:
         self._single: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
-        self._items = _NOTHING
+        self._items = _EMPTY
         self._limits = limits
         self.held_bytes = 0
         self.reads = 0
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
         self._on_room: Callable[[], None] | None = None
-        self._in_hand = False  # whether its reader may still be busy with the message that it has taken last
-        self._settled: LazyEvent | None = None
+        self._handling = False  # whether its reader may still be busy with the message that it has taken last
+        self._drained: LazyEvent | None = None
 
     def __len__(self) -> int:
         return 1 if self._single is not None else len(self._items)
@@ -166,7 +166,7 @@ class Inbox:
         self._limits.budget.total -= taken + UNREAD_OVERHEAD_BYTES * len(requests)
         rest = deque(entry for entry in waiting if not (isinstance(entry[0], Message) and entry[0].id is not None))
         self._single = None
-        self._items = rest or _NOTHING
+        self._items = rest or _EMPTY
         if not self.full:
             self._notify_room()
         return [item for item, _ in requests]
@@ -184,7 +184,7 @@ class Inbox:
             self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
             dropped.append(message)
         if not self._items:
-            self._items = _NOTHING
+            self._items = _EMPTY
         self._notify_room()
         return dropped
 
@@ -233,22 +233,22 @@ class Inbox:
         """
         if self.full and not self._closed:
             room = asyncio.get_running_loop().create_future()
-            relief = self._on_room = functools.partial(_wake, room, take)
+            on_room = self._on_room = functools.partial(_wake, room, take)
             try:
                 await wait_for_all([room], timeout)
             finally:
-                if self._on_room is relief:  # else the inbox was handed over, and another one wants to be told
+                if self._on_room is on_room:  # else the inbox was handed over, and another one wants to be told
                     self._on_room = None
         return self._closed or not self.full
 
-    def notify_when_room(self, relief: Callable[[], None]) -> None:
+    def notify_when_room(self, on_room: Callable[[], None]) -> None:
         """Call a function, once, as soon as the mark is no longer reached or the inbox is closed."""
-        self._on_room = relief
+        self._on_room = on_room
 
     def _notify_room(self) -> None:
-        relief, self._on_room = self._on_room, None
-        if relief is not None:
-            relief()
+        on_room, self._on_room = self._on_room, None
+        if on_room is not None:
+            on_room()
 
     async def get(self) -> Item:
         """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
@@ -259,20 +259,20 @@ class Inbox:
         """
         if self._reader is not None:
             raise ConcurrentReceiveError
-        self._in_hand = False
+        self._handling = False
         while self._single is None and not self._items:
             if self._closed:
-                if self._settled is not None:
-                    self._settled.set()
+                if self._drained is not None:
+                    self._drained.set()
                 raise InboxClosed
             reader = self._reader = asyncio.get_running_loop().create_future()
             try:
                 await reader
             finally:
-                ours = self._reader is reader
-                if ours:
+                is_current = self._reader is reader
+                if is_current:
                     self._reader = None
-            if not ours:  # the inbox was handed over while we were woken, and another one reads it
+            if not is_current:  # the inbox was handed over while we were woken, and another one reads it
                 raise InboxClosed
         if self._single is not None:
             message, size = self._single
@@ -282,9 +282,9 @@ class Inbox:
         self.held_bytes -= size
         self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
         self.reads += 1
-        self._in_hand = True
+        self._handling = True
         if not self._items:
-            self._items = _NOTHING
+            self._items = _EMPTY
         if self._on_room is not None and not self.full:
             self._notify_room()
         return message
@@ -300,10 +300,10 @@ class Inbox:
         self._limits = self._limits.keeping  # what its reader has read, and said of reading, holds for that one alone
         self.reads = 0
         rest._closed = True
-        rest._settled = LazyEvent()
-        if not self._in_hand:
-            rest._settled.set()
-        self._in_hand = self._closed = False
+        rest._drained = LazyEvent()
+        if not self._handling:
+            rest._drained.set()
+        self._handling = self._closed = False
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
             reader.set_exception(InboxClosed())
@@ -318,7 +318,7 @@ class Inbox:
     @property
     def drained(self) -> asyncio.Future[None] | None:
         """Of an inbox that was left behind: a future that is done when its reader has nothing in hand any more."""
-        return None if self._settled is None else self._settled.future
+        return None if self._drained is None else self._drained.future
 
     def unread(self) -> list[Item]:
         """The messages that wait, oldest first."""
@@ -337,7 +337,7 @@ class Inbox:
             discarded = len(self)
             self._limits.budget.total -= self.counted_bytes
             self._single = None
-            self._items = _NOTHING
+            self._items = _EMPTY
             self.held_bytes = 0
         if self._reader is not None:
             _wake(self._reader)

@@ -39,8 +39,8 @@ class Liveness:
         "due",
         "has_ponged",
         "last_seen",
-        "member",
         "next_ping",
+        "recipient",
         "rtt",
     )
 
@@ -51,7 +51,7 @@ class Liveness:
         self.rtt: float | None = None
         self.next_ping = now
         self.due = now
-        self.member: Any = None
+        self.recipient: Any = None
         self._ping_sent: float | None = None
         self._open_pings = 0
         self._round_trips = round_trips

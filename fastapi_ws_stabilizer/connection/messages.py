@@ -47,7 +47,7 @@ class Messages(SendingHalf):
         if not isinstance(item, Message):
             return item
         if self.protocol is not None:
-            self.protocol.unanswerable(item)
+            self.protocol.on_raw_read(item)
         return item.raw
 
     async def receive_item(self) -> Item:
@@ -222,8 +222,8 @@ class Messages(SendingHalf):
             item = await self.inbox.get()
         except InboxClosed:
             await self.yield_after_end()
-            how = self.close_info or local_close(DisconnectReason.NETWORK_LOST)
-            return {"type": "websocket.disconnect", "code": how.code, "reason": how.reason}
+            close_info = self.close_info or local_close(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": close_info.code, "reason": close_info.reason}
         message = self.read(item)
         return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
 

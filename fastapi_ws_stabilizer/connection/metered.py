@@ -10,7 +10,7 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.messages import Messages
-from fastapi_ws_stabilizer.connection.remains import Remains
+from fastapi_ws_stabilizer.connection.remains import ResidualMemory
 from fastapi_ws_stabilizer.limits.connections import retry_delay
 from fastapi_ws_stabilizer.limits.inbound import RateExceeded
 from fastapi_ws_stabilizer.limits.rates import Rate, TokenBucket
@@ -28,10 +28,10 @@ RATE_LIMITED: Final = "rate_limited"
 class Metered(Messages):
     """What is held for a connection, and what comes over it, with the limits of both."""
 
-    __slots__ = ("_controls", "limit_reported", "remains")
+    __slots__ = ("_controls", "limit_reported", "residual")
 
     _controls: TokenBucket | None
-    remains: Remains | None
+    residual: ResidualMemory | None
     limit_reported: bool
 
     @abc.abstractmethod
@@ -55,7 +55,7 @@ class Metered(Messages):
 
     def evict(self) -> None:
         """End it, because room is needed for others."""
-        self._parts.evicted(self)
+        self._parts.on_evicted(self)
         retry = math.ceil(retry_delay() * 1000)
         self.close(DisconnectReason.MEMORY, text=f"out of memory; retry={retry}")
 
@@ -71,7 +71,7 @@ class Metered(Messages):
 
     def on_nonzero(self) -> None:
         """Something is held for it, where nothing may have been before."""
-        self._parts.budget.on_nonzero(self.remains or self.recipient)
+        self._parts.budget.on_nonzero(self.residual or self.recipient)
 
     @property
     def residual_memory(self) -> int:
@@ -101,7 +101,7 @@ class Metered(Messages):
         self._emit_limit(excess.option, excess.message_type)
         text = f"too many messages; retry={math.ceil(excess.retry_after * 1000)}"
         if self.protocol is not None:
-            self.protocol.too_much(message, RATE_LIMITED, text, excess.retry_after)
+            self.protocol.on_rate_exceeded(message, RATE_LIMITED, text, excess.retry_after)
         else:
             self.answer(encode({"type": "error", "code": RATE_LIMITED, "message": text}))
         if excess.disconnect:

@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
-MAX_URGENT: Final = 16
+MAX_CONTROL_FRAMES: Final = 16
 """Control frames that wait at most. A pong is worth nothing when the next one is there."""
 
 
@@ -48,7 +48,7 @@ class PendingSend:
 class Outbox(StallWatch, abc.ABC):
     """A bounded queue with many writers, emptied at the end of each turn of the event loop.
 
-    An idle outbox owns no task and no timer. Subclasses send: `_carry` takes out what can be sent now,
+    An idle outbox owns no task and no timer. Subclasses send: `_send_queued` takes out what can be sent now,
     and the close frame after it.
     """
 
@@ -144,35 +144,35 @@ class Outbox(StallWatch, abc.ABC):
         """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
         if self.put_now(frame):
             return EnqueueResult.QUEUED
-        offered = self.offer(frame)
+        result = self.offer(frame)
         self.flush()
-        return offered
+        return result
 
     def flush(self) -> None:
         """Send what is queued now, and not at the end of the turn, as far as the network takes it."""
         if self._any and not self.blocked:
-            self._carry()
+            self._send_queued()
 
     def lingers(self) -> bool:
         """Whether something waits that the network may take as soon as the event loop turns."""
-        return self._any and not self.on_send_delayed
+        return self._any and not self.is_delayed
 
     def _offer_slow_path(self, frame: EncodedMessage) -> EnqueueResult:
         if self._shut:
             return EnqueueResult.CLOSED
-        if frame.key is not None and self._occupies_slot(frame):
-            return EnqueueResult.SLOW if self.half_full and self.on_send_delayed else EnqueueResult.QUEUED
-        calm = self._below_soft_limit(frame.size)
-        if not calm and not self.blocked:
-            self._carry()  # the network may take all of it at once
-            calm = self._below_soft_limit(frame.size)
+        if frame.key is not None and self._replace_same_key(frame):
+            return EnqueueResult.SLOW if self.half_full and self.is_delayed else EnqueueResult.QUEUED
+        below_soft_limit = self._below_soft_limit(frame.size)
+        if not below_soft_limit and not self.blocked:
+            self._send_queued()  # the network may take all of it at once
+            below_soft_limit = self._below_soft_limit(frame.size)
             if self._shut:
                 return EnqueueResult.CLOSED
         if self._fits(frame.size):
-            self._put_in(frame)
-            if calm:
+            self._enqueue(frame)
+            if below_soft_limit:
                 return EnqueueResult.QUEUED
-            if not self.on_send_delayed:
+            if not self.is_delayed:
                 return EnqueueResult.BACKPRESSURE
             self._set_slow(SlowConsumer.LAGGING)
             return EnqueueResult.SLOW
@@ -186,7 +186,7 @@ class Outbox(StallWatch, abc.ABC):
         while SendQueue.__len__(self) and not self._fits(frame.size):
             self._pop()
             count += 1
-        self._put_in(frame)
+        self._enqueue(frame)
         self._drop(count)
         return EnqueueResult.SLOW
 
@@ -194,33 +194,33 @@ class Outbox(StallWatch, abc.ABC):
         """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
         if self._shut:
             return False
-        if frame.key is not None and self._occupies_slot(frame):
+        if frame.key is not None and self._replace_same_key(frame):
             return True
         if not self.make_room(frame.size):
             return False
-        self._put_in(frame)
+        self._enqueue(frame)
         return True
 
     def make_room(self, size: int) -> bool:
         """Whether a frame of `size` bytes can be queued, after what can be sent was sent. Others may get in by that."""
         if not self._shut and not self._fits(size) and not self.blocked:
-            self._carry()
+            self._send_queued()
         return not self._shut and self._fits(size)
 
     def put_control(self, frame: EncodedMessage) -> bool:
         """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
-        urgent = self._control or []
-        if self._shut or len(urgent) >= MAX_URGENT:
+        control = self._control or []
+        if self._shut or len(control) >= MAX_CONTROL_FRAMES:
             return False
-        urgent.append(frame)
-        self._control = urgent
+        control.append(frame)
+        self._control = control
         self._schedule_flush()
         return True
 
     def preload(self, frames: Iterable[EncodedMessage]) -> None:
         """Queue what a connection begins with, whatever room there is. It takes none from what comes after it."""
         for frame in frames:
-            self._put_in(frame)
+            self._enqueue(frame)
         self._extra = (SendQueue.__len__(self), self.held_bytes)
 
     async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
@@ -241,7 +241,7 @@ class Outbox(StallWatch, abc.ABC):
         if self._shut:
             return False
         waiter = PendingSend(frame, queued)
-        self._stand_in_line(waiter)
+        self._add_waiter(waiter)
         try:
             return await waiter.done
         except asyncio.CancelledError:
@@ -250,7 +250,7 @@ class Outbox(StallWatch, abc.ABC):
                 self._serve_waiters()
             raise
 
-    def _stand_in_line(self, waiter: PendingSend) -> None:
+    def _add_waiter(self, waiter: PendingSend) -> None:
         """Wait behind the others, or in the place of one whose message this one makes worthless."""
         if self._waiters is None:
             self._waiters = deque()
@@ -262,7 +262,7 @@ class Outbox(StallWatch, abc.ABC):
                 return
         self._waiters.append(waiter)
 
-    def _occupies_slot(self, frame: EncodedMessage) -> bool:
+    def _replace_same_key(self, frame: EncodedMessage) -> bool:
         """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
         self.used = True
         for waiter in self._waiters or ():
@@ -275,18 +275,18 @@ class Outbox(StallWatch, abc.ABC):
             return True
         return False
 
-    def _put_in(self, frame: EncodedMessage) -> None:
+    def _enqueue(self, frame: EncodedMessage) -> None:
         self._append(frame)
         self.used = True
         self._schedule_flush()
 
     # ── slowness ──
 
-    def _set_slow(self, how: SlowConsumer) -> None:
+    def _set_slow(self, state: SlowConsumer) -> None:
         """Tell, once in an episode, that the client has become that slow."""
-        if self._slow is not how and self._slow is not SlowConsumer.DROPPING:
-            self._slow = how
-            self.owner.on_slow(how)
+        if self._slow is not state and self._slow is not SlowConsumer.DROPPING:
+            self._slow = state
+            self.owner.on_slow(state)
 
     def _drop(self, count: int) -> None:
         self.owner.on_dropped(count)
@@ -298,17 +298,17 @@ class Outbox(StallWatch, abc.ABC):
         """Send what can be sent now. Called at the end of a turn of the event loop in which something was queued."""
         self._due = False
         if not self._broken:
-            self._carry()
+            self._send_queued()
 
     @abc.abstractmethod
-    def _carry(self) -> None:
+    def _send_queued(self) -> None:
         """Take out and send what can be sent now, then the close frame if there is one."""
 
     def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
         """Take out what is next, control frames first, until `max_bytes` are reached."""
         if self._control:
-            urgent, self._control = self._control, None
-            return urgent
+            control, self._control = self._control, None
+            return control
         frames = self._pop_up_to(max_bytes)
         if self._waiters:
             self._serve_waiters()
@@ -320,8 +320,8 @@ class Outbox(StallWatch, abc.ABC):
             waiter = self._waiters.popleft()
             if waiter.done.done():
                 continue
-            if waiter.frame.key is None or not self._occupies_slot(waiter.frame):
-                self._put_in(waiter.frame)
+            if waiter.frame.key is None or not self._replace_same_key(waiter.frame):
+                self._enqueue(waiter.frame)
             if waiter.queued is not None:
                 waiter.queued(waiter.frame)
             waiter.settle(True)
@@ -338,7 +338,7 @@ class Outbox(StallWatch, abc.ABC):
             self.owner.on_unsent(unsent)
         self.owner.on_send_failed(error)
 
-    def _is_held(self) -> None:
+    def _on_nonzero(self) -> None:
         if self._limits.budget.evicts:
             self.owner.on_nonzero()
 
@@ -358,12 +358,12 @@ class Outbox(StallWatch, abc.ABC):
 
     # ── the end ──
 
-    def finish(self, code: int, text: str, *, flush: bool) -> int:
+    def finish(self, code: int, reason: str, *, flush: bool) -> int:
         """Take nothing more, send what is queued and then the close frame; `wait_done` returns when that is over.
 
         Args:
             code: Close code.
-            text: Close reason.
+            reason: Close reason.
             flush: Whether what is queued is still sent; else it is thrown away.
 
         Returns:
@@ -373,7 +373,7 @@ class Outbox(StallWatch, abc.ABC):
             return 0
         self._shut = True
         discarded = 0 if flush else self._clear()
-        self._close = (code, text)
+        self._close = (code, reason)
         self._fail_waiters()
         self._schedule_flush()
         return discarded

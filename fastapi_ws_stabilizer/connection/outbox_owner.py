@@ -39,7 +39,7 @@ class OutboxOwner(Protocol):
     def on_coalesced(self) -> None:
         """A newer message has taken the place of one that waited."""
 
-    def on_slow(self, how: SlowConsumer) -> None:
+    def on_slow(self, state: SlowConsumer) -> None:
         """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
 
     def on_caught_up(self) -> None:

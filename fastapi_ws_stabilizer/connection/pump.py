@@ -25,7 +25,7 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, TextPing, parse_text_ping
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
-_LOOK_INTERVAL: Final = 0.5
+_POLL_INTERVAL: Final = 0.5
 """Seconds between two looks at a transport that is not read from."""
 
 ADVICE: Final = (
@@ -60,7 +60,7 @@ class Pumped(Protocol):
     def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
         """End the connection from our side."""
 
-    def on_peer_close(self, how: CloseInfo) -> None:
+    def on_peer_close(self, close_info: CloseInfo) -> None:
         """The connection is gone."""
 
     def on_connection_lost(self, error: BaseException) -> None:
@@ -187,7 +187,7 @@ def close_on_disconnect_event(connection: Pumped, event: Mapping[str, Any]) -> N
 def on_inbox_full(connection: Pumped) -> bool:
     """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused.
 
-    While it is not known whether the endpoint reads, neither is done: `do_without_reader` comes back to it.
+    While it is not known whether the endpoint reads, neither is done: `drop_without_reader` comes back to it.
     """
     if connection.inbox.undecided:
         return False
@@ -222,32 +222,32 @@ def _drop(connection: Pumped) -> None:
     if not inbox.drops:
         connection.emit("messages_not_read", logging.WARNING, advice=ADVICE)
         inbox.drop_when_full()
-        refuse_requests(connection)
+        reject_requests(connection)
     inbox.reads = 0
     for item in inbox.drop_oldest():
         connection.events.counters.messages_discarded += 1
         if connection.protocol is not None and isinstance(item, Message):
-            connection.protocol.dropped(item)
+            connection.protocol.on_dropped(item)
 
 
-def do_without_reader(connection: Pumped) -> None:
+def drop_without_reader(connection: Pumped) -> None:
     """What the client sends holds up nothing from now on, unless the endpoint reads. Nothing happens after the end."""
     if connection.close_info is not None:
         return
     connection.inbox.drop_when_full()
-    refuse_requests(connection)
+    reject_requests(connection)
     if connection.inbox.full and not drop_unread(connection) and connection.pause is not None:
         on_inbox_full(connection)
 
 
-def refuse_requests(connection: Pumped) -> None:
+def reject_requests(connection: Pumped) -> None:
     """Answer the requests in the inbox of an endpoint that has said that it does not read, unless it reads."""
     protocol = connection.protocol
     if protocol is None or connection.close_info is not None or not connection.inbox.ignored:
         return
     for request in connection.inbox.take_requests():
         connection.events.counters.messages_discarded += 1
-        protocol.dropped(request)
+        protocol.on_dropped(request)
 
 
 def begin_pause(connection: Pumped) -> None:
@@ -270,7 +270,7 @@ def end_pause(connection: Pumped) -> None:
         connection.close(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
 
 
-class _InHand:
+class _PendingMessage:
     """A message that was read while the inbox was full. It waits outside until there is room, or until the end.
 
     The inbox calls it, so that it is delivered or counted before an ending cancels the pump.
@@ -283,17 +283,17 @@ class _InHand:
         text: str | None = event.get("text")
         self._message: str | bytes = (event.get("bytes") or b"") if text is None else text
         self._connection = connection
-        self.taken = False
+        self.delivered = False
 
     def __call__(self) -> None:
         connection = self._connection
-        if self.taken:
+        if self.delivered:
             return
-        self.taken = True
+        self.delivered = True
         if connection.protocol is not None:  # it is in the inbox already
             return
-        how = connection.close_info
-        if how is not None and not how.rule.deliver:
+        close_info = connection.close_info
+        if close_info is not None and not close_info.rule.deliver:
             connection.events.counters.messages_discarded += 1
         else:
             connection.inbox.put(self._message)
@@ -307,16 +307,18 @@ async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> No
     and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
     end is behind it. A pause that nobody relieves ends the connection.
     """
-    in_hand = _InHand(connection, event)
+    pending = _PendingMessage(connection, event)
     if not drop_unread(connection) and not on_inbox_full(connection):
         begin_pause(connection)
         inbox = connection.inbox
-        taken, since = inbox.reads, monotonic()
+        reads, since = inbox.reads, monotonic()
         while not (
-            await inbox.wait_for_room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_transport.closing
+            await inbox.wait_for_room(_POLL_INTERVAL, pending)
+            or pending.delivered
+            or connection.server_transport.closing
         ):
-            if inbox.reads != taken:
-                taken, since = inbox.reads, monotonic()
+            if inbox.reads != reads:
+                reads, since = inbox.reads, monotonic()
                 begin_pause(connection)
             elif drop_unread(connection):
                 break
@@ -325,4 +327,4 @@ async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> No
                 break
         connection.pause = None
         connection.liveness.on_frame(monotonic())
-    in_hand()
+    pending()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Ended(Protocol):
+class ClosedConnection(Protocol):
     """The connection."""
 
     connection_id: str
@@ -18,7 +18,7 @@ class Ended(Protocol):
         """Throw them away."""
 
 
-class Remains:
+class ResidualMemory:
     """What is unread while its endpoint has its grace, and what is being flushed. To the ledger it is a client.
 
     Args:
@@ -27,7 +27,7 @@ class Remains:
 
     __slots__ = ("_connection",)
 
-    def __init__(self, connection: Ended) -> None:
+    def __init__(self, connection: ClosedConnection) -> None:
         self._connection = connection
 
     @property

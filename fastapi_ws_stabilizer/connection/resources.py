@@ -58,7 +58,6 @@ class SharedResources:
         "config",
         "drain_requests",
         "events",
-        "evicted",
         "inbox_limits",
         "loop",
         "next_shard",
@@ -67,11 +66,12 @@ class SharedResources:
         "on_closing",
         "on_disconnect",
         "on_error",
+        "on_evicted",
         "on_session_end",
+        "on_slow",
         "outbox_limits",
         "round_trips",
         "scheduler",
-        "slow",
         "tasks",
         "traffic",
         "watches_input",
@@ -89,11 +89,11 @@ class SharedResources:
         *,
         next_shard: Callable[[], int],
         on_closing: Callable[[Any], None],
-        evicted: Callable[[Any], None],
+        on_evicted: Callable[[Any], None],
         on_closed: Callable[[Any], None],
         on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]],
         on_session_end: Callable[[Any], Awaitable[None]],
-        slow: Callable[[Any, SlowConsumer], None],
+        on_slow: Callable[[Any, SlowConsumer], None],
         on_error: Callable[[Any, BaseException], Awaitable[None]],
         close_info_by_handler: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]]
         | None = None,
@@ -106,11 +106,11 @@ class SharedResources:
         self.loop = scheduler.loop
         self.next_shard = next_shard
         self.on_closing = on_closing
-        self.evicted = evicted
+        self.on_evicted = on_evicted
         self.on_closed = on_closed
         self.on_disconnect = on_disconnect
         self.on_session_end = on_session_end
-        self.slow = slow
+        self.on_slow = on_slow
         self.on_error = on_error
         self.close_info_by_handler = close_info_by_handler
         self.budget = budget

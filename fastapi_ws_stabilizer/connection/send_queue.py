@@ -11,11 +11,11 @@ from fastapi_ws_stabilizer.events import Counters
 from fastapi_ws_stabilizer.memory.budget import FRAME_OVERHEAD_BYTES, MemoryBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
-NOTHING: Final = cast("list[EncodedMessage]", ())
+EMPTY: Final = cast("list[EncodedMessage]", ())
 """The queue of every outbox in which nothing waits. A tuple, so that nobody can put anything into it by mistake: who
 adds the first frame makes a list."""
 
-_MAX_DEAD: Final = 64
+_MAX_REMOVED: Final = 64
 """Places at the front of a queue that may be dead, if they are more than half of it, before it is cut."""
 
 
@@ -29,10 +29,10 @@ class OutboxLimits:
         "max_bytes",
         "max_messages",
         "overflow",
+        "reports_delivery",
         "send_timeout",
         "soft_bytes",
         "soft_messages",
-        "tells_delivery",
     )
 
     def __init__(self, config: WebSocketConfig, counters: Counters, budget: MemoryBudget | None = None) -> None:
@@ -44,7 +44,7 @@ class OutboxLimits:
         self.counters = counters
         self.budget = MemoryBudget() if budget is None else budget
         self.context = contextvars.copy_context()  # what timers run in: one that is cancelled is held until its time
-        self.tells_delivery = self.budget.output_counts
+        self.reports_delivery = self.budget.output_counts
 
     def bound(self, max_messages: int, max_bytes: int) -> None:
         """Lower the bounds to these, where they are higher."""
@@ -72,7 +72,7 @@ class SendQueue:
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
         self._single: EncodedMessage | None = None  # the only frame that waits; then the queue is empty
-        self._queue = NOTHING
+        self._queue = EMPTY
         self._head = 0  # where the first frame that waits stands
         self._trimmed = 0  # how many places have been cut off since the queue was empty
         self._keyed: dict[Any, int] | None = None  # coalesce_key → place, counted from before the cut
@@ -133,16 +133,16 @@ class SendQueue:
         self._counted = True
         for frame in self._queue[self._head :]:
             self._limits.budget.retain(frame)
-        self._is_held()
+        self._on_nonzero()
 
-    def _is_held(self) -> None:
+    def _on_nonzero(self) -> None:
         """What waits is counted: nothing else may be held for the client."""
 
     def _append(self, frame: EncodedMessage) -> None:
         self._promote_to_list()
         if self._counted:
             self._limits.budget.retain(frame)
-            self._is_held()
+            self._on_nonzero()
         if frame.key is not None:
             keyed = self._keyed = {} if self._keyed is None else self._keyed
             if len(keyed) > 2 * self._limits.max_messages:  # most of them are keys of frames that are long sent
@@ -163,14 +163,14 @@ class SendQueue:
         index = self._keyed.get(frame.key, -1) - self._trimmed
         if index < self._head or not self._queue:
             return False
-        more = frame.size - self._queue[index].size
-        if more > 0 and len(self) > 1 and self.held_bytes + more > self._limits.max_bytes:
+        growth = frame.size - self._queue[index].size
+        if growth > 0 and len(self) > 1 and self.held_bytes + growth > self._limits.max_bytes:
             return False
         if self._counted:
             self._limits.budget.release(self._queue[index])
             self._limits.budget.retain(frame)
         self._queue[index] = frame
-        self.held_bytes += more
+        self.held_bytes += growth
         return True
 
     def _pop(self) -> EncodedMessage:
@@ -189,7 +189,7 @@ class SendQueue:
             self._limits.budget.release(frame)
         self._head = head + 1
         self.held_bytes -= frame.size
-        if head > _MAX_DEAD and 2 * head > len(queue):
+        if head > _MAX_REMOVED and 2 * head > len(queue):
             del queue[: self._head]
             self._trimmed += self._head
             self._head = 0
@@ -213,7 +213,7 @@ class SendQueue:
             for frame in self._queue[self._head :]:
                 self._limits.budget.release(frame)
         self._single = None
-        self._queue = NOTHING
+        self._queue = EMPTY
         self._head = self._trimmed = self.held_bytes = 0
         self._keyed = self._extra = None
 

@@ -31,7 +31,7 @@ DISCONNECT_EVENT_GRACE: Final = 0.5
 """Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
 be one turn of the event loop away."""
 
-_TAKEN: Final = (EnqueueResult.QUEUED, EnqueueResult.BACKPRESSURE, EnqueueResult.SLOW)
+_ENQUEUED: Final = (EnqueueResult.QUEUED, EnqueueResult.BACKPRESSURE, EnqueueResult.SLOW)
 
 
 class SendingHalf(abc.ABC):
@@ -39,9 +39,9 @@ class SendingHalf(abc.ABC):
 
     __slots__ = (
         "_closing",
-        "_link",
-        "_numbers",
+        "_direct",
         "_parts",
+        "_sequenced_count",
         "client_id",
         "close_info",
         "config",
@@ -58,8 +58,8 @@ class SendingHalf(abc.ABC):
         "used",
     )
 
-    _link: DirectTransport | None
-    _numbers: int
+    _direct: DirectTransport | None
+    _sequenced_count: int
     _closing: asyncio.Future[None] | None
     """Made when somebody waits for the end."""
     _parts: SharedResources
@@ -154,13 +154,13 @@ class SendingHalf(abc.ABC):
 
     def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
         limits = parts.numbered_limits if numbered else parts.outbox_limits
-        if self._link is not None:
+        if self._direct is not None:
             return DirectOutbox(
                 self,
                 limits,
                 parts.scheduler,
                 self.shard,
-                link=self._link,
+                direct=self._direct,
                 min_bytes=self.config.compression_min_bytes,
             )
         return AsgiOutbox(
@@ -169,7 +169,7 @@ class SendingHalf(abc.ABC):
             parts.scheduler,
             self.shard,
             send=self.server_transport.send,
-            by_hand=self.server_transport.is_direct,
+            inline=self.server_transport.is_direct,
             writers=parts.writers,
         )
 
@@ -177,7 +177,7 @@ class SendingHalf(abc.ABC):
 
     def enqueue(self, frame: EncodedMessage) -> bool:
         """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
-        return self.outbox.offer(frame) in _TAKEN
+        return self.outbox.offer(frame) in _ENQUEUED
 
     def answer(self, frame: EncodedMessage) -> None:
         """Send a control frame, before what is queued."""
@@ -202,14 +202,14 @@ class SendingHalf(abc.ABC):
     def consume_activity(self) -> bool:
         """Whether a message went in or out since this was asked last."""
         outbox, protocol = self.outbox, self.protocol
-        used = self.used
+        active = self.used
         if protocol is None:
-            used = used or outbox.used
+            active = active or outbox.used
         else:  # its outbox takes pings too
             count = protocol.session.head + protocol.session.accepted
-            used, self._numbers = used or count != self._numbers, count
+            active, self._sequenced_count = active or count != self._sequenced_count, count
         self.used = outbox.used = False
-        return used
+        return active
 
     @property
     def reading_paused(self) -> bool:
@@ -234,23 +234,23 @@ class SendingHalf(abc.ABC):
     @property
     def is_direct(self) -> bool:
         """Whether we are at the server's transport, and not behind ASGI."""
-        return self._link is not None
+        return self._direct is not None
 
     @property
     def pings_by_protocol(self) -> bool:
         """Whether heartbeats are pings that every such client answers by itself: ping frames, or those of v1."""
         if self.protocol is not None:
             return True
-        return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
+        return self._direct is not None and self.config.heartbeat_type is HeartbeatType.PING
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
         """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
         if self.protocol is not None:
             return self.protocol.ping(now)
-        if frame is None and self._link is not None:
-            if self._link.write_paused:
+        if frame is None and self._direct is not None:
+            if self._direct.write_paused:
                 return False
-            self._link.ping(self.liveness.pinged_by_protocol(now))
+            self._direct.ping(self.liveness.pinged_by_protocol(now))
             return True
         if frame is None or not self.outbox.put_control(frame):
             return False
@@ -292,14 +292,14 @@ class SendingHalf(abc.ABC):
         """A newer message has taken the place of one that waited."""
         self.events.counters.messages_coalesced += 1
 
-    def on_slow(self, how: SlowConsumer) -> None:
+    def on_slow(self, state: SlowConsumer) -> None:
         """The client has become slow."""
         if self.close_info is not None:
             return
-        self.events.counters.slow_clients[how] += 1
-        self.emit("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
-        self._parts.slow(self.socket, how)
-        if how is SlowConsumer.DISCONNECTED:
+        self.events.counters.slow_clients[state] += 1
+        self.emit("slow_client", logging.INFO, how=state.value, queued_messages=len(self.outbox))
+        self._parts.on_slow(self.socket, state)
+        if state is SlowConsumer.DISCONNECTED:
             if self.protocol is None:
                 self.events.counters.messages_discarded += 1  # the one that found no room
             self.close(DisconnectReason.SLOW_CONSUMER)

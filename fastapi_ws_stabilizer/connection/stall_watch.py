@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.tasks import LazyEvent
 POLL_INTERVAL: Final = 0.5
 """Seconds between two looks at a send that waits."""
 
-LOOKS: Final = 4
+MIN_POLLS: Final = 4
 """Looks within `send_timeout` at least. The first has nothing to compare with."""
 
 STALL_THRESHOLD: Final = 0.05
@@ -40,7 +40,7 @@ class StallWatch(SendQueue):
         self._watch: asyncio.TimerHandle | None = None
 
     @property
-    def on_send_delayed(self) -> bool:
+    def is_delayed(self) -> bool:
         """Whether the network has taken nothing for longer than it does for a client that reads."""
         return self._blocked_since is not None and monotonic() - self._blocked_since > STALL_THRESHOLD
 
@@ -52,7 +52,7 @@ class StallWatch(SendQueue):
     @property
     def is_stalled(self) -> bool:
         """Whether what is queued waits for longer than it does for a client that reads."""
-        return self.on_send_delayed
+        return self.is_delayed
 
     @property
     def blocked(self) -> bool:
@@ -61,7 +61,7 @@ class StallWatch(SendQueue):
 
     def is_backpressured(self) -> bool:
         """Whether more than half is used, and the client seems to read."""
-        return self.half_full and not self.on_send_delayed
+        return self.half_full and not self.is_delayed
 
     def _block(self) -> None:
         """The client takes nothing for the moment."""
@@ -79,10 +79,12 @@ class StallWatch(SendQueue):
 
     def _set_watch(self, waited: float) -> None:
         timeout = self._limits.send_timeout
-        delay = min(POLL_INTERVAL, timeout / LOOKS, timeout - waited)
-        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look, context=self._limits.context)
+        delay = min(POLL_INTERVAL, timeout / MIN_POLLS, timeout - waited)
+        self._watch = asyncio.get_running_loop().call_later(
+            max(0.0, delay), self._check_progress, context=self._limits.context
+        )
 
-    def _look(self) -> None:
+    def _check_progress(self) -> None:
         """See whether the send that waits has waited too long."""
         self._watch = None
         since = self._blocked_since

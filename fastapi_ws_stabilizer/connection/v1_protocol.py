@@ -56,7 +56,7 @@ PING_BYTES: Final = 64
 """More than a ping takes."""
 
 
-class Speaker(Protocol):
+class V1Connection(Protocol):
     """The connection of a conversation."""
 
     config: WebSocketConfig
@@ -112,8 +112,8 @@ class V1Protocol:
     Args:
         connection: The connection.
         resume_result: What its client's hello has led to.
-        seen: The idempotency keys that were handled.
-        renewed: Called with a credential that the client sends later.
+        idempotency: The idempotency keys that were handled.
+        on_renewal: Called with a credential that the client sends later.
 
     Attributes:
         session: The session that it belongs to, until another connection takes it over.
@@ -123,12 +123,12 @@ class V1Protocol:
     """
 
     __slots__ = (
+        "_ack_request",
         "_ack_timer",
         "_acknowledged",
-        "_asking",
         "_connection",
-        "_refused",
-        "_seen",
+        "_idempotency",
+        "_rejected_seq",
         "_unacknowledged",
         "credential",
         "max_inflated",
@@ -138,25 +138,25 @@ class V1Protocol:
 
     def __init__(
         self,
-        connection: Speaker,
+        connection: V1Connection,
         resume_result: ResumeResult,
-        seen: IdempotencyCache,
-        renewed: Callable[[str | None], None],
+        idempotency: IdempotencyCache,
+        on_renewal: Callable[[str | None], None],
     ) -> None:
         self.session: Session = resume_result.session
         self.resume_result = resume_result
         self._connection = connection
-        self._seen = seen
+        self._idempotency = idempotency
         compresses = resume_result.deflates and connection.config.compression is CompressionMode.DEFLATE
         self.max_inflated = connection.config.max_message_size if compresses else 0
-        self._refused = (
+        self._rejected_seq = (
             0 if resume_result.retries else -1
         )  # the number that its client is to send again, if it can do that
         self._unacknowledged = 0
         self._acknowledged = -1  # the highest number that the client has acknowledged here
         self._ack_timer: asyncio.TimerHandle | None = None
-        self._asking: asyncio.Handle | None = None
-        self.credential = CredentialExpiry(connection, renewed)
+        self._ack_request: asyncio.Handle | None = None
+        self.credential = CredentialExpiry(connection, on_renewal)
 
     def welcome(self) -> EncodedMessage:
         """The frame that answers the hello, with a new token."""
@@ -186,8 +186,8 @@ class V1Protocol:
     def close(self) -> None:
         """The connection is over."""
         self._clear_pending_ack()
-        if self._asking is not None:
-            self._asking.cancel()
+        if self._ack_request is not None:
+            self._ack_request.cancel()
 
     # ── what comes in ──
 
@@ -213,7 +213,7 @@ class V1Protocol:
                 return self._message(message_of(frame), raw)
             if kind not in LONG_TYPES and is_longer(raw, MAX_CONTROL_BYTES):
                 raise ProtocolError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
-            self._other(kind, frame, raw)
+            self._handle_control(kind, frame, raw)
         except ProtocolError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
@@ -229,16 +229,16 @@ class V1Protocol:
         if message.seq is not None:
             self._accept(message.seq)
         if message.key is not None:
-            known = self._seen.look(self.session.client_id, message.key)
+            known = self._idempotency.look(self.session.client_id, message.key)
             if known is not None:
                 known.answer(self.session, message)
                 return None
-            self._seen.begin(self.session.client_id, message.key)
+            self._idempotency.begin(self.session.client_id, message.key)
         self._connection.events.counters.messages_received += 1
         self._connection.used = True
         if message.id is not None and (inbox := self.session.inbox) is not None and inbox.ignored:
             self._connection.events.counters.messages_discarded += 1
-            self.dropped(message)
+            self.on_dropped(message)
             return None
         message.size = sys.getsizeof(raw)
         if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
@@ -257,7 +257,9 @@ class V1Protocol:
         if seq < next_one:  # sent again, because our word did not reach the client
             self._schedule_ack()
             self._connection.on_control_frame()
-        elif self._refused == next_one:  # it was on its way already, and comes again behind the one that was refused
+        elif (
+            self._rejected_seq == next_one
+        ):  # it was on its way already, and comes again behind the one that was refused
             self._connection.on_early_message(raw)
         else:
             self._connection.close(DisconnectReason.POLICY, code=4412, text="a message is missing")
@@ -268,7 +270,7 @@ class V1Protocol:
         self.session.accepted = seq
         self._schedule_ack()
 
-    def _other(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
+    def _handle_control(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session, connection = self.session, self._connection
         if kind not in ("ack", "reply", "pong"):
             connection.on_control_frame()
@@ -325,26 +327,26 @@ class V1Protocol:
 
     def request_ack(self) -> None:
         """Ask the client for its number: a pong carries it, and comes at once. All who ask in one turn ask together."""
-        if self._asking is None:
-            self._asking = asyncio.get_running_loop().call_soon(self._ask)
+        if self._ack_request is None:
+            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request)
 
-    def _ask(self) -> None:
-        self._asking = None
+    def _send_ack_request(self) -> None:
+        self._ack_request = None
         if self._send_ping():
             self._connection.liveness.on_unmeasured_ping()
 
     def on_failed(self, message: Message) -> None:
         """A handler has failed with a message. It is not handled again in this session, but its key is not used up."""
         if message.key is not None:
-            self._seen.failed(self.session.client_id, message.key)
+            self._idempotency.failed(self.session.client_id, message.key)
 
-    def gave_up(self, message: Message, code: str, text: str) -> None:
+    def on_no_answer(self, message: Message, code: str, text: str) -> None:
         """A handler is over without an answer. A request is answered with an error, which survives a reconnect."""
         self.on_failed(message)
         if message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
 
-    def unanswerable(self, message: Message) -> None:
+    def on_raw_read(self, message: Message) -> None:
         """A message was given to code that reads by itself and can answer no requests."""
         if message.id is not None:
             error = {"code": "no_handler", "message": "the endpoint reads messages itself, and answers no requests"}
@@ -355,13 +357,13 @@ class V1Protocol:
         if isinstance(item, Message):
             self.on_failed(item)
 
-    def dropped(self, message: Message) -> None:
+    def on_dropped(self, message: Message) -> None:
         """A message was accepted and goes unread, because the endpoint does not read. A request is answered so."""
         self.on_failed(message)
         if message.id is not None:
             self.reject(message, "not_read", "the endpoint does not read messages")
 
-    def too_much(self, message: Message | None, code: str, text: str, wait: float) -> None:
+    def on_rate_exceeded(self, message: Message | None, code: str, text: str, wait: float) -> None:
         """Refuse a message because of a rate.
 
         A client that can send it again in its turn is told when, and it is not accepted: so nothing is lost, and the
@@ -370,11 +372,11 @@ class V1Protocol:
         seq = None if message is None else message.seq
         if message is None or seq is None or seq <= self.session.accepted:
             self.reject(message, code, text)
-        elif self._refused < 0 or message.id is not None:
+        elif self._rejected_seq < 0 or message.id is not None:
             self._accept(seq)
             self.reject(message, code, text)
         else:
-            self._refused = seq
+            self._rejected_seq = seq
             self._connection.answer(
                 control_frame("error", code=code, message=text, seq=seq, retry=to_milliseconds(wait))
             )
@@ -396,7 +398,7 @@ class V1Protocol:
         if message.id is not None:
             self.session.reply(message.id, answer)
         if message.key is not None:
-            self._seen.handled(self.session, message.key, answer if message.id is not None else None)
+            self._idempotency.handled(self.session, message.key, answer if message.id is not None else None)
 
     def on_interrupted(self, message: Message) -> None:
         """The connection broke in a handler, which may have done its work. The client may be back, and is told so."""
@@ -404,7 +406,7 @@ class V1Protocol:
             error = {"code": "interrupted", "message": "the connection broke while this was handled"}
             self.session.reply(message.id, error=error)
         if message.key is not None:
-            self._seen.interrupted(self.session.client_id, message.key)
+            self._idempotency.interrupted(self.session.client_id, message.key)
 
     def _schedule_ack(self) -> None:
         self._unacknowledged += 1
@@ -424,7 +426,7 @@ class V1Protocol:
             self._ack_timer.cancel()
             self._ack_timer = None
 
-    def tell_outcome(self) -> None:
+    def emit_outcome(self) -> None:
         """Report what the hello has led to."""
         self._connection.emit(
             "session_attached",

@@ -343,8 +343,8 @@ async def test_queued_messages_are_written_before_server_stops(linked: Any) -> N
 async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
     """Neither before the accept nor after it is anything compressed."""
     b = await linked(compression="none", compression_min_bytes=0)
-    assert b.connection._link is not None
-    b.connection._link.refuse_compression()  # as the door does
+    assert b.connection._direct is not None
+    b.connection._direct.refuse_compression()  # as the door does
     assert not b.server.compression
     offer(b, "x" * 100)
     await settle()
