@@ -192,7 +192,7 @@ def on_inbox_full(connection: Pumped) -> bool:
     if connection.inbox.undecided:
         return False
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
-        connection.close(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
+        connection.close(DisconnectReason.POLICY, code=1013, text="inbox full")
         return True
     if not connection.pause_reported:
         connection.pause_reported = True
@@ -267,7 +267,7 @@ def end_pause(connection: Pumped) -> None:
     if connection.inbox.drops or sends:
         _drop(connection)
     else:
-        connection.close(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+        connection.close(DisconnectReason.POLICY, code=1013, text="messages are not read")
 
 
 class _PendingMessage:

@@ -257,7 +257,7 @@ async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None
     b.server.sink.message_received("b")
     await eventually(lambda: b.connection.close_info is not None)
     assert b.connection.close_info.code == 1013
-    await eventually(lambda: b.server.closed == [(1013, "nobody reads the messages")])
+    await eventually(lambda: b.server.closed == [(1013, "messages are not read")])
 
 
 async def test_inbox_overflow_close_closes_connection(linked: Any) -> None:

@@ -208,7 +208,7 @@ async def test_inbox_overflow_close_closes_with_1013(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
     await with_deadline(connection.finished)
-    assert b.server.close_frames == [(1013, "messages come faster than they are read")]
+    assert b.server.close_frames == [(1013, "inbox full")]
     assert b.events.counters.messages_discarded == 3
 
 
@@ -329,7 +329,7 @@ async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monk
     await with_deadline(connection.receive())
     b.server.feed_text("1", "2")
     await with_deadline(connection.finished)
-    assert b.server.close_frames == [(1013, "nobody reads the messages")]
+    assert b.server.close_frames == [(1013, "messages are not read")]
 
 
 async def test_pump_does_not_pause_with_ignore_messages(bench: Any) -> None:
