@@ -1,4 +1,4 @@
-"""The state machine of one connection: new, open, closing, closed.
+"""State machine of one connection: new, open, closing, closed.
 
 The client, the network, the heartbeat, a stalled send, a newer connection and the endpoint can all close a connection
 at the same moment. The first cause wins and sets the `CloseInfo`, which wakes all waiters at once. Then one teardown

@@ -60,7 +60,7 @@ def bind_current(connection: Connection) -> Opened:
 
 
 def finished(connection: Connection) -> None:
-    """Drop references to a connection whose teardown has ended, if its endpoint has ended with it."""
+    """Drop references to a connection after its teardown, if its endpoint has ended with it."""
     if not connection.endpoint.tracked or connection.context is None:
         return
     for opened in _chain(connection.context.get(_last_opened)):

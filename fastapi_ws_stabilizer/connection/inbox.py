@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class InboxClosed(Exception):
-    """The inbox is closed and empty."""
+    """Error of a read from an inbox that is closed and empty, or was transferred."""
 
 
 Item = str | bytes | Message
@@ -43,7 +43,7 @@ class InboxLimits:
         undecided: Whether it will soon be known if the endpoint reads.
         keeping: The same bounds, for inboxes that drop nothing.
         dropping: The same bounds, for inboxes that drop the oldest messages.
-        deciding: The same bounds, for inboxes whose endpoint is undecided.
+        deciding: The same bounds, for inboxes with an undecided endpoint.
     """
 
     __slots__ = ("budget", "deciding", "dropping", "drops", "keeping", "max_bytes", "max_messages", "undecided")
@@ -65,7 +65,7 @@ _UNCOUNTED: Final = InboxLimits(0, 0)
 
 
 class Pause:
-    """State of a connection whose reading is paused because its inbox is full.
+    """State of a connection while reading is paused because its inbox is full.
 
     Attributes:
         sent: Whether the connection's own methods have sent anything since the pause began. Broadcasts and heartbeats

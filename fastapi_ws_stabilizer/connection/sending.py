@@ -133,7 +133,7 @@ class SendingHalf(abc.ABC):
         return self.events.emit_throttled(event, level, kind, **fields)
 
     def attempt(self, step: Callable[..., object], *args: Any, **options: Any) -> bool:
-        """Run one step of teardown. Return `False` if it raised, which is reported as a bug and stops nothing."""
+        """Run one step of teardown. If it raises, report a bug and return `False`, so that teardown continues."""
         try:
             step(*args, **options)
         except Exception as error:
