@@ -27,9 +27,9 @@ from fastapi_ws_stabilizer.tasks import LazyEvent
 
 _CANCEL_MESSAGE: Final = "the connection is closed and its disconnect_grace has passed"
 
-_EXIT_STACK_KEYS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
-"""Scope keys of FastAPI's exit stacks, in the order in which FastAPI closes them. The names differ between versions.
-Without any of them, the end of user code is only noticed later."""
+_STACKS: Final = ("fastapi_function_astack", "fastapi_inner_astack", "fastapi_astack")
+"""Where FastAPI keeps the exit stacks of a connection, the one that closes first comes first. The names have changed
+over its versions; where none is found, only the refinement that it serves is missing."""
 
 
 class _Busy:
@@ -174,8 +174,8 @@ _EXPECTED_ERRORS: Final = (
 
 
 def find_exit_stack(scope: Mapping[str, Any]) -> AsyncExitStack | None:
-    """Return the exit stack that FastAPI closes first when the endpoint of this connection returns."""
-    for name in _EXIT_STACK_KEYS:
+    """The exit stack that FastAPI closes first when the endpoint of this connection ends."""
+    for name in _STACKS:
         stack = scope.get(name)
         if isinstance(stack, AsyncExitStack):
             return stack

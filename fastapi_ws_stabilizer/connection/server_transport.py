@@ -199,13 +199,13 @@ _SERVERS: Final = ("uvicorn.", "hypercorn.", "fastapi_ws_stabilizer.servers.")
 
 
 def unwrap_send(send: Any, most: int, *, only_starlettes: bool = False) -> Any:
-    """Return the server's `send` from the closures that Starlette's exception middleware wraps around it.
+    """The server's `send` inside the closures that Starlette's exception middleware puts round it.
 
     Args:
-        send: The `send` that the application received.
-        most: Maximum number of wrappers to open.
-        only_starlettes: Whether to stop at a closure that is not Starlette's. Starlette's closures forward every
-            WebSocket message unchanged, so they can be bypassed.
+        send: What the application was given.
+        most: How many wrappers are opened.
+        only_starlettes: Whether to stop at a closure that is not Starlette's. Its own hand every WebSocket message on
+            as it is, so they can be left out.
     """
     for _ in range(most):
         if only_starlettes and getattr(send, "__module__", None) != "starlette._exception_handler":
