@@ -114,11 +114,11 @@ class Node(Acceptor):
             ),
             next_shard=self.registry.next_shard,
             on_closing=self._on_closing,
-            evicted=self._on_evicted,
+            on_evicted=self._on_evicted,
             on_closed=self._on_closed,
             on_disconnect=hooks.disconnect,
             on_session_end=self.resumption.notify_session_end,
-            slow=self._slow,
+            on_slow=self._slow,
             on_error=hooks.error,
             close_info_by_handler=self.close_info_by_handler,
         )

@@ -15,7 +15,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
-from fastapi_ws_stabilizer.connection.pump import do_without_reader, on_inbox_full
+from fastapi_ws_stabilizer.connection.pump import drop_without_reader, on_inbox_full
 from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
 from fastapi_ws_stabilizer.hub.presence import PresenceList
 from fastapi_ws_stabilizer.wire.encoded import encode, encode_json
@@ -133,7 +133,7 @@ class StableSocket(SocketFacts):
         inbox.begin_to_decide()
         # A cancelled timer keeps its context until it is due, and that of this endpoint should go with the connection.
         context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
-        timer = loop.call_later(READER_START_GRACE, do_without_reader, connection, context=context)
+        timer = loop.call_later(READER_START_GRACE, drop_without_reader, connection, context=context)
         try:
             return await connection.wait_closing()
         finally:
@@ -160,7 +160,7 @@ class StableSocket(SocketFacts):
         connection.check_opened()
         connection.check_loop()
         connection.inbox.reads = 0
-        do_without_reader(connection)
+        drop_without_reader(connection)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message, text or bytes. Cancelling is safe: no message is lost.

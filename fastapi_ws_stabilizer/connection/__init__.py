@@ -1,1 +1,1 @@
-"""One connection: the server's `receive` feeds an inbox, the server's `send` is fed by an outbox."""
+"""One connection: the server's `receive` fills an inbox, and an outbox calls the server's `send`."""

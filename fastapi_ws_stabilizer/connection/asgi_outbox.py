@@ -1,4 +1,4 @@
-"""The outbox of a connection whose server has nothing but ASGI's `send`."""
+"""Outbox of a connection on a server that offers only ASGI's `send`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Send = Callable[[MutableMapping[str, Any]], Any]
 
 
 class WriterPool:
-    """The tasks that wait for the server, those of all outboxes of a manager.
+    """Writer tasks of all outboxes of a manager: each waits for the server.
 
     Args:
-        tasks: Holds them.
-        sends: How many sends may wait at the same time. One that does not wait needs no slot. One that waits for longer
-            than a healthy client makes it gives its slot up, so that slow clients cannot hold up the others.
-        closes: The same for close frames.
+        tasks: The set that holds the tasks.
+        sends: Slots for sends that wait at the same time. A send that does not wait needs no slot. A send that waits
+            for longer than `STALL_THRESHOLD` gives up its slot, so that slow clients do not delay others.
+        closes: Slots for close frames that wait.
     """
 
     __slots__ = ("closes", "sends", "tasks")
@@ -38,17 +38,17 @@ class WriterPool:
 
 
 class AsgiOutbox(Outbox):
-    """Awaits the server's `send`, without a task where that does not wait.
+    """Outbox that awaits the server's `send`, and needs no task while `send` does not block.
 
-    uvicorn's `send` waits only while its transport is full. So it is begun where we are, and only if it waits does a
-    task take over: first that send, then what has been queued behind it. Other sends begin in a task of their own.
+    uvicorn's `send` blocks only while its transport is full. Therefore the outbox starts it inline. If it blocks, a
+    writer task finishes that send and then sends the queued frames. Other servers' sends start in a writer task.
 
     Args:
         send: The server's `send`.
-        by_hand: Whether `send` may be begun outside of a task of its own: it is the server's, with no middleware round
-            it that might look at the current task. Not with a close frame: uvicorn's older implementation has a timeout
-            for it, which belongs to a task.
-        writers: The tasks of sends that wait.
+        inline: Whether `send` may start outside a writer task. This requires the server's own `send` without a
+            middleware around it that might use the current task. Close frames never start inline, because uvicorn's
+            older implementation sends them with a timeout that is bound to a task.
+        writers: The writer tasks and their slots.
     """
 
     __slots__ = (
@@ -72,23 +72,23 @@ class AsgiOutbox(Outbox):
         shard: int,
         *,
         send: Send,
-        by_hand: bool,
+        inline: bool,
         writers: WriterPool,
     ) -> None:
         super().__init__(owner, limits, scheduler, shard)
         self._send = send
-        self._inline = by_hand
+        self._inline = inline
         self._writers = writers
         self._task: asyncio.Task[None] | None = None
-        self._in_flight = 0  # messages that were given to the server and are neither taken nor refused yet
-        self._delivers = False  # whether that is a message, and no control frame
-        self._queued_for_slot = False  # whether we wait for a slot
-        self._suspended: StartedCoroutine | None = None  # a send that waits for a slot to wait for the server in
+        self._in_flight = 0  # messages passed to the server that it has neither accepted nor rejected
+        self._delivers = False  # whether the frame in flight is a message and not a control frame
+        self._queued_for_slot = False
+        self._suspended: StartedCoroutine | None = None  # a started send that waits for a slot
         self._slot: CallbackSemaphore | None = None
         self._slot_timer: asyncio.TimerHandle | None = None
 
     def flush_now(self) -> None:
-        """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
+        """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
         if (
             frame is None
@@ -110,7 +110,7 @@ class AsgiOutbox(Outbox):
         self._delivers = True
         try:
             coroutine = self._send((to_deflated(frame) if self._deflates else frame).message())
-            waits_for = coroutine.send(None)  # as `begin` does
+            waits_for = coroutine.send(None)  # as `start_inline` does
         except StopIteration:
             pass
         except Exception as error:
@@ -122,23 +122,23 @@ class AsgiOutbox(Outbox):
         self._in_flight = 0
         limits = self._limits
         limits.counters.messages_sent += 1
-        if limits.tells_delivery:
+        if limits.reports_delivery:
             self.owner.on_delivered()
 
-    def _carry(self) -> None:
-        """Send one message after the other, as long as the server takes them."""
+    def _send_queued(self) -> None:
+        """Send queued messages one by one until `send` blocks."""
         if self._task is not None or self._queued_for_slot:
             return
-        while self._waiting():
+        while self._has_next():
             slots = self._slots()
             if self._inline and slots is self._writers.sends:
                 try:
-                    sending = start_inline(self._begin_next())
+                    sending = start_inline(self._start_next())
                 except Exception as error:
                     self._send_failed(error)
                     break
                 if sending is None:
-                    self._has_sent()
+                    self._on_sent()
                     continue
                 self._suspend(sending)
                 return
@@ -148,10 +148,10 @@ class AsgiOutbox(Outbox):
             self._start_writer(None, slots)
             if self._task is not None:
                 return
-        self._rest()
+        self._on_idle()
 
     def _suspend(self, sending: StartedCoroutine) -> None:
-        """A send that was begun waits for the server: let a task wait for it, now or when there is a slot."""
+        """Pass a started send that blocks to a writer task, now or when a slot is free."""
         if self._writers.sends.free:
             self._start_writer(sending, self._writers.sends)
             return
@@ -164,14 +164,14 @@ class AsgiOutbox(Outbox):
         self._due = self._queued_for_slot = True
         slots.wait(self._on_slot_free)
 
-    def _waiting(self) -> bool:
+    def _has_next(self) -> bool:
         return not self._broken and (self._any or self._close is not None)
 
     def _slots(self) -> CallbackSemaphore:
         return self._writers.sends if self._any else self._writers.closes
 
-    def _begin_next(self) -> Any:
-        """Take out what is next, and call `send` with it."""
+    def _start_next(self) -> Any:
+        """Dequeue the next frame and return the coroutine that sends it."""
         self._delivers = not self._control
         if self._control:
             self._in_flight = 1
@@ -183,25 +183,28 @@ class AsgiOutbox(Outbox):
                 self._serve_waiters()
             message = (to_deflated(frame) if self._deflates else frame).message()
         else:
-            assert self._close is not None  # noqa: S101 (for the type checker; `_waiting` has looked)
+            assert self._close is not None  # noqa: S101 (for the type checker; `_has_next` has checked it)
             message = asgi_close(*self._close)
             self._close = None
         return self._send(message)
 
-    def _has_sent(self) -> None:
+    def _on_sent(self) -> None:
         if self._in_flight:
             self._in_flight = 0
             self._limits.counters.messages_sent += 1
-            if self._delivers and self._limits.tells_delivery:
+            if self._delivers and self._limits.reports_delivery:
                 self.owner.on_delivered()
 
-    def _start_writer(self, begun: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
-        """Let a task wait for a send that was begun, and send what is behind it."""
-        context = copied(self.owner.context)  # not that of whoever has sent to this client first
+    def _start_writer(self, started: Awaitable[None] | None, slots: CallbackSemaphore) -> None:
+        """Start a writer task that finishes a started send and then sends the queued frames."""
+        context = copied(self.owner.context)  # not the context of the code that sent to this client first
         task = self._writers.tasks.spawn(
-            self._write_loop(begun), name=f"ws-writer-{self.owner.connection_id}", context=context, eager=begun is None
+            self._write_loop(started),
+            name=f"ws-writer-{self.owner.connection_id}",
+            context=context,
+            eager=started is None,
         )
-        if task.done():  # it began at once, and did not wait
+        if task.done():  # it ran eagerly and did not block
             return
         self._task = task
         self._block()
@@ -211,17 +214,17 @@ class AsgiOutbox(Outbox):
         task.add_done_callback(self._writer_done, context=context)
 
     async def _write_loop(self, sending: Awaitable[None] | None) -> None:
-        """Send until nothing is left, or others wait for the slot."""
+        """Send until the queue is empty or another outbox waits for the slot."""
         try:
-            if sending is None and self._waiting():
-                sending = self._begin_next()
+            if sending is None and self._has_next():
+                sending = self._start_next()
             while sending is not None:
                 await sending
-                self._has_sent()
-                if not self._waiting() or self._slot is not self._slots() or len(self._slot):
+                self._on_sent()
+                if not self._has_next() or self._slot is not self._slots() or len(self._slot):
                     return
                 self._blocked_since = monotonic()
-                sending = self._begin_next()
+                sending = self._start_next()
         except Exception as error:
             self._send_failed(error)
 
@@ -236,13 +239,13 @@ class AsgiOutbox(Outbox):
         if self._in_flight:  # cancelled
             unsent, self._in_flight = self._in_flight, 0
             self.owner.on_unsent(unsent)
-        if self._waiting():
+        if self._has_next():
             self._schedule_flush()
         else:
-            self._rest()
+            self._on_idle()
 
-    def _rest(self) -> None:
-        """Everything is sent, or nothing can be."""
+    def _on_idle(self) -> None:
+        """Handle an outbox that has sent everything or can send nothing more."""
         self._on_drained()
         self._writers.sends.wake_next()
         self._writers.closes.wake_next()
@@ -252,13 +255,13 @@ class AsgiOutbox(Outbox):
     # ── slots ──
 
     def _on_slot_free(self) -> bool:
-        """There may be a slot. Tell whether we still want one."""
+        """Use a slot that may be free. Return whether this outbox still needed it."""
         self._queued_for_slot = False
-        parked, self._suspended = self._suspended, None
-        if parked is not None:
-            self._start_writer(parked, self._writers.sends)
+        suspended, self._suspended = self._suspended, None
+        if suspended is not None:
+            self._start_writer(suspended, self._writers.sends)
             return True
-        if not self._waiting():
+        if not self._has_next():
             return False
         self._due = False
         self._schedule_flush()
@@ -266,12 +269,12 @@ class AsgiOutbox(Outbox):
 
     @property
     def is_stalled(self) -> bool:
-        """As every outbox; or it has to wait for others."""
+        """Whether queued messages are delayed, or the outbox waits for a slot."""
         return self._queued_for_slot or super().is_stalled
 
     def lingers(self) -> bool:
-        """As every outbox; what the server has been given and has not taken waits too."""
-        return (self._any or self._in_flight > 0) and not self.on_send_delayed
+        """Whether messages wait that the next loop iteration may send, including those in flight."""
+        return (self._any or self._in_flight > 0) and not self.is_delayed
 
     def _watch_slot(self) -> None:
         self._slot_timer = asyncio.get_running_loop().call_later(
@@ -279,7 +282,7 @@ class AsgiOutbox(Outbox):
         )
 
     def _check_slot(self) -> None:
-        if self.on_send_delayed:
+        if self.is_delayed:
             self._slot_timer = None
             self._give_slot_back()
         else:
@@ -293,21 +296,21 @@ class AsgiOutbox(Outbox):
         if slot is not None:
             slot.release()
 
-    # ── the end ──
+    # ── closing ──
 
     def discard(self) -> int:
-        """Take nothing more, send nothing more, and tell how many messages were thrown away."""
+        """Accept and send nothing more. Return the number of discarded messages."""
         if self._suspended is not None:
             self._suspended.close()
             self._suspended = None
-            discarded_on_the_way, self._in_flight = self._in_flight, 0
+            discarded_in_flight, self._in_flight = self._in_flight, 0
         else:
-            discarded_on_the_way = 0
-        discarded = super().discard() + discarded_on_the_way
+            discarded_in_flight = 0
+        discarded = super().discard() + discarded_in_flight
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         return discarded
 
     def _set_done(self) -> None:
-        if self._task is None or self._task.done():  # else when it is over
+        if self._task is None or self._task.done():  # else the task sets it when it ends
             super()._set_done()

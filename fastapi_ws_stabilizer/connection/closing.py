@@ -1,4 +1,4 @@
-"""Connections that are over, and whose end is still worked on: hooks that run, endpoints that have their grace."""
+"""Connections in teardown: their hooks still run, or their endpoints are within `disconnect_grace`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final
 from fastapi_ws_stabilizer.connection.connection import Connection
 
 MAX_CLOSING: Final = 10_000
-"""How many there may be before nobody is let in: then hooks are slower than clients come and go."""
+"""Connections in teardown at which the server rejects handshakes: hooks are slower than clients connect and leave."""
 
 CLOSING_PER_SLOT: Final = 2
-"""How many for each of `max_connections` have all of their grace."""
+"""Connections in teardown for each of `max_connections` that may use their whole `disconnect_grace`."""
 
 
 class ClosingConnections:
-    """All of them, the one that has ended first comes first."""
+    """Registry of the connections in teardown, ordered by the start of their teardown."""
 
     def __init__(self) -> None:
         self._connections: OrderedDict[str, Connection] = OrderedDict()
@@ -25,12 +25,12 @@ class ClosingConnections:
         return len(self._connections)
 
     def add(self, connection: Connection) -> None:
-        """A connection has begun to end."""
+        """Add a connection that has started to close."""
         self._connections[connection.connection_id] = connection
         self._by_client.setdefault(connection.client_id, {})[connection.connection_id] = connection
 
     def remove(self, connection: Connection) -> None:
-        """Everything is done for a connection."""
+        """Remove a connection at the end of its teardown."""
         if self._connections.pop(connection.connection_id, None) is None:
             return
         of_client = self._by_client[connection.client_id]
@@ -39,11 +39,14 @@ class ClosingConnections:
             del self._by_client[connection.client_id]
 
     def of_client(self, client_id: str) -> list[Connection]:
-        """Return the connections of a client whose end is not done, the one that ended first comes first."""
+        """Return a client's connections in teardown, oldest first."""
         return list(self._by_client.get(client_id, {}).values())
 
     def expedite_oldest(self, max_connections: int | None) -> None:
-        """Let nobody's grace be a reason to keep others out: cut the longest one short, if there are many."""
+        """Cancel the endpoint that has been in teardown longest, if too many connections are in teardown.
+
+        Otherwise endpoints that use their whole `disconnect_grace` could cause rejected handshakes.
+        """
         if max_connections is None or len(self._connections) < CLOSING_PER_SLOT * max_connections:
             return
         connection = next(iter(self._connections.values()))

@@ -1,15 +1,14 @@
-"""The life of one connection: NEW, OPEN, ENDING, ENDED, and nothing else.
+"""State machine of one connection: new, open, closing, closed.
 
-Many things can end a connection at the same moment: the client, the network, the heartbeat, a stuck send, a newer
-connection, the endpoint. The first one wins and writes the `CloseInfo`; everyone who waits is woken at once; then one
-task does the rest in order, each step with a limit in time. A step that raises is reported as a bug, and the next one
-follows:
+The client, the network, the heartbeat, a stalled send, a newer connection and the endpoint can all close a connection
+at the same moment. The first cause wins and sets the `CloseInfo`, which wakes all waiters at once. Then one teardown
+task runs these steps in order, each with a time limit. If a step raises, it is reported as a bug and the next one runs:
 
-1. what is queued is sent, if the ending says so, and the close frame after it (the outbox's writer does that);
-2. who is dispatching messages finishes, then the disconnect hooks run;
-3. the endpoint gets the rest of `disconnect_grace` and is cancelled then; tasks that are tied to the connection are
-   cancelled when it has returned;
-4. what the transport still holds gets a moment to be flushed, and the client one to answer; it is cut off then.
+1. The outbox sends the queued messages, if the close rule says so, and then the close frame.
+2. Running message handlers finish, then the disconnect hooks run.
+3. The endpoint gets the rest of `disconnect_grace` and is then cancelled. Tasks tied to the connection are cancelled
+   when the endpoint has returned or its grace has ended.
+4. The transport gets a limited time to flush, and the client to answer the close frame. Then the connection is aborted.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.tasks import LazyEvent, TaskSet, copied, start, wait_for_all
 
 _MAX_FLUSH: Final = 6
-"""How many `send_timeout`s the flush of an outbox may take in all, as long as it makes progress."""
+"""Maximum duration of an outbox flush that makes progress, in multiples of `send_timeout`."""
 
 
 class Connection(Handover):
-    """One accepted WebSocket: its inbox, outbox, pulse, endpoint, and its end.
+    """One accepted WebSocket with its inbox, outbox, liveness, endpoint task and teardown.
 
-    It takes the place of the server's `receive` and `send` in the `WebSocket` it is made for, so that code which uses
-    that object directly goes through the inbox and the outbox too.
+    It replaces the server's `receive` and `send` in the `WebSocket`. Code that uses that object directly therefore goes
+    through the inbox and the outbox too.
     """
 
     __slots__ = (
@@ -96,7 +95,7 @@ class Connection(Handover):
         self.inbox = Inbox(parts.inbox_limits)
         self.server_transport = ServerTransport(*asgi_callables(websocket))
         self.shard = parts.next_shard()
-        self._link = self.server_transport.direct_transport(websocket.scope)
+        self._direct = self.server_transport.direct_transport(websocket.scope)
         self.protocol = None
         self.outbox = self._make_outbox(parts, numbered=numbered)
         self._closing = None
@@ -105,7 +104,7 @@ class Connection(Handover):
         self.resume_outcome = ResumeOutcome.NONE
         self.predecessors = ()
         self.connect_hooks_started = False
-        self.inherited_state = False  # whether it has got what a plain connection before it has left
+        self.inherited_state = False  # whether it took over the state of an earlier plain connection
         self.session_end_reported = False
         self.close_info: CloseInfo | None = None
         self.pause = None
@@ -115,15 +114,15 @@ class Connection(Handover):
         self.bad_messages = 0
         self.dropped_messages = 0
         self.used = False
-        self._numbers = 0
+        self._sequenced_count = 0
         self._parts = parts
         self.watches_input = parts.watches_input
         self._tasks: TaskSet | None = None
-        self.context: contextvars.Context | None = None  # what is done for it, and only that, runs in this one
+        self.context: contextvars.Context | None = None  # used only for work of this connection
         self._pump: asyncio.Task[None] | None = None
         self.opened = False
         self.reservation: Reservation | None = None
-        self.remains = None
+        self.residual = None
         self.credential: CredentialExpiry | None = None
         self._controls = None
         self._abort_timer: asyncio.TimerHandle | None = None
@@ -131,7 +130,7 @@ class Connection(Handover):
     # ── open ──
 
     def open(self) -> None:
-        """Start to read. From here on every path leads to one ending and to `finished`."""
+        """Start reading. After this call every path sets one `CloseInfo` and completes `finished`."""
         websocket = self.websocket
         receive, _ = asgi_callables(websocket)
         install_asgi_shim(websocket, self._asgi_receive, self._asgi_send)
@@ -143,33 +142,33 @@ class Connection(Handover):
             self._take_over(self.protocol)
         self.events.counters.connections_opened += 1
         self.emit("connection_opened", logging.INFO)
-        if isinstance(self.outbox, DirectOutbox) and self._link is not None:
-            self._link.attach(
-                DirectReader(self, self._link, self.outbox),
+        if isinstance(self.outbox, DirectOutbox) and self._direct is not None:
+            self._direct.attach(
+                DirectReader(self, self._direct, self.outbox),
                 max_message_bytes=self.config.max_message_size,
                 own_pings=self.config.heartbeat_type is HeartbeatType.PING,
             )
             self.outbox.on_attached(compress=self.config.compression is CompressionMode.DEFLATE)
         else:
-            # One name for all: every idle connection would keep one of its own.
+            # All pumps share one name, because a name for each would cost memory for every idle connection.
             self._pump = start(read_pump(self, receive), name="ws-pump", context=self.context)
-        self.outbox.flush()  # the welcome: the endpoint may begin with a long computation
+        self.outbox.flush()  # sends the welcome, since the endpoint may begin with a long computation
 
     async def report_bug(self, event: str, error: BaseException) -> None:
-        """Report a bug in user code, once, and tell the error hooks, which get as long as a disconnect hook."""
+        """Report a bug in user code once and run the error hooks, with the time limit of disconnect hooks."""
         self.events.emit_exception(event, error, client_id=self.client_id, connection_id=self.connection_id)
         await self._parts.on_error(self.socket, error)
 
     @property
     def outcome(self) -> ResumeOutcome:
-        """What its client has got back."""
+        """Resume outcome of the client: what it got back."""
         return self.resume_outcome if self.protocol is None else self.protocol.resume_result.outcome
 
     def belongs_to(self, parts: SharedResources) -> bool:
-        """Whether this connection was opened with these parts, and not by another manager."""
+        """Whether this connection was opened with these resources and not by another manager."""
         return self._parts is parts
 
-    # ── the end ──
+    # ── closing ──
 
     def close(
         self,
@@ -179,51 +178,53 @@ class Connection(Handover):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """End the connection from our side; `False` if it was ending already. Waits for nothing.
+        """Start closing from the server's side, without waiting. Return `False` if it was closing already.
 
         Raises:
             ValueError: `code` cannot be sent.
+            NotOpenError: The handshake has not been accepted.
         """
         if not self.opened:
             raise NotOpenError
         if self.close_info is not None:
-            return False  # before the code is looked at: Starlette hands 1005 and 1006 back to us
+            return False  # before the code is checked, because Starlette passes 1005 and 1006 back
         return self._start_closing(local_close(reason, code=code, text=text, from_outside=from_outside))
 
-    def on_peer_close(self, how: CloseInfo) -> None:
-        """The connection is gone: the client, the network or the server in front of us has ended it."""
-        self._start_closing(how)
+    def on_peer_close(self, close_info: CloseInfo) -> None:
+        """Start teardown after the client, the network or the ASGI server has closed the connection."""
+        self._start_closing(close_info)
 
     def on_connection_lost(self, error: BaseException) -> None:
-        """The connection broke."""
+        """Start teardown after the network was lost."""
         if self._start_closing(CloseInfo(DisconnectReason.NETWORK_LOST, 1006, by_peer=True)):
             self.emit("connection_lost", logging.DEBUG, cause=repr(error))
 
-    def _start_closing(self, how: CloseInfo) -> bool:
+    def _start_closing(self, close_info: CloseInfo) -> bool:
         if self.close_info is not None:
             return False
-        if self.protocol is not None and how.code == 1000 and not how.by_peer:
-            how = replace(how, code=SESSION_ENDED)  # 1000 also comes from proxies, and is no reason to stay away
-        asked = self._parts.drain_requests.pop(self.connection_id, None)
-        if asked is not None and detaches(how):  # it did what we asked for: its application has not closed it
-            how = replace(how, cause=asked)
-        self.close_info = how
+        if self.protocol is not None and close_info.code == 1000 and not close_info.by_peer:
+            # Proxies send 1000 too, so clients reconnect after it.
+            close_info = replace(close_info, code=SESSION_ENDED)
+        drain_cause = self._parts.drain_requests.pop(self.connection_id, None)
+        if drain_cause is not None and detaches(close_info):  # the client left as asked
+            close_info = replace(close_info, cause=drain_cause)
+        self.close_info = close_info
         attempt = self.attempt
         attempt(self._parts.on_closing, self)
-        self.events.counters.endings[how.cause] += 1
+        self.events.counters.endings[close_info.cause] += 1
         if self.protocol is not None:
             attempt(self.protocol.close)
         if self.credential is not None:
             attempt(self.credential.reset, None)
-        attempt(self._close_inbox, discard=not how.rule.deliver)
-        if not how.by_peer:
-            # A send that is stuck ends the flush earlier; this bounds a client that reads a byte now and then.
-            patience = _MAX_FLUSH * self.config.send_timeout if how.rule.flush else FLUSH_GRACE
+        attempt(self._close_inbox, discard=not close_info.rule.deliver)
+        if not close_info.by_peer:
+            # A stalled send ends the flush earlier. This bounds a client that reads a byte now and then.
+            abort_delay = _MAX_FLUSH * self.config.send_timeout if close_info.rule.flush else FLUSH_GRACE
             self._abort_timer = asyncio.get_running_loop().call_later(
-                patience, self.attempt, self.abort, context=self._parts.outbox_limits.context
+                abort_delay, self.attempt, self.abort, context=self._parts.outbox_limits.context
             )
             attempt(self._stop_reading)
-        if not attempt(self._close_outbox, how):
+        if not attempt(self._close_outbox, close_info):
             attempt(self.abort)
             self.outbox.give_up()
         attempt(self.endpoint.watch, self.websocket.scope)
@@ -235,23 +236,23 @@ class Connection(Handover):
         return True
 
     def _mark_websocket_disconnected(self) -> None:
-        """Let Starlette's `WebSocket` say that the client has left, as soon as everything that it has sent is read."""
+        """Set the state of Starlette's `WebSocket` to disconnected once all received messages are read."""
         becomes_ended(self.websocket)
         if not len(self.inbox):
             mark_disconnected(self.websocket)
 
-    def _close_outbox(self, how: CloseInfo) -> None:
-        if how.by_peer:
+    def _close_outbox(self, close_info: CloseInfo) -> None:
+        if close_info.by_peer:
             self._discarded(self.outbox.discard())
         else:
-            self._discarded(self.outbox.finish(how.code, how.reason, flush=how.rule.flush))
+            self._discarded(self.outbox.finish(close_info.code, close_info.reason, flush=close_info.rule.flush))
 
     def close_unread(self) -> None:
-        """Throw away what nobody will read any more."""
+        """Close the inbox and discard unread messages."""
         self._close_inbox(discard=True)
 
     def _close_inbox(self, *, discard: bool) -> None:
-        """Take no more messages. What is unread waits for the next connection of the session, if there may be one."""
+        """Accept no more messages. Unread messages of a session that has not ended stay for its next connection."""
         if self.protocol is not None:
             discard = discard and self.protocol.session.ended is not None
             for item in self.inbox.unread() if discard else ():
@@ -262,14 +263,14 @@ class Connection(Handover):
             self.emit("messages_discarded", logging.DEBUG, count=discarded)
 
     def flush_now(self) -> None:
-        """Begin with the rest of the end. Called soon after it was decided, with those of others, shard by shard."""
+        """Start the teardown task. The flush scheduler calls this soon after the close, shard by shard."""
         if self.close_info is not None and not self._finished.is_set:
-            end = self._tear_down(self.close_info)
-            self._parts.tasks.spawn(end, name=f"ws-end-{self.connection_id}", context=self.context)
+            teardown = self._tear_down(self.close_info)
+            self._parts.tasks.spawn(teardown, name=f"ws-end-{self.connection_id}", context=self.context)
 
     @property
     def waits_for_user_code(self) -> bool:
-        """Whether its end has to wait for its endpoint, for a handler or connect hook, or for its disconnect hooks."""
+        """Whether teardown waits for the endpoint, a handler, a connect hook or the disconnect hooks."""
         if self._finished.is_set:
             return False
         in_hooks = self.close_info is not None and not self.disconnect_hooks_pending and not self._hooks_done.is_set
@@ -277,22 +278,22 @@ class Connection(Handover):
 
     @property
     def finished(self) -> asyncio.Future[None]:
-        """A future that is done when everything is done for this connection."""
+        """Future that completes at the end of teardown."""
         return self._finished.future
 
     async def wait_for_hooks(self) -> None:
-        """Wait until the hooks for its end have run; each of them is bounded. Cancelling is safe."""
+        """Wait until the disconnect hooks have run. Each has a time limit. Cancelling is safe."""
         await wait_for_all([self._hooks_done.future], None)
 
     async def wait_closing(self) -> CloseInfo:
-        """Wait for the ending. Cancelling is safe."""
+        """Wait until the connection starts to close, and return its `CloseInfo`. Cancelling is safe."""
         if self.close_info is not None:
             await self.yield_after_end()
         while self.close_info is None:
             await asyncio.shield(self.closing)
         return self.close_info
 
-    async def _tear_down(self, how: CloseInfo) -> None:
+    async def _tear_down(self, close_info: CloseInfo) -> None:
         until = monotonic() + self.config.disconnect_grace
         try:
             await self._attempt_async(self._wait_for_work)
@@ -304,17 +305,17 @@ class Connection(Handover):
             await self._attempt_async(self._wait_for_endpoint, until)
             await self._attempt_async(self._wait_for_flush)
         finally:
-            self._mark_closed(how)
+            self._mark_closed(close_info)
 
     async def _wait_for_work(self) -> None:
-        """Wait until your code is done with the message that it has in hand."""
+        """Wait until user code has finished the message it is handling."""
         grace = self.config.disconnect_grace
         if not await wait_for_all([self.endpoint.wait_idle()], grace):
             self._cancel_endpoint()
             await wait_for_all([self.endpoint.wait_idle()], min(grace, FLUSH_GRACE))
 
     async def _wait_for_endpoint(self, until: float) -> None:
-        """Wait for the endpoint until its grace has passed, then cancel it and the tasks that are tied to it."""
+        """Wait for the endpoint until its grace has ended, then cancel it. Cancel the tied tasks in either case."""
         if not await wait_for_all([self.endpoint.returned], max(0.0, until - monotonic())):
             self._cancel_endpoint()
         tied = self._tasks.cancel() if self._tasks is not None else []
@@ -324,13 +325,13 @@ class Connection(Handover):
         await wait_for_all([self.outbox.done], _MAX_FLUSH * self.config.send_timeout)
 
     async def run_disconnect_hooks(self) -> None:
-        """Run the disconnect hooks, once, if the connect hooks have begun."""
+        """Run the disconnect hooks once, if the connect hooks have started."""
         if self.disconnect_hooks_pending and self.close_info is not None:
             self.disconnect_hooks_pending = False
             await self._parts.on_disconnect(self.socket, self.close_info.cause)
 
     def expedite(self) -> None:
-        """Its end takes too long: its endpoint has no grace any more."""
+        """Cancel the endpoint of a closing connection without waiting for the rest of its grace."""
         if self.close_info is not None:
             self._cancel_endpoint()
 
@@ -339,21 +340,21 @@ class Connection(Handover):
             self.emit("endpoint_cancelled", logging.DEBUG, disconnect_grace=self.config.disconnect_grace)
 
     def _abandon_endpoint(self) -> None:
-        """The endpoint did not end when it was cancelled: say so, and let the server stop without it."""
+        """Report an endpoint that did not end when cancelled, and let the server stop without it."""
         name = self.endpoint_name
         self.emit_throttled("endpoint_does_not_end", logging.WARNING, name, endpoint=name)
         self.server_transport.forget_task(self.endpoint.task)
 
     @property
     def endpoint_name(self) -> str:
-        """The name of the application's function that serves this connection, as far as the framework tells it."""
+        """Qualified name of the endpoint function, with `?` for parts that the scope does not contain."""
         function = self.websocket.scope.get("endpoint")
         return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
 
     async def yield_after_end(self) -> None:
-        """Your code is told that the connection has ended. From the second time on the event loop has a turn first.
+        """Count an error for a closed connection, and yield to the event loop from the second one on.
 
-        Code that goes on is named in the log, and slowed down if it does not stop, or was cancelled.
+        Code that ignores the errors is named in the log. If it continues, or was cancelled, it is slowed down.
         """
         if self.close_info is not None:
             mark_disconnected(self.websocket)
@@ -373,10 +374,10 @@ class Connection(Handover):
         errors.mark_resumed(sends=scheduler.sends)
 
     def force_finish(self) -> None:
-        """Nothing more is done for this connection: let go whoever waits for its end."""
+        """Finish without the rest of teardown and release all waiters."""
         self._mark_closed(self.close_info or local_close(DisconnectReason.SERVER_SHUTDOWN))
 
-    def _mark_closed(self, how: CloseInfo) -> None:
+    def _mark_closed(self, close_info: CloseInfo) -> None:
         if self._finished.is_set:
             return
         self._finished.set()
@@ -391,34 +392,38 @@ class Connection(Handover):
         if not self.endpoint.has_ended:
             attempt(self._abandon_endpoint)
         self.predecessors = ()
-        self._pump = self.context = None  # they know this connection, and would keep it until the next collection
-        if self.endpoint.tracked:  # it has ended, so nobody will read any more
+        self._pump = self.context = None  # both refer to this connection, and the cycle would delay its collection
+        if self.endpoint.tracked:  # it has returned or was cancelled, so nothing reads the inbox
             attempt(self.close_unread)
         elif self.protocol is None:
             attempt(self.inbox.stop_accounting)
-        patient = how.rule.flush and how.cause is not DisconnectReason.SERVER_SHUTDOWN and not how.by_peer
-        timeout = self.config.send_timeout if patient else FLUSH_GRACE
-        attempt(self.server_transport.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if patient else 0.0)
-        if not how.by_peer:
+        waits_for_flush = (
+            close_info.rule.flush
+            and close_info.cause is not DisconnectReason.SERVER_SHUTDOWN
+            and not close_info.by_peer
+        )
+        timeout = self.config.send_timeout if waits_for_flush else FLUSH_GRACE
+        attempt(self.server_transport.abort_unless_flushed, timeout, _MAX_FLUSH * timeout if waits_for_flush else 0.0)
+        if not close_info.by_peer:
             attempt(self.server_transport.abort_unless_answered)
         self.emit(
             "connection_ended",
             logging.INFO,
-            reason=how.cause.value,
-            code=how.code,
-            text=how.reason,
+            reason=close_info.cause.value,
+            code=close_info.code,
+            text=close_info.reason,
             seconds=monotonic() - self.opened_at,
         )
 
     def _stop_reading(self) -> None:
-        """Take back a `receive` that waits: granian sends no close frame while one does."""
+        """Cancel a pending `receive`, because granian sends no close frame while one is pending."""
         if self._pump is not None and self._pump is not asyncio.current_task():
             self._pump.cancel()
 
     # ── user code ──
 
     def spawn(self, coroutine: Any, name: str | None) -> asyncio.Task[Any]:
-        """Start a task that ends with this connection, and whose failure ends it as the endpoint's would."""
+        """Start a task tied to this connection. Its failure closes the connection as the endpoint's would."""
         try:
             self.check_open()
         except Exception:
@@ -431,15 +436,15 @@ class Connection(Handover):
     def _task_failed(self, _: asyncio.Task[Any], error: BaseException) -> None:
         if isinstance(error, WebSocketDisconnect):
             return
-        ending_it = self._close_by_error(error)
-        self._parts.tasks.spawn(ending_it, name=f"ws-error-{self.connection_id}", context=copied(self.context))
+        closing = self._close_by_error(error)
+        self._parts.tasks.spawn(closing, name=f"ws-error-{self.connection_id}", context=copied(self.context))
 
     async def _close_by_error(self, error: BaseException) -> None:
-        """End the connection by what a tied task has raised, as the application's handler says if it has one."""
-        how: CloseInfo = close_info_for(error)
+        """Close the connection for an error of a tied task, as the application's exception handler says."""
+        close_info: CloseInfo = close_info_for(error)
         bug = error if is_bug(error) else None
         if self._parts.close_info_by_handler is not None:
-            how, bug = await self._parts.close_info_by_handler(self, error)
-        self.close(how.cause, code=how.code, text=how.reason)
+            close_info, bug = await self._parts.close_info_by_handler(self, error)
+        self.close(close_info.cause, code=close_info.code, text=close_info.reason)
         if bug is not None:
             await self.report_bug("tied_task_failed", bug)

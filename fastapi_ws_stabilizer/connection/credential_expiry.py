@@ -1,4 +1,4 @@
-"""How long a client's credential is good: it is asked for a new one in time, and closed with 4401 if none comes."""
+"""Expiry of a client's credential: the server requests a new one, and closes with 4401 if none arrives in time."""
 
 from __future__ import annotations
 
@@ -12,78 +12,83 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.v1.frames import control_frame
 
-LEAD: Final = 0.2
-"""The part of a credential's life that is left when the client is asked for a new one."""
+RENEWAL_LEAD_FRACTION: Final = 0.2
+"""Fraction of a credential's lifetime that is left when the server requests a new one."""
 
-MIN_LEAD: Final = 1.0
-"""Seconds that are left then at least, of a life that is twice as long."""
+MIN_RENEWAL_LEAD: Final = 1.0
+"""Minimum seconds left at the request, or half of a lifetime under 2 s."""
 
-MAX_LEAD: Final = 30.0
-"""Seconds before its end at which it is asked at the earliest."""
+MAX_RENEWAL_LEAD: Final = 30.0
+"""Maximum seconds left at the request."""
 
 
 MAX_RENEWAL_CHARS: Final = 8 * 1024 + 64
-"""A longer message brings no credential."""
+"""Maximum length in characters of a message that is parsed as a renewal."""
 
 
 class Holder(Protocol):
-    """The connection of the client that has the credential."""
+    """Connection of the client that holds the credential."""
 
     close_info: CloseInfo | None
 
     def answer(self, frame: EncodedMessage) -> None:
-        """Send a control frame, before what is queued."""
+        """Send a control frame ahead of queued messages."""
 
     def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
-        """End the connection from our side."""
+        """Close the connection from the server's side."""
 
 
 class CredentialExpiry:
-    """The term of one client's credential.
+    """Expiry timer of one client's credential.
 
-    Where the identity has an end of its own (`expires_at`), only a word of the application moves it: a renewal for
-    which that names no time leaves it as it is.
+    If the identity has its own expiry (`expires_at`), only the application can extend it. A renewal for which the
+    application returns no time is rejected and leaves the expiry as it is.
 
     Args:
-        holder: Its connection.
-        renew: Called with a credential that the client sends later. `taken` is called when that is good.
+        holder: The connection of the client.
+        renew: Called with a credential that the client sends later. If it is valid, `renewed` must be called.
     """
 
-    __slots__ = ("_has_end", "_holder", "_renew", "_renewing", "_timer")
+    __slots__ = ("_holder", "_identity_expires", "_renew", "_renewing", "_timer")
 
     def __init__(self, holder: Holder, renew: Callable[[str | None], None]) -> None:
         self._holder = holder
         self._renew = renew
         self._renewing = False
-        self._has_end = False
+        self._identity_expires = False
         self._timer: asyncio.TimerHandle | None = None
 
     def renewal_requested(self, credential: str | None) -> None:
-        """The client has sent a new credential. One is looked at at a time, since each is a call of the application."""
+        """Pass a new credential to the application. Others are ignored until the application has decided."""
         if not self._renewing:
             self._renewing = True
             self._renew(credential)
 
     def start(self, expires_in: float | None, identity_expires_in: float | None) -> None:
-        """It is good for the shorter of what `on_auth` and the identity say, in seconds; `None` is no word."""
-        self._has_end = identity_expires_in is not None
+        """Start the timer with the shorter of two lifetimes in seconds.
+
+        Args:
+            expires_in: Lifetime from `on_auth`; `None` if it set none.
+            identity_expires_in: Lifetime from the identity; `None` if it has no expiry.
+        """
+        self._identity_expires = identity_expires_in is not None
         self.reset(min((one for one in (expires_in, identity_expires_in) if one is not None), default=None))
 
     def reset(self, seconds: float | None) -> None:
-        """The credential is good for so long; for ever when left out."""
+        """Restart the timer with a lifetime in seconds; `None` means no expiry."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if seconds is not None:
-            lead = min(MAX_LEAD, max(seconds * LEAD, min(MIN_LEAD, seconds / 2)))
+            lead = min(MAX_RENEWAL_LEAD, max(seconds * RENEWAL_LEAD_FRACTION, min(MIN_RENEWAL_LEAD, seconds / 2)))
             self._timer = asyncio.get_running_loop().call_later(
-                seconds - lead, self._ask, lead, context=contextvars.Context()
+                seconds - lead, self._request_renewal, lead, context=contextvars.Context()
             )
 
     def renewed(self, expires_in: float | None) -> None:
-        """A new credential was looked at, and is good."""
-        if expires_in is None and self._has_end:
-            self.renewal_rejected("nobody has said for how long the new credential is good")
+        """Accept a new credential that the application found valid."""
+        if expires_in is None and self._identity_expires:
+            self.renewal_rejected("the application set no expiry for the new credential")
             return
         self._renewing = False
         if self._holder.close_info is not None:
@@ -94,12 +99,12 @@ class CredentialExpiry:
         self.reset(expires_in)
 
     def renewal_rejected(self, why: str) -> None:
-        """Nothing has changed by a renewal: the time goes on."""
+        """Reject a renewal and leave the expiry as it is."""
         self._renewing = False
         if self._holder.close_info is None:
             self._holder.answer(control_frame("error", code="auth_refused", message=why))
 
-    def _ask(self, within: float) -> None:
+    def _request_renewal(self, within: float) -> None:
         self._holder.answer(control_frame("auth", **{"in": to_milliseconds(within)}))
         self._timer = asyncio.get_running_loop().call_later(within, self._expired, context=contextvars.Context())
 
@@ -109,7 +114,7 @@ class CredentialExpiry:
 
 
 def parse_renewal(message: str | bytes) -> str | None:
-    """The new credential in a message of a plain client, `{"type":"auth","token":...}`; `None` if it is no such one."""
+    """Return the credential in a plain client's `{"type":"auth","token":...}`; `None` for any other message."""
     if not isinstance(message, str) or len(message) > MAX_RENEWAL_CHARS or '"auth"' not in message:
         return None
     try:
@@ -123,5 +128,5 @@ def parse_renewal(message: str | bytes) -> str | None:
 
 
 def to_milliseconds(seconds: float) -> int:
-    """Seconds as they cross the wire."""
+    """Convert seconds to the milliseconds that frames carry, at least 1."""
     return max(1, round(seconds * 1000))

@@ -1,4 +1,7 @@
-"""Which connections the current task has opened: what a call with a client id means in an endpoint by hand."""
+"""Connections that the current task has opened.
+
+In an endpoint that calls `connect()` itself, they decide which connection a call with a client id refers to.
+"""
 
 from __future__ import annotations
 
@@ -9,83 +12,85 @@ from fastapi_ws_stabilizer.connection.connection import Connection
 
 
 class Opened:
-    """A connection that a task has opened, and the one that the task had opened before it.
+    """Link in the list of connections that a task has opened.
 
-    Your code may leave tasks and timers running for as long as the app runs, and each keeps the context variables of
-    the endpoint that has started it. So this lets the connection go when it is over.
+    User code can leave tasks and timers running for the lifetime of the app, and each holds the context variables of
+    the endpoint that started it. Therefore this object drops its reference when the connection is closed.
 
     Attributes:
-        connection: The connection; `None` if it is over, and the task cannot mean it any more.
-        before: What the task had opened before.
-        connecting: Whether `connect()` has not returned yet, or has raised: then the code that called it outlives the
-            connection, and may still mean it.
+        connection: The connection; `None` once it is closed and the task can no longer refer to it.
+        previous: The link of the connection that the task opened before.
+        connecting: Whether `connect()` has not returned yet, or has raised. In that case its caller outlives the
+            connection and may still refer to it.
     """
 
-    __slots__ = ("before", "connecting", "connection")
+    __slots__ = ("connecting", "connection", "previous")
 
-    def __init__(self, connection: Connection, before: Opened | None) -> None:
+    def __init__(self, connection: Connection, previous: Opened | None) -> None:
         self.connection: Connection | None = connection
-        self.before = before
+        self.previous = previous
         self.connecting = False
 
-    def task_is_over(self) -> None:
-        """The task that has opened the connection means it no more: let it go as soon as it is over."""
+    def on_task_done(self) -> None:
+        """Drop the reference as soon as the connection is closed, because the task that opened it has ended."""
         connection = self.connection
         if connection is not None and connection.is_finished:
             self.connection = None
         elif connection is not None:
-            connection.finished.add_done_callback(lambda _: self.task_is_over())
+            connection.finished.add_done_callback(lambda _: self.on_task_done())
 
 
-_own: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("own_connections", default=None)
-"""The last connection that the current task has opened, which leads to those before."""
+_last_opened: contextvars.ContextVar[Opened | None] = contextvars.ContextVar("own_connections", default=None)
+"""Link of the connection that the current task opened last. It leads to the earlier ones."""
 
 
 def bind_current(connection: Connection) -> Opened:
-    """The current task has opened a connection. Its child tasks and hooks inherit that.
+    """Record that the current task has opened a connection. Its child tasks and hooks inherit the record.
 
-    What it had opened before, and is over, it means no more.
+    Closed connections that the task opened earlier are removed from the list.
     """
-    opened = link = Opened(connection, _own.get())
-    while (before := link.before) is not None:
-        if before.connection is None or before.connection.is_finished:
-            before.connection, link.before = None, before.before
+    opened = newer = Opened(connection, _last_opened.get())
+    while (previous := newer.previous) is not None:
+        if previous.connection is None or previous.connection.is_finished:
+            previous.connection, newer.previous = None, previous.previous
         else:
-            link = before
-    _own.set(opened)
+            newer = previous
+    _last_opened.set(opened)
     return opened
 
 
 def finished(connection: Connection) -> None:
-    """Everything is done for a connection. Where its endpoint has ended with it, nothing means it any more."""
+    """Drop references to a connection after its teardown, if its endpoint has ended with it."""
     if not connection.endpoint.tracked or connection.context is None:
         return
-    for opened in _chain(connection.context.get(_own)):
+    for opened in _chain(connection.context.get(_last_opened)):
         if opened.connection is connection and not opened.connecting:
             opened.connection = None
 
 
 def all_current() -> Iterator[Connection]:
-    """The connections that the current task, or the one that has started it, has opened, the last one first."""
-    for opened in _chain(_own.get()):
+    """Iterate over the connections that the current task or its parent has opened, newest first."""
+    for opened in _chain(_last_opened.get()):
         if opened.connection is not None:
             yield opened.connection
 
 
 def current_for(client_id: str) -> Connection | None:
-    """The connection that the current task, or the one that has started it, has opened last under this client id.
+    """Return the connection that the current task or its parent opened last under this client id.
 
-    `None` also if its endpoint is over: then this is a task that outlives it, and means whoever is connected now.
+    Returns:
+        `None` if there is none, or if its endpoint has ended with it. In the latter case the current task outlives the
+        endpoint and refers to the client's current connection.
     """
-    for opened in _chain(_own.get()):
+    for opened in _chain(_last_opened.get()):
         connection = opened.connection
         if connection is not None and connection.client_id == client_id:
-            is_over = connection.is_finished and connection.endpoint.tracked and not opened.connecting
-            return None if is_over else connection
+            is_closed = connection.is_finished and connection.endpoint.tracked and not opened.connecting
+            return None if is_closed else connection
     return None
 
 
 def _chain(opened: Opened | None) -> Iterator[Opened]:
     while opened is not None:
         yield opened
-        opened = opened.before
+        opened = opened.previous

@@ -1,4 +1,4 @@
-"""The outbox of a connection whose server hands us its transport: what one turn has queued is one write."""
+"""Outbox of a connection with a direct transport: one write for each event loop iteration."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fastapi_ws_stabilizer.servers.direct import DirectTransport
 from fastapi_ws_stabilizer.wire.envelope import to_deflated
 
 MAX_WRITE_BYTES: Final = 256 * 1024
-"""Bytes that are joined to one write. After each the transport is asked whether it has had enough, so this and its
-high-water mark bound what it holds."""
+"""Bytes at which frames are no longer joined into one write. The outbox checks for backpressure after each write, so
+this and the transport's high-water mark bound the transport's buffer."""
 
 
 class DirectOutbox(Outbox):
-    """Writes prepared frames to the transport of a `DirectTransport`.
+    """Outbox that writes encoded frames to the transport of a `DirectTransport`.
 
     Args:
-        link: Where to write.
-        min_bytes: Messages below this size are not compressed.
+        direct: The direct transport.
+        min_bytes: Minimum size in bytes of a compressed message.
     """
 
-    __slots__ = ("_link", "_min_bytes", "_paused", "_window_bits", "_write")
+    __slots__ = ("_direct", "_min_bytes", "_paused", "_window_bits", "_write")
 
     def __init__(
         self,
@@ -34,26 +34,26 @@ class DirectOutbox(Outbox):
         scheduler: FlushScheduler,
         shard: int,
         *,
-        link: DirectTransport,
+        direct: DirectTransport,
         min_bytes: int,
     ) -> None:
         super().__init__(owner, limits, scheduler, shard)
-        self._link = link
+        self._direct = direct
         self._min_bytes = min_bytes
-        # Copies of what the link knows. Of a broadcast to many, waiting for the memory of each connection's objects is
-        # most of the cost, so this touches as few of them as it can.
+        # Copies of state of the direct transport. In a large broadcast, cache misses on each connection's objects are
+        # most of the cost, so this code touches as few objects as possible.
         self._paused = False
         self._window_bits = 0
-        self._write: Callable[[bytes], None] = link.transport.write
+        self._write: Callable[[bytes], None] = direct.transport.write
 
     def on_attached(self, *, compress: bool) -> None:
-        """The link is ours now, and has negotiated what it has."""
-        if self._link.write_paused:
+        """Read the negotiated state of the direct transport once it is attached."""
+        if self._direct.write_paused:
             self.pause_writing()
-        self._window_bits = self._link.window_bits if compress else 0
+        self._window_bits = self._direct.window_bits if compress else 0
 
     def flush_now(self) -> None:
-        """As every outbox. Hot path: nearly always one frame waits, and nothing is unusual."""
+        """Send what can be sent now. Hot path: nearly always exactly one frame is queued."""
         frame = self._single
         if (
             frame is None
@@ -72,16 +72,16 @@ class DirectOutbox(Outbox):
         self.held_bytes = 0
         try:
             self._write(frame.compressed(self._window_bits, self._min_bytes) if self._window_bits else frame.framed())
-        except Exception as error:  # whatever the transport raises, it takes nothing any more
+        except Exception as error:  # after any error the transport accepts no more writes
             self._failed(error, 1)
         else:
             limits = self._limits
             limits.counters.messages_sent += 1
-            if limits.tells_delivery:
+            if limits.reports_delivery:
                 self.owner.on_delivered()
 
-    def _carry(self) -> None:
-        """What is queued becomes one write, as far as the transport takes it."""
+    def _send_queued(self) -> None:
+        """Write the queued frames in batches until the transport pauses writing."""
         while self._any:
             if self._paused:
                 self._block()
@@ -100,39 +100,39 @@ class DirectOutbox(Outbox):
                 self._failed(error, len(frames))
                 return
             self._limits.counters.messages_sent += len(frames)
-            if delivers and self._limits.tells_delivery:
+            if delivers and self._limits.reports_delivery:
                 self.owner.on_delivered()
         if not self._paused:
             self._on_drained()
-        if self._close is not None:  # a few bytes, which a transport takes even when it has had enough
+        if self._close is not None:  # a few bytes, which a transport accepts even while writing is paused
             close, self._close = self._close, None
             try:
-                self._link.close(*close)
+                self._direct.close(*close)
             except Exception as error:
                 self._failed(error, 0)
         if self._shut:
             self._set_done()
 
-    def finish(self, code: int, text: str, *, flush: bool) -> int:
-        """As every outbox; what need not wait for the client is done at once."""
-        discarded = super().finish(code, text, flush=flush)
+    def finish(self, code: int, reason: str, *, flush: bool) -> int:
+        """Accept no more messages and send the close frame, at once unless queued messages are flushed first."""
+        discarded = super().finish(code, reason, flush=flush)
         if not flush and not self._broken:
-            self._carry()
+            self._send_queued()
         return discarded
 
     def pause_writing(self) -> None:
-        """The transport holds more than it should.
+        """Stop writing because the transport's buffer is above its high-water mark.
 
-        The watch begins, even if nothing waits: a client that has stopped reading in the middle of its only message
-        would be found by nothing else, since no ping can be written behind it.
+        The stall watch starts even if nothing is queued. Nothing else detects a client that stops reading in the
+        middle of its only message, because no ping can be written behind that message.
         """
         self._paused = True
         if not self._shut:
             self._block()
 
     def resume_writing(self) -> None:
-        """The transport takes more again."""
+        """Resume writing."""
         self._paused = False
         self._unblock()
         if not self._broken:
-            self._carry()
+            self._send_queued()

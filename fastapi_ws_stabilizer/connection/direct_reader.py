@@ -1,4 +1,4 @@
-"""Where the pump stands on other servers: takes what a server's link has read, without a task."""
+"""Reader of a connection with a direct transport, which replaces the read pump and needs no task."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class DirectReader:
-    """The `DirectReceiver` of one connection. Called by the server's protocol, from the event loop.
+    """The `DirectReceiver` of one connection. The server's protocol calls it from the event loop.
 
-    When the inbox is full the link stops reading, so TCP pushes back. What had been parsed with the message that filled
-    it is taken too: that is what one read of the server holds, or a few kilobytes of it if it is compressed.
+    When the inbox is full, the transport stops reading and TCP slows the client down. Messages that were parsed along
+    with the one that filled the inbox are still accepted. They are limited to one read of the server, or to a few
+    kilobytes of it if it is compressed.
     """
 
-    __slots__ = ("_connection", "_link", "_outbox", "_since", "_taken", "_timer")
+    __slots__ = ("_connection", "_direct", "_outbox", "_reads", "_since", "_timer")
 
-    def __init__(self, connection: Pumped, link: DirectTransport, outbox: DirectOutbox) -> None:
+    def __init__(self, connection: Pumped, direct: DirectTransport, outbox: DirectOutbox) -> None:
         self._connection = connection
-        self._link = link
+        self._direct = direct
         self._outbox = outbox
-        self._taken = 0
+        self._reads = 0
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def data_received(self) -> bool:
-        """Bytes have come in, be it only a part of a message."""
-        self._connection.liveness.last_seen = monotonic()  # what is owed is paid by a whole message
+        """Note received bytes, possibly only a part of a message. Return whether the connection is still open."""
+        self._connection.liveness.last_seen = monotonic()  # only a whole frame clears `awaiting_since`
         return self._connection.close_info is None
 
     def message_received(self, message: str | bytes) -> None:
-        """A message has come in. Hot path."""
+        """Handle a received message. Hot path."""
         connection = self._connection
-        try:  # in here, and not round a call: that would cost each message more than this does
+        try:  # inline, because a wrapper call would cost more for each message
             if connection.close_info is not None:
                 connection.events.counters.messages_discarded += 1
                 return
@@ -62,42 +63,42 @@ class DirectReader:
             inbox.put(item, item.size if isinstance(item, Message) else None)
             if full and connection.pause is None:
                 self._pause()
-        except Exception as error:  # a bug of ours, which the server would hold against the client in silence
+        except Exception as error:  # a bug in this package; the server would close the connection without a report
             connection.events.emit_exception("internal_task_failed", error, task="ws-link")
             connection.on_connection_lost(error)
 
     def ping_received(self) -> None:
-        """A ping frame has come in."""
+        """Handle a received ping frame."""
         self._connection.liveness.awaiting_since = None
         self._connection.on_control_frame()
 
     def pong_received(self, payload: bytes) -> None:
-        """A pong frame has come in."""
+        """Handle a received pong frame."""
         self._connection.liveness.awaiting_since = None
         if not self._connection.liveness.ponged_by_protocol(payload, monotonic()):
             self._connection.on_control_frame()
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
-        """The connection is over."""
+        """Start teardown after the server has lost the connection."""
         self._stop_timer()
         connection = self._connection
         try:
             close_on_disconnect_event(connection, event)
-            connection.stop_sending()  # also if we were about to end it, and were still flushing
-        except Exception as error:  # the server would forget to take its own end of it out of its list
+            connection.stop_sending()  # also if the connection was already closing and still flushing
+        except Exception as error:  # otherwise the server would not remove the connection from its own list
             connection.events.emit_exception("internal_task_failed", error, task="ws-link")
             connection.on_connection_lost(error)
 
     def pause_writing(self) -> None:
-        """The transport holds more than it should."""
+        """Pause writing because the transport's buffer is above its high-water mark."""
         self._outbox.pause_writing()
 
     def resume_writing(self) -> None:
-        """The transport takes more again."""
+        """Resume writing."""
         self._outbox.resume_writing()
 
     def before_shutdown(self) -> None:
-        """The server is about to close."""
+        """Flush the outbox before the server closes the connection."""
         self._outbox.flush_now()
 
     # ── a full inbox ──
@@ -105,33 +106,33 @@ class DirectReader:
     def _pause(self) -> None:
         connection = self._connection
         begin_pause(connection)
-        self._link.pause_reading()
-        self._taken, self._since = connection.inbox.reads, monotonic()
+        self._direct.pause_reading()
+        self._reads, self._since = connection.inbox.reads, monotonic()
         connection.inbox.notify_when_room(self._resume)
         self._watch(connection.config.inbox_pause_timeout)
 
     def _resume(self) -> None:
         self._stop_timer()
         self._connection.pause = None
-        self._connection.liveness.on_frame(monotonic())  # the pause was ours
-        self._link.resume_reading()
+        self._connection.liveness.on_frame(monotonic())  # the pause must not count as silence
+        self._direct.resume_reading()
 
     def _watch(self, delay: float) -> None:
-        # Reading may go on, and pause again, in code of the endpoint, whose context a cancelled timer would hold.
+        # Reading can resume and pause again in endpoint code. A cancelled timer would hold that code's context.
         context = self._outbox._limits.context
-        self._timer = asyncio.get_running_loop().call_later(delay, self._look, context=context)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._check_reads, context=context)
 
-    def _look(self) -> None:
-        """See whether anybody has read since the last look."""
+    def _check_reads(self) -> None:
+        """Check whether the endpoint has read since the last check."""
         self._timer = None
         connection = self._connection
         if connection.close_info is not None:
             return
         now, timeout = monotonic(), connection.config.inbox_pause_timeout
-        if connection.inbox.reads != self._taken:
-            self._taken, self._since = connection.inbox.reads, now
+        if connection.inbox.reads != self._reads:
+            self._reads, self._since = connection.inbox.reads, now
             begin_pause(connection)
-        if drop_unread(connection):  # there is room, so reading goes on
+        if drop_unread(connection):  # there is room, so reading continues
             return
         if now - self._since >= timeout:
             end_pause(connection)

@@ -1,4 +1,4 @@
-"""The user's code behind one connection: the task it runs in, how it is told to stop, and how its end is read."""
+"""User code of one connection: its task, its cancellation, and the `CloseInfo` for its result."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
 from fastapi_ws_stabilizer.tasks import LazyEvent
 
-_CANCEL_MESSAGE: Final = "the connection is over and its disconnect_grace has passed"
+_CANCEL_MESSAGE: Final = "the connection is closed and its disconnect_grace has passed"
 
 
 class _Busy:
-    """User code at work for the length of a block. Not a generator, because each endpoint that runs holds one."""
+    """Context manager that counts running user code. A generator would cost more memory for each running endpoint."""
 
     __slots__ = ("_endpoint",)
 
@@ -38,88 +38,88 @@ class _Busy:
         self._endpoint = endpoint
 
     def __enter__(self) -> None:
-        self._endpoint._at_work += 1
+        self._endpoint._running += 1
 
     def __exit__(self, *_: object) -> None:
-        self._endpoint._rests()
+        self._endpoint._on_work_done()
 
 
 class EndpointTask(LazyEvent):
-    """The task that serves one connection, and what user code does for it elsewhere.
+    """Task that serves one connection, with the user code that runs for it in other tasks.
 
-    It is itself the latch that is set when its user code has ended: one object less for each idle connection.
+    It is itself the event that is set when the endpoint has returned, which saves an object for each idle connection.
 
     Attributes:
-        tracked: Whether we are told when the user's code ends.
+        tracked: Whether `mark_returned` is called when the endpoint returns.
     """
 
-    __slots__ = ("_at_work", "_cancelled", "_idle", "_task", "tracked")
+    __slots__ = ("_cancelled", "_idle", "_running", "_task", "tracked")
 
     def __init__(self, *, cancellable: bool) -> None:
         super().__init__()
         task = asyncio.current_task() if cancellable else None
-        # Weakly: what a task has opened is remembered under the task, and must not keep it alive.
+        # A weak reference, because the connections of a task are stored under the task and must not keep it alive.
         self._task = None if task is None else weakref.ref(task)
         self._cancelled = False
         self.tracked = cancellable
-        self._at_work = 0
+        self._running = 0
         self._idle: asyncio.Future[None] | None = None
         if not cancellable:
-            self.mark_returned()  # nobody would tell us when it does
+            self.mark_returned()  # nothing else would call it
 
     def mark_returned(self) -> None:
-        """Note that the user's code has ended."""
+        """Record that the endpoint has returned."""
         self.set()
 
     @property
     def has_ended(self) -> bool:
-        """Whether the user's code has ended.
+        """Whether the endpoint has returned.
 
-        FastAPI then closes its dependencies in the same task, and that must not be cancelled.
+        FastAPI then closes its dependencies in the same task, which must not be cancelled.
         """
         return self.is_set
 
     @property
     def is_running(self) -> bool:
-        """Whether the user's code has not ended, or is at work on what the connection has received."""
-        return not self.is_set or self._at_work > 0
+        """Whether the endpoint has not returned, or user code is handling a received message."""
+        return not self.is_set or self._running > 0
 
     @property
     def returned(self) -> asyncio.Future[None]:
-        """A future that is done when the user's code has ended."""
+        """Future that completes when the endpoint has returned."""
         return self.future
 
     def running(self) -> AbstractContextManager[None]:
-        """Note, for the length of a block, that user code is at work on what the connection has received."""
+        """Return a context manager for user code that handles received messages."""
         return _Busy(self)
 
     def wait_idle(self) -> asyncio.Future[None]:
-        """A future that is done as soon as nobody is at work. The disconnect hooks wait for that."""
+        """Return a future that completes when no handler is running. The disconnect hooks wait for it."""
         self._idle = asyncio.get_running_loop().create_future()
-        if not self._at_work:
+        if not self._running:
             self._idle.set_result(None)
         return self._idle
 
-    def _rests(self) -> None:
-        self._at_work -= 1
-        if not self._at_work and self._idle is not None and not self._idle.done():
+    def _on_work_done(self) -> None:
+        self._running -= 1
+        if not self._running and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     def watch(self, scope: Mapping[str, Any]) -> None:
-        """Learn from FastAPI when the user's code ends, before its dependencies are closed.
+        """Register with FastAPI's exit stack, to notice the endpoint's return before its dependencies are closed.
 
-        What was pushed last on an exit stack runs first, so this is called once when the connection opens and once more
-        when it ends: then it stands above the dependencies that have been entered in between.
+        The callback pushed last runs first. This is called when the connection opens and again when it closes, so that
+        the callback is above the dependencies that were entered in between.
         """
         stack = find_exit_stack(scope)
         if stack is not None:
-            stack.push(self._on_exit)  # less memory than a callback, which is a closure
+            stack.push(self._on_exit)  # `push` needs less memory than `callback`, which creates a closure
 
     def _on_exit(self, *_: object) -> None:
         self.mark_returned()
 
     def cancel(self) -> bool:
-        """Cancel the task, once, unless the user's code has ended; tell whether that was done now."""
+        """Cancel the task, once, unless the endpoint has returned. Return whether this call cancelled it."""
         task = None if self._task is None else self._task()
         if task is None or self._cancelled or self.has_ended:
             return False
@@ -129,19 +129,19 @@ class EndpointTask(LazyEvent):
 
     @property
     def task(self) -> asyncio.Task[Any] | None:
-        """The task that serves the connection, while it runs."""
+        """Task that serves the connection; `None` if it is unknown or was collected."""
         return None if self._task is None else self._task()
 
     @property
     def has_swallowed_cancellation(self) -> bool:
-        """Whether the current task is the endpoint's, and goes on after it was cancelled."""
+        """Whether the current task is the endpoint's and continues after it was cancelled."""
         return self._cancelled and not self.has_ended and self.task is asyncio.current_task()
 
     def is_cancelled_by_others(self, error: BaseException) -> bool:
-        """Whether `error` is a cancellation of this task that did not come from `cancel`.
+        """Return whether `error` is a cancellation of this task by other code than `cancel`.
 
-        A `CancelledError` of another task that user code has awaited is none: it is a bug like any other exception.
-        Python 3.10 cannot tell the two apart.
+        A `CancelledError` from another task that user code awaited does not count, and is a bug like any exception.
+        Python 3.10 cannot distinguish the two.
         """
         task = None if self._task is None else self._task()
         if not isinstance(error, asyncio.CancelledError) or task is None:
@@ -149,9 +149,9 @@ class EndpointTask(LazyEvent):
         return sys.version_info < (3, 11) or task.cancelling() > 0
 
     def is_own_cancellation(self, error: BaseException) -> bool:
-        """Whether `error` is the cancellation that `cancel` has sent, and no other is under way.
+        """Return whether `error` is the cancellation from `cancel` and no other is pending.
 
-        Where it is, the task's count of cancellations is put right, so that the caller may swallow it.
+        If so, this decrements the task's count of cancellations, so that the caller may swallow the error.
         """
         task = None if self._task is None else self._task()
         if not self._cancelled or task is None or not isinstance(error, asyncio.CancelledError):
@@ -161,7 +161,7 @@ class EndpointTask(LazyEvent):
         return not error.args or error.args[0] == _CANCEL_MESSAGE
 
 
-_NO_BUGS: Final = (
+_EXPECTED_ERRORS: Final = (
     HTTPException,
     WebSocketException,
     WebSocketDisconnect,  # SocketClosed is one
@@ -171,24 +171,29 @@ _NO_BUGS: Final = (
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception that decides how a connection ends: of a group, a bug before a refusal before a disconnect."""
+    """Return the exception that determines the `CloseInfo`.
+
+    In an exception group, a bug takes precedence over a rejection, and a rejection over a disconnect.
+    """
     inside = getattr(error, "exceptions", None)
     if not isinstance(inside, (tuple, list)) or not inside:
         return error
-    found = [root_cause(one) for one in inside]
-    return min(found, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError))))
+    causes = [root_cause(one) for one in inside]
+    return min(
+        causes, key=lambda one: (not is_bug(one), isinstance(one, (WebSocketDisconnect, asyncio.CancelledError)))
+    )
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether an exception that an endpoint let escape is one that somebody has to mend."""
+    """Return whether an exception that escaped from an endpoint is a bug in user code."""
     error = root_cause(error)
-    if isinstance(error, _NO_BUGS):
+    if isinstance(error, _EXPECTED_ERRORS):
         return False
     return not isinstance(error, WebSocketStabilizerError) or error.close_code == WebSocketStabilizerError.close_code
 
 
 def close_info_for(error: BaseException | None) -> CloseInfo:
-    """How a connection ends whose endpoint returned (`None`) or let `error` escape."""
+    """Return the `CloseInfo` of a connection after its endpoint has returned (`None`) or raised `error`."""
     error = None if error is None else root_cause(error)
     if error is None or isinstance(error, WebSocketDisconnect):
         return local_close(DisconnectReason.COMPLETED)
@@ -220,13 +225,13 @@ def _text(error: HTTPException) -> str:
 
 
 def _hint(error: HTTPException) -> str:
-    """When to come back, as clients of this library read it: the `Retry-After` of an answer that cannot have one."""
+    """Return the retry hint that clients of this library parse, from a `Retry-After` under 10,000 seconds."""
     wait = str((error.headers or {}).get("Retry-After", ""))
     return f"; retry={int(wait) * 1000}" if wait.isascii() and wait.isdigit() and len(wait) < 5 else ""
 
 
 def _validation_text(error: WebSocketRequestValidationError) -> str:
-    """Say as JSON which parameters are wrong; as many as fit whole into a close reason."""
+    """Return the invalid parameters as JSON, as many as fit completely into a close reason."""
     problems: list[dict[str, str]] = []
     text = ""
     for problem in error.errors():

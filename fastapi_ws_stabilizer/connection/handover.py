@@ -1,4 +1,4 @@
-"""How one connection of a client follows another: what it takes over, and what it waits for."""
+"""Handover: a newer connection of a client takes over from an older one, and waits for its teardown."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from fastapi_ws_stabilizer.tasks import LazyEvent, wait_for_all, wait_for_first
 
 
 class Handover(Metered):
-    """A connection that may have others before it, which are still busy for what is its own now."""
+    """Part of a connection that takes over sessions and waits for predecessors."""
 
     __slots__ = ("_finished", "_hooks_done", "connect_hooks_started", "endpoint", "predecessors")
 
     _finished: LazyEvent
     _hooks_done: LazyEvent
     predecessors: tuple[Handover, ...]
-    """Those that are still busy for what is ours now."""
+    """Older connections that still run handlers or hooks for the state that this one took over."""
     connect_hooks_started: bool
-    """Whether the connect or resume hooks have begun."""
+    """Whether the connect or resume hooks have started."""
     endpoint: EndpointTask
 
     @property
     def hooks_done(self) -> bool:
-        """Whether the hooks for its end have run, if there was something to tell them."""
+        """Whether the disconnect hooks have run, or were not needed."""
         return self._hooks_done.is_set
 
     @property
     def is_finished(self) -> bool:
-        """Whether everything is done for this connection."""
+        """Whether teardown has ended."""
         return self._finished.is_set
 
     def _take_over(self, protocol: V1Protocol) -> None:
-        """Become the connection of a session: its messages go out here from now on, and its inbox is filled from here.
+        """Attach this connection to a session: from now on it sends the session's messages and fills its inbox.
 
-        Nothing of this waits, so no message comes between, and none is sent or read twice.
+        Nothing here awaits. Therefore no message arrives in between, and none is sent or read twice.
         """
         session = protocol.session
-        last: Handover | None = session.previous_connection
+        previous: Handover | None = session.previous_connection
         if session.inbox is not None:
             rest = session.inbox.transfer()
             self.inbox = session.inbox
-            if last is not None:  # else everything was done for it
-                last.inbox = rest
-                self.follow(last)
+            if previous is not None:  # otherwise its teardown has ended
+                previous.inbox = rest
+                self.add_predecessor(previous)
         session.inbox, session.previous_connection = self.inbox, self
         if protocol.max_inflated:
             self.outbox.deflate_frames()
-        before = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
-        protocol.tell_outcome()
-        if before is not None:
-            before.close(DisconnectReason.REPLACED, text="another connection has taken the session over")
+        replaced = session.attach(self, protocol.resume_result.cursor, protocol.welcome())
+        protocol.emit_outcome()
+        if replaced is not None:
+            replaced.close(DisconnectReason.REPLACED, text="session taken over by another connection")
 
-    def follow(self, last: Handover) -> None:
-        """Nothing is done here until everything is done there, and where that one waits for in its turn."""
-        self.predecessors = tuple(one for one in (*last.predecessors, last) if not one.is_finished)
+    def add_predecessor(self, previous: Handover) -> None:
+        """Wait for an older connection and its own predecessors before hooks and handlers run here."""
+        self.predecessors = tuple(one for one in (*previous.predecessors, previous) if not one.is_finished)
 
-    def wait_for_hooks_of(self, ended: Iterable[Handover]) -> None:
-        """Begin no hook here before the hooks for the end of these connections of the same client have run.
+    def add_hook_predecessors(self, ended: Iterable[Handover]) -> None:
+        """Let hooks wait for the disconnect hooks of closing connections of the same client.
 
-        A connection whose connect hooks never began has none to wait for.
+        A connection without started connect hooks has no disconnect hooks, so it is not added.
         """
         more = tuple(
             one for one in ended if one.connect_hooks_started and not one.hooks_done and one not in self.predecessors
@@ -72,20 +72,20 @@ class Handover(Metered):
             self.predecessors += more
 
     async def wait_for_predecessors(self) -> None:
-        """Wait until nothing more is done for what is ours by the connections that had it. Cancelling is safe."""
+        """Wait until all predecessors have released their state. Cancelling is safe."""
         if self.predecessors:
-            await asyncio.gather(*(one.released() for one in self.predecessors))
+            await asyncio.gather(*(one.wait_released() for one in self.predecessors))
             self.predecessors = ()
 
-    async def released(self) -> None:
-        """Wait until nothing more is done here for a session that another connection has taken over.
+    async def wait_released(self) -> None:
+        """Wait until the current message is handled and the disconnect hooks have run.
 
-        That is: the message that was in hand is handled, and the disconnect hooks have run. Each of them is bounded,
-        and so is how many run at the same time: the wait for them needs no bound of its own, which would be too short
-        where there are many.
+        Another connection has taken over the session. The wait for the message is bounded by `disconnect_grace`. Each
+        hook has a time limit, and so has the number of hooks that run at the same time. A limit for the whole wait
+        would be too short with many hooks.
         """
         grace = self.config.disconnect_grace
-        settled = self.inbox.drained
-        if settled is not None:
-            await wait_for_first([settled, self.endpoint.returned], grace)
+        drained = self.inbox.drained
+        if drained is not None:
+            await wait_for_first([drained, self.endpoint.returned], grace)
         await wait_for_all([self._hooks_done.future], None)

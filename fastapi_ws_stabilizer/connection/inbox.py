@@ -1,4 +1,4 @@
-"""What a client has sent and nobody has read yet."""
+"""Bounded queue of received messages that the endpoint has not read yet."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class InboxClosed(Exception):
-    """Everything has been read and nothing more will come."""
+    """Error of a read from an inbox that is closed and empty, or was transferred."""
 
 
 Item = str | bytes | Message
-"""What waits in an inbox: a message of a plain client as it came, or one of `stabilizer.v1.json` with what it says."""
+"""Entry of an inbox: the raw message of a plain client, or the parsed message of a `stabilizer.v1.json` client."""
 
 _Items = deque[tuple[Item, int]]
-"""Messages with their sizes: a str grows when it is encoded."""
+"""Messages with their sizes at receipt, because the size of a str grows when it is encoded."""
 
-_NOTHING: Final[_Items] = deque(maxlen=0)
-"""What every empty inbox holds, so that an idle connection need not own a queue."""
+_EMPTY: Final[_Items] = deque(maxlen=0)
+"""Queue shared by all empty inboxes, so that an idle connection owns none."""
 
 
 class InboxLimits:
-    """The bounds that all inboxes of a manager share, and where they count.
+    """Bounds and memory budget shared by all inboxes of a manager.
 
     Args:
-        max_messages: Most messages that wait.
-        max_bytes: Most bytes of them.
-        budget: Where they are counted.
+        max_messages: Maximum number of waiting messages.
+        max_bytes: Maximum bytes of memory held by waiting messages.
+        budget: Memory budget that counts the messages.
 
     Attributes:
-        drops: Whether the oldest messages make room for new ones, because the endpoint does not read.
-        undecided: Whether it will soon be known that an endpoint does not read.
+        drops: Whether the oldest messages are dropped for new ones, because the endpoint does not read.
+        undecided: Whether it will soon be known if the endpoint reads.
         keeping: The same bounds, for inboxes that drop nothing.
-        dropping: The same bounds, for inboxes that drop.
-        deciding: The same bounds, for inboxes of which it is not known yet.
+        dropping: The same bounds, for inboxes that drop the oldest messages.
+        deciding: The same bounds, for inboxes with an undecided endpoint.
     """
 
     __slots__ = ("budget", "deciding", "dropping", "drops", "keeping", "max_bytes", "max_messages", "undecided")
@@ -61,15 +61,15 @@ class InboxLimits:
 
 
 _UNCOUNTED: Final = InboxLimits(0, 0)
-"""The bounds of what no ledger counts any more."""
+"""Limits of inboxes that no memory budget counts any more."""
 
 
 class Pause:
-    """Reading is paused, because an inbox is full.
+    """State of a connection while reading is paused because its inbox is full.
 
     Attributes:
-        sent: Whether the connection's own methods have sent anything since then. What others send to its client, and
-            heartbeats, are no sign that its endpoint is well.
+        sent: Whether the connection's own methods have sent anything since the pause began. Broadcasts and heartbeats
+            do not count, because they do not show that the endpoint is running.
     """
 
     __slots__ = ("sent",)
@@ -79,84 +79,84 @@ class Pause:
 
 
 class Inbox:
-    """A bounded queue with one writer, the pump, and one reader.
+    """Bounded queue with one writer, the read pump or the direct reader, and one reader.
 
-    The bound is in messages and in bytes of memory that they hold. It is a mark, not a wall: the message that reaches
-    it is taken, and the pump then waits for room before it reads the next one.
+    The bounds count messages and the bytes of memory that they hold. They are soft. The message that reaches a bound is
+    accepted, and the pump then waits for room before it reads the next one.
 
-    It belongs to a session where there is one, and is handed from one connection to the next.
+    If the client has a session, the inbox belongs to it and moves from one connection to the next.
     """
 
     __slots__ = (
         "_closed",
-        "_in_hand",
+        "_drained",
+        "_handling",
         "_items",
         "_limits",
         "_on_room",
         "_reader",
-        "_settled",
         "_single",
         "held_bytes",
         "reads",
     )
 
     def __init__(self, limits: InboxLimits) -> None:
-        self._single: tuple[Item, int] | None = None  # the only message that waits; then the queue is empty
-        self._items = _NOTHING
+        self._single: tuple[Item, int] | None = None  # the only waiting message; the queue is then empty
+        self._items = _EMPTY
         self._limits = limits
         self.held_bytes = 0
         self.reads = 0
         self._closed = False
         self._reader: asyncio.Future[None] | None = None
         self._on_room: Callable[[], None] | None = None
-        self._in_hand = False  # whether its reader may still be busy with the message that it has taken last
-        self._settled: LazyEvent | None = None
+        self._handling = False  # whether the reader may still be handling the last message
+        self._drained: LazyEvent | None = None
 
     def __len__(self) -> int:
         return 1 if self._single is not None else len(self._items)
 
     @property
     def full(self) -> bool:
-        """Whether the mark is reached."""
+        """Whether a bound is reached."""
         limits = self._limits
         return len(self) >= limits.max_messages or self.held_bytes >= limits.max_bytes
 
     @property
     def drops(self) -> bool:
-        """Whether the oldest messages make room for new ones, because the endpoint reads none."""
+        """Whether the oldest messages are dropped for new ones, because the endpoint does not read."""
         return self._limits.drops
 
     @property
     def undecided(self) -> bool:
-        """Whether it will soon be known that the endpoint does not read."""
+        """Whether it will soon be known if the endpoint reads."""
         return self._limits.undecided
 
     def begin_to_decide(self) -> None:
-        """It will soon be known whether the endpoint reads: `drop_when_full` or `end_to_decide` says so."""
+        """Mark the endpoint as undecided until `drop_when_full` or `end_to_decide` is called."""
         if not self.drops:
             self._limits = self._limits.deciding
 
     def end_to_decide(self) -> None:
-        """It is not known whether the endpoint reads, and will not be known soon."""
+        """Stop waiting for a decision. It stays unknown whether the endpoint reads."""
         if self.undecided:
             self._limits = self._limits.keeping
 
     def drop_when_full(self) -> None:
-        """Let the oldest messages make room for new ones from now on. A reader that comes gets those that are left."""
+        """Drop the oldest messages for new ones from now on. A later reader gets the remaining messages."""
         self._limits = self._limits.dropping
 
     @property
     def ignored(self) -> bool:
-        """Whether the endpoint has said that it does not read, and has neither read since nor waits for a message."""
+        """Whether messages are dropped, and no reader has read since or is waiting."""
         return self._limits.drops and not self.has_reader
 
     @property
     def has_reader(self) -> bool:
-        """Whether a message was taken since `taken` was set back, or a reader waits for one or is about to take it."""
-        return bool(self.reads) or self._reader is not None  # which stays until it has taken a message
+        """Whether a message was read since `reads` was reset, or a reader is waiting or about to read."""
+        return bool(self.reads) or self._reader is not None  # `_reader` stays set until its message is returned
 
     def take_requests(self) -> list[Message]:
-        """Take out the messages that ask for an answer, and return them."""
+        """Remove and return the requests, which are the messages with an id."""
         waiting = tuple(self._items) if self._single is None else (self._single,)
         requests = [(item, size) for item, size in waiting if isinstance(item, Message) and item.id is not None]
         if not requests:
@@ -166,13 +166,13 @@ class Inbox:
         self._limits.budget.total -= taken + UNREAD_OVERHEAD_BYTES * len(requests)
         rest = deque(entry for entry in waiting if not (isinstance(entry[0], Message) and entry[0].id is not None))
         self._single = None
-        self._items = rest or _NOTHING
+        self._items = rest or _EMPTY
         if not self.full:
             self._notify_room()
         return [item for item, _ in requests]
 
     def drop_oldest(self) -> list[Item]:
-        """Take out the oldest messages until the mark is no longer reached, and return them."""
+        """Remove and return the oldest messages until no bound is reached."""
         dropped: list[Item] = []
         while self.full and len(self):
             if self._single is not None:
@@ -184,18 +184,18 @@ class Inbox:
             self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
             dropped.append(message)
         if not self._items:
-            self._items = _NOTHING
+            self._items = _EMPTY
         self._notify_room()
         return dropped
 
     @property
     def has_waiting_reader(self) -> bool:
-        """Whether its reader waits, so that the next message is taken at once."""
+        """Whether a reader is waiting, so that the next message is read at once."""
         return self._reader is not None and not self._reader.done()
 
     @property
     def counted_bytes(self) -> int:
-        """What it holds, with what each message takes beside its text: what is in the ledger."""
+        """Bytes counted in the memory budget, including the overhead of each message."""
         return self.held_bytes + UNREAD_OVERHEAD_BYTES * len(self)
 
     def put(self, message: Item, size: int | None = None) -> None:
@@ -203,7 +203,7 @@ class Inbox:
 
         Args:
             message: The message.
-            size: Bytes of memory that it holds, where that is more than can be seen.
+            size: Bytes of memory that it holds, if `sys.getsizeof` does not show them.
         """
         if size is None:
             size = sys.getsizeof(message)
@@ -224,55 +224,58 @@ class Inbox:
             reader.set_result(None)
 
     async def wait_for_room(self, timeout: float | None = None, take: Callable[[], None] | None = None) -> bool:
-        """Wait until the mark is no longer reached or the inbox is closed; tell whether it is so. Cancelling is safe.
+        """Wait until no bound is reached or the inbox is closed. Cancelling is safe.
 
         Args:
-            timeout: Seconds to wait at most; for ever when left out.
-            take: Called at the very moment that ends the wait, unless that is the timeout: before what closes the inbox
-                goes on, and may cancel whoever waits.
+            timeout: Maximum wait in seconds; unbounded if omitted.
+            take: Called synchronously when there is room or the inbox is closed, but not on timeout. It runs before the
+                caller that closes the inbox continues and may cancel the waiting task.
+
+        Returns:
+            Whether there is room or the inbox is closed.
         """
         if self.full and not self._closed:
             room = asyncio.get_running_loop().create_future()
-            relief = self._on_room = functools.partial(_wake, room, take)
+            on_room = self._on_room = functools.partial(_wake, room, take)
             try:
                 await wait_for_all([room], timeout)
             finally:
-                if self._on_room is relief:  # else the inbox was handed over, and another one wants to be told
+                if self._on_room is on_room:  # otherwise the inbox was transferred and another callback is set
                     self._on_room = None
         return self._closed or not self.full
 
-    def notify_when_room(self, relief: Callable[[], None]) -> None:
-        """Call a function, once, as soon as the mark is no longer reached or the inbox is closed."""
-        self._on_room = relief
+    def notify_when_room(self, on_room: Callable[[], None]) -> None:
+        """Call a function once, as soon as no bound is reached or the inbox is closed."""
+        self._on_room = on_room
 
     def _notify_room(self) -> None:
-        relief, self._on_room = self._on_room, None
-        if relief is not None:
-            relief()
+        on_room, self._on_room = self._on_room, None
+        if on_room is not None:
+            on_room()
 
     async def get(self) -> Item:
-        """Wait for the next message. Cancelling loses nothing: a message is taken out only when it is returned.
+        """Wait for the next message. Cancelling is safe, because a message is removed only when it is returned.
 
         Raises:
-            InboxClosed: Nothing more will come.
-            ConcurrentReceiveError: Another task is waiting already.
+            InboxClosed: The inbox is closed and empty, or was transferred.
+            ConcurrentReceiveError: Another task is already waiting.
         """
         if self._reader is not None:
             raise ConcurrentReceiveError
-        self._in_hand = False
+        self._handling = False
         while self._single is None and not self._items:
             if self._closed:
-                if self._settled is not None:
-                    self._settled.set()
+                if self._drained is not None:
+                    self._drained.set()
                 raise InboxClosed
             reader = self._reader = asyncio.get_running_loop().create_future()
             try:
                 await reader
             finally:
-                ours = self._reader is reader
-                if ours:
+                is_current = self._reader is reader
+                if is_current:
                     self._reader = None
-            if not ours:  # the inbox was handed over while we were woken, and another one reads it
+            if not is_current:  # the inbox was transferred in the meantime, and has another reader
                 raise InboxClosed
         if self._single is not None:
             message, size = self._single
@@ -282,28 +285,28 @@ class Inbox:
         self.held_bytes -= size
         self._limits.budget.total -= size + UNREAD_OVERHEAD_BYTES
         self.reads += 1
-        self._in_hand = True
+        self._handling = True
         if not self._items:
-            self._items = _NOTHING
+            self._items = _EMPTY
         if self._on_room is not None and not self.full:
             self._notify_room()
         return message
 
     def transfer(self) -> Inbox:
-        """Turn its reader away and open it again for another one.
+        """Disconnect the current reader and reopen the inbox for another one.
 
         Returns:
-            An inbox for the reader that was turned away: empty, closed, and it tells when that reader has done with the
-            message that it had in hand.
+            An empty, closed inbox for the old reader. Its `drained` completes when that reader has finished its last
+            message.
         """
         rest = Inbox(self._limits)
-        self._limits = self._limits.keeping  # what its reader has read, and said of reading, holds for that one alone
+        self._limits = self._limits.keeping  # the old endpoint's reads say nothing about the new one
         self.reads = 0
         rest._closed = True
-        rest._settled = LazyEvent()
-        if not self._in_hand:
-            rest._settled.set()
-        self._in_hand = self._closed = False
+        rest._drained = LazyEvent()
+        if not self._handling:
+            rest._drained.set()
+        self._handling = self._closed = False
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
             reader.set_exception(InboxClosed())
@@ -311,25 +314,25 @@ class Inbox:
         return rest
 
     def stop_accounting(self) -> None:
-        """Its connection is over, and whoever may still read what is unread does so on their own account."""
+        """Stop counting unread messages. The connection is closed, but user code may still read them."""
         self._limits.budget.total -= self.counted_bytes
         self._limits = _UNCOUNTED
 
     @property
     def drained(self) -> asyncio.Future[None] | None:
-        """Of an inbox that was left behind: a future that is done when its reader has nothing in hand any more."""
-        return None if self._settled is None else self._settled.future
+        """Future that completes when the old reader has finished its last message; `None` if not transferred."""
+        return None if self._drained is None else self._drained.future
 
     def unread(self) -> list[Item]:
-        """The messages that wait, oldest first."""
+        """Return the unread messages, oldest first."""
         waiting = list(self._items) if self._single is None else [self._single]
         return [item for item, _ in waiting]
 
     def close(self, *, discard: bool) -> int:
-        """Take nothing more, wake who waits, and tell how many unread messages were thrown away.
+        """Accept no more messages and wake all waiters. Return the number of discarded messages.
 
         Args:
-            discard: Whether what has not been read is thrown away.
+            discard: Whether to discard unread messages.
         """
         self._closed = True
         discarded = 0
@@ -337,7 +340,7 @@ class Inbox:
             discarded = len(self)
             self._limits.budget.total -= self.counted_bytes
             self._single = None
-            self._items = _NOTHING
+            self._items = _EMPTY
             self.held_bytes = 0
         if self._reader is not None:
             _wake(self._reader)

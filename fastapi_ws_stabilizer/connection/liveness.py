@@ -1,4 +1,4 @@
-"""The signs of life of one connection."""
+"""Liveness of one connection: pings, pongs and the round trip."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from fastapi_ws_stabilizer.metrics.timings import Histogram
 _payload: Final = struct.Struct("!d").pack
 
 MAX_OPEN_PINGS: Final = 2048
-"""Pings to one client whose pongs are expected at most: twice as many as senders may wait for its acknowledgement."""
+"""Maximum number of pings with a pong outstanding: twice the number of senders that may wait for an acknowledgement."""
 
 
 class Liveness:
-    """When a client was last heard, and what it owes us.
+    """Ping and pong state of one client. All times are on the monotonic clock, in seconds.
 
     Args:
-        now: The time, on the monotonic clock.
-        round_trips: Where round trips are counted, if they are.
+        now: Current time.
+        round_trips: Histogram of round trips, if they are measured.
 
     Attributes:
-        last_seen: Time of the last bytes from the client that were seen, on the monotonic clock.
-        awaiting_since: Time of the first ping since its last message, or of a later sign of life; `None` when nothing
-            is owed.
-        answers: Whether the client has ever answered a ping.
+        last_seen: Time of the last bytes received from the client.
+        awaiting_since: Time of the first unanswered ping, or of later network activity; `None` if nothing is expected.
+        has_ponged: Whether the client has ever answered a ping.
         rtt: Seconds from the last answered ping to its pong; `None` before the first.
         next_ping: Time of the next ping.
-        due: When the heartbeat looks at it next.
-        member: The connection that it beats for; `None` while it does not beat.
+        due: Time of the heartbeat's next check.
+        recipient: Connection that the heartbeat watches; `None` while it watches none.
     """
 
     __slots__ = (
@@ -39,8 +38,8 @@ class Liveness:
         "due",
         "has_ponged",
         "last_seen",
-        "member",
         "next_ping",
+        "recipient",
         "rtt",
     )
 
@@ -51,36 +50,36 @@ class Liveness:
         self.rtt: float | None = None
         self.next_ping = now
         self.due = now
-        self.member: Any = None
+        self.recipient: Any = None
         self._ping_sent: float | None = None
         self._open_pings = 0
         self._round_trips = round_trips
 
     def __lt__(self, other: Liveness) -> bool:
-        """Whether its beat comes first: pulses stand in the heartbeat's heap themselves."""
+        """Compare by `due`, because the heartbeat's heap contains these objects."""
         return self.due < other.due
 
     def on_frame(self, now: float) -> None:
-        """Any frame has come in: the client lives and owes nothing."""
+        """Record a received frame, after which no pong is expected."""
         self.last_seen = now
         self.awaiting_since = None
 
     def on_unmeasured_ping(self) -> None:
-        """A ping has been queued that measures nothing: its pong is all that is wanted."""
+        """Record a queued ping that measures no round trip and sets no deadline."""
         self._open_pings = min(self._open_pings + 1, MAX_OPEN_PINGS)
 
     def on_ping_sent(self, now: float) -> None:
-        """A ping has been queued."""
+        """Record a queued ping."""
         self.on_unmeasured_ping()
         if self.awaiting_since is None:
             self.awaiting_since = now
-        # Of several open pings the oldest counts, so that no round trip is flattered, once we know that pings are
-        # answered at all.
+        # The round trip is measured from the oldest open ping, so that it is never too short. Before the first pong it
+        # is measured from the newest one, because earlier pings may have no answer at all.
         if self._ping_sent is None or not self.has_ponged:
             self._ping_sent = now
 
     def pinged_by_protocol(self, now: float) -> bytes:
-        """A ping frame is being sent; return its payload, by which its pong is known."""
+        """Record a ping frame and return its payload, which identifies the pong."""
         self.on_unmeasured_ping()
         if self.awaiting_since is None:
             self.awaiting_since = now
@@ -88,7 +87,7 @@ class Liveness:
         return _payload(now)
 
     def ponged_by_protocol(self, payload: bytes, now: float) -> bool:
-        """A pong frame has come in. One that does not answer the last ping says no more than that the client lives.
+        """Record a pong frame. It measures the round trip only if it answers the last ping.
 
         Returns:
             Whether a ping was open that it may answer.
@@ -98,7 +97,7 @@ class Liveness:
         return self._is_expected()
 
     def on_pong(self, now: float) -> bool:
-        """A pong has come in. Return whether a ping was open that it may answer."""
+        """Record a pong. Return whether a ping was open that it may answer."""
         self.has_ponged = True
         if self._ping_sent is not None:
             self.rtt = now - self._ping_sent
@@ -113,6 +112,6 @@ class Liveness:
         return expected
 
     def reset_deadline(self) -> None:
-        """What the client owes is not its fault: start counting anew at the next ping."""
+        """Restart the deadline at the next ping, because the client could not have answered."""
         self.awaiting_since = None
         self._ping_sent = None

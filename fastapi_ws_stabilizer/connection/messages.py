@@ -1,4 +1,4 @@
-"""The messages of a connection, as user code reads and sends them, by its socket or by Starlette's `WebSocket`."""
+"""Sending and receiving of a connection, for its socket and for Starlette's `WebSocket`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class Messages(SendingHalf):
-    """What goes in and out of a connection, with a session and without."""
+    """Part of a connection that sends and receives messages, with or without a session."""
 
     __slots__ = ("inbox", "opened")
 
@@ -34,27 +34,27 @@ class Messages(SendingHalf):
     opened: bool
 
     async def receive(self) -> str | bytes:
-        """Wait for the next message.
+        """Wait for the next message. Cancelling is safe.
 
         Raises:
-            SocketClosed: The connection is over and everything has been read.
+            SocketClosed: The connection is closed and all messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
         return self.read(await self.receive_item())
 
     def read(self, item: Item) -> str | bytes:
-        """A message as code gets it that knows nothing of `stabilizer.v1.json`."""
+        """Return the raw message, for code that does not use `stabilizer.v1.json`."""
         if not isinstance(item, Message):
             return item
         if self.protocol is not None:
-            self.protocol.unanswerable(item)
+            self.protocol.on_raw_read(item)
         return item.raw
 
     async def receive_item(self) -> Item:
-        """Wait for the next message, with what a client of `stabilizer.v1.json` says of it.
+        """Wait for the next message, parsed if the client uses `stabilizer.v1.json`. Cancelling is safe.
 
         Raises:
-            SocketClosed: The connection is over and everything has been read.
+            SocketClosed: The connection is closed and all messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
         self.check_opened()
@@ -68,12 +68,12 @@ class Messages(SendingHalf):
             raise
 
     async def send(self, frame: EncodedMessage) -> None:
-        """Send a frame at once, behind what is queued; wait while the outbox is full.
+        """Send a frame after the queued ones, and wait while the outbox is full.
 
-        The event loop gets a turn where that helps: when it was held for long, and when the network has not taken all.
+        This yields to the event loop if user code has held it for long, or if the network has not accepted all frames.
 
         Raises:
-            SocketClosed: The connection is over.
+            SocketClosed: The connection is closed.
             WrongLoopError: This is not the event loop of the connection.
         """
         if not self.put_now(frame):
@@ -90,7 +90,7 @@ class Messages(SendingHalf):
             await self.yield_for_send()
 
     def put_now(self, frame: EncodedMessage) -> bool:
-        """Send a frame at once if there is nothing to think about; `False` says nothing but that there is. Hot path."""
+        """Send a frame on the fast path. `False`, with nothing queued, if the slow path must decide. Hot path."""
         if running_loop() is not self._parts.loop:
             self.check_loop()
         if self.pause is not None:
@@ -100,29 +100,29 @@ class Messages(SendingHalf):
         return self.close_info is None and self.protocol.session.put_now(self, frame)
 
     def should_yield(self) -> bool:
-        """Whether the event loop should turn now, for what user code has just sent, or for everybody else. Hot path."""
+        """Return whether to yield to the event loop, to flush what was just sent or to let others run. Hot path."""
         outbox = self.outbox
         return (outbox._due and outbox.lingers()) or self._parts.scheduler.exceeded()
 
     async def yield_for_send(self) -> None:
-        """Let the event loop turn, more than once if what was sent has not left yet, and not for a slow client."""
+        """Yield to the event loop, repeatedly while sent messages still wait, but once only for a slow consumer."""
         for _ in range(MAX_TURNS):
             await asyncio.sleep(0)
             if not self.outbox.lingers():
                 break
 
     async def send_with_ack(self, frame: EncodedMessage) -> None:
-        """Queue a frame, and wait until the client has acknowledged it, in this connection or a later one.
+        """Queue a frame and wait until the client acknowledges it, in this connection or a later one.
 
         Raises:
-            SocketClosed: The connection is over, and the frame was not queued.
-            SessionEndedError: The session is over.
-            UnsupportedByClientError: The client acknowledges nothing.
+            SocketClosed: The connection is closed, and the frame was not queued.
+            SessionEndedError: The session has ended.
+            UnsupportedByClientError: The client does not support acknowledgements.
             ValueError: The frame is volatile.
         """
         self.check_loop()
         if frame.volatile:
-            raise ValueError("a volatile message is not acknowledged: send it with volatile=True or with ack=True")
+            raise ValueError("volatile messages are not acknowledged: pass volatile=True or ack=True, but not both")
         if self.protocol is None:
             await self.still_open()
             raise UnsupportedByClientError
@@ -131,15 +131,15 @@ class Messages(SendingHalf):
         await self.protocol.session.requests.until_acknowledged(seq)
 
     async def request(self, event: str, data: Any, timeout: float) -> Any:
-        """Send a request to the client and wait for its answer, in this connection or a later one.
+        """Send a request to the client and wait for its reply, in this connection or a later one.
 
         Raises:
-            RequestTimeoutError: There is none in time.
-            RequestError: It is an error.
-            SocketClosed: The connection is over, and the request was not queued.
-            SessionEndedError: The session is over.
-            UnsupportedByClientError: The client answers no requests.
-            MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
+            RequestTimeoutError: No reply arrived in time.
+            RequestError: The client replied with an error.
+            SocketClosed: The connection is closed, and the request was not queued.
+            SessionEndedError: The session has ended.
+            UnsupportedByClientError: The client does not support requests.
+            MessageEncodeError: The data cannot be encoded as JSON that the client reads, or the event name is invalid.
         """
         await self.still_open()
         if self.protocol is None:
@@ -155,7 +155,7 @@ class Messages(SendingHalf):
             session.requests.forget(request_id)
 
     async def _enqueue_sequenced(self, session: Session, frame: EncodedMessage) -> int:
-        """Queue a frame and return its number."""
+        """Queue a frame and return its sequence number."""
         numbers: list[int] = []
         queued = self.close_info is None and await session.put_wait(self, frame, numbers.append)
         if not queued:
@@ -163,28 +163,28 @@ class Messages(SendingHalf):
         return numbers[0] if numbers else session.head
 
     def check_loop(self) -> None:
-        """Raise unless this is the event loop of the connection.
+        """Check that this is the event loop of the connection.
 
         Raises:
-            WrongLoopError: It is another one.
+            WrongLoopError: This is another event loop.
         """
         self._parts.scheduler.check_loop()
 
     def check_opened(self) -> None:
-        """Raise unless the connection is open or has been.
+        """Check that the connection was opened. It may be closed by now.
 
         Raises:
-            NotOpenError: It is not accepted yet.
+            NotOpenError: The handshake has not been accepted yet.
         """
         if not self.opened:
             raise NotOpenError
 
     def check_open(self) -> None:
-        """Raise unless the connection is open, and this is its event loop.
+        """Check that the connection is open and that this is its event loop.
 
         Raises:
-            SocketClosed: It is over.
-            NotOpenError: It is not accepted yet.
+            SocketClosed: The connection is closed.
+            NotOpenError: The handshake has not been accepted yet.
             WrongLoopError: This is another event loop.
         """
         self.check_loop()
@@ -192,11 +192,11 @@ class Messages(SendingHalf):
             raise self._closed_error()
 
     async def still_open(self) -> None:
-        """As `check_open`, for code that can wait: a loop that catches every error gives the event loop its turns.
+        """Check like `check_open`, but yield before raising, so that a loop that catches all errors blocks nothing.
 
         Raises:
-            SocketClosed: It is over.
-            NotOpenError: It is not accepted yet.
+            SocketClosed: The connection is closed.
+            NotOpenError: The handshake has not been accepted yet.
             WrongLoopError: This is not the event loop of the connection.
         """
         self.check_loop()
@@ -205,10 +205,10 @@ class Messages(SendingHalf):
 
     @abc.abstractmethod
     async def yield_after_end(self) -> None:
-        """Your code is told that the connection has ended. From the second time on the event loop has a turn first."""
+        """Count an error for a closed connection, and yield to the event loop from the second one on."""
 
     async def _closed(self) -> Exception:
-        """The error for code that goes on after the end."""
+        """Return the error for code that uses a closed connection."""
         await self.yield_after_end()
         return self._closed_error()
 
@@ -216,19 +216,19 @@ class Messages(SendingHalf):
         return NotOpenError() if self.close_info is None else closed_error_for(self.close_info)
 
     async def _asgi_receive(self) -> dict[str, Any]:
-        """Stand in for the server's `receive`, for code that reads from the `WebSocket` itself."""
+        """Replace the server's `receive` for code that reads from the `WebSocket` directly."""
         self.check_loop()
         try:
             item = await self.inbox.get()
         except InboxClosed:
             await self.yield_after_end()
-            how = self.close_info or local_close(DisconnectReason.NETWORK_LOST)
-            return {"type": "websocket.disconnect", "code": how.code, "reason": how.reason}
+            close_info = self.close_info or local_close(DisconnectReason.NETWORK_LOST)
+            return {"type": "websocket.disconnect", "code": close_info.code, "reason": close_info.reason}
         message = self.read(item)
         return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
 
     async def _asgi_send(self, message: Any) -> None:
-        """Stand in for the server's `send`, for code that writes to the `WebSocket` itself."""
+        """Replace the server's `send` for code that writes to the `WebSocket` directly."""
         if message["type"] == CLOSE:
             self.close(DisconnectReason.APPLICATION, code=message.get("code", 1000), text=message.get("reason") or "")
             return

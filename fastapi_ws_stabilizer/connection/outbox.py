@@ -1,6 +1,6 @@
-"""What waits to be sent to a client: bounded, in order, and never waited for by those who speak to many.
+"""Bounded, ordered queue of messages to one client. Broadcasts never wait for it.
 
-How it is sent depends on the server: `asgi_outbox` awaits its `send`, `link_outbox` writes to its transport.
+Subclasses send the messages: `asgi_outbox` awaits the server's `send`, `direct_outbox` writes to its transport.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.scheduling import FlushScheduler
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
-MAX_URGENT: Final = 16
-"""Control frames that wait at most. A pong is worth nothing when the next one is there."""
+MAX_CONTROL_FRAMES: Final = 16
+"""Maximum number of waiting control frames. A pong has no use once the next one is queued."""
 
 
 class PendingSend:
-    """A sender that waits for room.
+    """Sender that waits for room in the outbox.
 
     Attributes:
-        frame: What it wants to send.
-        queued: Called with it in the moment in which it is queued; `None` if nobody wants to know.
-        done: `True` when that is queued, or a newer message has taken its place; `False` if it never will be.
+        frame: The frame to send.
+        queued: Called with the frame at the moment it is queued; `None` for no callback.
+        done: `True` when the frame is queued or replaced by a newer one; `False` if it never will be.
     """
 
     __slots__ = ("done", "frame", "queued")
@@ -40,16 +40,16 @@ class PendingSend:
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def settle(self, queued: bool) -> None:
-        """Let the sender go on."""
+        """Complete the sender's wait."""
         if not self.done.done():
             self.done.set_result(queued)
 
 
 class Outbox(StallWatch, abc.ABC):
-    """A bounded queue with many writers, emptied at the end of each turn of the event loop.
+    """Bounded queue with many writers, flushed at the end of each event loop iteration.
 
-    An idle outbox owns no task and no timer. Subclasses send: `_carry` takes out what can be sent now,
-    and the close frame after it.
+    An idle outbox owns no task and no timer. Subclasses implement `_send_queued`, which sends what can be sent now and
+    then the close frame.
     """
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Outbox(StallWatch, abc.ABC):
     def __init__(self, owner: OutboxOwner, limits: OutboxLimits, scheduler: FlushScheduler, shard: int) -> None:
         super().__init__(owner, limits)
         self.shard_index = 0
-        self.used = False  # whether a message was put in since that was asked
+        self.used = False  # whether a message was queued since `used` was reset
         self._scheduler = scheduler
         self._pending = scheduler.pending(shard)
         self._control: list[EncodedMessage] | None = None
@@ -82,26 +82,26 @@ class Outbox(StallWatch, abc.ABC):
         return super().__len__() + len(self._control or ())
 
     def open(self) -> None:
-        """Take messages from now on."""
+        """Accept messages from now on."""
         self._shut = False
 
     def deflate_frames(self) -> None:
-        """Send compressed frames of the v1 protocol from now on, where that is worth it."""
+        """Send compressed v1 frames from now on, where compression saves enough."""
         self._deflates = True
 
-    # ── putting in ──
+    # ── enqueueing ──
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Queue a frame without waiting. A full outbox does what `outbox_overflow` says.
+        """Queue a frame without waiting. A full outbox applies `outbox_overflow`.
 
-        Hot path: called for each recipient of each broadcast. All that is unusual is elsewhere.
+        Hot path: called for each recipient of each broadcast. Rare cases are in `_offer_slow_path`.
         """
         return EnqueueResult.QUEUED if self.try_enqueue(frame) else self._offer_slow_path(frame)
 
     def try_enqueue(self, frame: EncodedMessage) -> bool:
-        """Queue a frame if there is nothing to think about; `False` says nothing but that there is.
+        """Queue a frame on the fast path. Return `False`, with nothing queued, if the slow path must decide.
 
-        Hot path: this alone runs for nearly all messages.
+        Hot path: nearly all messages need only this method.
         """
         if self._shut or self._counted or frame.key is not None or self._waiters:
             return False
@@ -127,10 +127,10 @@ class Outbox(StallWatch, abc.ABC):
         return True
 
     def put_now(self, frame: EncodedMessage) -> bool:
-        """Queue a frame and send it at once; `False` if something waits already, or there is anything to think about.
+        """Send a frame at once. Return `False`, with nothing queued, if frames wait or the slow path must decide.
 
-        What the user's code sends must not wait for the end of the turn: the code may go on computing for long. Hot
-        path. Where no turn is booked, nothing waits.
+        Messages from user code must not wait for the end of the loop iteration, because that code may compute for long.
+        Hot path. If no flush is scheduled (`_due`), no frame waits.
         """
         if self._due or self._shut or self._counted or frame.key is not None or self._waiters:
             return False
@@ -141,38 +141,38 @@ class Outbox(StallWatch, abc.ABC):
         return True
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
+        """Queue a frame like `offer` and flush, because the caller may compute for long afterwards."""
         if self.put_now(frame):
             return EnqueueResult.QUEUED
-        offered = self.offer(frame)
+        result = self.offer(frame)
         self.flush()
-        return offered
+        return result
 
     def flush(self) -> None:
-        """Send what is queued now, and not at the end of the turn, as far as the network takes it."""
+        """Send queued frames now instead of at the end of the loop iteration, unless sends are blocked."""
         if self._any and not self.blocked:
-            self._carry()
+            self._send_queued()
 
     def lingers(self) -> bool:
-        """Whether something waits that the network may take as soon as the event loop turns."""
-        return self._any and not self.on_send_delayed
+        """Return whether frames wait that the next loop iteration may send."""
+        return self._any and not self.is_delayed
 
     def _offer_slow_path(self, frame: EncodedMessage) -> EnqueueResult:
         if self._shut:
             return EnqueueResult.CLOSED
-        if frame.key is not None and self._occupies_slot(frame):
-            return EnqueueResult.SLOW if self.half_full and self.on_send_delayed else EnqueueResult.QUEUED
-        calm = self._below_soft_limit(frame.size)
-        if not calm and not self.blocked:
-            self._carry()  # the network may take all of it at once
-            calm = self._below_soft_limit(frame.size)
+        if frame.key is not None and self._replace_same_key(frame):
+            return EnqueueResult.SLOW if self.half_full and self.is_delayed else EnqueueResult.QUEUED
+        below_soft_limit = self._below_soft_limit(frame.size)
+        if not below_soft_limit and not self.blocked:
+            self._send_queued()  # the network may accept all frames at once
+            below_soft_limit = self._below_soft_limit(frame.size)
             if self._shut:
                 return EnqueueResult.CLOSED
         if self._fits(frame.size):
-            self._put_in(frame)
-            if calm:
+            self._enqueue(frame)
+            if below_soft_limit:
                 return EnqueueResult.QUEUED
-            if not self.on_send_delayed:
+            if not self.is_delayed:
                 return EnqueueResult.BACKPRESSURE
             self._set_slow(SlowConsumer.LAGGING)
             return EnqueueResult.SLOW
@@ -186,53 +186,53 @@ class Outbox(StallWatch, abc.ABC):
         while SendQueue.__len__(self) and not self._fits(frame.size):
             self._pop()
             count += 1
-        self._put_in(frame)
+        self._enqueue(frame)
         self._drop(count)
         return EnqueueResult.SLOW
 
     def put(self, frame: EncodedMessage) -> bool:
-        """Queue a frame without waiting; `False` if there is no room or the outbox is shut."""
+        """Queue a frame without waiting. Return `False` if there is no room or the outbox is closed."""
         if self._shut:
             return False
-        if frame.key is not None and self._occupies_slot(frame):
+        if frame.key is not None and self._replace_same_key(frame):
             return True
         if not self.make_room(frame.size):
             return False
-        self._put_in(frame)
+        self._enqueue(frame)
         return True
 
     def make_room(self, size: int) -> bool:
-        """Whether a frame of `size` bytes can be queued, after what can be sent was sent. Others may get in by that."""
+        """Flush if needed and return whether `size` bytes fit. The flush may also admit waiting senders."""
         if not self._shut and not self._fits(size) and not self.blocked:
-            self._carry()
+            self._send_queued()
         return not self._shut and self._fits(size)
 
     def put_control(self, frame: EncodedMessage) -> bool:
-        """Queue a control frame before all messages; `False` if too many wait already or the outbox is shut."""
-        urgent = self._control or []
-        if self._shut or len(urgent) >= MAX_URGENT:
+        """Queue a control frame ahead of all messages. Return `False` if too many wait or the outbox is closed."""
+        control = self._control or []
+        if self._shut or len(control) >= MAX_CONTROL_FRAMES:
             return False
-        urgent.append(frame)
-        self._control = urgent
+        control.append(frame)
+        self._control = control
         self._schedule_flush()
         return True
 
     def preload(self, frames: Iterable[EncodedMessage]) -> None:
-        """Queue what a connection begins with, whatever room there is. It takes none from what comes after it."""
+        """Queue the first frames of a connection, regardless of the bounds. They use no room of later frames."""
         for frame in frames:
-            self._put_in(frame)
+            self._enqueue(frame)
         self._extra = (SendQueue.__len__(self), self.held_bytes)
 
     async def put_wait(self, frame: EncodedMessage, queued: Callable[[EncodedMessage], object] | None = None) -> bool:
-        """Queue a frame as soon as there is room, after those who waited before; `False` if the outbox was shut.
+        """Queue a frame as soon as there is room, after earlier waiters. Return `False` if the outbox was closed.
 
-        Room that becomes free goes to who waits first, even if it is a little too small, so that messages for which
-        nobody waits cannot take it away again and again. The wait is bounded by the sends before it: one that makes no
-        progress ends the connection. Cancelling leaves the frame out, unless it has just been queued.
+        Free room goes to the first waiter, even if its frame is slightly too large. Otherwise sends that do not wait
+        could take the room repeatedly. The wait is bounded by earlier sends, because a stalled send closes the
+        connection. Cancelling removes the frame, unless it has just been queued.
 
         Args:
-            frame: What to send.
-            queued: Called with it in the moment in which it is queued.
+            frame: The frame to send.
+            queued: Called with the frame at the moment it is queued.
         """
         if not self._waiters and self.put(frame):
             if queued is not None:
@@ -241,7 +241,7 @@ class Outbox(StallWatch, abc.ABC):
         if self._shut:
             return False
         waiter = PendingSend(frame, queued)
-        self._stand_in_line(waiter)
+        self._add_waiter(waiter)
         try:
             return await waiter.done
         except asyncio.CancelledError:
@@ -250,8 +250,8 @@ class Outbox(StallWatch, abc.ABC):
                 self._serve_waiters()
             raise
 
-    def _stand_in_line(self, waiter: PendingSend) -> None:
-        """Wait behind the others, or in the place of one whose message this one makes worthless."""
+    def _add_waiter(self, waiter: PendingSend) -> None:
+        """Append a waiter, or replace one with an older frame of the same key."""
         if self._waiters is None:
             self._waiters = deque()
         for index, other in enumerate(self._waiters if waiter.frame.key is not None else ()):
@@ -262,11 +262,11 @@ class Outbox(StallWatch, abc.ABC):
                 return
         self._waiters.append(waiter)
 
-    def _occupies_slot(self, frame: EncodedMessage) -> bool:
-        """Whether a frame has taken the place of one with its key, in the queue or of one that is waited with."""
+    def _replace_same_key(self, frame: EncodedMessage) -> bool:
+        """Replace a queued or waiting frame of the same key. Return whether there was one."""
         self.used = True
         for waiter in self._waiters or ():
-            if waiter.frame.key == frame.key:  # it is newer than all that are queued
+            if waiter.frame.key == frame.key:  # it is newer than all queued frames
                 waiter.frame = frame
                 self.owner.on_coalesced()
                 return True
@@ -275,53 +275,53 @@ class Outbox(StallWatch, abc.ABC):
             return True
         return False
 
-    def _put_in(self, frame: EncodedMessage) -> None:
+    def _enqueue(self, frame: EncodedMessage) -> None:
         self._append(frame)
         self.used = True
         self._schedule_flush()
 
-    # ── slowness ──
+    # ── slow consumers ──
 
-    def _set_slow(self, how: SlowConsumer) -> None:
-        """Tell, once in an episode, that the client has become that slow."""
-        if self._slow is not how and self._slow is not SlowConsumer.DROPPING:
-            self._slow = how
-            self.owner.on_slow(how)
+    def _set_slow(self, state: SlowConsumer) -> None:
+        """Report a slow consumer state, once until the client has caught up."""
+        if self._slow is not state and self._slow is not SlowConsumer.DROPPING:
+            self._slow = state
+            self.owner.on_slow(state)
 
     def _drop(self, count: int) -> None:
         self.owner.on_dropped(count)
         self._set_slow(SlowConsumer.DROPPING)
 
-    # ── taking out ──
+    # ── sending ──
 
     def flush_now(self) -> None:
-        """Send what can be sent now. Called at the end of a turn of the event loop in which something was queued."""
+        """Send what can be sent now. The scheduler calls this at the end of a loop iteration with queued frames."""
         self._due = False
         if not self._broken:
-            self._carry()
+            self._send_queued()
 
     @abc.abstractmethod
-    def _carry(self) -> None:
-        """Take out and send what can be sent now, then the close frame if there is one."""
+    def _send_queued(self) -> None:
+        """Dequeue and send what can be sent now, then the close frame if there is one."""
 
     def _take(self, max_bytes: int) -> Sequence[EncodedMessage]:
-        """Take out what is next, control frames first, until `max_bytes` are reached."""
+        """Dequeue frames until `max_bytes` are reached. Control frames come first, in a batch of their own."""
         if self._control:
-            urgent, self._control = self._control, None
-            return urgent
+            control, self._control = self._control, None
+            return control
         frames = self._pop_up_to(max_bytes)
         if self._waiters:
             self._serve_waiters()
         return frames
 
     def _serve_waiters(self) -> None:
-        """Queue what others wait to send, in their order, as long as the bounds are not reached."""
+        """Queue the frames of waiting senders in order, until a bound is reached."""
         while self._waiters and not self._at_bounds:
             waiter = self._waiters.popleft()
             if waiter.done.done():
                 continue
-            if waiter.frame.key is None or not self._occupies_slot(waiter.frame):
-                self._put_in(waiter.frame)
+            if waiter.frame.key is None or not self._replace_same_key(waiter.frame):
+                self._enqueue(waiter.frame)
             if waiter.queued is not None:
                 waiter.queued(waiter.frame)
             waiter.settle(True)
@@ -332,58 +332,58 @@ class Outbox(StallWatch, abc.ABC):
             self._scheduler.schedule(self._pending, self)
 
     def _failed(self, error: BaseException, unsent: int) -> None:
-        """The server has refused a message: nothing can be sent any more, and the end is on its way to us."""
+        """Stop sending after the server has rejected a message. Its disconnect event may follow."""
         self._broken = self._due = True
         if unsent:
             self.owner.on_unsent(unsent)
         self.owner.on_send_failed(error)
 
-    def _is_held(self) -> None:
+    def _on_nonzero(self) -> None:
         if self._limits.budget.evicts:
             self.owner.on_nonzero()
 
     @property
     def _any(self) -> bool:
-        """Whether anything waits."""
+        """Whether any frame is queued."""
         return bool(self._single is not None or self._queue or self._control)
 
     def _on_drained(self) -> None:
-        """The queue is empty: tell if the client was slow and has caught up."""
-        if self._broken:  # what is queued stays, and is counted, until it is thrown away
+        """Stop accounting for an empty queue, and report a slow client that has caught up."""
+        if self._broken:  # queued frames stay and are counted until they are discarded
             return
         self._counted = False
         if self._slow is not None and not self._shut:
             self._slow = None
             self.owner.on_caught_up()
 
-    # ── the end ──
+    # ── closing ──
 
-    def finish(self, code: int, text: str, *, flush: bool) -> int:
-        """Take nothing more, send what is queued and then the close frame; `wait_done` returns when that is over.
+    def finish(self, code: int, reason: str, *, flush: bool) -> int:
+        """Accept no more messages, and send the queued ones and the close frame. `done` completes afterwards.
 
         Args:
             code: Close code.
-            text: Close reason.
-            flush: Whether what is queued is still sent; else it is thrown away.
+            reason: Close reason.
+            flush: Whether queued messages are still sent. Otherwise they are discarded.
 
         Returns:
-            How many messages were thrown away.
+            Number of discarded messages.
         """
         if self._shut:
             return 0
         self._shut = True
         discarded = 0 if flush else self._clear()
-        self._close = (code, text)
+        self._close = (code, reason)
         self._fail_waiters()
         self._schedule_flush()
         return discarded
 
     def forget(self) -> int:
-        """Send only the close frame of what is still to be sent, and tell how many messages were thrown away."""
+        """Discard queued messages but not the close frame. Return the number of discarded messages."""
         return self._clear()
 
     def discard(self) -> int:
-        """Take nothing more, send nothing more, and tell how many messages were thrown away."""
+        """Accept and send nothing more. Return the number of discarded messages."""
         self._shut = True
         self._close = None
         discarded = self._clear()

@@ -1,4 +1,4 @@
-"""What an outbox tells of itself, and to whom."""
+"""Callbacks of an outbox, and the states of a slow consumer."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from typing import Protocol
 
 
 class SlowConsumer(str, Enum):
-    """How slow a client has become. Each is told once until the client has caught up."""
+    """State of a slow consumer. Each is reported once until the client has caught up."""
 
     LAGGING = "lagging"
-    """More than half of its outbox is used, and the network takes nothing."""
+    """More than half of its outbox is used, and the network accepts nothing."""
     DROPPING = "dropping"
-    """Messages to it are thrown away, as `outbox_overflow` says."""
+    """Messages to it are dropped, as `outbox_overflow` says."""
     DISCONNECTED = "disconnected"
-    """Its outbox was full, and it is disconnected with 4507."""
+    """Its outbox was full, and the server closes the connection with 4507."""
 
 
 class OutboxOwner(Protocol):
-    """Who is told what happens to the messages. Calls come from the event loop and must not wait."""
+    """Receiver of an outbox's callbacks. They run on the event loop and must not block."""
 
     connection_id: str
     context: contextvars.Context | None
 
     def on_delivered(self) -> None:
-        """The server, or its transport, has taken a message. Told only where somebody wants to know."""
+        """Handle a message accepted by the server or its transport. Called only if `reports_delivery` is set."""
 
     def on_nonzero(self) -> None:
-        """What waits is counted, where nothing may have been before."""
+        """Handle memory that is held now, where possibly none was before."""
 
     def on_unsent(self, count: int) -> None:
-        """Messages were given to the server and not taken."""
+        """Handle messages that were passed to the server but not accepted."""
 
     def on_dropped(self, count: int) -> None:
-        """Messages were thrown away because the client is slow."""
+        """Handle messages that were dropped because the client is a slow consumer."""
 
     def on_coalesced(self) -> None:
-        """A newer message has taken the place of one that waited."""
+        """Handle a waiting message that was replaced by a newer one of the same key."""
 
-    def on_slow(self, how: SlowConsumer) -> None:
-        """The client has become slow; with `DISCONNECTED` it is to be disconnected."""
+    def on_slow(self, state: SlowConsumer) -> None:
+        """Handle a slow consumer. `DISCONNECTED` requires closing the connection."""
 
     def on_caught_up(self) -> None:
-        """The client is slow no longer."""
+        """Handle a client that is no longer a slow consumer."""
 
     def send_progress(self) -> int | None:
-        """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
+        """Return a number that grows when the client accepts bytes; `None` where this cannot be measured."""
 
     def on_send_stalled(self) -> None:
-        """A send has made no progress for `send_timeout`."""
+        """Handle a send that has made no progress for `send_timeout`."""
 
     def on_send_delayed(self) -> None:
-        """A send has made no progress for a while, and `send_timeout` is not over."""
+        """Handle a send that has made no progress for a while, but for less than `send_timeout`."""
 
     def on_send_failed(self, error: BaseException) -> None:
-        """The server refused a message: the connection is gone."""
+        """Handle a message that the server rejected, which means that the connection is lost."""

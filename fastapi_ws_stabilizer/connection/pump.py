@@ -1,7 +1,7 @@
-"""The pump: one task per connection that always reads, whatever the user's code is doing.
+"""Read pump: one task per connection that always reads, regardless of what user code is doing.
 
-Pongs, pings and the disconnect are handled here, so a busy or idle endpoint neither looks dead nor fails to learn that
-its client has left. Everything else goes to the inbox.
+It handles pongs, pings and the disconnect, so a connection with a busy or idle endpoint does not appear dead, and its
+close is always detected. Everything else goes to the inbox.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.text_ping import MAX_CONTROL_CHARS, TextPing, parse_text_ping
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
-_LOOK_INTERVAL: Final = 0.5
-"""Seconds between two looks at a transport that is not read from."""
+_POLL_INTERVAL: Final = 0.5
+"""Seconds between two checks of a transport while reading is paused."""
 
 ADVICE: Final = (
-    "read them (async for message in ws, or ws.run()); an endpoint that only sends calls ws.ignore_messages()"
+    "read them (async for message in ws, or ws.run()), or call ws.ignore_messages() if the endpoint only sends"
 )
-"""What to do where messages are not read."""
+"""Advice in log events about unread messages."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class Pumped(Protocol):
-    """What the pump needs of its connection."""
+    """Connection as the read pump uses it."""
 
     config: WebSocketConfig
     events: EventBus
@@ -55,60 +55,60 @@ class Pumped(Protocol):
     close_info: CloseInfo | None
 
     def answer(self, frame: EncodedMessage) -> None:
-        """Send a control frame, before what is queued."""
+        """Send a control frame ahead of queued messages."""
 
     def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
-        """End the connection from our side."""
+        """Close the connection from the server's side."""
 
-    def on_peer_close(self, how: CloseInfo) -> None:
-        """The connection is gone."""
+    def on_peer_close(self, close_info: CloseInfo) -> None:
+        """Start teardown after the client, the network or the ASGI server has closed the connection."""
 
     def on_connection_lost(self, error: BaseException) -> None:
-        """The connection broke."""
+        """Start teardown after the network was lost."""
 
     credential: CredentialExpiry | None
 
     def on_message(self) -> None:
-        """A message of its client has come."""
+        """Report a received message to the memory budget."""
 
     def on_nonzero(self) -> None:
-        """Something is held for it, where nothing may have been before."""
+        """Report that memory is held now, where possibly none was before."""
 
     def on_control_frame(self) -> None:
-        """A control frame of its client has come that we have not asked for. Too many end the connection."""
+        """Count an unsolicited control frame of the client. Too many close the connection."""
 
     def admit_message(self, raw: str | bytes, message: Message | None = None) -> bool:
-        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
+        """Return whether the client may send a message now. If not, send an error frame or close the connection."""
 
     def stop_sending(self) -> None:
-        """Send nothing more, not even a close frame."""
+        """Stop sending, without a close frame."""
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
-        """Report something about this connection."""
+        """Emit an event about this connection."""
 
 
 async def read_pump(connection: Pumped, receive: Receive) -> None:
-    """Read until the connection is over.
+    """Read until the connection is closing.
 
-    Every idle connection holds its frame, so everything else is elsewhere.
+    Every idle connection holds this coroutine's frame, so all other code is in other functions.
     """
     while connection.close_info is None:
         try:
             event = await receive()
-        except Exception as error:  # a server or a test client that tears its stream down instead of saying so
+        except Exception as error:  # a server or test client that closes its stream without a disconnect event
             connection.on_connection_lost(error)
             return
         try:
             if not _handle_event(connection, event):
                 await _enqueue_when_room(connection, event)
-        except Exception as error:  # a bug of ours; nobody waits for this task, so it tells itself
+        except Exception as error:  # a bug in this package; nothing awaits this task, so it reports the bug itself
             connection.events.emit_exception("internal_task_failed", error, task="ws-pump")
             connection.on_connection_lost(error)
-        del event  # or the last message would be held until the next one comes
+        del event  # otherwise the last message stays in memory until the next one arrives
 
 
 def _handle_event(connection: Pumped, event: Mapping[str, Any]) -> bool:
-    """Deal with what was received; `False` if the inbox has no room for it, or for more."""
+    """Handle an ASGI event. Return `False` if the inbox was already full."""
     if event["type"] != "websocket.receive":
         close_on_disconnect_event(connection, event)
         return True
@@ -120,7 +120,7 @@ def _handle_event(connection: Pumped, event: Mapping[str, Any]) -> bool:
         return True
     inbox = connection.inbox
     full = bool(inbox.held_bytes) and inbox.full and not connection.server_transport.closing
-    if isinstance(item, Message):  # it is numbered and accepted, so it cannot wait outside
+    if isinstance(item, Message):  # it is numbered and accepted, so it must be in the inbox
         inbox.put(item, item.size)
     elif not full:
         inbox.put(message)
@@ -128,9 +128,9 @@ def _handle_event(connection: Pumped, event: Mapping[str, Any]) -> bool:
 
 
 def decode(connection: Pumped, message: str | bytes) -> Item | None:
-    """What user code gets of a message; `None` if it is none for it, and has been dealt with.
+    """Return the message for user code; `None` if it was handled here and is not for user code.
 
-    Hot path: this runs for every message. It looks at a text's length and first character before it parses anything.
+    Hot path: this runs for every message. It checks a text's length and first character before it parses anything.
     """
     if connection.protocol is not None:
         return None if _is_too_big(connection, message) else connection.protocol.receive(message)
@@ -146,7 +146,7 @@ def decode(connection: Pumped, message: str | bytes) -> Item | None:
         elif not connection.liveness.on_pong(monotonic()):
             connection.on_control_frame()
         return None
-    # Nearly all are far below the limit, and a call for each would cost more than this.
+    # Nearly all messages are far below the limit, and a call for each would cost more than this check.
     if 4 * len(message) > connection.config.max_message_size and _is_too_big(connection, message):
         return None
     credential = connection.credential
@@ -165,7 +165,7 @@ def decode(connection: Pumped, message: str | bytes) -> Item | None:
 
 
 def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
-    """Whether a message is larger than it may be: then the connection ends."""
+    """Return whether a message exceeds `max_message_size`. If so, close the connection."""
     max_size = connection.config.max_message_size
     if len(message) > max_size or (
         4 * len(message) > max_size
@@ -179,20 +179,23 @@ def _is_too_big(connection: Pumped, message: str | bytes) -> bool:
 
 
 def close_on_disconnect_event(connection: Pumped, event: Mapping[str, Any]) -> None:
-    """End a connection as an ASGI `websocket.disconnect` says."""
+    """Start teardown for an ASGI `websocket.disconnect` event."""
     close_frame = connection.server_transport.saw_close_frame(event)
     connection.on_peer_close(remote_close(event.get("code") or 1005, event.get("reason"), close_frame=close_frame))
 
 
 def on_inbox_full(connection: Pumped) -> bool:
-    """End a connection whose inbox is full, if that is its policy; else say, once, that reading is paused.
+    """Apply `inbox_overflow`: close the connection, or log once that reading is paused.
 
-    While it is not known whether the endpoint reads, neither is done: `do_without_reader` comes back to it.
+    While it is not known whether the endpoint reads, this does nothing, and `drop_without_reader` calls it again.
+
+    Returns:
+        Whether the connection was closed.
     """
     if connection.inbox.undecided:
         return False
     if connection.config.inbox_overflow is InboxOverflow.CLOSE:
-        connection.close(DisconnectReason.POLICY, code=1013, text="messages come faster than they are read")
+        connection.close(DisconnectReason.POLICY, code=1013, text="inbox full")
         return True
     if not connection.pause_reported:
         connection.pause_reported = True
@@ -201,12 +204,12 @@ def on_inbox_full(connection: Pumped) -> bool:
 
 
 def drop_unread(connection: Pumped) -> bool:
-    """Make room in a full inbox whose endpoint does not read; tell whether that was done.
+    """Drop the oldest messages of a full inbox if the endpoint does not read. Return whether this was done.
 
-    An endpoint does not read if it has said so, or if it has read nothing for `inbox_pause_timeout` since the
-    connection was opened: such an endpoint only sends, and its client has done nothing wrong. If the endpoint has read
-    a message since messages were last dropped, or is about to, this does nothing, and the client has to wait until it
-    reads on.
+    An endpoint does not read if it declared so, or if it has read nothing for `inbox_pause_timeout` since the
+    connection was opened. Such an endpoint only sends, and its client has done nothing wrong. If the endpoint has read
+    a message since messages were last dropped, or is about to, this does nothing. The client then waits until the
+    endpoint reads again.
     """
     inbox = connection.inbox
     waits = not inbox.drops and monotonic() - connection.opened_at < connection.config.inbox_pause_timeout
@@ -217,83 +220,84 @@ def drop_unread(connection: Pumped) -> bool:
 
 
 def _drop(connection: Pumped) -> None:
-    """Let the oldest messages go, now and whenever the inbox is full, until one is read. Each of them is counted."""
+    """Drop the oldest messages, now and whenever the inbox is full, until one is read. Each of them is counted."""
     inbox = connection.inbox
     if not inbox.drops:
         connection.emit("messages_not_read", logging.WARNING, advice=ADVICE)
         inbox.drop_when_full()
-        refuse_requests(connection)
+        reject_requests(connection)
     inbox.reads = 0
     for item in inbox.drop_oldest():
         connection.events.counters.messages_discarded += 1
         if connection.protocol is not None and isinstance(item, Message):
-            connection.protocol.dropped(item)
+            connection.protocol.on_dropped(item)
 
 
-def do_without_reader(connection: Pumped) -> None:
-    """What the client sends holds up nothing from now on, unless the endpoint reads. Nothing happens after the end."""
+def drop_without_reader(connection: Pumped) -> None:
+    """Drop messages instead of pausing from now on, unless the endpoint reads. No effect on a closing connection."""
     if connection.close_info is not None:
         return
     connection.inbox.drop_when_full()
-    refuse_requests(connection)
+    reject_requests(connection)
     if connection.inbox.full and not drop_unread(connection) and connection.pause is not None:
         on_inbox_full(connection)
 
 
-def refuse_requests(connection: Pumped) -> None:
-    """Answer the requests in the inbox of an endpoint that has said that it does not read, unless it reads."""
+def reject_requests(connection: Pumped) -> None:
+    """Answer the requests in the inbox with an error, if the endpoint declared not to read and does not read."""
     protocol = connection.protocol
     if protocol is None or connection.close_info is not None or not connection.inbox.ignored:
         return
     for request in connection.inbox.take_requests():
         connection.events.counters.messages_discarded += 1
-        protocol.dropped(request)
+        protocol.on_dropped(request)
 
 
 def begin_pause(connection: Pumped) -> None:
-    """The inbox is full, and reading pauses. From here on it is noted whether the endpoint sends anything."""
+    """Record that reading is paused, and from now on whether the endpoint sends anything."""
     connection.pause = Pause()
 
 
 def end_pause(connection: Pumped) -> None:
-    """Nothing of a full inbox has been read for `inbox_pause_timeout`.
+    """Handle a full inbox from which nothing was read for `inbox_pause_timeout`.
 
-    Where the endpoint has sent something meanwhile, or waits for the end, it is well, and only what its client sends
-    goes unread. Else the endpoint hangs, and the connection ends. It ends in any case where messages are numbered and
-    the endpoint has not said that it does not read: their client knows that they were accepted and sends them no more,
-    so they are kept for its next connection.
+    If the endpoint of a plain client has sent something during the pause, it is running, so only messages are dropped.
+    The same holds if the endpoint declared not to read. Otherwise the endpoint hangs, and the connection is closed.
+
+    A `stabilizer.v1.json` connection is also closed if its endpoint sends. Its messages are numbered and accepted, and
+    the client does not send them again. Therefore they stay in the inbox for the session's next connection.
     """
     sends = connection.protocol is None and connection.pause is not None and connection.pause.sent
     if connection.inbox.drops or sends:
         _drop(connection)
     else:
-        connection.close(DisconnectReason.POLICY, code=1013, text="nobody reads the messages")
+        connection.close(DisconnectReason.POLICY, code=1013, text="messages are not read")
 
 
-class _InHand:
-    """A message that was read while the inbox was full. It waits outside until there is room, or until the end.
+class _PendingMessage:
+    """Message that was received while the inbox was full. It waits until there is room or the connection closes.
 
-    The inbox calls it, so that it is delivered or counted before an ending cancels the pump.
+    The inbox calls this object, so that the message is delivered or counted before a close cancels the pump.
 
     Attributes:
-        taken: Whether it is in hand no more.
+        delivered: Whether the message was delivered or counted as discarded.
     """
 
     def __init__(self, connection: Pumped, event: Mapping[str, Any]) -> None:
         text: str | None = event.get("text")
         self._message: str | bytes = (event.get("bytes") or b"") if text is None else text
         self._connection = connection
-        self.taken = False
+        self.delivered = False
 
     def __call__(self) -> None:
         connection = self._connection
-        if self.taken:
+        if self.delivered:
             return
-        self.taken = True
-        if connection.protocol is not None:  # it is in the inbox already
+        self.delivered = True
+        if connection.protocol is not None:  # it is already in the inbox
             return
-        how = connection.close_info
-        if how is not None and not how.rule.deliver:
+        close_info = connection.close_info
+        if close_info is not None and not close_info.rule.deliver:
             connection.events.counters.messages_discarded += 1
         else:
             connection.inbox.put(self._message)
@@ -301,22 +305,24 @@ class _InHand:
 
 
 async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> None:
-    """Wait for room, and take a message; or end the connection.
+    """Wait for room and deliver a message, or close the connection.
 
-    While we do not read, ASGI cannot tell us that the client has left. So the wait looks at the transport now and then,
-    and goes on reading, room or not, when the server is closing it: what is left to read is little, and the news of the
-    end is behind it. A pause that nobody relieves ends the connection.
+    While reading is paused, ASGI cannot report that the client has left. Therefore the wait checks the transport every
+    0.5 s. If the server is closing it, reading continues even without room, because little is left to read and the
+    disconnect event follows. If nothing is read for `inbox_pause_timeout`, `end_pause` decides.
     """
-    in_hand = _InHand(connection, event)
+    pending = _PendingMessage(connection, event)
     if not drop_unread(connection) and not on_inbox_full(connection):
         begin_pause(connection)
         inbox = connection.inbox
-        taken, since = inbox.reads, monotonic()
+        reads, since = inbox.reads, monotonic()
         while not (
-            await inbox.wait_for_room(_LOOK_INTERVAL, in_hand) or in_hand.taken or connection.server_transport.closing
+            await inbox.wait_for_room(_POLL_INTERVAL, pending)
+            or pending.delivered
+            or connection.server_transport.closing
         ):
-            if inbox.reads != taken:
-                taken, since = inbox.reads, monotonic()
+            if inbox.reads != reads:
+                reads, since = inbox.reads, monotonic()
                 begin_pause(connection)
             elif drop_unread(connection):
                 break
@@ -325,4 +331,4 @@ async def _enqueue_when_room(connection: Pumped, event: Mapping[str, Any]) -> No
                 break
         connection.pause = None
         connection.liveness.on_frame(monotonic())
-    in_hand()
+    pending()

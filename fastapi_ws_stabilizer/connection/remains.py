@@ -1,25 +1,27 @@
-"""What a connection that has ended still holds, until everything is done for it."""
+"""Memory that a closing connection still holds until the end of its teardown."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Ended(Protocol):
-    """The connection."""
+class ClosedConnection(Protocol):
+    """Connection in teardown."""
 
     connection_id: str
 
     @property
     def residual_memory(self) -> int:
-        """Bytes that it alone holds."""
+        """Bytes held by this connection alone."""
 
     def discard_residual(self) -> None:
-        """Throw them away."""
+        """Discard unread and unsent messages."""
 
 
-class Remains:
-    """What is unread while its endpoint has its grace, and what is being flushed. To the ledger it is a client.
+class ResidualMemory:
+    """Memory account of a closing connection: unread messages, and messages being flushed.
+
+    The memory budget treats it like a client.
 
     Args:
         connection: The connection.
@@ -27,22 +29,22 @@ class Remains:
 
     __slots__ = ("_connection",)
 
-    def __init__(self, connection: Ended) -> None:
+    def __init__(self, connection: ClosedConnection) -> None:
         self._connection = connection
 
     @property
     def connection_id(self) -> str:
-        """The id of the connection."""
+        """Id of the connection."""
         return self._connection.connection_id
 
     @property
     def memory_usage(self) -> int:
-        """Bytes that it holds."""
+        """Bytes that the connection holds."""
         return self._connection.residual_memory
 
     def evict(self) -> None:
-        """Throw it away, because room is needed."""
+        """Discard the messages, because the memory limit of the server is reached."""
         self._connection.discard_residual()
 
     def on_limit_exceeded(self, _: int) -> None:
-        """It grows no more."""
+        """Do nothing, because the memory of a closing connection does not grow."""

@@ -1,4 +1,4 @@
-"""What a manager lends to its connections."""
+"""Objects shared by all connections of a node."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from fastapi_ws_stabilizer.tasks import TaskSet
 
 
 class SharedResources:
-    """What a manager lends to its connections.
+    """Objects and callbacks shared by all connections of a node.
+
+    The callbacks `on_closing`, `on_evicted`, `on_closed` and `on_slow` must not block.
 
     Args:
-        config: Its options.
-        events: Where to tell what happens.
-        tasks: Holds the tasks of all connections.
-        scheduler: Runs what connections have to do at the end of a turn of the event loop.
-        budget: Counts what is held for connections.
-        traffic: How much their clients may send.
-        next_shard: Gives a new connection its shard.
-        left: Called, without waiting, when a connection has begun to end: it must be found nowhere any more.
-        evicted: Called, without waiting, when a connection is going to end because room is needed.
-        finished: Called, without waiting, when everything is done for a connection.
-        disconnected: Runs the disconnect hooks.
-        session_over: Runs the hooks for the end of a connection's session, if it has ended with it.
-        slow: Called, without waiting, when a client has become slow.
-        on_error: Told of a bug in user code, after it has been reported.
-        close_info_by_handler: Finds out how a connection ends by an error of user code, and what of it is a bug.
+        config: Options of the manager.
+        events: Event bus.
+        tasks: Set that holds the tasks of all connections.
+        scheduler: Scheduler that flushes connections at the end of an event loop iteration.
+        budget: Memory budget of all connections.
+        traffic: Inbound rate limits of all clients.
+        next_shard: Returns the shard of a new connection.
+        on_closing: Called when a connection has started to close. It must remove the connection from all registries.
+        on_evicted: Called when a connection is about to be closed because the memory limit is reached.
+        on_closed: Called at the end of a connection's teardown.
+        on_disconnect: Runs the disconnect hooks.
+        on_session_end: Runs the session end hooks, if the session has ended with the connection.
+        on_slow: Called when a client has become a slow consumer.
+        on_error: Called with a bug in user code after it was reported.
+        close_info_by_handler: Returns the `CloseInfo` for an error of user code, and the part of it that is a bug.
 
     Attributes:
-        inbox_limits: What all inboxes share.
-        outbox_limits: What all outboxes of plain clients share.
-        numbered_limits: What those of `stabilizer.v1.json` clients share: nothing that is numbered is ever dropped.
-        round_trips: Where round trips are counted, if they are.
-        writers: The tasks of sends and close frames that wait for the server.
-        cleanups: How many may run their disconnect hooks at the same time.
-        loop: The event loop of all connections.
-        watches_input: Whether anybody wants to know of each message that comes in. Most often nobody does.
-        asked_to_leave: The open connections whose clients were asked to leave, by id, and the reason.
+        inbox_limits: Bounds of all inboxes.
+        outbox_limits: Bounds of the outboxes of plain clients.
+        numbered_limits: Bounds of the outboxes of `stabilizer.v1.json` clients. Numbered messages are never dropped.
+        round_trips: Histogram of round trips, if they are measured.
+        writers: Writer tasks for sends and close frames that block.
+        cleanups: Semaphore for connections that run their disconnect hooks at the same time.
+        loop: Event loop of all connections.
+        watches_input: Whether each received message is checked or counted. Most configurations need neither.
+        drain_requests: Open connections that were asked to leave: their ids and the causes.
     """
 
     __slots__ = (
@@ -58,7 +60,6 @@ class SharedResources:
         "config",
         "drain_requests",
         "events",
-        "evicted",
         "inbox_limits",
         "loop",
         "next_shard",
@@ -67,11 +68,12 @@ class SharedResources:
         "on_closing",
         "on_disconnect",
         "on_error",
+        "on_evicted",
         "on_session_end",
+        "on_slow",
         "outbox_limits",
         "round_trips",
         "scheduler",
-        "slow",
         "tasks",
         "traffic",
         "watches_input",
@@ -89,11 +91,11 @@ class SharedResources:
         *,
         next_shard: Callable[[], int],
         on_closing: Callable[[Any], None],
-        evicted: Callable[[Any], None],
+        on_evicted: Callable[[Any], None],
         on_closed: Callable[[Any], None],
         on_disconnect: Callable[[Any, DisconnectReason], Awaitable[None]],
         on_session_end: Callable[[Any], Awaitable[None]],
-        slow: Callable[[Any, SlowConsumer], None],
+        on_slow: Callable[[Any, SlowConsumer], None],
         on_error: Callable[[Any, BaseException], Awaitable[None]],
         close_info_by_handler: Callable[[Any, BaseException], Awaitable[tuple[CloseInfo, BaseException | None]]]
         | None = None,
@@ -106,24 +108,26 @@ class SharedResources:
         self.loop = scheduler.loop
         self.next_shard = next_shard
         self.on_closing = on_closing
-        self.evicted = evicted
+        self.on_evicted = on_evicted
         self.on_closed = on_closed
         self.on_disconnect = on_disconnect
         self.on_session_end = on_session_end
-        self.slow = slow
+        self.on_slow = on_slow
         self.on_error = on_error
         self.close_info_by_handler = close_info_by_handler
         self.budget = budget
         self.traffic = traffic
         self.watches_input = traffic.limited or budget.watches_input
         max_unread = config.inbox_max_bytes
-        if config.max_memory_per_connection is not None:  # half of it, for the message that reaches the mark is taken:
-            max_unread = min(max_unread, config.max_memory_per_connection // 2)  # who sends too fast is to be slowed
+        if config.max_memory_per_connection is not None:
+            # Half, because the message that reaches the bound is still accepted. A client that sends too fast must be
+            # slowed down and not closed.
+            max_unread = min(max_unread, config.max_memory_per_connection // 2)
         self.inbox_limits = InboxLimits(config.inbox_max_messages, max_unread, budget)
         self.outbox_limits = OutboxLimits(config, events.counters, budget)
         self.numbered_limits = OutboxLimits(config, events.counters, budget)
         self.numbered_limits.overflow = OutboxOverflow.DISCONNECT
-        # No more than a log holds: who is disconnected for being slow finds everything there that was not sent.
+        # No more than a replay buffer holds, so that it has all unsent messages of a slow consumer that was closed.
         self.numbered_limits.bound(max(2, config.replay_max_messages), config.replay_max_bytes)
         self.writers = WriterPool(
             tasks, CallbackSemaphore(config.max_concurrent_broadcast), CallbackSemaphore(config.max_concurrent_cleanup)

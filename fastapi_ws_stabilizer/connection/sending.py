@@ -1,4 +1,4 @@
-"""The sending half of a connection: what goes into its outbox, and what the outbox tells."""
+"""Sending half of a connection: its use of the outbox, and the outbox's callbacks."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 from fastapi_ws_stabilizer.wire.v1.frames import control_frame
 
 DISCONNECT_EVENT_GRACE: Final = 0.5
-"""Seconds between a refused send and taking the network for lost: the server's disconnect event, which knows more, may
-be one turn of the event loop away."""
+"""Seconds between a rejected send and the assumption that the network is lost. The server's disconnect event has more
+detail and may arrive in the next loop iteration."""
 
-_TAKEN: Final = (EnqueueResult.QUEUED, EnqueueResult.BACKPRESSURE, EnqueueResult.SLOW)
+_ENQUEUED: Final = (EnqueueResult.QUEUED, EnqueueResult.BACKPRESSURE, EnqueueResult.SLOW)
 
 
 class SendingHalf(abc.ABC):
-    """What a connection is to those who send to it, and to its outbox."""
+    """Part of a connection that senders and the outbox use."""
 
     __slots__ = (
         "_closing",
-        "_link",
-        "_numbers",
+        "_direct",
         "_parts",
+        "_sequenced_count",
         "client_id",
         "close_info",
         "config",
@@ -58,22 +58,22 @@ class SendingHalf(abc.ABC):
         "used",
     )
 
-    _link: DirectTransport | None
-    _numbers: int
+    _direct: DirectTransport | None
+    _sequenced_count: int
     _closing: asyncio.Future[None] | None
-    """Made when somebody waits for the end."""
+    """Created when code waits for the close."""
     _parts: SharedResources
     client_id: str
     config: WebSocketConfig
     context: contextvars.Context | None
-    """The context variables of its handshake, from the accept to its end."""
+    """Context variables of the handshake, from the accept to the end of teardown."""
     protocol: V1Protocol | None
-    """What a client of `stabilizer.v1.json` and we say to each other; `None` with a plain client."""
+    """Server side of `stabilizer.v1.json`; `None` for a plain client."""
     connection_id: str
     dropped_messages: int
     close_info: CloseInfo | None
     socket: Any
-    """What user code knows this connection by."""
+    """Object that represents this connection in user code."""
     outbox: AsgiOutbox | DirectOutbox
     liveness: Liveness
     pause: Pause | None
@@ -81,7 +81,7 @@ class SendingHalf(abc.ABC):
     server_transport: ServerTransport
     shard: int
     used: bool
-    """Whether a message has come in, or one without a number gone out, since that was asked."""
+    """Whether a message was received, or an unnumbered one sent, since the last `consume_activity`."""
 
     @abc.abstractmethod
     def close(
@@ -92,31 +92,31 @@ class SendingHalf(abc.ABC):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """End the connection from our side."""
+        """Close the connection from the server's side."""
 
     @abc.abstractmethod
     def on_delivered(self) -> None:
-        """A message has gone out. Told only where somebody wants to know."""
+        """Handle a message accepted by the server or its transport. Called only if `reports_delivery` is set."""
 
     @abc.abstractmethod
     def on_nonzero(self) -> None:
-        """Something is held for it, where nothing may have been before."""
+        """Report that memory is held now, where possibly none was before."""
 
     @abc.abstractmethod
     def evict(self) -> None:
-        """End the connection, because room is needed for others."""
+        """Close the connection because the memory limit of the server is reached."""
 
     @abc.abstractmethod
     def on_limit_exceeded(self, held: int) -> None:
-        """End the connection, because more is held for it than may be."""
+        """Close the connection because it exceeds `max_memory_per_connection`."""
 
     @abc.abstractmethod
     def on_connection_lost(self, error: BaseException) -> None:
-        """The connection broke."""
+        """Start teardown after the network was lost."""
 
     @property
     def closing(self) -> asyncio.Future[None]:
-        """A future that is done when its end has begun. Shared: wait for it with `asyncio.wait` or shield it."""
+        """Future that completes when closing starts. It is shared, so use `asyncio.wait` or `asyncio.shield`."""
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
             if self.close_info is not None:
@@ -124,16 +124,16 @@ class SendingHalf(abc.ABC):
         return self._closing
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
-        """Report something about this connection."""
+        """Emit an event about this connection."""
         self.events.emit(event, level, client_id=self.client_id, connection_id=self.connection_id, **fields)
 
     def emit_throttled(self, event: str, level: int, kind: str, **fields: Any) -> bool:
-        """Report something about it that its client can cause as often as it likes; as `EventBus.emit_throttled`."""
+        """Emit an event that the client can cause without limit, throttled like `EventBus.emit_throttled`."""
         fields |= {"client_id": self.client_id, "connection_id": self.connection_id}
         return self.events.emit_throttled(event, level, kind, **fields)
 
     def attempt(self, step: Callable[..., object], *args: Any, **options: Any) -> bool:
-        """Take one step of the end; `False` if it raised. That is reported as a bug, and the end goes on."""
+        """Run one step of teardown. If it raises, report a bug and return `False`, so that teardown continues."""
         try:
             step(*args, **options)
         except Exception as error:
@@ -142,7 +142,7 @@ class SendingHalf(abc.ABC):
         return True
 
     async def _attempt_async(self, step: Callable[..., Awaitable[object]], *args: Any) -> None:
-        """As `attempt`, for a step that waits. A cancellation goes on."""
+        """Run one asynchronous step of teardown like `attempt`. A cancellation propagates."""
         try:
             await step(*args)
         except Exception as error:
@@ -154,13 +154,13 @@ class SendingHalf(abc.ABC):
 
     def _make_outbox(self, parts: SharedResources, *, numbered: bool) -> AsgiOutbox | DirectOutbox:
         limits = parts.numbered_limits if numbered else parts.outbox_limits
-        if self._link is not None:
+        if self._direct is not None:
             return DirectOutbox(
                 self,
                 limits,
                 parts.scheduler,
                 self.shard,
-                link=self._link,
+                direct=self._direct,
                 min_bytes=self.config.compression_min_bytes,
             )
         return AsgiOutbox(
@@ -169,27 +169,27 @@ class SendingHalf(abc.ABC):
             parts.scheduler,
             self.shard,
             send=self.server_transport.send,
-            by_hand=self.server_transport.is_direct,
+            inline=self.server_transport.is_direct,
             writers=parts.writers,
         )
 
     # ── sending ──
 
     def enqueue(self, frame: EncodedMessage) -> bool:
-        """Queue a frame without waiting; a full outbox does what `outbox_overflow` says."""
-        return self.outbox.offer(frame) in _TAKEN
+        """Queue a frame without waiting. A full outbox applies `outbox_overflow`. Return whether it was queued."""
+        return self.outbox.offer(frame) in _ENQUEUED
 
     def answer(self, frame: EncodedMessage) -> None:
-        """Send a control frame, before what is queued."""
+        """Send a control frame ahead of queued messages."""
         self.outbox.put_control(frame)
 
     def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
-        """Ask the client to leave by itself, and to come back; `False` if it knows no such request, or has left.
+        """Ask the client to disconnect and reconnect. `False` for a plain client or a closing connection.
 
         Args:
-            after: Seconds until it is to leave.
-            within: Seconds until it is closed if it has not left.
-            why: The reason with which its connection ends when it leaves.
+            after: Seconds until the client should disconnect.
+            within: Seconds until the server closes the connection if the client has not left.
+            why: Cause of the close when the client leaves.
         """
         if self.protocol is None or self.close_info is not None:
             return False
@@ -200,57 +200,60 @@ class SendingHalf(abc.ABC):
         return True
 
     def consume_activity(self) -> bool:
-        """Whether a message went in or out since this was asked last."""
+        """Return whether a message was received or sent since the last call."""
         outbox, protocol = self.outbox, self.protocol
-        used = self.used
+        active = self.used
         if protocol is None:
-            used = used or outbox.used
-        else:  # its outbox takes pings too
+            active = active or outbox.used
+        else:  # its outbox contains pings too
             count = protocol.session.head + protocol.session.accepted
-            used, self._numbers = used or count != self._numbers, count
+            active, self._sequenced_count = active or count != self._sequenced_count, count
         self.used = outbox.used = False
-        return used
+        return active
 
     @property
     def reading_paused(self) -> bool:
-        """Whether we read nothing from its client, because its inbox is full."""
+        """Whether reading from the client is paused because the inbox is full."""
         return self.pause is not None
 
     @property
     def session(self) -> Session | None:
-        """Its session; `None` of a plain client."""
+        """Session of the client; `None` for a plain client."""
         return None if self.protocol is None else self.protocol.session
 
     @property
     def recipient(self) -> Any:
-        """As what it is in rooms and gets messages: itself, or its session."""
+        """Recipient of messages and member of rooms: the session, or this connection if there is none."""
         return self if self.protocol is None else self.protocol.session
 
     @property
     def is_attached(self) -> bool:
-        """Whether there is a connection: this is one."""
+        """Whether the recipient has a connection. Always true here."""
         return True
 
     @property
     def is_direct(self) -> bool:
-        """Whether we are at the server's transport, and not behind ASGI."""
-        return self._link is not None
+        """Whether frames go to the server's transport without ASGI."""
+        return self._direct is not None
 
     @property
     def pings_by_protocol(self) -> bool:
-        """Whether heartbeats are pings that every such client answers by itself: ping frames, or those of v1."""
+        """Whether heartbeats are pings that clients answer automatically: WebSocket or v1 ping frames."""
         if self.protocol is not None:
             return True
-        return self._link is not None and self.config.heartbeat_type is HeartbeatType.PING
+        return self._direct is not None and self.config.heartbeat_type is HeartbeatType.PING
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
-        """Send a heartbeat, before what is queued; `False` if the client takes nothing anyway."""
+        """Send a heartbeat. Return `False` if it cannot be sent now, because sends are blocked.
+
+        A v1 ping is queued after the waiting messages. All others are sent ahead of them.
+        """
         if self.protocol is not None:
             return self.protocol.ping(now)
-        if frame is None and self._link is not None:
-            if self._link.write_paused:
+        if frame is None and self._direct is not None:
+            if self._direct.write_paused:
                 return False
-            self._link.ping(self.liveness.pinged_by_protocol(now))
+            self._direct.ping(self.liveness.pinged_by_protocol(now))
             return True
         if frame is None or not self.outbox.put_control(frame):
             return False
@@ -258,69 +261,69 @@ class SendingHalf(abc.ABC):
         return True
 
     def has_backlog(self) -> bool:
-        """Whether what is to be sent is stuck, so that a ping among it cannot have been answered."""
+        """Return whether sends are stalled, so that a queued ping cannot have been answered."""
         return self.outbox.is_stalled
 
     def unflushed_bytes(self) -> int | None:
-        """What the transport has not yet given to the network."""
+        """Return the bytes in the transport's buffer; `None` where they cannot be measured."""
         return self.server_transport.unflushed_bytes
 
     def send_progress(self) -> int | None:
-        """A number that has grown if the client has taken bytes since; `None` where that cannot be seen."""
+        """Return a number that grows when the client accepts bytes; `None` where this cannot be measured."""
         return self.server_transport.progress()
 
     def unsent_bytes(self) -> int | None:
-        """Bytes that were written and that the client's machine has not acknowledged."""
+        """Return the bytes that were written but not acknowledged by the client's TCP stack; `None` if unknown."""
         return self.server_transport.unsent_bytes()
 
     def seconds_since_received(self) -> float | None:
-        """Seconds since bytes last came from the client, whole message or not; `None` where that cannot be seen."""
+        """Return the seconds since bytes last arrived from the client; `None` where this cannot be measured."""
         return self.server_transport.seconds_since_received()
 
-    # ── what the outbox tells ──
+    # ── callbacks of the outbox ──
 
     def on_unsent(self, count: int) -> None:
-        """Messages were given to the server and not taken."""
+        """Count messages that were passed to the server but not accepted."""
         self._discarded(count)
 
     def on_dropped(self, count: int) -> None:
-        """Messages were thrown away because the client is slow."""
+        """Count messages that were dropped because the client is a slow consumer."""
         self.dropped_messages += count
         self.events.counters.messages_dropped += count
 
     def on_coalesced(self) -> None:
-        """A newer message has taken the place of one that waited."""
+        """Count a waiting message that was replaced by a newer one of the same key."""
         self.events.counters.messages_coalesced += 1
 
-    def on_slow(self, how: SlowConsumer) -> None:
-        """The client has become slow."""
+    def on_slow(self, state: SlowConsumer) -> None:
+        """Report a slow consumer, and close its connection on `DISCONNECTED`."""
         if self.close_info is not None:
             return
-        self.events.counters.slow_clients[how] += 1
-        self.emit("slow_client", logging.INFO, how=how.value, queued_messages=len(self.outbox))
-        self._parts.slow(self.socket, how)
-        if how is SlowConsumer.DISCONNECTED:
+        self.events.counters.slow_clients[state] += 1
+        self.emit("slow_client", logging.INFO, how=state.value, queued_messages=len(self.outbox))
+        self._parts.on_slow(self.socket, state)
+        if state is SlowConsumer.DISCONNECTED:
             if self.protocol is None:
-                self.events.counters.messages_discarded += 1  # the one that found no room
+                self.events.counters.messages_discarded += 1  # the message that did not fit
             self.close(DisconnectReason.SLOW_CONSUMER)
 
     def on_caught_up(self) -> None:
-        """The client is slow no longer."""
+        """Report a client that is no longer a slow consumer."""
         self.emit("client_caught_up", logging.INFO, dropped_messages=self.dropped_messages)
 
     def on_send_stalled(self) -> None:
-        """A send made no progress: nothing can reach this client, not even a close frame."""
+        """Close and abort after a send made no progress, since not even a close frame can reach the client."""
         if self.close_info is None:
             self.emit("send_stuck", logging.WARNING, send_timeout=self.config.send_timeout)
             self.close(DisconnectReason.SLOW_CONSUMER)
         self.abort()
 
     def on_send_delayed(self) -> None:
-        """A send waits for a transport: see whether too much is held for a client that may say nothing any more.
+        """Check the memory limit of a client that may be silent while a send waits for its transport.
 
-        The transport is cut if the server is closing it, for a close waits for the same client.
+        If the server is closing the transport, it is aborted instead, because the close waits for the same client.
 
-        uvicorn's older WebSocket implementation says nothing of its shutdown before the transport is gone.
+        uvicorn's older WebSocket implementation does not report its shutdown before the transport is closed.
         """
         if self.server_transport.closing:
             self.server_transport.abort()
@@ -328,7 +331,7 @@ class SendingHalf(abc.ABC):
             self._parts.budget.check_limit(self.recipient)
 
     def on_send_failed(self, error: BaseException) -> None:
-        """The server refused a message: give it a moment to say why, then take the network for lost."""
+        """Handle a rejected message: wait up to 0.5 s for a disconnect event, then treat the network as lost."""
         why = self._why_failed(error)
         self._parts.tasks.spawn(why, name=f"ws-lost-{self.connection_id}", context=copied(self.context))
 
@@ -339,15 +342,15 @@ class SendingHalf(abc.ABC):
         self.stop_sending()
 
     def stop_sending(self) -> None:
-        """Send nothing more, not even a close frame."""
+        """Stop sending, without a close frame."""
         self._discarded(self.outbox.discard())
 
     def abort(self) -> None:
-        """Stop sending at once and cut the transport, where the server lets us."""
+        """Stop sending and abort the transport, where the server exposes it."""
         self.attempt(self.stop_sending)
         self.server_transport.abort()
 
     def _discarded(self, count: int) -> None:
-        if count and self.protocol is None:  # what is numbered is in the log of its session
+        if count and self.protocol is None:  # numbered messages are in the session's replay buffer
             self.events.counters.messages_discarded += count
             self.emit("messages_discarded", logging.DEBUG, count=count)

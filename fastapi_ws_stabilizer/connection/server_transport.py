@@ -1,8 +1,8 @@
-"""What can be found out about the server behind the two ASGI callables, guarded at every step.
+"""Access to the server's transport behind the two ASGI callables, guarded at every step.
 
-ASGI has no way to abort a connection and no reliable word on how one was lost. Both can be had where `receive` or
-`send` is a method of the server's protocol object and no middleware wraps it. Everything here answers "unknown"
-otherwise, and everything works without it.
+ASGI cannot abort a connection and does not report reliably how it was lost. Both are possible if `receive` or `send` is
+a method of the server's protocol object and no middleware wraps it. Otherwise everything here returns "unknown". The
+rest of the package works without it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fastapi_ws_stabilizer.net.tcp import (
 from fastapi_ws_stabilizer.servers.direct import DirectTransport, has_direct_transport
 
 FLUSH_GRACE: Final = 1.0
-"""Seconds that a transport has to flush what it holds for a client that is gone or dead, before it is aborted."""
+"""Seconds that a transport has to flush its buffer for a client that left or is dead, before it is aborted."""
 
 CLOSE_HANDSHAKE_TIMEOUT: Final = 3.0
-"""Seconds that a client has to answer a close frame: a round trip of a bad mobile link, and half of it again. Servers
-wait for 5 to 20, and whoever means to answer nothing would hold a connection as long."""
+"""Seconds that a client has to answer a close frame: 1.5 round trips of a bad mobile link. Servers wait for 5 to 20 s,
+and a client that does not answer would hold its connection for that long."""
 
 
 class ServerTransport:
-    """The server's end of one connection."""
+    """Server side of one connection behind its ASGI callables."""
 
     __slots__ = ("_receiver", "_sender", "send")
 
@@ -45,12 +45,12 @@ class ServerTransport:
 
     @property
     def is_direct(self) -> bool:
-        """Whether `send` is a coroutine function of the server's own, so that it does not ask which task it runs in."""
+        """Whether `send` is the server's own coroutine function, which does not depend on its task."""
         owner = getattr(self.send, "__self__", None)
         return inspect.iscoroutinefunction(self.send) and type(owner).__module__.startswith(_SERVERS)
 
     def direct_transport(self, scope: Mapping[str, Any]) -> DirectTransport | None:
-        """What the server offers beyond ASGI, if no middleware stands between."""
+        """Return the server's direct transport; `None` if it has none, it is in use, or middleware wraps it."""
         owner: Any = getattr(self.send, "__self__", None)
         if not has_direct_transport(scope) or owner is None or owner is not self._receiver or owner.in_use:
             return None
@@ -58,14 +58,14 @@ class ServerTransport:
 
     @property
     def peer(self) -> str | None:
-        """The address of the other end of the transport, empty for a Unix socket; `None` where it cannot be seen.
+        """Address of the transport's peer, empty for a Unix socket; `None` where it is unknown.
 
-        What the scope calls `client` may be somebody else: uvicorn puts there whom X-Forwarded-For names.
+        The scope's `client` can differ, because uvicorn takes it from X-Forwarded-For.
         """
         ask = getattr(self._transport(), "get_extra_info", None)
         try:
             name = ask("peername") if callable(ask) else None
-        except Exception:  # a transport that is gone may refuse the question
+        except Exception:  # a closed transport may raise
             return None
         if isinstance(name, (str, bytes)):
             return ""
@@ -73,7 +73,7 @@ class ServerTransport:
 
     @property
     def can_abort(self) -> bool:
-        """Whether the transport is within reach."""
+        """Whether the transport is accessible."""
         return self._transport() is not None
 
     @property
@@ -83,25 +83,25 @@ class ServerTransport:
         return callable(closing) and bool(closing())
 
     def abort(self) -> bool:
-        """Cut the connection without waiting for anything; `False` where the server hides its transport."""
+        """Abort the connection without waiting. Return `False` if the transport is not accessible or raises."""
         transport = self._transport()
         if transport is None:
             return False
         try:
             transport.abort()
-        except Exception:  # not our object: whatever it raises, the connection is already over for us
+        except Exception:  # a foreign object; after any error the connection counts as closed
             return False
         return True
 
     def abort_unless_flushed(self, linger: float | None = None, most: float = 0.0) -> None:
-        """Cut the connection if it still holds bytes after `linger` seconds, `FLUSH_GRACE` when left out.
+        """Abort the connection if its buffer is not empty after `linger` seconds.
 
-        A transport that closes waits for its buffer to empty, which a client that reads nothing prevents for ever, and
-        uvicorn waits for its transports before it exits.
+        A closing transport waits until its buffer is empty. A client that reads nothing prevents that without a time
+        limit, and uvicorn waits for its transports before it exits.
 
         Args:
-            linger: Seconds in which nothing is taken before it is cut.
-            most: Seconds in all for a client that takes something.
+            linger: Seconds without progress before the abort; `FLUSH_GRACE` if omitted.
+            most: Maximum seconds in total for a client that accepts bytes.
         """
         if self.unflushed_bytes:
             delay = FLUSH_GRACE if linger is None else linger
@@ -120,11 +120,11 @@ class ServerTransport:
             self.abort()
 
     def abort_unless_answered(self, *, taken: bool = True) -> None:
-        """Cut the connection if its client has not answered the close frame after `CLOSE_HANDSHAKE_TIMEOUT` seconds.
+        """Abort the connection if the client has not answered the close frame after `CLOSE_HANDSHAKE_TIMEOUT` seconds.
 
         Args:
-            taken: Whether to leave it alone where it is not known to have taken all that was sent before. One that is
-                slow has the time that the server gives it.
+            taken: Whether to abort only if the client is known to have received all earlier bytes. A slow client then
+                has the time that the server allows.
         """
         if self.can_abort and not self.closing:
             asyncio.get_running_loop().call_later(
@@ -136,11 +136,11 @@ class ServerTransport:
             self.abort()
 
     def _untaken_bytes(self) -> int | None:
-        """How much the client's machine has not acknowledged; `None` where the system does not say."""
+        """Return the bytes not acknowledged by the client's TCP stack; `None` if the system does not report them."""
         return unacknowledged_bytes(self._transport())
 
     def forget_task(self, task: asyncio.Task[Any] | None) -> None:
-        """Let the server not wait for a task that does not end: uvicorn would wait for it before it stops."""
+        """Remove a task that does not end from the server's tasks, because uvicorn would wait for it at shutdown."""
         for protocol in (self._receiver, self._sender):
             tasks = getattr(protocol, "tasks", None)
             if isinstance(tasks, set):
@@ -148,19 +148,19 @@ class ServerTransport:
 
     @property
     def unflushed_bytes(self) -> int | None:
-        """How much the transport has not yet given to the network; `None` where it cannot be seen."""
+        """Bytes in the transport's buffer; `None` where they cannot be measured."""
         return unflushed_bytes(self._transport())
 
     def progress(self) -> int | None:
-        """A number that has grown if the client's machine has taken bytes since; `None` where that cannot be seen."""
+        """Return a number that grows when the client's TCP stack accepts bytes; `None` if it cannot be measured."""
         return progress(self._transport())
 
     def unsent_bytes(self) -> int | None:
-        """How much was written that the client's machine has not acknowledged; `None` where it cannot be seen."""
+        """Return the bytes that were written but not acknowledged by the client's TCP stack; `None` if unknown."""
         return unsent_bytes(self._transport())
 
     def seconds_since_received(self) -> float | None:
-        """Seconds since bytes last came from the client, whole message or not; `None` where it cannot be seen."""
+        """Return the seconds since bytes last arrived from the client; `None` where this cannot be measured."""
         return seconds_since_received(self._transport())
 
     def _transport(self) -> Any:
@@ -171,11 +171,12 @@ class ServerTransport:
         return None
 
     def saw_close_frame(self, event: Mapping[str, Any]) -> bool:
-        """Whether the client ended the connection with a close frame, for a `websocket.disconnect` event.
+        """Return whether a `websocket.disconnect` event follows a close frame of the client.
 
-        uvicorn reports 1005 for a lost network as well as for a close frame without a code, and hypercorn 1006 for
-        everything. Their protocol objects know better. Where they cannot be seen: a code other than 1005 and 1006 came
-        from a frame, and so did a 1005 with a reason, since a lost connection has none.
+        uvicorn reports 1005 both for a lost network and for a close frame without a code. hypercorn reports 1006 for
+        everything. The state of their protocol objects shows the difference. If they are not accessible, the event
+        decides. A code other than 1005, 1006 and the servers' own codes comes from a close frame. So does 1005 with a
+        reason, because a lost connection has none.
         """
         websockets_state = getattr(getattr(self._receiver, "conn", None), "close_rcvd", _UNKNOWN)
         if websockets_state is not _UNKNOWN:

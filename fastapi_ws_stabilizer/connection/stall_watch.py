@@ -1,4 +1,4 @@
-"""Whether the network takes what waits to be sent to a client, and for how long it has not."""
+"""Detection of sends that make no progress."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fastapi_ws_stabilizer.connection.send_queue import OutboxLimits, SendQueue
 from fastapi_ws_stabilizer.tasks import LazyEvent
 
 POLL_INTERVAL: Final = 0.5
-"""Seconds between two looks at a send that waits."""
+"""Maximum seconds between two checks of a blocked send."""
 
-LOOKS: Final = 4
-"""Looks within `send_timeout` at least. The first has nothing to compare with."""
+MIN_POLLS: Final = 4
+"""Minimum number of checks within `send_timeout`. The first has no earlier value to compare with."""
 
 STALL_THRESHOLD: Final = 0.05
-"""Seconds that a send to a client which reads may wait."""
+"""Seconds that a send may block before the client counts as not reading."""
 
 
 class StallWatch(SendQueue):
-    """A backlog that notices when nothing of it is taken.
+    """Send queue that detects when the client accepts nothing.
 
-    The watch is one timer that looks at the time since when the client has taken nothing; it is not set anew for every
-    message, and there is none as long as nothing waits.
+    One timer checks how long sends have been blocked. It is not restarted for each message, and there is none while no
+    send is blocked.
     """
 
     __slots__ = ("_blocked_since", "_broken", "_done", "_due", "_progress", "_watch", "owner")
@@ -33,38 +33,38 @@ class StallWatch(SendQueue):
         super().__init__(limits)
         self.owner = owner
         self._broken = False
-        self._due = False  # whether the queue is going to be looked at anyway: a turn is booked, or a send is waiting
-        self._done: LazyEvent | None = None  # made when somebody waits, or when it happens
+        self._due = False  # whether a flush is scheduled or a send is blocked
+        self._done: LazyEvent | None = None  # created when code waits for it, or when it is set
         self._blocked_since: float | None = None
-        self._progress: int | None = None  # of the transport, at the last look
+        self._progress: int | None = None  # `send_progress` at the last check
         self._watch: asyncio.TimerHandle | None = None
 
     @property
-    def on_send_delayed(self) -> bool:
-        """Whether the network has taken nothing for longer than it does for a client that reads."""
+    def is_delayed(self) -> bool:
+        """Whether a send has been blocked for longer than `STALL_THRESHOLD`."""
         return self._blocked_since is not None and monotonic() - self._blocked_since > STALL_THRESHOLD
 
     @property
     def blocked_seconds(self) -> float:
-        """For how long the network has taken nothing of what waits."""
+        """Seconds for which sends have been blocked."""
         return 0.0 if self._blocked_since is None else monotonic() - self._blocked_since
 
     @property
     def is_stalled(self) -> bool:
-        """Whether what is queued waits for longer than it does for a client that reads."""
-        return self.on_send_delayed
+        """Whether queued messages wait for longer than they do with a client that reads."""
+        return self.is_delayed
 
     @property
     def blocked(self) -> bool:
-        """Whether what is queued cannot be sent now."""
+        """Whether queued messages cannot be sent now."""
         return self._broken or self._blocked_since is not None
 
     def is_backpressured(self) -> bool:
-        """Whether more than half is used, and the client seems to read."""
-        return self.half_full and not self.on_send_delayed
+        """Return whether more than half of the outbox is used while the client appears to read."""
+        return self.half_full and not self.is_delayed
 
     def _block(self) -> None:
-        """The client takes nothing for the moment."""
+        """Record that sends are blocked, and start the timer."""
         self._start_accounting()
         if self._blocked_since is None:
             self._blocked_since = monotonic()
@@ -79,18 +79,20 @@ class StallWatch(SendQueue):
 
     def _set_watch(self, waited: float) -> None:
         timeout = self._limits.send_timeout
-        delay = min(POLL_INTERVAL, timeout / LOOKS, timeout - waited)
-        self._watch = asyncio.get_running_loop().call_later(max(0.0, delay), self._look, context=self._limits.context)
+        delay = min(POLL_INTERVAL, timeout / MIN_POLLS, timeout - waited)
+        self._watch = asyncio.get_running_loop().call_later(
+            max(0.0, delay), self._check_progress, context=self._limits.context
+        )
 
-    def _look(self) -> None:
-        """See whether the send that waits has waited too long."""
+    def _check_progress(self) -> None:
+        """Check how long the send has been blocked, and report a delay or a stall."""
         self._watch = None
         since = self._blocked_since
         if since is None:
             return
         before, self._progress = self._progress, self.owner.send_progress()
         if before is not None and self._progress is not None and self._progress > before:
-            self._blocked_since = since = monotonic()  # the client reads, if slowly
+            self._blocked_since = since = monotonic()  # the client reads slowly
         waited = monotonic() - since
         if waited >= self._limits.send_timeout:
             self.owner.on_send_stalled()
@@ -102,7 +104,7 @@ class StallWatch(SendQueue):
 
     @property
     def done(self) -> asyncio.Future[None]:
-        """A future that is done when nothing will be sent any more."""
+        """Future that completes when nothing more will be sent."""
         return self._done_latch().future
 
     def _set_done(self) -> None:
@@ -113,7 +115,7 @@ class StallWatch(SendQueue):
         self._done_latch().set()
 
     def give_up(self) -> None:
-        """Nothing will be sent any more, whatever state it is in: nothing waits for it."""
+        """Complete `done` regardless of the state."""
         StallWatch._set_done(self)
 
     def _done_latch(self) -> LazyEvent:

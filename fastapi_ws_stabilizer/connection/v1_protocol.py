@@ -1,7 +1,7 @@
-"""What one connection of a `stabilizer.v1.json` client says, and what it is owed: numbers, acknowledgements, pings.
+"""Server side of `stabilizer.v1.json` for one connection: numbers, acknowledgements, pings.
 
-It stands between the pump and the inbox. Application messages come out of it once and in order; everything else is
-dealt with here.
+It is between the read pump and the inbox. It passes on application messages once and in order, and handles all other
+frames.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
 )
 
 ACK_WITHIN: Final = 0.05
-"""Seconds after which a message is acknowledged at the latest. The protocol allows one; a client that waits for each
-message before it sends the next would be slow by as much."""
+"""Maximum seconds until a message is acknowledged. The protocol allows 1 s, but a client that waits for each
+acknowledgement before its next message would be slowed down by that much."""
 
 
 ACK_START: Final = '{"type":"ack","seq":'
@@ -53,11 +53,11 @@ ACK_CHARS: Final = len(ACK_START)
 MAX_DIGITS: Final = 16
 
 PING_BYTES: Final = 64
-"""More than a ping takes."""
+"""Upper bound for the bytes of a ping frame."""
 
 
-class Speaker(Protocol):
-    """The connection of a conversation."""
+class V1Connection(Protocol):
+    """Connection as its v1 protocol uses it."""
 
     config: WebSocketConfig
     events: EventBus
@@ -69,10 +69,10 @@ class Speaker(Protocol):
 
     @property
     def outbox(self) -> Any:
-        """What waits to be sent."""
+        """Outbox of the connection."""
 
     def answer(self, frame: EncodedMessage) -> None:
-        """Send a control frame, before what is queued."""
+        """Send a control frame ahead of queued messages."""
 
     def close(
         self,
@@ -82,53 +82,53 @@ class Speaker(Protocol):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """End the connection from our side."""
+        """Close the connection from the server's side."""
 
     def on_control_frame(self) -> None:
-        """A control frame of its client has come that we have not asked for. Too many end the connection."""
+        """Count an unsolicited control frame of the client. Too many close the connection."""
 
     def admit_message(self, raw: str | bytes, message: Message | None = None) -> bool:
-        """Whether its client may send a message now. If not, it is told so, or its connection ends."""
+        """Return whether the client may send a message now. If not, send an error frame or close the connection."""
 
     def on_early_message(self, raw: str | bytes) -> None:
-        """A message has come behind one that was refused, and is not looked at. Too many end the connection."""
+        """Ignore a message that follows a rejected one. Too many of them close the connection."""
 
     def on_message(self) -> None:
-        """A message of its client has come."""
+        """Report a received message to the memory budget."""
 
     def evict(self) -> None:
-        """End the connection, because room is needed for others."""
+        """Close the connection because the memory limit of the server is reached."""
 
     def on_limit_exceeded(self, held: int) -> None:
-        """End the connection, because more is held for it than may be."""
+        """Close the connection because it exceeds `max_memory_per_connection`."""
 
     def emit(self, event: str, level: int, **fields: Any) -> None:
-        """Report something about this connection."""
+        """Emit an event about this connection."""
 
 
 class V1Protocol:
-    """The v1 side of one connection.
+    """Server side of `stabilizer.v1.json` for one connection.
 
     Args:
         connection: The connection.
-        resume_result: What its client's hello has led to.
-        seen: The idempotency keys that were handled.
-        renewed: Called with a credential that the client sends later.
+        resume_result: Result of the client's hello.
+        idempotency: Cache of handled idempotency keys.
+        on_renewal: Called with a credential that the client sends later.
 
     Attributes:
-        session: The session that it belongs to, until another connection takes it over.
-        resume_result: What the hello has led to.
-        credential: How long its client's credential is good.
-        max_inflated: Bytes that a compressed frame of the client may hold; 0 if compressed frames were not agreed on.
+        session: Session of the connection. Another connection can take it over, see `is_current`.
+        resume_result: Result of the client's hello.
+        credential: Expiry of the client's credential.
+        max_inflated: Maximum bytes of a decompressed frame; 0 if compressed frames were not negotiated.
     """
 
     __slots__ = (
+        "_ack_request",
         "_ack_timer",
         "_acknowledged",
-        "_asking",
         "_connection",
-        "_refused",
-        "_seen",
+        "_idempotency",
+        "_rejected_seq",
         "_unacknowledged",
         "credential",
         "max_inflated",
@@ -138,28 +138,27 @@ class V1Protocol:
 
     def __init__(
         self,
-        connection: Speaker,
+        connection: V1Connection,
         resume_result: ResumeResult,
-        seen: IdempotencyCache,
-        renewed: Callable[[str | None], None],
+        idempotency: IdempotencyCache,
+        on_renewal: Callable[[str | None], None],
     ) -> None:
         self.session: Session = resume_result.session
         self.resume_result = resume_result
         self._connection = connection
-        self._seen = seen
+        self._idempotency = idempotency
         compresses = resume_result.deflates and connection.config.compression is CompressionMode.DEFLATE
         self.max_inflated = connection.config.max_message_size if compresses else 0
-        self._refused = (
-            0 if resume_result.retries else -1
-        )  # the number that its client is to send again, if it can do that
+        # Number of the message that the client must send again; 0 for none, -1 if the client cannot do that.
+        self._rejected_seq = 0 if resume_result.retries else -1
         self._unacknowledged = 0
-        self._acknowledged = -1  # the highest number that the client has acknowledged here
+        self._acknowledged = -1  # the highest number that the client acknowledged on this connection
         self._ack_timer: asyncio.TimerHandle | None = None
-        self._asking: asyncio.Handle | None = None
-        self.credential = CredentialExpiry(connection, renewed)
+        self._ack_request: asyncio.Handle | None = None
+        self.credential = CredentialExpiry(connection, on_renewal)
 
     def welcome(self) -> EncodedMessage:
-        """The frame that answers the hello, with a new token."""
+        """Return the frame that answers the hello, with a new token."""
         config, session, resume_result = self._connection.config, self.session, self.resume_result
         beats = config.heartbeat_type is not HeartbeatType.OFF
         return control_frame(
@@ -180,23 +179,25 @@ class V1Protocol:
 
     @property
     def is_current(self) -> bool:
-        """Whether no other connection has taken the session over. What one that has lost it still says is ignored."""
+        """Whether no other connection has taken over the session. Afterwards all received frames are ignored."""
         return self.session.connection is self._connection
 
     def close(self) -> None:
-        """The connection is over."""
+        """Cancel timers when the connection closes."""
         self._clear_pending_ack()
-        if self._asking is not None:
-            self._asking.cancel()
+        if self._ack_request is not None:
+            self._ack_request.cancel()
 
-    # ── what comes in ──
+    # ── receiving ──
 
     def receive(self, raw: str | bytes) -> Message | None:
-        """Deal with a frame; return the message in it if it is one for user code."""
+        """Handle a frame. Return its message if it is for user code."""
         session = self.session
         if not self.is_current:
             return None
-        if raw[:ACK_CHARS] == ACK_START and raw[-1] == "}":  # by far the most frequent one; as our clients write it
+        if (
+            raw[:ACK_CHARS] == ACK_START and raw[-1] == "}"
+        ):  # the most frequent frame, as written by this project's clients
             digits = raw[ACK_CHARS:-1]
             plain = digits.isascii() and digits.isdigit() and digits[0] != "0" and len(digits) < MAX_DIGITS
             if plain and session.acknowledged(seq := int(digits)):
@@ -212,8 +213,8 @@ class V1Protocol:
             if kind == "msg":
                 return self._message(message_of(frame), raw)
             if kind not in LONG_TYPES and is_longer(raw, MAX_CONTROL_BYTES):
-                raise ProtocolError(f"a control frame has at most {MAX_CONTROL_BYTES} bytes")
-            self._other(kind, frame, raw)
+                raise ProtocolError(f"a control frame may have at most {MAX_CONTROL_BYTES} bytes")
+            self._handle_control(kind, frame, raw)
         except ProtocolError as problem:
             too_big = problem.code == 1009
             reason = DisconnectReason.MESSAGE_TOO_BIG if too_big else DisconnectReason.POLICY
@@ -229,46 +230,46 @@ class V1Protocol:
         if message.seq is not None:
             self._accept(message.seq)
         if message.key is not None:
-            known = self._seen.look(self.session.client_id, message.key)
+            known = self._idempotency.look(self.session.client_id, message.key)
             if known is not None:
                 known.answer(self.session, message)
                 return None
-            self._seen.begin(self.session.client_id, message.key)
+            self._idempotency.begin(self.session.client_id, message.key)
         self._connection.events.counters.messages_received += 1
         self._connection.used = True
         if message.id is not None and (inbox := self.session.inbox) is not None and inbox.ignored:
             self._connection.events.counters.messages_discarded += 1
-            self.dropped(message)
+            self.on_dropped(message)
             return None
         message.size = sys.getsizeof(raw)
         if isinstance(raw, str) and (message.data.__class__ is dict or message.data.__class__ is list):
             inbox = self.session.inbox
-            if inbox is None or not inbox.has_waiting_reader:  # else it is read in this turn, and not worth the time
+            if inbox is None or not inbox.has_waiting_reader:  # otherwise it is read in this loop iteration
                 message.size += estimate_parsed_size(raw)
         if watches:
             self._connection.on_message()
         return message
 
     def _is_next(self, seq: int, raw: str | bytes) -> bool:
-        """Whether a message is the next one."""
+        """Return whether a number is the next one. If not, acknowledge, ignore or close."""
         next_one = self.session.accepted + 1
         if seq == next_one:
             return True
-        if seq < next_one:  # sent again, because our word did not reach the client
+        if seq < next_one:  # sent again, because the acknowledgement did not reach the client
             self._schedule_ack()
             self._connection.on_control_frame()
-        elif self._refused == next_one:  # it was on its way already, and comes again behind the one that was refused
+        elif self._rejected_seq == next_one:  # sent before the rejection arrived; the client sends it again later
             self._connection.on_early_message(raw)
         else:
             self._connection.close(DisconnectReason.POLICY, code=4412, text="a message is missing")
         return False
 
     def _accept(self, seq: int) -> None:
-        """A message counts as accepted from here on, whatever its handler does."""
+        """Mark a message as accepted, regardless of what its handler does."""
         self.session.accepted = seq
         self._schedule_ack()
 
-    def _other(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
+    def _handle_control(self, kind: str, frame: dict[str, Any], raw: str | bytes) -> None:
         session, connection = self.session, self._connection
         if kind not in ("ack", "reply", "pong"):
             connection.on_control_frame()
@@ -294,23 +295,23 @@ class V1Protocol:
             token = optional_text(frame, "token", most=8192)
             self.credential.renewal_requested(token)
         elif kind == "hello":
-            raise ProtocolError("a second hello")
+            raise ProtocolError("unexpected second hello")
 
     def _acknowledge(self, seq: int) -> None:
         if not self.session.acknowledged(seq):
-            raise ProtocolError("more is acknowledged than was sent")
+            raise ProtocolError("acknowledged more messages than were sent")
 
     def _count_ack(self, seq: int) -> None:
-        """Of acknowledgements that say something new a client sends no more than it gets; the others are counted."""
+        """Count an acknowledgement without a new number as a control frame. Sent messages bound all others."""
         if seq > self._acknowledged:
             self._acknowledged = seq
         else:
             self._connection.on_control_frame()
 
-    # ── what goes out ──
+    # ── sending ──
 
     def ping(self, now: float) -> bool:
-        """Send a heartbeat in its turn among the messages, so that its number proves the client's count."""
+        """Queue a ping after the waiting messages, so that its number verifies the client's count."""
         if not self._send_ping():
             return False
         self._connection.liveness.on_ping_sent(now)
@@ -324,63 +325,70 @@ class V1Protocol:
         return queued
 
     def request_ack(self) -> None:
-        """Ask the client for its number: a pong carries it, and comes at once. All who ask in one turn ask together."""
-        if self._asking is None:
-            self._asking = asyncio.get_running_loop().call_soon(self._ask)
+        """Request an acknowledgement with a ping, because its pong carries one at once.
 
-    def _ask(self) -> None:
-        self._asking = None
+        All requests of one loop iteration share one ping.
+        """
+        if self._ack_request is None:
+            self._ack_request = asyncio.get_running_loop().call_soon(self._send_ack_request)
+
+    def _send_ack_request(self) -> None:
+        self._ack_request = None
         if self._send_ping():
             self._connection.liveness.on_unmeasured_ping()
 
     def on_failed(self, message: Message) -> None:
-        """A handler has failed with a message. It is not handled again in this session, but its key is not used up."""
-        if message.key is not None:
-            self._seen.failed(self.session.client_id, message.key)
+        """Release the idempotency key of a message after its handler failed.
 
-    def gave_up(self, message: Message, code: str, text: str) -> None:
-        """A handler is over without an answer. A request is answered with an error, which survives a reconnect."""
+        The message is not handled again in this session, but a later one with the same key is.
+        """
+        if message.key is not None:
+            self._idempotency.failed(self.session.client_id, message.key)
+
+    def on_no_answer(self, message: Message, code: str, text: str) -> None:
+        """Handle a handler that ended without a reply. A request gets an error reply, which survives a reconnect."""
         self.on_failed(message)
         if message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
 
-    def unanswerable(self, message: Message) -> None:
-        """A message was given to code that reads by itself and can answer no requests."""
+    def on_raw_read(self, message: Message) -> None:
+        """Answer a request with an error if user code reads messages directly and cannot reply."""
         if message.id is not None:
-            error = {"code": "no_handler", "message": "the endpoint reads messages itself, and answers no requests"}
+            error = {"code": "no_handler", "message": "the endpoint reads messages itself and does not answer requests"}
             self.session.reply(message.id, error=error)
 
     def on_discarded(self, item: object) -> None:
-        """A message was accepted, and nobody will ever read it: if it comes again, it is a new one."""
+        """Release the idempotency key of an accepted message that will never be read."""
         if isinstance(item, Message):
             self.on_failed(item)
 
-    def dropped(self, message: Message) -> None:
-        """A message was accepted and goes unread, because the endpoint does not read. A request is answered so."""
+    def on_dropped(self, message: Message) -> None:
+        """Handle an accepted message that the endpoint does not read. A request gets an error reply."""
         self.on_failed(message)
         if message.id is not None:
             self.reject(message, "not_read", "the endpoint does not read messages")
 
-    def too_much(self, message: Message | None, code: str, text: str, wait: float) -> None:
-        """Refuse a message because of a rate.
+    def on_rate_exceeded(self, message: Message | None, code: str, text: str, wait: float) -> None:
+        """Reject a message that exceeds a rate.
 
-        A client that can send it again in its turn is told when, and it is not accepted: so nothing is lost, and the
-        order stays. A request is answered instead, and the message of any other client is accepted and lost.
+        If the client can send it again in order, the error frame says when. The message is not accepted, so nothing is
+        lost and the order stays. If a message is a request, or the client cannot send it again, it is accepted. Then a
+        request gets an error reply, and any other message is lost.
         """
         seq = None if message is None else message.seq
         if message is None or seq is None or seq <= self.session.accepted:
             self.reject(message, code, text)
-        elif self._refused < 0 or message.id is not None:
+        elif self._rejected_seq < 0 or message.id is not None:
             self._accept(seq)
             self.reject(message, code, text)
         else:
-            self._refused = seq
+            self._rejected_seq = seq
             self._connection.answer(
                 control_frame("error", code=code, message=text, seq=seq, retry=to_milliseconds(wait))
             )
 
     def reject(self, message: Message | None, code: str, text: str) -> None:
-        """Tell the client that a message is not handled: as the answer to a request, or beside the messages."""
+        """Inform the client that a message is not handled, with an error reply to a request or an error frame."""
         if message is not None and message.id is not None:
             self.session.reply(message.id, error={"code": code, "message": text})
             return
@@ -388,23 +396,26 @@ class V1Protocol:
         self._connection.answer(control_frame("error", code=code, message=text, seq=seq))
 
     def on_handled(self, message: Message, answer: Any) -> None:
-        """A message was handled: answer it if it is a request, and remember the answer under its key.
+        """Reply to a handled request, and store the reply under the message's idempotency key.
 
         Raises:
-            MessageEncodeError: The answer cannot be JSON.
+            MessageEncodeError: The reply cannot be encoded as JSON.
         """
         if message.id is not None:
             self.session.reply(message.id, answer)
         if message.key is not None:
-            self._seen.handled(self.session, message.key, answer if message.id is not None else None)
+            self._idempotency.handled(self.session, message.key, answer if message.id is not None else None)
 
     def on_interrupted(self, message: Message) -> None:
-        """The connection broke in a handler, which may have done its work. The client may be back, and is told so."""
+        """Handle a message after a lost connection has interrupted its handler, which may have done its work.
+
+        A request gets an error reply, which the client receives if it resumes.
+        """
         if message.id is not None:
-            error = {"code": "interrupted", "message": "the connection broke while this was handled"}
+            error = {"code": "interrupted", "message": "the connection was lost while this was handled"}
             self.session.reply(message.id, error=error)
         if message.key is not None:
-            self._seen.interrupted(self.session.client_id, message.key)
+            self._idempotency.interrupted(self.session.client_id, message.key)
 
     def _schedule_ack(self) -> None:
         self._unacknowledged += 1
@@ -424,8 +435,8 @@ class V1Protocol:
             self._ack_timer.cancel()
             self._ack_timer = None
 
-    def tell_outcome(self) -> None:
-        """Report what the hello has led to."""
+    def emit_outcome(self) -> None:
+        """Emit the outcome of the client's hello."""
         self._connection.emit(
             "session_attached",
             logging.INFO,

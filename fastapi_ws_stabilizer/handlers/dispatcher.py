@@ -158,7 +158,7 @@ class Dispatcher:
     def _gave_up(connection: Connection, message: Message | None, code: str, text: str) -> None:
         """A handler is over without an answer: a request gets this one, so that its sender does not wait in vain."""
         if message is not None and connection.protocol is not None:
-            connection.protocol.gave_up(message, code, text)
+            connection.protocol.on_no_answer(message, code, text)
 
     def _answer_error(self, connection: Connection, message: Message | None, code: str, text: str) -> None:
         self._release_key(connection, message)

@@ -304,7 +304,7 @@ class Acceptor(Closer, Services):
                 try:
                     failure = await self.close_after_endpoint(connection, error)
                 finally:
-                    opened.task_is_over()
+                    opened.on_task_done()
                 if failure is None:
                     return True
                 if failure is error:
@@ -357,7 +357,7 @@ class Acceptor(Closer, Services):
         if connection is not None and connection.opened and connection.close_info is None:
             how = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
             connection.close(how.cause, code=how.code, text=how.reason)
-        opened.task_is_over()
+        opened.on_task_done()
 
     async def _register(self, connection: Connection, *, proven: bool) -> None:
         """Open a connection, register it, run its connect hooks; whatever fails on the way, it is ended.
@@ -411,7 +411,7 @@ class Acceptor(Closer, Services):
         if policy is not DuplicatePolicy.ALLOW:
             self._close_duplicates(older, connection.client_id, session)
             # An application that keeps a list of the clients that are online hears "gone" before it hears "come".
-            connection.wait_for_hooks_of(self._closing_connections.of_client(connection.client_id))
+            connection.add_hook_predecessors(self._closing_connections.of_client(connection.client_id))
         try:
             await connection.wait_for_predecessors()
             if policy is not DuplicatePolicy.ALLOW:

@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.connection import current as own
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
-from fastapi_ws_stabilizer.connection.remains import Remains
+from fastapi_ws_stabilizer.connection.remains import ResidualMemory
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,
@@ -199,8 +199,8 @@ class Closer:
         attempt(self.budget.remove, connection)
         attempt(self.resumption.detach, connection)
         if self.budget.evicts:
-            connection.remains = Remains(connection)
-            attempt(self.budget.mark_closed, connection.remains)
+            connection.residual = ResidualMemory(connection)
+            attempt(self.budget.mark_closed, connection.residual)
         attempt(connection.socket._detach_user_data)
 
     def _keep_rooms(self, connection: Connection) -> None:
@@ -211,9 +211,9 @@ class Closer:
     def _on_closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
         connection.attempt(own.finished, connection)
-        if connection.remains is not None:
-            connection.attempt(self.budget.remove, connection.remains)
-            connection.remains = None
+        if connection.residual is not None:
+            connection.attempt(self.budget.remove, connection.residual)
+            connection.residual = None
         connection.attempt(self._closing_connections.remove, connection)
         connection.attempt(self.resumption.on_closed, connection)
 

@@ -387,12 +387,12 @@ class SessionLifecycle:
             state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # it may have been taken out of some
             self._budget.remove(state)
             connection.inherited_state = True
-            connection.follow(state.socket._connection)
+            connection.add_predecessor(state.socket._connection)
         elif last is not None and self._both_stay:
             state = self._detached_state_of(last)
         elif last is not None:
             connection.inherited_state = last.session_end_reported = True  # it goes on
-            connection.follow(last)
+            connection.add_predecessor(last)
             state = self._detached_state_of(last)
             since = last.liveness.last_seen  # what was sent after that may have been lost
         if state is None:

@@ -114,11 +114,11 @@ class HeartbeatScheduler:
     def remove(self, member: Recipient) -> None:
         """Stop beating for a connection and let go of it at once."""
         self._debts.pop(member.liveness, None)
-        if member.liveness.member is not None:
-            member.liveness.member = None
+        if member.liveness.recipient is not None:
+            member.liveness.recipient = None
             self._count -= 1
             if len(self._heap) > 64 and len(self._heap) > 2 * self._count:
-                self._heap = [liveness for liveness in self._heap if liveness.member is not None]
+                self._heap = [liveness for liveness in self._heap if liveness.recipient is not None]
                 heapq.heapify(self._heap)
 
     def stop(self) -> None:
@@ -127,7 +127,7 @@ class HeartbeatScheduler:
             self._timer.cancel()
             self._timer = None
         for liveness in self._heap:
-            liveness.member = None
+            liveness.recipient = None
         self._heap.clear()
         self._debts.clear()
         self._count = 0
@@ -144,10 +144,10 @@ class HeartbeatScheduler:
             if hold.exceeded():
                 break  # the timer is set anew at once: nobody is left out, and the loop gets a turn
             liveness = heapq.heappop(self._heap)
-            member: Recipient | None = liveness.member
+            member: Recipient | None = liveness.recipient
             if member is None:
                 continue
-            liveness.member = None
+            liveness.recipient = None
             self._count -= 1
             due = self._beat(member, now, late)
             if due is not None:
@@ -253,7 +253,7 @@ class HeartbeatScheduler:
     def _push(self, member: Recipient, due: float) -> None:
         liveness = member.liveness
         liveness.due = due
-        liveness.member = member
+        liveness.recipient = member
         self._count += 1
         heapq.heappush(self._heap, liveness)
 

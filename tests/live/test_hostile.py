@@ -215,7 +215,7 @@ BAD_FRAMES: dict[str, tuple[Any, int, str]] = {
     "id": ({"type": "msg", "event": "echo", "id": FORGERY}, 4400, "msg: id is a text of at most 256 characters"),
     "key": ({"type": "msg", "event": "echo", "key": "x" * 257}, 4400, "msg: key is a text of at most 256 characters"),
     "room": ({"type": "msg", "event": "echo", "room": "\u2028"}, 4400, "msg: room is a text of at most 256 characters"),
-    "second hello": (HELLO, 4400, "a second hello"),
+    "second hello": (HELLO, 4400, "unexpected second hello"),
     "bomb": (deflated(b'{"type":"msg","data":"' + b" " * (50 * LIMIT) + b'"}'), 1009, "a compressed frame holds more"),
     "no deflate": (KIND_2 + b"\xff\xff", 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),
     "no utf-8 inside": (deflated(b"\xff"), 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),

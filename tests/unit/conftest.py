@@ -81,11 +81,11 @@ class Bench:
             InboundRateLimiter(),
             next_shard=lambda: 0,
             on_closing=self.left.append,
-            evicted=lambda _: None,
+            on_evicted=lambda _: None,
             on_closed=self.finished.append,
             on_disconnect=self._disconnected,
             on_session_end=self._session_over,
-            slow=lambda _, how: self.slow.append(how),
+            on_slow=lambda _, state: self.slow.append(state),
             on_error=self._failed,
         )
         endpoint = EndpointTask(cancellable=cancellable)

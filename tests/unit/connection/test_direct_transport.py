@@ -257,7 +257,7 @@ async def test_full_unread_inbox_closes_after_pause_timeout(linked: Any) -> None
     b.server.sink.message_received("b")
     await eventually(lambda: b.connection.close_info is not None)
     assert b.connection.close_info.code == 1013
-    await eventually(lambda: b.server.closed == [(1013, "nobody reads the messages")])
+    await eventually(lambda: b.server.closed == [(1013, "messages are not read")])
 
 
 async def test_inbox_overflow_close_closes_connection(linked: Any) -> None:
@@ -343,8 +343,8 @@ async def test_queued_messages_are_written_before_server_stops(linked: Any) -> N
 async def test_compression_none_negotiates_and_sends_none(linked: Any) -> None:
     """Neither before the accept nor after it is anything compressed."""
     b = await linked(compression="none", compression_min_bytes=0)
-    assert b.connection._link is not None
-    b.connection._link.refuse_compression()  # as the door does
+    assert b.connection._direct is not None
+    b.connection._direct.refuse_compression()  # as the door does
     assert not b.server.compression
     offer(b, "x" * 100)
     await settle()

@@ -101,10 +101,10 @@ class Post:
         max_bytes: int = 1000,
         send_timeout: float = 5.0,
         *,
-        by_hand: bool = True,
+        inline: bool = True,
         sends: CallbackSemaphore | None = None,
     ) -> None:
-        self.by_hand = by_hand
+        self.inline = inline
         self.sends = CallbackSemaphore(100) if sends is None else sends
         self.server = FakeServer()
         self.owner = Owner()
@@ -127,7 +127,7 @@ class Post:
             FlushScheduler(1, EventBus()),
             0,
             send=self.server.send,
-            by_hand=self.by_hand,
+            inline=self.inline,
             writers=WriterPool(self.tasks, self.sends, CallbackSemaphore(100)),
         )
 
@@ -553,11 +553,11 @@ async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> Non
     assert second.server.data == []
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
-async def test_stalled_send_releases_slot(post: Any, by_hand: bool) -> None:
+@pytest.mark.parametrize("inline", [True, False])
+async def test_stalled_send_releases_slot(post: Any, inline: bool) -> None:
     """A send that waits for longer than a healthy client makes it holds up no other, and goes on all the same."""
     slots = CallbackSemaphore(1)
-    stuck, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
+    stuck, other = post(sends=slots, inline=inline), post(sends=slots, inline=inline)
     await stuck.stuck_with("stuck")
     other.server.block()
     other.outbox.put(encode("other"))

@@ -9,7 +9,7 @@ import pytest
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection import pump as pump_module
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.outbox import MAX_URGENT
+from fastapi_ws_stabilizer.connection.outbox import MAX_CONTROL_FRAMES
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.support.fake_websocket import FakeServer, eventually, settle, with_deadline
 
@@ -208,7 +208,7 @@ async def test_inbox_overflow_close_closes_with_1013(bench: Any) -> None:
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
     await with_deadline(connection.finished)
-    assert b.server.close_frames == [(1013, "messages come faster than they are read")]
+    assert b.server.close_frames == [(1013, "inbox full")]
     assert b.events.counters.messages_discarded == 3
 
 
@@ -264,7 +264,7 @@ async def test_ping_flood_is_not_fully_answered(bench: Any) -> None:
     b.server.block()
     b.server.feed_text(*["ping"] * 100, "data")
     await eventually(lambda: len(connection.inbox) == 1)
-    assert len(connection.outbox) <= MAX_URGENT
+    assert len(connection.outbox) <= MAX_CONTROL_FRAMES
     assert connection.close_info is None
 
 
@@ -307,7 +307,7 @@ async def test_message_size_is_checked_only_with_reachable_limit(
 
 async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After inbox_pause_timeout without a read, reading goes on, and the oldest messages go and are counted."""
-    monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(pump_module, "_POLL_INTERVAL", 0.01)
     b = bench(inbox_max_messages=2, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
     b.server.feed_text("1", "2", "3")
@@ -322,14 +322,14 @@ async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, mo
 
 async def test_pump_closes_hanging_endpoint_after_pause_timeout(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that has read, and neither reads nor sends any more, is cut after inbox_pause_timeout."""
-    monkeypatch.setattr(pump_module, "_LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(pump_module, "_POLL_INTERVAL", 0.01)
     b = bench(inbox_max_messages=1, inbox_pause_timeout=0.05)
     connection, _ = await b.open()
     b.server.feed_text("first")
     await with_deadline(connection.receive())
     b.server.feed_text("1", "2")
     await with_deadline(connection.finished)
-    assert b.server.close_frames == [(1013, "nobody reads the messages")]
+    assert b.server.close_frames == [(1013, "messages are not read")]
 
 
 async def test_pump_does_not_pause_with_ignore_messages(bench: Any) -> None:

@@ -129,7 +129,8 @@ SAFE = {
         "pending",
         "_discarded",
     ),
-    *("flush_now", "Remains", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable", "_forget", "_arm"),
+    *("flush_now", "ResidualMemory", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable"),
+    *("_forget", "_arm"),
     *(
         "_key_of",
         "_expected_as",
