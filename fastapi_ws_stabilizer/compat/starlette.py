@@ -6,6 +6,7 @@ the part. `tests/unit/compat/test_starlette.py` runs on the lowest and on the ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Final
@@ -107,3 +108,50 @@ def mounted_app(route: Any) -> Any:
             break
         app = inner
     return app
+
+
+class _EndedWebSocket(WebSocket):
+    """Starlette's `WebSocket` of a closed connection.
+
+    Starlette rejects a read after a disconnect at once, even if messages are unread. Here unread messages are read
+    first. Then each read reports the disconnect again, and yields to the event loop.
+    """
+
+    async def receive(self) -> Any:
+        """Return the next ASGI event: unread messages, then the disconnect, as often as asked."""
+        return await self._receive()
+
+    async def send(self, message: Any) -> None:
+        """As Starlette's."""
+        await self._repeated()
+        await super().send(message)
+
+    async def receive_text(self) -> str:
+        """As Starlette's."""
+        await self._repeated()
+        return await super().receive_text()
+
+    async def receive_bytes(self) -> bytes:
+        """As Starlette's."""
+        await self._repeated()
+        return await super().receive_bytes()
+
+    async def receive_json(self, mode: str = "text") -> Any:
+        """As Starlette's."""
+        await self._repeated()
+        return await super().receive_json(mode)
+
+    async def _repeated(self) -> None:
+        """Report a call that Starlette is about to reject to the connection behind the `receive`."""
+        if self.application_state is not WebSocketState.CONNECTED:
+            await self._receive.__self__.yield_after_end()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ended_class(kind: type[WebSocket]) -> type[WebSocket]:
+    return type(f"Ended{kind.__name__}", (_EndedWebSocket, kind), {})
+
+
+def mark_ended(websocket: WebSocket) -> None:
+    """Let a `WebSocket` behave as one whose connection is closed, also in the variables of user code."""
+    websocket.__class__ = _ended_class(type(websocket))

@@ -24,12 +24,12 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, CloseInfo, DisconnectReason, detaches, local_close
-from fastapi_ws_stabilizer.compat.ended_websocket import IGNORED, PAUSE, SPINS, becomes_ended, end_errors_of
-from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected
+from fastapi_ws_stabilizer.compat.starlette import asgi_callables, install_asgi_shim, mark_disconnected, mark_ended
 from fastapi_ws_stabilizer.config import CompressionMode, HeartbeatType
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.direct_reader import DirectReader
+from fastapi_ws_stabilizer.connection.end_errors import IGNORED, PAUSE, SPINS, end_errors_of
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
 from fastapi_ws_stabilizer.connection.handover import Handover
 from fastapi_ws_stabilizer.connection.inbox import Inbox
@@ -237,7 +237,7 @@ class Connection(Handover):
 
     def _mark_websocket_disconnected(self) -> None:
         """Set the state of Starlette's `WebSocket` to disconnected once all received messages are read."""
-        becomes_ended(self.websocket)
+        mark_ended(self.websocket)
         if not len(self.inbox):
             mark_disconnected(self.websocket)
 

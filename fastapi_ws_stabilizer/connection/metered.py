@@ -10,7 +10,6 @@ from typing import Final
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.messages import Messages
-from fastapi_ws_stabilizer.connection.remains import ResidualMemory
 from fastapi_ws_stabilizer.limits.connections import retry_delay
 from fastapi_ws_stabilizer.limits.inbound import RateExceeded
 from fastapi_ws_stabilizer.limits.rates import Rate, TokenBucket
@@ -138,3 +137,35 @@ class Metered(Messages):
 def wire_size(raw: str | bytes) -> int:
     """Return the bytes of a message on the wire, uncompressed."""
     return len(raw if isinstance(raw, bytes) or raw.isascii() else raw.encode("utf-8", "surrogatepass"))
+
+
+class ResidualMemory:
+    """Memory account of a closing connection: unread messages, and messages being flushed.
+
+    The memory budget treats it like a client.
+
+    Args:
+        connection: The connection.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Metered) -> None:
+        self._connection = connection
+
+    @property
+    def connection_id(self) -> str:
+        """Id of the connection."""
+        return self._connection.connection_id
+
+    @property
+    def memory_usage(self) -> int:
+        """Bytes that the connection holds."""
+        return self._connection.residual_memory
+
+    def evict(self) -> None:
+        """Discard the messages, because the memory limit of the server is reached."""
+        self._connection.discard_residual()
+
+    def on_limit_exceeded(self, _: int) -> None:
+        """Do nothing, because the memory of a closing connection does not grow."""

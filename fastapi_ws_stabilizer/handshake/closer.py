@@ -18,7 +18,7 @@ from fastapi_ws_stabilizer.connection import current as own
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
-from fastapi_ws_stabilizer.connection.remains import ResidualMemory
+from fastapi_ws_stabilizer.connection.metered import ResidualMemory
 from fastapi_ws_stabilizer.connection.resources import SharedResources
 from fastapi_ws_stabilizer.errors import (
     SocketClosed,

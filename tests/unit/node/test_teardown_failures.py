@@ -145,8 +145,18 @@ SAFE = {
         "stop_accounting",
         "detach",
     ),
-    *("pop", "detaches", "is_terminal", "on_closing", "on_closed", "on_session_end", "finished", "save", "mark_disconnected"),
-    *("_abandon_endpoint", "len", "becomes_ended"),
+    *(
+        "pop",
+        "detaches",
+        "is_terminal",
+        "on_closing",
+        "on_closed",
+        "on_session_end",
+        "finished",
+        "save",
+        "mark_disconnected",
+    ),
+    *("_abandon_endpoint", "len", "mark_ended"),
 }
 """Calls that are not made to raise: those that cannot, those that hold the end together, and those that belong to a
 step which is made to raise as a whole."""

@@ -12,7 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
-from fastapi_ws_stabilizer.compat.ended_websocket import IGNORED, PAUSE, SPINS
+from fastapi_ws_stabilizer.connection.end_errors import IGNORED, PAUSE, SPINS
 from fastapi_ws_stabilizer.errors import SocketClosed
 from tests.support.fake_websocket import settle, with_deadline
 
