@@ -106,7 +106,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
-    "_keep_rooms": (Closer,),
+    "_save_rooms": (Closer,),
     "_save_state": (SessionLifecycle,),
     "_leave_presence": (SessionLifecycle,),
     "_detached_state_of": (SessionLifecycle,),
