@@ -132,7 +132,7 @@ SAFE = {
     *("flush_now", "Remains", "isinstance", "_cancel_endpoint", "_mark_closed", "is_resumable", "_forget", "_arm"),
     *(
         "_key_of",
-        "_expected_as",
+        "_resumable_key",
         "add",
         "get",
         "detach",
