@@ -130,8 +130,8 @@ class Dispatcher:
             except BroadcastFailedError as error:
                 # The handler called raise_for_failure(): other clients were too slow, so this one stays connected.
                 connection.emit("broadcast_failed", logging.WARNING, recipients=error.total)
-            except RequestError as refusal:
-                self._answer_error(connection, message, refusal.code, refusal.message)
+            except RequestError as problem:
+                self._answer_error(connection, message, problem.code, problem.message)
                 return
             except asyncio.CancelledError:
                 self._fail(connection, message, "interrupted", "the handler was cancelled")

@@ -466,13 +466,13 @@ class Acceptor(Closer, Services):
 
 
 def _close_quietly(
-    refusal: MemoryLimitExceededError, _: type[BaseException] | None, error: BaseException | None, __: Any
+    raised: MemoryLimitExceededError, _: type[BaseException] | None, error: BaseException | None, __: Any
 ) -> bool:
     """Replace an uncaught error of `connect()` at the end of the endpoint with one that makes Starlette close.
 
     `MemoryLimitExceededError` cannot be a `WebSocketException` itself, because it is raised in HTTP routes too.
     """
-    if error is not refusal:
+    if error is not raised:
         return False
-    close_info = close_info_for(refusal)
-    raise WebSocketException(close_info.code, close_info.reason) from refusal
+    close_info = close_info_for(raised)
+    raise WebSocketException(close_info.code, close_info.reason) from raised

@@ -464,8 +464,8 @@ class SessionLifecycle:
 
     # ── expiry ──
 
-    def _forget(self, gone: Sequence[DetachedState]) -> None:
-        for state in gone:
+    def _forget(self, states: Sequence[DetachedState]) -> None:
+        for state in states:
             self._budget.remove(state)
             state.user_data.detach()
             last: Connection = state.socket._connection
