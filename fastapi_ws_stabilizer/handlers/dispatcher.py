@@ -134,10 +134,10 @@ class Dispatcher:
                 self._answer_error(connection, message, problem.code, problem.message)
                 return
             except asyncio.CancelledError:
-                self._fail(connection, message, "interrupted", "the handler was cancelled")
+                self._answer_failure(connection, message, "interrupted", "the handler was cancelled")
                 raise
             except BaseException:
-                self._fail(connection, message, "handler_failed", "the server failed to handle the message")
+                self._answer_failure(connection, message, "handler_failed", "the server failed to handle the message")
                 raise
         if message is not None and connection.protocol is not None:
             if interrupted and answer is None:
@@ -146,7 +146,7 @@ class Dispatcher:
                 try:
                     connection.protocol.on_handled(message, answer)
                 except MessageEncodeError:
-                    self._fail(connection, message, "handler_failed", "the server's answer cannot be sent")
+                    self._answer_failure(connection, message, "handler_failed", "the server's answer cannot be sent")
                     raise
 
     @staticmethod
@@ -156,7 +156,7 @@ class Dispatcher:
             connection.protocol.on_failed(message)
 
     @staticmethod
-    def _fail(connection: Connection, message: Message | None, code: str, text: str) -> None:
+    def _answer_failure(connection: Connection, message: Message | None, code: str, text: str) -> None:
         """Answer a request with an error because its handler ended without an answer."""
         if message is not None and connection.protocol is not None:
             connection.protocol.gave_up(message, code, text)
