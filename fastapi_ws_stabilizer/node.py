@@ -93,7 +93,7 @@ class Node(Acceptor):
             config, self.sessions, rejector, address_of=lambda websocket: self.admission.address_of(websocket)
         )
         self.admission = AdmissionController(
-            config, events, rejector, self._hello_reader, endings=self._closing_connections
+            config, events, rejector, self._hello_reader, closing_connections=self._closing_connections
         )
         self.heartbeat = HeartbeatScheduler(config, events)
         self.reaper = ConnectionReaper(config)

@@ -1,4 +1,4 @@
-"""Who a client is: where its credential is found, and tickets to come in with."""
+"""Authentication: credential sources, reconnect tokens and one-time tickets."""
 
 from fastapi_ws_stabilizer.auth.credentials import Credential, bearer, cookie, first_message, query, subprotocol
 

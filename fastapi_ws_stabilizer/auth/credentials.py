@@ -1,7 +1,7 @@
-"""Where a client puts its credential, on an HTTP route and on a socket alike.
+"""Credential sources for HTTP routes and WebSockets.
 
-Starlette's `HTTPConnection` is what `Request` and `WebSocket` have in common, and FastAPI hands it to a dependency of
-either. A credential itself is in no repr, error or log of this module.
+Starlette's `HTTPConnection` is the common base of `Request` and `WebSocket`, and FastAPI passes it to dependencies of
+both. No repr, error or log of this module contains a credential.
 """
 
 # No `from __future__ import annotations`: older FastAPI cannot resolve the annotations of an object's `__call__`.
@@ -18,40 +18,44 @@ from fastapi_ws_stabilizer.wire.v1.frames import AUTH_PREFIX, SUBPROTOCOL
 from fastapi_ws_stabilizer.wire.v1.hello import offered_credential
 
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
-"""A longer one is none."""
+"""Maximum size of a credential in bytes. A longer value counts as no credential."""
 
 SUBPROTOCOL_KEY: Final = "fastapi_ws_stabilizer.subprotocol"
-"""Where the scope of a socket holds the subprotocol that its handshake is to be answered with: a marker, no secret."""
+"""Scope key of the subprotocol to answer the handshake with. It is a marker, not a secret."""
 
-HANDSHAKE_SCOPE_KEY: Final = "fastapi_ws_stabilizer.door"
-"""Where the scope of a socket holds its `AdmissionController`, before any dependency runs that may want the first
-message."""
+HANDSHAKE_SCOPE_KEY: Final = "fastapi_ws_stabilizer.handshake"
+"""Scope key of the handshake. It is set before any dependency runs that may need the first message."""
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 _BEARER: Final = re.compile("bearer +([!-~]+)", re.IGNORECASE)
 _NOT_READ: Final = (
-    "first_message() was asked of a WebSocket that no manager.socket_for has taken yet, so nobody can hear it: put the "
-    "socket first among the endpoint's parameters, and the identity into no dependencies="
+    "first_message() ran before manager.socket_for or without it, so the first message cannot be read: put the socket "
+    "first among the endpoint's parameters, and do not put the identity dependency into dependencies="
 )
 _SUBPROTOCOL: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
-class Door(Protocol):
-    """What lets a client in far enough to hear its first message."""
+class FirstMessageReader(Protocol):
+    """Handshake that can accept the WebSocket and read the first message."""
 
     async def credential(self) -> str | None:
-        """The credential in a client's hello, waiting for that; `None` if there is none. Asked again, it says the same.
+        """Accept the WebSocket, wait for the hello, and return its credential.
 
-        It accepts the WebSocket. For a plain client it does nothing and returns `None`.
+        Returns:
+            The credential, the same at each call, or `None` if the hello has none. For a plain client it is `None`
+            at once, and the WebSocket is not accepted.
         """
 
 
 class CredentialSource(Protocol):
-    """Where a credential may be. Its `str` says so to who has sent none."""
+    """Part of a request that may hold a credential.
+
+    Its `str` goes into the error for a client that sent no credential.
+    """
 
     def find(self, connection: HTTPConnection) -> str | None:
-        """The credential that a connection has there; `None` if it has none."""
+        """Return the credential of a connection from this source, or `None`."""
 
 
 class _BearerSource:
@@ -90,7 +94,7 @@ class _QuerySource:
 class _SubprotocolSource:
     def __init__(self, marker: str | None) -> None:
         if marker is not None and (not _SUBPROTOCOL.fullmatch(marker) or marker.startswith("stabilizer.")):
-            raise ValueError(f"{marker!r} cannot mark a credential: a subprotocol is a word, such as 'bearer'")
+            raise ValueError(f"{marker!r} cannot mark a credential: use a subprotocol name such as 'bearer'")
         self._marker = marker
 
     def __str__(self) -> str:
@@ -107,7 +111,10 @@ class _SubprotocolSource:
         return None if marked == SUBPROTOCOL or marked.startswith(AUTH_PREFIX) else marked
 
     def mark(self, connection: HTTPConnection) -> None:
-        """Have the handshake answered with the marker: a browser that offers subprotocols wants one of them."""
+        """Select the marker as the subprotocol of the answer.
+
+        A browser that offers subprotocols requires one of them in the answer.
+        """
         if self._marker is not None and self._marker in (connection.scope.get("subprotocols") or ()):
             connection.scope.setdefault(SUBPROTOCOL_KEY, self._marker)
 
@@ -120,12 +127,12 @@ class _FirstMessageSource:
         return "the first message"
 
     def find(self, connection: HTTPConnection) -> None:
-        """Nothing: it has to be waited for."""
+        """Return `None`: only `ask` can wait for the first message."""
 
     async def ask(self, connection: HTTPConnection) -> str | None:
-        door: Door | None = connection.scope.get(HANDSHAKE_SCOPE_KEY)
-        if door is not None:
-            return await door.credential()
+        reader: FirstMessageReader | None = connection.scope.get(HANDSHAKE_SCOPE_KEY)
+        if reader is not None:
+            return await reader.credential()
         if connection.scope["type"] == "websocket" and not self._warned:
             self._warned = True
             logger.warning("%s", _NOT_READ, extra={"event": "first_message_not_heard"})
@@ -133,61 +140,66 @@ class _FirstMessageSource:
 
 
 def bearer() -> CredentialSource:
-    """The header `Authorization: Bearer <token>`. Clients that are not browsers send it."""
+    """Read the header `Authorization: Bearer <token>`. Browsers cannot send it on a WebSocket."""
     return _BearerSource()
 
 
 def cookie(name: str) -> CredentialSource:
-    """The cookie of that name. A browser sends it by itself, for pages of every site: look at the `Origin` too."""
+    """Read the cookie of that name.
+
+    A browser also sends cookies for pages of other sites, so check the `Origin` too.
+    """
     return _CookieSource(name)
 
 
 def query(name: str) -> CredentialSource:
-    """The query parameter of that name, if it is given once. It is written to access logs: prefer a ticket.
+    """Read the query parameter of that name, if it occurs once.
 
-    A reconnect token of this library, which comes as `?token=`, is no credential.
+    Access logs contain query strings, so prefer a ticket. A reconnect token of this library, sent as `?token=`, does
+    not count as a credential.
     """
     return _QuerySource(name)
 
 
 def subprotocol(marker: str | None = None) -> CredentialSource:
-    """What a browser can send though it cannot set a header, and what no log writes down: a subprotocol.
+    """Read the credential from the subprotocols that the client offers.
 
-    `stabilizer.auth.<base64url of the credential>`, as a client of `stabilizer.v1.json` offers it; and with a marker
-    also the subprotocol after that one: `new WebSocket(url, ["bearer", token])` is read by `subprotocol("bearer")`.
-    The handshake is answered with the marker, never with the credential.
+    A browser can send subprotocols although it cannot set headers, and access logs do not contain them. The source
+    reads `stabilizer.auth.<base64url of the credential>`, which a client of `stabilizer.v1.json` offers. With a marker
+    it also reads the subprotocol after the marker: `subprotocol("bearer")` reads
+    `new WebSocket(url, ["bearer", token])`. The server answers with the marker, never with the credential.
 
     Raises:
-        ValueError: The marker is no word, or one of this library's.
+        ValueError: The marker is not a valid subprotocol name, or is one of this library.
     """
     return _SubprotocolSource(marker)
 
 
 def first_message() -> CredentialSource:
-    """The hello of a client of `stabilizer.v1.json`. Plain clients, and HTTP requests, have none there.
+    """Read the hello of a client of `stabilizer.v1.json`. Plain clients and HTTP requests have none.
 
-    It is tried last, wherever it stands: to hear it, the WebSocket is accepted.
+    `Credential` tries this source last, in any order of arguments, because reading the hello accepts the WebSocket.
     """
     return _FirstMessageSource()
 
 
 class Credential:
-    """A dependency that finds a credential: `token: str = Depends(Credential(bearer(), cookie("session")))`.
+    """Dependency that finds a credential: `token: str = Depends(Credential(bearer(), cookie("session")))`.
 
-    The same one works on an HTTP route and on a socket. It only finds: whether the credential is good is for the
-    dependency to say that wants it.
+    The same object works on HTTP routes and on sockets. It does not verify the credential. The dependency that uses
+    it has to do so.
 
     Args:
-        sources: Where it may be, tried in this order, the first message last.
-        required: Whether it is an error if there is none; else there is `None`.
+        sources: Sources to try in this order, the first message last.
+        required: Whether a missing credential is an error. Otherwise the result is `None`.
 
     Raises:
-        TypeError: There is no place.
+        TypeError: No source is given.
     """
 
     def __init__(self, *sources: CredentialSource, required: bool = True) -> None:
         if not sources:
-            raise TypeError("say where a credential may be: Credential(bearer(), ...)")
+            raise TypeError("Credential needs at least one source: write Credential(bearer(), ...)")
         self._sources = sources
         self._required = required
 
@@ -195,21 +207,21 @@ class Credential:
         return f"<Credential in {_either(self._sources)}>"
 
     async def __call__(self, connection: HTTPConnection) -> str | None:
-        """The credential of this connection. Cancelling it gives up waiting for the first message.
+        """Return the credential of this connection. Cancelling stops waiting for the first message.
 
         Raises:
-            HTTPException: 401: there is none, and it is required.
+            HTTPException: 401 if a required credential is missing.
         """
         found = await self._find(connection)
         if found is None and self._required:
             headers = (
                 {"WWW-Authenticate": "Bearer"} if any(isinstance(one, _BearerSource) for one in self._sources) else None
             )
-            raise HTTPException(401, f"a credential is wanted, in {_either(self._sources)}", headers=headers)
+            raise HTTPException(401, f"missing credential: send it in {_either(self._sources)}", headers=headers)
         return found
 
     async def _find(self, connection: HTTPConnection) -> str | None:
-        for source in self._sources:  # all of them, before the first one that finds something: a cookie comes by itself
+        for source in self._sources:  # all sources, because a cookie may be found first and the answer needs the marker
             if isinstance(source, _SubprotocolSource):
                 source.mark(connection)
         for source in self._sources:
@@ -225,7 +237,7 @@ class Credential:
 
 
 def _credential(text: str | None) -> str | None:
-    """What was found, if it can be a credential."""
+    """Return the text if it can be a credential, else `None`."""
     return text if text and len(text.encode("utf-8", "replace")) <= MAX_CREDENTIAL_BYTES else None
 
 

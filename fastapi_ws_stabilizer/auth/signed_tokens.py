@@ -1,7 +1,7 @@
-"""Signed words by which a client proves, later and to any worker, which client it is: reconnect tokens, and tickets.
+"""Signed tokens that prove a client id to any worker: reconnect tokens and tickets.
 
-A token holds nothing secret and nothing but what it says: whose it is, when it was issued, until when it is good, and a
-number of its own. What makes it worth something is the signature over all of that, and over what it is good for.
+A token contains nothing secret: the client id, the time of issue, the time of expiry and a unique number. Its signature
+covers all of these and the kind of token.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from fastapi_ws_stabilizer.errors import InvalidTokenError, TokenExpiredError, T
 from fastapi_ws_stabilizer.wire.identifiers import check_client_id, is_name
 
 PREFIX: Final = "wsr1."
-"""What every reconnect token of this version begins with, so that somebody else's token is not taken for a bad one."""
+"""Prefix of every reconnect token of this version. A token of another system is not reported as an invalid one."""
 
 MAX_SIGNED_TOKEN_CHARS: Final = 8192
-"""Longer ones are refused before anything is decoded."""
+"""Maximum length of a token in characters. A longer token is rejected before anything is decoded."""
 
 MAX_USED: Final = 100_000
-"""Used tokens that are remembered at most."""
+"""Maximum number of used tokens that are remembered."""
 
 MAX_REVOKED: Final = 100_000
-"""Clients whose tokens were revoked that are remembered at most."""
+"""Maximum number of clients with revoked tokens that are remembered."""
 
 _CONTEXT: Final = b"fastapi-ws-stabilizer reconnect token 1\x00"
-"""Goes into each signature, so that what the same secret signs elsewhere is no reconnect token."""
+"""Part of each signature, so that other data signed with the same secret is not a valid reconnect token."""
 
-_HEAD: Final = struct.Struct(">QQ12sI")  # issued and good until, in milliseconds; number; bytes of the client id
+_HEAD: Final = struct.Struct(">QQ12sI")  # issued and expiry in milliseconds, number, bytes of the client id
 _SIGNATURE_BYTES: Final = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
 class TokenClaims:
-    """What a token says, after its signature was found good.
+    """Content of a token with a valid signature.
 
     Attributes:
-        client_id: Whose it is.
-        issued: When it was made, in milliseconds of wall time.
-        until: Until when it is good.
-        number: What tells it from all others.
+        client_id: The client that the token was issued for.
+        issued: Time of issue, in milliseconds of wall time.
+        until: Time of expiry, in milliseconds of wall time.
+        number: Unique number of the token.
     """
 
     client_id: str
@@ -58,16 +58,16 @@ class TokenClaims:
 
 
 class SignedTokens:
-    """Issues tokens of one kind, and takes each of them once, in this process.
+    """Issuer and verifier of tokens of one kind. Each token is valid once in this process.
 
     Args:
-        secrets_: Keys: the first one signs, all of them verify. A random one when there is none.
-        ttl: Seconds that a token is good for.
+        secrets_: Signing keys. The first key signs, all keys verify. Without keys, a random key is used.
+        ttl: Lifetime of a token in seconds.
 
     Attributes:
-        prefix: What its tokens begin with.
-        context: Goes into each signature, so that a token of one kind is none of another.
-        kind: What errors call it.
+        prefix: Prefix of the tokens.
+        context: Part of each signature, so that a token of one kind is not valid as another kind.
+        kind: Name of the kind in errors.
     """
 
     prefix: ClassVar[str]
@@ -78,35 +78,36 @@ class SignedTokens:
         self._keys = tuple(secrets_) or (secrets.token_bytes(32),)
         self._ttl_ms = int(ttl * 1000)
         self._used: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # number → issued, until
-        self._revoked: OrderedDict[str, int] = OrderedDict()  # client id → the last moment whose tokens are not good
+        self._revoked: OrderedDict[str, int] = OrderedDict()  # client id → latest time of issue that is revoked
         self._floor = -1
         self._latest = -1
 
     def __len__(self) -> int:
-        """How many used tokens are remembered."""
+        """Return the number of used tokens that are remembered."""
         return len(self._used)
 
     def issue(self, client_id: str) -> str:
-        """Make a token for a client. It is good whatever has been revoked before.
+        """Issue a token for a client. Earlier revocations do not affect it.
 
         Raises:
-            ValueError: No client can be called so.
+            ValueError: The client id is invalid.
         """
         check_client_id(client_id)
         name = client_id.encode()
         now = _now()
-        # After what was revoked or forgotten, also in the same millisecond, or when the clock was set back since.
+        # Later than what was revoked or forgotten, even in the same millisecond or after the clock was set back.
         issued = max(now, self._revoked.get(client_id, -1) + 1, self._floor + 1)
         self._latest = max(self._latest, issued)
         body = _HEAD.pack(issued, now + self._ttl_ms, secrets.token_bytes(12), len(name)) + name
         return self.prefix + _text(body + _sign(self._keys[0], body, self.context))
 
     def read(self, token: str) -> TokenClaims:
-        """Verify a token and return what it says, without using it up.
+        """Verify a token and return its content, without using it up.
 
         Raises:
-            InvalidTokenError: It is no token, was altered or cut, or was signed with a secret that is not ours.
-            TokenExpiredError: Its time is over.
+            InvalidTokenError: The text is not a token of this kind, was altered or truncated, or was signed with an
+                unknown secret.
+            TokenExpiredError: The token has expired.
         """
         if not isinstance(token, str) or not token.startswith(self.prefix) or len(token) > MAX_SIGNED_TOKEN_CHARS:
             raise InvalidTokenError("malformed", kind=self.kind)
@@ -116,12 +117,12 @@ class SignedTokens:
         except (UnicodeEncodeError, binascii.Error):
             raise InvalidTokenError("malformed", kind=self.kind) from None
         body, signature = raw[:-_SIGNATURE_BYTES], raw[-_SIGNATURE_BYTES:]
-        if len(body) < _HEAD.size or _text(raw) != token[len(self.prefix) :]:  # two spellings of one token would be two
+        if len(body) < _HEAD.size or _text(raw) != token[len(self.prefix) :]:  # one encoding for each token
             raise InvalidTokenError("malformed", kind=self.kind)
-        good = False
-        for key in self._keys:  # all of them, always: how long it takes tells nothing
-            good |= hmac.compare_digest(_sign(key, body, self.context), signature)
-        if not good:
+        matches = False
+        for key in self._keys:  # always all keys, so that the duration does not reveal which key matches
+            matches |= hmac.compare_digest(_sign(key, body, self.context), signature)
+        if not matches:
             raise InvalidTokenError("signature", kind=self.kind)
         issued, until, number, length = _HEAD.unpack_from(body)
         name = body[_HEAD.size :]
@@ -130,21 +131,21 @@ class SignedTokens:
         if until <= _now():
             raise TokenExpiredError(kind=self.kind)
         client_id = name.decode("utf-8", "surrogatepass")
-        if not is_name(client_id):  # another version, which shares the secret, has taken such a name
+        if not is_name(client_id):  # another version with the same secret may allow such a name
             raise InvalidTokenError("malformed", kind=self.kind)
         return TokenClaims(client_id, issued, until, number)
 
     def check(self, token: str, client_id: str | None = None) -> TokenClaims:
-        """Verify a token that is going to be used, without using it up.
+        """Verify that a token can be used, without using it up.
 
         Args:
-            token: What the client sent.
-            client_id: Whose it must be; anybody's when left out.
+            token: The token that the client sent.
+            client_id: The client that the token must belong to. By default any client.
 
         Raises:
-            InvalidTokenError: As `read`; or it is another client's, was revoked, or was used before.
-            TokenExpiredError: Its time is over, or so many have been used or revoked since that we do not remember
-                whether it was.
+            InvalidTokenError: As for `read`, or the token belongs to another client, was revoked, or was used before.
+            TokenExpiredError: The token has expired. It also counts as expired if the records of its use or revocation
+                may have been dropped because of `MAX_USED` or `MAX_REVOKED`.
         """
         claim = self.read(token)
         if client_id is not None and claim.client_id != client_id:
@@ -157,44 +158,44 @@ class SignedTokens:
         return claim
 
     def check_not_revoked(self, claim: TokenClaims) -> None:
-        """Look whether what a token says still holds, which may have been used up meanwhile.
+        """Check that a verified token was not revoked since. It may have been used.
 
         Raises:
-            InvalidTokenError: It was revoked.
+            InvalidTokenError: The token was revoked.
         """
         if claim.issued <= self._revoked.get(claim.client_id, -1):
             raise InvalidTokenError("revoked", kind=self.kind)
 
     def consume(self, token: str, client_id: str | None = None) -> TokenClaims:
-        """Verify a token and use it up. Raises as `check`."""
+        """Verify a token and use it up. Raises the same errors as `check`."""
         claim = self.check(token, client_id)
         self._remember(claim)
         return claim
 
     def revoke(self, client_id: str) -> None:
-        """Refuse every token of a client that was issued up to now, in this millisecond too.
+        """Revoke every token of a client that was issued up to now, including this millisecond.
 
-        Tokens that another worker has issued are compared with the clock of this one, and each worker has to be told.
-        It is remembered as long as such a token would be good. When too many are remembered the first is forgotten, and
-        with it all tokens that were issued before it are refused from then on, whosever they are: one that was revoked
-        is never good again.
+        Tokens from another worker are compared with the clock of this worker, and each worker needs its own call. A
+        revocation is remembered for the lifetime of a token. At most `MAX_REVOKED` revocations are remembered. When the
+        oldest is dropped, all tokens issued up to its time are rejected, whichever client they belong to. So a revoked
+        token never becomes valid again.
         """
         now = _now()
-        self._revoked[client_id] = max(now, self._latest)  # the clock may have been set back since one was issued
+        self._revoked[client_id] = max(now, self._latest)  # the clock may have been set back since the last issue
         self._revoked.move_to_end(client_id)
         while self._revoked:
             first, moment = next(iter(self._revoked.items()))
             if moment + self._ttl_ms > now and len(self._revoked) <= MAX_REVOKED:
                 break
-            # Where its time is over this refuses only what a worker with a longer ttl has issued.
+            # For an expired revocation this rejects only tokens from a worker with a longer ttl.
             self._floor = max(self._floor, moment)
             del self._revoked[first]
 
     def _remember(self, claim: TokenClaims) -> None:
-        """Note that a token was used, for as long as it would be good.
+        """Remember until its expiry that a token was used.
 
-        When too many are remembered the first is forgotten, and with it all that were issued before it are refused from
-        then on: a token is never good twice.
+        At most `MAX_USED` tokens are remembered. When the oldest is dropped, all tokens issued up to its time of issue
+        are rejected. So a token is never valid twice.
         """
         self._used[claim.number] = (claim.issued, claim.until)
         now = _now()
@@ -208,7 +209,7 @@ class SignedTokens:
 
 
 class ReconnectTokens(SignedTokens):
-    """The tokens by which a plain client gets back what it has left."""
+    """Issuer and verifier of reconnect tokens, with which plain clients restore their state."""
 
     prefix = PREFIX
     context = _CONTEXT
@@ -216,7 +217,7 @@ class ReconnectTokens(SignedTokens):
 
 
 def looks_like_token(text: str | None) -> bool:
-    """Whether a text is meant to be one of our reconnect tokens, and not a credential of the application's own."""
+    """Return whether a text looks like a reconnect token of this library, not a credential of the application."""
     return text is not None and text.startswith(PREFIX)
 
 

@@ -1,4 +1,4 @@
-"""One-time tickets: what an HTTP route gives out, to somebody who is logged in, to come in with at a socket."""
+"""One-time tickets, which an HTTP route issues to a logged-in user for opening a socket."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Final
 from fastapi_ws_stabilizer.auth.signed_tokens import SignedTokens
 
 TICKET_PREFIX: Final = "wst1."
-"""What every ticket of this version begins with."""
+"""Prefix of every ticket of this version."""
 
 
 class Tickets(SignedTokens):
-    """Issues tickets, and takes each of them once, in this process.
+    """Issuer and verifier of tickets. Each ticket is valid once in this process.
 
-    A ticket stands in a URL, and so in access logs, where a used one is worth nothing. A worker does not know which of
-    them another has taken: there its short life is what protects it. A reconnect token is no ticket, and the other way
-    round, though the same secret signs both.
+    A ticket is part of a URL, so it appears in access logs, but a used ticket is worthless. A worker does not know
+    which tickets another worker has accepted. Across workers only the short lifetime protects a ticket. A reconnect
+    token is not a valid ticket, nor a ticket a valid reconnect token, although the same secret signs both.
 
     Args:
-        secrets_: Keys: the first one signs, all of them verify. A random one when there is none.
-        ttl: Seconds that a ticket is good for.
+        secrets_: Signing keys. The first key signs, all keys verify. Without keys, a random key is used.
+        ttl: Lifetime of a ticket in seconds.
     """
 
     prefix = TICKET_PREFIX
@@ -27,11 +27,11 @@ class Tickets(SignedTokens):
     kind = "ticket"
 
     def redeem(self, ticket: str) -> str:
-        """Use a ticket up, and return the client id that it was issued for.
+        """Use up a ticket, and return the client id that it was issued for.
 
         Raises:
-            InvalidTokenError: It is no ticket, was altered, was signed with another secret, was revoked, or was used
-                before.
-            TokenExpiredError: Its time is over.
+            InvalidTokenError: The text is not a ticket, or the ticket was altered, signed with another secret,
+                revoked, or used before.
+            TokenExpiredError: The ticket has expired.
         """
         return self.consume(ticket).client_id

@@ -1,4 +1,4 @@
-"""From the messages of one connection to the handlers: `StableSocket.run`."""
+"""Dispatch of received messages to handlers, for `StableSocket.run`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 
 class Dispatcher:
-    """Hands messages to handlers and answers those that nobody can take."""
+    """Dispatcher of messages to handlers. It answers invalid messages with an error."""
 
     def __init__(self, handlers: HandlerRegistry, config: WebSocketConfig, events: EventBus) -> None:
         self._handlers = handlers
@@ -31,13 +31,14 @@ class Dispatcher:
         self._events = events
 
     async def run(self, connection: Connection | EndedConnection, concurrency: int) -> None:
-        """Handle every message of a connection until it is over.
+        """Handle every message of a connection until it closes.
 
-        What was received before the end is handled too. If a handler raises, the others that run are cancelled.
+        Messages received before the close are handled too. If a handler raises, the other running handlers are
+        cancelled.
 
         Raises:
             ValueError: `concurrency` is below 1.
-            SocketClosed: Nothing is kept of the connection any more but what hooks for the end of a session may ask.
+            SocketClosed: The connection ended long ago, and only the data for session end hooks is left.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -59,30 +60,30 @@ class Dispatcher:
     async def _run_concurrently(self, connection: Connection, concurrency: int) -> None:
         tasks = TaskSet(lambda _, __: None)  # failures are raised to the endpoint
         running: set[asyncio.Task[None]] = set()
-        reading: asyncio.Task[Item] | None = None
-        over = False
+        receiving: asyncio.Task[Item] | None = None
+        closed = False
         try:
-            while running or not over:
-                if reading is None and not over and len(running) < concurrency:
-                    reading = tasks.spawn(connection.receive_item(), name=f"ws-read-{connection.connection_id}")
-                waiting: set[asyncio.Task[Any]] = {*running} if reading is None else {*running, reading}
+            while running or not closed:
+                if receiving is None and not closed and len(running) < concurrency:
+                    receiving = tasks.spawn(connection.receive_item(), name=f"ws-read-{connection.connection_id}")
+                waiting: set[asyncio.Task[Any]] = {*running} if receiving is None else {*running, receiving}
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 handled = {task for task in running if task in done}
                 running -= handled
                 self._raise_first(connection, handled)
-                if reading is not None and reading.done():
+                if receiving is not None and receiving.done():
                     try:
-                        message = self._handle(connection, reading.result())
+                        message = self._handle(connection, receiving.result())
                         running.add(tasks.spawn(message, name=f"ws-message-{connection.connection_id}"))
                     except SocketClosed:
-                        over = True
-                    reading = None
+                        closed = True
+                    receiving = None
         finally:
             if cancelled := tasks.cancel():
                 await asyncio.wait(cancelled)
 
     def _raise_first(self, connection: Connection, done: set[asyncio.Task[None]]) -> None:
-        """Raise what one of these tasks raised; what others did at the same moment is reported."""
+        """Raise the exception of one of these tasks, and report those of the others."""
         errors: list[BaseException] = []
         for task in done:
             error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -122,21 +123,21 @@ class Dispatcher:
                 answered = await (call if timings is None else timings.handlers.around(call))
                 answer = answered if answer is None else answer
             except SocketClosed:
-                # It wanted to answer a client that has left. What else that client sent is still handled.
+                # The handler tried to answer a client that has left. Its other messages are still handled.
                 if connection.close_info is None:
                     raise
                 interrupted = True
             except BroadcastFailedError as error:
-                # The handler called raise_for_failure(): others were too slow. That is no fault of this client.
+                # The handler called raise_for_failure(): other clients were too slow, so this one stays connected.
                 connection.emit("broadcast_failed", logging.WARNING, recipients=error.total)
-            except RequestError as refusal:
-                self._answer_error(connection, message, refusal.code, refusal.message)
+            except RequestError as problem:
+                self._answer_error(connection, message, problem.code, problem.message)
                 return
             except asyncio.CancelledError:
-                self._gave_up(connection, message, "interrupted", "the handler was cancelled")
+                self._answer_failure(connection, message, "interrupted", "the handler was cancelled")
                 raise
             except BaseException:
-                self._gave_up(connection, message, "handler_failed", "the server could not handle this")
+                self._answer_failure(connection, message, "handler_failed", "the server failed to handle the message")
                 raise
         if message is not None and connection.protocol is not None:
             if interrupted and answer is None:
@@ -145,18 +146,18 @@ class Dispatcher:
                 try:
                     connection.protocol.on_handled(message, answer)
                 except MessageEncodeError:
-                    self._gave_up(connection, message, "handler_failed", "the server's answer cannot be sent")
+                    self._answer_failure(connection, message, "handler_failed", "the server's answer cannot be sent")
                     raise
 
     @staticmethod
     def _release_key(connection: Connection, message: Message | None) -> None:
-        """Its key is not used up: the next message with that key is handled."""
+        """Release the idempotency key of a message, so that the next message with that key is handled."""
         if message is not None and connection.protocol is not None:
             connection.protocol.on_failed(message)
 
     @staticmethod
-    def _gave_up(connection: Connection, message: Message | None, code: str, text: str) -> None:
-        """A handler is over without an answer: a request gets this one, so that its sender does not wait in vain."""
+    def _answer_failure(connection: Connection, message: Message | None, code: str, text: str) -> None:
+        """Answer a request with an error because its handler ended without an answer."""
         if message is not None and connection.protocol is not None:
             connection.protocol.on_no_answer(message, code, text)
 
@@ -173,8 +174,8 @@ class Dispatcher:
         self._events.counters.bad_messages += 1
         connection.bad_messages += 1
         connection.emit("bad_message", logging.INFO, code=problem.code)
-        over = self._max_bad is not None and connection.bad_messages > self._max_bad
-        if not over or message is not None:  # what was accepted is answered in any case
+        exceeded = self._max_bad is not None and connection.bad_messages > self._max_bad
+        if not exceeded or message is not None:  # an accepted message always gets an answer
             self._answer_error(connection, message, problem.code, problem.message)
-        if over:
+        if exceeded:
             connection.close(DisconnectReason.POLICY, text="too many bad messages")

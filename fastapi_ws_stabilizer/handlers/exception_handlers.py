@@ -1,4 +1,4 @@
-"""The exception handlers of the application: `@app.exception_handler(...)`."""
+"""Exception handlers of the application: `@app.exception_handler(...)`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _OF_HTTP: Final = (HTTPException, FastAPIHTTPException)
 
 
 def known_handlers(websocket: WebSocket) -> tuple[dict[Any, Any], dict[int, Any]] | None:
-    """The handlers by class and by status, as Starlette keeps them; `None` outside of Starlette."""
+    """Return Starlette's handlers by class and by status, or `None` outside of Starlette."""
     known: tuple[dict[Any, Any], dict[int, Any]] | None = websocket.scope.get(_KNOWN)
     return known
 
 
 def handler_of(websocket: WebSocket, error: BaseException) -> Handler | None:
-    """The application's own handler for an error, as Starlette finds it: by status, then by the classes of the error.
+    """Return the application's own handler for an error, or `None`.
 
-    Those that FastAPI and Starlette register themselves are none.
+    The lookup is that of Starlette: by status, then by the classes of the error. Handlers that FastAPI and Starlette
+    register themselves do not count.
     """
     handlers, by_status = known_handlers(websocket) or ({}, {})
     found = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
@@ -42,9 +43,10 @@ def handler_of(websocket: WebSocket, error: BaseException) -> Handler | None:
 
 
 def handler_for_endpoint(websocket: WebSocket, error: BaseException) -> Handler | None:
-    """The application's own handler for what an endpoint has raised on an accepted WebSocket.
+    """Return the application's own handler for an error of an endpoint on an accepted WebSocket, or `None`.
 
-    One for `HTTPException` itself, or for a status, is meant for HTTP: there a close code says the same.
+    A handler for `HTTPException` itself or for a status does not count, because it is for HTTP. On a WebSocket the
+    close code contains the status.
     """
     error = root_cause(error)
     handlers, _ = known_handlers(websocket) or ({}, {})
@@ -56,7 +58,7 @@ def handler_for_endpoint(websocket: WebSocket, error: BaseException) -> Handler 
 
 
 async def call(handler: Handler, websocket: WebSocket, error: BaseException) -> Any:
-    """Call a handler, in the thread pool if it is not async, and return what it returned."""
+    """Call a handler, in the thread pool if it is not async, and return its result."""
     error = root_cause(error)
     if is_async(handler):
         return await handler(websocket, error)

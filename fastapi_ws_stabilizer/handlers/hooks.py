@@ -1,4 +1,4 @@
-"""The functions that users register for events, and how they are called."""
+"""Hooks: functions that your code registers for events of a manager."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOOK_SIGNATURES: Final = {
     "join": ("the room", "a Presence"),
     "leave": ("the room", "a Presence"),
 }
-"""What a hook of each event gets. A function that takes fewer arguments gets the first ones."""
+"""Arguments of a hook for each event. A function with fewer parameters gets the first ones."""
 
 _FAILED: Final = {
     "disconnect": "disconnect_hook_failed",
@@ -52,7 +52,7 @@ _NOTHING: Final = object()
 
 
 class Hook:
-    """One registered function: called with as many arguments as it takes, in the thread pool if it is not async."""
+    """One registered function, called with as many arguments as it takes, in the thread pool if it is not async."""
 
     __slots__ = ("_arguments", "_async", "function")
 
@@ -62,11 +62,11 @@ class Hook:
         self._async = is_async(function)
 
     async def __call__(self, *args: Any) -> Any:
-        """Call the function, wait for its end, and return what it returned."""
+        """Call the function, wait until it returns, and return its result."""
         if self._async:
             return await self.function(*args[: self._arguments])
         result = await run_in_threadpool(self.function, *args[: self._arguments])
-        if inspect.isawaitable(result):  # `lambda ws: ws.send("hi")` makes its coroutine in the thread pool
+        if inspect.isawaitable(result):  # `lambda ws: ws.send("hi")` returns a coroutine
             return await result
         return result
 
@@ -75,68 +75,71 @@ class HookRegistry:
     """The hooks of one manager, called in the order in which they were registered.
 
     Args:
-        events: Where failures are told.
-        limit: Seconds that a disconnect or error hook may take.
-        auth_limit: Seconds that a hook may take that looks at a handshake or at a credential.
+        events: The bus for reports of failures.
+        limit: Maximum duration in seconds of hooks other than those below and those for connect and resume.
+        auth_limit: Maximum duration in seconds of a handshake or auth hook.
     """
 
     def __init__(self, events: EventBus, limit: float = 10.0, auth_limit: float = 10.0) -> None:
         self._events = events
         self._limit = limit
         self._auth_limit = auth_limit
-        self._tasks = TaskSet(lambda _, __: None)  # whoever waits for a hook reads its failure
+        self._tasks = TaskSet(lambda _, __: None)  # `_run_with_timeout` reads the failure
         self._hooks: dict[str, list[Hook]] = {event: [] for event in HOOK_SIGNATURES}
 
     def add(self, event: str, function: Callable[..., Any]) -> None:
         """Register a function for an event.
 
         Raises:
-            TypeError: It cannot be called with what the event gives.
+            TypeError: The function cannot take the arguments of the event.
         """
         signature = Signature(function, f"on_{event}", HOOK_SIGNATURES[event])
         self._hooks[event].append(Hook(function, signature.arguments))
 
     def has(self, *events: str) -> bool:
-        """Whether a function is registered for one of these events."""
+        """Return whether a function is registered for one of these events."""
         return any(self._hooks[event] for event in events)
 
     async def handshake(self, socket: StableSocket) -> None:
-        """Run the handshake hooks; what one raises refuses the connection, and so does one that takes too long."""
+        """Run the handshake hooks. An exception or a timeout rejects the handshake."""
         for hook in self._hooks["handshake"]:
-            await self._in_this_context(hook, socket)
+            await self._run_in_context(hook, socket)
 
     async def connect(self, socket: StableSocket) -> None:
-        """Run the connect hooks; what one raises ends the connection."""
+        """Run the connect hooks. An exception closes the connection."""
         for hook in self._hooks["connect"]:
             await hook(socket)
 
     async def resume(self, socket: StableSocket, outcome: ResumeOutcome) -> None:
-        """Run the hooks for a client that is back in its session; what one raises ends the connection."""
+        """Run the resume hooks. An exception closes the connection."""
         for hook in self._hooks["resume"]:
             await hook(socket, outcome)
 
     async def auth(self, socket: StableSocket, credential: str | None) -> float | None:
-        """Run the hooks that look at a credential; what one raises refuses it.
+        """Run the auth hooks. An exception rejects the credential.
 
         Returns:
-            For how many seconds it is good, the shortest of what they say; `None` if none says so.
+            Seconds until the credential expires, the shortest that a hook returned, or `None` if none returned a term.
+
+        Raises:
+            TypeError: A hook returned something other than seconds, True or None.
         """
         limits = []
         for hook in self._hooks["auth"]:
-            expires_in = await self._in_this_context(hook, socket, credential)
+            expires_in = await self._run_in_context(hook, socket, credential)
             if expires_in is None or expires_in is True or expires_in == math.inf:
                 continue
             if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0:
                 name = getattr(hook.function, "__qualname__", repr(hook.function))
                 raise TypeError(
-                    f"{name} returned {expires_in!r}: an on_auth function returns for how many seconds the credential "
-                    "is good, or None, and refuses it by raising HTTPException(401)"
+                    f"{name} returned {expires_in!r}: an on_auth function returns the seconds until the credential "
+                    "expires, or None; to reject the credential, raise HTTPException(401)"
                 )
             limits.append(float(expires_in))
         return min(limits, default=None)
 
-    async def _in_this_context(self, hook: Hook, *args: Any) -> Any:
-        """Run a hook in a task, so that its time is bounded, and keep the context variables that it has set."""
+    async def _run_in_context(self, hook: Hook, *args: Any) -> Any:
+        """Run a hook in a task for at most `auth_limit` seconds, and copy the context variables that it set."""
 
         async def run(*args: Any) -> tuple[Any, contextvars.Context]:
             return await hook(*args), contextvars.copy_context()
@@ -148,8 +151,8 @@ class HookRegistry:
         return result
 
     async def session_end(self, socket: StableSocket, reason: DisconnectReason) -> None:
-        """Run the hooks for a session that is over, all of them, even if one fails or hangs."""
-        await self._run_all("session_end", _of(socket), socket, reason)
+        """Run all session end hooks, even if one fails or hangs."""
+        await self._run_all("session_end", _connection_fields(socket), socket, reason)
 
     async def _within_limit(self, hook: Hook, *args: Any) -> None:
         await self._run_with_timeout(hook, self._limit, "disconnect_grace", *args)
@@ -157,7 +160,7 @@ class HookRegistry:
     async def _run_with_timeout(
         self, hook: Callable[..., Coroutine[Any, Any, Any]], limit: float, option: str, *args: Any
     ) -> Any:
-        """Run a hook and wait for it as long as it may take, and not for what it does when it is cancelled then."""
+        """Run a hook for at most `limit` seconds, then cancel it without waiting for its cleanup."""
         task = self._tasks.spawn(hook(*args), name="ws-hook")
         try:
             in_time = await wait_for_all([task], limit)
@@ -168,19 +171,19 @@ class HookRegistry:
             task.cancel()
             raise TimeoutError(f"a hook took longer than {option}, {limit} seconds")
         if task.cancelled():
-            raise RuntimeError("a hook was cancelled by something that it waited for")
+            raise RuntimeError("a hook was cancelled by an operation that it awaited")
         return task.result()
 
     async def disconnect(self, socket: StableSocket, reason: DisconnectReason) -> None:
-        """Run the disconnect hooks, all of them, even if one fails or hangs."""
-        await self._run_all("disconnect", _of(socket), socket, reason)
+        """Run all disconnect hooks, even if one fails or hangs."""
+        await self._run_all("disconnect", _connection_fields(socket), socket, reason)
 
-    async def slow(self, socket: StableSocket, how: SlowConsumer) -> None:
-        """Run the hooks for a client that has become slow, all of them, even if one fails or hangs."""
-        await self._run_all("slow", _of(socket), socket, how)
+    async def slow(self, socket: StableSocket, stage: SlowConsumer) -> None:
+        """Run all hooks for a slow consumer, even if one fails or hangs."""
+        await self._run_all("slow", _connection_fields(socket), socket, stage)
 
     async def presence(self, event: str, room: Room, presence: Presence) -> None:
-        """Run the hooks for a client that has joined or left a room, all of them, even if one fails or hangs."""
+        """Run all hooks for a client that joined or left a room, even if one fails or hangs."""
         await self._run_all(event, {"room": room.name}, room, presence)
 
     async def _run_all(self, event: str, fields: dict[str, Any], *args: Any) -> None:
@@ -190,7 +193,7 @@ class HookRegistry:
             except BroadcastFailedError as error:
                 self._events.emit("broadcast_failed", logging.WARNING, recipients=error.total, **fields)
             except Exception as error:
-                if isinstance(root_cause(error), WebSocketDisconnect):  # a connection was over: no bug
+                if isinstance(root_cause(error), WebSocketDisconnect):  # the connection had closed, which is not a bug
                     self._events.emit("hook_stopped", logging.DEBUG, hook=event, cause=repr(error), **fields)
                     continue
                 self._events.emit_exception(_FAILED[event], error, **fields)
@@ -198,17 +201,19 @@ class HookRegistry:
                     await self.error(args[0], error)
 
     async def error(self, socket: StableSocket, error: BaseException) -> None:
-        """Run the error hooks, all of them, even if one fails or hangs."""
+        """Run all error hooks, even if one fails or hangs."""
         for hook in self._hooks["error"]:
             try:
                 await self._within_limit(hook, socket, error)
             except Exception as second:
                 if isinstance(root_cause(second), WebSocketDisconnect):
-                    self._events.emit("hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_of(socket))
+                    self._events.emit(
+                        "hook_stopped", logging.DEBUG, hook="error", cause=repr(second), **_connection_fields(socket)
+                    )
                     continue
-                self._events.emit_exception("error_hook_failed", second, **_of(socket))
+                self._events.emit_exception("error_hook_failed", second, **_connection_fields(socket))
 
 
-def _of(socket: StableSocket) -> dict[str, Any]:
-    """The facts by which a report names a connection."""
+def _connection_fields(socket: StableSocket) -> dict[str, Any]:
+    """Return the fields that identify a connection in a report."""
     return {"client_id": socket.client_id, "connection_id": socket.connection_id}

@@ -1,4 +1,4 @@
-"""The decorators that route a manager's events and messages to functions."""
+"""Decorators that register functions for the events and messages of a manager."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class EventDecorators:
-    """What a manager offers as `@manager.on_...`.
+    """Decorators of a manager, `@manager.on_...`.
 
-    Each works with and without parentheses, several functions can be registered for one event and are called in that
-    order (a type of message has one), and functions that are not async run in the thread pool. A function that could
-    not be called rightly is a `TypeError` when it is registered, which names its place and says what to write.
+    Each works with and without parentheses. An event can have several functions, which are called in the order of
+    registration. A message type has one function. Functions that are not async run in the thread pool. Registering a
+    function with unsuitable parameters raises a `TypeError` that names its file and line and says what to write.
     """
 
     def __init__(self, hooks: HookRegistry, handlers: HandlerRegistry) -> None:
@@ -33,8 +33,8 @@ class EventDecorators:
     def on_handshake(self, hook: Callable[..., Any] | None = None, /) -> Any:
         """Call a function before a connection is accepted: `hook(ws)`.
 
-        It can look at the socket, set its `user_data`, and refuse by raising an `HTTPException`. Sockets that are
-        connected by hand have been accepted already and do not come here.
+        It can read the socket, set its `user_data`, and reject the client by raising an `HTTPException`. It is not
+        called for `manager.connect()`, because your code has accepted that WebSocket before.
         """
         return self._decorate("handshake", hook)
 
@@ -45,7 +45,7 @@ class EventDecorators:
     def on_connect(self, hook: Callable[..., Any] | None = None, /) -> Any:
         """Call a function when a connection is accepted and registered: `hook(ws)`.
 
-        It can send, and refuse by closing the socket or by raising: an `HTTPException(403)` closes with 4403.
+        It can send, and reject the client by closing the socket or by raising. `HTTPException(403)` closes with 4403.
         """
         return self._decorate("connect", hook)
 
@@ -54,10 +54,10 @@ class EventDecorators:
     @overload
     def on_disconnect(self, /) -> Callable[[F], F]: ...
     def on_disconnect(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a connection is over: `hook(ws, reason)`, with a `DisconnectReason`.
+        """Call a function when a connection has closed: `hook(ws, reason)`, with a `DisconnectReason`.
 
-        Called exactly once for each connection whose connect hooks began, after the messages that it left behind have
-        been handled, and given `disconnect_grace` to finish.
+        It is called exactly once for each connection for which connect hooks started, after the remaining messages have
+        been handled. It may take `disconnect_grace` seconds.
         """
         return self._decorate("disconnect", hook)
 
@@ -66,10 +66,10 @@ class EventDecorators:
     @overload
     def on_resume(self, /) -> Callable[[F], F]: ...
     def on_resume(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client is back in its session: `hook(ws, outcome)`, with a `ResumeOutcome`.
+        """Call a function when a client has resumed its session: `hook(ws, outcome)`, with a `ResumeOutcome`.
 
-        Called in the place of the connect hooks, after the disconnect hooks of the connection before. `ws.user_data`
-        and `ws.rooms` are those of the session. Raising refuses, as in a connect hook.
+        It is called instead of the connect hooks, after the disconnect hooks of the previous connection.
+        `ws.user_data` and `ws.rooms` are those of the session. Raising rejects the client, as in a connect hook.
         """
         return self._decorate("resume", hook)
 
@@ -78,10 +78,10 @@ class EventDecorators:
     @overload
     def on_session_end(self, /) -> Callable[[F], F]: ...
     def on_session_end(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a session is over: `hook(ws, reason)`, with the reason of its last disconnect.
+        """Call a function when a session has ended: `hook(ws, reason)`, with the reason of its last disconnect.
 
-        That is when one side has said goodbye, or when the client has not come back within `session_ttl`. A plain
-        client without a reconnect token has a session as long as its connection.
+        A session ends with a close code such as 1000, or when the client does not resume within `session_ttl`. For a
+        plain client without a reconnect token the session ends with its connection.
         """
         return self._decorate("session_end", hook)
 
@@ -92,9 +92,10 @@ class EventDecorators:
     def on_auth(self, hook: Callable[..., Any] | None = None, /) -> Any:
         """Call a function with the credential of a `stabilizer.v1.json` client: `hook(ws, credential)`.
 
-        Called for its first frame, before it has a session, with `None` if it sent none, and whenever it sends a new
-        one. Raise an `HTTPException(401)` to refuse: the client is closed with 4401, and gets new credentials. Return
-        for how many seconds the credential is good, and the client is asked for a new one in time.
+        It is called for the hello, before the client has a session, with `None` if the hello has no credential. It is
+        called again for each new credential. To reject, raise an `HTTPException(401)`: the server closes with 4401, and
+        the client gets a new credential. If the function returns the seconds until the credential expires, the server
+        asks the client for a new one in time.
         """
         return self._decorate("auth", hook)
 
@@ -103,9 +104,9 @@ class EventDecorators:
     @overload
     def on_error(self, /) -> Callable[[F], F]: ...
     def on_error(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function with each bug in an endpoint, a hook, a handler or a tied task: `hook(ws, error)`.
+        """Call a function with each bug in an endpoint, a hook, a handler or a task of a socket: `hook(ws, error)`.
 
-        The bug is logged and the connection ends with 1011 whatever the function does.
+        The server logs the bug and closes the connection with 1011, whatever the function does.
         """
         return self._decorate("error", hook)
 
@@ -114,10 +115,11 @@ class EventDecorators:
     @overload
     def on_slow(self, /) -> Callable[[F], F]: ...
     def on_slow(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client does not keep up: `hook(ws, how)`, with a `SlowConsumer`.
+        """Call a function when a client does not take its messages: `hook(ws, how)`, with a `SlowConsumer`.
 
-        Told once when it begins to lag, once when messages to it are dropped, and once when it is disconnected for it,
-        until it has caught up. `ws.queued_messages` and `ws.dropped_messages` say how bad it is. Nobody waits for it.
+        It is called once when the client lags, once when the server drops messages to it, and once when the server
+        disconnects it as a slow consumer. After the client has caught up, each can happen again. `ws.queued_messages`
+        and `ws.dropped_messages` show the extent. The server does not wait for the function.
         """
         return self._decorate("slow", hook)
 
@@ -126,10 +128,10 @@ class EventDecorators:
     @overload
     def on_join(self, /) -> Callable[[F], F]: ...
     def on_join(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client has come to a room: `hook(room, who)`, with a `Room` and a `Presence`.
+        """Call a function when a client has joined a room: `hook(room, presence)`, with a `Room` and a `Presence`.
 
-        Told once for a client, however many connections it has. In one room, hooks are called one after the other, in
-        the order in which clients came and went.
+        It is called once for each client, regardless of its number of connections. In one room, hooks are called one
+        after the other, in the order in which clients joined and left.
         """
         return self._decorate("join", hook)
 
@@ -138,10 +140,11 @@ class EventDecorators:
     @overload
     def on_leave(self, /) -> Callable[[F], F]: ...
     def on_leave(self, hook: Callable[..., Any] | None = None, /) -> Any:
-        """Call a function when a client has gone from a room: `hook(room, who)`, with a `Room` and a `Presence`.
+        """Call a function when a client has left a room: `hook(room, presence)`, with a `Room` and a `Presence`.
 
-        Told when its last connection has left by `ws.leave`, has said goodbye, or was closed by the application; where
-        a connection broke, after `presence_grace`, unless the client is back by then.
+        It is called when the last connection of the client leaves with `ws.leave`, is closed by the client with 1000,
+        or is closed by the application. After a lost connection it is called when `presence_grace` has passed, unless
+        the client has returned.
         """
         return self._decorate("leave", hook)
 
@@ -169,21 +172,22 @@ class EventDecorators:
     ) -> Any:
         """Call a function with messages, from `ws.run()`: `handler(ws, message)` or `handler(ws)`.
 
-        `@manager.on_message("chat")` takes JSON objects whose `type` is `chat`; `@manager.on_message` takes every
-        message that no typed handler takes. The annotation of `message` says what it becomes: a pydantic model,
-        `dict`, `str`, `bytes`, anything that pydantic validates. A message that does not fit gets an error reply and
-        the connection stays. Functions that are not async run in the thread pool.
+        `@manager.on_message("chat")` takes JSON objects with the `type` `chat`. `@manager.on_message` takes every
+        message without a typed handler. The annotation of `message` sets its type: a pydantic model, `dict`, `str`,
+        `bytes`, or another type that pydantic validates. An invalid message gets an error reply, and the connection
+        stays open. Functions that are not async run in the thread pool.
 
         Args:
-            handler: The type of message, or the function.
-            max_rate: Messages in a second that one client may have handled by this function, over all its connections.
-                More get an error reply, `rate_limited`, and many more close 4429. `max_message_rate` is beside it.
-            max_burst: How many may come at once; as many as in a second when left out.
+            handler: The message type, or the function.
+            max_rate: Maximum messages per second of one client for this function, over all its connections. Messages
+                above it get the error reply `rate_limited`, and many of them close the connection with 4429.
+                `max_message_rate` applies in addition.
+            max_burst: Maximum messages at once, by default as many as in one second.
 
         Raises:
             TypeError: The function cannot be called with a socket and a message.
-            ValueError: A rate is not above zero, a burst is below one, or there is a burst without a rate; or the type
-                has a handler already.
+            ValueError: The rate is not above zero, the burst is below one, or a burst has no rate. Or the type has a
+                handler.
         """
         _check_decorated(handler)
         message_type = handler if isinstance(handler, str) else None
@@ -197,18 +201,18 @@ class EventDecorators:
 
 
 def _check_decorated(handler: Any) -> None:
-    """Refuse what is neither a type of message nor a function for messages.
+    """Check that the argument of `on_message` is a message type or a function.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The argument is neither.
     """
     if isinstance(handler, type) and issubclass(handler, BaseModel):
         example = handler.__name__.lower()
         raise TypeError(
-            f"{handler.__name__} is a model, and on_message takes the type of a message: "
+            f"{handler.__name__} is a model, but on_message takes a message type: "
             f'write @manager.on_message("{example}") above a function with message: {handler.__name__}'
         )
     if handler is not None and not isinstance(handler, str) and not callable(handler):
         raise TypeError(
-            f'on_message takes the type of a message, a text, not {handler!r}: write @manager.on_message("chat")'
+            f'on_message takes a message type as a string, not {handler!r}: write @manager.on_message("chat")'
         )

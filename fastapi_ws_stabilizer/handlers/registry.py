@@ -1,4 +1,4 @@
-"""Message handlers: which messages they take, and as what."""
+"""Message handlers: lookup by message type, and validation."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from pydantic_core import to_json
 
 from fastapi_ws_stabilizer.connection.inbox import Item
 from fastapi_ws_stabilizer.handlers.hooks import Hook
-from fastapi_ws_stabilizer.handlers.signatures import Signature, described
+from fastapi_ws_stabilizer.handlers.signatures import Signature, describe
 from fastapi_ws_stabilizer.limits.inbound import KeyedRateLimiter
 from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, check_json, read_json
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 MAX_PROBLEMS: Final = 5
-"""How many wrong fields an error reply names."""
+"""Maximum number of invalid fields in an error reply."""
 
 MAX_PROBLEM_CHARS: Final = 200
-"""How much it says of each: names of fields, and sometimes values, are the client's own, and as long as it likes."""
+"""Maximum length of each problem in an error reply in characters.
+
+Field names, and sometimes values, come from the client and have no length limit.
+"""
 
 MAX_TYPE_CHARS: Final = 64
-"""How much of a type that nobody handles an error reply repeats."""
+"""Maximum number of characters of an unknown message type in an error reply."""
 
 
 class InvalidMessageError(Exception):
     """A message that no handler can take.
 
     Attributes:
-        code: What is wrong, as a fixed word.
-        message: What is wrong, for the client; nothing of the inside.
+        code: The problem as an error code.
+        message: The problem as a sentence for the client, without internals of the application.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -42,10 +45,10 @@ class InvalidMessageError(Exception):
 
 
 class ReceivedMessage:
-    """One received message, parsed at most once however many handlers look at it.
+    """One received message, parsed at most once for all handlers.
 
     Attributes:
-        event: What kind of message its client says it is, where clients can say so.
+        event: The event of a `stabilizer.v1.json` message, or `None`.
         raw: The message as a plain client would have sent it.
     """
 
@@ -63,16 +66,16 @@ class ReceivedMessage:
 
     @property
     def as_json(self) -> str | bytes:
-        """The message as JSON: of a client that says what it sends, a text is a JSON string."""
+        """The message as JSON. A text of a client of `stabilizer.v1.json` becomes a JSON string."""
         if isinstance(self._value, str):
             return to_json(self._value)
         return self.raw
 
     def json(self) -> Any:
-        """The JSON value of the message.
+        """Return the JSON value of the message.
 
         Raises:
-            InvalidMessageError: It is not JSON.
+            InvalidMessageError: The message is not valid JSON.
         """
         if self._value is _UNPARSED:
             try:
@@ -82,10 +85,10 @@ class ReceivedMessage:
         return self._value
 
     def check(self) -> None:
-        """Hold the message to the limits that `json` has, for pydantic, which reads it by wider ones.
+        """Check the message against the limits of `json`, because pydantic's parser has wider ones.
 
         Raises:
-            InvalidMessageError: It breaks one of them.
+            InvalidMessageError: The message exceeds a limit.
         """
         if self._value is _UNPARSED:
             try:
@@ -100,9 +103,9 @@ _UNPARSED: Final = object()
 class MessageHandler:
     """One function for messages: `handler(ws)` or `handler(ws, message)`.
 
-    The annotation of `message` says as what it is wanted: `str` or `bytes` as it came, a pydantic model or any other
-    type that pydantic can validate, or, without an annotation, the JSON value for a typed handler and the message as it
-    came for one that takes all.
+    The annotation of `message` sets its type: `str` or `bytes` as received, or a pydantic model or another type that
+    pydantic can validate. Without an annotation, a typed handler gets the JSON value, and a handler for all messages
+    gets the message as received.
     """
 
     __slots__ = ("_adapter", "_hook", "_input_kind", "function", "limit")
@@ -132,10 +135,10 @@ class MessageHandler:
                 raise signature.cannot_be_read(annotation, error) from error
 
     def validate(self, received: ReceivedMessage) -> Any:
-        """Turn a message into what the function wants.
+        """Convert a message to the type that the function takes.
 
         Raises:
-            InvalidMessageError: The message is not of that kind.
+            InvalidMessageError: The message does not fit that type.
         """
         raw = received.raw
         if self._adapter is not None:
@@ -143,23 +146,23 @@ class MessageHandler:
             try:
                 return self._adapter.validate_json(received.as_json)
             except ValidationError as error:
-                value = received.json()  # says better than pydantic when it is not JSON at all
+                value = received.json()  # raises a clearer error if it is not JSON
                 raise InvalidMessageError("invalid_message", _problems(error, value)) from None
         if self._input_kind == "json":
             return received.json()
         if self._input_kind == "text" and not isinstance(raw, str):
-            raise InvalidMessageError("text_expected", "a text message is expected here, not a binary one")
+            raise InvalidMessageError("text_expected", "expected a text message, not a binary one")
         if self._input_kind == "bytes" and not isinstance(raw, bytes):
-            raise InvalidMessageError("binary_expected", "a binary message is expected here, not a text one")
+            raise InvalidMessageError("binary_expected", "expected a binary message, not a text one")
         return raw
 
     async def __call__(self, socket: StableSocket, message: Any) -> Any:
-        """Call the function with what `prepare` gave, and return what it returned."""
+        """Call the function with the result of `validate`, and return its result."""
         return await self._hook(socket, message)
 
 
 class HandlerRegistry:
-    """The message handlers of one manager: by type, and those that take what no typed one does."""
+    """Message handlers of one manager: by message type, and for all messages without a typed handler."""
 
     def __init__(self) -> None:
         self._typed: dict[str, MessageHandler] = {}
@@ -168,15 +171,15 @@ class HandlerRegistry:
     def add(
         self, message_type: str | None, function: Callable[..., Any], limit: KeyedRateLimiter | None = None
     ) -> None:
-        """Register a function for one type of message, or with `None` for all that have no handler of their own.
+        """Register a function for one message type, or with `None` for all messages without a typed handler.
 
         Args:
-            message_type: The type.
+            message_type: The message type.
             function: The function.
-            limit: How often it is called for one client.
+            limit: The rate limit of the function for each client.
 
         Raises:
-            TypeError: It cannot be called with a socket and a message.
+            TypeError: The function cannot be called with a socket and a message.
             ValueError: The type has a function already.
         """
         handler = MessageHandler(function, typed=message_type is not None, limit=limit)
@@ -185,8 +188,8 @@ class HandlerRegistry:
         elif message_type in self._typed:
             first = self._typed[message_type].function
             raise ValueError(
-                f"messages of type {message_type!r} are handled by {described(first)} already, and cannot be "
-                f"handled by {described(function)} too: give one of them another type, or call one from the other"
+                f"messages of type {message_type!r} already have the handler {describe(first)} and cannot have "
+                f"{describe(function)} too: use another type, or call one function from the other"
             )
         else:
             self._typed[message_type] = handler
@@ -195,10 +198,10 @@ class HandlerRegistry:
         return bool(self._typed or self._others)
 
     def match(self, received: ReceivedMessage) -> list[MessageHandler]:
-        """The handlers for a message.
+        """Return the handlers for a message.
 
         Raises:
-            InvalidMessageError: There is none: it is not JSON, has no type, or one that nobody handles.
+            InvalidMessageError: No handler matches. The message is not JSON, has no type, or has an unknown type.
         """
         if not self._typed:
             return self._others
@@ -214,7 +217,7 @@ class HandlerRegistry:
         if self._others:
             return self._others
         if message_type is None:
-            raise InvalidMessageError("no_type", 'a JSON object with a text "type" is expected')
+            raise InvalidMessageError("no_type", 'expected a JSON object with a string "type"')
         raise InvalidMessageError("unknown_type", f"no handler for messages of type {message_type[:MAX_TYPE_CHARS]!r}")
 
 
@@ -242,17 +245,17 @@ def _problem(location: tuple[int | str, ...], kind: str, text: str, value: Any) 
 
 
 _NAMES_A_CLASS: Final = frozenset({"is_instance_of", "is_subclass_of", "needs_python_object"})
-"""Problems for which pydantic names a class of the application, or of its own."""
+"""Problems with messages in which pydantic names a class of the application or its own."""
 
 _NAMES_A_FUNCTION: Final = frozenset({"union_tag_invalid", "union_tag_not_found"})
-"""Problems for which it names the function that tells the members of a union apart, where it is one."""
+"""Problems with messages in which pydantic names the discriminator function of a union, if it is a function."""
 
 
 def _path(location: tuple[int | str, ...], value: Any, *, missing: bool) -> list[str]:
-    """Where in a message a problem is: the members and indexes that lead to it.
+    """Return the location of a problem in a message: the members and indexes that lead to it.
 
-    What pydantic puts between them, the member of a union that it has tried, names classes and functions of the
-    application. That is none of the client's business, and is not in its message.
+    Between them pydantic puts the member of a union that it tried, which names classes and functions of the
+    application. These steps are left out, because they are not part of the message and must not reach the client.
     """
     path: list[str] = []
     for number, step in enumerate(location):
@@ -266,5 +269,5 @@ def _path(location: tuple[int | str, ...], value: Any, *, missing: bool) -> list
 
 
 def error_reply(problem: InvalidMessageError) -> dict[str, str]:
-    """What a client is told about a message that nobody could take."""
+    """Return the error reply to a plain client for an invalid message."""
     return {"type": "error", "code": problem.code, "message": problem.message}

@@ -1,4 +1,4 @@
-"""From a handshake to an open connection, by a dependency and by hand."""
+"""Acceptance of handshakes and registration of connections, for dependencies and for `connect()`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.close_codes import SESSION_ENDED, DisconnectReason
 from fastapi_ws_stabilizer.compat.fastapi import find_exit_stack
 from fastapi_ws_stabilizer.compat.starlette import asgi_callables
 from fastapi_ws_stabilizer.config import CompressionMode, DuplicatePolicy
-from fastapi_ws_stabilizer.connection import current as own
+from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.credential_expiry import CredentialExpiry
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug
@@ -48,7 +48,7 @@ from fastapi_ws_stabilizer.wire.handshake import HEADERS_KEY, check_headers
 
 
 class Acceptor(Closer, Services):
-    """Opens connections: asks the hooks, finds the session, registers, replaces what was there before."""
+    """Mixin that opens connections: runs hooks, negotiates the session, registers, and closes duplicates."""
 
     _hello_reader: HelloReader
     _seen: IdempotencyCache
@@ -66,27 +66,27 @@ class Acceptor(Closer, Services):
         expires_in: float | None,
         control_frames: bool,
     ) -> Connection:
-        """Run the handshake hooks, accept, register, run the connect hooks.
+        """Run the handshake hooks, accept the WebSocket, register the connection and run the connect hooks.
 
         Args:
-            handshake: Who has knocked.
-            client_id: Whose it is; `None` if the client has not said so.
-            identity: What the identity dependency returned.
-            expires_in: For how many seconds that is good; for ever when left out.
-            control_frames: Whether text pings and pongs are answered and kept from the endpoint.
+            handshake: The admitted handshake.
+            client_id: The client id, or `None` if the endpoint names none.
+            identity: The result of the identity dependency.
+            expires_in: Seconds until the identity expires, or `None` for no expiry.
+            control_frames: Whether text pings and pongs are answered and hidden from the endpoint.
 
         Raises:
-            WebSocketException: The connection is over already; Starlette's handler for it has nothing left to do.
-            HTTPException: A handshake hook refused, or failed (500).
-            ShutdownError: The manager was shut down meanwhile.
-            ConnectionLimitExceededError: There is no room.
+            WebSocketException: The connection was closed or rejected, and Starlette has nothing left to do.
+            HTTPException: A handshake hook rejected the client, or failed (500).
+            ShutdownError: The manager was shut down during the handshake.
+            ConnectionLimitExceededError: The server is full, or the client or its address has too many connections.
         """
         websocket, numbered = handshake.websocket, handshake.speaks_v1
-        until = None if expires_in is None else monotonic() + expires_in
+        expiry = None if expires_in is None else monotonic() + expires_in
         self.budget.begin()
         claimed = None if numbered else self.resumption.verify_token(websocket, client_id)
         expected_id = client_id or claimed or fresh_client_id()
-        if not numbered:  # else it can still prove to have a session
+        if not numbered:  # otherwise after the hello, which may prove a session
             self._confirm_reservation(handshake.reservation, expected_id, has_token=claimed is not None)
         endpoint = handshake.endpoint
         connection = Connection(
@@ -98,23 +98,23 @@ class Acceptor(Closer, Services):
                 await self._run_handshake_hooks(connection)
                 await handshake.accept()
             if numbered:
-                await self._negotiate_session(connection, handshake, until, is_known=client_id is not None)
+                await self._negotiate_session(connection, handshake, expiry, is_known=client_id is not None)
             elif expected_id in handshake.revoked:
                 raise WebSocketException(SESSION_ENDED, "revoked")
             proven = claimed is not None and self.resumption.consume_token(connection, claimed)
-            if claimed is not None and not proven and client_id is None:  # and the hooks took it for that client
-                raise WebSocketException(4401, "the token was used meanwhile")
+            if claimed is not None and not proven and client_id is None:  # the hooks ran with the claimed id
+                raise WebSocketException(4401, "token already used")
         except BaseException:
             connection.socket._detach_user_data()
             raise
-        if not numbered and until is not None:
-            connection.credential = CredentialExpiry(connection, functools.partial(self._renew, connection))
-            connection.credential.start(None, max(0.0, until - monotonic()))
+        if not numbered and expiry is not None:
+            connection.credential = CredentialExpiry(connection, functools.partial(self._start_renewal, connection))
+            connection.credential.start(None, max(0.0, expiry - monotonic()))
         connection.reservation = handshake.reservation
         handshake.established = True
         self.admission.forget(handshake)
         try:
-            own.bind_current(connection)
+            current.bind_current(connection)
             await self._register(connection, proven=proven)
         except (SocketClosed, DuplicateClientError) as error:
             code = connection.close_info.code if connection.close_info else error.close_code
@@ -137,38 +137,39 @@ class Acceptor(Closer, Services):
     def _confirm_reservation(
         self, reservation: Reservation, client_id: str, *, session: Session | None = None, has_token: bool = False
     ) -> None:
-        """Let a client stay, if there is room for it.
+        """Confirm the reservation of an identified client.
 
         Args:
-            reservation: Its place.
-            client_id: Who it is.
-            session: The session that it has proven to have.
-            has_token: Whether it has a reconnect token: what there is of it is half-open then, and goes.
+            reservation: The connection slot.
+            client_id: The client.
+            session: The session that the client has proven.
+            has_token: Whether the client has a reconnect token. Its other connections are then half-open, and are
+                replaced.
 
         Raises:
-            ConnectionLimitExceededError: There is no room.
-            TooManyConnectionsError: There are too many of this client already, or from its address.
+            ConnectionLimitExceededError: The server is full.
+            TooManyConnectionsError: The client or its address has too many connections.
         """
         policy = self._config.on_duplicate
-        goes = policy is DuplicatePolicy.REPLACE or (policy is DuplicatePolicy.REJECT and has_token)
-        replaced: list[Any] = self._others(client_id, session) if goes else []
+        replaces = policy is DuplicatePolicy.REPLACE or (policy is DuplicatePolicy.REJECT and has_token)
+        replaced: list[Any] = self._others(client_id, session) if replaces else []
         if session is not None and session.connection is not None:
             replaced.append(session.connection)
         reservation.confirm(client_id, replaces=[one.reservation for one in replaced if one.reservation is not None])
 
     async def _negotiate_session(
-        self, connection: Connection, handshake: Handshake, until: float | None, *, is_known: bool
+        self, connection: Connection, handshake: Handshake, expiry: float | None, *, is_known: bool
     ) -> None:
-        """Take the hello of a client, and give the connection to its session.
+        """Read the hello of a client, and attach the connection to its session.
 
         Args:
             connection: The connection.
-            handshake: Who has knocked.
-            until: Until when its identity is good, in monotonic time.
-            is_known: Whether the endpoint has said who the client is. Else it is who its session says.
+            handshake: The handshake.
+            expiry: Expiry of the identity in monotonic time, or `None`.
+            is_known: Whether the endpoint gave the client id. Otherwise the session decides it.
 
         Raises:
-            WebSocketException: It was refused, and is closed.
+            WebSocketException: The client was rejected, and the WebSocket is closed.
         """
         expires_in: list[float | None] = []
 
@@ -189,8 +190,8 @@ class Acceptor(Closer, Services):
         def check_admission(client_id: str, session: Session | None) -> Exception | None:
             if client_id in handshake.revoked:
                 return WebSocketException(SESSION_ENDED, "revoked")
-            if (how := self.sessions.ended_by_application(hello, client_id if is_known else None)) is not None:
-                return WebSocketException(how.code, how.reason)
+            if (close_info := self.sessions.ended_by_application(hello, client_id if is_known else None)) is not None:
+                return WebSocketException(close_info.code, close_info.reason)
             if self._config.on_duplicate is DuplicatePolicy.REJECT and self._others(client_id, session):
                 return DuplicateClientError(client_id)
             try:
@@ -204,78 +205,78 @@ class Acceptor(Closer, Services):
             resume_result = await self._hello_reader.negotiate(
                 connection.websocket, hello, client_id_of, authenticate, check_admission
             )
-        except WebSocketException:  # it was told so there
+        except WebSocketException:  # `negotiate` has closed the WebSocket
             handshake.rejected = True
             raise
-        if (user_data := connection.socket._user_data) is not None:  # a handshake hook has set it
+        if (user_data := connection.socket._user_data) is not None:  # set by a handshake hook
             if resume_result.session.user_data is None:
                 user_data.owner = resume_result.session
                 resume_result.session.user_data = user_data
-            else:  # the same dict: a handler of the connection before may still fill it
+            else:  # keep the dict, because a handler of the previous connection may still write to it
                 user_data.detach()
                 try:
                     resume_result.session.user_data.update(user_data)
-                except MemoryLimitExceededError as error:  # to refuse its client would be to refuse it at every dial
+                except MemoryLimitExceededError as error:  # a rejection would repeat at each reconnect
                     connection.emit("user_data_lost", logging.WARNING, why=str(error))
         if connection.socket._metadata is not None:
             connection.socket._metadata.owner = resume_result.session
         connection.protocol = V1Protocol(
-            connection, resume_result, self._seen, functools.partial(self._renew, connection)
+            connection, resume_result, self._seen, functools.partial(self._start_renewal, connection)
         )
         connection.credential = connection.protocol.credential
-        detached = None if until is None else max(0.0, until - monotonic())
-        connection.credential.start(expires_in[0], detached)
+        identity_expires_in = None if expiry is None else max(0.0, expiry - monotonic())
+        connection.credential.start(expires_in[0], identity_expires_in)
         self.sessions.on_attached(resume_result.session)
 
     def _others(self, client_id: str, session: Session | None) -> list[Connection]:
-        """The connections of a client but those of one session: taking one's own session over is no duplicate."""
-        everyone = self.registry.of_client(client_id)
-        return [one for one in everyone if session is None or one.recipient is not session]
+        """Return the connections of a client except for those of `session`, which it may take over."""
+        connections = self.registry.of_client(client_id)
+        return [one for one in connections if session is None or one.recipient is not session]
 
-    def _renew(self, connection: Connection, credential: str | None) -> None:
-        """A client has sent a new credential."""
-        looking = self._authenticate_renewal(connection, credential)
+    def _start_renewal(self, connection: Connection, credential: str | None) -> None:
+        """Start a task that verifies a new credential of a client."""
+        verifying = self._authenticate_renewal(connection, credential)
         context = copied(connection.context)
-        self._tasks.spawn(looking, name=f"ws-auth-{connection.connection_id}", context=context)
+        self._tasks.spawn(verifying, name=f"ws-auth-{connection.connection_id}", context=context)
 
     async def _authenticate_renewal(self, connection: Connection, credential: str | None) -> None:
         if connection.credential is None:
             return
         if credential is None:
-            connection.credential.renewal_rejected("a new credential is wanted")
+            connection.credential.renewal_rejected("missing credential")
             return
-        if not self._hooks.has("auth"):  # nobody can say that it is good
-            connection.credential.renewal_rejected("credentials are not renewed here")
+        if not self._hooks.has("auth"):  # no hook can verify it
+            connection.credential.renewal_rejected("credential renewal is not supported")
             return
         try:
             expires_in = await self._hooks.auth(connection.socket, credential)
         except Exception as error:
             if is_bug(error):
                 await connection.report_bug("auth_hook_failed", error)
-            how = close_info_for(error)
-            connection.close(how.cause, code=how.code, text=how.reason)
+            close_info = close_info_for(error)
+            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
         else:
             connection.credential.renewed(expires_in)
 
     async def adopt(self, websocket: WebSocket, client_id: str, metadata: Mapping[str, Any] | None) -> Connection:
-        """Take over a WebSocket that the caller has accepted, register it, run the connect hooks.
+        """Register a WebSocket that your code has accepted, and run the connect hooks.
 
-        In a FastAPI endpoint the connection then ends as one of the dependency does, with an honest close code.
+        In a FastAPI endpoint the connection then closes like one of the dependency, with the code that fits its end.
 
         Raises:
-            RuntimeError: It is not accepted yet.
-            SocketClosed: It was refused by a connect hook, or is gone already.
-            DuplicateClientError: `on_duplicate="reject"` refused it.
-            ConnectionLimitExceededError: There is no room.
-            OriginNotAllowedError: A page of somebody else's site has opened it.
-            InvalidTokenError: The token that it has proven itself with was revoked since.
-            ShutdownError: The manager drains.
-            MemoryLimitExceededError: The metadata is more than may be kept.
+            RuntimeError: The WebSocket is not accepted, or is connected already.
+            SocketClosed: A connect hook rejected the client, or the client has left.
+            DuplicateClientError: `on_duplicate="reject"` rejected the client.
+            ConnectionLimitExceededError: The server is full, or the client or its address has too many connections.
+            OriginNotAllowedError: The `Origin` is not allowed.
+            InvalidTokenError: The verified token of the client was revoked since.
+            ShutdownError: The manager is draining or stopped.
+            MemoryLimitExceededError: The metadata exceeds the memory limit.
         """
         if websocket.application_state is not WebSocketState.CONNECTED:
-            raise RuntimeError("connect() takes an open WebSocket: call `await websocket.accept()` before it")
+            raise RuntimeError("connect() needs an accepted WebSocket: call `await websocket.accept()` before it")
         if isinstance(known := getattr(asgi_callables(websocket)[0], "__self__", None), Connection):
-            raise RuntimeError(f"this WebSocket is connected already, as client {known.client_id!r}")
+            raise RuntimeError(f"this WebSocket is already connected, as client {known.client_id!r}")
         self.budget.begin()
         stack = find_exit_stack(websocket.scope)
         reservation = self._reserve_for_adoption(websocket, client_id)
@@ -291,12 +292,12 @@ class Acceptor(Closer, Services):
                 stack.push(functools.partial(_close_quietly, error))
             raise
         connection.reservation = reservation
-        opened = own.bind_current(connection)
+        opened = current.bind_current(connection)
         opened.connecting = True
         task = asyncio.current_task()
         if stack is not None:
 
-            async def leave(_: Any, error: BaseException | None, __: Any) -> bool:
+            async def on_exit(_: Any, error: BaseException | None, __: Any) -> bool:
                 opened.connecting = False
                 if not connection.opened:
                     opened.connection = None
@@ -311,7 +312,7 @@ class Acceptor(Closer, Services):
                     return False
                 raise failure from error
 
-            stack.push_async_exit(leave)
+            stack.push_async_exit(on_exit)
         elif task is not None:
             task.add_done_callback(lambda done: self._task_ended(opened, done))
         await self._register(connection, proven=proven)
@@ -319,10 +320,10 @@ class Acceptor(Closer, Services):
         return connection
 
     def _consume_verification(self, connection: Connection) -> bool:
-        """Whether the current task has proven who the client is.
+        """Return whether the current task has verified a token of the client.
 
         Raises:
-            InvalidTokenError: Its token was revoked since it was validated.
+            InvalidTokenError: The token was revoked since.
         """
         try:
             return self.resumption.consume_verification(connection)
@@ -332,13 +333,13 @@ class Acceptor(Closer, Services):
             raise
 
     def reject_adoption(self, websocket: WebSocket, error: Exception, client_id: str) -> None:
-        """Count and report that `connect()` refuses a client."""
+        """Count and report that `connect()` rejects a client."""
         self.admission.rejector.record(websocket, error, self.admission.address_of(websocket), client_id)
 
     def _reserve_for_adoption(self, websocket: WebSocket, client_id: str) -> Reservation:
         try:
             handshake = self.admission.admit(websocket)
-            self.admission.forget(handshake)  # nothing of this waits
+            self.admission.forget(handshake)  # it does not wait for anything
             reservation = handshake.reservation
             try:
                 self._confirm_reservation(reservation, client_id, has_token=self.resumption.is_verified(client_id))
@@ -351,24 +352,24 @@ class Acceptor(Closer, Services):
         return reservation
 
     @staticmethod
-    def _task_ended(opened: own.Opened, task: asyncio.Task[Any]) -> None:
-        """The task that has connected a socket by hand is over, and no exit stack has told us before."""
+    def _task_ended(opened: current.Opened, task: asyncio.Task[Any]) -> None:
+        """Close the connection after the task that called `connect()` has ended. Without an exit stack only."""
         connection = opened.connection
         if connection is not None and connection.opened and connection.close_info is None:
-            how = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
-            connection.close(how.cause, code=how.code, text=how.reason)
+            close_info = close_info_for(asyncio.CancelledError() if task.cancelled() else task.exception())
+            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
         opened.on_task_done()
 
     async def _register(self, connection: Connection, *, proven: bool) -> None:
-        """Open a connection, register it, run its connect hooks; whatever fails on the way, it is ended.
+        """Open and register a connection and run its connect hooks. Close it if a step fails.
 
         Raises:
-            SocketClosed: It was refused by a connect hook, or is gone already.
-            DuplicateClientError: `on_duplicate="reject"` refused it.
+            SocketClosed: A connect hook rejected the client, or the client has left.
+            DuplicateClientError: `on_duplicate="reject"` rejected the client.
         """
         self.connections.add(connection)
         try:
-            await self._begin(connection, proven=proven)
+            await self._open(connection, proven=proven)
         except BaseException as error:
             if connection.opened and connection.close_info is None:
                 failure = await self.close_after_endpoint(connection, error)
@@ -376,20 +377,20 @@ class Acceptor(Closer, Services):
                     raise self._closed(connection) from error
             raise
 
-    async def _begin(self, connection: Connection, *, proven: bool) -> None:
+    async def _open(self, connection: Connection, *, proven: bool) -> None:
         connection.open()
         self._warn_about_server_limits(connection)
-        if connection.close_info is not None:  # it was over before we came: a link tells so at once
+        if connection.close_info is not None:  # a direct transport reports at once that the client has left
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
         session = None if connection.protocol is None else connection.protocol.session
-        if proven and (how := self.resumption.ended_by_application(connection)) is not None:
-            connection.close(how.cause, code=how.code, text=how.reason)
+        if proven and (close_info := self.resumption.ended_by_application(connection)) is not None:
+            connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
         older = self._others(connection.client_id, session)
         policy = self._config.on_duplicate
-        if older and policy is DuplicatePolicy.REJECT and not proven:  # else the older one is half-open
+        if older and policy is DuplicatePolicy.REJECT and not proven:  # with a token the older one is half-open
             error = DuplicateClientError(connection.client_id)
             await self.close_after_endpoint(connection, error)
             raise error
@@ -403,19 +404,19 @@ class Acceptor(Closer, Services):
         self.heartbeat.add(connection)
         self.reaper.add(connection)
         if session is not None:
-            detached, session.saved_presence = session.saved_presence, {}
-            self.hub.restore(session, detached)  # type: ignore[arg-type]
+            saved_presence, session.saved_presence = session.saved_presence, {}
+            self.hub.restore(session, saved_presence)  # type: ignore[arg-type]
         elif proven:
-            plain = [one for one in older if one.protocol is None]  # what a session has is its own
+            plain = [one for one in older if one.protocol is None]  # a token restores nothing of a session
             self.resumption.restore(connection, plain)
         if policy is not DuplicatePolicy.ALLOW:
             self._close_duplicates(older, connection.client_id, session)
-            # An application that keeps a list of the clients that are online hears "gone" before it hears "come".
+            # So that an application with a list of online clients removes the old connection before it adds the new.
             connection.add_hook_predecessors(self._closing_connections.of_client(connection.client_id))
         try:
             await connection.wait_for_predecessors()
             if policy is not DuplicatePolicy.ALLOW:
-                await self.resumption.wait_for_ends_of(connection.client_id)
+                await self.resumption.wait_for_session_end_hooks(connection.client_id)
             if connection.close_info is None:
                 with connection.endpoint.running():
                     await self._run_open_hooks(connection, session)
@@ -429,27 +430,26 @@ class Acceptor(Closer, Services):
             raise self._closed(connection)
 
     def _close_duplicates(self, older: Sequence[Connection], client_id: str, session: Session | None) -> None:
-        """A client is to be here once: end what else there is of it."""
+        """Close the older connections of a client, and end its detached state and its other detached sessions."""
         for connection in older:
-            # A client with a session must not come back for it, or two devices would throw each other out for ever.
+            # A client with a session must not resume it, or two devices would replace each other forever.
             code = SESSION_ENDED if connection.protocol is not None else None
             connection.close(DisconnectReason.REPLACED, code=code)
-        for away in self.resumption.detached_of(client_id):
-            if isinstance(away, DetachedState):
-                away.close(DisconnectReason.REPLACED)
-            elif away is not session:
-                self.sessions.supersede(away)
+        for detached in self.resumption.detached_of(client_id):
+            if isinstance(detached, DetachedState):
+                detached.close(DisconnectReason.REPLACED)
+            elif detached is not session:
+                self.sessions.supersede(detached)
 
     async def _run_open_hooks(self, connection: Connection, session: Session | None) -> None:
         connection.disconnect_hooks_pending = connection.connect_hooks_started = True
         outcome = connection.socket.resumed
-        back = outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP)
+        is_resumed = outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP)
         if session is not None:
-            back = (
-                back and session.connect_hooks_passed
-            )  # the connection before may have been lost in its connect hooks
+            # The previous connection may have been lost during its connect hooks.
+            is_resumed = is_resumed and session.connect_hooks_passed
             session.connect_hooks_started = True
-        if back:
+        if is_resumed:
             await self._hooks.resume(connection.socket, outcome)
         else:
             await self._hooks.connect(connection.socket)
@@ -457,7 +457,7 @@ class Acceptor(Closer, Services):
             session.connect_hooks_passed = True
 
     def _warn_about_server_limits(self, connection: Connection) -> None:
-        """Say, once, what this library does not do because the server, or a middleware, stands between."""
+        """Report once what the library cannot do because of the server, or of a middleware around it."""
         if self._warned_about_server or connection.is_direct:
             return
         self._warned_about_server = True
@@ -468,13 +468,13 @@ class Acceptor(Closer, Services):
 
 
 def _close_quietly(
-    refusal: MemoryLimitExceededError, _: type[BaseException] | None, error: BaseException | None, __: Any
+    raised: MemoryLimitExceededError, _: type[BaseException] | None, error: BaseException | None, __: Any
 ) -> bool:
-    """At the end of an endpoint: exchange a refusal of `connect()` that escapes for one that Starlette closes with.
+    """Replace an uncaught error of `connect()` at the end of the endpoint with one that makes Starlette close.
 
     `MemoryLimitExceededError` cannot be a `WebSocketException` itself, because it is raised in HTTP routes too.
     """
-    if error is not refusal:
+    if error is not raised:
         return False
-    how = close_info_for(refusal)
-    raise WebSocketException(how.code, how.reason) from refusal
+    close_info = close_info_for(raised)
+    raise WebSocketException(close_info.code, close_info.reason) from raised

@@ -1,4 +1,4 @@
-"""The door: what is asked of a handshake before there is a connection, and who is turned away."""
+"""Admission of handshakes: origin check, rates and capacity."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY, SERV
 from fastapi_ws_stabilizer.wire.v1.hello import Hello, offers_v1
 
 MAX_ROUTES: Final = 64
-"""Routes for which it is told that subprotocols are answered by none."""
+"""Maximum number of routes for which an unanswered subprotocol is reported."""
 
 WATCH_INTERVAL: Final = 1.0
-"""Seconds between two looks whether the client of a handshake is still there."""
+"""Seconds between two checks whether the client of a handshake has left."""
 
 
 class _NoHello:
-    """In the place of a credential: no hello has come that could hold one."""
+    """Type of the marker for a handshake without a hello, which may still bring a credential."""
 
 
 _NO_HELLO: Final = _NoHello()
 
 
 class Handshake:
-    """A client at the door: it has a WebSocket, accepted or not, and no connection yet.
+    """One opening handshake, until it becomes a connection or is rejected.
 
     Attributes:
-        websocket: Its WebSocket.
-        numbered: Whether it speaks `stabilizer.v1.json`.
-        reservation: Its place among the connections.
-        answered: Whether it was turned away, and knows it.
-        inside: Whether it has a connection.
-        admission: The admission control where it has knocked.
-        parent: The same client at another manager's door, where it has knocked before.
-        endpoint: The task that serves it. Its connection takes it over.
-        abandoned: Whether its client has left during the handshake.
-        revoked: Clients whose right was taken away since it came: who it is may have been found out before that.
+        websocket: The WebSocket, accepted or not.
+        speaks_v1: Whether the client offers `stabilizer.v1.json`.
+        reservation: The connection slot.
+        rejected: Whether the handshake was rejected and answered.
+        established: Whether the handshake has become a connection.
+        admission: The controller that admitted the handshake.
+        parent: The same handshake at another manager, which admitted it before.
+        endpoint: The task that serves the handshake. The connection takes it over.
+        abandoned: Whether the client has left during the handshake.
+        revoked: Client ids that were revoked since admission. The client may have been identified before.
     """
 
     __slots__ = (
@@ -64,10 +64,10 @@ class Handshake:
         "_hello",
         "_hello_reader",
         "_timer",
+        "abandoned",
         "admission",
         "endpoint",
         "established",
-        "gone",
         "parent",
         "rejected",
         "reservation",
@@ -95,43 +95,43 @@ class Handshake:
         self._hello_reader = hello_reader
         self._hello: Hello | None = None
         self._credential: str | _NoHello | None = _NO_HELLO
-        self.rejected = self.established = self.gone = False
+        self.rejected = self.established = self.abandoned = False
         self.endpoint = EndpointTask(cancellable=True)
         self._timer: asyncio.TimerHandle | None = None
         self.revoked: frozenset[str] = frozenset()
 
     def watch(self) -> None:
-        """Look now and then whether the client is still there, as long as the handshake takes.
+        """Check every `WATCH_INTERVAL` seconds during the handshake whether the client has left.
 
-        Nothing is read meanwhile: your code may accept the WebSocket, and what comes then is its own.
+        The check reads no messages, because your code may accept the WebSocket and read them itself.
         """
         self._timer = asyncio.get_running_loop().call_later(
             WATCH_INTERVAL,
             self._check_abandoned,
-            context=contextvars.Context(),  # it may outlive its connection in the event loop
+            context=contextvars.Context(),  # the timer may outlive the connection in the event loop
         )
 
     def _check_abandoned(self) -> None:
         self._timer = None
         if ServerTransport(*asgi_callables(self.websocket)).closing:
-            self.gone = True
-            self.cut()
+            self.abandoned = True
+            self.cancel()
         elif not self.established and not self.rejected:
             self.watch()
 
     def stop_watching(self) -> None:
-        """The handshake is over."""
+        """Stop the checks of `watch`. Nothing happens if they have stopped."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def cut(self) -> None:
-        """Go on with the handshake no longer: cancel what it waits for. It is turned away then, unless it was."""
+    def cancel(self) -> None:
+        """Cancel the task of the handshake, which then rejects it. Nothing happens if it is established or rejected."""
         if not self.established and not self.rejected:
             self.endpoint.cancel()
 
     async def accept(self) -> None:
-        """Accept its WebSocket. Nothing happens if that was done."""
+        """Accept the WebSocket. Nothing happens if it is accepted."""
         websocket = self.websocket
         if websocket.application_state is not WebSocketState.CONNECTED:
             if not self._compresses:
@@ -148,20 +148,20 @@ class Handshake:
                 self.admission.on_unanswered(websocket)
 
     async def take_hello(self) -> Hello:
-        """As `hello`, for the last time: the hello is kept no longer. The credential in it is, as `credential` says."""
+        """Return the hello as `hello` does, and release it. `credential` still returns the credential in it."""
         hello = await self.hello()
         self._hello = None
         return hello
 
     async def hello(self) -> Hello:
-        """Accept a client of `stabilizer.v1.json`, and wait for its hello, once.
+        """Accept a client of `stabilizer.v1.json`, and wait once for its hello.
 
         Raises:
-            WebSocketException: None came in time, or none that is good. It is closed already.
-            ConnectionLimitExceededError: It came when its place had been given to another client.
+            WebSocketException: No valid hello arrived in time. The WebSocket is closed.
+            ConnectionLimitExceededError: The hello arrived after the reservation was released for another client.
         """
         if self.rejected:
-            raise WebSocketException(1008, "refused already")
+            raise WebSocketException(1008, "already rejected")
         if self._hello is None:
             await self.accept()
             try:
@@ -175,13 +175,13 @@ class Handshake:
         return self._hello
 
     async def credential(self) -> str | None:
-        """The credential in the first message of a client of `stabilizer.v1.json`; `None` of a plain one.
+        """Return the credential in the hello of a client of `stabilizer.v1.json`, or `None` for a plain client.
 
-        A dependency may ask for it again, also when the connection is open and the endpoint reads from it. So it is
-        kept, as long as the dependency lives that has let the client knock.
+        A dependency may call this again, even when the connection is open and the endpoint reads from it. So the
+        handshake stores the credential for its own lifetime, which is that of the dependency that admitted it.
 
         Raises:
-            WebSocketException: No such message came. It is closed already.
+            WebSocketException: No valid hello arrived in time. The WebSocket is closed.
         """
         if not self.speaks_v1:
             return None
@@ -191,14 +191,14 @@ class Handshake:
 
 
 class AdmissionController:
-    """Asks who comes: from which page, from which address, whether there is room.
+    """Admission of handshakes for one manager: shutdown, origin, address, rates and capacity.
 
     Args:
-        config: What is asked.
-        events: Where refusals are told.
-        rejector: Turns away who may not come in.
-        hello_reader: Takes the hellos.
-        endings: The connections that are over, and whose end is still worked on.
+        config: The limits and the allowed origins.
+        events: The bus for reports.
+        rejector: The rejector of this manager.
+        hello_reader: The reader of hellos, which gives up pending clients when the server is full.
+        closing_connections: The connections in teardown.
     """
 
     def __init__(
@@ -207,12 +207,12 @@ class AdmissionController:
         events: EventBus,
         rejector: Rejector,
         hello_reader: HelloReader,
-        endings: ClosingConnections,
+        closing_connections: ClosingConnections,
     ) -> None:
         self._events = events
         self._hello_reader = hello_reader
-        self._endings = endings
-        self._max = config.max_connections
+        self._closing_connections = closing_connections
+        self._max_connections = config.max_connections
         self._drain_window = config.drain_window
         self._max_cleanups = config.max_concurrent_cleanup
         self._compresses = config.compression is CompressionMode.DEFLATE
@@ -233,22 +233,22 @@ class AdmissionController:
         self._unanswered: set[str] = set()
 
     def revoke(self, client_id: str) -> None:
-        """Let in nobody as that client who stands at the door now."""
+        """Prevent the current handshakes from connecting as this client."""
         for handshake in self._handshakes:
             handshake.revoked |= {client_id}
 
     def close(self) -> None:
-        """Let nobody in any more, and turn those away who stand at the door."""
+        """Reject new handshakes, and cancel the current ones."""
         self.closed = True
         for handshake in list(self._handshakes):
-            handshake.cut()
+            handshake.cancel()
 
     def reopen(self) -> None:
-        """Let clients in again."""
+        """Admit handshakes again after `close`."""
         self.closed = False
 
     async def wait_until_empty(self, timeout: float) -> bool:
-        """Wait until all handshakes are over, at most `timeout` seconds; tell whether they are. Cancelling is safe."""
+        """Wait at most `timeout` seconds until no handshake is left. Return whether none is. Cancelling is safe."""
         if not self._handshakes:
             return True
         if self._empty is None:
@@ -256,16 +256,16 @@ class AdmissionController:
         return await wait_for_all([self._empty.future], timeout)
 
     def abort(self) -> None:
-        """Cut the connections whose handshakes do not come to an end."""
+        """Abort the transports of all current handshakes."""
         for handshake in list(self._handshakes):
             ServerTransport(*asgi_callables(handshake.websocket)).abort()
 
     def stopping(self) -> ShutdownError:
-        """Why nobody is let in any more, and when to come back."""
+        """Return the error for handshakes during shutdown, with a random delay after which to retry."""
         return shutdown_error(self._drain_window)
 
     def forget(self, handshake: Handshake) -> None:
-        """Somebody stands at the door no more: inside, or turned away. Nothing happens if that was told."""
+        """Remove a handshake that was established or rejected. Nothing happens if it was removed."""
         self._handshakes.discard(handshake)
         handshake.stop_watching()
         if self._empty is not None and not self._handshakes:
@@ -273,10 +273,10 @@ class AdmissionController:
             self._empty = None
 
     def on_unanswered(self, websocket: WebSocket) -> None:
-        """Report, once for a route, that a client has offered subprotocols and was answered none.
+        """Report once for each route that the server selected none of the subprotocols that a client offered.
 
-        RFC 6455 lets a server do so, and browsers close the connection then. What was offered may be a credential, and
-        is not told.
+        RFC 6455 allows such an answer, but browsers then close the connection. The report does not contain the offered
+        names, because one may be a credential.
         """
         scope = websocket.scope
         route = str(getattr(scope.get("route"), "path", scope.get("path")))
@@ -289,19 +289,19 @@ class AdmissionController:
             route=route,
             offered=len(scope["subprotocols"]),
             served=", ".join(scope.get(SERVED_KEY, ())) or "none",
-            advice="browsers and many devices close a connection whose subprotocols are answered by none: name those "
-            "that the endpoint speaks with Depends(manager.socket_for(subprotocols=(...)))",
+            advice="browsers and many devices close a connection if the server selects none of their subprotocols: "
+            "declare the ones that the endpoint speaks with Depends(manager.socket_for(subprotocols=(...)))",
         )
 
     def address_of(self, websocket: WebSocket) -> str:
-        """Where a client comes from: what a trusted proxy says, else the other end of the connection."""
+        """Return the address of a client: as a trusted proxy reports it, else the address of the peer."""
         return self._proxies.client_of(self._peer_of(websocket), _headers(websocket, b"x-forwarded-for"))
 
     def _peer_of(self, websocket: WebSocket) -> str | None:
-        """The other end of a connection; without `trusted_proxies`, whom the server has put there.
+        """Return the address of the peer; without `trusted_proxies`, the address that the server reports.
 
-        A server that believes X-Forwarded-For has put somebody in the place of the proxy, and a client may have named
-        that one. So with `trusted_proxies` the transport is asked, where it can be reached.
+        A server that trusts X-Forwarded-For reports an address from that header instead of the proxy's, and a client
+        may have written it. So with `trusted_proxies` the address comes from the transport, if it can be reached.
         """
         peer = ServerTransport(*asgi_callables(websocket)).peer if self._reads_headers else None
         if peer is not None:
@@ -317,24 +317,24 @@ class AdmissionController:
             raise OriginNotAllowedError(problem, ", ".join(hosts))
 
     def admit(self, websocket: WebSocket, parent: Handshake | None = None) -> Handshake:
-        """Ask what can be asked of a handshake before it is known who has come. Nothing of it waits.
+        """Admit a handshake before its client is identified, and reserve a connection slot. It does not wait.
 
         Args:
             websocket: The WebSocket.
-            parent: The same client at another manager's door.
+            parent: The same handshake at another manager.
 
         Raises:
-            ShutdownError: Nobody is let in any more.
-            OriginNotAllowedError: A page of somebody else's site has opened it.
-            ConnectionLimitExceededError: There is no room.
-            TooManyConnectionsError: There are too many from its address, or it comes too often.
+            ShutdownError: The manager is draining or stopped.
+            OriginNotAllowedError: The `Origin` is not allowed.
+            ConnectionLimitExceededError: The server is full, or handshakes arrive too fast.
+            TooManyConnectionsError: The address has too many connections, or its handshakes arrive too fast.
         """
         if self.closed:
             raise self.stopping()
         self._check_origin(websocket)
-        if len(self._endings) >= MAX_CLOSING:  # the option by which more hooks run at the same time
+        if len(self._closing_connections) >= MAX_CLOSING:  # a higher max_concurrent_cleanup runs more hooks at once
             raise ConnectionLimitExceededError("max_concurrent_cleanup", self._max_cleanups, retry_delay())
-        self._endings.expedite_oldest(self._max)
+        self._closing_connections.expedite_oldest(self._max_connections)
         if self.limiter.is_full:
             self._hello_reader.evict_oldest_pending()
         address = rate_limit_key(self.address_of(websocket)) if self.limiter.by_address else ""
@@ -347,5 +347,8 @@ class AdmissionController:
 
 
 def _headers(websocket: WebSocket, name: bytes) -> list[str]:
-    """The values of all headers of a name. Starlette's own would stay in memory for as long as the connection."""
+    """Return the values of all headers of a name.
+
+    `websocket.headers` would stay in memory for the lifetime of the connection.
+    """
     return [value.decode("latin-1") for key, value in websocket.scope["headers"] if key == name]

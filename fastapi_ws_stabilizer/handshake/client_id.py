@@ -1,4 +1,4 @@
-"""Who a connection belongs to."""
+"""Client ids and the expiry of identities."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastapi_ws_stabilizer.clock import wall
 from fastapi_ws_stabilizer.wire.identifiers import NAME_RULE, is_name
 
 Moment = datetime | float | None
-"""Until when an identity is good: a moment with its time zone, seconds since 1970, or `None` for ever."""
+"""Expiry of an identity: a `datetime` with a time zone, seconds since 1970, or `None` for no expiry."""
 
 MAX_TERM: Final = 10 * 365 * 86_400.0
-"""Seconds. What is good for longer is good for ever: no timer waits that long."""
+"""Longest term of an identity in seconds. A longer term counts as no expiry, because no timer waits that long."""
 
 
 def client_id_from_request(websocket: WebSocket) -> str | None:
-    """The path parameter `client_id`, else the query parameter; `None` if there is neither.
+    """Return the path parameter `client_id`, else the query parameter, else `None`.
 
     Raises:
-        HTTPException: 400: it is longer than a name may be, or has a control character.
+        HTTPException: 400 if the id is too long or contains a control character.
     """
     given = websocket.path_params.get("client_id")
     if given is None:
@@ -38,42 +38,43 @@ def client_id_from_request(websocket: WebSocket) -> str | None:
 
 
 def fresh_client_id() -> str:
-    """An id for a client that has not said who it is."""
+    """Return a random id for an anonymous client."""
     return uuid4().hex
 
 
 def client_id_from(identity: Any, key: Callable[[Any], object] | None) -> str:
-    """The client id that stands for what an identity dependency returned.
+    """Return the client id for the result of an identity dependency.
 
     Raises:
-        TypeError: There is no telling; the error says how to.
-        HTTPException: 401: the credential names a client that cannot be called so.
+        TypeError: The result, or what `key` returned for it, is not a `str`, `int` or `UUID`, or is empty. The error
+            says what to write.
+        HTTPException: 401 if the client id is too long or contains a control character.
     """
     chosen = identity if key is None else key(identity)
     if isinstance(chosen, (str, int, UUID)) and not isinstance(chosen, bool) and str(chosen):
         client_id = str(chosen)
         if not is_name(client_id):
-            raise HTTPException(401, f"the client id of this credential: {NAME_RULE}")
+            raise HTTPException(401, f"invalid client id in the credential: {NAME_RULE}")
         return client_id
     if key is None:
         raise TypeError(
-            f"a {type(identity).__name__} is no client id: say which part of it is one, "
+            f"a {type(identity).__name__} is not a client id: select the id with a key, "
             "manager.socket_for(identify, key=lambda identity: identity.id)"
         )
     raise TypeError(
-        f"the key of manager.socket_for gave {chosen!r}, and a client id is a str, int or UUID that says something"
+        f"the key of manager.socket_for returned {chosen!r}, but a client id is a str, int or UUID that is not empty"
     )
 
 
 def seconds_until_expiry(moment: Moment) -> float | None:
-    """For how many seconds an identity is good; `None` if for ever.
+    """Return the seconds until an identity expires, or `None` if it does not expire.
 
     Args:
-        moment: Until when: a moment with its time zone, or seconds since 1970, as a JWT's `exp` is.
+        moment: The expiry: a `datetime` with a time zone, or seconds since 1970 as in the `exp` of a JWT.
 
     Raises:
-        TypeError: It is neither, or has no time zone. The error says what is wanted.
-        HTTPException: 401: that was before now.
+        TypeError: The expiry has another type, or no time zone. The error says what to return.
+        HTTPException: 401 if the identity has expired.
     """
     if moment is None:
         return None
@@ -83,8 +84,8 @@ def seconds_until_expiry(moment: Moment) -> float | None:
         left = moment - wall()
     else:
         raise TypeError(
-            f"expires_at of manager.socket_for gave {moment!r}: it is a datetime with a time zone, seconds since 1970, "
-            "or None"
+            f"expires_at of manager.socket_for returned {moment!r}: return a datetime with a time zone, seconds since "
+            "1970, or None"
         )
     if left <= 0:
         raise HTTPException(401, "the credential has expired")

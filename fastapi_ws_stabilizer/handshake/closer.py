@@ -1,4 +1,4 @@
-"""How a connection ends, and what its end takes with it."""
+"""Closing of connections after their endpoint, and the first steps of teardown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason, local
 from fastapi_ws_stabilizer.compat.starlette import mark_open
 from fastapi_ws_stabilizer.compat.under_test import test_client_wants_errors
 from fastapi_ws_stabilizer.config import WebSocketConfig
-from fastapi_ws_stabilizer.connection import current as own
+from fastapi_ws_stabilizer.connection import current
 from fastapi_ws_stabilizer.connection.closing import ClosingConnections
 from fastapi_ws_stabilizer.connection.connection import Connection
 from fastapi_ws_stabilizer.connection.endpoint import EndpointTask, close_info_for, is_bug, root_cause
@@ -43,7 +43,7 @@ from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 
 
 class _Handled(WebSocketException):
-    """A `WebSocketException` that nothing is left to do for, where the application has a handler for those."""
+    """`WebSocketException` that needs no more handling, for an application with a handler for that class."""
 
 
 async def _nothing(_: object, __: object) -> None:
@@ -57,8 +57,11 @@ async def _quietly(handler: Handler, connection: Connection, error: BaseExceptio
         return None, failure
 
 
-def _as_answered(answer: Any) -> CloseInfo:
-    """How a connection ends whose handler has not closed it: a response stands for its status."""
+def _close_info_for_answer(answer: Any) -> CloseInfo:
+    """Return the close info for the result of an exception handler that did not close the connection.
+
+    A response with a status from 400 to 599 closes like an `HTTPException` of that status, anything else with 1011.
+    """
     status = getattr(answer, "status_code", None)
     if not isinstance(status, int) or not 400 <= status < 600:
         return local_close(DisconnectReason.ERROR)
@@ -66,7 +69,7 @@ def _as_answered(answer: Any) -> CloseInfo:
 
 
 class Closer:
-    """Ends connections, each with the code that fits how its endpoint ended."""
+    """Mixin that closes connections with the code for how their endpoint ended."""
 
     _config: WebSocketConfig
     _events: EventBus
@@ -83,15 +86,16 @@ class Closer:
     connections: set[Connection]
 
     async def close_after_endpoint(self, connection: Connection, error: BaseException | None) -> BaseException | None:
-        """End a connection whose endpoint has returned (`None`) or let `error` escape, and wait until that is done.
+        """Close a connection after its endpoint has returned (`None`) or raised `error`, and wait for its teardown.
 
-        Dependencies that were entered before ours must learn that the endpoint has stopped half-way, or they would
-        commit what should be rolled back. So an error is not swallowed but exchanged for a `WebSocketException`, which
-        Starlette handles in silence because the connection is closed by then. A bug was logged here before, once.
-        Under Starlette's TestClient it goes on as it is, so that the test sees it.
+        Dependencies entered before the socket must see that the endpoint failed, or they would commit instead of
+        rolling back. So this method replaces an error with a `WebSocketException`, which Starlette handles silently
+        because the connection is closed by then. It logs a bug once before. Under Starlette's TestClient it returns
+        the bug unchanged, so that the test sees it.
 
         Returns:
-            What has to be raised instead of `error`; `error` itself if it is not ours to touch; `None` if nothing is.
+            The exception to raise instead of `error`. It is `error` itself for a foreign exception, such as a
+            cancellation from outside, and `None` if there is nothing to raise.
         """
         endpoint = connection.endpoint
         cancelled_by_us = error is not None and endpoint.is_own_cancellation(error)
@@ -99,21 +103,21 @@ class Closer:
         if error is not None and not cancelled_by_us and self._is_foreign(endpoint, error):
             connection.close(DisconnectReason.SERVER_SHUTDOWN)
             if isinstance(error, asyncio.CancelledError):
-                # Whoever cancels us means the endpoint; the close frame and the hooks still have their time. The scope
-                # is for callers like Starlette's TestClient, whose cancellation strikes at every await.
+                # The cancellation is for the endpoint, so the close frame and the hooks still get their time. The
+                # scope is for callers such as Starlette's TestClient, which cancels again at every await.
                 with anyio.CancelScope(shield=True):
                     await wait_for_all([connection.finished], None)
             return error
-        how, bug = close_info_for(error), None
+        close_info, bug = close_info_for(error), None
         if error is not None and not cancelled_by_us:
             try:
-                how, bug = await self.close_info_by_handler(connection, error)
-            except BaseException:  # cancelled while the application's handler was at work
+                close_info, bug = await self.close_info_by_handler(connection, error)
+            except BaseException:  # cancelled while the application's handler ran
                 connection.close(DisconnectReason.SERVER_SHUTDOWN)
                 raise
-        connection.close(how.cause, code=how.code, text=how.reason)
+        connection.close(close_info.cause, code=close_info.code, text=close_info.reason)
         raises = bug is not None and test_client_wants_errors()
-        with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as its test has left
+        with anyio.CancelScope(shield=raises):  # the TestClient cancels as soon as the test has ended
             if bug is not None:
                 await connection.report_bug("endpoint_failed", bug)
             await wait_for_all([connection.finished], None)
@@ -126,28 +130,29 @@ class Closer:
     async def close_info_by_handler(
         self, connection: Connection, error: BaseException
     ) -> tuple[CloseInfo, BaseException | None]:
-        """Find out how a connection ends whose endpoint let `error` escape: the application's handler is asked first.
+        """Call the application's handler for an error of the endpoint, and return the close info.
 
-        The handler can close the connection. Where it does not, what it returns stands for its HTTP status, and what it
-        raises means what it would mean in the endpoint. A handler that finds its client gone has handled nothing.
+        The handler can close the connection. If it does not, the HTTP status of its result decides the close code, and
+        an exception from it counts like one from the endpoint. If the handler raises because the client has left, the
+        result is that of no handler.
 
         Returns:
-            The ending, and the bug in it: `error`, or what the handler has raised; `None` if there is none.
+            The close info, and the bug: `error`, the exception of the handler, or `None` if there is no bug.
         """
         is_mistake = is_bug(error) or not isinstance(error, Exception)
         handler = handler_for_endpoint(connection.websocket, error)
         if handler is None:
             return (local_close(DisconnectReason.ERROR), error) if is_mistake else (close_info_for(error), None)
         try:
-            answer = await self._ask(handler, connection, error)
+            answer = await self._call_with_timeout(handler, connection, error)
         except Exception as second:
-            if isinstance(root_cause(second), WebSocketDisconnect):  # it could tell the client nothing any more
+            if isinstance(root_cause(second), WebSocketDisconnect):  # the client left before the handler could answer
                 return (local_close(DisconnectReason.ERROR), error) if is_mistake else (close_info_for(error), None)
             return close_info_for(second), second if is_bug(second) else None
-        return (_as_answered(answer) if is_mistake else close_info_for(error)), None
+        return (_close_info_for_answer(answer) if is_mistake else close_info_for(error)), None
 
-    async def _ask(self, handler: Handler, connection: Connection, error: BaseException) -> Any:
-        """Call a handler of the application, in a task so that its time is bounded."""
+    async def _call_with_timeout(self, handler: Handler, connection: Connection, error: BaseException) -> Any:
+        """Call a handler of the application in a task, for at most `disconnect_grace` seconds."""
         limit = self._config.disconnect_grace
         task = self._tasks.spawn(_quietly(handler, connection, error), name="ws-exception-handler")
         try:
@@ -159,7 +164,7 @@ class Closer:
             task.cancel()
             raise TimeoutError(f"an exception handler took longer than disconnect_grace, {limit} seconds")
         if task.cancelled():
-            raise RuntimeError("an exception handler was cancelled by something that it waited for")
+            raise RuntimeError("an exception handler was cancelled by an operation that it awaited")
         answer, failure = task.result()
         if failure is not None:
             raise failure
@@ -167,31 +172,31 @@ class Closer:
 
     @staticmethod
     def _error_for_dependencies(connection: Connection, error: BaseException) -> WebSocketException | None:
-        """What the dependencies before the socket see in place of what has ended the endpoint."""
+        """Return the exception that the dependencies before the socket get instead of `error`."""
         websocket = connection.websocket
         known = known_handlers(websocket)
         if known is None and isinstance(root_cause(error), SocketClosed):
-            return None  # outside of Starlette nothing would handle it, and there are no dependencies
-        # Starlette's handler closes the WebSocket, which does nothing any more, but stumbles if the user did before.
+            return None  # without Starlette there are no dependencies, and nothing would handle the exception
+        # Starlette's handler closes the WebSocket again. That has no effect, but it raises if your code closed it.
         mark_open(websocket)
         seen = WebSocketException(connection.close_info.code if connection.close_info else 1000)
         if known is None or handler_of(websocket, seen) is None:
             return seen
-        known[0].setdefault(_Handled, _nothing)  # the application's handler was asked
+        known[0].setdefault(_Handled, _nothing)  # the application's handler has run
         return _Handled(seen.code)
 
     @staticmethod
     def _is_foreign(endpoint: EndpointTask, error: BaseException) -> bool:
-        """Whether an exception is nobody's bug and has to go on: an exit, or a cancellation of this very task."""
+        """Return whether an exception must propagate unchanged: an exit, or a cancellation of this task by others."""
         if isinstance(error, (Exception, asyncio.CancelledError)) or getattr(error, "exceptions", None):
             return endpoint.is_cancelled_by_others(error)
         return True
 
     def _on_closing(self, connection: Connection) -> None:
-        """A connection has begun to end: it is found nowhere any more. Each step is taken whatever the others raise."""
+        """Remove a closing connection from all registries. An error in one step does not stop the others."""
         attempt = connection.attempt
         attempt(self._closing_connections.add, connection)
-        attempt(self._keep_rooms, connection)
+        attempt(self._save_rooms, connection)
         if connection.reservation is not None:
             attempt(connection.reservation.release)
         attempt(self.heartbeat.remove, connection)
@@ -203,14 +208,14 @@ class Closer:
             attempt(self.budget.mark_closed, connection.residual)
         attempt(connection.socket._detach_user_data)
 
-    def _keep_rooms(self, connection: Connection) -> None:
-        """Keep the names of its rooms, since it is in none of them when its hooks ask."""
+    def _save_rooms(self, connection: Connection) -> None:
+        """Save the names of the rooms for the hooks, which run after the connection has left its rooms."""
         if connection.close_info is not None and (rooms := self.hub.rooms.rooms_of(connection.recipient)):
             connection.close_info = replace(connection.close_info, rooms=rooms)
 
     def _on_closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        connection.attempt(own.finished, connection)
+        connection.attempt(current.finished, connection)
         if connection.residual is not None:
             connection.attempt(self.budget.remove, connection.residual)
             connection.residual = None

@@ -1,4 +1,4 @@
-"""The first exchange with a `stabilizer.v1.json` client: its hello, its credential, its session."""
+"""The first exchange with a `stabilizer.v1.json` client: hello, credential, session."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fastapi_ws_stabilizer.wire.v1.frames import ProtocolError
 from fastapi_ws_stabilizer.wire.v1.hello import Hello, offered_credential, parse_hello
 
 MIN_HELLO_WAIT: Final = 1.0
-"""Seconds in which an honest client has said hello, be it far away."""
+"""Seconds in which a well-behaved client sends its hello, even over a slow network."""
 
 
 class HelloReader:
-    """Takes hellos. Until one was good, nothing is kept of a client but the WebSocket itself.
+    """Reader of hellos. Before a valid hello, a client holds no memory except for the WebSocket.
 
     Args:
-        config: How long a client has.
-        sessions: Where its session is found or made.
-        rejector: Turns clients away.
-        address_of: Says where a client comes from.
+        config: The options, such as `hello_timeout`.
+        sessions: The store of sessions.
+        rejector: The rejector of this manager.
+        address_of: Returns the address of a client.
     """
 
     def __init__(
@@ -48,25 +48,25 @@ class HelloReader:
         self._address_of = address_of
         self._sessions = sessions
         self._rejector = rejector
-        self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
+        self._tasks = TaskSet(lambda _, __: None)  # a client that disconnects during its handshake is not an error
         self._closed = LazyEvent()
         self._awaiting_hello: dict[
             LazyEvent, tuple[float, Callable[[], None]]
-        ] = {}  # since when; the longest comes first
+        ] = {}  # monotonic time of the start and `on_evicted`, the longest wait first
         self._pending: set[asyncio.Future[None]] = set()
 
     @property
     def pending(self) -> list[asyncio.Future[None]]:
-        """A future for each client that has no session yet: it is done when the client has one, or is refused."""
+        """A future for each client without a session. It is done when its hello or its authentication ends."""
         return list(self._pending)
 
     def reopen(self) -> None:
-        """Take clients again."""
+        """Accept hellos again after `close`."""
         if self._closed.is_set:
             self._closed = LazyEvent()
 
     def close(self) -> None:
-        """Refuse everybody from now on, those included who are being greeted."""
+        """Reject all clients from now on, including those in a handshake."""
         self._closed.set()
 
     async def negotiate(
@@ -77,41 +77,41 @@ class HelloReader:
         authenticate: Callable[[str | None], Awaitable[Exception | None]],
         check_admission: Callable[[str, Session | None], Exception | None],
     ) -> ResumeResult:
-        """Give a client that has said hello its session.
+        """Authenticate a client by its hello, and resume or create its session.
 
         Args:
-            websocket: Its WebSocket, accepted.
-            hello: What it has said.
-            client_id_of: Says who it is, given the session that it proves to have.
-            authenticate: Looks at its credential, and returns what is wrong if it is not good.
-            check_admission: Why that client may not come now, with that session.
+            websocket: The accepted WebSocket.
+            hello: The hello of the client.
+            client_id_of: Returns the client id, given the session that the hello proves.
+            authenticate: Verifies the credential, and returns an error if it is invalid.
+            check_admission: Returns an error if the client may not connect with that session.
 
         Returns:
-            What it gets.
+            The session and the result of the resume.
 
         Raises:
-            WebSocketException: It was refused, or is gone. It is closed already.
+            WebSocketException: The client was rejected, and the WebSocket is closed.
         """
         proven = self._sessions.authenticate(hello)
-        client_id = client_id_of(proven)  # before it is authenticated: the hooks ask who it is
+        client_id = client_id_of(proven)  # before authentication, because the hooks read the client id
         with self._pending_handshake(), self._sessions.pinned(proven):
-            refused = await authenticate(credential_in(hello, websocket))
-        if refused is not None:
-            raise await self._refuse(websocket, refused, client_id)
+            error = await authenticate(credential_in(hello, websocket))
+        if error is not None:
+            raise await self._reject(websocket, error, client_id)
         if self._closed.is_set:
-            raise await self._refuse(websocket, self._stopping(), client_id)
-        its_own = self._sessions.authenticate(hello) or self._sessions.superseded_by(hello, client_id)
-        refused = check_admission(client_id, its_own)  # before anything of its session is touched
-        if refused is not None:
-            raise await self._refuse(websocket, refused, client_id)
+            raise await self._reject(websocket, self._stopping(), client_id)
+        own_session = self._sessions.authenticate(hello) or self._sessions.superseded_by(hello, client_id)
+        error = check_admission(client_id, own_session)  # before any change to the session
+        if error is not None:
+            raise await self._reject(websocket, error, client_id)
         try:
             return self._sessions.resume(hello, client_id)
         except StaleAttemptError as stale:
             error = WebSocketException(SUPERSEDED, "a newer connection has the session")
-            raise await self._refuse(websocket, error, client_id) from stale
+            raise await self._reject(websocket, error, client_id) from stale
 
     def evict_oldest_pending(self) -> None:
-        """Wait no longer for whoever has been waited for longest, if an honest client would have said hello by now."""
+        """Stop waiting for the oldest missing hello, if it is missing for at least `MIN_HELLO_WAIT` seconds."""
         evicted = next(iter(self._awaiting_hello), None)
         if evicted is not None and monotonic() - self._awaiting_hello[evicted][0] >= MIN_HELLO_WAIT:
             _, on_evicted = self._awaiting_hello.pop(evicted)
@@ -122,11 +122,11 @@ class HelloReader:
         """Wait for the hello of an accepted client.
 
         Args:
-            websocket: Its WebSocket.
-            on_evicted: Called, without waiting, when it is waited for no longer because room is needed.
+            websocket: The WebSocket.
+            on_evicted: Called at once when the wait ends early because the server is full.
 
         Raises:
-            WebSocketException: None came in time, or none that is good. It is closed already.
+            WebSocketException: No valid hello arrived in time. The WebSocket is closed.
         """
         with self._pending_handshake():
             return await self._hello(websocket, on_evicted)
@@ -152,11 +152,11 @@ class HelloReader:
             if not waiting.done():
                 waiting.cancel()
         if self._closed.is_set:
-            raise await self._refuse(websocket, self._stopping())
+            raise await self._reject(websocket, self._stopping())
         if not waiting.done():
-            raise await self._refuse(websocket, WebSocketException(4408, "no hello came"))
-        gone = waiting.cancelled() or waiting.exception() is not None
-        message: Any = None if gone else waiting.result()
+            raise await self._reject(websocket, WebSocketException(4408, "no hello received"))
+        failed = waiting.cancelled() or waiting.exception() is not None
+        message: Any = None if failed else waiting.result()
         if message is None or message["type"] != "websocket.receive":
             mark_handled(websocket)
             raise WebSocketException(1000)
@@ -164,19 +164,19 @@ class HelloReader:
         try:
             return parse_hello((message.get("bytes") or b"") if text is None else text)
         except ProtocolError as problem:
-            raise await self._refuse(websocket, WebSocketException(problem.code, str(problem))) from problem
+            raise await self._reject(websocket, WebSocketException(problem.code, str(problem))) from problem
 
     def _stopping(self) -> ShutdownError:
         return shutdown_error(self._drain_window)
 
-    async def _refuse(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
-        """Close a client that has no session yet; the exception ends its endpoint, and nothing else."""
-        how = self._rejector.record(websocket, error, self._address_of(websocket), client_id)
-        return await self._rejector.close(websocket, how.code, how.reason)
+    async def _reject(self, websocket: WebSocket, error: Exception, client_id: str | None = None) -> WebSocketException:
+        """Close the WebSocket of a client without a session, and return the exception that ends its endpoint."""
+        close_info = self._rejector.record(websocket, error, self._address_of(websocket), client_id)
+        return await self._rejector.close(websocket, close_info.code, close_info.reason)
 
 
 def credential_in(hello: Hello, websocket: WebSocket) -> str | None:
-    """The credential of a client: in its hello, else among its subprotocols."""
+    """Return the credential of a client from its hello, else from its subprotocols, else `None`."""
     if hello.auth is not None:
         return hello.auth
     return offered_credential(websocket.scope.get("subprotocols") or ())

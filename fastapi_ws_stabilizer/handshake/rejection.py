@@ -1,8 +1,8 @@
-"""How a client is told that it may not come in.
+"""Answers to rejected handshakes.
 
-A browser can read neither the status nor the body of a failed handshake: its page sees 1006 and dials again, for ever,
-with the same bad token. So it is let in and closed with a code that says why, unless that is what would cost too much,
-or there are too many of them. Everybody else gets the HTTP answer.
+A browser exposes neither the status nor the body of a failed handshake. The page sees 1006 and reconnects forever with
+the same invalid token. So the server accepts the WebSocket of a browser and closes it with a code that says why, unless
+that would be too expensive or too many browsers are rejected. All other clients get the HTTP answer.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from fastapi_ws_stabilizer.wire.v1.hello import offers_v1
 
 DENIAL: Final = "websocket.http.response"
-"""The ASGI extension of a server that can answer a handshake with any HTTP response."""
+"""ASGI extension of servers that can answer a handshake with any HTTP response."""
 
 REFUSALS: Final = (HTTPException, WebSocketRequestValidationError, WebSocketException, WebSocketStabilizerError)
-"""What keeps a client out."""
+"""Exceptions that reject a handshake."""
 
 _STATUS_OF: Final = {
     **{4000 + status: status.value for status in HTTPStatus if status >= 400},
@@ -56,26 +56,32 @@ _STATUS_OF: Final = {
     1012: 503,
     1013: 503,
 }
-"""The HTTP status that says the same as a close code."""
+"""HTTP status for each close code."""
 
 ACCEPT_TO_CLOSE_RATE: Final = Rate(per_second=100.0, burst=500.0)
-"""How many clients that say they are browsers are accepted to be told why they may not come in. Some servers hold a
-WebSocket for ten seconds whose client does not answer the close frame: it would be the cheapest way to fill them."""
+"""Rate at which rejected clients with an `Origin` are accepted and closed.
+
+Some servers hold a WebSocket for 10 s if the client does not answer the close frame. Without a limit this would be the
+cheapest attack on them.
+"""
 
 _STARLETTE: Final = tuple(map(int, starlette.__version__.split(".")[:2]))
 
 CLOSE_CODE_INTERVAL: Final = 5.0
-"""Seconds in which a browser is let in once to be told that there are too many from its address. Who chooses to have an
-`Origin`, and dials all the time, costs no more than without."""
+"""Seconds between two closes with a code for one address that has too many connections.
+
+So a client that sends an `Origin` and reconnects all the time costs no more than one without an `Origin`.
+"""
 
 REJECTION_TIMEOUT: Final = 5.0
-"""Seconds that a client which is turned away may take to be told so."""
+"""Seconds that the answer to a rejected client may take."""
 
 
 def answered_subprotocol(websocket: WebSocket) -> str | None:
-    """The subprotocol that a handshake is answered with: a browser that offers some takes no answer without one.
+    """Return the subprotocol to answer a handshake with, or `None`.
 
-    Ours, else the first that the endpoint speaks, else the marker beside a credential; `None` where none is offered.
+    It is `stabilizer.v1.json`, else the first subprotocol of the endpoint, else the marker of a credential, if the
+    client offers it. A browser that offers subprotocols rejects an answer without one.
     """
     offered: Collection[str] = websocket.scope.get("subprotocols") or ()
     if offers_v1(offered):
@@ -87,7 +93,7 @@ def answered_subprotocol(websocket: WebSocket) -> str | None:
 
 
 def to_http_exception(error: WebSocketStabilizerError | WebSocketException) -> HTTPException:
-    """A refusal as the HTTP answer that says the same."""
+    """Return the HTTP answer for a rejection."""
     if isinstance(error, ConnectionLimitExceededError):
         status = 429 if isinstance(error, TooManyConnectionsError) else 503
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
@@ -95,16 +101,16 @@ def to_http_exception(error: WebSocketStabilizerError | WebSocketException) -> H
     if isinstance(error, ShutdownError):
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
         return HTTPException(503, type(error).close_text, headers=wait)
-    how = close_info_for(error)
-    return HTTPException(_STATUS_OF.get(how.code, 403), how.reason or None)
+    close_info = close_info_for(error)
+    return HTTPException(_STATUS_OF.get(close_info.code, 403), close_info.reason or None)
 
 
 class Rejector:
-    """Turns clients away.
+    """Sender of HTTP answers and close codes to rejected clients.
 
     Args:
-        policy: How.
-        events: Where it is told.
+        policy: The value of the `reject` option.
+        events: The bus for reports.
     """
 
     def __init__(self, policy: RejectPolicy, events: EventBus) -> None:
@@ -112,45 +118,45 @@ class Rejector:
         self._events = events
         self._accept_to_close = TokenBucket()
         self._close_code_buckets = KeyedTokenBuckets(Rate(1 / CLOSE_CODE_INTERVAL, 1.0), MAX_ADDRESSES)
-        self._tasks = TaskSet(lambda _, __: None)  # whoever dials and vanishes is no failure of ours
+        self._tasks = TaskSet(lambda _, __: None)  # a client that disconnects during its rejection is not an error
 
     async def reject(self, websocket: WebSocket, error: Exception, address: str) -> Exception:
-        """Turn a client away, whose WebSocket may be accepted or not.
+        """Reject a client. Its WebSocket may be accepted or not.
 
         Args:
-            websocket: Its WebSocket.
-            error: Why: one of `REFUSALS`, or an error of this library.
-            address: Where it comes from.
+            websocket: The WebSocket.
+            error: The reason: one of `REFUSALS`, or an error of this library.
+            address: The address of the client.
 
         Returns:
-            What is to be raised instead, so that the framework does nothing more; where the application has a handler
-            of its own for what it is told over HTTP, so that this does the rest.
+            The exception to raise. The framework does nothing more for it, unless the application has its own handler
+            for the HTTP answer. Then it is the `HTTPException` for that handler, which sends the answer.
         """
-        how = self.record(websocket, error, address)
+        close_info = self.record(websocket, error, address)
         accepted = websocket.application_state is WebSocketState.CONNECTED
         closes = self._closes(websocket) and not _is_http_only(error) and not self._is_throttled(error, address)
         if accepted or closes:
-            return await self.close(websocket, how.code, how.reason)
+            return await self.close(websocket, close_info.code, close_info.reason)
         if isinstance(error, (WebSocketStabilizerError, WebSocketException)):
             error = to_http_exception(error)
         if DENIAL in (websocket.scope.get("extensions") or {}) and isinstance(error, HTTPException):
             if _is_answered_by_app(error, websocket):
                 return error
             answer = await _answer(error)
-            await self._last_words(websocket, websocket.send_denial_response(answer))
-            return WebSocketException(how.code, how.reason)
-        return await self.close(websocket, how.code, how.reason, accept=False)
+            await self._send_answer(websocket, websocket.send_denial_response(answer))
+            return WebSocketException(close_info.code, close_info.reason)
+        return await self.close(websocket, close_info.code, close_info.reason, accept=False)
 
     def record(self, websocket: WebSocket, error: Exception, address: str, client_id: str | None = None) -> CloseInfo:
-        """Count and report that a client is turned away; returns how its connection ends, if it is told by closing.
+        """Count and report a rejection, and return the close info for a rejection by close code.
 
-        One by an option is a warning: it may be a setting that is wrong.
+        A rejection by an option is a warning, because the option may be wrong.
         """
-        how = close_info_for(error)
-        fields: dict[str, Any] = {"address": address, "code": how.code, "text": how.reason}
+        close_info = close_info_for(error)
+        fields: dict[str, Any] = {"address": address, "code": close_info.code, "text": close_info.reason}
         if client_id is not None:
             fields["client_id"] = client_id
-        kind = f"{how.code}"
+        kind = f"{close_info.code}"
         if isinstance(error, ConnectionLimitExceededError):
             kind = fields["option"] = error.limit
         elif isinstance(error, OriginNotAllowedError):
@@ -159,17 +165,17 @@ class Rejector:
         self._events.counters.refusals[kind] += 1
         level = logging.WARNING if "option" in fields else logging.INFO
         self._events.emit_throttled("connection_refused", level, kind, **fields)
-        return how
+        return close_info
 
     def _is_throttled(self, error: Exception, address: str) -> bool:
-        """Whether somebody who is to be few was let in just to be told so a moment ago, and dials again."""
+        """Return whether the address exceeds its limit and got a close code less than `CLOSE_CODE_INTERVAL` ago."""
         if not isinstance(error, TooManyConnectionsError):
             return False
         return self._close_code_buckets.take(rate_limit_key(address), 1.0, monotonic()) > 0
 
     def _closes(self, websocket: WebSocket) -> bool:
         if websocket.scope.get("subprotocols") and answered_subprotocol(websocket) is None:
-            return False  # any of them may be a credential, and Chrome takes no answer without one
+            return False  # any of them may be a credential, and Chrome rejects an answer without one
         if self._policy is RejectPolicy.AUTO:
             return "origin" in websocket.headers and not self._accept_to_close.take(
                 ACCEPT_TO_CLOSE_RATE, 1.0, monotonic()
@@ -177,16 +183,16 @@ class Rejector:
         return self._policy is RejectPolicy.CLOSE
 
     async def close(self, websocket: WebSocket, code: int, reason: str, *, accept: bool = True) -> WebSocketException:
-        """Close a WebSocket for which there is no connection yet.
+        """Close a WebSocket that has no connection.
 
         Args:
             websocket: The WebSocket.
             code: The close code.
             reason: The close reason.
-            accept: Whether it is accepted before, if it is not. Without that its client sees HTTP 403.
+            accept: Whether to accept the WebSocket before, if needed. Otherwise the client sees HTTP 403.
 
         Returns:
-            An exception that ends its endpoint, and does nothing else.
+            An exception that ends the endpoint and has no other effect.
         """
 
         async def close() -> None:
@@ -194,38 +200,44 @@ class Rejector:
                 await websocket.accept(answered_subprotocol(websocket))
             await websocket.close(code, truncate_reason(reason))
 
-        if accept:  # before it is sent: one implementation of uvicorn's waits for the answer itself
+        if accept:  # before the close, because one of uvicorn's implementations waits for the answer in it
             server_transport = ServerTransport(*asgi_callables(websocket))
-            server_transport.abort_unless_answered(taken=False)  # there is nothing but the close frame
-        await self._last_words(websocket, close())
+            server_transport.abort_unless_answered(taken=False)  # nothing but the close frame is queued
+        await self._send_answer(websocket, close())
         return WebSocketException(code, truncate_reason(reason))
 
-    async def _last_words(self, websocket: WebSocket, words: Coroutine[Any, Any, None]) -> None:
-        telling = self._tasks.spawn(words, name="ws-refusal")
-        await wait_for_all([telling], REJECTION_TIMEOUT)
-        telling.cancel()
+    async def _send_answer(self, websocket: WebSocket, sending: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.spawn(sending, name="ws-refusal")
+        await wait_for_all([task], REJECTION_TIMEOUT)
+        task.cancel()
         mark_handled(websocket)
 
 
 async def _answer(error: HTTPException) -> Response:
-    """What FastAPI answers; without its detail where that, which may repeat what a client calls itself, is no JSON."""
+    """Return the answer of FastAPI, without the detail if it cannot be encoded as JSON.
+
+    The detail may contain text from the client.
+    """
     try:
-        return await http_exception_handler(None, error)  # type: ignore[arg-type]  # it does not look at it
+        return await http_exception_handler(None, error)  # type: ignore[arg-type]  # FastAPI ignores the request
     except (TypeError, ValueError):
         bare = HTTPException(error.status_code, headers=error.headers)
         return await http_exception_handler(None, bare)  # type: ignore[arg-type]
 
 
 def _is_answered_by_app(error: HTTPException, websocket: WebSocket) -> bool:
-    """Whether the application has a handler of its own for an error, and Starlette sends what that returns.
+    """Return whether the application has its own handler for an error and Starlette sends what it returns.
 
-    Before 0.41 it does not: the handshake gets no answer at all.
+    Before 0.41 Starlette does not, and the handshake would get no answer at all.
     """
     return _STARLETTE >= (0, 41) and handler_of(websocket, error) is not None
 
 
 def _is_http_only(error: Exception) -> bool:
-    """Whether to accept its client would cost what is to be saved, or would do a foreign page a favour."""
+    """Return whether a rejection is always an HTTP answer.
+
+    Accepting the client would cost what the limit saves, or would help a page of another origin.
+    """
     if isinstance(error, TooManyConnectionsError):
         return False
     return isinstance(error, (ConnectionLimitExceededError, OriginNotAllowedError, ShutdownError))

@@ -1,4 +1,4 @@
-"""The WebSocket routes of an app in the order in which its router tries them, and what takes paths from them."""
+"""WebSocket routes of an app in the order of its router, and the routes that shadow them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _SAMPLES: Final = {
     FloatConvertor: "4711.4711",
     UUIDConvertor: "6f9b2d0e-4c1a-4a58-9f3e-0d6f1d6b7c11",
 }
-"""A value of each kind of path parameter, such as no route has as a fixed part."""
+"""A value for each kind of path parameter that no route has as a fixed part."""
 
 
 class RouteEntry(NamedTuple):
-    """What a router tries a path on.
+    """Entry of a router that can match a path.
 
     Attributes:
-        kind: A WebSocket route; a mount of files; a mount whose routes are known, behind these; a mount of another app,
-            which may serve WebSockets or not; or what takes its clients by their `Host`.
-        path: Its whole path.
+        kind: `socket` for a WebSocket route and `files` for a mount of static files. `routes` is a mount with known
+            routes, which come before it. `app` is a mount of another app, which may serve WebSockets or not. `host` is
+            a route by `Host` header.
+        path: The whole path.
         target: The route, or the mounted app.
     """
 
@@ -44,14 +45,14 @@ class RouteEntry(NamedTuple):
         return f"the mount at {self.path or '/'}"
 
     def takes(self, path: str) -> bool:
-        """Whether a path matches it."""
+        """Return whether a path matches this entry."""
         if self.kind == "host":
             return True
         return _regex(self.path if self.kind == "socket" else f"{self.path}/{{path:path}}").match(path) is not None
 
 
 def route_entries(routes: Iterable[Any], prefix: str = "") -> Iterator[RouteEntry]:
-    """All places of these routes, those of included routers and mounted apps too, in order."""
+    """Yield the entries of these routes in order, including those of included routers and mounted apps."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
             yield RouteEntry("socket", prefix + route.path, route)
@@ -71,7 +72,7 @@ def route_entries(routes: Iterable[Any], prefix: str = "") -> Iterator[RouteEntr
 
 
 def entries_for_path(routes: Iterable[Any], path: str) -> tuple[RouteEntry | None, RouteEntry | None]:
-    """What takes a path, and a WebSocket route of that path behind it which is never reached; `None` for none."""
+    """Return the entry that takes a path, and a later WebSocket route for it that is never reached, or `None`."""
     first: RouteEntry | None = None
     for entry in route_entries(routes):
         if not entry.takes(path):
@@ -86,7 +87,7 @@ def entries_for_path(routes: Iterable[Any], path: str) -> tuple[RouteEntry | Non
 
 
 def shadowed_routes(app: Any) -> tuple[tuple[str, str], ...]:
-    """The WebSocket routes that are never reached, each with what takes its clients before."""
+    """Return the WebSocket routes that are never reached, each with the entry that shadows it."""
     before: list[RouteEntry] = []
     shadowed: list[tuple[str, str]] = []
     for entry in route_entries(getattr(app, "routes", None) or ()):
@@ -105,7 +106,7 @@ def _regex(path: str) -> re.Pattern[str]:
 
 
 def _sample(path: str) -> str | None:
-    """A path that a route takes; `None` if it has a parameter of a kind that is not known."""
+    """Return a path that a route matches, or `None` if it has a path parameter of an unknown kind."""
     _, form, convertors = compile_path(path)
     values = {name: _SAMPLES.get(type(convertor)) for name, convertor in convertors.items()}
     return None if None in values.values() else form.format(**values)

@@ -1,7 +1,7 @@
-"""What outlives a connection, put away when it ends and given back when its client returns.
+"""State that outlives a connection: saved at teardown and restored when the client reconnects.
 
-A client of `stabilizer.v1.json` has a session, which gets messages while it is away. A plain client has a reconnect
-token, if the application gave it one, and gets its rooms and its user data back for it.
+A client of `stabilizer.v1.json` has a session, which gets messages while it is detached. A plain client may have a
+reconnect token from the application, which restores its rooms and its user data.
 """
 
 from __future__ import annotations
@@ -45,26 +45,28 @@ from fastapi_ws_stabilizer.tasks import TaskSet, wait_for_all
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 _proven: contextvars.ContextVar[TokenClaims | None] = contextvars.ContextVar("proven_claim", default=None)
-"""What the token says that the current task has validated."""
+"""Content of the token that the current task has verified with the manager."""
 
 
 TOKEN_PARAMETERS: Final = ("reconnect_token", "token")
-"""Query parameters in which a reconnect token is looked for. `token` is also what a login may be called: what does not
-begin as a reconnect token is left alone."""
+"""Query parameters that may contain a reconnect token.
+
+A login may use `token` too, so a value without the prefix of a reconnect token is ignored.
+"""
 
 
 def token_in(websocket: WebSocket) -> str | None:
-    """The reconnect token of a handshake."""
+    """Return the reconnect token of a handshake, or `None`."""
     found = (websocket.query_params.get(name) for name in TOKEN_PARAMETERS)
     return next((token for token in found if looks_like_token(token)), None)
 
 
 class SessionLifecycle:
-    """Sessions and luggage of one manager on one event loop.
+    """Sessions and detached state of one node.
 
     Attributes:
-        sessions: The sessions.
-        detached: What plain clients have left behind.
+        sessions: The store of sessions.
+        detached: The store of the detached state of plain clients.
     """
 
     def __init__(
@@ -84,25 +86,25 @@ class SessionLifecycle:
         self._budget = budget
         self._idempotency = seen
         self._enabled = config.enable_reconnect
-        self._both_stay = config.on_duplicate is DuplicatePolicy.ALLOW
+        self._allows_duplicates = config.on_duplicate is DuplicatePolicy.ALLOW
         self._token_ttl = config.reconnect_token_ttl.total_seconds()
-        self._named: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-        """Number of a token → key of what its connection leaves, and until when the token is good."""
-        self._keys: dict[str, str] = {}  # id of a connection → key, where it goes on for another one
-        self._ends = TaskSet(
+        self._token_keys: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        """Number of a token → key of the state of its connection, and monotonic time of the token's expiry."""
+        self._inherited_keys: dict[str, str] = {}  # id of a connection → key that it inherited from an earlier one
+        self._end_hook_tasks = TaskSet(
             lambda _, error: events.emit_exception("internal_task_failed", error, task="ws-session-end")
         )
-        self._ends_of: dict[str, set[asyncio.Task[None]]] = {}  # by client id, as long as they run
-        self._slots = asyncio.Semaphore(config.max_concurrent_cleanup)
+        self._end_hooks_of_client: dict[str, set[asyncio.Task[None]]] = {}  # client id → running tasks
+        self._end_hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)
         self._timer: asyncio.TimerHandle | None = None
-        # What is told later must not carry the context variables of the connection that happened to end before.
+        # Later hooks must not get the context variables of the connection that happens to close before them.
         self._context = contextvars.copy_context()
         self.sessions = SessionStore(
             config,
             events,
             budget,
             next_shard=hub.registry.next_shard,
-            began=hub.begin_session,  # type: ignore[arg-type]  # a session is a member as a connection is
+            began=hub.begin_session,  # type: ignore[arg-type]  # a session is a recipient like a connection
             ended=self._session_ended,
         )
         self._ended_by_application = EndedSessions(config.session_ttl)
@@ -110,59 +112,64 @@ class SessionLifecycle:
             config.session_ttl if config.enable_reconnect else 0.0, config.max_detached_sessions
         )
 
-    # ── going ──
+    # ── detaching ──
 
     def detach(self, connection: Connection) -> None:
-        """A connection has begun to end: put away what may be wanted back, and take it out of everything."""
-        how = connection.close_info
+        """Save the state of a closing connection if its client may resume, and remove the connection from the hub."""
+        close_info = connection.close_info
         if connection.protocol is not None:
             connection.attempt(self._hub.remove, connection)
             session = connection.protocol.session
-            if how is None or not session.detach(connection):
-                return  # another connection has taken it over
-            if ends_session(how) or not session.connect_hooks_passed:  # else it would get in by coming back
-                self.sessions.end(session, how)
+            if close_info is None or not session.detach(connection):
+                return  # another connection has taken the session over
+            if ends_session(close_info) or not session.connect_hooks_passed:  # a resume would skip the connect hooks
+                self.sessions.end(session, close_info)
             else:
                 connection.attempt(self._leave_presence, session)
                 self.sessions.on_detached(session)
             return
         expected = (
-            how is not None
+            close_info is not None
             and (connection.connect_hooks_started or connection.inherited_state)
             and self.detached.is_resumable(connection.client_id, self._key_of(connection))
         )
-        if expected and how is not None and not ends_session(how):
+        if expected and close_info is not None and not ends_session(close_info):
             connection.attempt(self._save_state, connection)
-        elif expected and how is not None and how.cause is DisconnectReason.APPLICATION and is_terminal(how.code):
-            # The close frame may be lost with a network that is dead already.
-            key = self._expected_as(connection)
-            connection.attempt(self._ended_by_application.add, key, connection.client_id, how)
+        elif (
+            expected
+            and close_info is not None
+            and close_info.cause is DisconnectReason.APPLICATION
+            and is_terminal(close_info.code)
+        ):
+            # The close frame may be lost if the network is down.
+            key = self._resumable_key(connection)
+            connection.attempt(self._ended_by_application.add, key, connection.client_id, close_info)
         self._hub.remove(connection)
 
     def _save_state(self, connection: Connection) -> None:
-        """Keep what a plain client may come back for."""
+        """Save the state that a plain client may restore with a token."""
         state = self._detached_state_of(connection)
-        connection.session_end_reported = True  # it goes on for a while
+        connection.session_end_reported = True  # the session ends later, with the state
         state.user_data.owner = state
-        self._forget(self.detached.save(self._expected_as(connection), state))
+        self._forget(self.detached.save(self._resumable_key(connection), state))
         self._budget.detach(state)
         self._arm()
-        self._hub.keep_rooms(connection, state)  # type: ignore[arg-type]  # it is a member as a session is
+        self._hub.keep_rooms(connection, state)  # type: ignore[arg-type]  # a recipient like a session
 
     def _leave_presence(self, session: Session) -> None:
-        described = self._hub.suspend(session)  # type: ignore[arg-type]
-        session.saved_presence = session.saved_presence or described  # it may be over before it was back in its rooms
+        presence = self._hub.suspend(session)  # type: ignore[arg-type]
+        session.saved_presence = session.saved_presence or presence  # not restored yet if it closes early
 
     def _detached_state_of(self, connection: Connection) -> DetachedState:
         socket = connection.socket
-        if socket._user_data is None:  # it would be counted nowhere: the connection is over
+        if socket._user_data is None:  # the socket of a closing connection would not account for a new dict
             socket._user_data = MeteredDict(self._budget, connection)
         return DetachedState(
             self._hub.presence_metadata(connection), socket._user_data, 0.0, socket, self._forget_early
         )
 
     def _forget_early(self, state: DetachedState) -> None:
-        """What a client has left is forgotten: room is needed, it was ended, or a new connection takes its place."""
+        """Discard a detached state early, because of memory, a close, or a newer connection."""
         if not self.detached.discard(state):
             return
         if state.close_info is not None and state.close_info.cause is DisconnectReason.APPLICATION:
@@ -173,43 +180,47 @@ class SessionLifecycle:
         self._forget([state])
 
     def detached_of(self, client_id: str) -> list[Session | DetachedState]:
-        """What there is of a client without a connection: sessions, and what is kept of its plain connections."""
+        """Return the detached sessions of a client, and the detached state of its plain connections."""
         return [*self.sessions.detached_of(client_id), *self.detached.all_of(client_id)]
 
     def ended_by_application(self, connection: Connection) -> CloseInfo | None:
-        """Return how the application has ended what a plain client with a token wants back; `None` if it has not."""
-        key = self._keys.get(connection.connection_id, connection.client_id)
+        """Return the close info if the application ended the state that a plain client restores, else `None`."""
+        key = self._inherited_keys.get(connection.connection_id, connection.client_id)
         return self._ended_by_application.find(key, connection.client_id)
 
     def forget(self, client_id: str) -> None:
-        """Keep nothing of what a client has left."""
+        """Discard all detached state of a plain client."""
         self._forget(self.detached.discard_of(client_id))
 
     async def notify_session_end(self, connection: Connection) -> None:
-        """The disconnect hooks of a connection have run: tell the hooks for the end of its session, if that is over."""
-        how = connection.close_info
+        """Run the session end hooks after the disconnect hooks of a connection, if its session has ended."""
+        close_info = connection.close_info
         if connection.protocol is not None:
             session = connection.protocol.session
-            how = session.ended
-            if how is None or session.previous_connection is not connection or not self._claim_end_report(session):
+            close_info = session.ended
+            if (
+                close_info is None
+                or session.previous_connection is not connection
+                or not self._claim_end_report(session)
+            ):
                 return
         elif not (connection.connect_hooks_started or connection.inherited_state) or connection.session_end_reported:
             return
         connection.session_end_reported = True
-        if how is not None:
-            await self._hooks.session_end(connection.socket, how.cause)
+        if close_info is not None:
+            await self._hooks.session_end(connection.socket, close_info.cause)
 
     def on_closed(self, connection: Connection) -> None:
-        """Everything is done for a connection. What waits for its client's return holds nothing of the server's."""
+        """Detach the saved state from a closed connection, so that it does not keep objects of the server alive."""
         session = connection.session
         if session is None:
             for state in self.detached.all_of(connection.client_id):
                 if state.socket is connection.socket:
                     state.socket = socket_after_end(connection.socket)
-            self._keys.pop(connection.connection_id, None)
+            self._inherited_keys.pop(connection.connection_id, None)
             return
         if session.previous_connection is not connection:
-            return  # another connection has taken it over
+            return  # another connection has taken the session over
         session.previous_connection = None
         if session.ended is not None:
             session.socket = None
@@ -219,37 +230,37 @@ class SessionLifecycle:
 
     @staticmethod
     def _claim_end_report(session: Session) -> bool:
-        """Whether the end of a session is still to be told. After this it is told."""
+        """Return whether the session end hooks still have to run, and mark them as run."""
         if not session.connect_hooks_started or session.end_reported:
             return False
         session.end_reported = True
         return True
 
-    def _session_ended(self, session: Session, how: CloseInfo) -> None:
-        """A session is over: with its connection, or because its client has not come back."""
+    def _session_ended(self, session: Session, close_info: CloseInfo) -> None:
+        """Clean up after a session that ended with its connection, or because its client did not resume."""
         if session.ended is not None and (rooms := self._hub.rooms.rooms_of(session)):  # type: ignore[arg-type]
             session.ended = replace(session.ended, rooms=rooms)
         self._hub.end_session(session)  # type: ignore[arg-type]
         last: Connection | None = session.previous_connection
-        if last is not None and (last.is_finished or how.cause is DisconnectReason.MEMORY):
-            last.close_unread()  # else the end of that connection does it; but room is wanted now
+        if last is not None and (last.is_finished or close_info.cause is DisconnectReason.MEMORY):
+            last.close_unread()  # otherwise the teardown of that connection does it, but memory is needed now
         elif last is not None:
             last.on_nonzero()
         if last is not None and last.hooks_done and self._claim_end_report(session):
-            self._spawn_session_end(last.socket, how.cause)
+            self._spawn_session_end(last.socket, close_info.cause)
         if last is None:
             self._discard_unread(session)
-            socket, session.socket = session.socket, None  # which knows the session
+            socket, session.socket = session.socket, None  # the socket refers to the session
             if socket is not None and self._claim_end_report(session):
-                self._spawn_session_end(socket, how.cause)
+                self._spawn_session_end(socket, close_info.cause)
 
     def _discard_unread(self, session: Session) -> None:
-        """Throw away what the client of a session has sent and nobody will read any more."""
+        """Discard received messages of an ended session that no handler will read."""
         inbox: Inbox | None = session.inbox
         if inbox is None:
             return
         for item in inbox.unread():
-            if isinstance(item, Message) and item.key is not None:  # if it comes again, it is a new one
+            if isinstance(item, Message) and item.key is not None:  # a repeat is then handled as a new message
                 self._idempotency.failed(session.client_id, item.key)
         discarded = inbox.close(discard=True)
         self._events.counters.messages_discarded += discarded
@@ -257,51 +268,51 @@ class SessionLifecycle:
             fields: dict[str, Any] = {"client_id": session.client_id, "session_id": session.connection_id}
             self._events.emit("messages_discarded", logging.DEBUG, count=discarded, **fields)
 
-    # ── coming back ──
+    # ── resuming ──
 
     def issue_token(self, client_id: str, connection: Connection | None) -> str:
-        """Make a reconnect token for one connection of a client; for whichever it leaves last, without a connection.
+        """Issue a reconnect token for one connection of a client; without one, for the connection that closes last.
 
         Raises:
-            ValueError: No client can be called so.
+            ValueError: The client id is invalid.
             InvalidTokenError: `enable_reconnect` is False.
         """
         if not self._enabled:
             raise InvalidTokenError("disabled")
         token = self._tokens.issue(client_id)
         key = client_id if connection is None or connection.session is not None else self._key_of(connection)
-        self._ended_by_application.forget(key)  # the application wants it back
+        self._ended_by_application.forget(key)  # a new token allows the client to return
         self.detached.mark_resumable(key, self._token_ttl)
         if key != client_id:
-            self._named[self._tokens.read(token).number] = key, monotonic() + self._token_ttl
-            self._forget_names()
+            self._token_keys[self._tokens.read(token).number] = key, monotonic() + self._token_ttl
+            self._expire_token_keys()
         return token
 
-    def _forget_names(self) -> None:
-        """Forget what the tokens name that are not good any more."""
+    def _expire_token_keys(self) -> None:
+        """Forget the keys of expired tokens, and the oldest keys above `MAX_EXPECTED`."""
         now = monotonic()
-        while self._named:
-            number, (_, until) = next(iter(self._named.items()))
-            if until > now and len(self._named) <= MAX_EXPECTED:
+        while self._token_keys:
+            number, (_, until) = next(iter(self._token_keys.items()))
+            if until > now and len(self._token_keys) <= MAX_EXPECTED:
                 break
-            del self._named[number]
+            del self._token_keys[number]
 
-    def _expected_as(self, connection: Connection) -> str:
-        """The key under which a connection's things are kept: its own if a token names it, else that of its client."""
+    def _resumable_key(self, connection: Connection) -> str:
+        """Return the key for the state of a connection: its own if a token names it, else the client id."""
         key = self._key_of(connection)
         return key if self.detached.is_resumable(key) else connection.client_id
 
     def _key_of(self, connection: Connection) -> str:
-        """The key under which what a plain connection leaves is kept: that of the connection that it goes on for."""
-        if not self._both_stay:
+        """Return the key of a plain connection, inherited from the connection that it continues, if any."""
+        if not self._allows_duplicates:
             return connection.client_id
         own = key_of_connection(connection.client_id, connection.connection_id)
-        return self._keys.get(connection.connection_id, own)
+        return self._inherited_keys.get(connection.connection_id, own)
 
     def verify_token(self, websocket: WebSocket, client_id: str | None) -> str | None:
-        """Read the reconnect token of a handshake: whose it is, if it is good; `None` if it has none.
+        """Verify the reconnect token of a handshake, and return its client id, or `None`.
 
-        A token that is not good gets its client nothing, and costs it nothing either: it comes in as a new one.
+        With an invalid token the client connects as a new one.
         """
         token = token_in(websocket)
         if not self._enabled or token is None:
@@ -315,14 +326,14 @@ class SessionLifecycle:
 
     @contextmanager
     def pinned(self, client_id: str | None) -> Iterator[None]:
-        """Let nothing that a client has left go for others meanwhile: it has proven who it is, and is on its way."""
+        """Protect the detached state of a verified client from eviction during its handshake."""
         with ExitStack() as stack:
             for state in () if client_id is None else self.detached.all_of(client_id):
                 stack.enter_context(self._budget.pinned(state))
             yield
 
     def consume_token(self, connection: Connection, client_id: str) -> bool:
-        """Use the token up that `claim` has found good; `False` if somebody else was quicker."""
+        """Use up the token that `verify_token` accepted. Return False if it was used or revoked since."""
         try:
             claim = self.consume(token_in(connection.websocket) or "", client_id)
         except (InvalidTokenError, TokenExpiredError) as problem:
@@ -332,69 +343,71 @@ class SessionLifecycle:
         return True
 
     def consume(self, token: str, client_id: str | None = None) -> TokenClaims:
-        """Use a token up, and return what it says.
+        """Use up a token, and return its content.
 
-        The token of a client that the application has sent away gets it nothing, and stays: each dial is told.
+        If the application ended the state of the token, the token restores nothing and is not used up. So each attempt
+        gets the close code of the application.
 
         Args:
-            token: What the client sent.
-            client_id: Whose it must be; anybody's when left out.
+            token: The token that the client sent.
+            client_id: The client that the token must belong to. By default any client.
 
         Raises:
-            InvalidTokenError: It is not good, or was used before.
-            TokenExpiredError: Its time is over.
+            InvalidTokenError: The token is invalid, or was used before.
+            TokenExpiredError: The token has expired.
         """
         claim = self._tokens.check(token, client_id)
         return claim if self._was_ended_by_application(claim) else self._tokens.consume(token, client_id)
 
     def _was_ended_by_application(self, claim: TokenClaims) -> bool:
-        """Whether the application has ended what a token names."""
-        key, _ = self._named.get(claim.number, (claim.client_id, 0.0))
+        """Return whether the application ended the state that a token names."""
+        key, _ = self._token_keys.get(claim.number, (claim.client_id, 0.0))
         return key in self._ended_by_application
 
     def _continue_from(self, connection: Connection, claim: TokenClaims) -> None:
-        """A connection has presented a token: what that names is what it wants back."""
-        key, _ = self._named.get(claim.number, (None, 0.0))
+        """Give a connection the key that its token names, if any."""
+        key, _ = self._token_keys.get(claim.number, (None, 0.0))
         if key is not None:
-            self._keys[connection.connection_id] = key
+            self._inherited_keys[connection.connection_id] = key
             if not self._was_ended_by_application(claim):
-                del self._named[claim.number]
+                del self._token_keys[claim.number]
 
     def _report_lost(self, client_id: str | None, problem: InvalidTokenError | TokenExpiredError) -> None:
         self._events.counters.sessions_lost += 1
         why = getattr(problem, "problem", "expired")
         self._events.emit("session_lost", logging.INFO, client_id=client_id or "", why=why)
 
-    def restore(self, connection: Connection, open_ones: Sequence[Connection]) -> None:
-        """Give a plain client that has proven who it was what it had.
+    def restore(self, connection: Connection, open_connections: Sequence[Connection]) -> None:
+        """Restore the state of a plain client with a verified token.
 
         Args:
-            connection: Its new connection.
-            open_ones: Others of it that are open: they are half-open, and go; or other tabs', and stay.
+            connection: The new connection.
+            open_connections: The open plain connections of the client. They are half-open and will be closed, but with
+                `on_duplicate="allow"` they belong to other tabs and stay open.
         """
         client_id = connection.client_id
         self._forget(self.detached.collect())
-        key = self._keys.pop(connection.connection_id, None)  # what its token names
+        key = self._inherited_keys.pop(connection.connection_id, None)  # the key that the token names
         newest = self.detached.of(client_id)
         state = self.detached.claim(key) if key else None if newest is None else self.detached.claim(newest.key)
-        last = next((one for one in reversed(open_ones) if key is None or self._key_of(one) == key), None)
-        if state is not None and self._both_stay:
-            self._keys[connection.connection_id] = state.key  # so that what is left later is found by older tokens too
+        last = next((one for one in reversed(open_connections) if key is None or self._key_of(one) == key), None)
+        if state is not None and self._allows_duplicates:
+            self._inherited_keys[connection.connection_id] = state.key  # so that older tokens find its state later
         since = 0.0
         if state is not None:
             since = self.detached.detached_at(state)
             rooms = self._hub.take_rooms(state)  # type: ignore[arg-type]
-            state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # it may have been taken out of some
+            state.rooms = {room: state.rooms.get(room, {}) for room in rooms}  # without rooms it was removed from
             self._budget.remove(state)
             connection.inherited_state = True
             connection.add_predecessor(state.socket._connection)
-        elif last is not None and self._both_stay:
+        elif last is not None and self._allows_duplicates:
             state = self._detached_state_of(last)
         elif last is not None:
-            connection.inherited_state = last.session_end_reported = True  # it goes on
+            connection.inherited_state = last.session_end_reported = True  # the session continues
             connection.add_predecessor(last)
             state = self._detached_state_of(last)
-            since = last.liveness.last_seen  # what was sent after that may have been lost
+            since = last.liveness.last_seen  # later messages may have been lost
         if state is None:
             connection.resume_outcome = ResumeOutcome.LOST
             self._events.counters.sessions_lost += 1
@@ -412,10 +425,10 @@ class SessionLifecycle:
             if connection.inherited_state:
                 state.user_data.detach()
             connection.emit("user_data_lost", logging.WARNING, why=str(error))
-        for room, described in state.rooms.items():
+        for room, presence in state.rooms.items():
             try:
-                self._hub.join(connection, room, described or None)
-            except RoomLimitError:  # the limit was lowered meanwhile
+                self._hub.join(connection, room, presence or None)
+            except RoomLimitError:  # the limit was lowered since
                 self._hub.end_if_empty(room)
             except MemoryLimitExceededError as error:
                 connection.emit("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
@@ -424,24 +437,22 @@ class SessionLifecycle:
             self._hub.has_missed(connection, state.rooms, since)
 
     def mark_verified(self, claim: TokenClaims) -> None:
-        """The current task has validated a token of a client: what it connects under that id is that client."""
+        """Record that the current task has verified a token. It proves the next connection under that client id."""
         _proven.set(claim)
-        for state in self.detached.all_of(
-            claim.client_id
-        ):  # it is not known when it connects: it is the last that goes
-            self._budget.attach(state)
+        for state in self.detached.all_of(claim.client_id):
+            self._budget.attach(state)  # evicted last, because the time until the connection is unknown
 
     @staticmethod
     def is_verified(client_id: str) -> bool:
-        """Whether the current task has validated a token of a client, and that has proven nothing yet."""
+        """Return whether the current task has verified a token of a client that no connection has used yet."""
         claim = _proven.get()
         return claim is not None and claim.client_id == client_id
 
     def consume_verification(self, connection: Connection) -> bool:
-        """Whether the current task has validated a token of a connection's client. It proves one connection.
+        """Return whether the current task has verified a token for a connection. Each token proves one connection.
 
         Raises:
-            InvalidTokenError: It was revoked since.
+            InvalidTokenError: The token was revoked since.
         """
         claim = _proven.get()
         if claim is None or claim.client_id != connection.client_id:
@@ -451,14 +462,14 @@ class SessionLifecycle:
         self._continue_from(connection, claim)
         return True
 
-    # ── time ──
+    # ── expiry ──
 
-    def _forget(self, gone: Sequence[DetachedState]) -> None:
-        for state in gone:
+    def _forget(self, states: Sequence[DetachedState]) -> None:
+        for state in states:
             self._budget.remove(state)
             state.user_data.detach()
             last: Connection = state.socket._connection
-            if last.close_info is not None:  # it may have been taken out of rooms since
+            if last.close_info is not None:  # the application may have removed it from rooms
                 last.close_info = replace(last.close_info, rooms=self._hub.rooms.rooms_of(state))  # type: ignore[arg-type]
             self._hub.leave_rooms(state)  # type: ignore[arg-type]
             self._spawn_session_end(
@@ -466,29 +477,29 @@ class SessionLifecycle:
             )
 
     def _spawn_session_end(self, socket: StableSocket, reason: DisconnectReason | None) -> None:
-        """Tell the hooks for the end of a session, a few at a time."""
+        """Start a task for the session end hooks. At most `max_concurrent_cleanup` tasks run hooks at once."""
         context = self._context.copy()
-        task = self._ends.spawn(
+        task = self._end_hook_tasks.spawn(
             self._run_session_end_hooks(socket, reason), name=f"ws-session-end-{socket.connection_id}", context=context
         )
         client_id = socket.client_id
-        self._ends_of.setdefault(client_id, set()).add(task)
+        self._end_hooks_of_client.setdefault(client_id, set()).add(task)
         task.add_done_callback(lambda done: self._on_session_end_done(client_id, done), context=context)
 
     def _on_session_end_done(self, client_id: str, task: asyncio.Task[None]) -> None:
-        running = self._ends_of[client_id]
+        running = self._end_hooks_of_client[client_id]
         running.discard(task)
         if not running:
-            del self._ends_of[client_id]
+            del self._end_hooks_of_client[client_id]
 
-    async def wait_for_ends_of(self, client_id: str) -> None:
-        """Wait until no hook for the end of a session of this client runs; each is bounded. Cancelling is safe."""
-        if running := self._ends_of.get(client_id):
+    async def wait_for_session_end_hooks(self, client_id: str) -> None:
+        """Wait until no session end hook of this client is running. Each is bounded. Cancelling is safe."""
+        if running := self._end_hooks_of_client.get(client_id):
             await wait_for_all(list(running), None)
 
     async def _run_session_end_hooks(self, socket: StableSocket, reason: DisconnectReason | None) -> None:
         await socket._connection.wait_for_hooks()
-        async with self._slots:
+        async with self._end_hook_slots:
             await self._hooks.session_end(socket, reason or DisconnectReason.SERVER_SHUTDOWN)
 
     def _arm(self) -> None:
@@ -501,19 +512,19 @@ class SessionLifecycle:
     def _on_timer(self) -> None:
         self._timer = None
         self._forget(self.detached.collect())
-        self._forget_names()
+        self._expire_token_keys()
         self._arm()
 
     async def stop(self, patience: float) -> None:
-        """Everything is over. Wait for the hooks that hear of it, as long as that.
+        """End all sessions and detached state, and wait at most `patience` seconds for the session end hooks.
 
-        What is left of them is cancelled.
+        Then the remaining hooks are cancelled.
         """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.sessions.stop()
         self._forget(self.detached.clear())
-        await wait_for_all(self._ends.tasks, patience)
-        if untold := self._ends.cancel():
-            self._events.emit("session_ends_cut", logging.WARNING, count=len(untold))
+        await wait_for_all(self._end_hook_tasks.tasks, patience)
+        if cancelled := self._end_hook_tasks.cancel():
+            self._events.emit("session_ends_cut", logging.WARNING, count=len(cancelled))

@@ -1,8 +1,8 @@
-"""Say in the log why a WebSocket handshake got a 403: no route has its path.
+"""Reports about WebSocket handshakes that match no route.
 
-Starlette answers a WebSocket for which there is no route with a bare 403, which looks like a refusal. The first few
-such paths are logged together with the paths that exist. A mount takes all paths below it: one of files fails on a
-WebSocket, and one of another app answers by itself.
+Starlette answers a WebSocket without a route with a bare 403, which looks like a rejection. The first 10 such paths are
+logged together with the existing paths. A mount takes all paths below it. A mount of static files fails on a WebSocket,
+and another mounted app answers itself.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.handshake.routes import RouteEntry, entries_for_path
 
 MAX_LOGGED: Final = 10
-"""How many different unmatched paths are told. A scanner must not fill the log."""
+"""Maximum number of unmatched paths that are logged, so that a scanner cannot fill the log."""
 
 
 class UnmatchedRouteLogger:
-    """Stands before a router and its default app, and tells which WebSocket paths no route serves."""
+    """Wrapper of a router and its default app that logs WebSocket paths without a route."""
 
     def __init__(self, router: Any, events: EventBus) -> None:
         self._router = router
@@ -34,7 +34,7 @@ class UnmatchedRouteLogger:
 
     @classmethod
     def watch(cls, app: Any, events: EventBus) -> None:
-        """Begin to watch an app's router; nothing happens if it is watched already or has no such default."""
+        """Wrap the router of an app. Nothing happens if it is wrapped already or has no default app."""
         router: Any = getattr(app, "router", None)
         default = getattr(router, "default", None)
         if callable(default) and not isinstance(default, cls):
@@ -43,15 +43,15 @@ class UnmatchedRouteLogger:
                 router.middleware_stack = watch.route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Tell, and let the router's own default answer."""
+        """Log the path of a WebSocket, and call the router's own default app."""
         if scope["type"] == "websocket":
             self._log(scope)
         await self._default(scope, receive, send)
 
     def route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Hand a request to the router; a WebSocket that a mount of files would take gets the router's default.
+        """Pass a request to the router. A WebSocket that matches a mount of files goes to the router's default app.
 
-        It is no coroutine function: an open connection would hold a frame of it.
+        This is not a coroutine function, because each open connection would then hold one of its frames.
         """
         if scope["type"] == "websocket":
             entry, behind = entries_for_path(self._router.routes, _path_in(scope))
@@ -73,30 +73,30 @@ class UnmatchedRouteLogger:
         if entry is not None:
             fields["taken_by"] = str(entry)
         if behind is not None:
-            fields["advice"] = f"{behind} stands behind {entry}: put the mount last"
+            fields["advice"] = f"{behind} comes after {entry}: put the mount last"
         self._events.emit("no_websocket_route", logging.WARNING, **fields)
 
 
 def _path_in(scope: Scope) -> str:
-    """The path that the app's routes see, without the one that the app itself is mounted at."""
+    """Return the path for the app's routes, without the path at which the app itself is mounted."""
     path, root = str(scope.get("path")), str(scope.get("root_path") or "")
     below = path.removeprefix(root)
     return below if below.startswith("/") else path
 
 
 def _is_watched(entry: RouteEntry) -> bool:
-    """Whether a mounted app has a manager of its own, which tells what no route of it takes."""
+    """Return whether a mounted app has its own manager, which logs its unmatched paths."""
     router = getattr(entry.target, "router", entry.target)
     return isinstance(getattr(router, "default", None), UnmatchedRouteLogger)
 
 
 def websocket_paths(routes: Iterable[Any]) -> Iterator[str]:
-    """The paths of all WebSocket routes, those of mounted apps and included routers too."""
+    """Return the paths of all WebSocket routes, including those of mounted apps and included routers."""
     return (path for path, _ in websocket_routes(routes))
 
 
 def websocket_routes(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, WebSocketRoute]]:
-    """All WebSocket routes, those of mounted apps and included routers too, each with its whole path."""
+    """Yield all WebSocket routes with their whole paths, including those of mounted apps and included routers."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
             yield prefix + route.path, route

@@ -117,7 +117,7 @@ def test_every_error_code_is_on_the_page() -> None:
     """A client that knows the codes of the page knows all that the library chooses."""
     codes = {RATE_LIMITED} | set(re.findall(r'InvalidMessageError\(\s*"([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'"code": "([a-z_]+)"', SOURCE)) | set(re.findall(r'\bcode="([a-z_]+)"', SOURCE))
-    codes |= set(re.findall(r'_gave_up\(\w+, \w+, "([a-z_]+)"', SOURCE))
+    codes |= set(re.findall(r'_answer_failure\(\w+, \w+, "([a-z_]+)"', SOURCE))
     codes |= set(re.findall(r'reject\(message, "([a-z_]+)"', SOURCE))
     assert {"rate_limited", "in_progress", "handler_failed", "not_read", "auth_refused"} <= codes
     assert {code for code in codes if f"`{code}`" not in PROSE} == set()

@@ -239,7 +239,7 @@ async def test_require_origin_rejects_clients_without_origin(server: LiveServer)
 @pytest.mark.parametrize("token", ["bad", None])
 async def test_rejected_browser_reads_4401_and_reason(server: LiveServer, token: str | None) -> None:
     """It is closed 4401 with the reason, and no endpoint ran."""
-    path, detail = ("/auto/who?token=bad", "bad token") if token else ("/auto/who", "a credential is wanted")
+    path, detail = ("/auto/who?token=bad", "bad token") if token else ("/auto/who", "missing credential")
     code, reason = await closed(server, path, origin=page(server))
     assert code == 4401
     assert reason.startswith(detail)

@@ -1069,7 +1069,7 @@ async def test_second_connect_of_websocket_raises(manager_with: Any) -> None:
     manager, _ = manager_with()
     websocket = await FakeServer().accepted()
     await manager.connect("ann", websocket)
-    with pytest.raises(RuntimeError, match="connected already, as client 'ann'"):
+    with pytest.raises(RuntimeError, match="already connected, as client 'ann'"):
         await manager.connect("bob", websocket)
     assert manager.get_active_connections() == ["ann"]
 

@@ -389,7 +389,7 @@ async def test_custom_credential_source_is_used() -> None:
 
 def test_credential_without_source_raises() -> None:
     """Looking nowhere is a mistake that is told at once."""
-    with pytest.raises(TypeError, match="say where"):
+    with pytest.raises(TypeError, match="at least one source"):
         Credential()
 
 

@@ -115,7 +115,7 @@ async def test_renewal_without_validator_keeps_old_expiry() -> None:
     held = Held()
     held.term.reset(10.0)
     held.term.renewal_requested("new")
-    held.term.renewal_rejected("credentials are not renewed here")
+    held.term.renewal_rejected("credential renewal is not supported")
     assert held.told[0][1]["code"] == "auth_refused"
     await asyncio.sleep(11)
     assert held.ended == [(10.0, 4401)]

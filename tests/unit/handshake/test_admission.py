@@ -439,7 +439,7 @@ async def test_hello_is_discarded_after_accept_except_credential(admission_app: 
     assert await call.answered() == 101
     call.server.feed_text(json.dumps({"type": "hello", "v": 1, "n": 1, "auth": "a-secret"}))
     await eventually(lambda: house.served)
-    (handshake,) = [value for key, value in call.server.websocket.scope.items() if "door" in str(key)]
+    (handshake,) = [value for key, value in call.server.websocket.scope.items() if "stabilizer.handshake" in str(key)]
     assert handshake._hello is None
     assert handshake._credential == "a-secret"
 

@@ -132,7 +132,7 @@ async def test_path_behind_static_files_is_reported_and_gets_403() -> None:
         assert [message["type"] for message in server.taken] == ["websocket.close"]
     first, second = heard.of("no_websocket_route")
     assert first.fields == {"path": "/wss", "known": "/late, /ws", "taken_by": "the mount at /"}
-    assert second.fields["advice"] == "the WebSocket route /late stands behind the mount at /: put the mount last"
+    assert second.fields["advice"] == "the WebSocket route /late comes after the mount at /: put the mount last"
 
 
 async def test_unmatched_path_in_mounted_app_is_reported() -> None:

@@ -257,7 +257,7 @@ def check_nothing_is_held(stage: Stage) -> None:
     assert [entry for entry in budget._line if entry is entry[2].heap_item] == []
     assert (len(node.connections), len(resumption.detached), resumption.sessions._by_id) == (0, 0, {})
     assert (resumption.sessions._detached, resumption.sessions._of_instance) == ({}, {})
-    assert (resumption._keys, resumption.detached._of_client) == ({}, {})
+    assert (resumption._inherited_keys, resumption.detached._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(node.hub.presence) == 0
     assert (budget.described, list(node.hub._descriptions)) == ({}, [])

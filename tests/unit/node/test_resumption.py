@@ -632,7 +632,7 @@ async def test_connection_token_records_expire_with_tokens() -> None:
         resumption = stage.manager._node.resumption
         for _ in range(20):
             line.socket.reconnect_token()
-        assert len(resumption._named) == 20
+        assert len(resumption._token_keys) == 20
         await asyncio.sleep(601)
         line.socket.reconnect_token()
-        assert (len(resumption._named), len(resumption.detached._expected)) == (1, 1)
+        assert (len(resumption._token_keys), len(resumption.detached._expected)) == (1, 1)

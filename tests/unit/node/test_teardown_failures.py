@@ -106,7 +106,7 @@ CALLS: dict[str, tuple[type, ...]] = {
     "_wait_for_endpoint": (Connection,),
     "_wait_for_flush": (Connection,),
     "close_unread": (Connection,),
-    "_keep_rooms": (Closer,),
+    "_save_rooms": (Closer,),
     "_save_state": (SessionLifecycle,),
     "_leave_presence": (SessionLifecycle,),
     "_detached_state_of": (SessionLifecycle,),
@@ -133,7 +133,7 @@ SAFE = {
     *("_forget", "_arm"),
     *(
         "_key_of",
-        "_expected_as",
+        "_resumable_key",
         "add",
         "get",
         "detach",
