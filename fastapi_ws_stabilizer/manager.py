@@ -36,7 +36,7 @@ from fastapi_ws_stabilizer.handlers.hooks import HookRegistry
 from fastapi_ws_stabilizer.handlers.registration import EventDecorators
 from fastapi_ws_stabilizer.handlers.registry import HandlerRegistry
 from fastapi_ws_stabilizer.handshake.client_id import Moment
-from fastapi_ws_stabilizer.handshake.unmatched import UnmatchedRouteLogger
+from fastapi_ws_stabilizer.handshake.routes import UnmatchedRouteLogger
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
 from fastapi_ws_stabilizer.limits.connections import shutdown_error
 from fastapi_ws_stabilizer.metrics.timings import Timings

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
-from fastapi_ws_stabilizer.handshake.unmatched import websocket_routes
+from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
 
 def routes_with_background_tasks(app: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.doctor.network_path import NetworkPath
 from fastapi_ws_stabilizer.doctor.servers import OURS, ServerProfile
-from fastapi_ws_stabilizer.handshake.unmatched import websocket_routes
+from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
 OWN_MODULES: Final = "fastapi_ws_stabilizer."
 

@@ -13,7 +13,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from fastapi_ws_stabilizer.events import EventBus
-from fastapi_ws_stabilizer.handshake.unmatched import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
+from fastapi_ws_stabilizer.handshake.routes import MAX_LOGGED, UnmatchedRouteLogger, websocket_paths
 from tests.support.fake_websocket import FakeServer
 from tests.unit.conftest import Heard
 
