@@ -421,7 +421,7 @@ class SessionLifecycle:
                 connection.emit("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
                 self._hub.join(connection, room, None)
         if connection.inherited_state:
-            self._hub.has_missed(connection, state.rooms, since)
+            self._hub.record_missed_since(connection, state.rooms, since)
 
     def mark_verified(self, claim: TokenClaims) -> None:
         """The current task has validated a token of a client: what it connects under that id is that client."""

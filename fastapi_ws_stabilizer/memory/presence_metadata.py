@@ -9,7 +9,7 @@ from fastapi_ws_stabilizer.memory.budget import Evictable, MemoryBudget
 from fastapi_ws_stabilizer.memory.sizing import deep_size
 
 
-class Descriptions:
+class PresenceMetadataSizes:
     """The sizes of presence metadata, by member and room. They are in the sum of the ledger.
 
     Args:
@@ -47,7 +47,7 @@ class Descriptions:
         """
         self._budget.reserve(None, deep_size(metadata) if metadata else 0)
 
-    def let_go(self, member_id: str, room: str, heir: str | None = None) -> None:
+    def release(self, member_id: str, room: str, successor: str | None = None) -> None:
         """A member has left a room.
 
         Args:
@@ -59,13 +59,13 @@ class Descriptions:
         if not size:
             return
         self._add(member_id, room, -size)
-        if heir is not None:
-            self._add(heir, room, size)
+        if successor is not None:
+            self._add(successor, room, size)
 
-    def let_go_all(self, member_id: str) -> None:
+    def release_all(self, member_id: str) -> None:
         """A member is over."""
         for room in list(self._rooms.get(member_id, ())):
-            self.let_go(member_id, room)
+            self.release(member_id, room)
 
     def _add(self, member_id: str, room: str, size: int) -> None:
         if not size:

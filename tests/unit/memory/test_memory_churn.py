@@ -260,7 +260,7 @@ def check_nothing_is_held(stage: Stage) -> None:
     assert (resumption._keys, resumption.detached._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(node.hub.presence) == 0
-    assert (budget.described, list(node.hub._descriptions)) == ({}, [])
+    assert (budget.described, list(node.hub._metadata_sizes)) == ({}, [])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
