@@ -68,7 +68,7 @@ class RoomHistory:
     def __init__(self, max_messages: int, max_age: float) -> None:
         self._max_age = max_age
         self._max_messages = max_messages
-        self._rooms: OrderedDict[str, _RoomMessages] = OrderedDict()  # least recent message first
+        self._rooms: OrderedDict[str, _RoomMessages] = OrderedDict()  # by last message, oldest first
         self._ended: OrderedDict[str, float] = OrderedDict()  # time when a room's last member left, the earliest first
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class RoomHistory:
         Args:
             room: The room.
             count: Maximum number of messages.
-            recipient_ids: Ids of the client and the connection that ask. Messages that exclude one of them are left out.
+            recipient_ids: Ids of the asking client and connection. Messages that exclude one of them are left out.
             since: Earliest time at which the messages were sent, on the monotonic clock.
         """
         stored = self._rooms.get(room)
