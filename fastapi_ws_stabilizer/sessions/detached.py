@@ -62,7 +62,7 @@ class DetachedState:
         """Bytes that it holds."""
         return self.user_data.held_bytes + self.described_bytes
 
-    # ── as a member of rooms ──
+    # ── as a recipient ──
 
     @property
     def recipient(self) -> DetachedState:

@@ -200,7 +200,7 @@ class Session(ReplayBuffer):
         state = "ended" if self.ended else "detached" if self.connection is None else "attached"
         return f"<Session {self.connection_id} of {self.client_id!r} {state}>"
 
-    # ── as a member of the hub ──
+    # ── as a recipient ──
 
     @property
     def owner(self) -> Session:
@@ -343,7 +343,7 @@ class Session(ReplayBuffer):
         else:
             self._end_detached(self, local_close(DisconnectReason.MEMORY))
 
-    # ── what its own connection sends ──
+    # ── sending through its own connection ──
 
     async def put_wait(
         self, connection: Attachment, frame: EncodedMessage, numbered: Callable[[int], object] | None = None
@@ -439,7 +439,7 @@ class Session(ReplayBuffer):
         """Confirm the token of the last welcome: the client has sent a frame since."""
         self._confirmed = self._issued
 
-    # ── its client comes and goes ──
+    # ── attaching and detaching ──
 
     def attach(self, connection: Attachment, seq: int, welcome: EncodedMessage) -> Attachment | None:
         """Attach a new connection, which begins with `welcome` and the messages after number `seq`.

@@ -112,7 +112,7 @@ class SessionStore:
         """Return the detached sessions of a client, the one that detached first comes first."""
         return list(self._detached_of.get(client_id, {}).values())
 
-    # ── the rules of resuming ──
+    # ── resuming ──
 
     def superseded_by(self, hello: Hello, client_id: str) -> Session | None:
         """Return the session that the same client instance gives up with this hello.
@@ -206,7 +206,7 @@ class SessionStore:
             self._emit(session, "session_lost", logging.INFO, why=why)
         return ResumeResult(session, outcome, why, 0, hello.deflates, hello.retries)
 
-    # ── coming and going ──
+    # ── attaching and detaching ──
 
     def supersede(self, session: Session) -> None:
         """End a session that another session replaces."""
@@ -293,7 +293,7 @@ class SessionStore:
     def _emit(self, session: Session, event: str, level: int, **fields: Any) -> None:
         self._events.emit(event, level, client_id=session.client_id, session_id=session.connection_id, **fields)
 
-    # ── time ──
+    # ── expiry ──
 
     def _arm(self) -> None:
         if self._timer is None and self._detached:
