@@ -79,7 +79,7 @@ class ConnectionReaper:
         return len(self._deadlines)
 
     def add(self, recipient: Recipient) -> None:
-        """Start to watch a connection."""
+        """Start watching a connection."""
         if not self._enabled:
             return
         now = monotonic()
@@ -94,7 +94,7 @@ class ConnectionReaper:
         self._arm()
 
     def remove(self, recipient: Recipient) -> None:
-        """Stop to watch a connection and drop the reference to it."""
+        """Stop watching a connection and drop the reference to it."""
         deadline = self._deadlines.pop(recipient.connection_id, None)
         if deadline is None:
             return

@@ -37,8 +37,8 @@ class RateExceeded(NamedTuple):
     """Rejection of a message.
 
     Attributes:
-        retry_after: Seconds after which to retry. After a disconnect they last until the buckets are full, or what the
-            client still has to send would disconnect it again.
+        retry_after: Seconds after which to retry. After a disconnect they last until the buckets are full, because the
+            client's remaining messages would otherwise disconnect it again.
         disconnect: Whether to close the connection, because too many messages were rejected.
         option: Name of the option with the limit.
         message_type: Message type that the limit applies to, if it is limited to one.

@@ -4,15 +4,15 @@ Each queue, buffer and dict that holds something for a client adds to one sum an
 costs nothing. A shared message counts once: the first holder adds it, and the last one to release it subtracts it. A
 message that is queued and sent in the same event loop iteration is not counted.
 
-Clients are evicted in this order: what closed connections still hold, then detached clients (the one that detached
-first comes first), then connected clients by policy:
+Memory of closed connections is evicted first. Then come detached clients, the one that detached first before the
+others. Connected clients come last, by policy:
 
 - `lru`: the client with the oldest last message first. Replies to pings do not count as messages.
 - `fifo`: the client that connected first. A reconnect counts as a new connection.
 - `oldest`: the client with the oldest last delivery first.
 
 A client that holds no memory is not in the order, because its eviction would free nothing. The order is a heap that is
-corrected when it is read. A message only changes the client's rank value, and a client found to hold nothing leaves the
+corrected when it is read. A message only changes the client's `moment`, and a client found to hold nothing leaves the
 heap until `on_nonzero` is called for it. So the cost of a read is proportional to what happened since the last one.
 """
 
@@ -170,7 +170,7 @@ class MemoryBudget:
     # ── held bytes ──
 
     def retain(self, message: SharedMessage) -> None:
-        """Count one more holder of a message."""
+        """Add one holder to a message."""
         if not message.refcount:
             self.total += message.size + FRAME_OVERHEAD_BYTES
             if self.total > self.limit:
@@ -178,7 +178,7 @@ class MemoryBudget:
         message.refcount += 1
 
     def release(self, message: SharedMessage) -> None:
-        """Count one holder of a message less."""
+        """Remove one holder from a message."""
         message.refcount -= 1
         if not message.refcount:
             self.total -= message.size + FRAME_OVERHEAD_BYTES

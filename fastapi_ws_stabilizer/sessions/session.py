@@ -1,9 +1,9 @@
 """Session: the state of one client over all its connections.
 
 To the hub a session is a recipient like a plain connection: it is in a shard and in rooms, and accepts messages. The
-session numbers each message, stores it in its replay buffer until the client acknowledges it, and queues it in the
-outbox of the current connection, if there is one. So replay and live messages take one path: a new connection begins
-with the unacknowledged part of the buffer, and later messages are queued behind it in order.
+session numbers each message and stores it in its replay buffer until the client acknowledges it. It also queues the
+message in the outbox of the current connection, if there is one. So replay and live messages take one path. A new
+connection begins with the unacknowledged part of the buffer, and later messages are queued behind it in order.
 """
 
 from __future__ import annotations
