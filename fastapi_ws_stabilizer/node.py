@@ -79,7 +79,7 @@ class Node(Acceptor):
             joined=functools.partial(self._presence, "join"),
             left=functools.partial(self._presence, "leave"),
             wanted=functools.partial(hooks.has, "join", "leave"),
-            away_of=lambda client_id: self.resumption.detached_of(client_id),
+            detached_of=lambda client_id: self.resumption.detached_of(client_id),
             budget=self.budget,
         )
         self.registry = self.hub.registry

@@ -398,7 +398,7 @@ class Acceptor(Closer, Services):
             connection.close(DisconnectReason.SERVER_SHUTDOWN, text=self.admission.stopping().reason)
             await self.close_after_endpoint(connection, None)
             raise self._closed(connection)
-        self.registry.add(connection, mailbox=session is None)
+        self.registry.add(connection, with_queue=session is None)
         if session is None:
             self.budget.attach(connection)
         self.heartbeat.add(connection)

@@ -434,7 +434,7 @@ class SessionLifecycle:
                 connection.emit("presence_metadata_lost", logging.WARNING, room=room, why=str(error))
                 self._hub.join(connection, room, None)
         if connection.inherited_state:
-            self._hub.has_missed(connection, state.rooms, since)
+            self._hub.record_missed_since(connection, state.rooms, since)
 
     def mark_verified(self, claim: TokenClaims) -> None:
         """Record that the current task has verified a token. It proves the next connection under that client id."""

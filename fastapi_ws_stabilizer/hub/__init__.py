@@ -1,1 +1,1 @@
-"""All connections of one manager: who is there, what reaches them, and whether they live."""
+"""Connections of one manager: registry, rooms, presence, broadcast, heartbeat and lifetimes."""

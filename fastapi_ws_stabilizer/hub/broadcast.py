@@ -1,4 +1,4 @@
-"""Sending one message to many: encode once, queue for each, wait for nobody."""
+"""Broadcasts: encode a message once and queue it for many recipients."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 @dataclass
 class BroadcastResult:
-    """What became of a broadcast: `total` is `succeeded`, `failed`, `missed`, and what `drop_newest` left out.
+    """Counts of one broadcast.
+
+    `total` is the sum of `succeeded`, `failed`, `skipped` and the recipients for which `drop_newest` dropped the
+    message.
 
     Attributes:
-        total: Connections that it was meant for; excluded ones are not counted.
-        succeeded: Connections that it was queued for, and sessions of clients that are away and get it when they come
-            back. Whether they receive it, only they can tell.
-        failed: Connections that it could not be queued for: they were over, or ended because they were too slow.
-        errors: Client id and reason of each failure.
-        dropped: Messages that the policy for slow clients threw away to make room, or this one where it found none.
-        missed: Clients that are away and do not get it later: plain ones, and all where the message is volatile.
-        slow: Connections that lag: more than half of their outbox is used and they take nothing, or it overflowed.
+        total: Recipients of the broadcast, without the excluded ones.
+        succeeded: Recipients for which the message was queued, including detached sessions, which get it when they
+            resume. It does not say whether the client received the message.
+        failed: Recipients for which the message could not be queued, because they were closed or too slow.
+        errors: Client id and cause of each failure.
+        dropped: Messages that the slow consumer policy dropped: older ones to make room, or this one if there was no
+            room.
+        skipped: Detached recipients that never get the message: plain clients, and all of them for a volatile message.
+        slow: Slow recipients: more than half of the outbox is used and the client takes nothing, or the outbox
+            overflowed.
     """
 
     total: int = 0
@@ -39,10 +44,10 @@ class BroadcastResult:
     skipped: int = 0
 
     def raise_for_failure(self) -> BroadcastResult:
-        """Raise if there were recipients and the message could be queued for none of them; else return this result.
+        """Raise if there were recipients but no message was queued; else return this result.
 
         Raises:
-            BroadcastFailedError: All recipients were too slow, or had ended.
+            BroadcastFailedError: All recipients were too slow or closed.
         """
         if self.total and self.failed == self.total:
             raise BroadcastFailedError(self.total)
@@ -50,51 +55,53 @@ class BroadcastResult:
 
 
 class Broadcaster:
-    """Hands frames to the outboxes of many connections.
+    """Queue of broadcasts that offers each frame to the outboxes of its recipients.
 
-    All clients get broadcasts in the same order: one that has to give way to the event loop half-way holds up those
-    that come after it, and only those.
+    All clients get broadcasts in the same order. A broadcast that yields to the event loop before its end delays the
+    broadcasts after it, but nothing else.
     """
 
     def __init__(self, scheduler: FlushScheduler, counters: Counters) -> None:
         self._scheduler = scheduler
         self._counters = counters
-        self._one_after_the_other = asyncio.Lock()
+        self._order_lock = asyncio.Lock()
 
     async def send(
-        self, frame: EncodedMessage, audience: Callable[[], tuple[Iterable[Sequence[SendQueueLike]], Collection[str]]]
+        self, frame: EncodedMessage, select: Callable[[], tuple[Iterable[Sequence[SendQueueLike]], Collection[str]]]
     ) -> BroadcastResult:
         """Queue one frame in all outboxes of all groups.
 
-        No client is waited for. The event loop gets a turn between two groups when it has been held for long, and
-        when outboxes of clients that read fill up, so that their writers can work even if the caller sends in a loop
-        without any pause. Cancelling one that has begun loses nothing: what is not queued yet is queued at once. One
-        that still waits for a broadcast before it is left out.
+        It waits for no client. It yields to the event loop between two groups if it has held the loop for long, and at
+        the end if outboxes of reading clients fill up. So the writers can work even if the caller sends in a loop
+        without a pause.
+
+        Cancelling a broadcast that has begun loses nothing, because the remaining groups are queued at once. A
+        broadcast that is still waiting for an earlier one is not sent.
 
         Args:
-            frame: What to send.
-            audience: Says, when its turn has come, whom to send it to, in parts of a size that may be handled at one
-                go, and the connection ids that do not get it.
+            frame: The frame to send.
+            select: Function that is called when earlier broadcasts are done. It returns the outboxes, in groups that
+                are small enough to handle without a pause, and the connection ids to exclude.
         """
         result = BroadcastResult()
-        pressed: list[SendQueueLike] = []
-        async with self._one_after_the_other:
+        backpressured: list[SendQueueLike] = []
+        async with self._order_lock:
             self._counters.broadcasts += 1
-            groups, excluded = audience()
-            hold = LoopBudget()
+            groups, excluded = select()
+            loop_budget = LoopBudget()
             rest = iter(groups)
             for group in rest:
-                self._queue(frame, group, excluded, result, pressed)
-                if hold.exceeded():
+                self._queue(frame, group, excluded, result, backpressured)
+                if loop_budget.exceeded():
                     try:
-                        await hold.yield_to_loop()
+                        await loop_budget.yield_to_loop()
                     except asyncio.CancelledError:
-                        for late in rest:
-                            self._queue(frame, late, excluded, result, pressed)
+                        for remaining in rest:
+                            self._queue(frame, remaining, excluded, result, backpressured)
                         raise
-        if pressed:
-            await yield_to_writers(pressed)
-        elif self._scheduler.exceeded():  # also where it has reached no client
+        if backpressured:
+            await yield_to_writers(backpressured)
+        elif self._scheduler.exceeded():  # the budget can also be exceeded if no client was reached
             await asyncio.sleep(0)
         return result
 
@@ -104,35 +111,38 @@ class Broadcaster:
         group: Sequence[SendQueueLike],
         excluded: Collection[str],
         result: BroadcastResult,
-        pressed: list[SendQueueLike],
+        backpressured: list[SendQueueLike],
     ) -> None:
-        """Queue a frame for one group. Hot path: one call for each recipient, and nothing else for most of them."""
+        """Queue a frame for one group.
+
+        Hot path: one call for each recipient, and nothing else for most of them.
+        """
         if excluded:
             group = [outbox for outbox in group if outbox.owner.connection_id not in excluded]
         dropped_before = self._counters.messages_dropped
         queued = EnqueueResult.QUEUED
-        unusual = [(outbox, offered) for outbox in group if (offered := outbox.offer(frame)) is not queued]
+        unusual = [(outbox, enqueued) for outbox in group if (enqueued := outbox.offer(frame)) is not queued]
         result.total += len(group)
         result.succeeded += len(group)
         if not unusual:
             return
-        for outbox, offered in unusual:
-            if offered is EnqueueResult.BACKPRESSURE:
-                pressed.append(outbox)
+        for outbox, enqueued in unusual:
+            if enqueued is EnqueueResult.BACKPRESSURE:
+                backpressured.append(outbox)
                 continue
-            member: Recipient = outbox.owner
-            how = member.close_info
-            if offered is EnqueueResult.CLOSED:
+            recipient: Recipient = outbox.owner
+            close_info = recipient.close_info
+            if enqueued is EnqueueResult.CLOSED:
                 result.succeeded -= 1
                 result.failed += 1
-                if how is not None and how.cause is DisconnectReason.SLOW_CONSUMER:
+                if close_info is not None and close_info.cause is DisconnectReason.SLOW_CONSUMER:
                     result.slow += 1
-                result.errors.append((member.client_id, how.cause.value if how else "not open"))
-            elif offered is EnqueueResult.SKIPPED:
+                result.errors.append((recipient.client_id, close_info.cause.value if close_info else "not open"))
+            elif enqueued is EnqueueResult.SKIPPED:
                 result.succeeded -= 1
                 result.skipped += 1
             else:
-                if offered is EnqueueResult.DROPPED:
+                if enqueued is EnqueueResult.DROPPED:
                     result.succeeded -= 1
                 result.slow += 1
         result.dropped += self._counters.messages_dropped - dropped_before

@@ -1,9 +1,9 @@
-"""Who is in a room, by client: two tabs are one person, and a reload is no departure.
+"""Presence by client: two tabs are one presence, and a reload is not a leave.
 
-What is true and what was said are kept apart. `enter` and `leave` change what is true, at once. What was said follows:
-each room with something to say has one task, which says one thing at a time, always what is true when its turn comes.
-So what comes and goes while a hook is slow waits as one entry per client at most, and what has undone itself by then is
-never said.
+The actual state and the announced state are separate. `join` and `leave` change the actual state at once. The
+announcements follow: each room with pending announcements has one task, which announces one change at a time, with the
+state at that moment. So while a hook is slow, each client has at most one pending entry, and a change that was undone
+in time is never announced.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.tasks import TaskSet
 
 AT_ONCE: Final = 256
-"""How many departures, or announcements of one room, are handled before the event loop gets a turn."""
+"""Expired graces, or announcements of one room, that are handled before yielding to the event loop."""
 
 BLOCK: Final = 64
-"""People whose states rosters share or renew together."""
+"""Entries per block. Presence lists share or renew the states of a block together."""
 
 
 @dataclass(frozen=True)
 class Presence:
-    """One client in one room, as it was when this was made.
+    """Snapshot of one client in one room.
 
     Attributes:
         client_id: The client.
         room: The room.
-        metadata: What the client has been described with. For reading: it is the presence's own.
-        connections: How many of its connections are in the room; none while it is expected back.
-        present_seconds: How long it has been in the room or, once it has left, how long it was.
+        metadata: Presence metadata of the client. Read-only: the presence tracker uses the same object.
+        connections: Number of the client's connections in the room; 0 while the client is expected back.
+        present_seconds: Seconds that the client has been in the room or, if it has left, was in it.
     """
 
     client_id: str
@@ -47,7 +47,7 @@ class Presence:
 
 
 class _State(NamedTuple):
-    """One client in one room, as it is until something about it changes. All rosters of that time share it."""
+    """State of one client in one room until it changes. All presence lists of that time share it."""
 
     client_id: str
     metadata: Mapping[str, Any]
@@ -56,77 +56,79 @@ class _State(NamedTuple):
 
 
 _States = tuple[tuple[_State, ...], ...]
-"""All clients of a room, in parts of `BLOCK`, which rosters of different moments share as long as nothing changes."""
+"""All clients of a room, in blocks of `BLOCK`, which presence lists share until something changes."""
 
 
 class _Block:
-    """Some of the people of a room, and their states if a roster of this moment has asked for them."""
+    """Part of a room's entries, with their states if a presence list has read them since the last change."""
 
-    __slots__ = ("people", "states")
+    __slots__ = ("entries", "states")
 
     def __init__(self) -> None:
-        self.people: list[_Entry] = []
+        self.entries: list[_Entry] = []
         self.states: tuple[_State, ...] | None = None
 
 
 class _RoomPresence:
-    """The people of a room, and those of whom something may have to be said, in order."""
+    """Entries of one room, and the pending announcements in order."""
 
-    __slots__ = ("announcing", "blocks", "entries", "name", "pending", "states", "unlooked")
+    __slots__ = ("announcing", "blocks", "entries", "name", "pending", "states", "unread_lists")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.entries: dict[str, _Entry] = {}
-        self.blocks: list[_Block] = []  # the same people
+        self.blocks: list[_Block] = []  # the same entries
         self.states: _States | None = None
         self.pending: OrderedDict[str, _Entry] = OrderedDict()  # a plain dict is slow to empty from its front
         self.announcing = False
-        self.unlooked: list[weakref.ref[PresenceList]] = []  # rosters of the state that is now
+        self.unread_lists: list[
+            weakref.ref[PresenceList]
+        ] = []  # presence lists of the current state that are not read yet
 
-    def about_to_change(self, person: _Entry | None = None) -> None:
-        """Let those who keep a roster of this moment have it.
+    def about_to_change(self, entry: _Entry | None = None) -> None:
+        """Give presence lists of the current state a copy of it before it changes.
 
         Args:
-            person: The person whose state changes; `None` if one arrives.
+            entry: The entry that changes; `None` if a new one is added.
         """
-        for reference in self.unlooked:
-            roster = reference()
-            if roster is not None:
-                roster.take()
-        self.unlooked.clear()
+        for reference in self.unread_lists:
+            presence_list = reference()
+            if presence_list is not None:
+                presence_list.take()
+        self.unread_lists.clear()
         self.states = None
-        if person is not None:
-            person.state = person.block.states = None
+        if entry is not None:
+            entry.state = entry.block.states = None
 
-    def add(self, person: _Entry) -> _Block:
-        """Put a person at the end of the last block, and return that."""
-        self.entries[person.client_id] = person
-        if not self.blocks or len(self.blocks[-1].people) >= BLOCK:
+    def add(self, entry: _Entry) -> _Block:
+        """Add an entry to the last block and return that block."""
+        self.entries[entry.client_id] = entry
+        if not self.blocks or len(self.blocks[-1].entries) >= BLOCK:
             self.blocks.append(_Block())
         block = self.blocks[-1]
-        block.people.append(person)
+        block.entries.append(entry)
         block.states = None
         return block
 
-    def remove(self, person: _Entry) -> None:
-        """Take a person out."""
-        del self.entries[person.client_id]
-        person.block.people.remove(person)
-        if not person.block.people:
-            self.blocks.remove(person.block)
+    def remove(self, entry: _Entry) -> None:
+        """Remove an entry."""
+        del self.entries[entry.client_id]
+        entry.block.entries.remove(entry)
+        if not entry.block.entries:
+            self.blocks.remove(entry.block)
 
     def all_states(self) -> _States:
-        """The states of all people at this moment, made if no roster has asked for them since the last change."""
+        """Return the current states of all entries, built once after each change."""
         if self.states is None:
             for block in self.blocks:
                 if block.states is None:
-                    block.states = tuple(person.snapshot() for person in block.people)
+                    block.states = tuple(entry.snapshot() for entry in block.entries)
             self.states = tuple(block.states or () for block in self.blocks)
         return self.states
 
 
 class _Entry:
-    """One stay of a client in a room, from its arrival to its departure."""
+    """One stay of a client in a room, from join to leave."""
 
     __slots__ = (
         "announced",
@@ -147,36 +149,36 @@ class _Entry:
         self.metadata = metadata
         self.connections: set[str] = set()
         self.since = since
-        self.until: float | None = None  # when it had gone
-        self.expected_until = 0.0  # until when one of its connections, which broke, may be back
+        self.until: float | None = None  # time at which the client left
+        self.expected_until = 0.0  # end of the grace of a connection that broke
         self.announced = False
         self.state: _State | None = None
         self.block = room.add(self)
 
     def snapshot(self) -> _State:
-        """Its state, the same object until something about it changes."""
+        """Return the current state, the same object until it changes."""
         if self.state is None:
             self.state = _State(self.client_id, self.metadata, len(self.connections), self.since)
         return self.state
 
-    def look(self, now: float) -> Presence:
+    def to_presence(self, now: float) -> Presence:
         seconds = (now if self.until is None else self.until) - self.since
         return Presence(self.client_id, self.room.name, self.metadata, len(self.connections), seconds)
 
 
 class PresenceTracker:
-    """Knows who is present, and says who has come and who has gone.
+    """Tracker of the clients in each room, which announces joins and leaves.
 
-    A client is present from the moment at which the first of its connections enters a room until `grace` seconds after
-    the last of them has left it. For each client of a room, `joined` and `left` are called in turn, never twice in a
-    row, and within a room never two at a time.
+    A client is present from the join of its first connection until `grace` seconds after the leave of its last one. For
+    each client of a room, `joined` and `left` are called alternately, never twice in a row. Within a room no two calls
+    run at a time.
 
     Args:
-        grace: Seconds for which a client whose connections have all left is expected back.
-        joined: Called when a client has come. Must not raise, and must end by itself in bounded time.
-        left: Called when a client has gone; the same holds.
-        wanted: Whether anybody listens, asked at each arrival. A client that has come unsaid goes unsaid.
-        tasks: Where the tasks that call `joined` and `left` are made.
+        grace: Seconds for which a client is expected back after its last connection has left.
+        joined: Called when a client has joined. It must not raise, and must end in bounded time.
+        left: Called when a client has left; the same rules hold.
+        wanted: Whether there are listeners, checked at each join. If a join is not announced, its leave is not either.
+        tasks: Task set for the tasks that call `joined` and `left`.
         emptied: Called, without waiting, when no client is in a room or expected back there any more.
     """
 
@@ -196,139 +198,148 @@ class PresenceTracker:
         self._wanted = wanted
         self._tasks = tasks
         self._emptied = emptied
-        # What a room says must not carry the context variables of the one connection that happened to come first.
+        # The announcements of a room must not run in the context of the connection that happened to join first.
         self._context = contextvars.copy_context()
         self._rooms: dict[str, _RoomPresence] = {}
-        self._graces: OrderedDict[_Entry, float] = OrderedDict()  # all last equally long, so the first ends first
+        self._graces: OrderedDict[_Entry, float] = OrderedDict()  # all equally long: first in, first out
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        """How many rooms there are in which somebody is present or something is still to be said."""
+        """Number of rooms with a present client or a pending announcement."""
         return len(self._rooms)
 
     def join(self, room: str, client_id: str, connection_id: str, metadata: Mapping[str, Any] | None) -> None:
-        """A connection of a client has come into a room.
+        """Add a connection of a client to a room.
 
         Args:
             room: The room.
             client_id: The client.
-            connection_id: Its connection. To enter twice is to enter once.
-            metadata: Describes the client from now on, in place of what did so before; `None` changes nothing.
+            connection_id: Its connection. Joining twice has no further effect.
+            metadata: New presence metadata of the client; `None` changes nothing.
         """
         metadata = None if metadata is None else dict(metadata)
-        here = self._rooms.get(room)
-        if here is None:
-            here = self._rooms[room] = _RoomPresence(room)
-        person = here.entries.get(client_id)
-        here.about_to_change(person)
-        if person is None:
-            person = _Entry(here, client_id, metadata or {}, monotonic())
-            person.connections.add(connection_id)
-            if here.pending.pop(client_id, None) is not None:  # it is back before its departure was said
-                person.announced = True
+        room_presence = self._rooms.get(room)
+        if room_presence is None:
+            room_presence = self._rooms[room] = _RoomPresence(room)
+        entry = room_presence.entries.get(client_id)
+        room_presence.about_to_change(entry)
+        if entry is None:
+            entry = _Entry(room_presence, client_id, metadata or {}, monotonic())
+            entry.connections.add(connection_id)
+            if room_presence.pending.pop(client_id, None) is not None:  # back before its leave was announced
+                entry.announced = True
             elif self._wanted():
-                self._enqueue_announcement(person)
+                self._enqueue_announcement(entry)
         else:
-            person.connections.add(connection_id)
-            person.expected_until = 0.0
-            self._graces.pop(person, None)
+            entry.connections.add(connection_id)
+            entry.expected_until = 0.0
+            self._graces.pop(entry, None)
             if metadata is not None:
-                person.metadata = metadata
+                entry.metadata = metadata
 
     def leave(self, room: str, client_id: str, connection_id: str, *, at_once: bool) -> bool:
-        """A connection of a client has left a room; `False`, and nothing happens, if it was not in.
+        """Remove a connection of a client from a room; `False` if it is not in the room.
 
         Args:
             room: The room.
             client_id: The client.
             connection_id: Its connection.
-            at_once: Whether the client means to leave, so that it is not expected back if this was its last connection.
+            at_once: Whether the leave is deliberate, so that no grace applies if this was the client's last connection.
         """
-        person = self._find(room, client_id)
-        if person is None or connection_id not in person.connections:
+        entry = self._find(room, client_id)
+        if entry is None or connection_id not in entry.connections:
             return False
-        person.room.about_to_change(person)
-        person.connections.discard(connection_id)
+        entry.room.about_to_change(entry)
+        entry.connections.discard(connection_id)
         now = monotonic()
         if not at_once and self._grace > 0:
-            person.expected_until = now + self._grace
+            entry.expected_until = now + self._grace
         elif self._grace <= 0:
             at_once = True
-        if person.connections:
+        if entry.connections:
             return True
-        if at_once and person.expected_until <= now:
-            self._depart(person, now)
+        if at_once and entry.expected_until <= now:
+            self._depart(entry, now)
         else:
-            self._graces[person] = now + self._grace
+            self._graces[entry] = now + self._grace
             self._arm()
         return True
 
     def give_up(self, room: str, client_id: str) -> bool:
-        """Expect a client back in a room no more; `False` if it was not expected, or is there."""
-        person = self._find(room, client_id)
-        if person is None or person.connections:
+        """Stop expecting a client back in a room; `False` if it was not expected or is present."""
+        entry = self._find(room, client_id)
+        if entry is None or entry.connections:
             return False
-        self._graces.pop(person, None)
-        self._depart(person, monotonic())
+        self._graces.pop(entry, None)
+        self._depart(entry, monotonic())
         return True
 
     def expire_all(self, room: str) -> None:
-        """Nobody who has left a room is expected back any more."""
-        here = self._rooms.get(room)
-        for client_id in list(here.entries) if here is not None else ():
+        """Stop expecting any client back in a room."""
+        room_presence = self._rooms.get(room)
+        for client_id in list(room_presence.entries) if room_presence is not None else ():
             self.give_up(room, client_id)
 
     def roster(self, room: str) -> PresenceList:
-        """Who is in a room at this moment."""
-        roster = PresenceList(room, self._rooms.get(room), monotonic())
-        here = self._rooms.get(room)
-        if here is not None:
-            here.unlooked = [reference for reference in here.unlooked if reference() is not None]
-            here.unlooked.append(weakref.ref(roster))
-        return roster
+        """Return the current presence list of a room."""
+        presence_list = PresenceList(room, self._rooms.get(room), monotonic())
+        room_presence = self._rooms.get(room)
+        if room_presence is not None:
+            room_presence.unread_lists = [
+                reference for reference in room_presence.unread_lists if reference() is not None
+            ]
+            room_presence.unread_lists.append(weakref.ref(presence_list))
+        return presence_list
 
     def present(self, room: str) -> list[Presence]:
-        """Everybody who is in a room, in order of arrival, those who are expected back included."""
-        here = self._rooms.get(room)
-        if here is None:
+        """Return the clients in a room in order of arrival, including those expected back."""
+        room_presence = self._rooms.get(room)
+        if room_presence is None:
             return []
         now = monotonic()
-        return [person.look(now) for person in list(here.entries.values())]  # which another thread may ask for
+        return [
+            entry.to_presence(now) for entry in list(room_presence.entries.values())
+        ]  # a copy: another thread may call this
 
     def is_present(self, room: str) -> bool:
-        """Whether a client is in a room, or expected back there."""
-        here = self._rooms.get(room)
-        return here is not None and bool(here.entries)
+        """Whether any client is in a room or expected back there."""
+        room_presence = self._rooms.get(room)
+        return room_presence is not None and bool(room_presence.entries)
 
     def rooms(self) -> list[str]:
-        """The rooms in which clients are, or are expected back."""
-        return [name for name, here in list(self._rooms.items()) if here.entries]  # in other threads too
+        """Return the rooms with clients that are present or expected back."""
+        return [
+            name for name, room_presence in list(self._rooms.items()) if room_presence.entries
+        ]  # a copy: other threads call this too
 
     def knows(self, room: str, client_id: str) -> bool:
-        """Whether a client is in a room, or expected back there."""
+        """Whether a client is in a room or expected back there."""
         return self._find(room, client_id) is not None
 
     def connections(self, room: str, client_id: str) -> list[str]:
-        """The ids of the connections by which a client is present in a room."""
-        person = self._find(room, client_id)
-        return [] if person is None else list(person.connections)
+        """Return the ids of a client's connections in a room."""
+        entry = self._find(room, client_id)
+        return [] if entry is None else list(entry.connections)
 
     def metadata(self, room: str, client_id: str) -> Mapping[str, Any]:
-        """How a client is described in a room."""
-        person = self._find(room, client_id)
-        return {} if person is None else person.metadata
+        """Return the presence metadata of a client in a room."""
+        entry = self._find(room, client_id)
+        return {} if entry is None else entry.metadata
 
     def update(self, room: str, client_id: str, metadata: Mapping[str, Any]) -> bool:
-        """Describe a client anew; `False` if it is not present. Nothing is announced."""
-        person = self._find(room, client_id)
-        if person is None:
+        """Replace the metadata of a client without an announcement; `False` if it is not present."""
+        entry = self._find(room, client_id)
+        if entry is None:
             return False
-        person.room.about_to_change(person)
-        person.metadata = dict(metadata)
+        entry.room.about_to_change(entry)
+        entry.metadata = dict(metadata)
         return True
 
     def close(self) -> None:
-        """Forget everybody and say nothing more. A call of `joined` or `left` that has begun is left to end."""
+        """Forget all clients and stop the announcements.
+
+        A call of `joined` or `left` that has begun runs to its end.
+        """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -339,31 +350,31 @@ class PresenceTracker:
         self._graces.clear()
 
     def _find(self, room: str, client_id: str) -> _Entry | None:
-        here = self._rooms.get(room)
-        return None if here is None else here.entries.get(client_id)
+        room_presence = self._rooms.get(room)
+        return None if room_presence is None else room_presence.entries.get(client_id)
 
-    def _depart(self, person: _Entry, until: float) -> None:
-        room = person.room
-        room.about_to_change(person)
-        room.remove(person)
-        person.until = until
-        if person.announced:
-            self._enqueue_announcement(person)
+    def _depart(self, entry: _Entry, until: float) -> None:
+        room = entry.room
+        room.about_to_change(entry)
+        room.remove(entry)
+        entry.until = until
+        if entry.announced:
+            self._enqueue_announcement(entry)
         else:
-            room.pending.pop(person.client_id, None)
+            room.pending.pop(entry.client_id, None)
             self._forget_if_idle(room)
         if not room.entries:
             self._emptied(room.name)
 
     def _forget_if_idle(self, room: _RoomPresence) -> None:
-        # After close() its name may belong to another room.
+        # After close() another room may have its name.
         if not (room.entries or room.pending or room.announcing) and self._rooms.get(room.name) is room:
             del self._rooms[room.name]
 
     # ── graces ──
 
     def _arm(self) -> None:
-        """Set the one timer to the end of the first grace. One that is set already comes no later than that."""
+        """Set the timer to the end of the first grace. A timer that is set already ends no later."""
         if self._timer is None and self._graces:
             due = next(iter(self._graces.values()))
             self._timer = asyncio.get_running_loop().call_later(
@@ -374,74 +385,74 @@ class PresenceTracker:
         self._timer = None
         now = monotonic()
         for _ in range(AT_ONCE):
-            person, due = next(iter(self._graces.items()), (None, now))
-            if person is None or due > now:
+            entry, due = next(iter(self._graces.items()), (None, now))
+            if entry is None or due > now:
                 break
-            del self._graces[person]
-            self._depart(person, due)
+            del self._graces[entry]
+            self._depart(entry, due)
         self._arm()
 
     # ── announcements ──
 
-    def _enqueue_announcement(self, person: _Entry) -> None:
-        """Put a client whose arrival or departure is not yet said at the end of its room's list."""
-        room = person.room
-        room.pending[person.client_id] = person
+    def _enqueue_announcement(self, entry: _Entry) -> None:
+        """Append a client to the pending announcements of its room."""
+        room = entry.room
+        room.pending[entry.client_id] = entry
         if not room.announcing:
             self._start_announcer(room)
 
     def _start_announcer(self, room: _RoomPresence) -> None:
-        room.announcing = True  # before the task is made: an eager one begins at once
+        room.announcing = True  # before the task is created: an eager task begins at once
         task = self._tasks.spawn(self._announce(room), name="ws-presence", context=self._context.copy())
         task.add_done_callback(lambda task: self._announcer_done(room, task), context=self._context.copy())
 
     def _announcer_done(self, room: _RoomPresence, task: asyncio.Task[None]) -> None:
         room.announcing = False
-        if room.pending and not task.cancelled():  # it came after the last look, or a call has raised after all
+        if room.pending and not task.cancelled():  # an entry was added after the last check, or a call raised
             self._start_announcer(room)
         else:
             self._forget_if_idle(room)
 
     async def _announce(self, room: _RoomPresence) -> None:
-        """Say what is unsaid in a room, until nothing is.
+        """Announce the pending changes of a room until there are none.
 
-        Cancelling ends the call that has begun; what is unsaid then waits for the next change in the room.
+        Cancelling stops the call that has begun. The pending changes then wait for the next change in the room.
         """
-        said = 0
+        count = 0
         while room.pending:
-            _, person = room.pending.popitem(last=False)
-            if person.until is None:
-                person.announced = True  # before the call: who goes while it runs has been said to have come
-                await self._joined(person.look(monotonic()))
+            _, entry = room.pending.popitem(last=False)
+            if entry.until is None:
+                entry.announced = True  # before the call: if the client leaves during it, the leave is announced
+                await self._joined(entry.to_presence(monotonic()))
             else:
-                await self._left(person.look(monotonic()))
-            said += 1
-            if said % AT_ONCE == 0:  # hooks that wait for nothing give no turn
+                await self._left(entry.to_presence(monotonic()))
+            count += 1
+            if count % AT_ONCE == 0:  # hooks that never wait do not yield to the event loop
                 await asyncio.sleep(0)
 
 
 class PresenceList(Sequence[Presence]):
-    """Who is present in a room, in order of arrival, in the moment in which it was made.
+    """Clients in a room at one moment, in order of arrival.
 
-    What it holds it shares with the rosters of other moments, and a `Presence` is made when it is looked at: in a room
-    of thousands in which each endpoint keeps its roster, most of them hold the same.
+    Lists of different moments share their states, and each `Presence` is made when it is read. So endpoints of a room
+    with thousands of clients can each hold a list, because most of the lists share the same data.
     """
 
     __slots__ = ("__weakref__", "_moment", "_name", "_room", "_states")
 
     def __init__(self, name: str, room: _RoomPresence | None, moment: float) -> None:
         self._name = name
-        self._room = room  # until its states are taken
+        self._room = room  # `None` once the states are copied
         self._moment = moment
         self._states: _States = ()
 
     def take(self) -> None:
-        """Take the states of this moment: they are looked at, or the room is about to change."""
+        """Copy the states of this moment: the list is read, or the room is about to change."""
         room, self._room = self._room, None
         if room is not None:
             self._states = room.all_states()
 
-    def _look(self, state: _State) -> Presence:
+    def _to_presence(self, state: _State) -> Presence:
         seconds = self._moment - state.since
         return Presence(state.client_id, self._name, state.metadata, state.connections, seconds)
 
@@ -451,7 +462,7 @@ class PresenceList(Sequence[Presence]):
 
     def __iter__(self) -> Iterator[Presence]:
         self.take()
-        return map(self._look, itertools.chain.from_iterable(self._states))
+        return map(self._to_presence, itertools.chain.from_iterable(self._states))
 
     @overload
     def __getitem__(self, index: int) -> Presence: ...
@@ -461,8 +472,8 @@ class PresenceList(Sequence[Presence]):
         self.take()
         states = list(itertools.chain.from_iterable(self._states))
         if isinstance(index, slice):
-            return [self._look(state) for state in states[index]]
-        return self._look(states[index])
+            return [self._to_presence(state) for state in states[index]]
+        return self._to_presence(states[index])
 
     def __repr__(self) -> str:
         return f"<PresenceList {self._name!r} {list(self)!r}>"

@@ -1,7 +1,7 @@
-"""Connections that have lasted long enough, and those that nobody uses.
+"""Reaper: closes connections that reach `max_lifetime`, and idle ones.
 
-Platforms cut what lasts for an hour, or for a day, all at once and without a word. Each connection that is closed
-before that, at a moment of its own and with a code that says so, comes back unnoticed.
+Platforms cut connections that last for an hour or a day, all at once and without a close frame. The reaper closes each
+connection before that, at its own moment and with a code that says so, so that its client reconnects smoothly.
 """
 
 from __future__ import annotations
@@ -20,124 +20,127 @@ from fastapi_ws_stabilizer.hub.recipient import Recipient
 from fastapi_ws_stabilizer.scheduling import LoopBudget
 
 JITTER: Final = 0.1
-"""By which part of `max_lifetime` a connection may be closed early, so that those which came together go apart."""
+"""Fraction of `max_lifetime` by which a connection may be closed early, so that simultaneous connections do not close
+together."""
 
-LOOKS: Final = 4
-"""How often in an `idle_timeout` a connection is looked at. So it may be idle for a quarter longer."""
+CHECKS_PER_TIMEOUT: Final = 4
+"""Checks of a connection per `idle_timeout`. A connection may therefore be idle for a quarter longer."""
 
 DRAIN_LEAD: Final = 1.0
-"""Seconds for which a client is waited for that was asked to leave by itself."""
+"""Seconds that a client has to leave after the server has asked it to reconnect."""
 
-TOGETHER: Final = 0.1
-"""Seconds by which one may be late, so that many are dealt with in one turn of the event loop."""
+COALESCE_DELAY: Final = 0.1
+"""Seconds that a check may be late, so that one event loop iteration handles many."""
 
 
 class _Deadline:
-    """Of one connection: until when it lasts, and when it was used.
+    """Lifetime and last use of one connection.
 
     Attributes:
-        due: When it is looked at next, on the monotonic clock.
-        ends: When it is closed whatever it does.
-        used: When it was last seen to be used.
-        asked: Whether its client was asked to leave.
-        member: The connection; `None` when it is over.
+        due: Time of the next check, on the monotonic clock.
+        ends: Time at which it is closed even if it is in use.
+        used_at: Time of the last check at which it had been used.
+        drain_requested: Whether its client was asked to reconnect.
+        recipient: The connection; `None` once it is closed.
     """
 
-    __slots__ = ("asked", "due", "ends", "member", "used")
+    __slots__ = ("drain_requested", "due", "ends", "recipient", "used_at")
 
-    def __init__(self, member: Recipient, now: float, ends: float) -> None:
+    def __init__(self, recipient: Recipient, now: float, ends: float) -> None:
         self.due = ends
         self.ends = ends
-        self.used = now
-        self.asked = False
-        self.member: Recipient | None = member
+        self.used_at = now
+        self.drain_requested = False
+        self.recipient: Recipient | None = recipient
 
     def __lt__(self, other: _Deadline) -> bool:
-        """Whether it is looked at first: terms stand in a heap."""
+        """Whether this deadline is checked first, for the heap."""
         return self.due < other.due
 
 
 class ConnectionReaper:
-    """Closes connections after `max_lifetime`, and those that carry no message for `idle_timeout`.
+    """Closer of connections that reach `max_lifetime` or carry no message for `idle_timeout`.
 
-    One timer waits for all of them. Where neither option is set, this costs nothing.
+    One timer serves all connections. If neither option is set, the reaper does nothing.
     """
 
     def __init__(self, config: WebSocketConfig) -> None:
         self._max_lifetime = config.max_lifetime
         self._idle_timeout = config.idle_timeout
-        self._lead = min(DRAIN_LEAD, (config.max_lifetime or 0.0) * JITTER)  # for who is asked to leave
-        self._on = self._max_lifetime is not None or self._idle_timeout is not None
-        self._terms: dict[str, _Deadline] = {}
+        self._drain_lead = min(DRAIN_LEAD, (config.max_lifetime or 0.0) * JITTER)  # before `ends`
+        self._enabled = self._max_lifetime is not None or self._idle_timeout is not None
+        self._deadlines: dict[str, _Deadline] = {}
         self._heap: list[_Deadline] = []
-        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
+        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
 
     def __len__(self) -> int:
-        return len(self._terms)
+        return len(self._deadlines)
 
-    def add(self, member: Recipient) -> None:
-        """A connection has begun."""
-        if not self._on:
+    def add(self, recipient: Recipient) -> None:
+        """Start watching a connection."""
+        if not self._enabled:
             return
         now = monotonic()
         ends = math.inf
         if self._max_lifetime is not None:
             early = random.uniform(0.0, JITTER) * self._max_lifetime  # noqa: S311 (spreads load)
-            ends = now + self._max_lifetime - early - self._lead
-        term = self._terms[member.connection_id] = _Deadline(member, now, ends)
+            ends = now + self._max_lifetime - early - self._drain_lead
+        deadline = self._deadlines[recipient.connection_id] = _Deadline(recipient, now, ends)
         if self._idle_timeout is not None:
-            term.due = min(ends, now + self._idle_timeout / LOOKS)
-        heapq.heappush(self._heap, term)
+            deadline.due = min(ends, now + self._idle_timeout / CHECKS_PER_TIMEOUT)
+        heapq.heappush(self._heap, deadline)
         self._arm()
 
-    def remove(self, member: Recipient) -> None:
-        """A connection is over: let go of it at once."""
-        term = self._terms.pop(member.connection_id, None)
-        if term is None:
+    def remove(self, recipient: Recipient) -> None:
+        """Stop watching a connection and drop the reference to it."""
+        deadline = self._deadlines.pop(recipient.connection_id, None)
+        if deadline is None:
             return
-        term.member = None
-        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._terms):
-            self._heap = [one for one in self._heap if one.member is not None]
+        deadline.recipient = None
+        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._deadlines):
+            self._heap = [one for one in self._heap if one.recipient is not None]
             heapq.heapify(self._heap)
 
     def stop(self) -> None:
-        """Let go of all of them, and of the timer."""
+        """Drop all connections and the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._terms.clear()
+        self._deadlines.clear()
         self._heap.clear()
 
-    def _look(self, term: _Deadline, member: Recipient, now: float) -> None:
-        """Look at a connection, and say in `due` when to look again."""
-        if now >= term.ends:
-            if term.asked or not member.request_drain(0.0, self._lead, DisconnectReason.LIFETIME):
-                member.close(DisconnectReason.LIFETIME)
+    def _check(self, deadline: _Deadline, recipient: Recipient, now: float) -> None:
+        """Check a connection, and set `due` to the time of the next check."""
+        if now >= deadline.ends:
+            if deadline.drain_requested or not recipient.request_drain(
+                0.0, self._drain_lead, DisconnectReason.LIFETIME
+            ):
+                recipient.close(DisconnectReason.LIFETIME)
                 return
-            term.asked = True
-            term.ends = now + self._lead
-        term.due = term.ends
+            deadline.drain_requested = True
+            deadline.ends = now + self._drain_lead
+        deadline.due = deadline.ends
         if self._idle_timeout is None:
             return
-        if member.consume_activity():
-            term.used = now
-        idle_at = term.used + self._idle_timeout
+        if recipient.consume_activity():
+            deadline.used_at = now
+        idle_at = deadline.used_at + self._idle_timeout
         if now >= idle_at:
-            member.close(DisconnectReason.IDLE)
+            recipient.close(DisconnectReason.IDLE)
             return
-        term.due = min(term.ends, idle_at, now + self._idle_timeout / LOOKS)
+        deadline.due = min(deadline.ends, idle_at, now + self._idle_timeout / CHECKS_PER_TIMEOUT)
 
     def _arm(self) -> None:
         if not self._heap:
             return
         due = self._heap[0].due
         if self._timer is not None:
-            if self._timer_due <= due + TOGETHER:
+            if self._timer_due <= due + COALESCE_DELAY:
                 return
             self._timer.cancel()
-        self._timer_due = due + TOGETHER
+        self._timer_due = due + COALESCE_DELAY
         self._timer = asyncio.get_running_loop().call_later(
             max(0.0, self._timer_due - monotonic()), self._on_timer, context=self._context
         )
@@ -145,14 +148,14 @@ class ConnectionReaper:
     def _on_timer(self) -> None:
         self._timer = None
         now = monotonic()
-        hold = LoopBudget()
+        loop_budget = LoopBudget()
         try:
-            while self._heap and self._heap[0].due <= now and not hold.exceeded():
-                term = heapq.heappop(self._heap)
-                if term.member is None:
+            while self._heap and self._heap[0].due <= now and not loop_budget.exceeded():
+                deadline = heapq.heappop(self._heap)
+                if deadline.recipient is None:
                     continue
-                self._look(term, term.member, now)
-                if term.member is not None:  # it is taken out when its end begins
-                    heapq.heappush(self._heap, term)
+                self._check(deadline, deadline.recipient, now)
+                if deadline.recipient is not None:  # it is removed when its close begins
+                    heapq.heappush(self._heap, deadline)
         finally:
-            self._arm()  # whatever one of them raised, the others have their time too
+            self._arm()  # even if one check raised, the others must run in time

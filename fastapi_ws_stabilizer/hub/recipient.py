@@ -1,4 +1,4 @@
-"""What the hub sees of a connection."""
+"""Recipient interface of the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
 class Recipient(Evictable, Protocol):
-    """One connection, as the hub handles it. Nothing here waits."""
+    """One connection or session as the hub uses it. No method waits."""
 
     client_id: str
     shard: int
@@ -21,56 +21,62 @@ class Recipient(Evictable, Protocol):
 
     @property
     def recipient(self) -> Any:
-        """As what it is in rooms and gets messages: itself, or the session that it belongs to."""
+        """The recipient in rooms and broadcasts: this connection, or its session."""
 
     @property
     def is_attached(self) -> bool:
-        """Whether there is a connection: a session may be without."""
+        """Whether there is a connection. A session may have none."""
 
     @property
     def outbox(self) -> SendQueueLike:
-        """What waits to be sent to it."""
+        """Outbox with the messages that wait to be sent."""
 
     @property
     def close_info(self) -> CloseInfo | None:
-        """How it ended; `None` while it is open."""
+        """Close info; `None` while it is open."""
 
     @property
     def reading_paused(self) -> bool:
-        """Whether we, not the client, are the reason that nothing is received."""
+        """Whether the server, not the client, is the reason that nothing is received."""
 
     @property
     def context(self) -> contextvars.Context | None:
-        """The context variables of its handshake, while it is open."""
+        """Context variables of the handshake, while the connection is open."""
 
     @property
     def pings_by_protocol(self) -> bool:
-        """Whether it can be sent ping frames, which every client answers by itself."""
+        """Whether the server can send ping frames, which every client answers automatically."""
 
     @property
     def socket(self) -> Any:
-        """What user code knows the connection by."""
+        """Socket object of user code."""
 
     def ping(self, frame: EncodedMessage | None, now: float) -> bool:
-        """Send a heartbeat: this frame, or a ping frame of the protocol; `False` if there is no room for it."""
+        """Send a heartbeat frame, or a protocol ping for `None`; `False` if the outbox is full."""
 
     def has_backlog(self) -> bool:
-        """Whether something waits to be sent, so that a ping behind it cannot have been answered."""
+        """Whether messages wait to be sent, so that a ping behind them cannot be answered yet."""
 
     def unsent_bytes(self) -> int | None:
-        """Bytes that were written and that its machine has not acknowledged; `None` where they cannot be seen."""
+        """Bytes that were written but not acknowledged by the client's machine; `None` if unknown."""
 
     def send_progress(self) -> int | None:
-        """A number that has grown if its machine has taken bytes since; `None` where that cannot be seen."""
+        """Number that grows when the client's machine takes bytes; `None` if unknown."""
 
     def seconds_since_received(self) -> float | None:
-        """Seconds since bytes last came from it, whole message or not; `None` where that cannot be seen."""
+        """Seconds since bytes last arrived, even part of a message; `None` if unknown."""
 
     def consume_activity(self) -> bool:
-        """Whether it has carried a message, either way, since this was asked last."""
+        """Whether a message went in either direction since the last call."""
 
     def request_drain(self, after: float, within: float, why: DisconnectReason) -> bool:
-        """Ask its client to leave by itself after some seconds, and come back; `False` if it cannot be asked."""
+        """Ask the client to leave and reconnect; `False` if it cannot be asked.
+
+        Args:
+            after: Seconds until it should leave.
+            within: Seconds until it is closed if it has not left.
+            why: Cause of the close if the client leaves.
+        """
 
     def close(
         self,
@@ -80,4 +86,4 @@ class Recipient(Evictable, Protocol):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Begin its end; `False` if it has begun already."""
+        """Begin to close; `False` if it has begun already."""

@@ -1,7 +1,7 @@
-"""Who is connected: by connection id, by client id, and by shard.
+"""Registry of connections by connection id, client id and shard.
 
-Everything that ends, replaces or removes a connection looks it up by its own connection id, so that the end of an old
-connection can never touch a newer one of the same client.
+Code that closes, replaces or removes a connection finds it by connection id. So the close of an old connection never
+affects a newer one of the same client.
 """
 
 from __future__ import annotations
@@ -17,90 +17,93 @@ M = TypeVar("M", bound=Recipient)
 
 
 class ConnectionRegistry(Generic[M]):
-    """The open connections of one manager.
+    """Open connections of one manager.
 
     Args:
-        num_shards: Into how many parts they are divided, for work that is done part by part.
+        num_shards: Number of shards, for work that is done shard by shard.
     """
 
     __slots__ = ("_by_client", "_by_id", "_numbers", "_shards")
 
     def __init__(self, num_shards: int = 1) -> None:
         self._by_id: dict[str, M] = {}
-        self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only where a client has several connections
+        self._by_client: dict[str, M | dict[str, M]] = {}  # a dict only for a client with several connections
         self._shards: tuple[list[SendQueueLike], ...] = tuple([] for _ in range(num_shards))
         self._numbers = itertools.count()
 
     def next_shard(self) -> int:
-        """The shard for a new connection: in turn, so that all have the same size."""
+        """Return the shard of a new connection: round robin, so that all have the same size."""
         return next(self._numbers) % len(self._shards)
 
-    def add_queue(self, mailbox: SendQueueLike, shard: int) -> None:
-        """Add a mailbox to those that everybody means: a connection's, or that of a session."""
-        mailbox.shard_index = len(self._shards[shard])
-        self._shards[shard].append(mailbox)
+    def add_queue(self, queue: SendQueueLike, shard: int) -> None:
+        """Add a connection's or session's send queue to those that get broadcasts to all."""
+        queue.shard_index = len(self._shards[shard])
+        self._shards[shard].append(queue)
 
-    def remove_queue(self, mailbox: SendQueueLike, number: int) -> None:
-        """Remove a mailbox that is there."""
+    def remove_queue(self, queue: SendQueueLike, number: int) -> None:
+        """Remove a send queue that was added."""
         shard = self._shards[number]
         last = shard.pop()
-        if last is not mailbox:
-            shard[mailbox.shard_index] = last
-            last.shard_index = mailbox.shard_index
+        if last is not queue:
+            shard[queue.shard_index] = last
+            last.shard_index = queue.shard_index
 
-    def add(self, member: M, *, mailbox: bool = True) -> None:
+    def add(self, connection: M, *, with_queue: bool = True) -> None:
         """Add a connection.
 
         Args:
-            member: The connection.
-            mailbox: Whether its outbox is one of those that everybody means; not where it has a session for that.
+            connection: The connection.
+            with_queue: Whether its outbox gets broadcasts to all; `False` if its session gets them instead.
         """
-        self._by_id[member.connection_id] = member
-        if mailbox:
-            self.add_queue(member.outbox, member.shard)
-        known = self._by_client.get(member.client_id)
-        if known is None:
-            self._by_client[member.client_id] = member
-        elif isinstance(known, dict):
-            known[member.connection_id] = member
+        self._by_id[connection.connection_id] = connection
+        if with_queue:
+            self.add_queue(connection.outbox, connection.shard)
+        existing = self._by_client.get(connection.client_id)
+        if existing is None:
+            self._by_client[connection.client_id] = connection
+        elif isinstance(existing, dict):
+            existing[connection.connection_id] = connection
         else:
-            self._by_client[member.client_id] = {known.connection_id: known, member.connection_id: member}
+            self._by_client[connection.client_id] = {
+                existing.connection_id: existing,
+                connection.connection_id: connection,
+            }
 
-    def remove(self, member: M, *, mailbox: bool = True) -> None:
-        """Remove a connection, as it was added; nothing happens if it is not there."""
-        if self._by_id.pop(member.connection_id, None) is None:
+    def remove(self, connection: M, *, with_queue: bool = True) -> None:
+        """Remove a connection with the `with_queue` of its `add`. Does nothing if it is not there."""
+        if self._by_id.pop(connection.connection_id, None) is None:
             return
-        if mailbox:
-            self.remove_queue(member.outbox, member.shard)
-        known = self._by_client[member.client_id]
-        if isinstance(known, dict) and len(known) > 1:
-            del known[member.connection_id]
+        if with_queue:
+            self.remove_queue(connection.outbox, connection.shard)
+        existing = self._by_client[connection.client_id]
+        if isinstance(existing, dict) and len(existing) > 1:
+            del existing[connection.connection_id]
         else:
-            del self._by_client[member.client_id]
+            del self._by_client[connection.client_id]
 
     def get(self, connection_id: str) -> M | None:
-        """The connection with that id."""
+        """Return the connection with that id."""
         return self._by_id.get(connection_id)
 
     def of_client(self, client_id: str) -> list[M]:
-        """All connections of a client, oldest first."""
-        known = self._by_client.get(client_id)
-        if known is None:
+        """Return all connections of a client, oldest first."""
+        existing = self._by_client.get(client_id)
+        if existing is None:
             return []
-        return list(known.values()) if isinstance(known, dict) else [known]
+        return list(existing.values()) if isinstance(existing, dict) else [existing]
 
     def client_ids(self) -> list[str]:
-        """The connected clients, each once, in the order in which they came."""
+        """Return the connected clients, each once, in order of arrival."""
         return list(self._by_client)
 
     def outboxes(self) -> Iterator[Sequence[SendQueueLike]]:
-        """The outboxes of all connections, shard by shard; connections may come and go while this is read."""
+        """Yield the outboxes of each shard. Connections may open and close during the iteration."""
         for shard in self._shards:
             if shard:
                 yield tuple(shard)
 
     def __iter__(self) -> Iterator[M]:
-        """All connections, oldest first; connections may come and go while this is read."""
+        """Iterate over a copy of all connections, oldest first."""
         return iter(tuple(self._by_id.values()))
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Who is in which room: by connection id, never by client id.
+"""Room membership by connection id.
 
-Membership only. Nothing here sends, waits or tells; a room is a name that somebody is in.
+This module only stores membership and sends nothing. A room is a name with at least one member.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from fastapi_ws_stabilizer.errors import RoomLimitError, RoomNameError
 from fastapi_ws_stabilizer.wire.identifiers import NAME_RULE, is_name
 
 
-class Roomer(Protocol):
-    """What can be in a room: something with an id of its own."""
+class RoomMember(Protocol):
+    """Object with a connection id, which can be in rooms."""
 
     @property
     def connection_id(self) -> str:
-        """The id of this one connection."""
+        """Id of this connection."""
 
 
-M = TypeVar("M", bound=Roomer)
+M = TypeVar("M", bound=RoomMember)
 
 
 def check_room_name(name: object) -> None:
-    """Raise unless a room can be called so.
+    """Raise unless a room name is valid.
 
     Raises:
-        RoomNameError: It is empty, no string, too long, or has a control character.
+        RoomNameError: The name is empty, not a string, too long, or has a control character.
     """
     if not isinstance(name, str) or not name:
         raise RoomNameError(name, "at least one character")
@@ -36,13 +36,13 @@ def check_room_name(name: object) -> None:
 
 
 class RoomMembership(Generic[M]):
-    """The rooms of one manager, and who is in them.
+    """Rooms of one manager and their members.
 
-    A room exists as long as somebody is in it, and a connection costs nothing here as long as it is in no room. Whoever
-    ends a connection calls `leave_all`, and lets it join nothing afterwards: nobody would take it out again.
+    A room exists while it has members. A connection in no room costs nothing here. Code that closes a connection calls
+    `leave_all` and must let it join no room afterwards, because nothing would remove it again.
 
     Args:
-        max_per_connection: How many rooms one connection may be in; `None` for any number.
+        max_per_connection: Maximum number of rooms of one connection; `None` for no limit.
     """
 
     __slots__ = ("_max_per_connection", "_members", "_names")
@@ -50,14 +50,14 @@ class RoomMembership(Generic[M]):
     def __init__(self, max_per_connection: int | None) -> None:
         self._max_per_connection = max_per_connection
         self._members: dict[str, dict[str, M]] = {}  # room → connection id → member
-        self._names: dict[str, dict[str, None]] = {}  # connection id → rooms; a dict keeps the order, a set does not
+        self._names: dict[str, dict[str, None]] = {}  # connection id → rooms; unlike a set, a dict is ordered
 
     def join(self, member: M, name: str) -> bool:
-        """Let a connection into a room; `False` if it is in already.
+        """Add a connection to a room; `False` if it is in the room already.
 
         Raises:
-            RoomNameError: No room can be called so.
-            RoomLimitError: The connection is in as many rooms as it may be.
+            RoomNameError: The name is invalid.
+            RoomLimitError: The connection is in `max_per_connection` rooms.
         """
         check_room_name(name)
         connection_id = member.connection_id
@@ -72,7 +72,7 @@ class RoomMembership(Generic[M]):
         return True
 
     def leave(self, member: M, name: str) -> bool:
-        """Take a connection out of a room; `False` if it is not in."""
+        """Remove a connection from a room; `False` if it is not in the room."""
         names = self._names.get(member.connection_id)
         if names is None or name not in names:
             return False
@@ -83,9 +83,9 @@ class RoomMembership(Generic[M]):
         return True
 
     def leave_all(self, member: M) -> tuple[str, ...]:
-        """Take a connection out of all its rooms and return their names, in the order in which it joined them.
+        """Remove a connection from all its rooms and return their names in the order of joining.
 
-        Nothing happens if its place in them was handed over.
+        Does nothing if its membership was handed over.
         """
         names = self.rooms_of(member)
         if names and self._members[names[0]][member.connection_id] is not member:
@@ -96,7 +96,7 @@ class RoomMembership(Generic[M]):
         return names
 
     def hand_over(self, member: M, other: M) -> None:
-        """Put another member with the same connection id in the place of one, in all its rooms."""
+        """Replace a member by another one with the same connection id, in all its rooms."""
         for name in self.rooms_of(member):
             self._members[name][member.connection_id] = other
 
@@ -107,31 +107,31 @@ class RoomMembership(Generic[M]):
             del self._members[name]
 
     def rooms_of(self, member: M) -> tuple[str, ...]:
-        """The rooms of a connection, in the order in which it joined them."""
+        """Return the rooms of a connection, in the order of joining."""
         return tuple(self._names.get(member.connection_id, ()))
 
     def get(self, name: str, connection_id: str) -> M | None:
-        """The member of a room with that connection id."""
+        """Return the member of a room with that connection id."""
         return self._members.get(name, {}).get(connection_id)
 
     def members(self, name: str) -> list[M]:
-        """The connections in a room, in the order in which they joined it; none if there is no such room."""
+        """Return the members of a room in the order of joining; empty if there is no such room."""
         return list(self._members.get(name, {}).values())
 
     def count(self, name: str) -> int:
-        """How many connections are in a room."""
+        """Return the number of members of a room."""
         return len(self._members.get(name, ()))
 
     def recipients(self, names: str | Iterable[str]) -> Collection[M]:
-        """The connections that are in any of these rooms, each once, as they are now.
+        """Return the current members of any of these rooms, each once.
 
         Args:
-            names: Names of rooms, or the name of one. Rooms that do not exist have nobody in them.
+            names: Name or names of rooms. A room that does not exist has no members.
         """
-        if isinstance(names, str):  # it is an iterable of strings too, and its letters are no rooms
+        if isinstance(names, str):  # a string is an iterable of strings too, but its letters are not rooms
             return self.members(names)
         rooms = [room for name in names if (room := self._members.get(name)) is not None]
-        if len(rooms) == 1:  # the usual case, per message: one copy, and no id is hashed
+        if len(rooms) == 1:  # the usual case for each message: one copy, and no id is hashed
             return list(rooms[0].values())
         recipients: dict[str, M] = {}
         for room in rooms:
@@ -139,7 +139,7 @@ class RoomMembership(Generic[M]):
         return recipients.values()
 
     def names(self) -> list[str]:
-        """The rooms that somebody is in, oldest first."""
+        """Return the rooms with members, oldest first."""
         return list(self._members)
 
     def __len__(self) -> int:

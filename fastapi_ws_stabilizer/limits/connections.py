@@ -1,10 +1,9 @@
-"""Who may come in: how many at a time, in all and from one address, and how many in a second.
+"""Limits of connections and handshakes: in total, per client and per address.
 
-Whoever dials *knocks* first, which costs a few dictionary look-ups and nothing else. A place is counted from then on,
-but whether there is one is only decided when it is known who has come (`RouteEntry.settle`): a client whose old
-connection is half-open takes that one's place and needs none of its own, or a full server could never get rid of its
-ghosts. So while a server is full a few may stand in the lobby and say who they are. The lobby has its limit too, or
-those who say nothing would have none.
+A slot is reserved when a handshake arrives, which costs a few dictionary look-ups. It is confirmed when the client is
+identified (`Reservation.confirm`), so that a client can replace its own half-open connection on a full server. For that
+a full server accepts a bounded number of unconfirmed reservations above `max_connections`, so handshakes that never
+identify their client cannot accumulate.
 """
 
 from __future__ import annotations
@@ -19,97 +18,98 @@ from fastapi_ws_stabilizer.errors import ConnectionLimitExceededError, ShutdownE
 from fastapi_ws_stabilizer.limits.rates import KeyedTokenBuckets, Rate, RetryQueue
 
 RETRY_WHEN_FULL: Final = 5.0
-"""Seconds after which a client that found no room may try again, on average: half of that to half as much again."""
+"""Average seconds after which a client rejected by a full server may retry. The delay is 50 % to 150 % of this."""
 
 MIN_RETRY_DELAY: Final = 1.0
-"""Seconds after which a client of a server that stops may come back at the earliest: another one is there by then."""
+"""Minimum seconds after which a client of a stopping server may retry, so that another server can start."""
 
-BACK_PER_SECOND: Final = 100.0
-"""How many that found no room are asked back in a second."""
+RETRIES_PER_SECOND: Final = 100.0
+"""Clients per second that a full server asks to retry."""
 
 MIN_PENDING: Final = 16
 PENDING_FRACTION: Final = 0.1
-"""The part of `max_connections` that may come beyond it, while it is found out who they are."""
+"""Fraction of `max_connections` that may be reserved above it until the clients are identified."""
 
 MAX_ADDRESSES: Final = 65_536
-"""Addresses whose rate is remembered at most."""
+"""Addresses with a handshake rate that are remembered."""
 
 
 class _Released:
-    """The state of a reservation that was given back."""
+    """State of a released reservation."""
 
 
 _RELEASED: Final = _Released()
 
 
 class Reservation:
-    """The reservation of one connection. The first call of `leave` releases it, and a released one stays released.
+    """Reservation of one connection slot.
 
-    Its state is in one attribute, so that it cannot be released and confirmed at the same time.
+    `release` is final, and only its first call has an effect. The state is one attribute, so a reservation cannot be
+    released and confirmed at the same time.
 
     Attributes:
-        address: Where its client comes from.
+        address: Address of the client.
     """
 
-    __slots__ = ("_admission", "_holder", "address")
+    __slots__ = ("_holder", "_limiter", "address")
 
-    def __init__(self, admission: ConnectionLimiter, address: str) -> None:
-        self._admission = admission
+    def __init__(self, limiter: ConnectionLimiter, address: str) -> None:
+        self._limiter = limiter
         self._holder: str | _Released | None = None
         self.address = address
 
     @property
     def client_id(self) -> str | None:
-        """The client that it is confirmed for; `None` before, and when it is released."""
+        """Client that it is confirmed for; `None` before, and after the release."""
         return self._holder if isinstance(self._holder, str) else None
 
     def confirm(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
-        """Confirm the reservation for a client, if there is room.
+        """Confirm the reservation for a client.
 
         Args:
             client_id: The client.
-            replaces: Places whose connections are going to end as soon as this one is there.
+            replaces: Reservations of connections that close as soon as this one is established.
 
         Raises:
-            ConnectionLimitExceededError: There is no room, or the reservation was released before.
-            TooManyConnectionsError: There is none for this client, or for its address.
+            ConnectionLimitExceededError: The server is full, or the reservation was released before.
+            TooManyConnectionsError: The client or its address has too many connections.
         """
         self.check()
         if self._holder is None:
-            taken = [one for one in replaces if one.client_id is not None]
-            self._admission._confirm(self.address, client_id, taken)
+            replaced = [one for one in replaces if one.client_id is not None]
+            self._limiter._confirm(self.address, client_id, replaced)
             self._holder = client_id
 
     def check(self) -> None:
-        """Refuse to go on with a reservation that was released.
+        """Raise if the reservation was released.
 
         Raises:
-            ConnectionLimitExceededError: It was, and another client may have the room by now.
+            ConnectionLimitExceededError: It was released, and another client may have the slot by now.
         """
         if self._holder is _RELEASED:
-            raise self._admission._released_error()
+            raise self._limiter._released_error()
 
     def release(self) -> None:
-        """Release the reservation. Nothing happens if that was done."""
+        """Release the reservation. Does nothing if it was released."""
         if self._holder is not _RELEASED:
             client_id, self._holder = self.client_id, _RELEASED
-            self._admission._release(self.address, client_id)
+            self._limiter._release(self.address, client_id)
 
 
 class _Uncounted(Reservation):
-    """The reservation that all connections share where there is no limit: it has no state."""
+    """Reservation that all connections share if there is no limit. It has no state."""
 
     __slots__ = ()
 
     def confirm(self, client_id: str, *, replaces: Iterable[Reservation] = ()) -> None:
-        """Do nothing: there is room."""
+        """Do nothing: there is no limit."""
 
     def release(self) -> None:
         """Do nothing: nothing is counted."""
 
 
 class _Counter:
-    """How many there are of each, counted only if somebody wants to know. Of whom there is none, nothing is kept."""
+    """Count per key if there is a limit. Keys with a count of 0 are not stored."""
 
     __slots__ = ("_counts", "most")
 
@@ -133,7 +133,7 @@ class _Counter:
 
 
 class _DialRate:
-    """How often clients may dial, and when those that are refused may try again."""
+    """Rate of handshakes, and retry times for rejected ones."""
 
     __slots__ = ("_dials", "_queue")
 
@@ -142,23 +142,23 @@ class _DialRate:
         self._queue = RetryQueue(per_second, max_keys)
 
     def take(self, key: str, now: float) -> float:
-        """0.0 if one more may dial; otherwise the seconds after which it is its turn."""
+        """Return 0.0 if one more handshake is allowed, otherwise the seconds after which to retry."""
         wait = self._dials.take(key, 1.0, now)
         return self._queue.wait(key, wait, now) if wait else 0.0
 
 
 class ConnectionLimiter:
-    """Counts connections, and those that are on their way to be one.
+    """Counter and limits of connections and unconfirmed reservations.
 
     Args:
-        max_connections: Most connections.
-        max_per_client: Most of one client.
-        max_per_address: Most from one address.
-        rate: How often somebody may come.
-        rate_per_address: How often from one address.
+        max_connections: Maximum number of connections.
+        max_per_client: Maximum number of connections of one client.
+        max_per_address: Maximum number of connections from one address.
+        rate: Handshakes per second.
+        rate_per_address: Handshakes per second from one address.
 
     Attributes:
-        by_address: Whether it matters where somebody comes from.
+        by_address: Whether a limit depends on the client's address.
     """
 
     def __init__(
@@ -179,37 +179,38 @@ class ConnectionLimiter:
         self._pending_from = _Counter(max_per_address)
         self._rate = None if rate is None else _DialRate(rate, 1)
         self._rates = None if rate_per_address is None else _DialRate(rate_per_address, MAX_ADDRESSES)
-        self._retry_when_full = RetryQueue(BACK_PER_SECOND)
+        self._retry_when_full = RetryQueue(RETRIES_PER_SECOND)
         self._max_rates = (rate, rate_per_address)
         self._uncounted = _Uncounted(self, "")
         self.by_address = max_per_address is not None or rate_per_address is not None
-        self._on = any(
+        self._enabled = any(
             limit is not None for limit in (max_connections, max_per_client, max_per_address, *self._max_rates)
         )
 
     def __len__(self) -> int:
-        """How many are inside."""
+        """Number of established connections."""
         return self._established
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room, not even in the lobby."""
+        """Whether no reservation is possible, not even an unconfirmed one above the limit."""
         return self._established + self._pending >= self._max + self._max_pending
 
     def reserve(self, address: str, now: float) -> Reservation:
-        """Somebody has come, and it is not known yet who.
+        """Reserve a slot for a handshake before its client is identified.
 
         Args:
-            address: From where; any text where it does not matter.
-            now: The time, in monotonic seconds.
+            address: Address of the client; any text if `by_address` is false.
+            now: Time on the monotonic clock.
 
         Raises:
-            ConnectionLimitExceededError: There is no room, and the lobby is full too; or too many came lately.
-            TooManyConnectionsError: There are too many from there, or too many came from there lately.
+            ConnectionLimitExceededError: The server is full, also of unconfirmed reservations, or handshakes exceed the
+                rate.
+            TooManyConnectionsError: The address has too many connections, or its handshakes exceed the rate.
         """
-        if not self._on:
+        if not self._enabled:
             return self._uncounted
-        # The limits of one address come first: beyond them it moves back no other client's turn.
+        # The limits of one address come first, so that rejections by them do not delay the retries of other clients.
         most = self._from_address.most
         if most is not None and self._from_address.of(address) + self._pending_from.of(address) >= 2 * most:
             raise self._too_many("max_connections_per_address", most)
@@ -224,16 +225,16 @@ class ConnectionLimiter:
         return Reservation(self, address)
 
     def _confirm(self, address: str, client_id: str, replaces: Collection[Reservation]) -> None:
-        here = any(one.address == address for one in replaces)
+        same_address = any(one.address == address for one in replaces)
         most = self._from_address.most
-        if most is not None and self._from_address.of(address) - here >= most:
+        if most is not None and self._from_address.of(address) - same_address >= most:
             raise self._too_many("max_connections_per_address", most)
-        its_own = any(one.client_id == client_id for one in replaces)
+        same_client = any(one.client_id == client_id for one in replaces)
         most = self._of_client.most
-        if most is not None and self._of_client.of(client_id) - its_own >= most:
+        if most is not None and self._of_client.of(client_id) - same_client >= most:
             raise self._too_many("max_connections_per_client", most)
-        # Whoever is replaced is counted until it is gone. Several may be about to replace the same one, and wait for a
-        # hook meanwhile: they came through the lobby, so they are few.
+        # A replaced connection counts until it is closed. Several connections may be about to replace the same one
+        # while they wait for a hook, but they come from the few reservations above the limit.
         if not replaces and self._established >= self._max:
             raise self._full()
         self._pending -= 1
@@ -252,7 +253,7 @@ class ConnectionLimiter:
             self._of_client.remove(client_id)
 
     def _released_error(self) -> ConnectionLimitExceededError:
-        """Why a reservation that was released cannot be confirmed: another client may have it by now."""
+        """Return the error for a released reservation: another client may have the slot by now."""
         if self._max != math.inf:
             return self._full()
         by_address, by_client = self._from_address.most, self._of_client.most
@@ -273,14 +274,14 @@ class ConnectionLimiter:
 
 
 def retry_delay() -> float:
-    """Seconds after which to try again, different for each who is told, so that they do not all come at once."""
+    """Return random seconds after which to retry, so that rejected clients do not return together."""
     return random.uniform(0.5, 1.5) * RETRY_WHEN_FULL  # noqa: S311 (spreads load)
 
 
 def shutdown_error(window: float) -> ShutdownError:
-    """Why a stopping server does not take a client, and when that may try again, different for each.
+    """Return the error with which a stopping server rejects a client, with a random retry delay.
 
     Args:
-        window: Seconds that the clients of that server are spread over.
+        window: Seconds over which the clients of that server are spread.
     """
     return ShutdownError(MIN_RETRY_DELAY + random.uniform(0.0, max(1.0, window)))  # noqa: S311 (spreads load)

@@ -1,16 +1,16 @@
-"""How much a client may send: so many messages and bytes in a second, with a warning before it is cut off.
+"""Rates of messages and bytes from clients, with rejections before a disconnect.
 
-There are two buckets for a rate. What the first one has no room for is refused, and its sender is told when to try
-again. The second one, of the same size, is for refusals: who goes on until that is empty too is cut off. So a client
-that sends up to twice as fast as it may only hears of it, and one that floods is gone after a moment.
+Each rate has two buckets. A message that does not fit in the first one is rejected, and its sender gets a retry time.
+The second one, of the same size, counts rejections. A client that empties that one too is disconnected. So a client
+that sends at up to twice its rate only gets rejections, but one that floods is disconnected quickly.
 
-What comes behind a message that is to be sent again was on its way before its sender could hear of that. It is counted
-in a third bucket, which has room for all that a client of ours has on its way at once.
+Messages behind a rejected one were sent before the client could know of the rejection. They are counted in a third
+bucket, which has room for all messages that a client of this library has in flight.
 
-The first bucket belongs to the client: several tabs share it, and dialling again does not fill it. The second one
-belongs to the connection, so that none is cut off for what another one sends: somebody who has taken another's client
-id can have its messages refused, and no more. Who comes without an id gets a fresh one with each dial, and full buckets
-with it; how often somebody may dial is what `max_connect_rate_per_address` is for.
+The first bucket belongs to the client: several tabs share it, and a reconnect does not refill it. The second one
+belongs to the connection, so that no connection is closed for messages of another one. An attacker with another
+client's id can therefore get that client's messages rejected, but nothing more. A client without an id gets a new id,
+and so full buckets, with each connection. The option `max_connect_rate_per_address` limits how often it connects.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Final, NamedTuple
 from fastapi_ws_stabilizer.limits.rates import KeyedTokenBuckets, Rate
 
 MAX_REMEMBERED: Final = 65_536
-"""Clients, and connections, whose buckets are remembered at most, beside those that are full."""
+"""Clients, and connections, with a stored bucket that is not full."""
 
 IN_FLIGHT: Final = 512
-"""Messages that a client may have sent before it hears that the first of them is refused."""
+"""Messages that a client may have sent before it gets the rejection of the first one."""
 
 IN_FLIGHT_BYTES: Final = 1024 * 1024
-"""Bytes of them: as many as our client keeps, if its own option does not say more."""
+"""Bytes of these messages: the default buffer of the client of this library."""
 
-MAX_DETACHED: Final = 60.0
-"""Seconds that a client which was cut off is asked to stay away at most, if it need not wait longer for a message."""
+MAX_RETRY_DELAY: Final = 60.0
+"""Maximum seconds that a disconnected client is asked to wait, unless its message needs longer."""
 
 
 class RateExceeded(NamedTuple):
-    """More than may be sent.
+    """Rejection of a message.
 
     Attributes:
-        wait: Seconds after which to try again. Who was cut off for it is to come back when its buckets are full, or it
-            would be cut off again for what it has left to send.
-        over: Whether its sender has been told so often enough.
-        option: The name of the option that says how much may be sent.
-        message_type: The type of message that it is said of, if it is one.
+        retry_after: Seconds after which to retry. After a disconnect they last until the buckets are full, because the
+            client's remaining messages would otherwise disconnect it again.
+        disconnect: Whether to close the connection, because too many messages were rejected.
+        option: Name of the option with the limit.
+        message_type: Message type that the limit applies to, if it is limited to one.
     """
 
     retry_after: float
@@ -51,14 +51,14 @@ class RateExceeded(NamedTuple):
 
 
 class KeyedRateLimiter:
-    """One rate, for each of many clients.
+    """One rate limit for each of many clients.
 
     Args:
-        per_second: How much may be sent in the long run.
-        burst: How much at once.
-        option: The name of the option that says so.
-        message_type: The type of message that it is said of; all when left out.
-        in_flight: How much may come behind a refused message, beside the burst, before that ends the connection.
+        per_second: Rate in the long run.
+        burst: Maximum amount at once.
+        option: Name of the option with the limit.
+        message_type: Message type that it applies to; all if omitted.
+        in_flight: Amount that may follow a rejected message, beside the burst, before the connection is closed.
     """
 
     def __init__(
@@ -74,36 +74,41 @@ class KeyedRateLimiter:
         self._burst = burst
         self._option = option
         self._message_type = message_type
-        self._full_after = min(burst / per_second, MAX_DETACHED)
+        self._full_after = min(burst / per_second, MAX_RETRY_DELAY)
         self._allowed = KeyedTokenBuckets(rate, MAX_REMEMBERED)
         self._refused = KeyedTokenBuckets(rate, MAX_REMEMBERED)
         self._behind = KeyedTokenBuckets(Rate(per_second, burst + in_flight), MAX_REMEMBERED)
 
     def take(self, client_id: str, connection_id: str, cost: float, now: float) -> RateExceeded | None:
-        """Take what a client sends; `None` if it may.
+        """Take the cost of a message; return `None` if it is allowed.
 
         Args:
-            client_id: Who sends it.
-            connection_id: Over which connection.
-            cost: How much it is. More than the burst counts as the burst.
-            now: The time, in monotonic seconds.
+            client_id: Client that sends it.
+            connection_id: Connection that it arrived on.
+            cost: Its cost. More than the burst counts as the burst.
+            now: Time on the monotonic clock.
         """
         cost = min(cost, self._burst)
         wait = self._allowed.take(client_id, cost, now)
         if not wait:
             return None
-        # The bucket has room for two at least: with room for one, a client that is refused once in the time of each
-        # message would be cut off when it is early by a moment.
-        over = bool(self._refused.take(connection_id, min(cost, self._burst / 2), now))
-        return RateExceeded(max(wait, self._full_after) if over else wait, over, self._option, self._message_type)
+        # The bucket has room for two at least. With room for one, a client with one rejection per message interval
+        # would be disconnected as soon as it is a moment early.
+        disconnect = bool(self._refused.take(connection_id, min(cost, self._burst / 2), now))
+        return RateExceeded(
+            max(wait, self._full_after) if disconnect else wait, disconnect, self._option, self._message_type
+        )
 
     def refuse(self, connection_id: str, cost: float, now: float) -> RateExceeded | None:
-        """Count what is ignored because something before it was refused; `None` if its sender may go on.
+        """Count a message that is ignored because one before it was rejected.
 
         Args:
-            connection_id: Over which connection it has come.
-            cost: How much it is.
-            now: The time, in monotonic seconds.
+            connection_id: Connection that it arrived on.
+            cost: Its cost.
+            now: Time on the monotonic clock.
+
+        Returns:
+            `None` if the client may continue.
         """
         if not self._behind.take(connection_id, min(cost, self._burst), now):
             return None
@@ -118,37 +123,38 @@ def rate_limiter(
     *,
     in_flight: float = 0.0,
 ) -> KeyedRateLimiter | None:
-    """The limit that goes with a rate; `None` without one.
+    """Return the limiter of a rate; `None` without a rate.
 
     Args:
         per_second: The rate.
-        burst: How much at once; as much as in a second when left out, and one at least.
-        option: The name of the option that says so.
-        message_type: The type of message that it is said of; all when left out.
-        in_flight: How much may come behind a refused message, beside the burst, before that ends the connection.
+        burst: Maximum amount at once; the amount of one second if omitted, but at least 1.
+        option: Name of the option with the limit.
+        message_type: Message type that it applies to; all if omitted.
+        in_flight: Amount that may follow a rejected message, beside the burst, before the connection is closed.
 
     Raises:
-        ValueError: The rate is not a number above zero, the burst is below one, or there is a burst without a rate.
+        ValueError: The rate is not a number above zero, the burst is below 1, or there is a burst without a rate.
     """
     if per_second is None:
         if burst is not None:
-            raise ValueError("a burst is how many of a rate may come at once: name the rate too")
+            raise ValueError("a burst needs a rate: set the rate too")
         return None
     if burst is None:
         burst = max(1.0, math.ceil(Rate(per_second, 1.0).per_second))
-    if not burst >= 1:  # a message is one: with room for less, less than one would be taken for it
-        raise ValueError(f"a burst is at least 1, not {burst!r}")
+    if not burst >= 1:  # a message costs 1, and a smaller burst would reduce its cost
+        raise ValueError(f"a burst must be at least 1, not {burst!r}")
     return KeyedRateLimiter(per_second, burst, option, message_type, in_flight=in_flight)
 
 
 class InboundRateLimiter:
-    """What all clients of a manager may send.
+    """Message and byte rate limits of all clients of one manager.
 
     Args:
-        message_rate: Messages in a second; any number when left out.
-        message_burst: Messages at once; as many as in a second when left out.
-        byte_rate: Bytes in a second; any number when left out.
-        max_message_size: Bytes of the largest message, which may always be sent by somebody who was quiet.
+        message_rate: Messages per second; unlimited if omitted.
+        message_burst: Messages at once; the number of one second if omitted.
+        byte_rate: Bytes per second; unlimited if omitted.
+        max_message_size: Bytes of the largest message. It is the minimum byte burst, so a client that was quiet can
+            send it.
     """
 
     def __init__(
@@ -165,13 +171,13 @@ class InboundRateLimiter:
         self.limited = self._messages is not None or self._bytes is not None
 
     def take(self, client_id: str, connection_id: str, size: int, now: float) -> RateExceeded | None:
-        """Take one message of a client; `None` if it may send it.
+        """Take one message of a client; return `None` if it is allowed.
 
         Args:
-            client_id: Who sends it.
-            connection_id: Over which connection.
+            client_id: Client that sends it.
+            connection_id: Connection that it arrived on.
             size: Its bytes.
-            now: The time, in monotonic seconds.
+            now: Time on the monotonic clock.
         """
         excess = None if self._messages is None else self._messages.take(client_id, connection_id, 1.0, now)
         if excess is None and self._bytes is not None:
@@ -179,12 +185,15 @@ class InboundRateLimiter:
         return excess
 
     def refuse(self, connection_id: str, size: int, now: float) -> RateExceeded | None:
-        """Count one message that is ignored because one before it was refused; `None` if its sender may go on.
+        """Count one message that is ignored because one before it was rejected.
 
         Args:
-            connection_id: Over which connection it has come.
+            connection_id: Connection that it arrived on.
             size: Its bytes.
-            now: The time, in monotonic seconds.
+            now: Time on the monotonic clock.
+
+        Returns:
+            `None` if the client may continue.
         """
         excess = None if self._messages is None else self._messages.refuse(connection_id, 1.0, now)
         if excess is None and self._bytes is not None:

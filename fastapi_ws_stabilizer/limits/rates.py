@@ -1,4 +1,4 @@
-"""How often, and how much: token buckets. Time is told by the caller, in seconds of the monotonic clock."""
+"""Token buckets. The caller passes the time, in seconds of the monotonic clock."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import Final
 
 MIN_WAIT: Final = 1e-6
-"""Seconds. What lacks for less than that may be taken and is owed: it can be as little as rounding makes of nothing,
-and somebody who waited as long as was said would be told to wait again, for no time at all."""
+"""Seconds. A smaller shortage is granted as a debt, because it may be a rounding error. A client that waited exactly as
+long as it was asked to would otherwise be rejected again."""
 
 PURGED_PER_CALL: Final = 2
-"""Buckets that each use of a table looks at, to forget them. It adds one at most, so the table gets smaller."""
+"""Buckets that each use of a table checks and perhaps removes. A use adds one at most, so the table shrinks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How much may pass.
+    """Rate and burst of a token bucket.
 
     Attributes:
-        per_second: In the long run.
-        burst: At once, by somebody who was quiet for long enough.
+        per_second: Rate in the long run.
+        burst: Maximum amount at once, when the bucket is full.
 
     Raises:
         ValueError: One of them is not above zero, or is infinite.
@@ -34,54 +34,54 @@ class Rate:
     def __post_init__(self) -> None:
         for name, value in (("per_second", self.per_second), ("burst", self.burst)):
             if not 0 < value < math.inf:
-                raise ValueError(f"the {name} of a rate is a number above zero, not {value!r}")
+                raise ValueError(f"the {name} of a rate must be a number above zero, not {value!r}")
 
 
 class TokenBucket:
-    """What one sender may still send. A new bucket is full.
+    """Token bucket of one sender. A new bucket is full.
 
-    The rate is told at each use, so that a bucket is small. Time that goes backwards changes nothing.
+    Each use passes the rate, so that a bucket is small. Time that goes backwards changes nothing.
     """
 
     __slots__ = ("_at", "_missing")
 
     def __init__(self) -> None:
-        self._missing = 0.0  # to a full one; above `burst` it is a debt
+        self._missing = 0.0  # below a full bucket; above `burst` it is a debt
         self._at = -math.inf
 
     def take(self, rate: Rate, cost: float, now: float) -> float:
-        """Take something if there is enough.
+        """Take tokens if there are enough.
 
         Args:
-            rate: What flows in, and what there is room for.
-            cost: How much to take.
-            now: The time.
+            rate: Rate and burst of the bucket.
+            cost: Number of tokens.
+            now: Time on the monotonic clock.
 
         Returns:
-            0.0 if it was taken. Otherwise nothing is, and it is the seconds until there will be enough; `math.inf` if
-            it is more than there is ever room for.
+            0.0 if they were taken. Otherwise nothing is taken, and the result is the seconds until there are enough;
+                `math.inf` if the cost is above the burst.
         """
         self._flow(rate, now)
         if cost > rate.burst:
             return math.inf
-        lacking = self._missing + cost - rate.burst
-        if lacking > rate.per_second * MIN_WAIT:
-            return lacking / rate.per_second
+        missing = self._missing + cost - rate.burst
+        if missing > rate.per_second * MIN_WAIT:
+            return missing / rate.per_second
         self._missing += cost
         return 0.0
 
     def spend(self, rate: Rate, cost: float, now: float) -> bool:
-        """Take something of any size, as long as anything is left; what was not there is owed.
+        """Take any number of tokens if at least some are left. Missing tokens become a debt.
 
-        For the bytes of a message, whose size nobody could choose to fit.
+        It serves the bytes of a message, because a sender cannot choose the size of a message to fit.
 
         Args:
-            rate: What flows in, and what there is room for.
-            cost: How much to take.
-            now: The time.
+            rate: Rate and burst of the bucket.
+            cost: Number of tokens.
+            now: Time on the monotonic clock.
 
         Returns:
-            Whether it was taken. Otherwise nothing is.
+            Whether they were taken. Otherwise nothing is taken.
         """
         self._flow(rate, now)
         if self._missing >= rate.burst:
@@ -90,7 +90,7 @@ class TokenBucket:
         return True
 
     def is_full(self, rate: Rate, now: float) -> bool:
-        """Whether it is as good as a new one."""
+        """Whether it equals a new bucket."""
         self._flow(rate, now)
         return self._missing <= 0
 
@@ -101,34 +101,35 @@ class TokenBucket:
 
 
 class KeyedTokenBuckets:
-    """A bucket for each of many senders, of which the full ones are forgotten again.
+    """Token buckets of many senders. Full ones are removed.
 
-    There is no timer: each use looks at the buckets that were used longest ago. A full one behind one that is not waits
-    for it, at most for the seconds in which an empty bucket fills. So nobody's bucket is forgotten too early as long as
-    no more than `max_keys` senders come within these seconds.
+    There is no timer: each use checks the least recently used buckets. A full bucket behind one that is not full waits
+    for it, at most for the seconds in which an empty bucket fills. So no bucket is removed too early as long as at most
+    `max_keys` senders arrive within these seconds.
 
     Args:
-        rate: What each of them may send.
-        max_keys: How many buckets there are at most. The one used longest ago makes room.
+        rate: Rate of each sender.
+        max_keys: Maximum number of buckets. The least recently used one is removed first.
 
     Raises:
-        ValueError: There is room for none.
+        ValueError: `max_keys` is below 1.
     """
 
     def __init__(self, rate: Rate, max_keys: int) -> None:
         if max_keys < 1:
-            raise ValueError(f"a table has room for one key at least, not for {max_keys}")
+            raise ValueError(f"max_keys must be at least 1, not {max_keys}")
         self._rate = rate
         self._max_keys = max_keys
-        # The one used longest ago comes first. A plain dict would search for it behind all that were removed before it.
+        # The least recently used one comes first. A plain dict would search for it behind all that were removed before
+        # it.
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many senders are remembered."""
+        """Number of stored buckets."""
         return len(self._buckets)
 
     def take(self, key: str, cost: float, now: float) -> float:
-        """Take something from the bucket of a sender if there is enough; as `TokenBucket.take`."""
+        """Take tokens from the bucket of a sender if there are enough; as `TokenBucket.take`."""
         bucket = self._buckets.pop(key, None)
         if bucket is None:
             bucket = TokenBucket()
@@ -137,7 +138,7 @@ class KeyedTokenBuckets:
         return bucket.take(self._rate, cost, now)
 
     def _forget(self, now: float) -> None:
-        """Forget full buckets, and whatever is in the way of one more."""
+        """Remove full buckets, and the least recently used one if the table is full."""
         for _ in range(PURGED_PER_CALL):
             first = next(iter(self._buckets), None)
             if first is None or not self._buckets[first].is_full(self._rate, now):
@@ -148,41 +149,41 @@ class KeyedTokenBuckets:
 
 
 MAX_QUEUE: Final = 60.0
-"""Seconds over which those who are refused are spread at most."""
+"""Maximum seconds over which rejected clients are spread."""
 
 
 class RetryQueue:
-    """When refused clients may try again: one after the other, as fast as they can be let in.
+    """Retry times of rejected clients: one after the other, at the rate at which they can be accepted.
 
-    Without that all of them would come back in the same moment, and be refused again.
+    Without it all of them would retry at the same moment and be rejected again.
 
     Args:
-        per_second: How many come back in a second.
-        max_keys: How many queues there are at most. The one used longest ago makes room.
+        per_second: Clients per second that retry.
+        max_keys: Maximum number of queues. The least recently used one is removed first.
     """
 
     def __init__(self, per_second: float, max_keys: int = 1) -> None:
         self._step = 1 / per_second
         self._max_keys = max_keys
-        self._free: OrderedDict[str, float] = OrderedDict()  # the time from which on nobody is expected back
+        self._free: OrderedDict[str, float] = OrderedDict()  # time from which on no retry is scheduled
 
     def __len__(self) -> int:
-        """How many queues there are."""
+        """Number of queues."""
         return len(self._free)
 
     def wait(self, key: str, least: float, now: float) -> float:
-        """Seconds after which one more may try again.
+        """Return the seconds after which one more client may retry.
 
         Args:
-            key: In which queue it stands.
-            least: Seconds that the first one in it waits.
-            now: The time.
+            key: Key of the queue.
+            least: Minimum seconds to wait.
+            now: Time on the monotonic clock.
         """
         free = max(now + least, self._free.pop(key, now))
         wait = free - now
         if wait < least + MAX_QUEUE:
             free += self._step
-        else:  # it is full, so the newest are spread over all of it
+        else:  # the queue is full, so the newest are spread over all of it
             wait = random.uniform(least, least + MAX_QUEUE)  # noqa: S311 (spreads load)
         for _ in range(PURGED_PER_CALL):
             first = next(iter(self._free), None)

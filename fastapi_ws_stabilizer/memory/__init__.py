@@ -1,1 +1,1 @@
-"""Memory accounting: what is held for each client, the limits, and eviction."""
+"""Memory accounting: bytes held for each client, the limits, and eviction."""

@@ -1,19 +1,19 @@
-"""What is held for clients, as a running sum, and who goes when it is too much.
+"""Memory budget: a running sum of the bytes held for clients, and the eviction order.
 
-Every queue, log and dict that keeps something of a client's adds to one sum and takes away from it, so reading it costs
-nothing. A message that many hold is there once, and counts once: the first who holds it adds it, the last who lets go
-takes it away. What is queued and sent in the same turn of the event loop is held by nobody.
+Each queue, buffer and dict that holds something for a client adds to one sum and subtracts from it, so reading the sum
+costs nothing. A shared message counts once: the first holder adds it, and the last one to release it subtracts it. A
+message that is queued and sent in the same event loop iteration is not counted.
 
-Clients stand in the order in which they would go. First what connections that have ended still hold, then those that
-are away, the one that left first before all others. Then those that are here, by policy:
+Memory of closed connections is evicted first. Then come detached clients, the one that detached first before the
+others. Connected clients come last, by policy:
 
-- `lru`: whose last message came longest ago. Answers to pings are no messages.
-- `fifo`: who has come first. Who comes back comes anew.
-- `oldest`: to whom the last message was delivered longest ago.
+- `lru`: the client with the oldest last message first. Replies to pings do not count as messages.
+- `fifo`: the client that connected first. A reconnect counts as a new connection.
+- `oldest`: the client with the oldest last delivery first.
 
-Only who holds something stands in line: nobody goes whose end would free nothing. The line is a heap that is put right
-when it is looked at. Whoever speaks or is sent something is only given a new moment, and who is found to hold nothing
-leaves the line until `holds` is called for it, so each look is paid for by what has happened since the one before.
+A client that holds no memory is not in the order, because its eviction would free nothing. The order is a heap that is
+corrected when it is read. A message only changes the client's `moment`, and a client found to hold nothing leaves the
+heap until `on_nonzero` is called for it. So the cost of a read is proportional to what happened since the last one.
 """
 
 from __future__ import annotations
@@ -35,71 +35,71 @@ from fastapi_ws_stabilizer.errors import MemoryLimitExceededError
 Policy = Literal["lru", "fifo", "oldest"]
 
 SLICE: Final = 0.005
-"""Seconds of measuring, or of letting clients go, before the event loop gets a turn."""
+"""Seconds of measuring or evicting before yielding to the event loop."""
 
-_ENDED: Final = 0
+_CLOSED: Final = 0
 _DETACHED: Final = 1
-_HERE: Final = 2
+_ATTACHED: Final = 2
 
 _MAX_STALE: Final = 64
-"""Entries of the line that mean nothing any more, if they are more than half of it, before it is made anew."""
+"""Stale heap entries above which the heap is rebuilt, if they are also more than half of it."""
 
 
 FRAME_OVERHEAD_BYTES: Final = 256
-"""What a message takes beside its payload: its object, the heads of its strings, its places in queues."""
+"""Bytes of a message beside its payload: object, string headers and queue entries."""
 
 UNREAD_OVERHEAD_BYTES: Final = 72
-"""The same of one that waits to be read."""
+"""Bytes of a message beside its payload while it waits to be read."""
 
 
 class SharedMessage(Protocol):
-    """A message that several may hold."""
+    """Message that several queues may hold."""
 
     size: int
     refcount: int
 
 
 class Evictable(Protocol):
-    """Who holds something: a connection, a session, or what a client has left."""
+    """Holder of memory: a connection, a session or a detached state."""
 
     @property
     def connection_id(self) -> str:
-        """Its id: no other has the same."""
+        """Its unique id."""
 
     @property
     def memory_usage(self) -> int:
         """Bytes that are held for it."""
 
     def evict(self) -> None:
-        """End it now, because room is needed. It leaves the ledger by that, and lets go of what it holds."""
+        """End it now to free memory. This removes it from the budget and releases what it holds."""
 
     def on_limit_exceeded(self, held: int) -> None:
-        """It holds more than one client may: end it."""
+        """End it, because it holds more memory than one client may."""
 
 
 class Remeasurable(Protocol):
-    """A dict of a client's, which may have grown inside without telling."""
+    """Dict of a client that may have grown inside its values without a notification."""
 
     owner: Evictable | None
-    """For whom it is kept."""
+    """Client that it belongs to."""
     counted_bytes: int
-    """How much of it is in the sum."""
+    """Bytes of it that are in the budget."""
 
     def flush_accounting(self) -> int:
-        """How much more it holds than is in the sum, where it is from now on. On the event loop only."""
+        """Move its uncounted bytes into the budget; return their number. Event loop only."""
 
     def remeasure(self) -> Iterator[None]:
-        """Measure it anew, one entry at each step, and put the sums right."""
+        """Measure it again, one entry per step, and correct the budget."""
 
 
 class _EvictionEntry:
-    """Where a client would stand.
+    """Position of a client in the eviction order.
 
     Attributes:
-        client: Who it is.
-        rank: Whether it has ended, is away or is here.
-        moment: What the policy asks for: the lower it is, the earlier it goes.
-        item: By what it stands in line; `None` while it holds nothing. Its moment may be an old one.
+        client: The client.
+        rank: Whether it is closed, detached or connected.
+        moment: Value of the policy. The lowest is evicted first.
+        heap_item: Its heap item, perhaps with an old moment; `None` while it holds no memory.
     """
 
     __slots__ = ("client", "heap_item", "moment", "rank")
@@ -111,21 +111,22 @@ class _EvictionEntry:
 
 
 class MemoryBudget:
-    """The sum, the order and the limits of one manager on one event loop.
+    """Memory sum, limits and eviction order of one manager on one event loop.
 
     Args:
-        max_total: Most bytes that are held for all.
-        max_each: Most bytes that are held for one.
-        policy: Who goes first.
-        check_interval: Seconds between two looks into what may have grown without telling.
+        max_total: Maximum bytes held for all clients.
+        max_each: Maximum bytes held for one client.
+        policy: Eviction policy.
+        check_interval: Seconds between two measurements of values that may have grown without a notification.
 
     Attributes:
         total: Bytes that are held.
         max_each: As above.
         limit: `max_total`, or infinity.
-        orders: Whether anybody may have to go for others.
-        watches_input: Whether `heard` is to be called.
-        described: Bytes of presence metadata, by the connection id of the member that they belong to.
+        evicts: Whether clients may be evicted, because there is a `max_total`.
+        watches_input: Whether `on_inbound` must be called.
+        output_counts: Whether `on_delivered` must be called.
+        described: Bytes of presence metadata, by the connection id of the recipient that holds them.
     """
 
     def __init__(
@@ -144,32 +145,32 @@ class MemoryBudget:
         self._input_counts = self.evicts and policy == "lru"
         self.output_counts = self.evicts and policy == "oldest"
         self._entries: dict[object, _EvictionEntry] = {}
-        self._line: list[tuple[int, int, _EvictionEntry]] = []
+        self._heap: list[tuple[int, int, _EvictionEntry]] = []
         self._moments = itertools.count(1)
-        self._spared: Counter[Evictable] = Counter()
+        self._pinned: Counter[Evictable] = Counter()
         self._measured: dict[int, Remeasurable] = {}
         self._interval = check_interval
         self._timer: asyncio.TimerHandle | None = None
-        self._looking: Iterator[None] | None = None  # the look that is not finished yet
-        self._due: asyncio.Handle | None = None
-        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
+        self._measurement: Iterator[None] | None = None  # iterator of the unfinished measurement
+        self._eviction: asyncio.Handle | None = None
+        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
     def begin(self) -> None:
-        """Work on the running event loop. Called whenever somebody comes; it is always the same one."""
+        """Bind to the running event loop. Called for each connection, always on the same loop."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether we are in a thread of a user's function, where nothing of the event loop may be touched."""
+    def is_other_thread(self) -> bool:
+        """Whether this is another thread, in which nothing of the event loop may be touched."""
         return threading.get_ident() != self._thread
 
-    # ── what is held ──
+    # ── held bytes ──
 
     def retain(self, message: SharedMessage) -> None:
-        """Somebody holds a message."""
+        """Add one holder to a message."""
         if not message.refcount:
             self.total += message.size + FRAME_OVERHEAD_BYTES
             if self.total > self.limit:
@@ -177,83 +178,83 @@ class MemoryBudget:
         message.refcount += 1
 
     def release(self, message: SharedMessage) -> None:
-        """Somebody lets a message go."""
+        """Remove one holder from a message."""
         message.refcount -= 1
         if not message.refcount:
             self.total -= message.size + FRAME_OVERHEAD_BYTES
 
     def add(self, size: int) -> None:
-        """Something is held that nobody else holds; or let go, where `size` is negative."""
+        """Add bytes that only one client holds, or subtract them if `size` is negative."""
         self.total += size
         if self.total > self.limit:
             self.schedule_eviction()
 
     def describe(self, member_id: str, size: int) -> None:
-        """A member holds so much more presence metadata; or less, where `size` is negative."""
+        """Add bytes to a recipient's presence metadata, or subtract them if `size` is negative."""
         self.described[member_id] = held = self.described.get(member_id, 0) + size
         if not held:
             del self.described[member_id]
         self.add(size)
 
-    # ── who stands where ──
+    # ── eviction order ──
 
     def attach(self, client: Evictable) -> None:
-        """A client has come, or has come back."""
-        self._stand(client, _HERE)
+        """Rank a client as connected."""
+        self._rank(client, _ATTACHED)
 
     def detach(self, client: Evictable) -> None:
-        """A client is away, and something is kept for it."""
-        self._stand(client, _DETACHED)
+        """Rank a client as detached."""
+        self._rank(client, _DETACHED)
 
     def mark_closed(self, client: Evictable) -> None:
-        """What is left of a connection that has ended goes before everybody else."""
-        self._stand(client, _ENDED)
+        """Rank what a closed connection still holds before all other clients."""
+        self._rank(client, _CLOSED)
 
     def remove(self, client: Evictable) -> None:
-        """A client is over. Nothing happens if it was."""
+        """Remove an ended client. Does nothing if it is not there."""
         entry = self._entries.pop(client, None)
         if entry is not None:
             entry.heap_item = None
 
     def on_nonzero(self, client: object) -> None:
-        """A client that may have held nothing holds something."""
+        """Add a client to the eviction order, because it may hold memory now."""
         entry = self._entries.get(client)
         if entry is not None and entry.heap_item is None:
-            self._line_up(entry)
+            self._push(entry)
 
     def on_inbound(self, client: Evictable) -> None:
-        """A message has come from a client. Hot path."""
+        """Record a message from a client, and check its limit. Hot path."""
         if self.evicts:
             entry = self._entries.get(client)
-            if entry is not None and entry.rank == _HERE:
+            if entry is not None and entry.rank == _ATTACHED:
                 if self._input_counts:
                     entry.moment = next(self._moments)
                 if entry.heap_item is None:
-                    self._line_up(entry)
+                    self._push(entry)
         if self.max_each is not None:
             self.check_limit(client)
 
     def on_delivered(self, client: Evictable) -> None:
-        """A message was delivered to a client."""
+        """Record a delivery to a client."""
         entry = self._entries.get(client)
-        if entry is not None and entry.rank == _HERE:
+        if entry is not None and entry.rank == _ATTACHED:
             entry.moment = next(self._moments)
 
     @contextmanager
     def pinned(self, client: Evictable | None) -> Iterator[None]:
-        """Let a client not go for others meanwhile: it is on its way back."""
+        """Protect a client from eviction while it resumes."""
         if client is None:
             yield
             return
-        self._spared[client] += 1
+        self._pinned[client] += 1
         try:
             yield
         finally:
-            self._spared[client] -= 1
-            if not self._spared[client]:
-                del self._spared[client]
+            self._pinned[client] -= 1
+            if not self._pinned[client]:
+                del self._pinned[client]
 
-    def _stand(self, client: Evictable, rank: int) -> None:
+    def _rank(self, client: Evictable, rank: int) -> None:
         if not self.evicts:
             return
         entry = self._entries.get(client)
@@ -261,28 +262,28 @@ class MemoryBudget:
             entry = self._entries[client] = _EvictionEntry(client)
         entry.rank, entry.moment, entry.heap_item = rank, next(self._moments), None
         if client.memory_usage:
-            self._line_up(entry)
+            self._push(entry)
 
-    def _line_up(self, entry: _EvictionEntry) -> None:
+    def _push(self, entry: _EvictionEntry) -> None:
         entry.heap_item = entry.rank, entry.moment, entry
-        if len(self._line) > 2 * len(self._entries) + _MAX_STALE:
-            self._line = [one.heap_item for one in self._entries.values() if one.heap_item is not None]
-            heapify(self._line)
+        if len(self._heap) > 2 * len(self._entries) + _MAX_STALE:
+            self._heap = [one.heap_item for one in self._entries.values() if one.heap_item is not None]
+            heapify(self._heap)
         else:
-            heappush(self._line, entry.heap_item)
+            heappush(self._heap, entry.heap_item)
 
     # ── the limits ──
 
     def check_limit(self, client: Evictable) -> None:
-        """End a client if more is held for it than may be."""
+        """End a client if it holds more than one client may."""
         if self.max_each is not None and (held := client.memory_usage) > self.max_each:
             client.on_limit_exceeded(held)
 
     def reserve(self, client: Evictable | None, size: int) -> None:
-        """Make room for something that a client is going to hold. Others go for it, if they must; it never does.
+        """Make room for bytes that a client is going to hold. Evicts other clients, never this one.
 
         Raises:
-            MemoryLimitExceededError: It is more than one client may hold, or there is no room, whoever goes.
+            MemoryLimitExceededError: The bytes exceed the limit of one client, or no eviction makes enough room.
         """
         if size <= 0:
             return
@@ -291,30 +292,30 @@ class MemoryBudget:
             raise MemoryLimitExceededError("max_memory_per_connection", self.max_each, held + size)
         if self.total + size <= self.limit:
             return
-        if self.is_elsewhere and held + size <= self.limit:
-            return  # it is counted on the event loop, and room is made there
-        stay = sum(one.memory_usage for one in self._spared if one is not client)
-        if held + stay + size <= self.limit:  # else nobody needs to go for what cannot be
-            self._relieve(size, client)
+        if self.is_other_thread and held + size <= self.limit:
+            return  # the event loop counts it, and makes room there
+        pinned_bytes = sum(one.memory_usage for one in self._pinned if one is not client)
+        if held + pinned_bytes + size <= self.limit:  # else no eviction could make enough room
+            self._evict_until_free(size, client)
         if self.total + size > self.limit:
             raise MemoryLimitExceededError("max_total_memory", int(self.limit), self.total + size)
 
     def schedule_eviction(self) -> None:
-        """Let somebody go at the end of this turn of the event loop, if more is held then than may be."""
-        if self._due is None and self._loop is not None:
-            self._due = self._loop.call_soon(self._relieve_now, context=self._context)
+        """Evict clients at the end of this event loop iteration if the limit is still exceeded then."""
+        if self._eviction is None and self._loop is not None:
+            self._eviction = self._loop.call_soon(self._evict_now, context=self._context)
 
-    def _relieve_now(self) -> None:
-        self._due = None
-        self._relieve(0, None, until=monotonic() + SLICE)
+    def _evict_now(self) -> None:
+        self._eviction = None
+        self._evict_until_free(0, None, until=monotonic() + SLICE)
 
-    def _relieve(self, size: int, spared: Evictable | None, until: float = math.inf) -> None:
-        """Let clients go until there is room for `size` bytes, or nobody is left who holds anything.
+    def _evict_until_free(self, size: int, excluded: Evictable | None, until: float = math.inf) -> None:
+        """Evict clients until there is room for `size` bytes or no client holds memory.
 
-        What is not done by a moment is done in the next turn.
+        After the time `until`, the next event loop iteration continues.
         """
         while self.total + size > self.limit:
-            client = self._first(spared)
+            client = self._pop_first(excluded)
             if client is None:
                 return
             self.remove(client)
@@ -323,47 +324,47 @@ class MemoryBudget:
                 self.schedule_eviction()
                 return
 
-    def _first(self, spared: Evictable | None) -> Evictable | None:
-        """Who goes first of those that hold something."""
-        line, aside = self._line, []
+    def _pop_first(self, excluded: Evictable | None) -> Evictable | None:
+        """Remove and return the first client that holds memory."""
+        heap, skipped = self._heap, []
         found = None
-        while line and found is None:
-            item = heappop(line)
+        while heap and found is None:
+            item = heappop(heap)
             entry = item[2]
             if item is not entry.heap_item:
-                continue  # it has left, or stands elsewhere
-            if entry.client is spared or entry.client in self._spared:
-                aside.append(item)
+                continue  # it was removed or ranked again
+            if entry.client is excluded or entry.client in self._pinned:
+                skipped.append(item)
             elif not entry.client.memory_usage:
                 entry.heap_item = None
             elif item[1] != entry.moment:
                 entry.heap_item = item[0], entry.moment, entry
-                heappush(line, entry.heap_item)
+                heappush(heap, entry.heap_item)
             else:
                 found = entry.client
-        for item in aside:
-            heappush(line, item)
+        for item in skipped:
+            heappush(heap, item)
         return found
 
-    # ── what grows without telling ──
+    # ── growth without notification ──
 
     def changed(self, measured: Remeasurable) -> None:
-        """A dict has grown, or shrunk. Can be called from any thread."""
-        if not self.is_elsewhere:
+        """Count the change of a dict. Can be called from any thread."""
+        if not self.is_other_thread:
             self._flush_accounting(measured)
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._schedule_accounting, measured, context=self._context)
 
     def _schedule_accounting(self, measured: Remeasurable) -> None:
-        """A thread has written, for which room could not be made there: the writer is spared here too."""
+        """Count what a thread has written, and evict other clients than the writer if needed."""
         self._flush_accounting(measured)
-        self._relieve(0, measured.owner)
+        self._evict_until_free(0, measured.owner)
 
     def _flush_accounting(self, measured: Remeasurable) -> None:
         self.add(measured.flush_accounting())
         if self.evicts and measured.owner is not None:
             self.on_nonzero(measured.owner)
-        if not measured.counted_bytes:  # it is empty, or was let go since a thread has written
+        if not measured.counted_bytes:  # it is empty, or was detached since a thread wrote to it
             self._measured.pop(id(measured), None)
             return
         self._measured[id(measured)] = measured
@@ -375,15 +376,15 @@ class MemoryBudget:
             self._timer = self._loop.call_later(delay, self._on_timer, context=self._context)
 
     def _on_timer(self) -> None:
-        """Measure for a while, and go on later with what is left."""
-        looking, self._looking = self._looking or self._measure_all(), None
+        """Measure for up to `SLICE` seconds, and schedule the rest."""
+        measurement, self._measurement = self._measurement or self._measure_all(), None
         until = monotonic() + SLICE
-        for _ in looking:
+        for _ in measurement:
             if monotonic() >= until:
-                self._looking = looking
+                self._measurement = measurement
                 self._set_timer(0.0)
                 return
-        self._timer = None  # until here it keeps those whose size has changed from setting another one
+        self._timer = None  # a timer that is still set here stops `_flush_accounting` from setting another one
         if self._measured:
             self._set_timer(self._interval)
 
@@ -393,11 +394,11 @@ class MemoryBudget:
                 yield from measured.remeasure()
 
     def stop(self) -> None:
-        """Let go of the timer and of everybody."""
-        for timer in (self._timer, self._due):
+        """Drop the timers and all clients."""
+        for timer in (self._timer, self._eviction):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._due = self._looking = None
+        self._timer = self._eviction = self._measurement = None
         self._entries.clear()
-        self._line.clear()
+        self._heap.clear()
         self._measured.clear()

@@ -1,4 +1,4 @@
-"""The dicts in which an application keeps things for a client, measured as they are filled."""
+"""Dicts in which an application stores data of a client, measured on each write."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Any, Final
 from fastapi_ws_stabilizer.memory.budget import Evictable, MemoryBudget
 from fastapi_ws_stabilizer.memory.sizing import MAX_OBJECTS, iter_size, size_and_count
 
-_WRITING: Final = threading.RLock()
-"""Held for the few steps that put an entry in and note its size: functions in threads write too. One for all dicts, for
-they never wait in it; and by one thread more than once, for keys may compare in code of the application's."""
+_WRITE_LOCK: Final = threading.RLock()
+"""Lock for the few steps that store an entry and its size, because functions in threads write too. All dicts share
+one lock, because no code waits while it holds it. It is reentrant, because comparing keys may run code of the
+application."""
 
 _NOTHING: Final = (0, 0)
 
 
 class MeteredDict(dict[str, Any]):
-    """A dict that knows how much memory it holds, and takes no more than may be.
+    """Dict that knows how much memory it holds, and rejects writes above the limit.
 
-    What is put into it is measured deeply. What grows inside a value later is found at the next look, after
-    `memory_check_interval`. A write that is refused changes nothing. No more than `MAX_OBJECTS` are looked at in all of
-    it, so that neither a write nor a look takes longer for more entries.
+    Values are measured deeply when they are written. Growth inside a value is found by the next measurement, after
+    `memory_check_interval`. A rejected write changes nothing. At most `MAX_OBJECTS` objects of the whole dict are
+    measured, so the duration of a write or a measurement is bounded.
 
     Args:
-        budget: Where it is counted.
-        owner: For whom it is kept.
+        budget: Memory budget that counts it.
+        owner: Client that it belongs to.
 
     Attributes:
-        held_bytes: How much it holds.
-        counted_bytes: How much of that is in the ledger. Only the event loop touches it.
+        held_bytes: Bytes that it holds.
+        counted_bytes: Bytes of it that are in the budget. Only the event loop changes this.
     """
 
     __slots__ = ("_budget", "_objects", "_sizes", "counted_bytes", "held_bytes", "owner")
@@ -53,44 +54,44 @@ class MeteredDict(dict[str, Any]):
     # ── writing ──
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """Put an entry in.
+        """Store an entry.
 
         Raises:
-            MemoryLimitExceededError: That would be more than may be held.
+            MemoryLimitExceededError: The value exceeds a memory limit.
         """
         self._put({key: value})
 
-    def update(self, *args: Any, **more: Any) -> None:
-        """Put several entries in, or none of them.
+    def update(self, *args: Any, **added: Any) -> None:
+        """Store several entries, or none of them.
 
         Raises:
-            MemoryLimitExceededError: That would be more than may be held.
+            MemoryLimitExceededError: The values exceed a memory limit.
         """
-        self._put(dict(*args, **more))
+        self._put(dict(*args, **added))
 
     def replace(self, values: Mapping[str, Any]) -> None:
-        """Put these entries in the place of all that are in it; or change nothing.
+        """Replace all entries by these, or change nothing.
 
         Raises:
-            MemoryLimitExceededError: That would be more than may be held.
+            MemoryLimitExceededError: The values exceed a memory limit.
         """
-        self._put(dict(values), anew=True)
+        self._put(dict(values), replace_all=True)
 
-    def _put(self, values: dict[str, Any], *, anew: bool = False) -> None:
+    def _put(self, values: dict[str, Any], *, replace_all: bool = False) -> None:
         known = [self._sizes.get(key, _NOTHING) for key in values]
-        before = self.held_bytes if anew else sum(size for size, _ in known)
-        left = MAX_OBJECTS - (0 if anew else self._objects - sum(count for _, count in known))
+        before = self.held_bytes if replace_all else sum(size for size, _ in known)
+        remaining = MAX_OBJECTS - (0 if replace_all else self._objects - sum(count for _, count in known))
         sizes: dict[str, tuple[int, int]] = {}
         for key, value in values.items():
-            size, count = size_and_count(value, left)
+            size, count = size_and_count(value, remaining)
             sizes[key] = sys.getsizeof(key) + size, count
-            left -= count
+            remaining -= count
         if self._budget is not None:
             self._budget.reserve(self.owner, sum(size for size, _ in sizes.values()) - before)
-        with _WRITING:
-            if anew:
+        with _WRITE_LOCK:
+            if replace_all:
                 super().clear()
-                self._record_sizes({}, gone=list(self._sizes))
+                self._record_sizes({}, removed=list(self._sizes))
             super().update(values)
             self._record_sizes(sizes)
         self._changed()
@@ -100,51 +101,51 @@ class MeteredDict(dict[str, Any]):
         return self
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """The value of a key; `default`, which is put in, if there is none.
+        """Return the value of a key. Store and return `default` if there is none.
 
         Raises:
-            MemoryLimitExceededError: That would be more than may be held.
+            MemoryLimitExceededError: The value exceeds a memory limit.
         """
         if key not in self:
             self[key] = default
         return self[key]
 
-    # ── taking out ──
+    # ── removing ──
 
     def __delitem__(self, key: str) -> None:
-        with _WRITING:
+        with _WRITE_LOCK:
             super().__delitem__(key)
-            self._record_sizes({}, gone=[key])
+            self._record_sizes({}, removed=[key])
         self._changed()
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Take an entry out, and return its value."""
-        with _WRITING:
+        """Remove an entry and return its value."""
+        with _WRITE_LOCK:
             value = super().pop(key, *default)
-            self._record_sizes({}, gone=[key])
+            self._record_sizes({}, removed=[key])
         self._changed()
         return value
 
     def popitem(self) -> tuple[str, Any]:
-        """Take the entry out that was put in last."""
-        with _WRITING:
+        """Remove and return the entry that was stored last."""
+        with _WRITE_LOCK:
             key, value = super().popitem()
-            self._record_sizes({}, gone=[key])
+            self._record_sizes({}, removed=[key])
         self._changed()
         return key, value
 
     def clear(self) -> None:
-        """Take everything out."""
-        with _WRITING:
+        """Remove all entries."""
+        with _WRITE_LOCK:
             super().clear()
-            self._record_sizes({}, gone=list(self._sizes))
+            self._record_sizes({}, removed=list(self._sizes))
         self._changed()
 
     # ── counting ──
 
-    def _record_sizes(self, sizes: Mapping[str, tuple[int, int]], gone: Iterable[str] = ()) -> None:
-        """Note the sizes of entries that were put in, and forget those of entries that are gone."""
-        for key in (*gone, *sizes):
+    def _record_sizes(self, sizes: Mapping[str, tuple[int, int]], removed: Iterable[str] = ()) -> None:
+        """Record the sizes of stored entries, and forget those of removed ones."""
+        for key in (*removed, *sizes):
             size, count = self._sizes.pop(key, _NOTHING)
             self.held_bytes -= size
             self._objects -= count
@@ -154,22 +155,22 @@ class MeteredDict(dict[str, Any]):
             self._sizes[key] = size, count
 
     def _changed(self) -> None:
-        budget = self._budget  # it may be let go while a thread writes
+        budget = self._budget  # `detach` may clear it while a thread writes
         if budget is not None:
             budget.changed(self)
 
     def flush_accounting(self) -> int:
-        """How much more it holds than is in the ledger, where it is from now on. On the event loop only."""
+        """Move the uncounted bytes into the budget; return their number. Event loop only."""
         held = 0 if self._budget is None else self.held_bytes
-        more, self.counted_bytes = held - self.counted_bytes, held
-        return more
+        added, self.counted_bytes = held - self.counted_bytes, held
+        return added
 
     def remeasure(self) -> Iterator[None]:
-        """Measure everything anew, a part of an entry at each step: values may have grown or shrunk inside."""
+        """Measure all entries again, a part of an entry per step: values may have changed inside."""
         for key, value in list(self.items()):
             known = self._sizes.get(key, _NOTHING)[1]
             size, count = yield from iter_size(value, MAX_OBJECTS - self._objects + known)
-            with _WRITING:
+            with _WRITE_LOCK:
                 if self.get(key) is value:
                     self._record_sizes({key: (sys.getsizeof(key) + size, count)})
             self._changed()
@@ -178,7 +179,7 @@ class MeteredDict(dict[str, Any]):
             self._budget.check_limit(self.owner)
 
     def detach(self) -> None:
-        """It is kept for nobody any more, and counted no longer. Whoever still has it can use it."""
+        """Stop counting it for its owner. Code that still holds it can use it."""
         budget, self._budget = self._budget, None
         self.owner = None
         if budget is not None:

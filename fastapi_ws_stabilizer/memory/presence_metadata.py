@@ -1,4 +1,4 @@
-"""What clients are described with in rooms, as presence metadata: how much of it each member has to answer for."""
+"""Sizes of presence metadata, and the recipients that they are counted for."""
 
 from __future__ import annotations
 
@@ -9,71 +9,71 @@ from fastapi_ws_stabilizer.memory.budget import Evictable, MemoryBudget
 from fastapi_ws_stabilizer.memory.sizing import deep_size
 
 
-class Descriptions:
-    """The sizes of presence metadata, by member and room. They are in the sum of the ledger.
+class PresenceMetadataSizes:
+    """Sizes of presence metadata by recipient and room, counted in the memory budget.
 
     Args:
-        budget: Where they are counted.
+        budget: Memory budget that counts them.
     """
 
     __slots__ = ("_budget", "_rooms")
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
-        self._rooms: dict[str, dict[str, int]] = {}  # member → room → bytes
+        self._rooms: dict[str, dict[str, int]] = {}  # recipient → room → bytes
 
     def __iter__(self) -> Iterator[str]:
-        """The members that answer for something."""
+        """Iterate over the recipients with metadata."""
         return iter(self._rooms)
 
-    def put(self, member: Evictable, room: str, metadata: Mapping[str, Any]) -> None:
-        """A member describes its client in a room, in place of what it said there before.
+    def put(self, recipient: Evictable, room: str, metadata: Mapping[str, Any]) -> None:
+        """Count a recipient's new metadata in a room instead of its old metadata there.
 
         Raises:
-            MemoryLimitExceededError: It is more than may be held. What was there stays.
+            MemoryLimitExceededError: The metadata exceeds a memory limit. The old size stays.
         """
         size = deep_size(metadata) if metadata else 0
-        more = size - self._rooms.get(member.connection_id, {}).get(room, 0)
-        self._budget.reserve(member, more)
-        self._add(member.connection_id, room, more)
-        if more > 0:
-            self._budget.on_nonzero(member)
+        added = size - self._rooms.get(recipient.connection_id, {}).get(room, 0)
+        self._budget.reserve(recipient, added)
+        self._add(recipient.connection_id, room, added)
+        if added > 0:
+            self._budget.on_nonzero(recipient)
 
     def check(self, metadata: Mapping[str, Any]) -> None:
-        """Look whether a client of which nothing is kept may be described so, for the rest of its grace.
+        """Check metadata for a client without a recipient, which is stored for the rest of its grace.
 
         Raises:
-            MemoryLimitExceededError: It is more than may be held.
+            MemoryLimitExceededError: The metadata exceeds a memory limit.
         """
         self._budget.reserve(None, deep_size(metadata) if metadata else 0)
 
-    def let_go(self, member_id: str, room: str, heir: str | None = None) -> None:
-        """A member has left a room.
+    def release(self, recipient_id: str, room: str, successor: str | None = None) -> None:
+        """Stop counting the metadata of a recipient that has left a room.
 
         Args:
-            member_id: The member.
+            recipient_id: The recipient.
             room: The room.
-            heir: Another member of the same client in it, to which the description belongs from now on.
+            successor: Recipient of the same client in the room, which the metadata counts for from now on.
         """
-        size = self._rooms.get(member_id, {}).get(room, 0)
+        size = self._rooms.get(recipient_id, {}).get(room, 0)
         if not size:
             return
-        self._add(member_id, room, -size)
-        if heir is not None:
-            self._add(heir, room, size)
+        self._add(recipient_id, room, -size)
+        if successor is not None:
+            self._add(successor, room, size)
 
-    def let_go_all(self, member_id: str) -> None:
-        """A member is over."""
-        for room in list(self._rooms.get(member_id, ())):
-            self.let_go(member_id, room)
+    def release_all(self, recipient_id: str) -> None:
+        """Stop counting all metadata of an ended recipient."""
+        for room in list(self._rooms.get(recipient_id, ())):
+            self.release(recipient_id, room)
 
-    def _add(self, member_id: str, room: str, size: int) -> None:
+    def _add(self, recipient_id: str, room: str, size: int) -> None:
         if not size:
             return
-        sizes = self._rooms.setdefault(member_id, {})
+        sizes = self._rooms.setdefault(recipient_id, {})
         sizes[room] = sizes.get(room, 0) + size
         if not sizes[room]:
             del sizes[room]
         if not sizes:
-            del self._rooms[member_id]
-        self._budget.describe(member_id, size)
+            del self._rooms[recipient_id]
+        self._budget.describe(recipient_id, size)

@@ -1,4 +1,4 @@
-"""Measuring what user data holds."""
+"""Measurement of the memory that user data holds."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorT
 from typing import Any, Final
 
 MAX_OBJECTS: Final = 100_000
-"""How many objects of one dict are measured at most; what lies beyond is not counted."""
+"""Objects of one dict that are measured. Objects above this number are not counted."""
 
 STEP: Final = 1_000
-"""Objects that are measured in one step, a millisecond or less."""
+"""Objects that are measured in one step, which takes at most about a millisecond."""
 
-_HOLD_NOTHING: Final = (
+_LEAVES: Final = (
     *(str, bytes, bytearray, int, float, complex),
     *(type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, CodeType),
 )
-"""What is as large as it looks; and code, which belongs to no client."""
+"""Types that contain no other objects, and code, which belongs to no client."""
 
 _PLAIN: Final = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None)})
 
@@ -33,19 +33,23 @@ SHARED_PACKAGES: Final = {
     "threading",
     "uvloop",
 }
-"""Packages whose objects know the application, the event loop or the manager, and with that everybody's memory."""
+"""Packages with objects that refer to the application, the event loop or the manager, and so to the memory of all
+clients."""
 
 
 def deep_size(value: Any) -> int:
-    """Bytes of memory that a value holds, with what is in containers and in objects of the application; each once.
+    """Return the bytes that a value holds, with containers and application objects.
 
-    Works without recursion, so no depth is too much for it, and looks at `MAX_OBJECTS` at most.
+    Each object counts once. It uses no recursion, so it handles any depth, and measures at most `MAX_OBJECTS` objects.
     """
     return size_and_count(value, MAX_OBJECTS)[0]
 
 
 def size_and_count(value: Any, most: int) -> tuple[int, int]:
-    """Bytes of memory that a value holds, and in how many objects; the value itself and no more than `most`."""
+    """Return the bytes that a value holds and the number of measured objects.
+
+    It measures the value itself, and no more than `most` objects.
+    """
     steps = iter_size(value, most)
     while True:
         try:
@@ -56,35 +60,35 @@ def size_and_count(value: Any, most: int) -> tuple[int, int]:
 
 
 def iter_size(value: Any, most: int) -> Generator[None, None, tuple[int, int]]:
-    """Measure in steps; return what `size_and_count` does."""
+    """Measure in steps; return what `size_and_count` returns."""
     seen: set[int] = set()
-    waiting = [value]
+    pending = [value]
     size = 0
-    while waiting and (len(seen) < most or not seen):
-        item = waiting.pop()
+    while pending and (len(seen) < most or not seen):
+        item = pending.pop()
         if id(item) in seen:
             continue
         seen.add(id(item))
         own_size, inside = _measured(item)
         size += own_size
-        waiting.extend(inside)
+        pending.extend(inside)
         if not len(seen) % STEP:
             yield
     return size, len(seen)
 
 
 def _measured(item: Any) -> tuple[int, Iterable[Any]]:
-    """Bytes of one object, and what it holds."""
+    """Return the bytes of one object, and the objects that it contains."""
     try:
         return sys.getsizeof(item), _inside(item)
-    except Exception:  # it is the application's, and may be a proxy that stands for nothing at the moment
+    except Exception:  # an application object, perhaps a proxy without a target at the moment
         return 0, ()
 
 
 def _inside(item: Any) -> Iterable[Any]:
-    """What an object holds."""
+    """Return the objects that an object contains."""
     kind = type(item)
-    if kind in _PLAIN:  # most are, and to ask whether they are a mapping takes longer than all the rest
+    if kind in _PLAIN:  # most values are plain, and `isinstance(item, Mapping)` is slower than all the rest
         return ()
     if kind is dict:
         return [*item, *item.values()]
@@ -92,7 +96,7 @@ def _inside(item: Any) -> Iterable[Any]:
         return [*item.keys(), *item.values()]
     if isinstance(item, (list, tuple, set, frozenset, deque)):
         return item
-    if isinstance(item, _HOLD_NOTHING):
+    if isinstance(item, _LEAVES):
         return ()
     if isinstance(item, memoryview):
         return (item.obj,)
@@ -103,14 +107,14 @@ def _inside(item: Any) -> Iterable[Any]:
     for slot in slots:
         try:
             inside.append(slot.__get__(item))
-        except AttributeError:  # nothing was ever put into it
+        except AttributeError:  # the slot was never set
             continue
     return inside
 
 
 @functools.lru_cache(maxsize=1024)
 def _slots(kind: type) -> tuple[MemberDescriptorType, ...] | None:
-    """The slots of the objects of a class; `None` if what they hold is not theirs."""
+    """Return the slots of a class; `None` if their contents belong to a shared package."""
     if any(one.__module__.partition(".")[0] in SHARED_PACKAGES for one in kind.__mro__):
         return None
     return tuple(

@@ -1,1 +1,1 @@
-"""Facts of the network below the application: origins, proxies, TCP."""
+"""Network facts below the application: origins, proxies, TCP."""

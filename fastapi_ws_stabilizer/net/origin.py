@@ -1,7 +1,7 @@
-"""Which web pages may open a socket: the defence against cross-site WebSocket hijacking.
+"""Origin policy: the defence against cross-site WebSocket hijacking.
 
-A browser lets any page open a socket to any server and sends the server's cookies with it. What it also sends, and what
-no page can alter, is the page's origin.
+A browser lets any page open a socket to any server, and sends the server's cookies with it. It also sends the page's
+origin, which no page can change.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 OriginProblem = Literal["missing", "null", "malformed", "several", "foreign"]
-"""Why an origin may not come in."""
+"""Reason for the rejection of an origin."""
 
 MAX_ORIGIN_CHARS: Final = 512
-"""An origin as long as that is malformed: an application's regular expression never sees it."""
+"""Characters from which on an origin is malformed, so that no regular expression of an application gets it."""
 
 MAX_HOST_CHARS: Final = 253
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*")
-_LABELS: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")  # no two ways to match: linear
+_LABELS: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")  # only one match is possible, so matching is linear
 
 
 class _HostPort(NamedTuple):
-    """Host and port, in the one spelling that is compared; no port where it is the scheme's own."""
+    """Host and port in normal form. The port is `None` if it is the default port of the scheme."""
 
     host: str
     port: int | None
@@ -42,30 +42,31 @@ class _Origin(NamedTuple):
 
 
 class OriginPolicy:
-    """Decides by its origin whether a handshake may come in.
+    """Policy that accepts or rejects a handshake by its origin.
 
-    The same origin always may: a page of `http` or `https` whose host and port are ours. Our own scheme does not count,
-    since TLS may end at a proxy. What is listed may come in beside it:
+    The same origin is always accepted: a page of `http` or `https` with the host and port of this server. The server's
+    own scheme does not count, because TLS may end at a proxy. The list accepts further origins:
 
-    - `"https://app.example.com"`, with `:8443` behind it where the port is not the scheme's own; and other schemes, as
-      in `"chrome-extension://abcdefgh"`.
-    - `"https://*.example.com"`: every host below `example.com`, at any depth; not `example.com` itself.
-    - A `re.Pattern`, or a text that begins with `^`, which has to match the whole origin, as it came or in its normal
-      spelling: lower case, no port where it is the scheme's own, no dot at the end of the host, and an international
-      name as `xn--`. Some devices send a path behind it: only a pattern sees that. One that takes exponential time on
-      511 characters takes it here, too.
-    - `"*"`: every client, whatever its Origin header says.
-    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so that lets all pages in.
+    - `"https://app.example.com"`, followed by `:8443` if the port is not the default port of the scheme. Other schemes
+      are possible, as in `"chrome-extension://abcdefgh"`.
+    - `"https://*.example.com"`: every host below `example.com`, at any depth, but not `example.com` itself.
+    - A `re.Pattern`, or a string that begins with `^`. It must match the whole origin, as received or in normal form:
+      lower case, no default port, no dot at the end of the host, and an international name as `xn--`. Some devices
+      append a path, which only a pattern matches. A pattern that takes exponential time on 511 characters takes it
+      here, too.
+    - `"*"`: every client, whatever its Origin header is.
+    - `"null"`: pages without an origin. A sandboxed frame of any page is one, so this accepts all pages.
 
-    Same origin trusts the Host header, which a page whose name has been rebound to our address brings along. Against
-    that, on a server in a private network, helps Starlette's `TrustedHostMiddleware`.
+    The same-origin rule trusts the Host header. A page with a name that was rebound to the server's address sends that
+    name as Host. Starlette's `TrustedHostMiddleware` protects a server in a private network against that.
 
     Args:
-        allowed: What is listed; `None` is the same as an empty list.
-        required: Refuse what has no origin. Browsers always send one: what does not is none, and has nobody's cookies.
+        allowed: The list; `None` is the same as an empty list.
+        required: Whether to reject handshakes without an origin. Browsers always send one. A client without one is not
+            a browser, so it sends no cookies of a user's browser.
 
     Raises:
-        ValueError: Something in the list is no origin; the error says what to write.
+        ValueError: An entry of the list is not an origin. The message says what to write.
     """
 
     def __init__(self, allowed: Sequence[str | re.Pattern[str]] | None, *, required: bool = False) -> None:
@@ -74,22 +75,22 @@ class OriginPolicy:
         self._required = required
         self._any = self._null = False
         self._exact: set[_Origin] = set()
-        self._below: list[tuple[str, str, int | None]] = []  # scheme, suffix with its dot, port
+        self._below: list[tuple[str, str, int | None]] = []  # scheme, suffix with its leading dot, port
         self._patterns: list[re.Pattern[str]] = []
         for entry in allowed or ():
             self._add(entry)
 
     def problem(self, origins: Sequence[str], hosts: Sequence[str]) -> OriginProblem | None:
-        """Return `None` if a handshake may come in, otherwise what is wrong with its origin.
+        """Return the problem of a handshake's origin; `None` if it is accepted.
 
         Args:
-            origins: The values of all its Origin headers.
-            hosts: The hosts that are ours, one each, with the port where it is told: that of the Host header, and that
-                of X-Forwarded-Host if it comes from a proxy that is trusted.
+            origins: Values of all its Origin headers.
+            hosts: Hosts of this server, with a port if it is known: from the Host header, and from X-Forwarded-Host of
+                a trusted proxy.
         """
         if not origins:
             return "missing" if self._required else None
-        if self._any:  # an origin that is none is no more dangerous than a foreign one
+        if self._any:  # an invalid origin is no more dangerous than a foreign one
             return None
         if len(origins) > 1:
             return "several"
@@ -104,7 +105,7 @@ class OriginPolicy:
         return "malformed" if origin is None else "foreign"
 
     def _matches(self, text: str) -> bool:
-        """Whether a pattern matches a whole text."""
+        """Whether a pattern matches a whole string."""
         return len(text) < MAX_ORIGIN_CHARS and any(pattern.fullmatch(text) for pattern in self._patterns)
 
     def _is_listed(self, origin: _Origin) -> bool:
@@ -118,7 +119,7 @@ class OriginPolicy:
     def _add(self, entry: str | re.Pattern[str]) -> None:
         if isinstance(entry, re.Pattern):
             if not isinstance(entry.pattern, str):
-                raise ValueError(f"allowed origin {entry.pattern!r} is a pattern of bytes: make it one of text")
+                raise ValueError(f"allowed origin {entry.pattern!r} is a bytes pattern: use a str pattern")
             self._patterns.append(entry)
         elif entry == "*":
             self._any = True
@@ -135,30 +136,30 @@ class OriginPolicy:
 
 
 def _is_same(origin: _Origin, hosts: Sequence[str]) -> bool:
-    """Whether an origin is that of one of the hosts. A host without a port has the one of the origin's scheme."""
+    """Whether an origin is one of the hosts. A host without a port has the default port of the origin's scheme."""
     return origin.scheme in _DEFAULT_PORTS and any(
         _host_port_of(host, origin.scheme) == origin.host_port for host in hosts
     )
 
 
-# ── reading what a browser sends ──
+# ── parsing Origin and Host headers ──
 
 
 def _origin_of(text: str) -> _Origin | None:
-    """An origin in its normal spelling; `None` if it is not the serialised origin of RFC 6454, section 6.2."""
-    if len(text) >= MAX_ORIGIN_CHARS or not text.isascii():  # the lower case of some others is ASCII
+    """Return an origin in normal form; `None` if it is not a serialised origin of RFC 6454, section 6.2."""
+    if len(text) >= MAX_ORIGIN_CHARS or not text.isascii():  # the lower case of some non-ASCII characters is ASCII
         return None
     scheme, separator, authority = text.lower().partition("://")
     if not separator or not _SCHEME.fullmatch(scheme):
         return None
-    if not authority and scheme not in _DEFAULT_PORTS:  # `file://`, as some web views send it
+    if not authority and scheme not in _DEFAULT_PORTS:  # `file://`, which some web views send
         return _Origin(scheme, _HostPort("", None))
     host_port = _host_port_of(authority, scheme)
     return None if host_port is None else _Origin(scheme, host_port)
 
 
 def _host_port_of(authority: str, scheme: str) -> _HostPort | None:
-    """The host and port of an authority, as a Host header or an origin has it; `None` if it is none."""
+    """Return the host and port of a Host header or an origin; `None` if they are invalid."""
     if len(authority) >= MAX_ORIGIN_CHARS or not authority.isascii():
         return None
     authority = authority.lower()
@@ -186,7 +187,7 @@ def _name(name: str) -> str | None:
 
 
 def _port(digits: str, scheme: str) -> int:
-    """A port; 0 where there is none or it is the scheme's own, -1 where it is none that can be."""
+    """Return a port; 0 if it is absent or the default port of the scheme, -1 if it is invalid."""
     if not digits:
         return 0
     if len(digits) > 5 or not digits.isdecimal() or not 0 < int(digits) < 65536:
@@ -194,7 +195,7 @@ def _port(digits: str, scheme: str) -> int:
     return 0 if _DEFAULT_PORTS.get(scheme) == int(digits) else int(digits)
 
 
-# ── reading what an application lists ──
+# ── parsing the list of allowed origins ──
 
 
 def _pattern_of(entry: str) -> re.Pattern[str]:
@@ -205,18 +206,18 @@ def _pattern_of(entry: str) -> re.Pattern[str]:
 
 
 def _parse_entry(entry: str) -> tuple[bool, _Origin]:
-    """An origin of the list, and whether it stands for all hosts below.
+    """Return an origin of the list, and whether it stands for all hosts below.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not an origin.
     """
     scheme, separator, rest = entry.partition("://")
-    if "@" in entry:  # what is before it may be a password, so it is not shown
+    if "@" in entry:  # the part before it may be a password, so it is not shown
         raise ValueError(
-            "an allowed origin has a user before its host, with an @: write 'https://app.example.com' alone"
+            "an allowed origin has user information before its host (@): write 'https://app.example.com' alone"
         )
     if "," in entry or any(char.isspace() for char in entry):
-        raise ValueError(f"allowed origin {entry!r} has a space or a comma in it: write a list with one origin each")
+        raise ValueError(f"allowed origin {entry!r} has a space or a comma: write a list with one origin each")
     if not separator:
         raise ValueError(f"allowed origin {entry!r} has no scheme: write 'https://{entry}'")
     host = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
@@ -224,32 +225,36 @@ def _parse_entry(entry: str) -> tuple[bool, _Origin]:
     name = host[2:] if wild else host
     if "*" in name or "*" in scheme:
         raise ValueError(
-            f"allowed origin {entry!r} has a * where none can be: write 'https://*.example.com' for all hosts below, "
+            f"allowed origin {entry!r} has a misplaced *: write 'https://*.example.com' for all hosts below, "
             "'*' for every origin, or a regular expression that begins with ^"
         )
     if host != rest:
-        raise ValueError(f"allowed origin {entry!r} has something behind its host: write '{scheme}://{host}'")
+        raise ValueError(f"allowed origin {entry!r} has text after its host: write '{scheme}://{host}'")
     if scheme.lower() in ("ws", "wss"):
         page = "https" if scheme.lower() == "wss" else "http"
-        raise ValueError(f"allowed origin {entry!r} is a socket's; that of the page is wanted: '{page}://{host}'")
+        raise ValueError(
+            f"allowed origin {entry!r} is the origin of a socket: write the origin of the page, '{page}://{host}'"
+        )
     origin = _origin_of(f"{scheme}://{_ascii(name, entry)}")
     if origin is None or (wild and not origin.host_port.host):
-        raise ValueError(f"allowed origin {entry!r} is none: write 'https://app.example.com', with ':8443' for a port")
+        raise ValueError(
+            f"allowed origin {entry!r} is not an origin: write 'https://app.example.com', with ':8443' for a port"
+        )
     if wild and not _is_domain(origin.host_port.host):
-        raise ValueError(f"allowed origin {entry!r} is too wide: write at least two labels, as in '*.example.com'")
+        raise ValueError(f"allowed origin {entry!r} is too broad: write at least two labels, as in '*.example.com'")
     return wild, origin
 
 
 def _is_domain(host: str) -> bool:
-    """Whether the hosts below can belong to one owner: not those of a top-level domain, and not parts of an address."""
+    """Whether one owner can have all hosts below. A top-level domain and an IP address are not accepted."""
     return host == "localhost" or ("." in host and host[0] != "[" and not host.rpartition(".")[2].isdecimal())
 
 
 def _ascii(name: str, entry: str) -> str:
-    """A host, with its port, as browsers send it.
+    """Return a host, with its port, as browsers send it.
 
     Raises:
-        ValueError: Python's IDNA of 2003 writes it in another way than browsers do, or not at all.
+        ValueError: Python's IDNA 2003 encodes it differently than browsers do, or cannot encode it.
     """
     if name.isascii():
         return name

@@ -1,4 +1,4 @@
-"""Whose connection it is, behind proxies, and what is counted as one address."""
+"""Trusted proxies: the client address of a connection, and the key for limits by address."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 UNIX: Final = "unix"
-"""The name of a peer that has no address: it has come over a Unix socket."""
+"""Name of a peer without an address, which connected over a Unix socket."""
 
 ANY_ADDRESS: Final = "*"
 
 MAX_HOPS: Final = 64
-"""Entries of X-Forwarded-For that are looked at, from the right."""
+"""Entries of X-Forwarded-For that are read, from the right."""
 
 MAX_ADDRESS_CHARS: Final = 64
-"""What is longer is no address, with or without a port."""
+"""Characters above which a string is not an address, with or without a port."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -24,16 +24,16 @@ _MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 class TrustedProxies:
-    """The proxies whose word is taken for whose connection they pass on.
+    """Proxies that are trusted to report the address of a client.
 
     Args:
-        entries: IP addresses; networks, as in `10.0.0.0/8`; `"unix"` for a peer without an address; or `"*"` for
-            everybody, on a server that nobody but its proxy can reach. With `"*"` the first entry of X-Forwarded-For is
-            the client, and where the proxy appends to what it gets, as most do, the client has written that entry
-            itself: it has as many addresses as it likes, and no limit by address holds.
+        entries: IP addresses; networks, as in `10.0.0.0/8`; `"unix"` for a peer without an address; or `"*"` for every
+            peer, on a server that only its proxy can reach. With `"*"` the first entry of X-Forwarded-For is the
+            client. Most proxies append to the header that they receive, and then the client has written that entry
+            itself. It can claim any number of addresses, and no limit by address is effective.
 
     Raises:
-        ValueError: Something in the list is none of these; the error says what to write.
+        ValueError: An entry is none of these. The message says what to write.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
@@ -42,18 +42,18 @@ class TrustedProxies:
         self._trusts_all = ANY_ADDRESS in entries
         self._unix = UNIX in entries
         networks = [_network(entry) for entry in entries if entry not in (ANY_ADDRESS, UNIX)]
-        # Asked at each handshake, about lists of clouds with dozens of networks: a set for each length of prefix.
+        # Checked at each handshake, against lists of clouds with dozens of networks: one set per prefix length.
         self._texts = frozenset(str(one.network_address) for one in networks if one.prefixlen == one.max_prefixlen)
-        self._prefixes: dict[tuple[int, int], set[int]] = {}  # version of IP, bits behind the prefix → prefixes
+        self._prefixes: dict[tuple[int, int], set[int]] = {}  # IP version, bits behind the prefix → prefixes
         for one in networks:
             behind = one.max_prefixlen - one.prefixlen
             self._prefixes.setdefault((one.version, behind), set()).add(int(one.network_address) >> behind)
 
     def trusts(self, peer: str | None) -> bool:
-        """Whether a peer is one of them.
+        """Whether a peer is a trusted proxy.
 
         Args:
-            peer: Its address as the server tells it; `None` where it has none.
+            peer: Its address as the server reports it; `None` if it has none.
         """
         if self._trusts_all:
             return True
@@ -64,17 +64,18 @@ class TrustedProxies:
     def client_of(self, peer: str | None, forwarded_for: Sequence[str]) -> str:
         """Return the address of the client of a connection.
 
-        X-Forwarded-For counts only if the peer is trusted. It is read from the right, since each proxy appends whom it
-        was called by: the first that is not trusted is the client, and what stands left of it anybody may have written.
-        If all are trusted it is the leftmost, and where something is no address it is the last before that.
+        X-Forwarded-For counts only if the peer is trusted. It is read from the right, because each proxy appends the
+        address of its peer. The first address that is not trusted is the client, and the client may have written
+        everything left of it. If all addresses are trusted, the leftmost one is the client. An entry that is not an
+        address ends the search, and the last address before it is the client.
 
         Args:
-            peer: The address of the other end, as the server tells it; `None` where it has none.
-            forwarded_for: The values of all X-Forwarded-For headers, in their order.
+            peer: Address of the peer as the server reports it; `None` if it has none.
+            forwarded_for: Values of all X-Forwarded-For headers, in order.
 
         Returns:
-            An address in its normal spelling, one of IPv4 in IPv6 as that of IPv4, without port and zone; for a peer
-            without an address `"unix"`; for a peer whose address is none what the server calls it.
+            An address in normal form, without port and zone, and as IPv4 if it is mapped into IPv6. It is `"unix"` for
+                a peer without an address, and the server's name for a peer if that is not an address.
         """
         client = _normal(peer) if peer else UNIX
         if not forwarded_for or not self.trusts(peer):
@@ -96,11 +97,11 @@ class TrustedProxies:
 
 
 def rate_limit_key(address: str) -> str:
-    """Return what is counted as one address.
+    """Return the key for limits by address.
 
-    An address of IPv4 is itself, also when it is mapped into IPv6. An address of IPv6 is its `/64`: that is the least
-    that one customer gets, with as many addresses as it likes. Anything else is as it is, and cut where an address ends
-    at the latest: some servers hand on what a client has written.
+    It is the address for IPv4, also if it is mapped into IPv6. For IPv6 it is the `/64` network, because one customer
+    gets at least that, with 2**64 addresses. Any other string is its own key, truncated to the length of an address,
+    because some servers report what a client has written.
     """
     parsed = _address(address)
     if parsed is None:
@@ -116,7 +117,7 @@ def _normal(peer: str) -> str:
 
 
 def _address(text: str) -> _Address | None:
-    """An address without its zone, one that is mapped into IPv6 as that of IPv4; `None` if it is none."""
+    """Return an address without its zone, and as IPv4 if it is mapped into IPv6; `None` if it is invalid."""
     if len(text) > MAX_ADDRESS_CHARS:
         return None
     try:
@@ -127,7 +128,7 @@ def _address(text: str) -> _Address | None:
 
 
 def _from_the_right(values: Sequence[str]) -> Iterator[str]:
-    """The entries of a list that goes over several headers, the last one first. Empty ones are none, by RFC 9110."""
+    """Yield the entries of several headers, the last one first. RFC 9110 says to ignore empty ones."""
     left = MAX_HOPS
     for value in reversed(values):
         entries = value.rsplit(",", left)
@@ -140,7 +141,7 @@ def _from_the_right(values: Sequence[str]) -> Iterator[str]:
 
 
 def _without_port(entry: str) -> str:
-    """An entry of X-Forwarded-For without its port; nothing if what stands there is none."""
+    """Return an entry of X-Forwarded-For without its port; an empty string if the entry is invalid."""
     if entry.startswith("["):
         address, bracket, rest = entry[1:].partition("]")
         return address if bracket and ":" in address and _is_port(rest) else ""
@@ -151,15 +152,15 @@ def _without_port(entry: str) -> str:
 
 
 def _is_port(rest: str) -> bool:
-    """Whether what stands behind an address is a colon and a port, or nothing."""
+    """Whether the text behind an address is a colon and a port, or empty."""
     return not rest or (rest[0] == ":" and len(rest) <= 6 and rest[1:].isascii() and rest[1:].isdecimal())
 
 
 def _network(entry: str) -> _Network:
-    """A network of the list; an address is one of its own.
+    """Return a network of the list. A single address is a network of one.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a network.
     """
     if "%" in entry:
         raise ValueError(f"trusted proxy {entry!r} has a zone: write '{entry.partition('%')[0]}'")
@@ -167,8 +168,8 @@ def _network(entry: str) -> _Network:
         network = ipaddress.ip_network(entry, strict=False)
     except ValueError:
         raise ValueError(
-            f"trusted proxy {entry!r} is no address: write an IP address, a network as in '10.0.0.0/8', 'unix' for a "
-            "Unix socket, or '*' for everybody; names are not resolved"
+            f"trusted proxy {entry!r} is not an address: write an IP address, a network as in '10.0.0.0/8', 'unix' "
+            "for a Unix socket, or '*' for every peer; names are not resolved"
         ) from None
     if network.network_address != ipaddress.ip_address(entry.partition("/")[0]):
         raise ValueError(f"trusted proxy {entry!r} is an address within a network: write '{network}' for all of it")

@@ -1,9 +1,9 @@
-"""What the operating system counts for a TCP connection, read from its transport.
+"""TCP statistics of the operating system for a connection, read from its transport.
 
-A transport tells what it still holds, and nothing of the bytes that the kernel holds behind it. Linux counts, for each
-connection, the bytes that the other machine has acknowledged and those that have come from it. Each function answers
-`None` where the system does not say: another system, a Unix socket, a transport that is gone or has no socket, a
-sandbox that fills the answer with zeros.
+A transport reports the bytes that it still holds, but not those that the kernel holds. Linux counts, for each
+connection, the bytes that the other machine has acknowledged and the bytes received from it. Each function returns
+`None` if the system does not report this: another system, a Unix socket, a closed transport or one without a socket, or
+a sandbox that fills the result with zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
-_TCP_INFO: Final = 11  # /usr/include/linux/tcp.h; Python names it on Linux only
+_TCP_INFO: Final = 11  # /usr/include/linux/tcp.h; Python has a name for it on Linux only
 _SIZE: Final = 136  # bytes of `struct tcp_info` up to the last field that is read here; Linux 4.1 and newer have it
 
 _last_data_recv: Final = struct.Struct("=52xI").unpack_from
@@ -25,36 +25,36 @@ _bytes: Final = struct.Struct("=120xQQ").unpack_from  # tcpi_bytes_acked, tcpi_b
 
 
 def unacknowledged_bytes(transport: Any) -> int | None:
-    """Bytes in the kernel's queue that the other machine has not acknowledged."""
+    """Return the bytes in the kernel's queue that the other machine has not acknowledged."""
     if sys.platform != "linux":
         return None
     try:
         answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except Exception:  # a transport that is gone, or has no socket
+    except Exception:  # a closed transport, or one without a socket
         return None
     return int.from_bytes(answer, sys.byteorder)
 
 
 def unflushed_bytes(transport: Any) -> int | None:
-    """Bytes that the transport has not given to the kernel."""
+    """Return the bytes that the transport has not passed to the kernel."""
     size = getattr(transport, "get_write_buffer_size", None)
     try:
         return int(size()) if callable(size) else None
-    except Exception:  # a transport that is gone may refuse the question
+    except Exception:  # a closed transport may raise
         return None
 
 
 def unsent_bytes(transport: Any) -> int | None:
-    """Bytes that were written and that the other machine has not acknowledged, as far as they can be seen."""
+    """Return the bytes that were written but not acknowledged by the other machine, as far as known."""
     unflushed = unflushed_bytes(transport)
     return None if unflushed is None else unflushed + (unacknowledged_bytes(transport) or 0)
 
 
 def progress(transport: Any) -> int | None:
-    """A number that has grown if the other machine has taken bytes since it was read before.
+    """Return a number that has grown if the other machine took bytes since the last call.
 
-    On Linux it is what that machine has acknowledged. Elsewhere it is what has left the transport, and grows only while
-    nothing more is written.
+    On Linux it is the number of acknowledged bytes. Elsewhere it is the negative of the bytes that the transport holds,
+    which grows only while nothing more is written.
     """
     info = _tcp_info(transport)
     if info is not None:
@@ -64,7 +64,7 @@ def progress(transport: Any) -> int | None:
 
 
 def seconds_since_received(transport: Any) -> float | None:
-    """Seconds since bytes last came from the other machine, be they only a part of a message."""
+    """Return the seconds since bytes last arrived, even part of a message."""
     info = _tcp_info(transport)
     return None if info is None else int(_last_data_recv(info)[0]) / 1000
 
@@ -75,7 +75,7 @@ def _tcp_info(transport: Any) -> bytes | None:
     try:
         connection = transport.get_extra_info("socket")
         info: bytes = connection.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _SIZE)
-    except Exception:  # a transport that is gone, or has no socket, or one that is not of TCP
+    except Exception:  # a closed transport, one without a socket, or not TCP
         return None
-    # A WebSocket begins with a handshake in each direction, so where the kernel counts nothing has been left at zero.
+    # A WebSocket begins with a handshake in each direction, so zeros mean that the kernel does not count.
     return info if len(info) == _SIZE and all(_bytes(info)) else None

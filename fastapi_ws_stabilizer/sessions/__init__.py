@@ -1,1 +1,1 @@
-"""What outlives a connection: tokens, sessions, the log that is replayed."""
+"""State that outlives a connection: sessions, replay buffers and detached states."""

@@ -1,4 +1,4 @@
-"""What plain clients have left behind that hold a reconnect token: their rooms and their user data, for a while."""
+"""Detached states: rooms and user data of plain clients that hold a reconnect token."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from fastapi_ws_stabilizer.queueing import EnqueueResult
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_EXPECTED: Final = 100_000
-"""Clients that are expected back at most, because they hold a token. The one that got it first is forgotten first."""
+"""Clients with a reconnect token that are remembered. The client that got its token first is forgotten first."""
 
 
 @dataclass(eq=False)
 class DetachedState:
-    """What one connection has left. To the ledger it is a client that is away, and in its rooms it is their member.
+    """State that one closed connection left behind.
+
+    The memory budget counts it as a detached client, and its rooms have it as a member.
 
     Attributes:
-        rooms: The rooms that it was in, and how its client is described in each.
-        user_data: The application's.
-        until: Until when it is kept.
-        socket: The socket that has left it.
-        forget: Called when it is to be kept no longer: room is needed, it was ended, or another takes its place.
-        key: Under which it is kept.
-        close_info: How it was ended; `None` while it is kept, and where room was needed.
+        rooms: Rooms of the connection, with its client's presence metadata in each.
+        user_data: User data of the application.
+        until: Time at which it expires, on the monotonic clock.
+        socket: Socket of the closed connection.
+        forget: Called to discard it, because memory is needed, it was closed, or another state replaces it.
+        key: Key in the store.
+        close_info: Close info; `None` while it is stored, and after an eviction.
     """
 
     rooms: Mapping[str, Mapping[str, Any]]
@@ -41,17 +43,17 @@ class DetachedState:
 
     @property
     def connection_id(self) -> str:
-        """The id of the connection that has left it."""
+        """Id of the closed connection."""
         return str(self.socket.connection_id)
 
     @property
     def client_id(self) -> str:
-        """The client that it belongs to."""
+        """Id of its client."""
         return str(self.socket.client_id)
 
     @property
     def described_bytes(self) -> int:
-        """How much presence metadata is in `rooms`."""
+        """Bytes of presence metadata in `rooms`."""
         budget = self.user_data._budget
         return 0 if budget is None else budget.described.get(self.connection_id, 0)
 
@@ -60,49 +62,49 @@ class DetachedState:
         """Bytes that it holds."""
         return self.user_data.held_bytes + self.described_bytes
 
-    # ── as a member of rooms ──
+    # ── as a recipient ──
 
     @property
     def recipient(self) -> DetachedState:
-        """Itself."""
+        """This state."""
         return self
 
     @property
     def owner(self) -> DetachedState:
-        """Itself: it is its own mailbox."""
+        """This state: it is its own send queue."""
         return self
 
     @property
     def outbox(self) -> DetachedState:
-        """Itself."""
+        """This state."""
         return self
 
     @property
     def is_attached(self) -> bool:
-        """Whether there is a connection: there is none."""
+        """Whether there is a connection: never."""
         return False
 
     def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
-        """The application has described its client anew in one of its rooms."""
+        """Store new presence metadata that the application has set in one of its rooms."""
         self.rooms = {**self.rooms, room: dict(metadata)}
 
     def offer(self, _: EncodedMessage) -> EnqueueResult:
-        """Take no message: a plain client gets none later."""
+        """Skip the message: a plain client does not get it later."""
         return EnqueueResult.SKIPPED
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """As `offer`."""
+        """Skip the message, as `offer` does."""
         return self.offer(frame)
 
     def flush(self) -> None:
-        """Send what is queued: nothing is."""
+        """Do nothing: nothing is queued."""
 
     def lingers(self) -> bool:
-        """Whether something waits that the network may take: nothing does."""
+        """Whether messages wait that the network may take: never."""
         return False
 
     def is_backpressured(self) -> bool:
-        """Whether something waits in it: nothing does."""
+        """Whether messages wait: never."""
         return False
 
     def close(
@@ -113,7 +115,7 @@ class DetachedState:
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Keep it no longer; `False` if it was ended before."""
+        """Discard it; `False` if it was closed before."""
         if self.close_info is not None:
             return False
         self.close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
@@ -123,64 +125,64 @@ class DetachedState:
     # ── memory ──
 
     def evict(self) -> None:
-        """Forget it, because room is needed for others."""
+        """Discard it to free memory."""
         self.forget(self)
 
     def on_limit_exceeded(self, _: int) -> None:
-        """Forget it, because it holds more than may be."""
+        """Discard it, because it holds more memory than one client may."""
         self.forget(self)
 
 
 MAX_DETACHED_PER_CLIENT: Final = 16
-"""Connections of one client of which something is kept at most; the one that left first is forgotten first."""
+"""Detached states per client. The oldest is discarded first."""
 
-_BETWEEN: Final = "\n"
-"""Stands in keys, and in no client id."""
+_KEY_SEPARATOR: Final = "\n"
+"""Separator in keys. No client id contains it."""
 
 
 def key_of_connection(client_id: str, connection_id: str) -> str:
-    """The key under which what one of several connections of a client leaves is kept."""
-    return f"{client_id}{_BETWEEN}{connection_id}"
+    """Return the key for the state of one of a client's several connections."""
+    return f"{client_id}{_KEY_SEPARATOR}{connection_id}"
 
 
 class DetachedStateStore:
-    """Keeps it.
+    """Store of detached states.
 
-    A plain client has no session that the server could know it by, so only those that were given a token are expected
-    back, and only for `ttl` seconds.
+    A plain client has no session that identifies it to the server. So the server expects only clients with a reconnect
+    token back, and only for `ttl` seconds.
 
-    What is kept has a key: the client id where a client has one connection, else the client id and a connection.
+    The key of a state is the client id if the client had one connection, else the client id and the connection id.
 
     Args:
-        ttl: Seconds that it is kept.
-        max_states: How many connections' are kept at most.
+        ttl: Seconds that a state is stored.
+        max_states: Maximum number of states.
     """
 
     def __init__(self, ttl: float, max_states: int) -> None:
         self._ttl = ttl
         self._max_states = max_states
-        self._expected: OrderedDict[str, float] = OrderedDict()  # until when, the one that got its token first is first
-        self._states: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the one that left first comes first
+        self._expected: OrderedDict[str, float] = OrderedDict()  # key → expiry of the token, the oldest token first
+        self._states: OrderedDict[str, DetachedState] = OrderedDict()  # by key, the oldest first
         self._of_client: dict[str, dict[str, DetachedState]] = {}  # the same, by client id and key
 
     def __len__(self) -> int:
-        """Of how many connections something is kept."""
+        """Number of stored states."""
         return len(self._states)
 
     def mark_resumable(self, key: str, seconds: float) -> None:
-        """A client has been given a token, which is good for that long."""
+        """Record that a client was given a token that is valid for some seconds."""
         now = monotonic()
         self._expected[key] = now + seconds
         self._expected.move_to_end(key)
         self._forget_resumable(now)
 
     def is_resumable(self, *keys: str) -> bool:
-        """Whether a client may come back with a token for one of these keys."""
+        """Whether a client may return with a token for one of these keys."""
         now = monotonic()
         return self._ttl > 0 and any(self._expected.get(key, now) > now for key in keys)
 
     def _forget_resumable(self, now: float) -> None:
-        """Forget those whose token is not good any more."""
+        """Forget expired tokens, and the oldest above the limit."""
         while self._expected:
             key, until = next(iter(self._expected.items()))
             if until > now and len(self._expected) <= MAX_EXPECTED:
@@ -188,78 +190,78 @@ class DetachedStateStore:
             del self._expected[key]
 
     def save(self, key: str, state: DetachedState) -> list[DetachedState]:
-        """Keep what a connection has left. Of several with one key the last one is kept.
+        """Store the state of a closed connection. It replaces an older state with the same key.
 
         Returns:
-            What is kept no longer, because it is too old or too much.
+            The states that were discarded, because they are expired, replaced or too many.
         """
-        gone = self.collect()
+        discarded = self.collect()
         if key in self._states:
-            gone.append(self._take_out(key))
+            discarded.append(self._take_out(key))
         state.until, state.key = monotonic() + self._ttl, key
         self._states[key] = state
         of_client = self._of_client.setdefault(_client_of(key), {})
         of_client[key] = state
         if len(of_client) > MAX_DETACHED_PER_CLIENT:
-            gone.append(self._take_out(next(iter(of_client))))
+            discarded.append(self._take_out(next(iter(of_client))))
         while len(self._states) > self._max_states:
-            gone.append(self._take_out(next(iter(self._states))))
-        return gone
+            discarded.append(self._take_out(next(iter(self._states))))
+        return discarded
 
     def of(self, client_id: str) -> DetachedState | None:
-        """What is kept for a client, which stays where it is; of several, what was left last."""
+        """Return the newest state of a client without removing it."""
         return next(reversed(self.all_of(client_id)), None)
 
     def all_of(self, client_id: str) -> list[DetachedState]:
-        """All that is kept for a client, which stays where it is; what was left first comes first."""
+        """Return all states of a client without removing them, oldest first."""
         return list(self._of_client.get(client_id, {}).values())
 
     def claim(self, key: str) -> DetachedState | None:
-        """What a client gets back that proves to be who it was; `None` if nothing is kept any more."""
+        """Remove and return the state of an authenticated client; `None` if there is none."""
         state = self._states.get(key)
-        if state is None or state.until <= monotonic():  # `collect` takes it out, and its end is told
+        if state is None or state.until <= monotonic():  # `collect` removes it and reports its end
             return None
         return self._take_out(key)
 
     def discard(self, state: DetachedState) -> bool:
-        """Keep something no longer; `False` if it was not kept."""
+        """Remove a state; `False` if it was not stored."""
         if self._states.get(state.key) is not state:
             return False
         self._take_out(state.key)
         return True
 
     def discard_of(self, client_id: str) -> list[DetachedState]:
-        """Keep no longer what a client has left, and expect it no more."""
-        gone = [self._take_out(state.key) for state in self.all_of(client_id)]
-        for key in (client_id, *(state.key for state in gone)):
+        """Remove and return all states of a client, and forget its tokens."""
+        discarded = [self._take_out(state.key) for state in self.all_of(client_id)]
+        for key in (client_id, *(state.key for state in discarded)):
             self._expected.pop(key, None)
-        return gone
+        return discarded
 
     def detached_at(self, state: DetachedState) -> float:
-        """When something was left, on the monotonic clock."""
+        """Return the time at which a state was stored, on the monotonic clock."""
         return state.until - self._ttl
 
     def next_due(self) -> float | None:
-        """When the first of it is kept no longer."""
+        """Return the expiry of the first state."""
         return next((state.until for state in self._states.values()), None)
 
     def collect(self) -> list[DetachedState]:
-        """Take out what is kept no longer."""
-        now, gone = monotonic(), []
+        """Remove and return expired states."""
+        now, discarded = monotonic(), []
         self._forget_resumable(now)
         while self._states:
             key, state = next(iter(self._states.items()))
             if state.until > now:
                 break
-            gone.append(self._take_out(key))
-        return gone
+            discarded.append(self._take_out(key))
+        return discarded
 
     def clear(self) -> list[DetachedState]:
-        """Take all of it out."""
-        gone = list(self._states.values())
+        """Remove and return all states."""
+        discarded = list(self._states.values())
         self._states.clear()
         self._of_client.clear()
-        return gone
+        return discarded
 
     def _take_out(self, key: str) -> DetachedState:
         client_id = _client_of(key)
@@ -271,4 +273,4 @@ class DetachedStateStore:
 
 
 def _client_of(key: str) -> str:
-    return key.partition(_BETWEEN)[0]
+    return key.partition(_KEY_SEPARATOR)[0]

@@ -1,4 +1,4 @@
-"""Sessions that the application has ended, so that a client which comes back for one hears why."""
+"""Sessions that the application has ended, so that a returning client gets the reason."""
 
 from __future__ import annotations
 
@@ -9,62 +9,65 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, is_terminal
 
 MAX_ENDED: Final = 10_000
-"""Sessions of which that is remembered at most. The one that ended first is forgotten first."""
+"""Ended sessions that are remembered. The session that ended first is forgotten first."""
 
 
 class EndedSessions:
-    """How sessions were ended, by what their clients present when they come back, for as long as a session is kept.
+    """Close infos of ended sessions, by the token that a returning client presents.
 
     Args:
-        ttl: Seconds that it is remembered.
+        ttl: Seconds that a close info is remembered.
     """
 
-    __slots__ = ("_endings", "_ttl")
+    __slots__ = ("_close_infos", "_ttl")
 
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
-        self._endings: OrderedDict[str, tuple[float, str, CloseInfo]] = OrderedDict()  # until when, whose, and how
+        self._close_infos: OrderedDict[str, tuple[float, str, CloseInfo]] = (
+            OrderedDict()
+        )  # expiry, client id, close info
 
     def __len__(self) -> int:
-        """How many are remembered."""
-        return len(self._endings)
+        """Number of remembered sessions."""
+        return len(self._close_infos)
 
-    def add(self, key: str, client_id: str, how: CloseInfo) -> None:
-        """Remember how a session of a client was ended."""
+    def add(self, key: str, client_id: str, close_info: CloseInfo) -> None:
+        """Remember the close info of a client's session."""
         self._collect()
-        self._endings[key] = (monotonic() + self._ttl, client_id, how)
-        self._endings.move_to_end(key)
-        while len(self._endings) > MAX_ENDED:
-            self._endings.popitem(last=False)
+        self._close_infos[key] = (monotonic() + self._ttl, client_id, close_info)
+        self._close_infos.move_to_end(key)
+        while len(self._close_infos) > MAX_ENDED:
+            self._close_infos.popitem(last=False)
 
     def find(self, key: str, client_id: str | None) -> CloseInfo | None:
-        """Return how a session of a client was ended; `None` if the application has not ended it.
+        """Return the close info of a client's session; `None` if the application did not end it.
 
-        Without a client id the key alone proves whose it is.
+        If `client_id` is `None`, the key alone proves the ownership.
 
-        A code after which clients come back answers one of them. A code that tells them to stay away answers each.
+        A code after which clients reconnect answers one attempt. A code after which they must not reconnect answers
+        every attempt.
         """
         self._collect()
-        _, owner, how = self._endings.get(key, (0.0, "", None))
-        if how is None or client_id not in (None, owner):
+        _, owner, close_info = self._close_infos.get(key, (0.0, "", None))
+        if close_info is None or client_id not in (None, owner):
             return None
-        if not is_terminal(how.code):
-            del self._endings[key]
-        return how
+        if not is_terminal(close_info.code):
+            del self._close_infos[key]
+        return close_info
 
     def __contains__(self, key: object) -> bool:
-        """Whether it is remembered how a session was ended."""
+        """Whether the close info of a session is remembered."""
         self._collect()
-        return key in self._endings
+        return key in self._close_infos
 
     def forget(self, key: str) -> None:
-        """Forget how a session was ended: its client may come back."""
-        self._endings.pop(key, None)
+        """Forget the close info of a session, so that its client may return."""
+        self._close_infos.pop(key, None)
 
     def _collect(self) -> None:
         now = monotonic()
-        while self._endings:
-            key, (until, _, _) = next(iter(self._endings.items()))
+        while self._close_infos:
+            key, (until, _, _) = next(iter(self._close_infos.items()))
             if until > now:
                 break
-            del self._endings[key]
+            del self._close_infos[key]

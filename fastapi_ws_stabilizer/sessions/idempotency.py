@@ -1,4 +1,4 @@
-"""Idempotency keys: a message that a client sends again, because it does not know, is handled once."""
+"""Idempotency keys: a message that a client sends again is handled only once."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from fastapi_ws_stabilizer.wire.encoded import encode_json
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 
 MAX_KEYS: Final = 10_000
-"""Keys of all clients that are remembered at most. The client that has used none for longest is forgotten first."""
+"""Keys of all clients that are remembered. The least recently active client is forgotten first."""
 
-MAX_KEYS_OF_ONE: Final = 256
-"""Keys of one client that are remembered at most; its oldest is forgotten first."""
+MAX_KEYS_PER_CLIENT: Final = 256
+"""Keys per client that are remembered. The oldest is forgotten first."""
 
 MAX_WAITING: Final = 16
-"""Requests with one key that wait for its answer at most."""
+"""Requests with one key that may wait for its answer."""
 
 MAX_AGE: Final = 600.0
 """Seconds that a key is remembered."""
 
 MAX_ANSWER_BYTES: Final = 4 * 1024
-"""Answers above this size are not remembered; who asks again is told so."""
+"""Bytes of the largest answer that is stored. A later request gets the error `handled_before` instead of a larger
+one."""
 
 
 class IdempotencyRecord:
-    """What is known of one key.
+    """State of one idempotency key.
 
     Attributes:
-        at: When its message came.
+        at: Time at which its message arrived.
     """
 
     __slots__ = ("_answer", "_done", "_waiting", "at")
@@ -43,7 +44,10 @@ class IdempotencyRecord:
         self._waiting: list[tuple[Session, str]] | None = None
 
     def answer(self, session: Session, message: Message) -> None:
-        """Answer a message with the same key, if it wants an answer: now, or when the first one is handled."""
+        """Answer a request with the same key: now, or when the first one is handled.
+
+        A message without a request id gets no answer.
+        """
         if message.id is None:
             return
         if self._done:
@@ -57,30 +61,30 @@ class IdempotencyRecord:
         self._waiting.append((session, message.id))
 
     def done(self, answer: Any) -> None:
-        """The message was handled."""
+        """Store the answer of the handled message and send it to waiting requests."""
         self._done = True
         try:
             small = encode_json(answer).size <= MAX_ANSWER_BYTES
         except MessageEncodeError:
             small = False
-        self._answer = answer if small else _FORGOTTEN
+        self._answer = answer if small else _NO_ANSWER
         for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
     def interrupted(self) -> None:
-        """The message was handled, or a part of it, and there is no answer."""
+        """Mark the message as at least partly handled, but without an answer."""
         self._done = True
-        self._answer = _FORGOTTEN
+        self._answer = _NO_ANSWER
         for session, request_id in self._waiting_requests():
             self._reply(session, request_id)
 
     def forgotten(self) -> None:
-        """Nothing is known of it any more, though its message may still be in hand."""
+        """Reject waiting requests, because the key is forgotten while its message may still be handled."""
         for session, request_id in self._waiting_requests():
             session.reply(request_id, error=_IN_PROGRESS)
 
     def failed(self) -> None:
-        """The message was not handled after all."""
+        """Reject waiting requests, because the message was not handled."""
         for session, request_id in self._waiting_requests():
             session.reply(
                 request_id, error={"code": "not_handled", "message": "the first message with this key failed"}
@@ -91,19 +95,25 @@ class IdempotencyRecord:
         return waiting
 
     def _reply(self, session: Session, request_id: str) -> None:
-        if self._answer is _FORGOTTEN:
-            error = {"code": "handled_before", "message": "this was handled before, and its answer is not kept"}
+        if self._answer is _NO_ANSWER:
+            error = {
+                "code": "handled_before",
+                "message": "this message was already handled, and its answer is not stored",
+            }
             session.reply(request_id, error=error)
         else:
             session.reply(request_id, self._answer)
 
 
-_FORGOTTEN: Final = object()
+_NO_ANSWER: Final = object()
 _IN_PROGRESS: Final = {"code": "in_progress", "message": "a message with this key is being handled"}
 
 
 class IdempotencyCache:
-    """The keys of all clients. One client's keys say nothing about another's, and push out its own first."""
+    """Idempotency keys of all clients.
+
+    Each client has its own keys. A client over its limit loses its own oldest key first.
+    """
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, OrderedDict[str, IdempotencyRecord]] = OrderedDict()
@@ -113,46 +123,46 @@ class IdempotencyCache:
         return self._count
 
     def look(self, client_id: str, key: str) -> IdempotencyRecord | None:
-        """What is known of a key; `None` if it is new."""
-        known = self._keys_of(client_id).get(key)
-        if known is not None and known.at < monotonic() - MAX_AGE:
+        """Return the record of a key; `None` if the key is new."""
+        record = self._keys_of(client_id).get(key)
+        if record is not None and record.at < monotonic() - MAX_AGE:
             self._forget(client_id, key)
             return None
-        return known
+        return record
 
     def begin(self, client_id: str, key: str) -> None:
-        """A message with a new key is going to be handled."""
+        """Add a record for a new key, before its message is handled."""
         keys = self._clients.get(client_id)
         if keys is None:
             keys = self._clients[client_id] = OrderedDict()
         self._clients.move_to_end(client_id)
         keys[key] = IdempotencyRecord()
         self._count += 1
-        if len(keys) > MAX_KEYS_OF_ONE:
+        if len(keys) > MAX_KEYS_PER_CLIENT:
             first = next(iter(keys))
-            known = keys[first]
+            record = keys[first]
             self._forget(client_id, first)
-            known.forgotten()
+            record.forgotten()
         self._forget_old()
 
     def handled(self, session: Session, key: str, answer: Any) -> None:
-        """Its message was handled, with this answer."""
-        known = self._keys_of(session.client_id).get(key)
-        if known is not None:
-            known.done(answer)
+        """Store the answer of a key's handled message."""
+        record = self._keys_of(session.client_id).get(key)
+        if record is not None:
+            record.done(answer)
 
     def interrupted(self, client_id: str, key: str) -> None:
-        """Its message was handled, or a part of it, and there is no answer."""
-        known = self._keys_of(client_id).get(key)
-        if known is not None:
-            known.interrupted()
+        """Mark a key's message as at least partly handled, but without an answer."""
+        record = self._keys_of(client_id).get(key)
+        if record is not None:
+            record.interrupted()
 
     def failed(self, client_id: str, key: str) -> None:
-        """Its message was not handled after all: the next one is."""
-        known = self._keys_of(client_id).get(key)
-        if known is not None:
+        """Forget a key, because its message was not handled. The next message with the key is handled."""
+        record = self._keys_of(client_id).get(key)
+        if record is not None:
             self._forget(client_id, key)
-            known.failed()
+            record.failed()
 
     def _keys_of(self, client_id: str) -> OrderedDict[str, IdempotencyRecord]:
         return self._clients.get(client_id) or OrderedDict()
@@ -165,7 +175,7 @@ class IdempotencyCache:
             del self._clients[client_id]
 
     def _forget_old(self) -> None:
-        """Forget clients that have used no key for long, and some more if there are too many."""
+        """Forget clients without recent keys, and the least recently active ones above the limit."""
         oldest = monotonic() - MAX_AGE
         while self._clients:
             keys = next(iter(self._clients.values()))

@@ -1,9 +1,9 @@
-"""A session: what a client is to the application, over all the connections that it makes.
+"""Session: the state of one client over all its connections.
 
-To the hub it is a member like a plain connection: it stands in a shard and in rooms, and takes what is offered. What it
-takes is numbered and kept in its log until the client has acknowledged it, and goes to the outbox of the connection
-that the client has at the moment, if it has one. So replay and live traffic are one path: a connection begins with the
-part of the log that its client has not seen, and everything later is queued behind it in the order of the numbers.
+To the hub a session is a recipient like a plain connection: it is in a shard and in rooms, and accepts messages. The
+session numbers each message and stores it in its replay buffer until the client acknowledges it. It also queues the
+message in the outbox of the current connection, if there is one. So replay and live messages take one path. A new
+connection begins with the unacknowledged part of the buffer, and later messages are queued behind it in order.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from fastapi_ws_stabilizer.wire.envelope import sequenced_frame, to_v1
 
 
 class ResumeOutcome(str, Enum):
-    """What a client has got back that asked for its session."""
+    """Outcome of a resume request."""
 
     NONE = "none"
-    """It asked for none: a new session."""
+    """The client asked for no session and got a new one."""
     FULL = "full"
-    """Its session, and every message that it has missed."""
+    """The client got its session and every message that it missed."""
     GAP = "gap"
-    """Its session with rooms and user data; messages that it has missed are gone, and it was told so."""
+    """The client got its session with rooms and user data, but missed messages are lost. The welcome says so."""
     LOST = "lost"
-    """A new session: the old one is unknown here, over, or another client's."""
+    """The client got a new session: the old one is unknown here, ended, or belongs to another client."""
 
 
 class Outlet(Protocol):
-    """The outbox of a connection, as its session uses it."""
+    """Outbox of a connection, as its session uses it."""
 
     def try_enqueue(self, frame: EncodedMessage) -> bool:
-        """Queue a frame if there is nothing to think about."""
+        """Queue a frame on the fast path; `False` if the slow path has to decide."""
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
         """Queue a frame without waiting."""
@@ -51,44 +51,44 @@ class Outlet(Protocol):
         """Queue a frame if there is room."""
 
     def make_room(self, size: int) -> bool:
-        """Whether a frame of `size` bytes can be queued, after what can be sent was sent."""
+        """Whether a frame of `size` bytes fits, after sending what can be sent."""
 
     def preload(self, frames: Any) -> None:
-        """Queue frames, whatever room there is."""
+        """Queue frames regardless of the limits."""
 
     async def put_wait(self, frame: EncodedMessage, queued: Any = None) -> bool:
         """Queue a frame as soon as there is room."""
 
     @property
     def counted_bytes(self) -> int:
-        """Bytes that wait, and what the messages take beside them."""
+        """Bytes of the queued messages with their overhead."""
 
     def put_now(self, frame: EncodedMessage) -> bool:
-        """Queue a frame and send it at once, if nothing waits and there is nothing to think about."""
+        """Queue and send a frame at once on the fast path; `False` if the slow path has to decide."""
 
     def flush(self) -> None:
         """Send what is queued now, as far as the network takes it."""
 
     def lingers(self) -> bool:
-        """Whether something waits that the network may take as soon as the event loop turns."""
+        """Whether messages wait that the network may take in the next event loop iteration."""
 
     def is_backpressured(self) -> bool:
-        """Whether more than half of it is used, and its client seems to read."""
+        """Whether more than half of it is used while the client seems to read."""
 
 
 class Attachment(Protocol):
-    """The connection of a session."""
+    """Connection of a session, as its session uses it."""
 
     socket: Any
     used: bool
 
     @property
     def outbox(self) -> Outlet:
-        """What waits to be sent."""
+        """Outbox of the connection."""
 
     @property
     def close_info(self) -> CloseInfo | None:
-        """How it ended; `None` while it is open."""
+        """Close info; `None` while it is open."""
 
     def close(
         self,
@@ -98,36 +98,41 @@ class Attachment(Protocol):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Begin its end."""
+        """Begin to close."""
 
     def evict(self) -> None:
-        """End it, because room is needed for others."""
+        """Close it to free memory."""
 
     def on_limit_exceeded(self, held: int) -> None:
-        """End it, because more is held for it than may be."""
+        """Close it, because it holds more memory than one client may."""
 
 
 class Session(ReplayBuffer):
-    """One session, and its log: it is the log itself, because a broadcast touches each session once.
+    """Session of one client, including its replay buffer.
+
+    It is a subclass of the buffer, because a broadcast then touches one object per session.
 
     Attributes:
-        connection_id: Its id, by which the hub knows it: no connection has the same.
-        client_id: Whose it is.
+        connection_id: Session id, by which the hub knows it. No connection has the same id.
+        client_id: Client that owns it.
         shard: Its shard in the hub.
-        place: Where it stands in its shard.
-        connection: The connection that it has now; `None` while its client is away.
-        socket: What user code knows it by: the socket of its last connection.
-        accepted: Number of the last message of its client that was taken.
-        dials: The highest dial counter that its client has presented.
-        instance: What tells its client instance from others, if that says so.
-        user_data: The application's, the same over all its connections.
-        inbox: What its client has sent and nobody has read.
-        left: Rooms and presence metadata, while its client is away.
-        requests: What the application waits for.
-        known: Whether the application has heard of it: its connect hooks have begun.
-        admitted: Whether it was let in: its connect hooks have gone through.
-        told: Whether its end was told.
-        over: How it ended; `None` while it lives.
+        shard_index: Its index in that shard.
+        connection: Current connection; `None` while it is detached.
+        previous_connection: Last connection that took the session over, until its teardown is complete.
+        socket: Socket of its last connection, for user code.
+        accepted: Number of the last message from the client that was accepted.
+        last_attempt: Highest dial counter that its client has presented.
+        instance: Id that distinguishes instances of one client, if the client sends one.
+        epoch: Number of rewinds; a token of an older epoch does not prove which messages the client has.
+        user_data: User data of the application, the same over all connections.
+        inbox: Messages from the client that no code has read yet.
+        saved_presence: Rooms and presence metadata while it is detached.
+        requests: Requests and acknowledgements that the application awaits.
+        until: Time at which it expires while detached, on the monotonic clock.
+        connect_hooks_started: Whether its connect hooks have started, so that the application knows it.
+        connect_hooks_passed: Whether its connect hooks have accepted it.
+        end_reported: Whether its end was reported to the application.
+        ended: Close info; `None` while it is alive.
     """
 
     __slots__ = (
@@ -164,7 +169,7 @@ class Session(ReplayBuffer):
         shard: int,
         limits: ReplayLimits,
         counters: Counters,
-        end_away: Callable[[Session, CloseInfo], None],
+        end_detached: Callable[[Session, CloseInfo], None],
     ) -> None:
         super().__init__(limits)
         self.connection_id = secrets.token_hex(8)
@@ -172,7 +177,7 @@ class Session(ReplayBuffer):
         self.shard = shard
         self.shard_index = 0
         self.connection: Attachment | None = None
-        self._target: Outlet | None = None  # the outbox of that connection
+        self._target: Outlet | None = None  # outbox of that connection
         self.previous_connection: Any = None
         self.socket: Any = None
         self.accepted = 0
@@ -187,70 +192,74 @@ class Session(ReplayBuffer):
         self.connect_hooks_started = self.connect_hooks_passed = self.end_reported = False
         self.ended: CloseInfo | None = None
         self._counters = counters
-        self._end_detached = end_away
+        self._end_detached = end_detached
         self._confirmed: tuple[str, int] | None = None  # secret, and the epoch in which it was issued
         self._issued: tuple[str, int] | None = None
 
     def __repr__(self) -> str:
-        how = "over" if self.ended else "away" if self.connection is None else "attached"
-        return f"<Session {self.connection_id} of {self.client_id!r} {how}>"
+        state = "ended" if self.ended else "detached" if self.connection is None else "attached"
+        return f"<Session {self.connection_id} of {self.client_id!r} {state}>"
 
-    # ── as a member of the hub ──
+    # ── as a recipient ──
 
     @property
     def owner(self) -> Session:
-        """Itself: it is its own mailbox."""
+        """This session: it is its own send queue."""
         return self
 
     @property
     def outbox(self) -> Session:
-        """Itself."""
+        """This session."""
         return self
 
     @property
     def close_info(self) -> CloseInfo | None:
-        """How it ended; `None` while it lives, with a connection or without."""
+        """Close info; `None` while it is alive, attached or detached."""
         return self.ended
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Number and keep a message, and queue it if there is a connection. Hot path, as that of an outbox.
+        """Number and store a message, and queue it if there is a connection.
 
-        First the queue, then the log: making room may let in who has waited, and both must agree on the order.
+        The outbox comes before the buffer, because making room may let waiting senders in, and both must have the same
+        order. Hot path, like `offer` of an outbox.
         """
         frame = frame.enveloped or to_v1(frame)
         outlet = self._target
         if outlet is None or frame.volatile or not outlet.try_enqueue(frame):
-            return self._offer_with_care(frame)
+            return self._offer_slow_path(frame)
         self.append(frame)
         return EnqueueResult.QUEUED
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """As `offer`, and send it now, as far as the network takes it: the caller may go on computing."""
+        """Offer a frame and send it at once as far as the network takes it.
+
+        The caller may compute for long afterwards without yielding to the event loop.
+        """
         outlet = self._target
         enveloped = frame.enveloped or to_v1(frame)
         if outlet is not None and not enveloped.volatile and outlet.put_now(enveloped):
             self.append(enveloped)
             return EnqueueResult.QUEUED
-        offered = self.offer(frame)
+        enqueued = self.offer(frame)
         self.flush()
-        return offered
+        return enqueued
 
-    def _offer_with_care(self, frame: EncodedMessage) -> EnqueueResult:
+    def _offer_slow_path(self, frame: EncodedMessage) -> EnqueueResult:
         if self.ended is not None:
             return EnqueueResult.CLOSED
         if frame.volatile:
             return self._offer_volatile(frame)
         connection, outlet = self.connection, self._target
-        offered = EnqueueResult.QUEUED if outlet is None else outlet.offer(frame)
-        if self.ended is not None:  # the outbox was full, which has ended the session: its log takes nothing any more
+        enqueued = EnqueueResult.QUEUED if outlet is None else outlet.offer(frame)
+        if self.ended is not None:  # the full outbox ended the session, and its buffer is closed
             self._counters.messages_discarded += 1
             return EnqueueResult.CLOSED
         self.append(frame)
-        if offered is not EnqueueResult.CLOSED or connection is None:
-            return offered
-        # It is in the log, and the client gets it when it comes back.
-        how = connection.close_info
-        slow = how is not None and how.cause is DisconnectReason.SLOW_CONSUMER
+        if enqueued is not EnqueueResult.CLOSED or connection is None:
+            return enqueued
+        # It is in the buffer, and the client gets it when it resumes.
+        close_info = connection.close_info
+        slow = close_info is not None and close_info.cause is DisconnectReason.SLOW_CONSUMER
         return EnqueueResult.SLOW if slow else EnqueueResult.QUEUED
 
     def _offer_volatile(self, frame: EncodedMessage) -> EnqueueResult:
@@ -268,20 +277,20 @@ class Session(ReplayBuffer):
             self._target.flush()
 
     def lingers(self) -> bool:
-        """Whether something waits that the network may take as soon as the event loop turns."""
+        """Whether messages wait that the network may take in the next event loop iteration."""
         return self._target is not None and self._target.lingers()
 
     def is_backpressured(self) -> bool:
-        """Whether more than half of its outbox is used, and its client seems to read."""
+        """Whether more than half of its outbox is used while the client seems to read."""
         return self._target is not None and self._target.is_backpressured()
 
     def update_saved_presence(self, room: str, metadata: Mapping[str, Any]) -> None:
-        """The application has described its client anew in one of its rooms."""
+        """Store new presence metadata that the application has set in one of its rooms."""
         self.saved_presence[room] = dict(metadata)
 
     @property
     def recipient(self) -> Session:
-        """Itself."""
+        """This session."""
         return self
 
     @property
@@ -297,56 +306,59 @@ class Session(ReplayBuffer):
         text: str | None = None,
         from_outside: bool = False,
     ) -> bool:
-        """Begin the end of its connection; without one it is over at once. `False` if it was."""
+        """Begin to close its connection, or end it at once if it is detached; `False` if it has ended."""
         if self.connection is not None:
             return self.connection.close(reason, code=code, text=text, from_outside=from_outside)
         if self.ended is not None:
             return False
-        how = local_close(reason, code=code, text=text, from_outside=from_outside)
-        if how.code == 1000:  # as where it has a connection: 1000 also comes from proxies, and keeps no client away
-            how = replace(how, code=SESSION_ENDED)
-        self._end_detached(self, how)
+        close_info = local_close(reason, code=code, text=text, from_outside=from_outside)
+        if close_info.code == 1000:  # proxies send 1000 too, so clients reconnect after it
+            close_info = replace(close_info, code=SESSION_ENDED)
+        self._end_detached(self, close_info)
         return True
 
     # ── memory ──
 
     @property
     def memory_usage(self) -> int:
-        """Bytes that are held for it. What waits to be sent is in its log too, and counts once."""
+        """Bytes that are held for it. A queued message is in the buffer too, but counts once."""
         queued = 0 if self._target is None else self._target.counted_bytes
         unread = 0 if self.inbox is None else int(self.inbox.counted_bytes)
-        kept = 0 if self.user_data is None else self.user_data.held_bytes
+        user_data_bytes = 0 if self.user_data is None else self.user_data.held_bytes
         metadata = 0 if self.connection is None else int(self.connection.socket._metadata_bytes)
-        described = self._limits.budget.described.get(self.connection_id, 0)
-        return max(self.counted_bytes, queued) + unread + kept + metadata + described
+        presence_bytes = self._limits.budget.described.get(self.connection_id, 0)
+        return max(self.counted_bytes, queued) + unread + user_data_bytes + metadata + presence_bytes
 
     def evict(self) -> None:
-        """End it, because room is needed for others."""
+        """End it to free memory."""
         if self.connection is not None:
             self.connection.evict()
         else:
             self._end_detached(self, local_close(DisconnectReason.MEMORY))
 
     def on_limit_exceeded(self, held: int) -> None:
-        """End it, because more is held for it than may be."""
+        """End it, because it holds more memory than one client may."""
         if self.connection is not None:
             self.connection.on_limit_exceeded(held)
         else:
             self._end_detached(self, local_close(DisconnectReason.MEMORY))
 
-    # ── what its own connection sends ──
+    # ── sending through its own connection ──
 
     async def put_wait(
         self, connection: Attachment, frame: EncodedMessage, numbered: Callable[[int], object] | None = None
     ) -> bool:
-        """Number, keep and queue a message as soon as there is room; `False` if the connection ended before.
+        """Number, store and queue a message as soon as there is room.
 
-        Cancelling while it waits leaves the message out.
+        Cancelling while it waits discards the message.
 
         Args:
             connection: Its connection.
             frame: The message.
-            numbered: Called with its number in the moment in which it is queued.
+            numbered: Called with the message's number at the moment it is queued.
+
+        Returns:
+            `False` if the connection closed before.
         """
         frame = frame.enveloped or to_v1(frame)
         if frame.volatile:
@@ -363,9 +375,9 @@ class Session(ReplayBuffer):
         return await connection.outbox.put_wait(frame, record)
 
     def put_now(self, connection: Attachment, frame: EncodedMessage) -> bool:
-        """Number, keep and send a message if there is nothing to think about; `False` says nothing but that there is.
+        """Number, store and send a message on the fast path; `False` if the slow path has to decide.
 
-        Hot path.
+        `False` means that nothing was queued. Hot path.
         """
         frame = frame.enveloped or to_v1(frame)
         if frame.volatile or connection is not self.connection or not connection.outbox.put_now(frame):
@@ -374,10 +386,10 @@ class Session(ReplayBuffer):
         return True
 
     def reply(self, to: str, data: Any = None, *, error: dict[str, str] | None = None) -> None:
-        """Answer a request of the client, in its turn among the messages, so that it survives a reconnect.
+        """Answer a request of the client. The answer is numbered like a message, so it survives a reconnect.
 
         Raises:
-            MessageEncodeError: The answer cannot be JSON that the client reads, or is too large.
+            MessageEncodeError: The answer cannot be encoded as JSON that clients read, or is too large.
         """
         frame = (
             sequenced_frame("reply", data, re=to)
@@ -389,30 +401,33 @@ class Session(ReplayBuffer):
     # ── tokens ──
 
     def new_token(self) -> str:
-        """Make the token of the next welcome. The one presented last stays good until this one is confirmed."""
+        """Create the token of the next welcome.
+
+        The last presented token stays valid until this one is confirmed.
+        """
         self._issued = (secrets.token_urlsafe(24), self.epoch)
         return f"{self.connection_id}.{self._issued[0]}"
 
     @property
     def tokens(self) -> list[str]:
-        """The tokens that its client may present: the last one that it is known to have, and a newer one."""
+        """Tokens that its client may present: the last confirmed one and, if issued, a newer one."""
         known = {token[0] for token in (self._confirmed, self._issued) if token is not None}
         return [f"{self.connection_id}.{secret}" for secret in known]
 
     def knows(self, secret: str) -> bool:
-        """Whether a token is good, without presenting it."""
-        good = False
+        """Whether a token is valid. Does not confirm it."""
+        valid = False
         for known in (self._issued, self._confirmed):
-            good |= known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace"))
-        return good
+            valid |= known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace"))
+        return valid
 
     def present(self, secret: str) -> int | None:
-        """Take a token that a client presents: return the epoch in which it was issued; `None` if it is not good.
+        """Confirm a presented token and return its epoch; `None` if it is invalid.
 
-        Presenting confirms it: the welcome that would bring the next one may be lost.
+        It is confirmed because the welcome with the next token may be lost.
         """
         found: tuple[str, int] | None = None
-        for known in (self._confirmed, self._issued):  # both, always: how long it takes does not tell which one it was
+        for known in (self._confirmed, self._issued):  # always both: the duration must not reveal which one matched
             if known is not None and hmac.compare_digest(known[0].encode(), secret.encode("utf-8", "replace")):
                 found = known
         if found is None:
@@ -421,34 +436,34 @@ class Session(ReplayBuffer):
         return found[1]
 
     def confirm(self) -> None:
-        """The client has got the token of the last welcome: it has sent a frame since."""
+        """Confirm the token of the last welcome: the client has sent a frame since."""
         self._confirmed = self._issued
 
-    # ── its client comes and goes ──
+    # ── attaching and detaching ──
 
     def attach(self, connection: Attachment, seq: int, welcome: EncodedMessage) -> Attachment | None:
-        """Give it a new connection, which begins with `welcome` and the messages after number `seq`.
+        """Attach a new connection, which begins with `welcome` and the messages after number `seq`.
 
         Returns:
-            The connection that it had, which is to be closed now. What that one still receives is not its any more.
+            The previous connection, which must be closed now. The session ignores what it still receives.
         """
-        before, self.connection = self.connection, connection
+        previous, self.connection = self.connection, connection
         self._limits.budget.attach(self)
         self.until = None
         self.socket = connection.socket
         self._target = connection.outbox
         self._target.preload([welcome, *self.since(seq)])
-        return before
+        return previous
 
     def detach(self, connection: Attachment) -> bool:
-        """Its connection is over; `False` if it has another one already."""
+        """Detach a closed connection; `False` if the session has another connection already."""
         if self.connection is not connection:
             return False
         self.connection = self._target = None
         return True
 
     def acknowledged(self, seq: int) -> bool:
-        """The client has got everything up to a number; `False` if that many were never sent."""
+        """Drop all messages up to an acknowledged number; `False` if the number was never sent."""
         if seq > self.head:
             return False
         self.forget_up_to(seq)
@@ -456,21 +471,23 @@ class Session(ReplayBuffer):
         return True
 
     def rewind(self, lost: int) -> None:
-        """Its store has gone back in time: numbers will be given out a second time, so tokens of before prove nothing.
+        """Undo the last messages, as a store does that lost its newest entries.
+
+        Numbers are then used a second time, so tokens of earlier epochs prove nothing.
 
         Args:
-            lost: How many of the last messages it no longer knows.
+            lost: Number of messages that the store lost.
         """
         self.epoch += 1
         super().rewind(lost)
 
-    def finish(self, how: CloseInfo) -> int:
-        """It is over. Return how many messages its client has not acknowledged."""
-        self.ended = how
+    def finish(self, close_info: CloseInfo) -> int:
+        """End it and return the number of unacknowledged messages."""
+        self.ended = close_info
         self._target = None
-        left = len(self.kept)
+        unacknowledged = len(self.entries)
         self.forget_all()
         if self.user_data is not None:
             self.user_data.detach()
-        self.requests.fail_all(how)
-        return left
+        self.requests.fail_all(close_info)
+        return unacknowledged

@@ -1,4 +1,4 @@
-"""The sessions of one manager: found by token, resumed by rule, ended when their client does not come back."""
+"""Store of one manager's sessions: it finds, resumes and expires them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.wire.v1.hello import Hello
 
 AT_ONCE: Final = 256
-"""Sessions that are ended before the event loop gets a turn."""
+"""Sessions that the timer ends before it yields to the event loop."""
 
 
 MAX_DETACHED_PER_CLIENT: Final = 16
-"""Sessions of one client that wait for it at most: a device that begins anew each time would leave one each time."""
+"""Detached sessions per client. A device that never resumes would otherwise leave one for each connection."""
 
 
 class StaleAttemptError(Exception):
-    """A dial that its client has given up arrives late: a newer one has the session."""
+    """A dial that its client has given up arrived late, and a newer one has the session."""
 
 
 @dataclass(frozen=True)
 class ResumeResult:
-    """What a client gets for its hello.
+    """Result of a hello.
 
     Attributes:
-        session: Its session.
-        outcome: What became of the one that it wanted back.
-        why: Why it did not get all of that.
-        cursor: Number of the last message before those that this connection is sent.
-        deflates: Whether its client takes and sends compressed frames.
-        retries: Whether its client sends a message again that was refused with a time.
+        session: Session of the client.
+        outcome: Outcome of the resume request.
+        why: Reason for a `gap` or `lost` outcome.
+        cursor: Number of the last message before those that this connection gets.
+        deflates: Whether the client sends and receives compressed frames.
+        retries: Whether the client sends a message again that was rejected with a retry time.
     """
 
     session: Session
@@ -55,15 +55,15 @@ class ResumeResult:
 
 
 class SessionStore:
-    """All sessions, those with a connection and those whose client is away.
+    """Store of all sessions, attached and detached.
 
     Args:
-        config: How long and how many are kept.
-        events: Where what happens to them is told.
-        budget: Counts what is held for them.
-        next_shard: Gives a new session its shard in the hub.
-        began: Told of a new session, without waiting.
-        ended: Told of one that is over, without waiting.
+        config: Options, with the lifetime and the limits of sessions.
+        events: Event bus for session events.
+        budget: Memory budget that counts what sessions hold.
+        next_shard: Returns the shard of a new session in the hub.
+        began: Called with a new session, without waiting.
+        ended: Called with an ended session and its close info, without waiting.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SessionStore:
         self._ttl = config.session_ttl if config.enable_reconnect else 0.0
         self._max_detached = config.max_detached_sessions
         max_bytes = config.replay_max_bytes
-        if config.max_memory_per_connection is not None:  # a client that acknowledges nothing leaves room for the rest
+        if config.max_memory_per_connection is not None:  # leave half for other data if the client acknowledges nothing
             max_bytes = min(max_bytes, config.max_memory_per_connection // 2)
         self._budget = budget = MemoryBudget() if budget is None else budget
         self._limits = ReplayLimits(config.replay_max_messages, max_bytes, config.replay_max_age, budget)
@@ -88,71 +88,72 @@ class SessionStore:
         self._began = began
         self._ended = ended
         self._by_id: dict[str, Session] = {}
-        self._of_instance: dict[tuple[str, str], Session] = {}  # client id, and what tells its instances apart
-        self._detached: OrderedDict[str, Session] = (
-            OrderedDict()
-        )  # all may stay away equally long: the first goes first
+        self._of_instance: dict[tuple[str, str], Session] = {}  # by client id and instance id
+        self._detached: OrderedDict[str, Session] = OrderedDict()  # all expire after the same time: first in, first out
         self._detached_of: dict[str, dict[str, Session]] = {}  # client id → sessions
         self._ended_by_application = EndedSessions(self._ttl)
         self._timer: asyncio.TimerHandle | None = None
-        self._context = contextvars.copy_context()  # not that of the connection that happens to set the timer
+        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
 
     def __len__(self) -> int:
-        """How many sessions there are."""
+        """Number of sessions."""
         return len(self._by_id)
 
     @property
     def detached_count(self) -> int:
-        """How many sessions wait for their client."""
+        """Number of detached sessions."""
         return len(self._detached)
 
     def get(self, session_id: str) -> Session | None:
-        """The session with that id."""
+        """Return the session with that id."""
         return self._by_id.get(session_id)
 
     def detached_of(self, client_id: str) -> list[Session]:
-        """The sessions of a client that is away, the one that left first comes first."""
+        """Return the detached sessions of a client, the one that detached first comes first."""
         return list(self._detached_of.get(client_id, {}).values())
 
-    # ── the rules of resuming ──
+    # ── resuming ──
 
     def superseded_by(self, hello: Hello, client_id: str) -> Session | None:
-        """The session that the very same client has given up with this hello: its welcome may not have come."""
-        before = self._of_instance.get((client_id, hello.instance or ""))
-        return before if before is not None and hello.attempt > before.last_attempt else None
+        """Return the session that the same client instance gives up with this hello.
+
+        The instance may give it up because its welcome was lost.
+        """
+        previous = self._of_instance.get((client_id, hello.instance or ""))
+        return previous if previous is not None and hello.attempt > previous.last_attempt else None
 
     def find(self, token: str) -> Session | None:
-        """The session that a token names. Whether the token is good, `greet` looks at."""
+        """Return the session that a token names. It does not check the token."""
         return self._by_id.get(token.partition(".")[0])
 
     def authenticate(self, hello: Hello) -> Session | None:
-        """The session that a client proves to have, without touching it; `None` if it proves nothing."""
+        """Return the session of a valid token without changing it; `None` if the token is missing or invalid."""
         session = None if hello.token is None else self.find(hello.token)
         if session is None or hello.token is None or not session.knows(hello.token.partition(".")[2]):
             return None
         return session
 
     def ended_by_application(self, hello: Hello, client_id: str | None) -> CloseInfo | None:
-        """Return how the application has ended the session that a client wants back; `None` if it has not.
+        """Return the close info of a session that the application ended; `None` if it did not end it.
 
         Args:
-            hello: What the client has said.
-            client_id: Who it is; `None` where only its session would tell, which is gone: its token is a secret.
+            hello: Hello of the client.
+            client_id: Client id; `None` if only the ended session would know it. The token is then the proof.
         """
         return None if hello.token is None else self._ended_by_application.find(hello.token, client_id)
 
     def pinned(self, session: Session | None) -> AbstractContextManager[None]:
-        """Let a session not go for others meanwhile: its client has proven to have it, and is on its way."""
+        """Protect a session from eviction while its authenticated client resumes it."""
         return self._budget.pinned(session)
 
     def resume(self, hello: Hello, client_id: str) -> ResumeResult:
-        """Give a client its session, the one that it wants back or a new one. Nothing is sent yet.
+        """Give a client the session that it asks for, or a new one. Nothing is sent yet.
 
-        Nothing of this waits, so two hellos cannot come between each other.
+        It never waits, so two hellos cannot interleave.
 
         Args:
-            hello: What it has said.
-            client_id: Who it is, authenticated again.
+            hello: Hello of the client.
+            client_id: Client id, authenticated again.
 
         Raises:
             StaleAttemptError: The same client has dialled again since.
@@ -160,12 +161,12 @@ class SessionStore:
         if hello.token is None:
             return self._fresh(client_id, hello, ResumeOutcome.NONE, None)
         session = self.find(hello.token)
-        if session is not None and session.client_id != client_id:  # before anything of it is touched
+        if session is not None and session.client_id != client_id:  # before any change to the session
             denied = session.knows(hello.token.partition(".")[2])
             return self._fresh(client_id, hello, ResumeOutcome.LOST, "denied" if denied else "unknown")
         if session is not None and hello.attempt <= session.last_attempt:
-            # Before the token is looked at: the newer dial may have used it up, and a new session in place of this one
-            # would end the one that its client has.
+            # Before the token check: the newer dial may have consumed the token, and a new session in its stead would
+            # end the client's current one.
             raise StaleAttemptError
         epoch = None if session is None else session.present(hello.token.partition(".")[2])
         if session is None or epoch is None:
@@ -181,18 +182,18 @@ class SessionStore:
             session.acknowledged(hello.seq)
             return ResumeResult(session, ResumeOutcome.FULL, None, hello.seq, hello.deflates, hello.retries)
         missed = max(0, session.head - hello.seq)
-        session.forget_all()  # never a part of what was missed
+        session.forget_all()  # never replay only a part of what was missed
         session.requests.fail_after_gap(0 if why == "epoch" else min(hello.seq, session.head))
         self._events.counters.session_gaps += 1
         self._emit(session, "session_gap", logging.WARNING, why=why, missed_messages=missed)
         return ResumeResult(session, ResumeOutcome.GAP, why, session.head, hello.deflates, hello.retries)
 
     def _fresh(self, client_id: str, hello: Hello, outcome: ResumeOutcome, why: str | None) -> ResumeResult:
-        before = self._of_instance.get((client_id, hello.instance or ""))
-        if before is not None and hello.attempt <= before.last_attempt:
+        previous = self._of_instance.get((client_id, hello.instance or ""))
+        if previous is not None and hello.attempt <= previous.last_attempt:
             raise StaleAttemptError
-        if before is not None:  # that very client has begun anew, and wants it no more
-            self.supersede(before)
+        if previous is not None:  # the same client instance has started over, and gives this session up
+            self.supersede(previous)
         session = Session(client_id, self._next_shard(), self._limits, self._events.counters, self._end_detached)
         session.last_attempt = hello.attempt
         self._by_id[session.connection_id] = session
@@ -205,21 +206,21 @@ class SessionStore:
             self._emit(session, "session_lost", logging.INFO, why=why)
         return ResumeResult(session, outcome, why, 0, hello.deflates, hello.retries)
 
-    # ── coming and going ──
+    # ── attaching and detaching ──
 
     def supersede(self, session: Session) -> None:
-        """Another session takes the place of this one."""
+        """End a session that another session replaces."""
         if session.connection is not None:
             session.connection.close(DisconnectReason.REPLACED, code=SESSION_ENDED)
         self.end(session, local_close(DisconnectReason.REPLACED))
 
     def on_attached(self, session: Session) -> None:
-        """Its client has a connection again."""
+        """Remove a session from the detached ones, because it has a connection again."""
         if self._detached.pop(session.connection_id, None) is not None:
             self._forget_detached_of(session)
 
     def on_detached(self, session: Session) -> None:
-        """Its client is away, and may come back for a while."""
+        """Add a session to the detached ones until it expires. It ends at once if sessions cannot be resumed."""
         if session.ended is not None:
             return
         if self._ttl <= 0:
@@ -236,8 +237,8 @@ class SessionStore:
             self._evict(next(iter(self._detached.values())), max_detached_sessions=self._max_detached)
         self._arm()
 
-    def end(self, session: Session, how: CloseInfo) -> None:
-        """A session is over. Nothing happens if it was."""
+    def end(self, session: Session, close_info: CloseInfo) -> None:
+        """End a session. Does nothing if it has ended."""
         self.on_attached(session)
         if self._by_id.pop(session.connection_id, None) is None:
             return
@@ -245,41 +246,43 @@ class SessionStore:
             del self._of_instance[session.client_id, session.instance]
         try:
             self._budget.remove(session)
-            unacknowledged = session.finish(how)
+            unacknowledged = session.finish(close_info)
             self._events.counters.messages_discarded += unacknowledged
-            self._emit(session, "session_ended", logging.INFO, reason=how.cause.value, unacknowledged=unacknowledged)
-            kicked = how.cause is DisconnectReason.APPLICATION and is_terminal(how.code)
-            if kicked and (how.from_outside or how.code != SESSION_ENDED):
-                # Its close frame may be lost with a network that is dead already.
-                self._answer_later(session, how)
-        finally:  # whatever raises, it gets no more messages, and is in no room
-            self._ended(session, how)
+            self._emit(
+                session, "session_ended", logging.INFO, reason=close_info.cause.value, unacknowledged=unacknowledged
+            )
+            blocks_client = close_info.cause is DisconnectReason.APPLICATION and is_terminal(close_info.code)
+            if blocks_client and (close_info.from_outside or close_info.code != SESSION_ENDED):
+                # The close frame may be lost on a dead network.
+                self._remember_end(session, close_info)
+        finally:  # even after an error it must get no more messages and leave its rooms
+            self._ended(session, close_info)
 
-    def _end_detached(self, session: Session, how: CloseInfo) -> None:
-        if how.cause is DisconnectReason.MEMORY:
+    def _end_detached(self, session: Session, close_info: CloseInfo) -> None:
+        if close_info.cause is DisconnectReason.MEMORY:
             self._events.counters.evictions += 1
             self._emit(session, "session_evicted", logging.WARNING, why="memory")
-        elif how.cause is DisconnectReason.APPLICATION:
-            self._answer_later(session, how)
-        self.end(session, how)
+        elif close_info.cause is DisconnectReason.APPLICATION:
+            self._remember_end(session, close_info)
+        self.end(session, close_info)
 
-    def _answer_later(self, session: Session, how: CloseInfo) -> None:
+    def _remember_end(self, session: Session, close_info: CloseInfo) -> None:
         for token in session.tokens:
-            self._ended_by_application.add(token, session.client_id, how)
+            self._ended_by_application.add(token, session.client_id, close_info)
 
     def _evict(self, session: Session, **limit: int) -> None:
         self._emit(session, "session_evicted", logging.WARNING, **limit)
         self.end(session, _expired(session))
 
     def stop(self) -> list[Session]:
-        """End all that are left, as a shutdown does, and return them."""
+        """End all remaining sessions, as a shutdown does, and return them."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        left = list(self._by_id.values())
-        for session in left:
+        remaining = list(self._by_id.values())
+        for session in remaining:
             self.end(session, local_close(DisconnectReason.SERVER_SHUTDOWN))
-        return left
+        return remaining
 
     def _forget_detached_of(self, session: Session) -> None:
         of_client = self._detached_of[session.client_id]
@@ -290,7 +293,7 @@ class SessionStore:
     def _emit(self, session: Session, event: str, level: int, **fields: Any) -> None:
         self._events.emit(event, level, client_id=session.client_id, session_id=session.connection_id, **fields)
 
-    # ── time ──
+    # ── expiry ──
 
     def _arm(self) -> None:
         if self._timer is None and self._detached:
@@ -311,15 +314,15 @@ class SessionStore:
 
 
 def replay_gap(session: Session, epoch: int, seq: int) -> str | None:
-    """Why a client cannot have everything after a number; `None` if it can.
+    """Return why a client cannot get all messages after a number; `None` if it can.
 
     Args:
-        session: Its session.
-        epoch: The epoch of its token.
-        seq: Number of the last message that it has processed.
+        session: Session of the client.
+        epoch: Epoch of its token.
+        seq: Number of the last message that the client has processed.
     """
     if epoch != session.epoch:
-        return "epoch"  # its numbers may mean other messages
+        return "epoch"  # its numbers may refer to other messages
     if seq > session.head:
         return "ahead"
     if seq + 1 < session.first_seq:
@@ -328,6 +331,6 @@ def replay_gap(session: Session, epoch: int, seq: int) -> str | None:
 
 
 def _expired(session: Session) -> CloseInfo:
-    """How a session ends whose client has not come back: as its last connection did."""
-    how: CloseInfo | None = getattr(session.socket, "close_info", None)
-    return how or local_close(DisconnectReason.SERVER_SHUTDOWN)
+    """Return the close info of an expired session: that of its last connection."""
+    close_info: CloseInfo | None = getattr(session.socket, "close_info", None)
+    return close_info or local_close(DisconnectReason.SERVER_SHUTDOWN)

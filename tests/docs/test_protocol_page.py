@@ -141,7 +141,7 @@ def test_numbers_are_those_of_the_code() -> None:
         f"lists {json_text.MAX_DEPTH} levels deep",
         f"up to {json_text.MAX_FRAME_DEPTH} levels",
         f"{CONTROL_FRAMES.per_second:.0f} a second, {CONTROL_FRAMES.burst:.0f} at once",
-        f"up to {idempotency.MAX_KEYS_OF_ONE} keys of a client and {idempotency.MAX_KEYS:,} in total",
+        f"up to {idempotency.MAX_KEYS_PER_CLIENT} keys of a client and {idempotency.MAX_KEYS:,} in total",
         f"for at most {idempotency.MAX_AGE:.0f} s",
         f"more than {idempotency.MAX_WAITING} requests",
         f"larger than {idempotency.MAX_ANSWER_BYTES // 1024} KiB",

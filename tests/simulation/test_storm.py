@@ -96,7 +96,7 @@ def test_missing_first_seq_check_breaks_promise(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store, "replay_gap", forgiving)
     monkeypatch.setattr(
         "fastapi_ws_stabilizer.sessions.replay_buffer.ReplayBuffer.since",
-        lambda self, seq: self.kept[max(0, seq + 1 - self.low) :],
+        lambda self, seq: self.entries[max(0, seq + 1 - self.first_seq) :],
     )
     assert first_violation(SMALL_LOG) is not None
 

@@ -171,7 +171,7 @@ class World:
         """Everything that is held, each message once, counted from nothing."""
         node = self.stage.manager._node
         sessions = list(node.sessions._by_id.values())
-        frames = {id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.kept}
+        frames = {id(frame): frame.size + FRAME_OVERHEAD_BYTES for session in sessions for frame in session.entries}
         inboxes: dict[int, tuple[str, Inbox]] = {
             id(session.inbox): (session.client_id, session.inbox) for session in sessions if session.inbox is not None
         }

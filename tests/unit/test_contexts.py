@@ -148,7 +148,7 @@ async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) ->
 
 async def test_timed_close_runs_hooks_in_connection_context(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end that a timer decides runs the disconnect hooks with the connection's own context variables."""
-    monkeypatch.setattr(lifetimes_module, "TOGETHER", 0.0)
+    monkeypatch.setattr(lifetimes_module, "COALESCE_DELAY", 0.0)
     manager, _ = manager_with(max_lifetime=0.05)
     seen: list[tuple[str, Any]] = []
 

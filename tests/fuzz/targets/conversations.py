@@ -21,7 +21,7 @@ from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.connection.v1_protocol import V1Protocol
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.queueing import EnqueueResult
-from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_OF_ONE, IdempotencyCache
+from fastapi_ws_stabilizer.sessions.idempotency import MAX_KEYS_PER_CLIENT, IdempotencyCache
 from fastapi_ws_stabilizer.sessions.session import ResumeOutcome, Session
 from fastapi_ws_stabilizer.sessions.store import MAX_DETACHED_PER_CLIENT, SessionStore, StaleAttemptError
 from fastapi_ws_stabilizer.wire.deflate import deflate_stream
@@ -214,15 +214,15 @@ class _Stage:
     # ── what has to be true at any time ──
 
     def _looks(self) -> None:
-        assert len(self.seen) <= MAX_KEYS_OF_ONE * len(self.clients)
+        assert len(self.seen) <= MAX_KEYS_PER_CLIENT * len(self.clients)
         assert self.sessions.detached_count <= min(CONFIG.max_detached_sessions, 2 * MAX_DETACHED_PER_CLIENT)
         if self.protocol is None or self.speaker is None:
             return
         session, speaker = self.protocol.session, self.speaker
-        assert session.held_bytes == sum(frame.size for frame in session.kept)
-        assert len(session.kept) <= max(1, CONFIG.replay_max_messages)
-        assert session.held_bytes <= CONFIG.replay_max_bytes or len(session.kept) == 1
-        assert session.first_seq == session.head - len(session.kept) + 1
+        assert session.held_bytes == sum(frame.size for frame in session.entries)
+        assert len(session.entries) <= max(1, CONFIG.replay_max_messages)
+        assert session.held_bytes <= CONFIG.replay_max_bytes or len(session.entries) == 1
+        assert session.first_seq == session.head - len(session.entries) + 1
         for frame in (*speaker.answers, *speaker.frames):
             _is_well_formed(frame)
         speaker.answers.clear()

@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.connection import stall_watch as send_watch_module
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub import heartbeat as heartbeat_module
-from fastapi_ws_stabilizer.hub.heartbeat import MAX_TIMER_LAG, MAX_TOGETHER, HeartbeatScheduler
+from fastapi_ws_stabilizer.hub.heartbeat import MAX_COALESCE_DELAY, MAX_TIMER_LAG, HeartbeatScheduler
 from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.support.fake_recipient import FakeRecipient
 from tests.support.fake_websocket import eventually, settle
@@ -459,7 +459,7 @@ async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
     assert timers[0].cancelled()
     assert timers[2] is timers[3]
     assert not timers[2].cancelled()
-    assert clock.heartbeat._timer_due == 1002.0 + MAX_TOGETHER
+    assert clock.heartbeat._timer_due == 1002.0 + MAX_COALESCE_DELAY
 
 
 async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> None:
@@ -485,7 +485,7 @@ async def test_heartbeat_of_many_connections_yields_to_event_loop(
     monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_BLOCK)
     clock = beating(heartbeat_interval=10)
     members = [clock.add() for _ in range(9)]
-    clock.now = 1010.0 + MAX_TOGETHER
+    clock.now = 1010.0 + MAX_COALESCE_DELAY
     clock.heartbeat._timer.cancel()
     clock.heartbeat._on_timer()
     assert 0 < sum(len(member.frames) for member in members) < 9
@@ -598,14 +598,14 @@ async def test_removed_or_answering_client_leaves_no_ping_state(beating: Any) ->
     for member in members:
         member.unsent, member.taken = 20_000, 0
     clock.at(10)
-    assert len(clock.heartbeat._debts) == 3
+    assert len(clock.heartbeat._unanswered) == 3
     clock.heartbeat.remove(members[0])
     clock.pong(members[1])
     members[1].unsent = 0
     clock.at(20)
-    assert list(clock.heartbeat._debts) == [members[2].liveness]
+    assert list(clock.heartbeat._unanswered) == [members[2].liveness]
     clock.heartbeat.stop()
-    assert not clock.heartbeat._debts
+    assert not clock.heartbeat._unanswered
 
 
 async def test_payload_function_closing_connection_leaves_no_state(beating: Any) -> None:
@@ -621,4 +621,4 @@ async def test_payload_function_closing_connection_leaves_no_state(beating: Any)
     members.append(clock.add())
     members[0].unsent, members[0].taken = 20_000, 0
     clock.at(10)
-    assert not clock.heartbeat._debts
+    assert not clock.heartbeat._unanswered

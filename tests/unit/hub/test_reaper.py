@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from fastapi_ws_stabilizer.hub.reaper import DRAIN_LEAD, JITTER, LOOKS
+from fastapi_ws_stabilizer.hub.reaper import CHECKS_PER_TIMEOUT, DRAIN_LEAD, JITTER
 from tests.support.fake_link import soon, virtually
 from tests.support.stage import Line, Peer, Stage
 from tests.unit.node.test_python_client import World
@@ -98,7 +98,7 @@ async def test_idle_timeout_closes_with_1001() -> None:
     async with Stage(idle_timeout=40, heartbeat_type="ping", heartbeat_interval=1, require_pong=False) as stage:
         line = stage.plain()
         await soon()
-        assert 40 <= await seconds_until_closed(line, 100) <= 40 * (1 + 1 / LOOKS) + 0.2
+        assert 40 <= await seconds_until_closed(line, 100) <= 40 * (1 + 1 / CHECKS_PER_TIMEOUT) + 0.2
         assert line.server.close_frames == [(1001, "idle")]
         assert "disconnect ann idle" in stage.events
 
@@ -122,7 +122,7 @@ async def test_message_in_either_direction_resets_idle_timeout(direction: str, s
             else:
                 await stage.socket().send("x", volatile=direction == "volatile")
         assert line.close_code is None
-        assert await seconds_until_closed(line, 100) <= 40 * (1 + 1 / LOOKS) + 0.2
+        assert await seconds_until_closed(line, 100) <= 40 * (1 + 1 / CHECKS_PER_TIMEOUT) + 0.2
 
 
 @virtually
@@ -163,4 +163,4 @@ async def test_closed_connections_leave_reaper_immediately() -> None:
         reaper = stage.manager._node.reaper
         assert len(reaper) == 0
         assert len(reaper._heap) <= 65
-        assert all(term.member is None for term in reaper._heap)
+        assert all(deadline.recipient is None for deadline in reaper._heap)

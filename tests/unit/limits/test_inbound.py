@@ -159,7 +159,7 @@ def test_default_burst_is_one_second_of_messages(rate: float, burst: int) -> Non
 
 def test_burst_without_rate_raises() -> None:
     """A burst alone is a mistake, and the error says what is missing."""
-    with pytest.raises(ValueError, match="name the rate too"):
+    with pytest.raises(ValueError, match="set the rate too"):
         rate_limiter(None, 5)
 
 

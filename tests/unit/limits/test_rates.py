@@ -205,9 +205,9 @@ def test_take_after_returned_wait_succeeds(rate: Rate, now: float, parts: list[f
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
 def test_non_positive_rate_raises(value: float) -> None:
     """A rate that lets nothing pass, or everything, is none."""
-    with pytest.raises(ValueError, match="per_second of a rate is a number above zero"):
+    with pytest.raises(ValueError, match="per_second of a rate must be a number above zero"):
         Rate(value, 1.0)
-    with pytest.raises(ValueError, match="burst of a rate is a number above zero"):
+    with pytest.raises(ValueError, match="burst of a rate must be a number above zero"):
         Rate(1.0, value)
 
 
@@ -274,7 +274,7 @@ def test_rejected_take_counts_as_use() -> None:
 @pytest.mark.parametrize("max_keys", [0, -1])
 def test_table_without_capacity_raises(max_keys: int) -> None:
     """A table for nobody is refused."""
-    with pytest.raises(ValueError, match="room for one key at least"):
+    with pytest.raises(ValueError, match="max_keys must be at least 1"):
         KeyedTokenBuckets(RATE, max_keys)
 
 

@@ -328,7 +328,7 @@ async def test_eviction_queue_does_not_grow_with_reattachments(budget: MemoryBud
     for _ in range(1_000):
         budget.detach(client)
         budget.attach(client)
-    assert len(budget._line) < 100
+    assert len(budget._heap) < 100
 
 
 async def test_pinned_client_is_not_evicted(budget: MemoryBudget) -> None:
@@ -342,7 +342,7 @@ async def test_pinned_client_is_not_evicted(budget: MemoryBudget) -> None:
         assert gone(a, b) == "b"
     budget.reserve(None, 50)
     assert gone(a, b) == "ab"
-    assert not budget._spared
+    assert not budget._pinned
 
 
 # ── what grows without telling ──
@@ -470,7 +470,7 @@ async def test_stopped_budget_holds_nothing(budget: MemoryBudget) -> None:
     clients = [FakeClient(budget, name, 60) for name in "ab"]
     budget.stop()
     await settle(2)
-    assert (gone(*clients), budget._timer, budget._due) == ("", None, None)
+    assert (gone(*clients), budget._timer, budget._eviction) == ("", None, None)
     assert not budget._entries
-    assert not budget._line
+    assert not budget._heap
     assert not budget._measured

@@ -253,14 +253,14 @@ def check_nothing_is_held(stage: Stage) -> None:
     node = stage.manager._node
     budget, resumption = node.budget, node.resumption
     assert stage.manager.get_memory_usage()["total_memory"] == 0
-    assert (budget.total, budget._entries, budget._measured, list(budget._spared)) == (0, {}, {}, [])
-    assert [entry for entry in budget._line if entry is entry[2].heap_item] == []
+    assert (budget.total, budget._entries, budget._measured, list(budget._pinned)) == (0, {}, {}, [])
+    assert [entry for entry in budget._heap if entry is entry[2].heap_item] == []
     assert (len(node.connections), len(resumption.detached), resumption.sessions._by_id) == (0, 0, {})
     assert (resumption.sessions._detached, resumption.sessions._of_instance) == ({}, {})
     assert (resumption._inherited_keys, resumption.detached._of_client) == ({}, {})
     assert (stage.manager.get_connection_count(), len(stage.manager.get_rooms())) == (0, 0)
     assert len(node.hub.presence) == 0
-    assert (budget.described, list(node.hub._descriptions)) == ({}, [])
+    assert (budget.described, list(node.hub._metadata_sizes)) == ({}, [])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

@@ -1045,7 +1045,7 @@ async def test_write_needing_memory_of_resuming_client_raises(way: str) -> None:
         await soon()
         assert line.socket is not None
         assert line.socket.user_data == {"mine": BIG}
-        assert not stage.manager._node.budget._spared
+        assert not stage.manager._node.budget._pinned
 
 
 @virtually

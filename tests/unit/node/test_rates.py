@@ -292,7 +292,7 @@ async def test_invalid_handler_rate_raises() -> None:
     stage = Stage()
     with pytest.raises(ValueError, match="above zero"):
         stage.manager.on_message("x", max_rate=0)
-    with pytest.raises(ValueError, match="name the rate too"):
+    with pytest.raises(ValueError, match="set the rate too"):
         stage.manager.on_message("x", max_burst=5)
 
 

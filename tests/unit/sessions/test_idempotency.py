@@ -142,7 +142,7 @@ def test_least_recent_client_is_evicted_above_key_limit(monkeypatch: pytest.Monk
 
 def test_oldest_key_of_client_is_evicted_above_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client pushes out its own keys, and nobody else's."""
-    monkeypatch.setattr(idempotency, "MAX_KEYS_OF_ONE", 3)
+    monkeypatch.setattr(idempotency, "MAX_KEYS_PER_CLIENT", 3)
     seen = IdempotencyCache()
     seen.begin("bob", "1")
     for number in range(5):

@@ -38,9 +38,9 @@ def texts(log: ReplayBuffer, seq: int) -> list[str | None]:
 def test_sequence_numbers_start_at_one() -> None:
     """The first message of a log is number 1, and each next one is one more."""
     log = ReplayBuffer(WIDE)
-    assert (log.head, log.first_seq, len(log.kept)) == (0, 1, 0)
+    assert (log.head, log.first_seq, len(log.entries)) == (0, 1, 0)
     assert [log.append(frame()) for _ in range(3)] == [1, 2, 3]
-    assert (log.head, log.first_seq, len(log.kept), log.held_bytes) == (3, 1, 3, 3)
+    assert (log.head, log.first_seq, len(log.entries), log.held_bytes) == (3, 1, 3, 3)
 
 
 def test_since_returns_later_messages_in_order() -> None:
@@ -58,7 +58,7 @@ def test_ack_forgets_messages_up_to_its_number() -> None:
     assert (log.first_seq, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
     log.forget_up_to(1)
     assert texts(log, 2) == ["c"]
-    assert [kept.text for kept in log.kept] == ["c"]
+    assert [entry.text for entry in log.entries] == ["c"]
     assert log.append(frame("d")) == 4
 
 
@@ -110,7 +110,7 @@ def test_clear_continues_sequence_numbers() -> None:
     """Clearing forgets the messages and not the count."""
     log = log_of("a", "b")
     log.forget_all()
-    assert (len(log.kept), log.first_seq, log.head, log.held_bytes) == (0, 3, 2, 0)
+    assert (len(log.entries), log.first_seq, log.head, log.held_bytes) == (0, 3, 2, 0)
     assert log.append(frame()) == 3
 
 
@@ -127,7 +127,7 @@ def test_rewind_below_first_entry_empties_buffer() -> None:
     log = log_of("a", "b", "c")
     log.forget_up_to(2)
     log.rewind(2)
-    assert (len(log.kept), log.head, log.held_bytes) == (0, 1, 0)
+    assert (len(log.entries), log.head, log.held_bytes) == (0, 1, 0)
     log.rewind(5)
     assert (log.head, log.first_seq) == (0, 1)
 
@@ -179,5 +179,5 @@ def test_buffer_is_gapless_tail_after_random_operations(
         held = list(log.since(log.first_seq - 1))
         assert held == recorded[log.first_seq - 1 :]
         assert log.held_bytes == sum(entry.size for entry in held)
-        assert len(log.kept) <= max_messages
-        assert log.held_bytes <= max_bytes or len(log.kept) == 1
+        assert len(log.entries) <= max_messages
+        assert log.held_bytes <= max_bytes or len(log.entries) == 1

@@ -82,7 +82,7 @@ def test_volatile_message_is_neither_stored_nor_numbered() -> None:
     connection.room = False
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.DROPPED
     assert owned.counters.messages_dropped == 1
-    assert (session.head, len(session.kept)) == (0, 0)
+    assert (session.head, len(session.entries)) == (0, 0)
 
 
 def test_sequenced_message_refused_by_outbox_is_stored() -> None:
@@ -277,11 +277,11 @@ def test_session_repr_contains_no_token() -> None:
     """A session shows its id, whose it is and how it does, and no token."""
     owned = Owned()
     secret = owned.secret()
-    assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' away>"
+    assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' detached>"
     owned.session.attach(FakeAttachment(), 0, WELCOME)
     assert "attached" in repr(owned.session)
     owned.session.finish(local_close(DisconnectReason.COMPLETED))
-    assert "over" in repr(owned.session)
+    assert "ended" in repr(owned.session)
     assert secret not in repr(owned.session)
 
 
@@ -356,6 +356,6 @@ async def test_ended_session_rejects_messages_and_fails_waiters() -> None:
     assert session.finish(local_close(DisconnectReason.COMPLETED)) == 2
     assert session.offer(encode(3)) is EnqueueResult.CLOSED
     assert session.offer(encode(3, volatile=True)) is EnqueueResult.CLOSED
-    assert (len(session.kept), session.held_bytes, session.head) == (0, 0, 2)
+    assert (len(session.entries), session.held_bytes, session.head) == (0, 0, 2)
     with pytest.raises(SessionEndedError):
         await answer

@@ -112,7 +112,7 @@ async def test_client_without_missed_messages_resumes_fully() -> None:
     shop.lose(before.session)
     resume_result = shop.greet(2, token, 3)
     assert resume_result == ResumeResult(before.session, FULL, None, 3)
-    assert len(before.session.kept) == 0
+    assert len(before.session.entries) == 0
     assert shop.events.counters.sessions_resumed == 1
 
 
@@ -269,7 +269,7 @@ async def test_overflowed_buffer_is_gap_without_replay() -> None:
     say(before.session, 5)
     _, newer, connection = shop.connect(2, token, 1)
     assert connection.texts == ["welcome"]
-    assert (before.session.head, len(before.session.kept)) == (5, 0)
+    assert (before.session.head, len(before.session.entries)) == (5, 0)
     told = shop.heard.of("session_gap")[0].fields
     assert (told["why"], told["missed_messages"]) == ("overflow", 4)
     assert shop.events.counters.session_gaps == 1
