@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
 from asyncio import _get_running_loop as running_loop  # None where no loop runs, and no exception
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.errors import WrongLoopError
 from fastapi_ws_stabilizer.events import EventBus
+
+MIN_COMPACTED: Final = 64
+"""Entries of a deadline heap below which removed ones stay in it."""
 
 MAX_BLOCK: Final = 0.005
 """Seconds after which the event loop gets a turn between two shards."""
@@ -208,3 +212,104 @@ class CallbackSemaphore:
         while self.waiters and self.free:
             if self.waiters.popleft()():
                 break
+
+
+class Deadline(Protocol):
+    """Entry of a `DeadlineHeap`: a connection, and when to check it.
+
+    Attributes:
+        due: Time of the next check, on the monotonic clock.
+        recipient: The connection; `None` once the entry is removed.
+    """
+
+    due: float
+    recipient: Any
+
+    def __lt__(self, other: Any) -> bool:
+        """Whether this entry is due first."""
+
+
+D = TypeVar("D", bound=Deadline)
+
+
+class DeadlineHeap(Generic[D]):
+    """Deadlines of many connections on one timer.
+
+    A removed entry stays in the heap without its connection, until it is due or most of the heap is such entries.
+
+    Args:
+        on_due: Called with the time and the delay of the call in seconds. It takes entries with `pop`.
+        coalesce: Seconds that a check may be late, so that one event loop iteration handles many.
+    """
+
+    def __init__(self, on_due: Callable[[float, float], None], coalesce: float) -> None:
+        self._on_due = on_due
+        self._coalesce = coalesce
+        self._entries: list[D] = []
+        self._count = 0
+        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
+        self.timer: asyncio.TimerHandle | None = None
+        self.timer_due = 0.0
+
+    def __len__(self) -> int:
+        """Entries that are not removed."""
+        return self._count
+
+    @property
+    def size(self) -> int:
+        """Entries in the heap, with removed ones."""
+        return len(self._entries)
+
+    def push(self, entry: D) -> None:
+        """Add an entry, with its connection."""
+        self._count += 1
+        heapq.heappush(self._entries, entry)
+
+    def pop(self, now: float) -> D | None:
+        """Take out the first entry that is due; `None` if no entry is."""
+        while self._entries and self._entries[0].due <= now:
+            entry = heapq.heappop(self._entries)
+            if entry.recipient is not None:
+                self._count -= 1
+                return entry
+        return None
+
+    def remove(self, entry: D) -> None:
+        """Remove an entry that is in the heap."""
+        entry.recipient = None
+        self._count -= 1
+        if len(self._entries) > MIN_COMPACTED and len(self._entries) > 2 * self._count:
+            self._entries = [one for one in self._entries if one.recipient is not None]
+            heapq.heapify(self._entries)
+
+    def arm(self) -> None:
+        """Set the timer to the first entry."""
+        if not self._entries:
+            return
+        due = self._entries[0].due + self._coalesce
+        if self.timer is not None:
+            if self.timer_due <= due:
+                return
+            self.timer.cancel()
+        self.timer_due = due
+        self.timer = asyncio.get_running_loop().call_later(
+            max(0.0, due - monotonic()), self._on_timer, context=self._context
+        )
+
+    def _on_timer(self) -> None:
+        self.timer = None
+        now = monotonic()
+        try:
+            self._on_due(now, now - self.timer_due)
+        finally:
+            self.arm()  # even if one check raised, the others must run in time
+
+    def stop(self) -> None:
+        """Drop all entries and the timer."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        for entry in self._entries:
+            entry.recipient = None
+        self._entries.clear()
+        self._count = 0

@@ -6,9 +6,6 @@ the first of them. An idle connection costs a heap entry, but no task and no tim
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import heapq
 import logging
 import random
 from typing import Final
@@ -20,7 +17,7 @@ from fastapi_ws_stabilizer.connection.liveness import Liveness
 from fastapi_ws_stabilizer.errors import MessageEncodeError
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.hub.recipient import Recipient
-from fastapi_ws_stabilizer.scheduling import LoopBudget
+from fastapi_ws_stabilizer.scheduling import DeadlineHeap, LoopBudget
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from fastapi_ws_stabilizer.wire.text_ping import PING
 
@@ -82,7 +79,6 @@ class HeartbeatScheduler:
     def __init__(self, config: WebSocketConfig, events: EventBus) -> None:
         self._interval = config.heartbeat_interval
         self._timeout = config.heartbeat_timeout
-        self._coalesce_delay = min(MAX_COALESCE_DELAY, config.heartbeat_interval / 50)
         self._require_pong = config.require_pong
         self._payload = config.heartbeat_payload
         self._enabled = config.heartbeat_type is not HeartbeatType.OFF
@@ -94,14 +90,11 @@ class HeartbeatScheduler:
         elif self._enabled and not callable(self._payload):
             self._constant = encode(self._payload)
         self._events = events
-        self._heap: list[Liveness] = []
-        self._count = 0
-        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = 0.0
+        coalesce = min(MAX_COALESCE_DELAY, config.heartbeat_interval / 50)
+        self._deadlines: DeadlineHeap[Liveness] = DeadlineHeap(self._on_due, coalesce)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._deadlines)
 
     def add(self, recipient: Recipient) -> None:
         """Start the heartbeat of a connection."""
@@ -110,28 +103,18 @@ class HeartbeatScheduler:
         now = monotonic()
         recipient.liveness.next_ping = now + random.uniform(0.0, self._interval)  # noqa: S311 (spreads load, guards nothing)
         self._push(recipient, recipient.liveness.next_ping)
-        self._arm()
+        self._deadlines.arm()
 
     def remove(self, recipient: Recipient) -> None:
         """Stop the heartbeat of a connection and drop the reference to it."""
         self._unanswered.pop(recipient.liveness, None)
         if recipient.liveness.recipient is not None:
-            recipient.liveness.recipient = None
-            self._count -= 1
-            if len(self._heap) > 64 and len(self._heap) > 2 * self._count:
-                self._heap = [liveness for liveness in self._heap if liveness.recipient is not None]
-                heapq.heapify(self._heap)
+            self._deadlines.remove(recipient.liveness)
 
     def stop(self) -> None:
         """Drop all connections and the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for liveness in self._heap:
-            liveness.recipient = None
-        self._heap.clear()
+        self._deadlines.stop()
         self._unanswered.clear()
-        self._count = 0
 
     def run_due(self, now: float, late: float = 0.0) -> None:
         """Run all checks that are due at `now`.
@@ -141,15 +124,12 @@ class HeartbeatScheduler:
             late: Delay of this call in seconds.
         """
         loop_budget = LoopBudget()
-        while self._heap and self._heap[0].due <= now:
-            if loop_budget.exceeded():
-                break  # `_arm` sets the timer again at once, so the rest runs after the loop was free
-            liveness = heapq.heappop(self._heap)
-            recipient: Recipient | None = liveness.recipient
-            if recipient is None:
-                continue
+        while not loop_budget.exceeded():  # the timer is set again at once, so the rest runs after the loop was free
+            liveness = self._deadlines.pop(now)
+            if liveness is None:
+                break
+            recipient: Recipient = liveness.recipient
             liveness.recipient = None
-            self._count -= 1
             due = self._check(recipient, now, late)
             if due is not None:
                 self._push(recipient, due)
@@ -262,30 +242,9 @@ class HeartbeatScheduler:
         liveness = recipient.liveness
         liveness.due = due
         liveness.recipient = recipient
-        self._count += 1
-        heapq.heappush(self._heap, liveness)
+        self._deadlines.push(liveness)
 
-    def _arm(self) -> None:
-        """Set the timer to the first entry of the heap."""
-        if not self._heap:
-            return
-        due = self._heap[0].due
-        if self._timer is not None:
-            if self._timer_due <= due + self._coalesce_delay:
-                return
-            self._timer.cancel()
-        self._timer_due = due + self._coalesce_delay
-        self._timer = asyncio.get_running_loop().call_later(
-            max(0.0, self._timer_due - monotonic()), self._on_timer, context=self._context
-        )
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        now = monotonic()
-        late = now - self._timer_due
+    def _on_due(self, now: float, late: float) -> None:
         if late >= MAX_TIMER_LAG:
             self._events.emit("event_loop_blocked", logging.WARNING, blocked_seconds=late)
-        try:
-            self.run_due(now, late)
-        finally:
-            self._arm()
+        self.run_due(now, late)

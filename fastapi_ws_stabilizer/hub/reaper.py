@@ -6,9 +6,6 @@ connection before that, at its own moment and with a code that says so, so that 
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import heapq
 import math
 import random
 from typing import Final
@@ -17,7 +14,7 @@ from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.hub.recipient import Recipient
-from fastapi_ws_stabilizer.scheduling import LoopBudget
+from fastapi_ws_stabilizer.scheduling import DeadlineHeap, LoopBudget
 
 JITTER: Final = 0.1
 """Fraction of `max_lifetime` by which a connection may be closed early, so that simultaneous connections do not close
@@ -70,10 +67,7 @@ class ConnectionReaper:
         self._drain_lead = min(DRAIN_LEAD, (config.max_lifetime or 0.0) * JITTER)  # before `ends`
         self._enabled = self._max_lifetime is not None or self._idle_timeout is not None
         self._deadlines: dict[str, _Deadline] = {}
-        self._heap: list[_Deadline] = []
-        self._context = contextvars.copy_context()  # not the context of the connection that sets the timer
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = 0.0
+        self._heap: DeadlineHeap[_Deadline] = DeadlineHeap(self._on_due, COALESCE_DELAY)
 
     def __len__(self) -> int:
         return len(self._deadlines)
@@ -90,26 +84,19 @@ class ConnectionReaper:
         deadline = self._deadlines[recipient.connection_id] = _Deadline(recipient, now, ends)
         if self._idle_timeout is not None:
             deadline.due = min(ends, now + self._idle_timeout / CHECKS_PER_TIMEOUT)
-        heapq.heappush(self._heap, deadline)
-        self._arm()
+        self._heap.push(deadline)
+        self._heap.arm()
 
     def remove(self, recipient: Recipient) -> None:
         """Stop watching a connection and drop the reference to it."""
         deadline = self._deadlines.pop(recipient.connection_id, None)
-        if deadline is None:
-            return
-        deadline.recipient = None
-        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._deadlines):
-            self._heap = [one for one in self._heap if one.recipient is not None]
-            heapq.heapify(self._heap)
+        if deadline is not None and deadline.recipient is not None:
+            self._heap.remove(deadline)
 
     def stop(self) -> None:
         """Drop all connections and the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self._deadlines.clear()
-        self._heap.clear()
+        self._heap.stop()
 
     def _check(self, deadline: _Deadline, recipient: Recipient, now: float) -> None:
         """Check a connection, and set `due` to the time of the next check."""
@@ -132,30 +119,12 @@ class ConnectionReaper:
             return
         deadline.due = min(deadline.ends, idle_at, now + self._idle_timeout / CHECKS_PER_TIMEOUT)
 
-    def _arm(self) -> None:
-        if not self._heap:
-            return
-        due = self._heap[0].due
-        if self._timer is not None:
-            if self._timer_due <= due + COALESCE_DELAY:
-                return
-            self._timer.cancel()
-        self._timer_due = due + COALESCE_DELAY
-        self._timer = asyncio.get_running_loop().call_later(
-            max(0.0, self._timer_due - monotonic()), self._on_timer, context=self._context
-        )
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        now = monotonic()
+    def _on_due(self, now: float, _: float) -> None:
         loop_budget = LoopBudget()
-        try:
-            while self._heap and self._heap[0].due <= now and not loop_budget.exceeded():
-                deadline = heapq.heappop(self._heap)
-                if deadline.recipient is None:
-                    continue
-                self._check(deadline, deadline.recipient, now)
-                if deadline.recipient is not None:  # it is removed when its close begins
-                    heapq.heappush(self._heap, deadline)
-        finally:
-            self._arm()  # even if one check raised, the others must run in time
+        while not loop_budget.exceeded() and (deadline := self._heap.pop(now)) is not None:
+            recipient, deadline.recipient = deadline.recipient, None
+            assert recipient is not None  # noqa: S101 (the heap returns no removed entry)
+            self._check(deadline, recipient, now)
+            if recipient.connection_id in self._deadlines:  # it is removed when its close begins
+                deadline.recipient = recipient
+                self._heap.push(deadline)
