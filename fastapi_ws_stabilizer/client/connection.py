@@ -1,4 +1,4 @@
-"""One dial and the connection that comes of it: from the URL to the moment in which it is lost."""
+"""One connection attempt, and the connection that results, until it is lost."""
 
 from __future__ import annotations
 
@@ -41,47 +41,48 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
 )
 
 ACK_WITHIN: Final = 1.0
-"""Seconds after which a message is acknowledged at the latest."""
+"""Maximum delay of an acknowledgement, in seconds."""
 
 ACK_TIMEOUT: Final = 10.0
-"""Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
+"""Seconds without the server's acknowledgement after which the client probes the connection."""
 
 SLOWEST_UPLINK: Final = 16 * 1024
-"""Bytes in a second of the slowest link that is not taken for a dead one while it carries a large message."""
+"""Minimum send rate in bytes per second. A slower connection may count as dead while it carries a large message."""
 
 UNFINISHED_BYTES: Final = 16 * 1024
-"""Bytes of an incomplete message that make it a large one. A smaller one is not what ends a connection."""
+"""Minimum size in bytes of an incomplete message that counts as truncated. A smaller one is not the cause of a lost
+connection."""
 
 REPLAY_WITHIN: Final = 1.0
-"""Seconds after the welcome in which the first bytes of what the server sends again have come."""
+"""Seconds after the welcome within which the first replayed bytes arrive."""
 
 CLOSE_WITHIN: Final = 5.0
-"""Seconds that a close frame may take on a connection that nobody waits for any more."""
+"""Seconds that a close frame may take on a connection that is no longer used."""
 
 READ_ERROR_GRACE: Final = 0.5
-"""Seconds between a failed write and taking the connection for lost."""
+"""Seconds between a failed write and the end of the connection."""
 
 _OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
 """Close codes that a client sends."""
 
 MAX_HOLD: Final = 300.0
-"""Seconds that a server can make us wait with our messages at most."""
+"""Maximum time that a server can pause the client's messages, in seconds."""
 
 MAX_CONTROL: Final = 64
-"""Control frames that wait to be sent at most."""
+"""Maximum number of queued control frames."""
 
 
 class ClientConnection:
-    """One connection. It is never reopened, and what it still receives after it was lost concerns nobody.
+    """One connection. It is never reopened, and it ignores frames that arrive after it was lost.
 
     Args:
-        client: Whose it is.
-        tasks: Where its tasks are made.
+        client: The client that it belongs to.
+        tasks: The task set for its tasks.
         connect_timeout: Seconds from the URL to the welcome.
-        stable_after: Seconds after which it counts as stable.
+        stable_after: Seconds after which it is stable.
 
     Attributes:
-        rtt: Seconds of the last measured round trip.
+        rtt: Last measured round trip in seconds.
     """
 
     def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
@@ -98,21 +99,21 @@ class ClientConnection:
         self._idle: asyncio.Future[None] | None = None
         self._timers = NamedTimers()
         self._heard_at = monotonic()
-        self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
-        self._whole_bytes = 0  # bytes that had come in when the last whole frame was read
-        self._progress: int | None = None  # of what we send, when an answer was last waited for
+        self._pausing = False  # whether the client does not read, so that silence is not the server's fault
+        self._whole_bytes = 0  # bytes received when the last complete frame was read
+        self._progress: int | None = None  # send progress at the last probe
         self._asked_at = 0.0
         self._silence = 0.0
-        self._beat = 0.0  # seconds after which we say that we live while a large message comes in
-        self._deflates = False  # whether the server takes compressed frames
+        self._beat = 0.0  # seconds between signs of life to the server while a large message arrives
+        self._deflates = False  # whether the server accepts compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0
-        self._put_off = False  # whether the server has asked once for a message again
+        self._put_off = False  # whether the server has asked for a message again
         self._leave_at: float | None = None
         self.rtt: float | None = None
 
     async def run(self, dial: Connect) -> ConnectionLost:
-        """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
+        """Connect, wait for the welcome, read and write; return how the connection was lost."""
         self._timers.start("connect", self._connect_timeout, lambda: self.mark_lost(4408, "connect timeout"))
         tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
         try:
@@ -127,18 +128,18 @@ class ClientConnection:
                 how = self._lost.result()
                 code = how.code if how.code in _OURS else 4000
                 closing = self._tasks.spawn(self._close(self._transport, code, how.reason), name="ws-client-close")
-                if code == 1000:  # a goodbye is waited for; everything else dials again meanwhile
+                if code == 1000:  # only the end of the session waits for the close frame
                     await wait_for_all([closing], CLOSE_WITHIN + 1.0)
 
     def mark_lost(self, code: int, reason: str, *, at_once: bool = False) -> None:
-        """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
+        """End the connection. The first call decides, and the client does not wait for a close frame."""
         if not self._lost.done():
             self._note_unfinished(code)
             self._lost.set_result(ConnectionLost(code, reason, self._open, at_once))
             self._open = False
 
     def _note_unfinished(self, code: int) -> None:
-        """Tell the client if the connection ends in the middle of a large message."""
+        """Report to the client that the connection ends during a large message."""
         unfinished = self._received()[0] - self._whole_bytes
         if self._open and not self._pausing and code != 1000 and unfinished >= UNFINISHED_BYTES:
             self._client.broke_off()
@@ -171,7 +172,7 @@ class ClientConnection:
                 self._pausing = True
                 await self._client.incoming.room()
                 self._pausing = False
-                if "probe" in self._timers:  # the answer may have come while we did not read
+                if "probe" in self._timers:  # the answer may have arrived while the client did not read
                     self._await_answer()
         except TransportClosedError as lost:
             if isinstance(lost, UnreadableMessageError):
@@ -179,7 +180,7 @@ class ClientConnection:
             self.mark_lost(lost.code, lost.reason)
         except ClientClosedError as final:
             self.mark_lost(final.code, final.reason)
-        except Exception as error:  # of the user's functions for the URL or the credential
+        except Exception as error:  # your functions for the URL and the credential may raise anything
             self._client.emit("error", error)
             self.mark_lost(1006, repr(error))
 
@@ -188,7 +189,7 @@ class ClientConnection:
         credential = await client.credential(force=client.refused_credential)
         transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
         if transport.subprotocol != SUBPROTOCOL:
-            raise ClientClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
+            raise ClientClosedError(4406, f"the server does not support {SUBPROTOCOL}")
         client.dials += 1
         hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
         hello["caps"] = [RETRY_CAP]
@@ -210,7 +211,7 @@ class ClientConnection:
         try:
             frame = parse(raw, MAX_SENT_BYTES if self._client.deflate else 0, MAX_FRAME_DEPTH)
         except ProtocolError as bad:
-            if self._open and is_numbered(raw):  # else the counts differ, and the next ping ends the connection
+            if self._open and is_numbered(raw):  # otherwise the counts differ, and the next ping ends the connection
                 self._count()
             self._left_out(str(bad))
             return
@@ -219,14 +220,17 @@ class ClientConnection:
         except ProtocolError as bad:
             self._left_out(str(bad))
             if not self._open and not self._lost.done():
-                self.mark_lost(4412, "the welcome cannot be read")
+                self.mark_lost(4412, "unreadable welcome")
 
     def _left_out(self, why: str) -> None:
-        """A frame cannot be read: it ends nothing, because another client may have put it together."""
+        """Skip a frame that cannot be read.
+
+        The connection stays open, because the data may come from another client.
+        """
         self._client.left_out(UnreadableFrameError(why))
 
     def _count(self) -> None:
-        self._client.last += 1  # before it is handled: a handler that fails does not get it again
+        self._client.last += 1  # before the handler runs: a handler that fails does not get the message again
         self._schedule_ack()
 
     def _dispatch(self, frame: dict[str, Any]) -> None:
@@ -255,13 +259,13 @@ class ClientConnection:
             self._refused(frame)
 
     def _refused(self, frame: dict[str, Any]) -> None:
-        """The server has refused a message, for good or for some time."""
+        """Handle a message that the server has rejected, permanently or for some time."""
         buffer, seq, retry = self._client.buffer, optional_int(frame, "seq"), optional_int(frame, "retry")
         error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
         if seq is not None and retry is not None:
             if buffer.put_off(seq):
                 level = logging.DEBUG if self._put_off else logging.INFO
-                logger.log(level, "the server has too much at the moment: %s", error)
+                logger.log(level, "the server asks the client to retry later: %s", error)
                 self._put_off = True
                 self._timers.start("retry", min(retry / 1000, MAX_HOLD), self.wake)
             return
@@ -282,9 +286,9 @@ class ClientConnection:
     def _pinged(self, frame: dict[str, Any]) -> None:
         sent = optional_int(frame, "seq")
         if sent is not None and sent != self._client.last:
-            self.mark_lost(4412, "a message is missing")
+            self.mark_lost(4412, "sequence gap")
             return
-        if sent is not None:  # it comes in its turn among the messages
+        if sent is not None:  # the ping is ordered with the messages
             self._client.not_unfinished()
         self._reset_ack()
         fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
@@ -317,12 +321,12 @@ class ClientConnection:
         token, session = optional_text(frame, "token", 512), optional_text(frame, "session")
         seq, accepted = require_int(frame, "seq"), require_int(frame, "ack")
         if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
-            raise ProtocolError("welcome: token, session or resume is missing")
+            raise ProtocolError("welcome: token, session or resume is missing or invalid")
         before = client.last
         if outcome == "full" and seq != before:
-            self.mark_lost(4412, "the server resumes elsewhere")
+            self.mark_lost(4412, "sequence number mismatch")
             return
-        if outcome == "none" and client.session is not None:  # we have given the old one up
+        if outcome == "none" and client.session is not None:  # the client has abandoned the old session
             outcome, frame = "lost", {**frame, "why": "given_up"}
         client.session, client.token, client.last = session, token, seq
         caps = frame.get("caps")
@@ -349,7 +353,10 @@ class ClientConnection:
         self.wake()
 
     def _track_replay(self) -> None:
-        """What the server sends again comes with its welcome: if nothing does, it sends nothing again."""
+        """Forget the truncated message if the server replays nothing.
+
+        Replayed messages arrive together with the welcome.
+        """
         if not self._pausing and self._received()[0] == self._whole_bytes:
             self._client.not_unfinished()
 
@@ -373,14 +380,14 @@ class ClientConnection:
     # ── writing ──
 
     def put(self, frame: str | bytes) -> None:
-        """Send a frame that nobody keeps, before the messages. Of too many that wait the oldest is left out."""
+        """Queue an unbuffered frame ahead of the messages. If too many wait, the oldest is dropped."""
         self._control.append(frame)
         if len(self._control) > MAX_CONTROL:
             del self._control[0]
         self.wake()
 
     def send_volatile(self, data: Any, event: str | None) -> bool:
-        """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
+        """Send an unnumbered message; return `False` if the connection cannot take it now."""
         if not self._open or len(self._control) >= MAX_CONTROL:
             return False
         frame = validate_frame(envelope("msg", data, event=event), {"event": event})
@@ -391,12 +398,12 @@ class ClientConnection:
         return True
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Wake the writer, because there may be something to send."""
         if self._wanted is not None and not self._wanted.done():
             self._wanted.set_result(None)
 
     async def flushed(self, timeout: float) -> None:
-        """Wait until everything is written that may be, some seconds at most."""
+        """Wait until all sendable frames are written, at most `timeout` seconds."""
         if self._open and (self._wanted is None or self._wanted.done()):
             self._idle = self._loop.create_future()
             await wait_for_first([self._idle, self._lost], timeout)
@@ -413,12 +420,12 @@ class ClientConnection:
                     continue
                 await transport.send(frame)
         except TransportClosedError as lost:
-            # The reader may know better why, and has what came in before.
+            # The reader may know the cause, and still has data that arrived before.
             code, reason = lost.code, lost.reason
             self._timers.start("write", READ_ERROR_GRACE, lambda: self.mark_lost(code, reason))
         except Exception as error:
-            # Without a writer the connection is dead, though it looks open: nobody else would find out.
-            logger.exception("the writing failed")
+            # Without a writer the connection looks open but is dead, and nothing else detects that.
+            logger.exception("the client's writer failed")
             self.mark_lost(1006, repr(error))
 
     def _next_frame(self) -> str | bytes | None:
@@ -435,10 +442,10 @@ class ClientConnection:
             return deflated(frame) or frame
         return frame
 
-    # ── doubt ──
+    # ── liveness ──
 
     def _watch(self) -> None:
-        """Look whether the server has been silent for too long."""
+        """Close the connection if the server has been silent for too long."""
         if not self._silence:
             return
         now = monotonic()
@@ -450,47 +457,47 @@ class ClientConnection:
             self.mark_lost(4408, "heartbeat timeout")
             return
         if silent < self._beat <= now - self._heard_at:
-            # A large message is on its way, and the server's ping behind it: the server has to know that we live.
+            # A large message is arriving, and the server's ping comes after it. This frame shows that the client lives.
             self._send_ack()
         self._timers.start("watch", max(0.05, min(self._beat, self._silence - silent)), self._watch)
 
     def probe(self) -> None:
-        """Ask the server for a sign of life."""
+        """Send a ping, and close the connection if the server does not answer in time."""
         if self._open and "probe" not in self._timers:
             self._pinged_at = monotonic()
             self.put('{"type":"ping"}')
             self._await_answer()
 
     def _await_answer(self) -> None:
-        """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
+        """Start the timer of a probe, extended by the time for the data that is sent before it."""
         oldest = self._client.buffer.oldest_sent
         self._asked_at, self._progress = monotonic(), self._send_progress()
         in_flight = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
         self._timers.start("probe", self._client.probe_timeout + in_flight, self._unanswered)
 
     def _unanswered(self) -> None:
-        if self._pausing or self._bytes_pass():  # it may have answered, and it is we who do not read
+        if self._pausing or self._bytes_pass():  # the server may have answered, but the client does not read
             self._await_answer()
         else:
-            self.mark_lost(4408, "no answer", at_once=True)
+            self.mark_lost(4408, "probe timeout", at_once=True)
 
     def _bytes_pass(self) -> bool:
-        """Whether bytes have come or gone since an answer was last waited for: it is behind a large message."""
+        """Return whether bytes were sent or received since the probe, so that the answer may be delayed."""
         before, now = self._progress, self._send_progress()
         return self._received()[1] > self._asked_at or (before is not None and now is not None and now > before)
 
     def _accepted(self, seq: int) -> None:
-        """The server has everything up to a number. What waits longest now is looked at when its own time is over."""
+        """Process an acknowledgement. The next unacknowledged message gets its own deadline."""
         buffer = self._client.buffer
         oldest = buffer.oldest_sent
         buffer.accepted(seq)
-        self.wake()  # more may be on their way now
+        self.wake()  # the send window may have grown
         if buffer.oldest_sent is not oldest:
             self._timers.stop("accept")
             self._check_unacked()
 
     def _check_unacked(self) -> None:
-        """Look, when its time is over, whether the message that waits longest is accepted."""
+        """Probe the connection if the oldest sent message is not acknowledged within its deadline."""
         oldest = self._client.buffer.oldest_sent
         if oldest is None or "accept" in self._timers:
             return
