@@ -10,12 +10,12 @@ from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import is_terminal
 
-_SLOW: Final = frozenset({1012, 1013, 1014, 4429, 4503})
+_OVERLOADED_CODES: Final = frozenset({1012, 1013, 1014, 4429, 4503})
 """Close codes of servers that are overloaded or shutting down. All their clients get the same code."""
 
-_SLOWER: Final = 5
+_OVERLOADED_FACTOR: Final = 5
 _HINTED_ATTEMPTS: Final = 3
-_TOO_MUCH: Final = 4429
+_RATE_LIMITED: Final = 4429
 """Close code of a limit of this client alone. The server knows how long the limit lasts, so its hint always counts."""
 
 _MAX_HINT: Final = 300.0
@@ -25,23 +25,23 @@ _RETRY: Final = re.compile(r"\bretry=(\d{1,7})\b")
 class ReconnectAction(Enum):
     """Action that a close code asks the client to take."""
 
-    AGAIN = "again"
+    RETRY = "retry"
     """Reconnect after a delay."""
-    NOW = "now"
+    RETRY_NOW = "retry_now"
     """Reconnect immediately."""
-    REFRESH = "refresh"
+    REAUTHENTICATE = "reauthenticate"
     """Get a new credential and reconnect once."""
-    FINAL = "final"
+    STOP = "stop"
     """Do not reconnect."""
 
 
 def action_for(code: int) -> ReconnectAction:
     """Return the action for a close code."""
     if code in (4401, 3000, 1008):
-        return ReconnectAction.REFRESH
+        return ReconnectAction.REAUTHENTICATE
     if code in (4000, 4412):
-        return ReconnectAction.NOW
-    return ReconnectAction.FINAL if is_terminal(code) else ReconnectAction.AGAIN
+        return ReconnectAction.RETRY_NOW
+    return ReconnectAction.STOP if is_terminal(code) else ReconnectAction.RETRY
 
 
 @dataclass
@@ -72,12 +72,12 @@ class Backoff:
         """
         hint = _RETRY.search(reason)
         attempt, self.attempt = self.attempt, self.attempt + 1
-        if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _TOO_MUCH):
+        if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _RATE_LIMITED):
             hinted = min(int(hint.group(1)) / 1000, _MAX_HINT)
             if attempt >= _HINTED_ATTEMPTS:  # a hint of 0 must not cause an endless loop without delays
                 hinted = max(hinted, self.min_delay)
             return hinted + random.uniform(0.0, self.min_delay + hinted / 10)  # noqa: S311 (other clients get the same hint)
-        window = self.base * (_SLOWER if code in _SLOW else 1) * 2 ** min(attempt, 30)
+        window = self.base * (_OVERLOADED_FACTOR if code in _OVERLOADED_CODES else 1) * 2 ** min(attempt, 30)
         return self.min_delay + random.uniform(0.0, min(self.max_delay, window))  # noqa: S311 (spreads load, no security)
 
     def reset(self) -> None:

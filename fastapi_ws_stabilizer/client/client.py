@@ -39,10 +39,10 @@ State = Literal["idle", "connecting", "open", "waiting", "closed"]
 STABLE_AFTER: Final = 5.0
 """Seconds after which an open connection resets the backoff."""
 
-STARTED_WITHIN: Final = 1.0
+START_WARNING_DELAY: Final = 1.0
 """Seconds after the first message until a warning says that the client is not started."""
 
-MAX_UNFINISHED: Final = 2
+MAX_TRUNCATIONS: Final = 2
 """Number of connections that may be lost during the same message before the client skips it. The server sends the
 message again on each connection."""
 
@@ -124,11 +124,13 @@ class Client(ClientEvents):
         self._first_connect_timeout = first_connect_timeout
         self._flush_timeout = flush_timeout
         self._first_timer: asyncio.TimerHandle | None = None
-        self._failed_dials = 0
+        self._failed_attempts = 0
         self._last_failure = ""
         self.probe_timeout = probe_timeout
         self._dial = dial or default_connector(**options)
-        self._redial = ReconnectPolicy(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
+        self._reconnects = ReconnectPolicy(
+            Backoff(base_delay, max_delay, min_delay), can_reauthenticate=auth is not None
+        )
         self._tasks = TaskSet(self._task_failed)
         super().__init__(self._tasks)
         self.buffer: SendBuffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
@@ -142,8 +144,8 @@ class Client(ClientEvents):
         self._attempt: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._wakeup: asyncio.Future[None] = loop.create_future()
-        self._ending: ClientClosedError | None = None
-        self._unreadable = self._refused = 0
+        self._close_error: ClientClosedError | None = None
+        self._unreadable = self._rejected = 0
         self._warns_unstarted = False
         # State of the session, which outlives each connection.
         self.instance: str = secrets.token_hex(8)
@@ -151,7 +153,7 @@ class Client(ClientEvents):
         self.token: str | None = None
         self.last: int = 0
         self.dials = 0
-        self._unfinished = (0, 0)  # number of the last message before a truncated one, and how often it was truncated
+        self._truncated = (0, 0)  # number of the last message before a truncated one, and how often it was truncated
 
     def __repr__(self) -> str:
         return f"<Client {self._state} session={self.session}>"
@@ -171,7 +173,7 @@ class Client(ClientEvents):
     @property
     def closed(self) -> ClientClosedError | None:
         """Error with the final `code` and `reason`; `None` until the client is permanently closed."""
-        return self._ending
+        return self._close_error
 
     @property
     def unreadable_frames(self) -> int:
@@ -184,8 +186,8 @@ class Client(ClientEvents):
         Raises:
             ClientClosedError: The client is closed. Create a new one.
         """
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
         if self._runner is None:
             self._runner = self._tasks.spawn(self._run(), name="ws-client")
             if self._first_connect_timeout is not None:
@@ -198,7 +200,7 @@ class Client(ClientEvents):
         self._finish(ClientClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
 
     def _check_started(self) -> None:
-        if self._runner is None and self._ending is None:
+        if self._runner is None and self._close_error is None:
             raise NotStartedError
 
     def __await__(self) -> Generator[Any, None, NoReturn]:
@@ -256,8 +258,8 @@ class Client(ClientEvents):
             await opened
         finally:
             self._stop_listening("state", look)
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Send queued messages, close the connection and end the session.
@@ -271,7 +273,7 @@ class Client(ClientEvents):
         """
         runner = self._runner
         try:
-            if self._ending is None and runner is not None:
+            if self._close_error is None and runner is not None:
                 await self._flush()
             self._finish(ClientClosedError(code, reason), ours=True)
             if runner is not None and runner is not asyncio.current_task():
@@ -283,14 +285,14 @@ class Client(ClientEvents):
 
     async def _flush(self) -> None:
         deadline = monotonic() + self._flush_timeout
-        self.incoming.read_on()  # acknowledgements come after messages that your code may no longer read
-        await wait_for_all(self.buffer.undecided(), self._flush_timeout)
+        self.incoming.stop_blocking()  # acknowledgements come after messages that your code may no longer read
+        await wait_for_all(self.buffer.unaccepted(), self._flush_timeout)
         if self._attempt is not None:  # volatile messages are written but not acknowledged
             await self._attempt.flushed(max(0.0, deadline - monotonic()))
 
     def reconnect(self) -> None:
         """Drop the connection or stop waiting, and reconnect now. The session continues."""
-        self._redial.at_once()
+        self._reconnects.at_once()
         if self._attempt is not None:
             self._attempt.mark_lost(4000, "reconnect", at_once=True)
         self._reconnect_now()
@@ -373,19 +375,19 @@ class Client(ClientEvents):
         raise RequestTimeoutError(timeout)
 
     def _queue(self, type_: str, data: Any, **fields: Any) -> PendingMessage:
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
         message = PendingMessage(type_, data, fields)
         self.buffer.add(message)
         if self._attempt is not None:
             self._attempt.wake()
         elif self._runner is None and not self._warns_unstarted:
             self._warns_unstarted = True
-            asyncio.get_running_loop().call_later(STARTED_WITHIN, self._warn_unstarted)
+            asyncio.get_running_loop().call_later(START_WARNING_DELAY, self._warn_unstarted)
         return message
 
     def _warn_unstarted(self) -> None:
-        if self._runner is None and self._ending is None:
+        if self._runner is None and self._close_error is None:
             logger.warning("messages are queued but not sent: %s", NotStartedError())
 
     def _key(self) -> str | None:
@@ -408,7 +410,7 @@ class Client(ClientEvents):
 
     def _cannot_reply(self, request_id: str, problem: BaseException) -> None:
         """Answer with an error instead of data that cannot be sent, so that the server does not wait."""
-        if self._ending is not None:
+        if self._close_error is not None:
             return
         self.emit("error", problem)
         cause = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
@@ -461,7 +463,7 @@ class Client(ClientEvents):
             self._state = state
             self.emit("state", state)
 
-    def left_out(self, error: UnreadableFrameError) -> None:
+    def report_unreadable(self, error: UnreadableFrameError) -> None:
         """Record a frame of the server that cannot be read."""
         self._unreadable += 1
         logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
@@ -469,9 +471,9 @@ class Client(ClientEvents):
 
     def refused(self, error: RefusedError) -> None:
         """Record a message that the server has rejected."""
-        self._refused += 1
+        self._rejected += 1
         logger.log(
-            logging.WARNING if self._refused == 1 else logging.INFO, "the server has rejected a message: %s", error
+            logging.WARNING if self._rejected == 1 else logging.INFO, "the server has rejected a message: %s", error
         )
         self.emit("error", error)
 
@@ -483,39 +485,39 @@ class Client(ClientEvents):
         """Record that a connection is open."""
         if self._first_timer is not None:
             self._first_timer.cancel()
-        if self._failed_dials:
-            logger.info("connected to %s after %d failed attempts", self._where, self._failed_dials)
-            self._failed_dials = 0
+        if self._failed_attempts:
+            logger.info("connected to %s after %d failed attempts", self._log_url, self._failed_attempts)
+            self._failed_attempts = 0
         self._set_state("open")
         self.emit("open", outcome)
 
     def stable(self) -> None:
         """Reset the backoff, because a connection has been open for `stable_after` seconds."""
-        self._redial.stable()
+        self._reconnects.stable()
 
-    def broke_off(self) -> None:
+    def mark_truncated(self) -> None:
         """Record a connection that was lost during a large message of the server.
 
         The server sends the message again on the next connection. If that fails each time, the message would block all
         later ones forever, so the client skips it in the end and reports a gap. The server does not send a volatile
-        message again, see `not_unfinished`.
+        message again, see `clear_truncated`.
         """
-        before, times = self._unfinished
-        self._unfinished = (self.last, times + 1 if before == self.last else 1)
-        if self._unfinished[1] >= MAX_UNFINISHED:
+        before, times = self._truncated
+        self._truncated = (self.last, times + 1 if before == self.last else 1)
+        if self._truncated[1] >= MAX_TRUNCATIONS:
             self.last += 1
-            self._unfinished = (0, 0)
+            self._truncated = (0, 0)
             self.emit("gap", Gap(False, "unfinished", self.last, self.last))
 
-    def not_unfinished(self) -> None:
+    def clear_truncated(self) -> None:
         """Forget the truncated message, because the server does not send it again."""
-        self._unfinished = (0, 0)
+        self._truncated = (0, 0)
 
-    def lost_session(self, accepted: int) -> None:
+    def restart_session(self, accepted: int) -> None:
         """Start over, because the server has replaced the requested session by a new one."""
-        self._unfinished = (0, 0)
+        self._truncated = (0, 0)
         self.buffer.restart_session(accepted, replay=self._replay)
-        self.incoming.begun_anew()
+        self.incoming.restart_session()
         self._requests.session_lost()
 
     async def credential(self, *, force: bool) -> str | None:
@@ -532,29 +534,29 @@ class Client(ClientEvents):
         return await value if inspect.isawaitable(value) else value
 
     @property
-    def refused_credential(self) -> bool:
+    def is_credential_rejected(self) -> bool:
         """Whether the server has rejected the last credential."""
-        return self._redial.credential_rejected
+        return self._reconnects.is_credential_rejected
 
     # ── connecting ──
 
     async def _run(self) -> None:
         try:
-            while self._ending is None:
+            while self._close_error is None:
                 self._set_state("connecting")
                 lost = await self._one_connection()
-                if self._ending is not None:
+                if self._close_error is not None:
                     break
                 self.emit("close", lost.code, lost.reason)
                 if lost.code == 4429:
-                    self.buffer.cut_off()
-                delay = self._redial.after(lost)
-                if self._redial.gives_session_up:
+                    self.buffer.reduce_window()
+                delay = self._reconnects.after(lost)
+                if self._reconnects.abandons_session:
                     self.token = None
                 if delay is None:
                     self._finish(ClientClosedError(lost.code, lost.reason))
                     break
-                if self._ending is not None:  # a listener has closed the client
+                if self._close_error is not None:  # a listener has closed the client
                     break
                 self._log_lost(lost, delay)
                 self._set_state("waiting")
@@ -562,7 +564,7 @@ class Client(ClientEvents):
                 if delay > 0:
                     await wait_for_all([self._wakeup], delay)
         finally:
-            self._finish(self._ending or ClientClosedError(1006, "cancelled"))
+            self._finish(self._close_error or ClientClosedError(1006, "cancelled"))
 
     async def _one_connection(self) -> ConnectionLost:
         attempt = self._attempt = ClientConnection(self, self._tasks, self._connect_timeout, self._stable_after)
@@ -573,39 +575,41 @@ class Client(ClientEvents):
 
     def _log_lost(self, lost: ConnectionLost, delay: float) -> None:
         """Log a lost connection or a failed attempt. The first of several failures is a warning."""
-        how = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
+        cause = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
         if lost.was_open:
-            logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._where, how, delay)
+            logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._log_url, cause, delay)
             return
-        self._failed_dials += 1
-        self._last_failure = how
-        level = logging.WARNING if self._failed_dials == 1 else logging.INFO
-        logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._where, how, delay)
+        self._failed_attempts += 1
+        self._last_failure = cause
+        level = logging.WARNING if self._failed_attempts == 1 else logging.INFO
+        logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._log_url, cause, delay)
 
     @property
-    def _where(self) -> str:
+    def _log_url(self) -> str:
         """The URL for logs, without credentials and query."""
         if not isinstance(self._url, str):
             return "the server"
         return _SECRET.sub("", self._url)
 
-    def _finish(self, how: ClientClosedError, *, ours: bool = False) -> None:
-        if self._ending is not None:
+    def _finish(self, error: ClientClosedError, *, ours: bool = False) -> None:
+        if self._close_error is not None:
             return
-        self._ending = how
+        self._close_error = error
         if self._first_timer is not None:
             self._first_timer.cancel()
         if not ours:
-            logger.warning("the client of %s is permanently closed: code %d (%s)", self._where, how.code, how.reason)
-        if left := sum(not done.done() for done in self.buffer.undecided()):
+            logger.warning(
+                "the client of %s is permanently closed: code %d (%s)", self._log_url, error.code, error.reason
+            )
+        if left := sum(not done.done() for done in self.buffer.unaccepted()):
             logger.warning("the client is closed, but the server has not accepted %d messages", left)
         if self._attempt is not None:
-            self._attempt.mark_lost(how.code if how.code in (1000, 4000) else 1000, how.reason)
+            self._attempt.mark_lost(error.code if error.code in (1000, 4000) else 1000, error.reason)
         self._reconnect_now()
         self.token = None
-        self.buffer.give_up(how)
-        self._requests.give_up(how)
-        self.incoming.close(None if ours else lambda: ClientClosedError(how.code, how.reason))
+        self.buffer.give_up(error)
+        self._requests.give_up(error)
+        self.incoming.close(None if ours else lambda: ClientClosedError(error.code, error.reason))
         self._set_state("closed")
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:

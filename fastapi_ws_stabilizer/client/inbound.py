@@ -23,10 +23,10 @@ ANY: Final = "*"
 MAX_UNREAD: Final = 1024
 """Maximum number of messages that wait to be iterated, and of those that wait for busy handlers."""
 
-LEFT_AFTER: Final = 10.0
+ABANDONED_AFTER: Final = 10.0
 """Seconds without a reader after which unread messages no longer block reading."""
 
-LOOK_EVERY: Final = 1.0
+ABANDONED_CHECK_INTERVAL: Final = 1.0
 """Seconds between two checks of that."""
 
 Handler = Callable[..., Any]
@@ -79,11 +79,11 @@ class InboundMessages:
         self._to_read: deque[Message] = deque()
         self._session = 0
         self._working = False
-        self._iterated = False
+        self._has_reader = False
         self._read_at = 0.0
-        self._loops: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
+        self._iterators: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
         self._changed = asyncio.Event()
-        self._over = False
+        self._closed = False
         self._error: Callable[[], Exception] | None = None
         self._unhandled_logged = False
         self.unhandled = 0
@@ -105,7 +105,7 @@ class InboundMessages:
         if message.id is not None:
             text = f"the client has no handler for requests of type {event_of(message)!r}"
             self._reply(message.id, None, {"code": "no_handler", "message": text})
-        if len(self._to_read) >= MAX_UNREAD and not self._iterated:
+        if len(self._to_read) >= MAX_UNREAD and not self._has_reader:
             self._to_read.popleft()
             self.unhandled += 1
             if not self._unhandled_logged:
@@ -115,29 +115,31 @@ class InboundMessages:
         self._changed.set()
 
     async def room(self) -> None:
-        """Wait until there is room for more. While there is none, nothing is read, and TCP pushes back.
+        """Wait until there is space for more messages.
 
-        Who has stopped iterating does not stop the reading for ever, if others need what comes behind the messages that
-        wait to be read. A loop that is slow is still there; only of who calls `anext` by hand it has to be guessed.
+        Until then the client reads nothing, and TCP applies backpressure. Your code may have stopped iterating while
+        the client needs what comes after the unread messages. In that case reading continues after `ABANDONED_AFTER`
+        seconds. A slow loop still blocks, because its iterator exists. For code that calls `anext` directly, the client
+        can only assume that it has stopped.
         """
         read_at = monotonic()
-        while len(self._to_handle) >= MAX_UNREAD or (self._iterated and len(self._to_read) >= MAX_UNREAD):
+        while len(self._to_handle) >= MAX_UNREAD or (self._has_reader and len(self._to_read) >= MAX_UNREAD):
             self._changed.clear()
-            look_again = asyncio.get_running_loop().call_later(LOOK_EVERY, self._changed.set)
+            look_again = asyncio.get_running_loop().call_later(ABANDONED_CHECK_INTERVAL, self._changed.set)
             try:
                 await self._changed.wait()
             finally:
                 look_again.cancel()
-            if self._loops or len(self._to_read) < MAX_UNREAD:  # a loop exists, or the handlers are slow
+            if self._iterators or len(self._to_read) < MAX_UNREAD:  # a loop exists, or the handlers are slow
                 read_at = monotonic()
             read_at = max(read_at, self._read_at)
-            if monotonic() - read_at >= LEFT_AFTER and (self._handlers or self._waits()):
-                self._iterated = False
+            if monotonic() - read_at >= ABANDONED_AFTER and (self._handlers or self._waits()):
+                self._has_reader = False
 
     def loop(self) -> AsyncIterator[Message]:
         """Return an iterator over the messages without a handler."""
         loop = MessageIterator(self)
-        self._loops.add(loop)
+        self._iterators.add(loop)
         return loop
 
     async def get(self) -> Message | None:
@@ -146,9 +148,9 @@ class InboundMessages:
         Raises:
             Exception: The error for which the client was closed.
         """
-        self._iterated = True
+        self._has_reader = True
         while not self._to_read:
-            if self._over:
+            if self._closed:
                 if self._error is not None:
                     raise self._error()
                 return None
@@ -159,12 +161,12 @@ class InboundMessages:
         self._changed.set()
         return message
 
-    def read_on(self) -> None:
+    def stop_blocking(self) -> None:
         """Stop waiting for a reader: unread messages no longer block reading."""
-        self._iterated = False
+        self._has_reader = False
         self._changed.set()
 
-    def begun_anew(self) -> None:
+    def restart_session(self) -> None:
         """Start a new session. Requests of the old session are handled but not answered."""
         self._session += 1
 
@@ -174,7 +176,7 @@ class InboundMessages:
         Args:
             error: Factory of the error that iterators raise; without it their loops just end.
         """
-        self._over, self._error = True, error
+        self._closed, self._error = True, error
         self._changed.set()
 
     def _handlers_for(self, message: Message) -> list[Handler]:
@@ -212,4 +214,4 @@ class InboundMessages:
     def _cancelled(self) -> bool:
         """Return whether the task that calls the handlers is being cancelled."""
         cancelling = getattr(asyncio.current_task(), "cancelling", None)
-        return self._over if cancelling is None else cancelling() > 0  # Python 3.10 has no `cancelling`
+        return self._closed if cancelling is None else cancelling() > 0  # Python 3.10 has no `cancelling`

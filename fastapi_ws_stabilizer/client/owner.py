@@ -59,7 +59,7 @@ class Owner(Protocol):
     probe_timeout: float
 
     @property
-    def refused_credential(self) -> bool:
+    def is_credential_rejected(self) -> bool:
         """Whether the server has rejected the last credential."""
 
     async def credential(self, *, force: bool) -> str | None:
@@ -77,7 +77,7 @@ class Owner(Protocol):
     def emit(self, name: str, *args: Any) -> None:
         """Call the listeners of an event."""
 
-    def left_out(self, error: UnreadableFrameError) -> None:
+    def report_unreadable(self, error: UnreadableFrameError) -> None:
         """Record a frame of the server that cannot be read."""
 
     def refused(self, error: RefusedError) -> None:
@@ -86,11 +86,11 @@ class Owner(Protocol):
     def answered(self, request_id: str, data: Any, error: Any) -> None:
         """Resolve a request."""
 
-    def broke_off(self) -> None:
+    def mark_truncated(self) -> None:
         """Record a connection that was lost during a large message of the server."""
 
-    def not_unfinished(self) -> None:
+    def clear_truncated(self) -> None:
         """Forget the truncated message, because the server does not send it again."""
 
-    def lost_session(self, accepted: int) -> None:
+    def restart_session(self, accepted: int) -> None:
         """Start over, because the server has replaced the requested session by a new one."""

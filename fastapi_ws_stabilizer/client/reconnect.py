@@ -18,21 +18,21 @@ class ReconnectPolicy:
 
     Args:
         backoff: The backoff.
-        refreshes: Whether the client can replace a rejected credential.
+        can_reauthenticate: Whether the client can replace a rejected credential.
 
     Attributes:
-        gives_session_up: Whether the next attempt asks for a new session.
+        abandons_session: Whether the next attempt asks for a new session.
     """
 
-    def __init__(self, backoff: Backoff, *, refreshes: bool) -> None:
+    def __init__(self, backoff: Backoff, *, can_reauthenticate: bool) -> None:
         self._backoff = backoff
-        self._refreshes = refreshes
+        self._can_reauthenticate = can_reauthenticate
         self._auth_failures = 0
         self._resyncs = 0
-        self.gives_session_up = False
+        self.abandons_session = False
 
     @property
-    def credential_rejected(self) -> bool:
+    def is_credential_rejected(self) -> bool:
         """Whether the server has rejected the last credential."""
         return self._auth_failures > 0
 
@@ -51,20 +51,24 @@ class ReconnectPolicy:
         Args:
             lost: How the last connection or attempt has ended.
         """
-        code, what = lost.code, action_for(lost.code)
-        self.gives_session_up = code == SUPERSEDED  # another connection has the session
+        code, action = lost.code, action_for(lost.code)
+        self.abandons_session = code == SUPERSEDED  # another connection has the session
         if code == 4412:
             self._resyncs += 1
             if self._resyncs > MAX_RESYNCS:
-                self.gives_session_up = True
-                what = ReconnectAction.AGAIN
-        if what is ReconnectAction.REFRESH:
+                self.abandons_session = True
+                action = ReconnectAction.RETRY
+        if action is ReconnectAction.REAUTHENTICATE:
             self._auth_failures += 1
-            if not self._refreshes or self._auth_failures > 1:
-                what = ReconnectAction.FINAL
-        if what is ReconnectAction.FINAL:
+            if not self._can_reauthenticate or self._auth_failures > 1:
+                action = ReconnectAction.STOP
+        if action is ReconnectAction.STOP:
             return None
         delay = self._backoff.delay(code, lost.reason)
-        if lost.at_once or what is ReconnectAction.REFRESH or (what is ReconnectAction.NOW and lost.was_open):
+        if (
+            lost.at_once
+            or action is ReconnectAction.REAUTHENTICATE
+            or (action is ReconnectAction.RETRY_NOW and lost.was_open)
+        ):
             return 0.0
         return delay

@@ -27,7 +27,7 @@ MAX_WINDOW: Final = 512
 connection."""
 
 MAX_REMEMBERED: Final = 256
-"""Number of accepted messages whose events are remembered, in case the server rejects one later."""
+"""Number of accepted messages with a remembered event, in case the server rejects one later."""
 
 SEQ_BYTES: Final = len(f',"seq":{MAX_SEQ}')
 """Maximum size of the sequence number in a frame, in bytes."""
@@ -135,23 +135,23 @@ class SendBuffer:
         self.max_frame = NO_LIMIT
         self._next = 1
         self._sent: deque[PendingMessage] = deque()  # sent on this or an earlier connection, with a number
-        self._again: deque[PendingMessage] = deque()  # the part of them that this connection has not sent yet
-        self._fresh: deque[PendingMessage] = deque()  # never sent
+        self._to_resend: deque[PendingMessage] = deque()  # the part of them that this connection has not sent yet
+        self._unsent: deque[PendingMessage] = deque()  # never sent
         self._bytes = 0
         self._window = FIRST_WINDOW
         self._accepted: deque[tuple[int, str | None]] = deque(maxlen=MAX_REMEMBERED)
 
     def __len__(self) -> int:
-        return len(self._sent) + len(self._fresh)
+        return len(self._sent) + len(self._unsent)
 
     @property
     def oldest_sent(self) -> PendingMessage | None:
         """The oldest sent message without an acknowledgement."""
         return self._sent[0] if self._sent else None
 
-    def undecided(self) -> list[asyncio.Future[None]]:
+    def unaccepted(self) -> list[asyncio.Future[None]]:
         """Return the futures of all unaccepted messages."""
-        return [message.done for message in (*self._sent, *self._fresh)]
+        return [message.done for message in (*self._sent, *self._unsent)]
 
     def add(self, message: PendingMessage) -> None:
         """Add a message.
@@ -163,17 +163,17 @@ class SendBuffer:
         if message.size + SEQ_BYTES > self.max_frame:
             raise MessageTooLargeError(message.size, self.max_frame)
         while len(self) >= self._max_messages or (len(self) and self._bytes + message.size > self._max_bytes):
-            if not self._drop_oldest or not self._fresh:
+            if not self._drop_oldest or not self._unsent:
                 raise BufferFullError
-            self._let_go(self._fresh.popleft(), BufferFullError())
-        self._fresh.append(message)
+            self._fail_message(self._unsent.popleft(), BufferFullError())
+        self._unsent.append(message)
         self._bytes += message.size
 
     def cancel(self, message: PendingMessage) -> bool:
         """Remove an unsent message; return `False` if it was sent."""
-        if message not in self._fresh:
+        if message not in self._unsent:
             return False
-        self._fresh.remove(message)
+        self._unsent.remove(message)
         self._bytes -= message.size
         return True
 
@@ -182,14 +182,14 @@ class SendBuffer:
 
         It also returns `None` while the window of unacknowledged messages is full.
         """
-        if len(self._sent) - len(self._again) >= self._window:
+        if len(self._sent) - len(self._to_resend) >= self._window:
             return None
-        while self._again:
-            message = self._again.popleft()
+        while self._to_resend:
+            message = self._to_resend.popleft()
             if self._sent and message.seq >= self._sent[0].seq:  # otherwise the server has accepted it
                 message.sent_at = monotonic()
                 return message
-        fresh = self._next_fresh()
+        fresh = self._next_unsent()
         if fresh is None:
             return None
         fresh.seq, fresh.sent_at = self._next, monotonic()
@@ -197,13 +197,13 @@ class SendBuffer:
         self._sent.append(fresh)
         return fresh
 
-    def _next_fresh(self) -> PendingMessage | None:
+    def _next_unsent(self) -> PendingMessage | None:
         """Return the next unsent message. Messages that are too large for the server fail."""
-        while self._fresh:
-            message = self._fresh.popleft()
+        while self._unsent:
+            message = self._unsent.popleft()
             if message.size + SEQ_BYTES <= self.max_frame:
                 return message
-            self._let_go(message, MessageTooLargeError(message.size, self.max_frame))
+            self._fail_message(message, MessageTooLargeError(message.size, self.max_frame))
         return None
 
     def accepted(self, seq: int) -> None:
@@ -215,7 +215,7 @@ class SendBuffer:
             self._accepted.append((message.seq, message.event))
             message.accept()
 
-    def put_off(self, seq: int) -> bool:
+    def retry_from(self, seq: int) -> bool:
         """Send a message and all later ones again, because the server has rejected it for some time.
 
         The server ignores the messages after the rejected one. The window starts at one message and grows as the server
@@ -226,11 +226,11 @@ class SendBuffer:
         """
         if not self._sent or not self._sent[0].seq <= seq <= self._sent[-1].seq:
             return False
-        self._again = deque(message for message in self._sent if message.seq >= seq)
-        self._window = len(self._sent) - len(self._again) + 1
+        self._to_resend = deque(message for message in self._sent if message.seq >= seq)
+        self._window = len(self._sent) - len(self._to_resend) + 1
         return True
 
-    def cut_off(self) -> None:
+    def reduce_window(self) -> None:
         """Reduce the window to one message, because the server has closed the connection over its rate limit."""
         self._window = 1
 
@@ -251,9 +251,9 @@ class SendBuffer:
         self.accepted(accepted)
         self._window = min(self._window, RESUMED_WINDOW)
         self._next = max(self._next, accepted + 1)
-        self._again = deque(self._sent)
+        self._to_resend = deque(self._sent)
         now = monotonic()
-        for message in self._again:
+        for message in self._to_resend:
             message.sent_at = now
 
     def restart_session(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
@@ -265,28 +265,28 @@ class SendBuffer:
         Returns:
             The messages that failed.
         """
-        before, self._sent, self._again = self._sent, deque(), deque()
+        before, self._sent, self._to_resend = self._sent, deque(), deque()
         if before:
             self._window = min(self._window, RESUMED_WINDOW)
         self._next = accepted + 1
         self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]
-        failed += [message for message in self._fresh if message.type == "reply"]
+        failed += [message for message in self._unsent if message.type == "reply"]
         replayed = before if replay else ()
-        self._fresh = deque(message for message in (*replayed, *self._fresh) if message.type != "reply")
+        self._unsent = deque(message for message in (*replayed, *self._unsent) if message.type != "reply")
         for message in failed:
-            self._let_go(message, SessionLostError())
+            self._fail_message(message, SessionLostError())
         return failed
 
     def give_up(self, error: ClientError) -> None:
         """Fail all messages, because nothing more is sent."""
-        for message in (*self._sent, *self._fresh):
+        for message in (*self._sent, *self._unsent):
             message.fail(error)
         self._sent.clear()
-        self._again.clear()
-        self._fresh.clear()
+        self._to_resend.clear()
+        self._unsent.clear()
         self._bytes = 0
 
-    def _let_go(self, message: PendingMessage, error: ClientError) -> None:
+    def _fail_message(self, message: PendingMessage, error: ClientError) -> None:
         self._bytes -= message.size
         message.fail(error)

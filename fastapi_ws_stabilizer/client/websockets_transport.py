@@ -20,7 +20,7 @@ INVALID_TARGET: Final = 4400
 """Close code for an invalid URL or invalid options, with which no attempt can succeed."""
 
 
-LINGER: Final = 0.5
+CLOSE_GRACE: Final = 0.5
 """Seconds that a server has to close the network connection after its close frame. The library waits for that, and
 hypercorn does not close it while messages arrive."""
 
@@ -44,7 +44,7 @@ class CountingConnection(ClientConnection):
         super().data_received(data)
         if self.protocol.close_rcvd is not None and not self._leaves:
             self._leaves = True
-            self.loop.call_later(LINGER, self.transport.close)
+            self.loop.call_later(CLOSE_GRACE, self.transport.close)
 
 
 class WebSocketsTransport:
@@ -128,12 +128,12 @@ def connector(options: dict[str, Any]) -> Connect:
                     **options,
                 },
             )
-        except OSError as error:  # before ValueError, because an invalid certificate raises both, and may become valid
-            raise _refused(error) from error
+        except OSError as error:  # before ValueError: an error for an invalid certificate is both, and is not final
+            raise _attempt_error(error) from error
         except (InvalidURI, TypeError, ValueError) as error:
             raise ClientClosedError(INVALID_TARGET, f"invalid URL or options: {error}") from error
         except Exception as error:
-            raise _refused(error) from error
+            raise _attempt_error(error) from error
         return WebSocketsTransport(connection)
 
     return dial
@@ -143,7 +143,7 @@ _FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
 _PASSING_STATUS: Final = {429: 4429, 503: 4503}
 
 
-def _refused(error: Exception) -> TransportClosedError:
+def _attempt_error(error: Exception) -> TransportClosedError:
     """Return the close code that matches a failed attempt.
 
     Unlike a browser, this client can see the HTTP status.
