@@ -89,7 +89,7 @@ def path_through(
     given = {"idle_timeout": idle_timeout, "max_lifetime": max_lifetime, "grace": grace}
     changed = {value: seconds for value, seconds in given.items() if seconds is not None}
     if wrong := [value for value, seconds in changed.items() if not 0 < seconds < math.inf]:  # nan is not, either
-        raise ValueError(f"{wrong[0]} is a number of seconds above zero, not {changed[wrong[0]]:g}")
+        raise ValueError(f"{wrong[0]} must be a number of seconds above zero, not {changed[wrong[0]]:g}")
     if changed:
         without: dict[str, None] = dict.fromkeys(changed)
         hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # names of floats alone

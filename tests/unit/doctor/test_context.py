@@ -220,7 +220,7 @@ def test_unknown_platform_in_path_is_rejected() -> None:
 @pytest.mark.parametrize("limit", ["idle_timeout", "max_lifetime", "grace"])
 def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
     """By the way, and by a manager that checks itself."""
-    message = f"{limit} is a number of seconds above zero, not {seconds:g}"
+    message = f"{limit} must be a number of seconds above zero, not {seconds:g}"
     for look in (functools.partial(path_through, []), WebSocketConnectionManager().check):
         with pytest.raises(ValueError, match=message):
             look(**{limit: seconds})
