@@ -182,7 +182,7 @@ def test_invalid_server_option_is_rejected(given: dict[str, Any], message: str) 
 
 def test_unknown_server_is_rejected() -> None:
     """The error lists the servers that there are."""
-    with pytest.raises(ValueError, match="knows daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"):
+    with pytest.raises(ValueError, match="known servers: daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"):
         find_server("apache")
 
 
@@ -206,7 +206,7 @@ def test_smallest_hop_limit_applies() -> None:
 def test_given_limit_replaces_platform_limit_of_same_kind() -> None:
     """A limit that is told takes the place of the platforms', and only limits of its kind."""
     way = path_through(["nginx", "heroku"], idle_timeout=3600)
-    assert str(way.smallest("idle_timeout")) == "3600 s, as told"
+    assert str(way.smallest("idle_timeout")) == "3600 s, as given"
     assert str(way.smallest("grace")) == "30 s of heroku"
 
 
@@ -229,7 +229,7 @@ def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
 @pytest.mark.parametrize("seconds", [math.nan, -1, math.inf])
 def test_invalid_pre_stop_is_rejected(seconds: float) -> None:
     """None at all is 0."""
-    with pytest.raises(ValueError, match="pre_stop is a number of seconds, not"):
+    with pytest.raises(ValueError, match="pre_stop must be a number of seconds, not"):
         WebSocketConnectionManager().check(pre_stop=seconds)
 
 
@@ -237,7 +237,7 @@ def test_options_without_server_are_rejected() -> None:
     """Nobody knows whose options these are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey_module, "running_server", lambda: None)
-        with pytest.raises(ValueError, match="name the server"):
+        with pytest.raises(ValueError, match="name of their server"):
             collect_context(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
 
 
