@@ -213,8 +213,16 @@ BAD_FRAMES: dict[str, tuple[Any, int, str]] = {
     "no object": ("[]", 4400, "a frame must be a JSON object"),
     "event": ({"type": "msg", "event": "a\x00"}, 4400, "msg: event must be a string of at most 256 characters"),
     "id": ({"type": "msg", "event": "echo", "id": FORGERY}, 4400, "msg: id must be a string of at most 256 characters"),
-    "key": ({"type": "msg", "event": "echo", "key": "x" * 257}, 4400, "msg: key must be a string of at most 256 characters"),
-    "room": ({"type": "msg", "event": "echo", "room": "\u2028"}, 4400, "msg: room must be a string of at most 256 characters"),
+    "key": (
+        {"type": "msg", "event": "echo", "key": "x" * 257},
+        4400,
+        "msg: key must be a string of at most 256 characters",
+    ),
+    "room": (
+        {"type": "msg", "event": "echo", "room": "\u2028"},
+        4400,
+        "msg: room must be a string of at most 256 characters",
+    ),
     "second hello": (HELLO, 4400, "a second hello"),
     "bomb": (deflated(b'{"type":"msg","data":"' + b" " * (50 * LIMIT) + b'"}'), 1009, "a compressed frame holds more"),
     "no deflate": (KIND_2 + b"\xff\xff", 4400, "a compressed frame must be one complete raw deflate stream of UTF-8"),

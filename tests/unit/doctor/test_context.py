@@ -182,7 +182,9 @@ def test_invalid_server_option_is_rejected(given: dict[str, Any], message: str) 
 
 def test_unknown_server_is_rejected() -> None:
     """The error lists the servers that there are."""
-    with pytest.raises(ValueError, match="known servers: daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"):
+    with pytest.raises(
+        ValueError, match="known servers: daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"
+    ):
         find_server("apache")
 
 

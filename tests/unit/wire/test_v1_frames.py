@@ -425,6 +425,8 @@ def test_ping_returns_number_or_short_text(ts: Any) -> None:
 @pytest.mark.parametrize("ts", ["x" * 65, True, [], [1], {}, {"a": 1}])
 def test_ping_with_other_timestamp_is_malformed(ts: Any) -> None:
     """Pongs to a client that does not read are held, so it does not choose how large they are."""
-    with pytest.raises(ProtocolError, match="ping: ts must be a number or a string of at most 64 characters") as refused:
+    with pytest.raises(
+        ProtocolError, match="ping: ts must be a number or a string of at most 64 characters"
+    ) as refused:
         ping_timestamp({"type": "ping", "ts": ts})
     assert refused.value.code == 4400
