@@ -158,7 +158,7 @@ class Client(ClientEvents):
     def __repr__(self) -> str:
         return f"<Client {self._state} session={self.session}>"
 
-    # ── life ──
+    # ── lifecycle ──
 
     @property
     def state(self) -> State:

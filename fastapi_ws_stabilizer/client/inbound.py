@@ -206,7 +206,7 @@ class InboundMessages:
             except (Exception, asyncio.CancelledError) as failure:
                 if isinstance(failure, asyncio.CancelledError) and self._cancelled():
                     raise  # otherwise the handler has awaited something that was cancelled, which is a plain failure
-                logger.exception("a handler of %r failed", event_of(message))
+                logger.exception("a handler for %r failed", event_of(message))
                 error = {"code": "handler_failed", "message": "a handler of the client failed"}
         if message.id is not None and session == self._session:
             self._reply(message.id, answer, error)

@@ -79,7 +79,7 @@ def _interval_advice(s: DeploymentContext) -> str:
 
 
 def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
-    """D01."""
+    """Check D01."""
     seconds, what = _heartbeat(s)
     idle = s.network_path.smallest("idle_timeout")
     if idle is None or seconds < idle.seconds:
@@ -90,7 +90,7 @@ def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
 
 
 def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
-    """D02."""
+    """Check D02."""
     seconds, what = _heartbeat(s)
     idle = s.network_path.smallest("idle_timeout")
     if idle is None or not PART_OF_IDLE * idle.seconds < seconds < idle.seconds:
@@ -102,7 +102,7 @@ def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
 
 
 def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
-    """D03."""
+    """Check D03."""
     limit = s.network_path.smallest("max_lifetime")
     ours = s.config.max_lifetime
     if limit is None or (ours is not None and ours < limit.seconds):
@@ -116,7 +116,7 @@ def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
 
 
 def platform_default_too_short(s: DeploymentContext) -> Problem | None:
-    """D04."""
+    """Check D04."""
     for name, value in TOO_SHORT.items():
         limit = s.network_path.smallest(value)
         if limit is not None and limit.hop == name:
@@ -128,7 +128,7 @@ def platform_default_too_short(s: DeploymentContext) -> Problem | None:
 
 
 def no_keepalive(s: DeploymentContext) -> Problem | None:
-    """D05."""
+    """Check D05."""
     if s.config.heartbeat_type is not HeartbeatType.OFF or s.server is None or s.options is None:
         return None
     if _server_interval(s) is not None:
@@ -144,7 +144,7 @@ def no_keepalive(s: DeploymentContext) -> Problem | None:
 
 
 def unread_routes(s: DeploymentContext) -> Problem | None:
-    """D06."""
+    """Check D06."""
     ws = s.option("ws")
     if s.server is None or not s.server.is_uvicorn or not s.bypassing or ws in (None, "websockets", "none"):
         return None
@@ -162,7 +162,7 @@ def unread_routes(s: DeploymentContext) -> Problem | None:
 
 
 def concurrency_limited(s: DeploymentContext) -> Problem | None:
-    """D11."""
+    """Check D11."""
     if s.server is None or not (limit := s.option("limit_concurrency")):
         return None
     return Problem(
@@ -173,7 +173,7 @@ def concurrency_limited(s: DeploymentContext) -> Problem | None:
 
 
 def workers_recycled(s: DeploymentContext) -> Problem | None:
-    """D12."""
+    """Check D12."""
     if s.server is None:
         return None
     on = [f"{name}={s.option(name)}" for name in s.server.recyclers if s.option(name)]
@@ -186,7 +186,7 @@ def workers_recycled(s: DeploymentContext) -> Problem | None:
 
 
 def rejection_status_lost(s: DeploymentContext) -> Problem | None:
-    """D13."""
+    """Check D13."""
     if s.server is None or s.server.sends_denials or not s.refuses:
         return None
     return Problem(
@@ -196,7 +196,7 @@ def rejection_status_lost(s: DeploymentContext) -> Problem | None:
 
 
 def close_codes_not_sent(s: DeploymentContext) -> Problem | None:
-    """D14."""
+    """Check D14."""
     if s.server is None or s.server.sends_every_code:
         return None
     codes = sorted({rule.code for rule in CLOSE_POLICIES.values() if 1000 < rule.code < 3000} - UNSENDABLE)
@@ -208,7 +208,7 @@ def close_codes_not_sent(s: DeploymentContext) -> Problem | None:
 
 
 def unauthenticated_route(s: DeploymentContext) -> Problem | None:
-    """D17."""
+    """Check D17."""
     if not s.logins or not s.unguarded or s.guarded:
         return None
     return Problem(
@@ -220,7 +220,7 @@ def unauthenticated_route(s: DeploymentContext) -> Problem | None:
 
 
 def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
-    """D18."""
+    """Check D18."""
     limits = [
         f"{option}={most:g}"
         for option, most in (
@@ -250,7 +250,7 @@ def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
 
 
 def stats_without_guard(s: DeploymentContext) -> Problem | None:
-    """D21."""
+    """Check D21."""
     if not s.open_stats:
         return None
     return Problem(
@@ -261,7 +261,7 @@ def stats_without_guard(s: DeploymentContext) -> Problem | None:
 
 
 def workers_without_secret(s: DeploymentContext) -> Problem | None:
-    """D22."""
+    """Check D22."""
     workers = s.option("workers")
     if not workers or workers < 2 or s.config.reconnect_secret is not None:
         return None
@@ -274,7 +274,7 @@ def workers_without_secret(s: DeploymentContext) -> Problem | None:
 
 
 def identity_runs_before_socket(s: DeploymentContext) -> Problem | None:
-    """D19."""
+    """Check D19."""
     if not s.early:
         return None
     return Problem(
@@ -287,7 +287,7 @@ def identity_runs_before_socket(s: DeploymentContext) -> Problem | None:
 
 
 def routes_never_reached(s: DeploymentContext) -> Problem | None:
-    """D20."""
+    """Check D20."""
     if not s.shadowed:
         return None
     routes = "; ".join(f"{path} is never reached, because {by} comes before it" for path, by in s.shadowed)
@@ -298,7 +298,7 @@ def routes_never_reached(s: DeploymentContext) -> Problem | None:
 
 
 def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
-    """D23."""
+    """Check D23."""
     if not s.background:
         return None
     return Problem(
@@ -313,7 +313,7 @@ def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
 
 
 def platform_unsupported(s: DeploymentContext) -> Problem | None:
-    """D15."""
+    """Check D15."""
     if not s.network_path.unsupported:
         return None
     return Problem(
@@ -323,7 +323,7 @@ def platform_unsupported(s: DeploymentContext) -> Problem | None:
 
 
 def platform_settings_block_websockets(s: DeploymentContext) -> Problem | None:
-    """D16."""
+    """Check D16."""
     if s.http2 and s.network_path.has("google-cloud-run"):
         return Problem(
             "HTTP/2 end to end is on, and Cloud Run does not pass WebSockets over it",

@@ -92,6 +92,6 @@ def path_through(
         raise ValueError(f"{wrong[0]} must be a number of seconds above zero, not {changed[wrong[0]]:g}")
     if changed:
         without: dict[str, None] = dict.fromkeys(changed)
-        hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # names of floats alone
+        hops = [dataclasses.replace(hop, **without) for hop in hops]  # type: ignore[arg-type]  # float fields only
         hops.append(dataclasses.replace(Platform(GIVEN, "as given", ()), **changed))  # type: ignore[arg-type]
     return NetworkPath(tuple(hops), tuple(unsupported))

@@ -24,7 +24,7 @@ MIN_SHUTDOWN: Final = 2.0
 
 
 def shutdown_unbounded(s: DeploymentContext) -> Problem | None:
-    """D07."""
+    """Check D07."""
     if s.server is None or not s.server.is_uvicorn or s.options is None:
         return None
     if s.option("timeout_graceful_shutdown") is not None:
@@ -79,7 +79,7 @@ def _platform_needs(hops: Sequence[str]) -> float:
 
 
 def grace_too_short(s: DeploymentContext) -> Problem | None:
-    """D08."""
+    """Check D08."""
     problems = [problem for problem in (_killed_by_master(s), _killed_by_platform(s)) if problem is not None]
     if not problems:
         return None
@@ -134,7 +134,7 @@ def _killed_by_platform(s: DeploymentContext) -> Problem | None:
 
 
 def hypercorn_never_stops(s: DeploymentContext) -> Problem | None:
-    """D09."""
+    """Check D09."""
     if s.server is None or s.server.name != "hypercorn":
         return None
     workers = s.option("workers")
@@ -158,7 +158,7 @@ def hypercorn_never_stops(s: DeploymentContext) -> Problem | None:
 
 
 def drain_starts_too_late(s: DeploymentContext) -> Problem | None:
-    """D10."""
+    """Check D10."""
     if s.server is None or s.server.name not in ("granian", "daphne"):
         return None
     if not s.config.handle_signals or s.pre_stop or s.config.drain_secret is not None:

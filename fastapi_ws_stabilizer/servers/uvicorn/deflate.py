@@ -100,4 +100,4 @@ class _DeflateFactory(ServerPerMessageDeflateFactory):
 
 
 DEFLATE: Final = _DeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
-"""Without context takeover a message is compressed once for all, and an idle connection holds no compressor."""
+"""Without context takeover a message is compressed once for all recipients. An idle connection holds no compressor."""

@@ -134,7 +134,7 @@ class StableWebSocketProtocol(PacedParser):
         self.conn.send_close(code, reason)
         self._write_output()
         self.close_sent = True
-        self.resume_reading()  # for the client's answer
+        self.resume_reading()  # to read the client's answer
         if self.discarding:
             self._close_after_grace()
             return
