@@ -1,6 +1,6 @@
-"""A client for Python: one session with a server of this library, over as many connections as it takes.
+"""Python client for services and tests: one session over many connections.
 
-`pip install "fastapi-ws-stabilizer[client]"`. It is what services and tests use.
+Install it with `pip install "fastapi-ws-stabilizer[client]"`.
 """
 
 from fastapi_ws_stabilizer.client.client import Client, connect

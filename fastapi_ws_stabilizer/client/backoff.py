@@ -1,4 +1,4 @@
-"""When to dial again, and when not to."""
+"""Whether and when a client reconnects."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from typing import Final
 
 from fastapi_ws_stabilizer.close_codes import is_terminal
 
-_SLOW: Final = frozenset({1012, 1013, 1014, 4429, 4503})
-"""Codes of servers that are overloaded or on their way down: everybody else was told the same."""
+_OVERLOADED_CODES: Final = frozenset({1012, 1013, 1014, 4429, 4503})
+"""Close codes of servers that are overloaded or shutting down. All their clients get the same code."""
 
-_SLOWER: Final = 5
+_OVERLOADED_FACTOR: Final = 5
 _HINTED_ATTEMPTS: Final = 3
-_TOO_MUCH: Final = 4429
-"""The code of a limit of this very client, which knows how long it lasts: its hint counts each time."""
+_RATE_LIMITED: Final = 4429
+"""Close code of a limit of this client alone. The server knows how long the limit lasts, so its hint always counts."""
 
 _MAX_HINT: Final = 300.0
 _RETRY: Final = re.compile(r"\bretry=(\d{1,7})\b")
 
 
 class ReconnectAction(Enum):
-    """What a close code asks of a client."""
+    """Action that a close code asks the client to take."""
 
-    AGAIN = "again"
-    """Dial again, after a while."""
-    NOW = "now"
-    """Dial again at once."""
-    REFRESH = "refresh"
-    """Get new credentials and dial once."""
-    FINAL = "final"
-    """Do not come back."""
+    RETRY = "retry"
+    """Reconnect after a delay."""
+    RETRY_NOW = "retry_now"
+    """Reconnect immediately."""
+    REAUTHENTICATE = "reauthenticate"
+    """Get a new credential and reconnect once."""
+    STOP = "stop"
+    """Do not reconnect."""
 
 
 def action_for(code: int) -> ReconnectAction:
-    """What a close code asks of a client."""
+    """Return the action for a close code."""
     if code in (4401, 3000, 1008):
-        return ReconnectAction.REFRESH
+        return ReconnectAction.REAUTHENTICATE
     if code in (4000, 4412):
-        return ReconnectAction.NOW
-    return ReconnectAction.FINAL if is_terminal(code) else ReconnectAction.AGAIN
+        return ReconnectAction.RETRY_NOW
+    return ReconnectAction.STOP if is_terminal(code) else ReconnectAction.RETRY
 
 
 @dataclass
 class Backoff:
-    """Full jitter over a window that doubles.
+    """Exponential backoff with full jitter.
 
     Attributes:
-        base: Seconds of the first window.
-        most: Seconds of the largest one.
-        least: Seconds that are always waited.
-        attempt: How many dials have failed since the last connection that was stable.
+        base: First window in seconds. The window doubles with each failure.
+        max_delay: Largest window in seconds.
+        min_delay: Minimum delay in seconds.
+        attempt: Number of failed attempts since the last stable connection.
     """
 
     base: float = 1.0
@@ -61,21 +61,25 @@ class Backoff:
     attempt: int = 0
 
     def delay(self, code: int, reason: str) -> float:
-        """Seconds until the next dial, after a connection or a dial that ended so. Counts it.
+        """Return the seconds until the next attempt, and count the failure.
 
-        A hint of the server is kept to, three times in a row, and after 4429 always. Up to a tenth of it and `least` is
-        added at random.
+        The client follows the server's hint for the first three failures in a row, and after 4429 always. It adds a
+        random delay of up to `min_delay` and a tenth of the hint.
+
+        Args:
+            code: Close code of the connection, or of the failed attempt.
+            reason: Close reason, which may contain the hint `retry=` in milliseconds.
         """
         hint = _RETRY.search(reason)
         attempt, self.attempt = self.attempt, self.attempt + 1
-        if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _TOO_MUCH):
+        if hint is not None and (attempt < _HINTED_ATTEMPTS or code == _RATE_LIMITED):
             hinted = min(int(hint.group(1)) / 1000, _MAX_HINT)
-            if attempt >= _HINTED_ATTEMPTS:  # a hint of no time is no reason to dial without a pause for ever
+            if attempt >= _HINTED_ATTEMPTS:  # a hint of 0 must not cause an endless loop without delays
                 hinted = max(hinted, self.min_delay)
-            return hinted + random.uniform(0.0, self.min_delay + hinted / 10)  # noqa: S311 (others were told the same)
-        window = self.base * (_SLOWER if code in _SLOW else 1) * 2 ** min(attempt, 30)
-        return self.min_delay + random.uniform(0.0, min(self.max_delay, window))  # noqa: S311 (spreads load, guards nothing)
+            return hinted + random.uniform(0.0, self.min_delay + hinted / 10)  # noqa: S311 (other clients get the same hint)
+        window = self.base * (_OVERLOADED_FACTOR if code in _OVERLOADED_CODES else 1) * 2 ** min(attempt, 30)
+        return self.min_delay + random.uniform(0.0, min(self.max_delay, window))  # noqa: S311 (spreads load, no security)
 
     def reset(self) -> None:
-        """The connection was stable."""
+        """Start again with the first window."""
         self.attempt = 0

@@ -1,4 +1,4 @@
-"""`Evictable`: one session with a server, over as many connections as it takes."""
+"""`Client`: one session with a server, over as many connections as needed."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ Provider = Callable[[], "str | Awaitable[str]"]
 State = Literal["idle", "connecting", "open", "waiting", "closed"]
 
 STABLE_AFTER: Final = 5.0
-"""Seconds of an open connection after which earlier failures are forgotten."""
+"""Seconds after which an open connection resets the backoff."""
 
-STARTED_WITHIN: Final = 1.0
-"""Seconds after its first message within which a client is started, or a warning says that it is not."""
+START_WARNING_DELAY: Final = 1.0
+"""Seconds after the first message until a warning says that the client is not started."""
 
-MAX_UNFINISHED: Final = 2
-"""Connections that may be lost in the middle of the same message before it is given up. It is begun again each time."""
+MAX_TRUNCATIONS: Final = 2
+"""Number of connections that may be lost during the same message before the client skips it. The server sends the
+message again on each connection."""
 
 
 class Client(ClientEvents):
-    """A session with a server of this library, for as long as it takes: connections come and go under it.
+    """Session with a server of this library, over as many connections as needed.
 
     ```python
     async with connect("wss://example.com/ws/ann") as client:
@@ -56,29 +57,29 @@ class Client(ClientEvents):
             print(message.event, message.data)
     ```
 
-    Everything that is sent with `send` arrives once and in order, or its future fails. What the server sends arrives
-    once and in order, or `on_gap` is told. It belongs to the event loop in which it was made.
+    Each message that you pass to `send` arrives once and in order, or its future fails. Messages of the server arrive
+    once and in order, or the client calls `on_gap`. A client belongs to the event loop in which it was created.
 
     Args:
-        url: Where to connect: a URL, or a function that returns one, called for each dial.
-        auth: Gives the credential that goes into the first frame: a function, called for each dial with
-            `force=True` if the server has refused the last one.
-        connect_timeout: Seconds for one dial, from the URL to the server's welcome.
-        max_buffered: Most messages that wait to be sent or accepted.
-        max_buffered_bytes: Most bytes of them.
-        overflow: What happens when more are sent: `"reject"` fails the new one, `"drop_oldest"` the oldest unsent one.
+        url: The URL, or a function that returns it. The client calls the function for each attempt.
+        auth: Function that returns the credential for the first frame. The client calls it for each attempt, with
+            `force=True` if the server has rejected the last credential.
+        connect_timeout: Seconds for one attempt, from the URL to the server's welcome.
+        max_buffered: Maximum number of messages that are unsent or unacknowledged.
+        max_buffered_bytes: Maximum size of these messages in bytes.
+        overflow: Policy for further messages: `"reject"` fails the new message, `"drop_oldest"` the oldest unsent one.
         replay_on_lost: Whether messages of a lost session are sent again in the new one, with idempotency keys.
-        deflate: Whether frames are compressed where the server offers no permessage-deflate, as granian does not.
-        min_delay: Seconds before each new dial, at least.
-        base_delay: Seconds of the first random delay at most; it doubles with each failure.
-        max_delay: Seconds of a random delay at most.
-        stable_after: Seconds of an open connection after which earlier failures are forgotten.
-        first_connect_timeout: Seconds after which a client that was never connected is closed for good, with 4408; it
-            tries for ever when left out.
-        flush_timeout: Seconds that `close` gives the server to accept what is queued.
-        probe_timeout: Seconds for an answer when the link is doubted.
-        dial: Opens connections; by default the `websockets` library.
-        options: For `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ...
+        deflate: Whether frames are compressed if the server does not offer permessage-deflate. granian does not.
+        min_delay: Minimum delay before each new attempt, in seconds.
+        base_delay: Maximum of the first random delay, in seconds. It doubles with each failure.
+        max_delay: Maximum of any random delay, in seconds.
+        stable_after: Seconds after which an open connection resets the backoff.
+        first_connect_timeout: Seconds after which the client closes with 4408 if it was never connected. Without it the
+            client tries without a limit.
+        flush_timeout: Seconds that `close` gives the server to accept queued messages.
+        probe_timeout: Seconds that the server has to answer a probe.
+        dial: Function that opens connections; by default it uses the `websockets` library.
+        options: Options of `websockets.connect`: `ssl`, `additional_headers`, `proxy`, ...
     """
 
     def __init__(
@@ -103,14 +104,16 @@ class Client(ClientEvents):
         **options: Any,
     ) -> None:
         if overflow not in ("reject", "drop_oldest"):
-            raise ValueError(f"overflow is 'reject' or 'drop_oldest', not {overflow!r}")
+            raise ValueError(f"overflow must be 'reject' or 'drop_oldest', not {overflow!r}")
         if not (isinstance(url, str) or callable(url)):
-            raise TypeError(f"url is a text like 'wss://example.com/ws', or a function that returns one, not {url!r}")
+            raise TypeError(
+                f"url must be a string such as 'wss://example.com/ws', or a function that returns one, not {url!r}"
+            )
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             raise RuntimeError(
-                "a client is made inside a running event loop: call connect() in an `async def` that asyncio.run() runs"
+                "a client needs a running event loop: call connect() in an `async def` that asyncio.run() runs"
             ) from None
         self._url = url
         self._auth = auth
@@ -121,11 +124,13 @@ class Client(ClientEvents):
         self._first_connect_timeout = first_connect_timeout
         self._flush_timeout = flush_timeout
         self._first_timer: asyncio.TimerHandle | None = None
-        self._failed_dials = 0
+        self._failed_attempts = 0
         self._last_failure = ""
         self.probe_timeout = probe_timeout
         self._dial = dial or default_connector(**options)
-        self._redial = ReconnectPolicy(Backoff(base_delay, max_delay, min_delay), refreshes=auth is not None)
+        self._reconnects = ReconnectPolicy(
+            Backoff(base_delay, max_delay, min_delay), can_reauthenticate=auth is not None
+        )
         self._tasks = TaskSet(self._task_failed)
         super().__init__(self._tasks)
         self.buffer: SendBuffer = SendBuffer(max_buffered, max_buffered_bytes, overflow)
@@ -139,50 +144,50 @@ class Client(ClientEvents):
         self._attempt: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._wakeup: asyncio.Future[None] = loop.create_future()
-        self._ending: ClientClosedError | None = None
-        self._unreadable = self._refused = 0
+        self._close_error: ClientClosedError | None = None
+        self._unreadable = self._rejected = 0
         self._warns_unstarted = False
-        # What the session is: it outlives each attempt.
+        # State of the session, which outlives each connection.
         self.instance: str = secrets.token_hex(8)
         self.session: str | None = None
         self.token: str | None = None
         self.last: int = 0
         self.dials = 0
-        self._unfinished = (0, 0)  # number of the message before one that broke off, and how often
+        self._truncated = (0, 0)  # number of the last message before a truncated one, and how often it was truncated
 
     def __repr__(self) -> str:
         return f"<Client {self._state} session={self.session}>"
 
-    # ── life ──
+    # ── lifecycle ──
 
     @property
     def state(self) -> State:
-        """`idle`, `connecting`, `open`, `waiting` (for the next dial) or `closed` (for good)."""
+        """State: `idle`, `connecting`, `open`, `waiting` (for the next attempt) or `closed` (permanently)."""
         return self._state
 
     @property
     def rtt(self) -> float | None:
-        """Seconds of the last measured round trip; `None` before the first."""
+        """Last measured round trip in seconds; `None` before the first measurement."""
         return None if self._attempt is None else self._attempt.rtt
 
     @property
     def closed(self) -> ClientClosedError | None:
-        """How it was closed for good, with its `code` and `reason`; `None` while it is not."""
-        return self._ending
+        """Error with the final `code` and `reason`; `None` until the client is permanently closed."""
+        return self._close_error
 
     @property
     def unreadable_frames(self) -> int:
-        """How many frames of the server were left out, because they could not be read."""
+        """Number of frames of the server that the client has skipped because it could not read them."""
         return self._unreadable
 
     def start(self) -> Client:
-        """Begin to connect, without waiting for it.
+        """Start to connect, and return without waiting for the connection.
 
         Raises:
-            ClientClosedError: It was closed. Make another one.
+            ClientClosedError: The client is closed. Create a new one.
         """
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
         if self._runner is None:
             self._runner = self._tasks.spawn(self._run(), name="ws-client")
             if self._first_connect_timeout is not None:
@@ -191,38 +196,40 @@ class Client(ClientEvents):
         return self
 
     def _never_connected(self) -> None:
-        last = f"; the last dial: {self._last_failure}" if self._last_failure else ""
+        last = f"; last attempt: {self._last_failure}" if self._last_failure else ""
         self._finish(ClientClosedError(4408, f"no connection within {self._first_connect_timeout:g} s{last}"))
 
     def _check_started(self) -> None:
-        if self._runner is None and self._ending is None:
+        if self._runner is None and self._close_error is None:
             raise NotStartedError
 
     def __await__(self) -> Generator[Any, None, NoReturn]:
-        """Say how a client is used: it is not awaited."""
+        """Raise an error that explains how to use a client, because a client is not awaitable."""
         raise TypeError(f"a client cannot be awaited: {_HOW_TO_USE}")
 
     def __enter__(self) -> NoReturn:
-        """Say how a client is used: its block is `async`."""
+        """Raise an error that explains how to use a client, because it needs `async with`."""
         raise TypeError(f"a client needs `async with`: {_HOW_TO_USE}")
 
     def __exit__(self, *_: object) -> None:
-        """Never called: `__enter__` raises."""
+        """Do nothing: `__enter__` raises, so Python never calls it."""
 
     def __iter__(self) -> NoReturn:
-        """Say how a client is used: its loop is `async`."""
+        """Raise an error that explains how to use a client, because it needs `async for`."""
         raise TypeError("a client needs `async for message in client:`")
 
     async def __aenter__(self) -> Client:
-        """Connect; returns when the first connection is open. If that fails or is cancelled the client is closed.
+        """Connect, and return when the first connection is open.
+
+        If that fails or is cancelled, the client is closed.
 
         Raises:
-            ClientClosedError: The server's answer was final, or the URL or an option is wrong.
+            ClientClosedError: The server's answer is final, or the URL or an option is invalid.
         """
         try:
             self.start()
             await self.wait_open()
-        except BaseException:  # nobody calls `__aexit__` then
+        except BaseException:  # Python does not call `__aexit__` in this case
             self._finish(ClientClosedError(1000), ours=True)
             await self.close()
             raise
@@ -235,8 +242,8 @@ class Client(ClientEvents):
         """Wait until a connection is open. Cancelling is safe.
 
         Raises:
-            ClientClosedError: There will be none.
-            NotStartedError: It is not started.
+            ClientClosedError: The client is closed.
+            NotStartedError: The client is not started.
         """
         self._check_started()
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -251,45 +258,50 @@ class Client(ClientEvents):
             await opened
         finally:
             self._stop_listening("state", look)
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Send what is queued, and say goodbye: the session ends. Calling it again is quiet.
+        """Send queued messages, close the connection and end the session.
 
-        The server has `flush_timeout` seconds to accept what was sent before. What it has not accepted then fails, and
-        a warning in the log says how much that is. Cancelling says goodbye without waiting.
+        The server has `flush_timeout` seconds to accept earlier messages. The others fail, and a warning in the log
+        counts them. Cancelling closes the client without waiting. Further calls have no effect.
+
+        Args:
+            code: Close code.
+            reason: Close reason.
         """
         runner = self._runner
         try:
-            if self._ending is None and runner is not None:
+            if self._close_error is None and runner is not None:
                 await self._flush()
             self._finish(ClientClosedError(code, reason), ours=True)
             if runner is not None and runner is not asyncio.current_task():
                 await wait_for_all([runner], 10.0)
-        finally:  # also if the goodbye is not waited for
+        finally:  # also if `close` is cancelled
             self._finish(ClientClosedError(code, reason), ours=True)
             left = self._tasks.cancel()
         await wait_for_all(left, 1.0)
 
     async def _flush(self) -> None:
         deadline = monotonic() + self._flush_timeout
-        self.incoming.read_on()  # the server's word comes behind the messages that nobody may read any more
-        await wait_for_all(self.buffer.undecided(), self._flush_timeout)
-        if self._attempt is not None:  # what is volatile is only written
+        self.incoming.stop_blocking()  # acknowledgements come after messages that your code may no longer read
+        await wait_for_all(self.buffer.unaccepted(), self._flush_timeout)
+        if self._attempt is not None:  # volatile messages are written but not acknowledged
             await self._attempt.flushed(max(0.0, deadline - monotonic()))
 
     def reconnect(self) -> None:
-        """Leave the connection, or the wait for one, and dial now. The session goes on."""
-        self._redial.at_once()
+        """Drop the connection or stop waiting, and reconnect now. The session continues."""
+        self._reconnects.at_once()
         if self._attempt is not None:
             self._attempt.mark_lost(4000, "reconnect", at_once=True)
         self._reconnect_now()
 
     def probe(self) -> None:
-        """Something says that the link may be dead: ask the server, and dial again if it does not answer soon.
+        """Check the connection, for example after a change of the network.
 
-        While waiting for the next dial, this dials now.
+        If the server does not answer soon, the client reconnects. While the client waits for the next attempt, it
+        starts the attempt now.
         """
         if self._attempt is not None:
             self._attempt.probe()
@@ -302,49 +314,52 @@ class Client(ClientEvents):
     # ── sending ──
 
     def send(self, data: Any, *, event: str | None = None, key: str | None = None) -> asyncio.Future[None]:
-        """Queue a message. Await what is returned to know that the server has accepted it; nobody has to.
+        """Queue a message. Await the returned future to know that the server has accepted it.
 
-        A client that is not started keeps the message until it is. Awaiting what is returned does not start it: a
-        warning in the log says so after a second.
+        Awaiting is optional. A client that is not started queues the message until it is. Awaiting the future does not
+        start the client, and a warning in the log says so after a second.
 
         Args:
-            data: Anything that can be JSON, or bytes.
-            event: What kind of message it is.
-            key: Idempotency key: a message whose key the server has handled already is not handled again.
+            data: Data that can be encoded as JSON, or bytes.
+            event: The event of the message.
+            key: Idempotency key. The server does not handle a message if it has handled one with the same key.
 
         Returns:
-            A future, which fails with a `ClientError` if the message is not known to be accepted: with a
-            `RefusedError` if the server refuses it, unless it has accepted it before; then `on_error` is told.
+            A future. It fails with a `ClientError` if it is unknown whether the server has accepted the message, and
+            with a `RefusedError` if the server rejects it. If the server rejects it after accepting it, the client
+            calls `on_error` instead.
 
         Raises:
             ClientClosedError: The client is closed.
-            BufferFullError: Too much is waiting.
-            MessageTooLargeError: The server takes no message of this size.
-            ValueError: The data cannot be JSON.
+            BufferFullError: The send buffer is full.
+            MessageTooLargeError: The message is larger than the server accepts.
+            ValueError: The data cannot be encoded as JSON.
         """
         return self._queue("msg", data, event=event, key=key or self._key()).done
 
     def send_volatile(self, data: Any, *, event: str | None = None) -> bool:
-        """Send a message now or never: `False` if there is no connection. It is neither kept nor acknowledged.
+        """Send a message only if it can be sent now; return `False` otherwise.
+
+        The message is not buffered, and the server does not acknowledge it.
 
         Raises:
-            MessageTooLargeError: The server takes no message of this size.
-            ValueError: The data cannot be JSON.
+            MessageTooLargeError: The message is larger than the server accepts.
+            ValueError: The data cannot be encoded as JSON.
         """
         attempt = self._attempt
         return attempt is not None and attempt.send_volatile(data, event)
 
     async def request(self, event: str, data: Any = None, *, timeout: float = 10.0, key: str | None = None) -> Any:
-        """Send a message to a handler of the server, and return what it returns. Survives a reconnect in between.
+        """Send a message to a handler of the server, and return the handler's result.
 
-        Cancelling withdraws it if it was not sent yet.
+        The request survives a reconnect. Cancelling withdraws it if it was not sent yet.
 
         Raises:
             RequestError: The server answered with an error.
-            RequestTimeoutError: It did not answer in time.
+            RequestTimeoutError: The server did not answer in time.
             ClientClosedError: The client is closed.
-            SessionLostError: The session was lost, and it is not known whether the request was handled.
-            BufferFullError: Too much is waiting.
+            SessionLostError: The session was lost, and it is unknown whether the server has handled the request.
+            BufferFullError: The send buffer is full.
             NotStartedError: The client is not started.
         """
         self._check_started()
@@ -360,20 +375,20 @@ class Client(ClientEvents):
         raise RequestTimeoutError(timeout)
 
     def _queue(self, type_: str, data: Any, **fields: Any) -> PendingMessage:
-        if self._ending is not None:
-            raise self._ending
+        if self._close_error is not None:
+            raise self._close_error
         message = PendingMessage(type_, data, fields)
         self.buffer.add(message)
         if self._attempt is not None:
             self._attempt.wake()
         elif self._runner is None and not self._warns_unstarted:
             self._warns_unstarted = True
-            asyncio.get_running_loop().call_later(STARTED_WITHIN, self._warn_unstarted)
+            asyncio.get_running_loop().call_later(START_WARNING_DELAY, self._warn_unstarted)
         return message
 
     def _warn_unstarted(self) -> None:
-        if self._runner is None and self._ending is None:
-            logger.warning("messages wait to be sent, and nothing is: %s", NotStartedError())
+        if self._runner is None and self._close_error is None:
+            logger.warning("messages are queued but not sent: %s", NotStartedError())
 
     def _key(self) -> str | None:
         return f"{self._keys}{next(self._ids)}" if self._replay else None
@@ -381,12 +396,12 @@ class Client(ClientEvents):
     def _reply(self, request_id: str, data: Any, error: dict[str, str] | None) -> None:
         try:
             message = self._queue("reply", data if error is None else None, re=request_id, error=error)
-        except Exception as problem:  # the data is the user's, and encoding it may raise anything
+        except Exception as problem:  # the data comes from your code, and encoding it may raise anything
             self._cannot_reply(request_id, problem)
             return
 
         def look(done: asyncio.Future[None]) -> None:
-            # A server may take less than the one of the connection in which the answer was queued.
+            # The server of a later connection may have a lower limit than the one for which the answer was queued.
             problem = None if done.cancelled() else done.exception()
             if isinstance(problem, MessageTooLargeError):
                 self._cannot_reply(request_id, problem)
@@ -394,26 +409,26 @@ class Client(ClientEvents):
         message.done.add_done_callback(look)
 
     def _cannot_reply(self, request_id: str, problem: BaseException) -> None:
-        """Answer with an error in place of what cannot be sent: who has asked shall not wait in vain."""
-        if self._ending is not None:
+        """Answer with an error instead of data that cannot be sent, so that the server does not wait."""
+        if self._close_error is not None:
             return
         self.emit("error", problem)
-        why = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
-        error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {why}"}
+        cause = str(problem) if isinstance(problem, ClientError) else "it cannot be encoded"
+        error = {"code": "unsendable", "message": f"the client's answer cannot be sent: {cause}"}
         try:
             self._queue("reply", None, re=request_id, error=error)
         except Exception as also:
-            logger.warning("the request %r of the server is not answered: %s", request_id, also)
+            logger.warning("the client cannot answer request %r of the server: %s", request_id, also)
 
     # ── receiving ──
 
     def on(self, event: str = ANY) -> Callable[[F], F]:
-        """Call a function with the data of each message of an event: `@client.on("chat")`.
+        """Register a handler for an event, as the decorator `@client.on("chat")`.
 
-        Handlers are called one after the other, in the order of the messages. What one returns answers the server, if
-        the message was a request. One that waits for a `request` of its own holds up those behind it, and when 1,024
-        messages wait, nothing more is read, answers included: start a task for that. Without a name it takes every
-        event that has no handler of its own.
+        The client calls it with the data of each message. Handlers run one after the other, in the order of the
+        messages. The return value answers the server if the message was a request. A handler that awaits `request`
+        delays the handlers after it. When 1,024 messages wait, the client reads nothing more, including answers, so
+        start a task for such work. Without an event the handler gets every event that has no handler of its own.
         """
 
         def register(handler: F) -> F:
@@ -423,14 +438,13 @@ class Client(ClientEvents):
         return register
 
     def __aiter__(self) -> AsyncIterator[Message]:
-        """Iterate over the messages that no handler takes, until the client is closed.
+        """Iterate over the messages without a handler, until the client is closed.
 
-        The loop ends after your own `close()`. It raises `ClientClosedError` when the client is closed for good
-        otherwise.
+        The loop ends after your own `close()`. It raises `ClientClosedError` if the client closes for another reason.
 
-        A loop that is slow holds up what comes behind the 1,024 messages that wait for it. Ten seconds after a loop
-        was left, handlers and answers are held up by it no longer: then the oldest messages that wait are thrown away,
-        until somebody iterates again.
+        A slow loop delays everything after the 1,024 messages that wait for it. Ten seconds after your code has left a
+        loop, waiting messages no longer delay handlers and answers. The client then discards the oldest waiting
+        messages until your code iterates again.
         """
         self._check_started()
         return self.incoming.loop()
@@ -442,72 +456,72 @@ class Client(ClientEvents):
             raise StopAsyncIteration
         return message
 
-    # ── what an attempt tells ──
+    # ── callbacks of a connection ──
 
     def _set_state(self, state: State) -> None:
         if state != self._state:
             self._state = state
             self.emit("state", state)
 
-    def left_out(self, error: UnreadableFrameError) -> None:
-        """A frame of the server could not be read."""
+    def report_unreadable(self, error: UnreadableFrameError) -> None:
+        """Record a frame of the server that cannot be read."""
         self._unreadable += 1
         logger.log(logging.WARNING if self._unreadable == 1 else logging.DEBUG, "%s", error)
         self.emit("error", error)
 
     def refused(self, error: RefusedError) -> None:
-        """The server has refused a message."""
-        self._refused += 1
+        """Record a message that the server has rejected."""
+        self._rejected += 1
         logger.log(
-            logging.WARNING if self._refused == 1 else logging.INFO, "the server has refused a message: %s", error
+            logging.WARNING if self._rejected == 1 else logging.INFO, "the server has rejected a message: %s", error
         )
         self.emit("error", error)
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
-        """An answer has come."""
+        """Resolve a request."""
         self._requests.answered(request_id, data, error)
 
     def opened(self, outcome: str) -> None:
-        """A connection is open."""
+        """Record that a connection is open."""
         if self._first_timer is not None:
             self._first_timer.cancel()
-        if self._failed_dials:
-            logger.info("connected to %s after %d failed dials", self._where, self._failed_dials)
-            self._failed_dials = 0
+        if self._failed_attempts:
+            logger.info("connected to %s after %d failed attempts", self._log_url, self._failed_attempts)
+            self._failed_attempts = 0
         self._set_state("open")
         self.emit("open", outcome)
 
     def stable(self) -> None:
-        """A connection has been open for long enough to forget what was before."""
-        self._redial.stable()
+        """Reset the backoff, because a connection has been open for `stable_after` seconds."""
+        self._reconnects.stable()
 
-    def broke_off(self) -> None:
-        """The connection is lost in the middle of a large message of the server.
+    def mark_truncated(self) -> None:
+        """Record a connection that was lost during a large message of the server.
 
-        The next connection begins the message anew. What happens to it each time would hold up all that comes behind
-        it for ever, so it is left out at last, and told as a gap. A volatile message is not begun anew, see
-        `not_unfinished`.
+        The server sends the message again on the next connection. If that fails each time, the message would block all
+        later ones forever, so the client skips it in the end and reports a gap. The server does not send a volatile
+        message again, see `clear_truncated`.
         """
-        before, times = self._unfinished
-        self._unfinished = (self.last, times + 1 if before == self.last else 1)
-        if self._unfinished[1] >= MAX_UNFINISHED:
+        before, times = self._truncated
+        self._truncated = (self.last, times + 1 if before == self.last else 1)
+        if self._truncated[1] >= MAX_TRUNCATIONS:
             self.last += 1
-            self._unfinished = (0, 0)
+            self._truncated = (0, 0)
             self.emit("gap", Gap(False, "unfinished", self.last, self.last))
 
-    def not_unfinished(self) -> None:
-        """Something else has come than the message that had broken off, or nothing: it is not begun anew."""
-        self._unfinished = (0, 0)
+    def clear_truncated(self) -> None:
+        """Forget the truncated message, because the server does not send it again."""
+        self._truncated = (0, 0)
 
-    def lost_session(self, accepted: int) -> None:
-        """The server has begun a new session in place of the one that was asked for."""
-        self._unfinished = (0, 0)
+    def restart_session(self, accepted: int) -> None:
+        """Start over, because the server has replaced the requested session by a new one."""
+        self._truncated = (0, 0)
         self.buffer.restart_session(accepted, replay=self._replay)
-        self.incoming.begun_anew()
+        self.incoming.restart_session()
         self._requests.session_lost()
 
     async def credential(self, *, force: bool) -> str | None:
-        """What the user's `auth` gives."""
+        """Return the credential that the `auth` function gives, or `None`."""
         if self._auth is None:
             return None
         value = self._auth(force=force) if _takes_force(self._auth) else self._auth()
@@ -515,34 +529,34 @@ class Client(ClientEvents):
         return None if value is None else str(value)
 
     async def address(self) -> str:
-        """Where to connect."""
+        """Return the URL."""
         value = self._url if isinstance(self._url, str) else self._url()
         return await value if inspect.isawaitable(value) else value
 
     @property
-    def refused_credential(self) -> bool:
-        """Whether the server has refused the last credential."""
-        return self._redial.credential_rejected
+    def is_credential_rejected(self) -> bool:
+        """Whether the server has rejected the last credential."""
+        return self._reconnects.is_credential_rejected
 
-    # ── dialling ──
+    # ── connecting ──
 
     async def _run(self) -> None:
         try:
-            while self._ending is None:
+            while self._close_error is None:
                 self._set_state("connecting")
                 lost = await self._one_connection()
-                if self._ending is not None:
+                if self._close_error is not None:
                     break
                 self.emit("close", lost.code, lost.reason)
                 if lost.code == 4429:
-                    self.buffer.cut_off()
-                delay = self._redial.after(lost)
-                if self._redial.gives_session_up:
+                    self.buffer.reduce_window()
+                delay = self._reconnects.after(lost)
+                if self._reconnects.abandons_session:
                     self.token = None
                 if delay is None:
                     self._finish(ClientClosedError(lost.code, lost.reason))
                     break
-                if self._ending is not None:  # a listener has closed it
+                if self._close_error is not None:  # a listener has closed the client
                     break
                 self._log_lost(lost, delay)
                 self._set_state("waiting")
@@ -550,7 +564,7 @@ class Client(ClientEvents):
                 if delay > 0:
                     await wait_for_all([self._wakeup], delay)
         finally:
-            self._finish(self._ending or ClientClosedError(1006, "cancelled"))
+            self._finish(self._close_error or ClientClosedError(1006, "cancelled"))
 
     async def _one_connection(self) -> ConnectionLost:
         attempt = self._attempt = ClientConnection(self, self._tasks, self._connect_timeout, self._stable_after)
@@ -560,40 +574,42 @@ class Client(ClientEvents):
             self._attempt = None
 
     def _log_lost(self, lost: ConnectionLost, delay: float) -> None:
-        """Say that a connection is lost, or that there is none. Of dials that fail in a row the first is a warning."""
-        how = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
+        """Log a lost connection or a failed attempt. The first of several failures is a warning."""
+        cause = f"code {lost.code}{f' ({lost.reason})' if lost.reason else ''}"
         if lost.was_open:
-            logger.info("the connection to %s is lost: %s; the next dial is in %.1f s", self._where, how, delay)
+            logger.info("the connection to %s is lost: %s; next attempt in %.1f s", self._log_url, cause, delay)
             return
-        self._failed_dials += 1
-        self._last_failure = how
-        level = logging.WARNING if self._failed_dials == 1 else logging.INFO
-        logger.log(level, "cannot connect to %s: %s; the next dial is in %.1f s", self._where, how, delay)
+        self._failed_attempts += 1
+        self._last_failure = cause
+        level = logging.WARNING if self._failed_attempts == 1 else logging.INFO
+        logger.log(level, "cannot connect to %s: %s; next attempt in %.1f s", self._log_url, cause, delay)
 
     @property
-    def _where(self) -> str:
-        """The URL, without what may be secret in it."""
+    def _log_url(self) -> str:
+        """The URL for logs, without credentials and query."""
         if not isinstance(self._url, str):
             return "the server"
         return _SECRET.sub("", self._url)
 
-    def _finish(self, how: ClientClosedError, *, ours: bool = False) -> None:
-        if self._ending is not None:
+    def _finish(self, error: ClientClosedError, *, ours: bool = False) -> None:
+        if self._close_error is not None:
             return
-        self._ending = how
+        self._close_error = error
         if self._first_timer is not None:
             self._first_timer.cancel()
         if not ours:
-            logger.warning("the client of %s is closed for good: code %d (%s)", self._where, how.code, how.reason)
-        if left := sum(not done.done() for done in self.buffer.undecided()):
-            logger.warning("the client is closed, and the server has not accepted %d messages", left)
+            logger.warning(
+                "the client of %s is permanently closed: code %d (%s)", self._log_url, error.code, error.reason
+            )
+        if left := sum(not done.done() for done in self.buffer.unaccepted()):
+            logger.warning("the client is closed, but the server has not accepted %d messages", left)
         if self._attempt is not None:
-            self._attempt.mark_lost(how.code if how.code in (1000, 4000) else 1000, how.reason)
+            self._attempt.mark_lost(error.code if error.code in (1000, 4000) else 1000, error.reason)
         self._reconnect_now()
         self.token = None
-        self.buffer.give_up(how)
-        self._requests.give_up(how)
-        self.incoming.close(None if ours else lambda: ClientClosedError(how.code, how.reason))
+        self.buffer.give_up(error)
+        self._requests.give_up(error)
+        self.incoming.close(None if ours else lambda: ClientClosedError(error.code, error.reason))
         self._set_state("closed")
 
     def _task_failed(self, task: asyncio.Task[Any], error: BaseException) -> None:
@@ -609,7 +625,7 @@ _SECRET: Final = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)
 
 
 def connect(url: str | Provider, **options: Any) -> Client:
-    """Make a client, for `async with`. The arguments are those of `Evictable`."""
+    """Create a client for `async with`. The arguments are those of `Client`."""
     return Client(url, **options)
 
 

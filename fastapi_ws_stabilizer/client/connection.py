@@ -1,4 +1,4 @@
-"""One dial and the connection that comes of it: from the URL to the moment in which it is lost."""
+"""One connection attempt, and the connection that results, until it is lost."""
 
 from __future__ import annotations
 
@@ -41,47 +41,48 @@ from fastapi_ws_stabilizer.wire.v1.frames import (
 )
 
 ACK_WITHIN: Final = 1.0
-"""Seconds after which a message is acknowledged at the latest."""
+"""Maximum delay of an acknowledgement, in seconds."""
 
 ACK_TIMEOUT: Final = 10.0
-"""Seconds after it was sent, when the link is doubted if the server has not accepted a message."""
+"""Seconds without the server's acknowledgement after which the client probes the connection."""
 
 SLOWEST_UPLINK: Final = 16 * 1024
-"""Bytes in a second of the slowest link that is not taken for a dead one while it carries a large message."""
+"""Minimum send rate in bytes per second. A slower connection may count as dead while it carries a large message."""
 
-UNFINISHED_BYTES: Final = 16 * 1024
-"""Bytes of an incomplete message that make it a large one. A smaller one is not what ends a connection."""
+MIN_TRUNCATED_BYTES: Final = 16 * 1024
+"""Minimum size in bytes of an incomplete message that counts as truncated. A smaller one is not the cause of a lost
+connection."""
 
-REPLAY_WITHIN: Final = 1.0
-"""Seconds after the welcome in which the first bytes of what the server sends again have come."""
+REPLAY_TIMEOUT: Final = 1.0
+"""Seconds after the welcome within which the first replayed bytes arrive."""
 
-CLOSE_WITHIN: Final = 5.0
-"""Seconds that a close frame may take on a connection that nobody waits for any more."""
+CLOSE_TIMEOUT: Final = 5.0
+"""Seconds that a close frame may take on a connection that is no longer used."""
 
 READ_ERROR_GRACE: Final = 0.5
-"""Seconds between a failed write and taking the connection for lost."""
+"""Seconds between a failed write and the end of the connection."""
 
-_OURS: Final = frozenset({1000, 4000, 4400, 4408, 4412})
+_CLIENT_CODES: Final = frozenset({1000, 4000, 4400, 4408, 4412})
 """Close codes that a client sends."""
 
-MAX_HOLD: Final = 300.0
-"""Seconds that a server can make us wait with our messages at most."""
+MAX_RETRY_DELAY: Final = 300.0
+"""Maximum time that a server can pause the client's messages, in seconds."""
 
-MAX_CONTROL: Final = 64
-"""Control frames that wait to be sent at most."""
+MAX_PENDING_CONTROL: Final = 64
+"""Maximum number of queued control frames."""
 
 
 class ClientConnection:
-    """One connection. It is never reopened, and what it still receives after it was lost concerns nobody.
+    """One connection. It is never reopened, and it ignores frames that arrive after it was lost.
 
     Args:
-        client: Whose it is.
-        tasks: Where its tasks are made.
+        client: The client that it belongs to.
+        tasks: The task set for its tasks.
         connect_timeout: Seconds from the URL to the welcome.
-        stable_after: Seconds after which it counts as stable.
+        stable_after: Seconds after which it is stable.
 
     Attributes:
-        rtt: Seconds of the last measured round trip.
+        rtt: Last measured round trip in seconds.
     """
 
     def __init__(self, client: Owner, tasks: TaskSet, connect_timeout: float, stable_after: float) -> None:
@@ -94,25 +95,25 @@ class ClientConnection:
         self._transport: Transport | None = None
         self._open = False
         self._control: list[str | bytes] = []
-        self._wanted: asyncio.Future[None] | None = None
+        self._wakeup: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._timers = NamedTimers()
-        self._heard_at = monotonic()
-        self._pausing = False  # whether we, and not the server, are the reason that nothing is heard
-        self._whole_bytes = 0  # bytes that had come in when the last whole frame was read
-        self._progress: int | None = None  # of what we send, when an answer was last waited for
-        self._asked_at = 0.0
-        self._silence = 0.0
-        self._beat = 0.0  # seconds after which we say that we live while a large message comes in
-        self._deflates = False  # whether the server takes compressed frames
+        self._received_at = monotonic()
+        self._reading_paused = False  # whether the client does not read, so that silence is not the server's fault
+        self._whole_bytes = 0  # bytes received when the last complete frame was read
+        self._progress: int | None = None  # send progress at the last probe
+        self._probed_at = 0.0
+        self._silence_timeout = 0.0
+        self._keepalive_interval = 0.0  # seconds between signs of life to the server while a large message arrives
+        self._deflates = False  # whether the server accepts compressed frames
         self._unacknowledged = 0
         self._pinged_at = 0.0
-        self._put_off = False  # whether the server has asked once for a message again
-        self._leave_at: float | None = None
+        self._retry_logged = False  # whether the server has asked for a message again
+        self._drain_at: float | None = None
         self.rtt: float | None = None
 
     async def run(self, dial: Connect) -> ConnectionLost:
-        """Dial, be welcomed, read and write until the connection is lost, and return how it was."""
+        """Connect, wait for the welcome, read and write; return how the connection was lost."""
         self._timers.start("connect", self._connect_timeout, lambda: self.mark_lost(4408, "connect timeout"))
         tasks = [self._tasks.spawn(self._read(dial), name="ws-client-reader")]
         try:
@@ -124,24 +125,24 @@ class ClientConnection:
             for task in tasks:
                 task.cancel()
             if self._transport is not None:
-                how = self._lost.result()
-                code = how.code if how.code in _OURS else 4000
-                closing = self._tasks.spawn(self._close(self._transport, code, how.reason), name="ws-client-close")
-                if code == 1000:  # a goodbye is waited for; everything else dials again meanwhile
-                    await wait_for_all([closing], CLOSE_WITHIN + 1.0)
+                lost = self._lost.result()
+                code = lost.code if lost.code in _CLIENT_CODES else 4000
+                closing = self._tasks.spawn(self._close(self._transport, code, lost.reason), name="ws-client-close")
+                if code == 1000:  # only the end of the session waits for the close frame
+                    await wait_for_all([closing], CLOSE_TIMEOUT + 1.0)
 
     def mark_lost(self, code: int, reason: str, *, at_once: bool = False) -> None:
-        """The connection is lost, or is to be left. The first word counts. Nobody waits for a close frame."""
+        """End the connection. The first call decides, and the client does not wait for a close frame."""
         if not self._lost.done():
-            self._note_unfinished(code)
+            self._report_truncated(code)
             self._lost.set_result(ConnectionLost(code, reason, self._open, at_once))
             self._open = False
 
-    def _note_unfinished(self, code: int) -> None:
-        """Tell the client if the connection ends in the middle of a large message."""
+    def _report_truncated(self, code: int) -> None:
+        """Report to the client that the connection ends during a large message."""
         unfinished = self._received()[0] - self._whole_bytes
-        if self._open and not self._pausing and code != 1000 and unfinished >= UNFINISHED_BYTES:
-            self._client.broke_off()
+        if self._open and not self._reading_paused and code != 1000 and unfinished >= MIN_TRUNCATED_BYTES:
+            self._client.mark_truncated()
 
     def _received(self) -> tuple[int, float]:
         ask = getattr(self._transport, "received", None)
@@ -153,42 +154,42 @@ class ClientConnection:
 
     async def _close(self, transport: Transport, code: int, reason: str) -> None:
         closing = self._tasks.spawn(transport.close(code, reason[:40]), name="ws-client-close-frame")
-        await wait_for_all([closing], CLOSE_WITHIN)
+        await wait_for_all([closing], CLOSE_TIMEOUT)
         closing.cancel()
 
     # ── reading ──
 
     async def _read(self, dial: Connect) -> None:
         try:
-            transport = await self._connected(dial)
+            transport = await self._open_transport(dial)
             self._tasks.spawn(self._write(transport), name="ws-client-writer")
             while not self._lost.done():
                 frame = await transport.receive()
                 if self._lost.done():
                     return
-                self._mark_heard()
+                self._mark_received()
                 self._receive(frame)
-                self._pausing = True
+                self._reading_paused = True
                 await self._client.incoming.room()
-                self._pausing = False
-                if "probe" in self._timers:  # the answer may have come while we did not read
+                self._reading_paused = False
+                if "probe" in self._timers:  # the answer may have arrived while the client did not read
                     self._await_answer()
         except TransportClosedError as lost:
             if isinstance(lost, UnreadableMessageError):
-                self._left_out(lost.reason)
+                self._skip_frame(lost.reason)
             self.mark_lost(lost.code, lost.reason)
         except ClientClosedError as final:
             self.mark_lost(final.code, final.reason)
-        except Exception as error:  # of the user's functions for the URL or the credential
+        except Exception as error:  # your functions for the URL and the credential may raise anything
             self._client.emit("error", error)
             self.mark_lost(1006, repr(error))
 
-    async def _connected(self, dial: Connect) -> Transport:
+    async def _open_transport(self, dial: Connect) -> Transport:
         client = self._client
-        credential = await client.credential(force=client.refused_credential)
+        credential = await client.credential(force=client.is_credential_rejected)
         transport = self._transport = await dial(await client.address(), [SUBPROTOCOL])
         if transport.subprotocol != SUBPROTOCOL:
-            raise ClientClosedError(4406, f"the server does not speak {SUBPROTOCOL}")
+            raise ClientClosedError(4406, f"the server does not support {SUBPROTOCOL}")
         client.dials += 1
         hello: dict[str, Any] = {"type": "hello", "v": VERSION, "n": client.dials, "client": client.instance}
         hello["caps"] = [RETRY_CAP]
@@ -201,8 +202,8 @@ class ClientConnection:
         await transport.send(to_json(hello).decode())
         return transport
 
-    def _mark_heard(self) -> None:
-        self._heard_at = monotonic()
+    def _mark_received(self) -> None:
+        self._received_at = monotonic()
         self._whole_bytes = self._received()[0]
         self._timers.stop("probe")
 
@@ -210,68 +211,71 @@ class ClientConnection:
         try:
             frame = parse(raw, MAX_SENT_BYTES if self._client.deflate else 0, MAX_FRAME_DEPTH)
         except ProtocolError as bad:
-            if self._open and is_numbered(raw):  # else the counts differ, and the next ping ends the connection
+            if self._open and is_numbered(raw):  # otherwise the counts differ, and the next ping ends the connection
                 self._count()
-            self._left_out(str(bad))
+            self._skip_frame(str(bad))
             return
         try:
             self._dispatch(frame)
         except ProtocolError as bad:
-            self._left_out(str(bad))
+            self._skip_frame(str(bad))
             if not self._open and not self._lost.done():
-                self.mark_lost(4412, "the welcome cannot be read")
+                self.mark_lost(4412, "unreadable welcome")
 
-    def _left_out(self, why: str) -> None:
-        """A frame cannot be read: it ends nothing, because another client may have put it together."""
-        self._client.left_out(UnreadableFrameError(why))
+    def _skip_frame(self, why: str) -> None:
+        """Skip a frame that cannot be read.
+
+        The connection stays open, because the data may come from another client.
+        """
+        self._client.report_unreadable(UnreadableFrameError(why))
 
     def _count(self) -> None:
-        self._client.last += 1  # before it is handled: a handler that fails does not get it again
+        self._client.last += 1  # before the handler runs: a handler that fails does not get the message again
         self._schedule_ack()
 
     def _dispatch(self, frame: dict[str, Any]) -> None:
         kind = frame["type"]
         if not self._open:
             if kind == "welcome":
-                self._welcomed(frame)
+                self._receive_welcome(frame)
             return
         if kind in ("msg", "reply"):
-            self._message(kind, frame)
+            self._receive_message(kind, frame)
         elif kind == "ack":
-            self._accepted(require_int(frame, "seq"))
+            self._receive_ack(require_int(frame, "seq"))
         elif kind == "ping":
-            self._pinged(frame)
+            self._receive_ping(frame)
         elif kind == "pong":
             if self._pinged_at:
                 self.rtt, self._pinged_at = monotonic() - self._pinged_at, 0.0
             if (accepted := optional_int(frame, "ack")) is not None:
-                self._accepted(accepted)
+                self._receive_ack(accepted)
         elif kind == "drain":
             self._drain(frame)
         elif kind == "auth":
             if not frame.get("ok"):
                 self._tasks.spawn(self._refresh(), name="ws-client-auth")
         elif kind == "error":
-            self._refused(frame)
+            self._receive_error(frame)
 
-    def _refused(self, frame: dict[str, Any]) -> None:
-        """The server has refused a message, for good or for some time."""
+    def _receive_error(self, frame: dict[str, Any]) -> None:
+        """Handle a message that the server has rejected, permanently or for some time."""
         buffer, seq, retry = self._client.buffer, optional_int(frame, "seq"), optional_int(frame, "retry")
         error = RefusedError(str(frame.get("code", "error"))[:64], str(frame.get("message", ""))[:1024], seq)
         if seq is not None and retry is not None:
-            if buffer.put_off(seq):
-                level = logging.DEBUG if self._put_off else logging.INFO
-                logger.log(level, "the server has too much at the moment: %s", error)
-                self._put_off = True
-                self._timers.start("retry", min(retry / 1000, MAX_HOLD), self.wake)
+            if buffer.retry_from(seq):
+                level = logging.DEBUG if self._retry_logged else logging.INFO
+                logger.log(level, "the server asks the client to retry later: %s", error)
+                self._retry_logged = True
+                self._timers.start("retry", min(retry / 1000, MAX_RETRY_DELAY), self.wake)
             return
         if seq is not None:
             error.event = buffer.refused(seq, error)
         self._client.refused(error)
 
-    def _message(self, kind: str, frame: dict[str, Any]) -> None:
+    def _receive_message(self, kind: str, frame: dict[str, Any]) -> None:
         client = self._client
-        client.not_unfinished()
+        client.clear_truncated()
         if frame.get("volatile") is not True:
             self._count()
         if kind == "reply":
@@ -279,13 +283,13 @@ class ClientConnection:
         else:
             client.incoming.put(message_of(frame))
 
-    def _pinged(self, frame: dict[str, Any]) -> None:
+    def _receive_ping(self, frame: dict[str, Any]) -> None:
         sent = optional_int(frame, "seq")
         if sent is not None and sent != self._client.last:
-            self.mark_lost(4412, "a message is missing")
+            self.mark_lost(4412, "sequence gap")
             return
-        if sent is not None:  # it comes in its turn among the messages
-            self._client.not_unfinished()
+        if sent is not None:  # the ping is ordered with the messages
+            self._client.clear_truncated()
         self._reset_ack()
         fields: dict[str, Any] = {"type": "pong", "ack": self._client.last}
         if "ts" in frame:
@@ -305,40 +309,40 @@ class ClientConnection:
         after, within = require_int(frame, "after") / 1000, (optional_int(frame, "within") or 0) / 1000
         self._client.emit("drain", after, within)
         due = monotonic() + after
-        if self._leave_at is None or due < self._leave_at:
-            self._leave_at = due
+        if self._drain_at is None or due < self._drain_at:
+            self._drain_at = due
             self._timers.start("drain", after, lambda: self.mark_lost(4000, "drain", at_once=True))
 
     # ── the welcome ──
 
-    def _welcomed(self, frame: dict[str, Any]) -> None:
+    def _receive_welcome(self, frame: dict[str, Any]) -> None:
         client = self._client
         outcome = frame.get("resume")
         token, session = optional_text(frame, "token", 512), optional_text(frame, "session")
         seq, accepted = require_int(frame, "seq"), require_int(frame, "ack")
         if token is None or session is None or outcome not in ("none", "full", "gap", "lost"):
-            raise ProtocolError("welcome: token, session or resume is missing")
+            raise ProtocolError("welcome: token, session or resume is missing or invalid")
         before = client.last
         if outcome == "full" and seq != before:
-            self.mark_lost(4412, "the server resumes elsewhere")
+            self.mark_lost(4412, "sequence number mismatch")
             return
-        if outcome == "none" and client.session is not None:  # we have given the old one up
+        if outcome == "none" and client.session is not None:  # the client has abandoned the old session
             outcome, frame = "lost", {**frame, "why": "given_up"}
         client.session, client.token, client.last = session, token, seq
         caps = frame.get("caps")
         self._deflates = client.deflate and isinstance(caps, list) and DEFLATE_CAP in caps
         client.buffer.max_frame = optional_int(frame, "max", least=1) or client.buffer.max_frame
         ping, timeout = require_int(frame, "ping") / 1000, require_int(frame, "timeout") / 1000
-        self._silence = ping + timeout if ping else 0.0
-        self._beat = min(ping, timeout) / 2
+        self._silence_timeout = ping + timeout if ping else 0.0
+        self._keepalive_interval = min(ping, timeout) / 2
         if outcome in ("none", "lost"):
-            client.lost_session(accepted)
+            client.restart_session(accepted)
         else:
             client.buffer.resume(accepted)
         self._open = True
         self._timers.stop("connect")
         self._timers.start("stable", self._stable_after, client.stable)
-        self._timers.start("replay", REPLAY_WITHIN, self._track_replay)
+        self._timers.start("replay", REPLAY_TIMEOUT, self._track_replay)
         self._send_ack()
         if outcome in ("gap", "lost"):
             lost = outcome == "lost"
@@ -349,9 +353,12 @@ class ClientConnection:
         self.wake()
 
     def _track_replay(self) -> None:
-        """What the server sends again comes with its welcome: if nothing does, it sends nothing again."""
-        if not self._pausing and self._received()[0] == self._whole_bytes:
-            self._client.not_unfinished()
+        """Forget the truncated message if the server replays nothing.
+
+        Replayed messages arrive together with the welcome.
+        """
+        if not self._reading_paused and self._received()[0] == self._whole_bytes:
+            self._client.clear_truncated()
 
     # ── acknowledging ──
 
@@ -373,15 +380,15 @@ class ClientConnection:
     # ── writing ──
 
     def put(self, frame: str | bytes) -> None:
-        """Send a frame that nobody keeps, before the messages. Of too many that wait the oldest is left out."""
+        """Queue an unbuffered frame ahead of the messages. If too many wait, the oldest is dropped."""
         self._control.append(frame)
-        if len(self._control) > MAX_CONTROL:
+        if len(self._control) > MAX_PENDING_CONTROL:
             del self._control[0]
         self.wake()
 
     def send_volatile(self, data: Any, event: str | None) -> bool:
-        """Send a message that is not numbered; `False` if the connection is not open or takes nothing at the moment."""
-        if not self._open or len(self._control) >= MAX_CONTROL:
+        """Send an unnumbered message; return `False` if the connection cannot take it now."""
+        if not self._open or len(self._control) >= MAX_PENDING_CONTROL:
             return False
         frame = validate_frame(envelope("msg", data, event=event), {"event": event})
         size, most = len(frame if isinstance(frame, bytes) else frame.encode("utf-8")), self._client.buffer.max_frame
@@ -391,13 +398,13 @@ class ClientConnection:
         return True
 
     def wake(self) -> None:
-        """There may be something to send."""
-        if self._wanted is not None and not self._wanted.done():
-            self._wanted.set_result(None)
+        """Wake the writer, because there may be something to send."""
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     async def flushed(self, timeout: float) -> None:
-        """Wait until everything is written that may be, some seconds at most."""
-        if self._open and (self._wanted is None or self._wanted.done()):
+        """Wait until all sendable frames are written, at most `timeout` seconds."""
+        if self._open and (self._wakeup is None or self._wakeup.done()):
             self._idle = self._loop.create_future()
             await wait_for_first([self._idle, self._lost], timeout)
 
@@ -408,17 +415,17 @@ class ClientConnection:
                 if frame is None:
                     if self._idle is not None and not self._idle.done():
                         self._idle.set_result(None)
-                    self._wanted = self._loop.create_future()
-                    await wait_for_first([self._wanted, self._lost])
+                    self._wakeup = self._loop.create_future()
+                    await wait_for_first([self._wakeup, self._lost])
                     continue
                 await transport.send(frame)
         except TransportClosedError as lost:
-            # The reader may know better why, and has what came in before.
+            # The reader may know the cause, and still has data that arrived before.
             code, reason = lost.code, lost.reason
             self._timers.start("write", READ_ERROR_GRACE, lambda: self.mark_lost(code, reason))
         except Exception as error:
-            # Without a writer the connection is dead, though it looks open: nobody else would find out.
-            logger.exception("the writing failed")
+            # Without a writer the connection looks open but is dead, and nothing else detects that.
+            logger.exception("the client's writer failed")
             self.mark_lost(1006, repr(error))
 
     def _next_frame(self) -> str | bytes | None:
@@ -435,62 +442,64 @@ class ClientConnection:
             return deflated(frame) or frame
         return frame
 
-    # ── doubt ──
+    # ── liveness ──
 
     def _watch(self) -> None:
-        """Look whether the server has been silent for too long."""
-        if not self._silence:
+        """Close the connection if the server has been silent for too long."""
+        if not self._silence_timeout:
             return
         now = monotonic()
-        if self._pausing:
-            self._heard_at = now
-        heard = max(self._heard_at, self._received()[1])
+        if self._reading_paused:
+            self._received_at = now
+        heard = max(self._received_at, self._received()[1])
         silent = now - heard
-        if silent >= self._silence:
+        if silent >= self._silence_timeout:
             self.mark_lost(4408, "heartbeat timeout")
             return
-        if silent < self._beat <= now - self._heard_at:
-            # A large message is on its way, and the server's ping behind it: the server has to know that we live.
+        if silent < self._keepalive_interval <= now - self._received_at:
+            # A large message is arriving, and the server's ping comes after it. This frame shows that the client lives.
             self._send_ack()
-        self._timers.start("watch", max(0.05, min(self._beat, self._silence - silent)), self._watch)
+        self._timers.start(
+            "watch", max(0.05, min(self._keepalive_interval, self._silence_timeout - silent)), self._watch
+        )
 
     def probe(self) -> None:
-        """Ask the server for a sign of life."""
+        """Send a ping, and close the connection if the server does not answer in time."""
         if self._open and "probe" not in self._timers:
             self._pinged_at = monotonic()
             self.put('{"type":"ping"}')
             self._await_answer()
 
     def _await_answer(self) -> None:
-        """Give the server its time to answer a probe, which it gets behind what is still on its way to it."""
+        """Start the timer of a probe, extended by the time for the data that is sent before it."""
         oldest = self._client.buffer.oldest_sent
-        self._asked_at, self._progress = monotonic(), self._send_progress()
+        self._probed_at, self._progress = monotonic(), self._send_progress()
         in_flight = 0.0 if oldest is None else oldest.size / SLOWEST_UPLINK
-        self._timers.start("probe", self._client.probe_timeout + in_flight, self._unanswered)
+        self._timers.start("probe", self._client.probe_timeout + in_flight, self._on_probe_timeout)
 
-    def _unanswered(self) -> None:
-        if self._pausing or self._bytes_pass():  # it may have answered, and it is we who do not read
+    def _on_probe_timeout(self) -> None:
+        if self._reading_paused or self._has_progress():  # the server may have answered, but the client does not read
             self._await_answer()
         else:
             self.mark_lost(4408, "no answer", at_once=True)
 
-    def _bytes_pass(self) -> bool:
-        """Whether bytes have come or gone since an answer was last waited for: it is behind a large message."""
+    def _has_progress(self) -> bool:
+        """Return whether bytes were sent or received since the probe, so that the answer may be delayed."""
         before, now = self._progress, self._send_progress()
-        return self._received()[1] > self._asked_at or (before is not None and now is not None and now > before)
+        return self._received()[1] > self._probed_at or (before is not None and now is not None and now > before)
 
-    def _accepted(self, seq: int) -> None:
-        """The server has everything up to a number. What waits longest now is looked at when its own time is over."""
+    def _receive_ack(self, seq: int) -> None:
+        """Process an acknowledgement. The next unacknowledged message gets its own deadline."""
         buffer = self._client.buffer
         oldest = buffer.oldest_sent
         buffer.accepted(seq)
-        self.wake()  # more may be on their way now
+        self.wake()  # the send window may have grown
         if buffer.oldest_sent is not oldest:
             self._timers.stop("accept")
             self._check_unacked()
 
     def _check_unacked(self) -> None:
-        """Look, when its time is over, whether the message that waits longest is accepted."""
+        """Probe the connection if the oldest sent message is not acknowledged within its deadline."""
         oldest = self._client.buffer.oldest_sent
         if oldest is None or "accept" in self._timers:
             return

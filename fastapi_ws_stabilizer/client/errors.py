@@ -1,4 +1,7 @@
-"""The errors of the Python client, all below `ClientError`. `docs/reference/errors.md` lists them."""
+"""Errors of the Python client, all subclasses of `ClientError`.
+
+`docs/reference/errors.md` lists them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class ClientClosedError(ClientError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"the client is closed for good: code {self.code}{f' ({self.reason})' if self.reason else ''}"
+        return f"the client is permanently closed: code {self.code}{f' ({self.reason})' if self.reason else ''}"
 
 
 class NotStartedError(ClientError, RuntimeError):
@@ -44,14 +47,14 @@ class SessionLostError(ClientError):
     """
 
     def __str__(self) -> str:
-        return "the session is lost, and it is not known whether this was handled"
+        return "the session is lost, and it is unknown whether the server has handled this message"
 
 
 class BufferFullError(ClientError):
     """The buffer of unsent and unacknowledged messages is full, or a newer message replaced this one."""
 
     def __str__(self) -> str:
-        return "too much waits to be sent: send less, wait for what send() returns, or allow a larger buffer"
+        return "the send buffer is full: send less, await the future of send(), or raise max_buffered"
 
 
 class MessageTooLargeError(ClientError):
@@ -68,7 +71,7 @@ class MessageTooLargeError(ClientError):
         self.limit = limit
 
     def __str__(self) -> str:
-        return f"the message has {self.size} bytes, and the server takes {self.limit}"
+        return f"the message has {self.size} bytes, but the server accepts {self.limit}"
 
 
 class UnreadableFrameError(ClientError):
@@ -83,7 +86,7 @@ class UnreadableFrameError(ClientError):
         self.why = why
 
     def __str__(self) -> str:
-        return f"a frame of the server was left out, because it cannot be read: {self.why}"
+        return f"the client skipped an unreadable frame of the server: {self.why}"
 
 
 class RefusedError(ClientError, RequestError):

@@ -1,4 +1,4 @@
-"""Who wants to know what happens to a client."""
+"""Event emitter of a client."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EVENTS: Final = ("open", "gap", "close", "state", "drain", "error")
 
 
 class ClientEvents:
-    """The listeners of one client, as methods that can be decorators.
+    """Listeners of one client, with a method (usable as a decorator) for each event.
 
-    A listener that is async runs in a task of its own. One that fails is logged and hurts nobody else.
+    An async listener runs in its own task. An exception in a listener is logged and affects no other listener.
     """
 
     def __init__(self, tasks: TaskSet) -> None:
@@ -27,15 +27,15 @@ class ClientEvents:
         self._listeners: dict[str, list[Callable[..., Any]]] = {event: [] for event in EVENTS}
 
     def on_open(self, listener: F) -> F:
-        """Call `listener(outcome)` when a connection is open: `none`, `full`, `gap` or `lost`."""
+        """Call `listener(outcome)` when a connection opens: `none`, `full`, `gap` or `lost`."""
         return self._listen("open", listener)
 
     def on_gap(self, listener: F) -> F:
-        """Call `listener(gap)` when messages of the server were missed: `gap` is a `Gap`."""
+        """Call `listener(gap)` when messages of the server were missed, with a `Gap`."""
         return self._listen("gap", listener)
 
     def on_close(self, listener: F) -> F:
-        """Call `listener(code, reason)` when a connection is over, or a dial has failed."""
+        """Call `listener(code, reason)` when a connection ends or an attempt fails."""
         return self._listen("close", listener)
 
     def on_state(self, listener: F) -> F:
@@ -43,11 +43,14 @@ class ClientEvents:
         return self._listen("state", listener)
 
     def on_drain(self, listener: F) -> F:
-        """Call `listener(after, within)`, in seconds, when the server asks to leave it soon. That is done by itself."""
+        """Call `listener(after, within)`, in seconds, when the server drains.
+
+        The client reconnects automatically.
+        """
         return self._listen("drain", listener)
 
     def on_error(self, listener: F) -> F:
-        """Call `listener(error)` with what went wrong and ended nothing."""
+        """Call `listener(error)` on an error that does not end the connection."""
         return self._listen("error", listener)
 
     def _listen(self, event: str, listener: F) -> F:
@@ -58,7 +61,7 @@ class ClientEvents:
         self._listeners[event].remove(listener)
 
     def emit(self, event: str, *args: Any) -> None:
-        """Something has happened."""
+        """Call the listeners of an event."""
         for listener in tuple(self._listeners[event]):
             try:
                 result = listener(*args)
@@ -69,5 +72,5 @@ class ClientEvents:
 
 
 async def _as_coroutine(awaitable: Awaitable[Any]) -> Any:
-    """Await anything, as a coroutine."""
+    """Await any awaitable, as a coroutine."""
     return await awaitable

@@ -1,4 +1,4 @@
-"""What a client has received: handed to handlers one after the other, or kept for who iterates."""
+"""Received messages of a client: dispatch to handlers, or a queue for `async for`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fastapi_ws_stabilizer.wire.v1.frames import Message
 logger = logging.getLogger("fastapi_ws_stabilizer.client")
 
 ANY: Final = "*"
-"""Stands for every event that has no handler of its own."""
+"""Name for all events without their own handler."""
 
 MAX_UNREAD: Final = 1024
-"""Messages that wait for who iterates, or for handlers that are busy."""
+"""Maximum number of messages that wait to be iterated, and of those that wait for busy handlers."""
 
-LEFT_AFTER: Final = 10.0
-"""Seconds without a reader after which messages that wait for one hold nothing else up any more."""
+ABANDONED_AFTER: Final = 10.0
+"""Seconds without a reader after which unread messages no longer block reading."""
 
-LOOK_EVERY: Final = 1.0
-"""Seconds after which that is looked at again."""
+ABANDONED_CHECK_INTERVAL: Final = 1.0
+"""Seconds between two checks of that."""
 
 Handler = Callable[..., Any]
 Reply = Callable[[str, Any, "dict[str, str] | None"], None]
 
 
 def event_of(message: Message) -> str | None:
-    """What kind of message it is: its event, or the `type` of the object that it carries."""
+    """Return the event of a message, or the `type` of the object that it carries."""
     if message.event is not None:
         return message.event
     kind = message.data.get("type") if isinstance(message.data, dict) else None
@@ -42,7 +42,7 @@ def event_of(message: Message) -> str | None:
 
 
 class MessageIterator:
-    """One `async for` over the messages that no handler takes. It is gone when the loop is left."""
+    """One `async for` over the messages without a handler. It is collected when the loop is left."""
 
     def __init__(self, incoming: InboundMessages) -> None:
         self._incoming = incoming
@@ -58,16 +58,16 @@ class MessageIterator:
 
 
 class InboundMessages:
-    """The messages of a client, in the order in which they came.
+    """Messages of a client, in the order of their arrival.
 
-    One task calls the handlers, one after the other. Messages without a handler wait for who iterates; a request
-    without one is answered with the error `no_handler`.
+    One task calls the handlers one after the other. Messages without a handler wait to be iterated. A request without a
+    handler is answered with the error `no_handler`.
 
     Args:
-        tasks: Where that task is made.
-        reply: Answers a request.
-        waits: Whether the client itself waits for something from the server: an answer, or its word that it has a
-            message.
+        tasks: The task set for that task.
+        reply: Function that answers a request.
+        waits: Function that returns whether the client itself waits for the server: for an answer or an
+            acknowledgement.
     """
 
     def __init__(self, tasks: TaskSet, reply: Reply, waits: Callable[[], bool] = lambda: False) -> None:
@@ -75,25 +75,25 @@ class InboundMessages:
         self._reply = reply
         self._waits = waits
         self._handlers: dict[str, list[Handler]] = {}
-        self._to_handle: deque[tuple[Message, int]] = deque()  # each with the session in which it came
+        self._to_handle: deque[tuple[Message, int]] = deque()  # each with the number of its session
         self._to_read: deque[Message] = deque()
         self._session = 0
         self._working = False
-        self._iterated = False
+        self._has_reader = False
         self._read_at = 0.0
-        self._loops: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
+        self._iterators: weakref.WeakSet[MessageIterator] = weakref.WeakSet()
         self._changed = asyncio.Event()
-        self._over = False
+        self._closed = False
         self._error: Callable[[], Exception] | None = None
         self._unhandled_logged = False
         self.unhandled = 0
 
     def on(self, event: str, handler: Handler) -> None:
-        """Call a function with the data of each message of an event, or of all others with `"*"`."""
+        """Register a handler for the data of an event's messages; `"*"` means all other events."""
         self._handlers.setdefault(event, []).append(handler)
 
     def put(self, message: Message) -> None:
-        """Take a message."""
+        """Dispatch or queue a message."""
         if message.event is None:
             message.event = event_of(message)
         if self._handlers_for(message):
@@ -105,50 +105,52 @@ class InboundMessages:
         if message.id is not None:
             text = f"the client has no handler for requests of type {event_of(message)!r}"
             self._reply(message.id, None, {"code": "no_handler", "message": text})
-        if len(self._to_read) >= MAX_UNREAD and not self._iterated:
+        if len(self._to_read) >= MAX_UNREAD and not self._has_reader:
             self._to_read.popleft()
             self.unhandled += 1
             if not self._unhandled_logged:
                 self._unhandled_logged = True
-                logger.warning("messages are thrown away: nobody iterates over the client, and they have no handler")
+                logger.warning("messages are discarded: they have no handler, and no loop iterates over the client")
         self._to_read.append(message)
         self._changed.set()
 
     async def room(self) -> None:
-        """Wait until there is room for more. While there is none, nothing is read, and TCP pushes back.
+        """Wait until there is space for more messages.
 
-        Who has stopped iterating does not stop the reading for ever, if others need what comes behind the messages that
-        wait to be read. A loop that is slow is still there; only of who calls `anext` by hand it has to be guessed.
+        Until then the client reads nothing, and TCP applies backpressure. Your code may have stopped iterating while
+        the client needs what comes after the unread messages. In that case reading continues after `ABANDONED_AFTER`
+        seconds. A slow loop still blocks, because its iterator exists. For code that calls `anext` directly, the client
+        can only assume that it has stopped.
         """
         read_at = monotonic()
-        while len(self._to_handle) >= MAX_UNREAD or (self._iterated and len(self._to_read) >= MAX_UNREAD):
+        while len(self._to_handle) >= MAX_UNREAD or (self._has_reader and len(self._to_read) >= MAX_UNREAD):
             self._changed.clear()
-            look_again = asyncio.get_running_loop().call_later(LOOK_EVERY, self._changed.set)
+            look_again = asyncio.get_running_loop().call_later(ABANDONED_CHECK_INTERVAL, self._changed.set)
             try:
                 await self._changed.wait()
             finally:
                 look_again.cancel()
-            if self._loops or len(self._to_read) < MAX_UNREAD:  # then nobody is too slow, or it is the handlers
+            if self._iterators or len(self._to_read) < MAX_UNREAD:  # a loop exists, or the handlers are slow
                 read_at = monotonic()
             read_at = max(read_at, self._read_at)
-            if monotonic() - read_at >= LEFT_AFTER and (self._handlers or self._waits()):
-                self._iterated = False
+            if monotonic() - read_at >= ABANDONED_AFTER and (self._handlers or self._waits()):
+                self._has_reader = False
 
     def loop(self) -> AsyncIterator[Message]:
-        """Iterate over the messages without a handler."""
+        """Return an iterator over the messages without a handler."""
         loop = MessageIterator(self)
-        self._loops.add(loop)
+        self._iterators.add(loop)
         return loop
 
     async def get(self) -> Message | None:
-        """Wait for the next message without a handler; `None` when nothing more will come. Cancelling is safe.
+        """Return the next message without a handler; `None` after the end. Cancelling is safe.
 
         Raises:
-            Exception: Nothing more will come, for this reason.
+            Exception: The error for which the client was closed.
         """
-        self._iterated = True
+        self._has_reader = True
         while not self._to_read:
-            if self._over:
+            if self._closed:
                 if self._error is not None:
                     raise self._error()
                 return None
@@ -159,22 +161,22 @@ class InboundMessages:
         self._changed.set()
         return message
 
-    def read_on(self) -> None:
-        """The client is about to leave: what waits to be read holds nothing up any more."""
-        self._iterated = False
+    def stop_blocking(self) -> None:
+        """Stop waiting for a reader: unread messages no longer block reading."""
+        self._has_reader = False
         self._changed.set()
 
-    def begun_anew(self) -> None:
-        """It is a new session: requests of the old one are handled, and not answered."""
+    def restart_session(self) -> None:
+        """Start a new session. Requests of the old session are handled but not answered."""
         self._session += 1
 
     def close(self, error: Callable[[], Exception] | None = None) -> None:
-        """Nothing more will come.
+        """End the stream of messages.
 
         Args:
-            error: Makes the error by which those who iterate learn why; their loop just ends when left out.
+            error: Factory of the error that iterators raise; without it their loops just end.
         """
-        self._over, self._error = True, error
+        self._closed, self._error = True, error
         self._changed.set()
 
     def _handlers_for(self, message: Message) -> list[Handler]:
@@ -203,13 +205,13 @@ class InboundMessages:
                 error = {"code": refusal.code, "message": refusal.message}
             except (Exception, asyncio.CancelledError) as failure:
                 if isinstance(failure, asyncio.CancelledError) and self._cancelled():
-                    raise  # else it comes from something that the handler has awaited, and is a failure as any other
-                logger.exception("a handler of %r failed", event_of(message))
-                error = {"code": "handler_failed", "message": "the client could not handle it"}
+                    raise  # otherwise the handler has awaited something that was cancelled, which is a plain failure
+                logger.exception("a handler for %r failed", event_of(message))
+                error = {"code": "handler_failed", "message": "a handler of the client failed"}
         if message.id is not None and session == self._session:
             self._reply(message.id, answer, error)
 
     def _cancelled(self) -> bool:
-        """Whether the task that calls the handlers is itself to end."""
+        """Return whether the task that calls the handlers is being cancelled."""
         cancelling = getattr(asyncio.current_task(), "cancelling", None)
-        return self._over if cancelling is None else cancelling() > 0  # Python 3.10 does not tell
+        return self._closed if cancelling is None else cancelling() > 0  # Python 3.10 has no `cancelling`

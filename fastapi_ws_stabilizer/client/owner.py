@@ -1,4 +1,4 @@
-"""What an attempt to connect tells the client that it is made for: gaps, how it was lost, and all that has come."""
+"""Gaps, lost connections, and the interface of a client for its connections."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Gap:
     """Messages of the server that this client will not get.
 
     Attributes:
-        session_lost: Whether the session is a new one, in which nothing of the old one is known.
-        why: The server's word for it: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...; or the client's:
-            `unfinished` for a message in whose middle the connection was lost twice.
-        first: Number of the first message that was missed.
-        last: Number of the last one; `None` if the session is a new one.
+        session_lost: Whether the session is a new one, which knows nothing of the old one.
+        why: Cause from the server: `overflow`, `epoch`, `unknown`, `expired`, `denied`, ...; or `unfinished` from the
+            client, for a message during which the connection was lost twice.
+        first: Number of the first missed message.
+        last: Number of the last missed message; `None` if the session is a new one.
     """
 
     session_lost: bool
@@ -30,13 +30,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class ConnectionLost:
-    """How a connection, or the attempt to make one, has ended.
+    """How a connection, or an attempt to open one, has ended.
 
     Attributes:
-        code: Its close code; 1006 if there was none.
-        reason: Its close reason.
-        was_open: Whether the server had welcomed us.
-        at_once: Whether it was left in order to dial again at once.
+        code: Close code; 1006 without one.
+        reason: Close reason.
+        was_open: Whether the server had sent its welcome.
+        at_once: Whether the client left the connection to reconnect immediately.
     """
 
     code: int
@@ -46,7 +46,7 @@ class ConnectionLost:
 
 
 class Owner(Protocol):
-    """The client that an attempt is made for."""
+    """Client that a connection belongs to."""
 
     buffer: SendBuffer
     incoming: InboundMessages
@@ -59,38 +59,38 @@ class Owner(Protocol):
     probe_timeout: float
 
     @property
-    def refused_credential(self) -> bool:
-        """Whether the server has refused the last credential."""
+    def is_credential_rejected(self) -> bool:
+        """Whether the server has rejected the last credential."""
 
     async def credential(self, *, force: bool) -> str | None:
-        """The credential for the first frame."""
+        """Return the credential for the first frame."""
 
     async def address(self) -> str:
-        """Where to connect."""
+        """Return the URL."""
 
     def opened(self, outcome: str) -> None:
-        """The connection is open."""
+        """Record that the connection is open."""
 
     def stable(self) -> None:
-        """It has been so for long enough."""
+        """Record that the connection is stable."""
 
     def emit(self, name: str, *args: Any) -> None:
-        """Something that listeners want to know."""
+        """Call the listeners of an event."""
 
-    def left_out(self, error: UnreadableFrameError) -> None:
-        """A frame of the server could not be read."""
+    def report_unreadable(self, error: UnreadableFrameError) -> None:
+        """Record a frame of the server that cannot be read."""
 
     def refused(self, error: RefusedError) -> None:
-        """The server has refused a message."""
+        """Record a message that the server has rejected."""
 
     def answered(self, request_id: str, data: Any, error: Any) -> None:
-        """An answer has come."""
+        """Resolve a request."""
 
-    def broke_off(self) -> None:
-        """The connection is lost in the middle of a large message of the server."""
+    def mark_truncated(self) -> None:
+        """Record a connection that was lost during a large message of the server."""
 
-    def not_unfinished(self) -> None:
-        """Something else has come than the message that had broken off, or nothing: it is not begun anew."""
+    def clear_truncated(self) -> None:
+        """Forget the truncated message, because the server does not send it again."""
 
-    def lost_session(self, accepted: int) -> None:
-        """It is a new session."""
+    def restart_session(self, accepted: int) -> None:
+        """Start over, because the server has replaced the requested session by a new one."""

@@ -1,4 +1,4 @@
-"""Whether a client dials again after a connection was lost, when, and as whom."""
+"""Whether, when and with which session a client reconnects."""
 
 from __future__ import annotations
 
@@ -9,57 +9,66 @@ from fastapi_ws_stabilizer.client.owner import ConnectionLost
 from fastapi_ws_stabilizer.close_codes import SUPERSEDED
 
 MAX_RESYNCS: Final = 2
-"""How often in a row a session is taken up again whose numbers did not fit. After that it is given up."""
+"""Maximum number of consecutive attempts to resume a session with mismatched numbers. After them the client abandons
+it."""
 
 
 class ReconnectPolicy:
-    """What is known of the dials since the last connection that was stable.
+    """Policy for reconnects, with the failures since the last stable connection.
 
     Args:
-        backoff: How long to wait.
-        refreshes: Whether a refused credential can be replaced.
+        backoff: The backoff.
+        can_reauthenticate: Whether the client can replace a rejected credential.
 
     Attributes:
-        gives_session_up: Whether the next dial asks for a new session.
+        abandons_session: Whether the next attempt asks for a new session.
     """
 
-    def __init__(self, backoff: Backoff, *, refreshes: bool) -> None:
+    def __init__(self, backoff: Backoff, *, can_reauthenticate: bool) -> None:
         self._backoff = backoff
-        self._refreshes = refreshes
+        self._can_reauthenticate = can_reauthenticate
         self._auth_failures = 0
         self._resyncs = 0
-        self.gives_session_up = False
+        self.abandons_session = False
 
     @property
-    def credential_rejected(self) -> bool:
-        """Whether the server has refused the last credential."""
+    def is_credential_rejected(self) -> bool:
+        """Whether the server has rejected the last credential."""
         return self._auth_failures > 0
 
     def at_once(self) -> None:
-        """Somebody wants the next dial now, whatever was before."""
+        """Reset the backoff, because your code asks for an attempt now."""
         self._backoff.reset()
 
     def stable(self) -> None:
-        """A connection has been open for long enough to forget what was before."""
+        """Forget all failures, because a connection is stable."""
         self._backoff.reset()
         self._auth_failures = self._resyncs = 0
 
     def after(self, lost: ConnectionLost) -> float | None:
-        """Seconds until the next dial after a connection, or a dial, that ended so; `None` if there is to be none."""
-        code, what = lost.code, action_for(lost.code)
-        self.gives_session_up = code == SUPERSEDED  # another connection has it
+        """Return the seconds until the next attempt; `None` if the client must not reconnect.
+
+        Args:
+            lost: How the last connection or attempt has ended.
+        """
+        code, action = lost.code, action_for(lost.code)
+        self.abandons_session = code == SUPERSEDED  # another connection has the session
         if code == 4412:
             self._resyncs += 1
             if self._resyncs > MAX_RESYNCS:
-                self.gives_session_up = True
-                what = ReconnectAction.AGAIN
-        if what is ReconnectAction.REFRESH:
+                self.abandons_session = True
+                action = ReconnectAction.RETRY
+        if action is ReconnectAction.REAUTHENTICATE:
             self._auth_failures += 1
-            if not self._refreshes or self._auth_failures > 1:
-                what = ReconnectAction.FINAL
-        if what is ReconnectAction.FINAL:
+            if not self._can_reauthenticate or self._auth_failures > 1:
+                action = ReconnectAction.STOP
+        if action is ReconnectAction.STOP:
             return None
         delay = self._backoff.delay(code, lost.reason)
-        if lost.at_once or what is ReconnectAction.REFRESH or (what is ReconnectAction.NOW and lost.was_open):
+        if (
+            lost.at_once
+            or action is ReconnectAction.REAUTHENTICATE
+            or (action is ReconnectAction.RETRY_NOW and lost.was_open)
+        ):
             return 0.0
         return delay

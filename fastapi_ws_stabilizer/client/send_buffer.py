@@ -1,4 +1,4 @@
-"""What a client has to send: kept until the server has accepted it, bounded, in order."""
+"""Messages to send: bounded, ordered, and buffered until the server accepts them."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from fastapi_ws_stabilizer.wire.v1.frames import ACK_EVERY, MAX_SEQ, envelope
 NO_LIMIT: Final = 2**62
 
 FIRST_WINDOW: Final = 128
-"""Messages that are on their way at most before the server has accepted any. With each that it accepts there may be one
-more, so that it takes a moment to send fast, and few are on their way when a server with a rate refuses one."""
+"""Maximum number of unacknowledged messages before the server has acknowledged any. It grows by one with each
+acknowledged message. So a client needs a moment to send fast, and few messages are unacknowledged when a server with
+a rate limit rejects one."""
 
 RESUMED_WINDOW: Final = ACK_EVERY
-"""The same at the beginning of each later connection: so many are acknowledged at once."""
+"""The same at the start of each later connection. The server acknowledges so many messages at once."""
 
 MAX_WINDOW: Final = 512
-"""The same at most, however many were accepted. So much comes behind a refused message without that the server ends the
+"""Upper bound of the window. The server tolerates so many messages after a rejected one without closing the
 connection."""
 
 MAX_REMEMBERED: Final = 256
-"""Accepted messages of which it is known what they were, for a server that refuses one later."""
+"""Number of accepted messages with a remembered event, in case the server rejects one later."""
 
 SEQ_BYTES: Final = len(f',"seq":{MAX_SEQ}')
-"""What its number adds to a frame at most."""
+"""Maximum size of the sequence number in a frame, in bytes."""
 
 
 class PendingMessage:
-    """One message, encoded once: as it was when it was queued, however often it is sent.
+    """One message, encoded once when it is queued, even if it is sent several times.
 
     Args:
         type_: `msg` or `reply`.
-        data: What it carries: bytes, or anything that can be JSON.
+        data: The payload: bytes, or data that can be encoded as JSON.
         fields: The other fields of its frame.
 
     Attributes:
-        seq: Its number; 0 until it is sent for the first time.
-        sent_at: When it was sent last, or was to be sent again, on the monotonic clock.
+        seq: Sequence number; 0 until it is sent for the first time.
+        sent_at: Time at which it was last sent or scheduled to be sent again, on the monotonic clock.
         type: `msg` or `reply`.
-        size: Bytes of its frame without the number.
-        done: Done when the server has accepted it.
+        size: Size of its frame without the number, in bytes.
+        done: Future that completes when the server has accepted the message.
 
     Raises:
-        ValueError: The data cannot be JSON that the server takes, a name is none, or there are too many fields for a
-            binary frame.
+        ValueError: The data cannot be encoded as JSON that the server accepts, a name is invalid, or the fields are too
+            large for a binary frame.
     """
 
     __slots__ = ("_encoded", "_fields", "done", "sent_at", "seq", "size", "type")
@@ -59,10 +60,10 @@ class PendingMessage:
         self.sent_at = 0.0
         self.type = type_
         self._fields = fields
-        self._encoded: str | bytes  # the data itself if it is bytes, else what stands behind the number in the frame
+        self._encoded: str | bytes  # bytes data itself, or the part of a text frame after the number
         if isinstance(data, (bytes, bytearray, memoryview)):
             self._encoded = bytes(data)
-            # With the largest number: whether the fields fit is known now, and not when a number is given.
+            # The largest number checks now, instead of when it is sent, whether the fields fit.
             validate_frame(b"", fields)
             self.size = len(envelope(type_, b"", seq=MAX_SEQ, **fields)) - SEQ_BYTES + len(self._encoded)
         else:
@@ -72,59 +73,59 @@ class PendingMessage:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def frame(self) -> str | bytes:
-        """The frame, with its number."""
+        """Return the frame with its number."""
         if isinstance(self._encoded, bytes):
             return envelope(self.type, self._encoded, seq=self.seq, **self._fields)
         return f'{_head(self.type)},"seq":{self.seq}{self._encoded}'
 
     @property
     def event(self) -> str | None:
-        """What kind of message it is."""
+        """The event of the message."""
         event: str | None = self._fields.get("event")
         return event
 
     def accept(self) -> None:
-        """The server has it."""
+        """Complete the future: the server has accepted the message."""
         if not self.done.done():
             self.done.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """It will never be known to be accepted."""
+        """Fail the future: the acceptance will never be known."""
         if not self.done.done():
             self.done.set_exception(error)
-            self.done.exception()  # whoever waits gets it; nobody has to
+            self.done.exception()  # avoid asyncio's warning if the future is never awaited
 
 
 def validate_frame(frame: str | bytes, fields: dict[str, Any]) -> str | bytes:
-    """Return a frame that the server takes: it would end the session of who sends another.
+    """Return a frame after checking that the server accepts it. An invalid one would end the session.
 
     Raises:
-        ValueError: It has a name in it that is none, or JSON that nobody takes.
+        ValueError: The frame contains an invalid name, or JSON beyond the limits.
     """
     for field in ("event", "key", "re"):
         name = fields.get(field)
         if name is not None and not is_name(name):
-            raise ValueError(f"{field} is {NAME_RULE}")
+            raise ValueError(f"{field} must have {NAME_RULE}")
     if isinstance(frame, str):
         check_json(frame)
     return frame
 
 
 def _head(type_: str) -> str:
-    """What a text frame begins with: the number comes behind it."""
+    """Return the start of a text frame, which the number follows."""
     return f'{{"type":"{type_}"'
 
 
 class SendBuffer:
-    """Messages that are not accepted yet: those that were sent, and those that never were.
+    """Messages that the server has not accepted yet: sent and unsent ones.
 
     Args:
-        max_messages: Most messages.
-        max_bytes: Most bytes of them.
-        overflow: What happens when one more comes: `"reject"` raises, `"drop_oldest"` lets one go that was never sent.
+        max_messages: Maximum number of messages.
+        max_bytes: Maximum size of all messages in bytes.
+        overflow: Policy for further messages: `"reject"` raises, `"drop_oldest"` drops the oldest unsent message.
 
     Attributes:
-        max_frame: Largest frame that the server takes.
+        max_frame: Largest frame that the server accepts, in bytes.
     """
 
     def __init__(self, max_messages: int, max_bytes: int, overflow: Literal["reject", "drop_oldest"]) -> None:
@@ -133,59 +134,62 @@ class SendBuffer:
         self._drop_oldest = overflow == "drop_oldest"
         self.max_frame = NO_LIMIT
         self._next = 1
-        self._sent: deque[PendingMessage] = deque()  # sent in this or an earlier connection, with a number
-        self._again: deque[PendingMessage] = deque()  # those of them that this connection has not sent yet
-        self._fresh: deque[PendingMessage] = deque()  # never sent
+        self._sent: deque[PendingMessage] = deque()  # sent on this or an earlier connection, with a number
+        self._to_resend: deque[PendingMessage] = deque()  # the part of them that this connection has not sent yet
+        self._unsent: deque[PendingMessage] = deque()  # never sent
         self._bytes = 0
         self._window = FIRST_WINDOW
         self._accepted: deque[tuple[int, str | None]] = deque(maxlen=MAX_REMEMBERED)
 
     def __len__(self) -> int:
-        return len(self._sent) + len(self._fresh)
+        return len(self._sent) + len(self._unsent)
 
     @property
     def oldest_sent(self) -> PendingMessage | None:
-        """The message that has waited longest for the server's word."""
+        """The oldest sent message without an acknowledgement."""
         return self._sent[0] if self._sent else None
 
-    def undecided(self) -> list[asyncio.Future[None]]:
-        """The futures of all messages that are not accepted yet."""
-        return [message.done for message in (*self._sent, *self._fresh)]
+    def unaccepted(self) -> list[asyncio.Future[None]]:
+        """Return the futures of all unaccepted messages."""
+        return [message.done for message in (*self._sent, *self._unsent)]
 
     def add(self, message: PendingMessage) -> None:
-        """Take a message.
+        """Add a message.
 
         Raises:
-            MessageTooLargeError: The server would not take it.
-            BufferFullError: There is no room.
+            MessageTooLargeError: The message is larger than the server accepts.
+            BufferFullError: The buffer is full.
         """
         if message.size + SEQ_BYTES > self.max_frame:
             raise MessageTooLargeError(message.size, self.max_frame)
         while len(self) >= self._max_messages or (len(self) and self._bytes + message.size > self._max_bytes):
-            if not self._drop_oldest or not self._fresh:
+            if not self._drop_oldest or not self._unsent:
                 raise BufferFullError
-            self._let_go(self._fresh.popleft(), BufferFullError())
-        self._fresh.append(message)
+            self._fail_message(self._unsent.popleft(), BufferFullError())
+        self._unsent.append(message)
         self._bytes += message.size
 
     def cancel(self, message: PendingMessage) -> bool:
-        """Take a message back that was never sent; `False` if it was."""
-        if message not in self._fresh:
+        """Remove an unsent message; return `False` if it was sent."""
+        if message not in self._unsent:
             return False
-        self._fresh.remove(message)
+        self._unsent.remove(message)
         self._bytes -= message.size
         return True
 
     def next(self) -> PendingMessage | None:
-        """The next message to send, with its number; `None` if there is none, or enough are on their way."""
-        if len(self._sent) - len(self._again) >= self._window:
+        """Return the next message to send, with its number; `None` if there is none.
+
+        It also returns `None` while the window of unacknowledged messages is full.
+        """
+        if len(self._sent) - len(self._to_resend) >= self._window:
             return None
-        while self._again:
-            message = self._again.popleft()
-            if self._sent and message.seq >= self._sent[0].seq:  # else it was accepted meanwhile
+        while self._to_resend:
+            message = self._to_resend.popleft()
+            if self._sent and message.seq >= self._sent[0].seq:  # otherwise the server has accepted it
                 message.sent_at = monotonic()
                 return message
-        fresh = self._next_fresh()
+        fresh = self._next_unsent()
         if fresh is None:
             return None
         fresh.seq, fresh.sent_at = self._next, monotonic()
@@ -193,17 +197,17 @@ class SendBuffer:
         self._sent.append(fresh)
         return fresh
 
-    def _next_fresh(self) -> PendingMessage | None:
-        """The next message that was never sent. One that the server would not take fails."""
-        while self._fresh:
-            message = self._fresh.popleft()
+    def _next_unsent(self) -> PendingMessage | None:
+        """Return the next unsent message. Messages that are too large for the server fail."""
+        while self._unsent:
+            message = self._unsent.popleft()
             if message.size + SEQ_BYTES <= self.max_frame:
                 return message
-            self._let_go(message, MessageTooLargeError(message.size, self.max_frame))
+            self._fail_message(message, MessageTooLargeError(message.size, self.max_frame))
         return None
 
     def accepted(self, seq: int) -> None:
-        """The server has everything up to a number."""
+        """Accept all messages up to a number."""
         while self._sent and self._sent[0].seq <= seq:
             message = self._sent.popleft()
             self._bytes -= message.size
@@ -211,26 +215,31 @@ class SendBuffer:
             self._accepted.append((message.seq, message.event))
             message.accept()
 
-    def put_off(self, seq: int) -> bool:
-        """The server has too much at the moment: it has not accepted a message, and what was sent behind it is ignored.
+    def retry_from(self, seq: int) -> bool:
+        """Send a message and all later ones again, because the server has rejected it for some time.
 
-        All of that is sent again, carefully: one message, and more when that is accepted.
+        The server ignores the messages after the rejected one. The window starts at one message and grows as the server
+        accepts them.
 
         Returns:
             Whether there is such a message.
         """
         if not self._sent or not self._sent[0].seq <= seq <= self._sent[-1].seq:
             return False
-        self._again = deque(message for message in self._sent if message.seq >= seq)
-        self._window = len(self._sent) - len(self._again) + 1
+        self._to_resend = deque(message for message in self._sent if message.seq >= seq)
+        self._window = len(self._sent) - len(self._to_resend) + 1
         return True
 
-    def cut_off(self) -> None:
-        """The server has ended the connection because it was sent too much: begin carefully in the next one."""
+    def reduce_window(self) -> None:
+        """Reduce the window to one message, because the server has closed the connection over its rate limit."""
         self._window = 1
 
     def refused(self, seq: int, error: Exception) -> str | None:
-        """The server has accepted a message and refused it: it fails, if that is not too late. Returns its event."""
+        """Fail a message that the server has accepted and then rejected, if it is still unresolved.
+
+        Returns:
+            The event of the message, if it is known.
+        """
         for message in self._sent:
             if message.seq == seq:
                 message.fail(error)
@@ -238,46 +247,46 @@ class SendBuffer:
         return next((event for number, event in self._accepted if number == seq), None)
 
     def resume(self, accepted: int) -> None:
-        """The session goes on in a new connection: what the server has not accepted is sent again."""
+        """Continue the session on a new connection, and send unaccepted messages again."""
         self.accepted(accepted)
         self._window = min(self._window, RESUMED_WINDOW)
         self._next = max(self._next, accepted + 1)
-        self._again = deque(self._sent)
+        self._to_resend = deque(self._sent)
         now = monotonic()
-        for message in self._again:
+        for message in self._to_resend:
             message.sent_at = now
 
     def restart_session(self, accepted: int, *, replay: bool) -> list[PendingMessage]:
-        """It is a new session: what was sent in the old one fails, or is sent again under new numbers.
+        """Start a new session. Messages of the old one fail, or are sent again with new numbers.
 
-        Answers fail whether they were sent or not: who has asked is gone, and in the new session another request may
-        have the same id.
+        Replies fail, sent or not, because the requests ended with the old session. In the new session another request
+        may have the same id.
 
         Returns:
-            Those that failed.
+            The messages that failed.
         """
-        before, self._sent, self._again = self._sent, deque(), deque()
+        before, self._sent, self._to_resend = self._sent, deque(), deque()
         if before:
             self._window = min(self._window, RESUMED_WINDOW)
         self._next = accepted + 1
         self._accepted.clear()
         failed = [message for message in before if not replay or message.type == "reply"]
-        failed += [message for message in self._fresh if message.type == "reply"]
-        kept = before if replay else ()
-        self._fresh = deque(message for message in (*kept, *self._fresh) if message.type != "reply")
+        failed += [message for message in self._unsent if message.type == "reply"]
+        replayed = before if replay else ()
+        self._unsent = deque(message for message in (*replayed, *self._unsent) if message.type != "reply")
         for message in failed:
-            self._let_go(message, SessionLostError())
+            self._fail_message(message, SessionLostError())
         return failed
 
     def give_up(self, error: ClientError) -> None:
-        """Nothing more is sent."""
-        for message in (*self._sent, *self._fresh):
+        """Fail all messages, because nothing more is sent."""
+        for message in (*self._sent, *self._unsent):
             message.fail(error)
         self._sent.clear()
-        self._again.clear()
-        self._fresh.clear()
+        self._to_resend.clear()
+        self._unsent.clear()
         self._bytes = 0
 
-    def _let_go(self, message: PendingMessage, error: ClientError) -> None:
+    def _fail_message(self, message: PendingMessage, error: ClientError) -> None:
         self._bytes -= message.size
         message.fail(error)

@@ -1,4 +1,4 @@
-"""The one WebSocket that a client has at a time, and how one is dialled."""
+"""Interface to one WebSocket of a client, and the default function that opens it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 
 class TransportClosedError(Exception):
-    """The WebSocket is over.
+    """The WebSocket is closed.
 
     Attributes:
-        code: Its close code; 1006 if there was none.
-        reason: Its close reason.
+        code: Close code; 1006 without one.
+        reason: Close reason.
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
@@ -22,62 +22,64 @@ class TransportClosedError(Exception):
 
 
 class UnreadableMessageError(TransportClosedError):
-    """The WebSocket is over, because a message of the server is too large or is no UTF-8."""
+    """The WebSocket is closed, because a message of the server is too large or not UTF-8."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(4412, f"a message of the server cannot be read: {why}")
+        super().__init__(4412, f"unreadable message of the server: {why}")
 
 
 class Transport(Protocol):
-    """A WebSocket that is open.
+    """Open WebSocket.
 
-    One may do without `received` and `send_progress`: then only whole messages are seen.
+    `received` and `send_progress` are optional. Without them the client sees complete messages only.
     """
 
     @property
     def subprotocol(self) -> str | None:
-        """What the server has chosen."""
+        """The subprotocol that the server has selected."""
 
     @property
     def compresses(self) -> bool:
-        """Whether permessage-deflate was agreed on, so that nothing else need compress."""
+        """Whether permessage-deflate was negotiated, so that no other compression is needed."""
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message; wait while the network takes none.
+        """Send a message, and wait while the network accepts no data.
 
         Raises:
-            TransportClosedError: It is over.
+            TransportClosedError: The WebSocket is closed.
         """
 
     async def receive(self) -> str | bytes:
-        """Wait for the next message. Cancelling is safe.
+        """Return the next message. Cancelling is safe.
 
         Raises:
-            TransportClosedError: It is over.
+            TransportClosedError: The WebSocket is closed.
         """
 
     def received(self) -> tuple[int, float]:
-        """Bytes that have come in so far, and when the last came, on the monotonic clock; zeros if not known."""
+        """Return the bytes received so far and the monotonic time of the last ones; zeros if unknown."""
 
     def send_progress(self) -> int | None:
-        """A number that has grown if the other machine has taken bytes since; `None` where that cannot be seen."""
+        """Return a number that grows as the peer's machine accepts bytes; `None` if unknown."""
 
     async def close(self, code: int, reason: str) -> None:
-        """Close it. Cancelling cuts it."""
+        """Close the WebSocket. Cancelling aborts it."""
 
 
 Connect = Callable[[str, Sequence[str]], Awaitable[Transport]]
-"""Opens a WebSocket to a URL, offering subprotocols. Can be cancelled.
+"""Function that opens a WebSocket to a URL with the offered subprotocols. It can be cancelled.
 
-Raises `TransportClosedError` if that fails, or `ClientClosedError` with a final code if it can never succeed.
-"""
+It raises `TransportClosedError` if that fails, or `ClientClosedError` with a final code if it can never succeed."""
 
 
 def default_connector(**options: Any) -> Connect:
-    """Dial with the `websockets` library; `options` are those of its `connect`: `ssl`, `additional_headers`, ...
+    """Return a connect function that uses the `websockets` library.
+
+    Args:
+        options: Options of the library's `connect`: `ssl`, `additional_headers`, ...
 
     Raises:
-        ImportError: It is not installed. The error says how to.
+        ImportError: The library is not installed. The error says how to install it.
     """
     try:
         module = importlib.import_module("fastapi_ws_stabilizer.client.websockets_transport")

@@ -1,4 +1,4 @@
-"""Connections of the `websockets` library."""
+"""Transport over the `websockets` library."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastapi_ws_stabilizer.net.tcp import progress
 from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES
 
 INVALID_TARGET: Final = 4400
-"""Stands for a URL or options with which no dial can succeed, however often it is tried."""
+"""Close code for an invalid URL or invalid options, with which no attempt can succeed."""
 
 
-LINGER: Final = 0.5
-"""Seconds that a server which has sent its close frame has to close the network connection. The library waits until
-then, and hypercorn does not close it while messages come in."""
+CLOSE_GRACE: Final = 0.5
+"""Seconds that a server has to close the network connection after its close frame. The library waits for that, and
+hypercorn does not close it while messages arrive."""
 
 
 class CountingConnection(ClientConnection):
-    """A connection of the library that counts what comes in, be it only a part of a message.
+    """Connection of the library that counts received bytes, including those of incomplete messages.
 
     Attributes:
-        received_bytes: Bytes that have come in so far.
-        received_at: When the last of them came, on the monotonic clock.
+        received_bytes: Number of bytes received so far.
+        received_at: Time of the last received bytes, on the monotonic clock.
     """
 
     received_bytes = 0
@@ -38,41 +38,41 @@ class CountingConnection(ClientConnection):
     _leaves = False
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio calls it."""
+        """Count the data and pass it on. asyncio calls this method."""
         self.received_bytes += len(data)
         self.received_at = monotonic()
         super().data_received(data)
         if self.protocol.close_rcvd is not None and not self._leaves:
             self._leaves = True
-            self.loop.call_later(LINGER, self.transport.close)
+            self.loop.call_later(CLOSE_GRACE, self.transport.close)
 
 
 class WebSocketsTransport:
-    """A connection of the `websockets` library."""
+    """`Transport` over a connection of the `websockets` library."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
     @property
     def subprotocol(self) -> str | None:
-        """What the server has chosen."""
+        """The subprotocol that the server has selected."""
         chosen: str | None = self._connection.subprotocol
         return chosen
 
     @property
     def compresses(self) -> bool:
-        """As `Transport`."""
+        """See `Transport`."""
         return bool(self._connection.protocol.extensions)
 
     async def send(self, message: str | bytes) -> None:
-        """As `Transport`."""
+        """See `Transport`."""
         try:
             await self._connection.send(message)
         except Exception as error:
             raise self._lost(error) from error
 
     async def receive(self) -> str | bytes:
-        """As `Transport`."""
+        """See `Transport`."""
         try:
             message: str | bytes = await self._connection.recv()
         except Exception as error:
@@ -80,16 +80,16 @@ class WebSocketsTransport:
         return message
 
     def received(self) -> tuple[int, float]:
-        """As `Transport`. Nothing is known of a connection that the options have put in the place of ours."""
+        """See `Transport`. The values are zero if the options replace the connection class."""
         connection = self._connection
         return getattr(connection, "received_bytes", 0), getattr(connection, "received_at", 0.0)
 
     def send_progress(self) -> int | None:
-        """As `Transport`."""
+        """See `Transport`."""
         return progress(getattr(self._connection, "transport", None))
 
     async def close(self, code: int, reason: str) -> None:
-        """As `Transport`."""
+        """See `Transport`."""
         try:
             await self._connection.close(code, reason)
         except asyncio.CancelledError:
@@ -102,15 +102,16 @@ class WebSocketsTransport:
         if received is not None:
             return TransportClosedError(received.code, received.reason)
         sent = getattr(error, "sent", None)
-        if sent is not None and sent.code in (1002, 1007, 1009):  # the library itself refused what came in
+        if sent is not None and sent.code in (1002, 1007, 1009):  # the library has rejected the received data
             return UnreadableMessageError(f"closed with {sent.code} {sent.reason}".rstrip())
         return TransportClosedError(1006, str(error))
 
 
 def connector(options: dict[str, Any]) -> Connect:
-    """Dial with `options`, which are those of the library's `connect`.
+    """Return a connect function with the given options of the library's `connect`.
 
-    A dial raises `ClientClosedError` where the URL or the options themselves are wrong: dialling again would not help.
+    The function raises `ClientClosedError` if the URL or the options are invalid, because another attempt would not
+    help.
     """
 
     async def dial(url: str, subprotocols: Sequence[str]) -> Transport:
@@ -119,7 +120,7 @@ def connector(options: dict[str, Any]) -> Connect:
                 url,
                 **{
                     "subprotocols": list(subprotocols),
-                    "ping_interval": None,  # the protocol has its own
+                    "ping_interval": None,  # the protocol has its own pings
                     "open_timeout": None,
                     "close_timeout": 5,
                     "max_size": MAX_SENT_BYTES,
@@ -127,12 +128,12 @@ def connector(options: dict[str, Any]) -> Connect:
                     **options,
                 },
             )
-        except OSError as error:  # before ValueError: a certificate that is not valid, today, is both
-            raise _refused(error) from error
+        except OSError as error:  # before ValueError: an error for an invalid certificate is both, and is not final
+            raise _attempt_error(error) from error
         except (InvalidURI, TypeError, ValueError) as error:
-            raise ClientClosedError(INVALID_TARGET, f"it cannot be dialled: {error}") from error
+            raise ClientClosedError(INVALID_TARGET, f"invalid URL or options: {error}") from error
         except Exception as error:
-            raise _refused(error) from error
+            raise _attempt_error(error) from error
         return WebSocketsTransport(connection)
 
     return dial
@@ -142,15 +143,18 @@ _FINAL_STATUS: Final = {401: 4401, 403: 4403, 404: 4404, 406: 4406}
 _PASSING_STATUS: Final = {429: 4429, 503: 4503}
 
 
-def _refused(error: Exception) -> TransportClosedError:
-    """What a failed dial means, in close codes: here, unlike in a browser, the HTTP status can be seen."""
+def _attempt_error(error: Exception) -> TransportClosedError:
+    """Return the close code that matches a failed attempt.
+
+    Unlike a browser, this client can see the HTTP status.
+    """
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status in _FINAL_STATUS:
         return TransportClosedError(_FINAL_STATUS[status], f"HTTP {status}")
     if status in _PASSING_STATUS:
         wait = response.headers.get("Retry-After", "") if response is not None else ""
-        # The header tells whole seconds, to many clients the same: the part of the second is chosen here.
+        # The header has whole seconds, the same for many clients, so a random fraction spreads them.
         part = random.randrange(1000)  # noqa: S311 (spreads load)
         hint = f"; retry={int(wait) * 1000 + part}" if wait.isdigit() and len(wait) < 5 else ""
         return TransportClosedError(_PASSING_STATUS[status], f"HTTP {status}{hint}")

@@ -1,1 +1,1 @@
-"""What the doctor looks at before a deploy: options, server and platform that do not go together."""
+"""Checks before a deploy: options, server and platform that conflict."""

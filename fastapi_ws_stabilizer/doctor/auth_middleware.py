@@ -1,4 +1,7 @@
-"""HTTP middleware that looks like a login, and the WebSocket routes beside it: it runs for HTTP requests alone."""
+"""Detection of WebSocket routes that rely on HTTP authentication middleware (D17).
+
+Such middleware runs for HTTP requests only.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ from fastapi_ws_stabilizer.compat.fastapi import included_router
 from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES, OWN_MODULES
 
 OWN_SOCKETS: Final = frozenset({"stable_socket", "socket"})
-"""Dependencies of this library that let everybody in."""
+"""Dependencies of this library that accept every client."""
 
-_NAME: Final = re.compile("auth|jwt|token|login|permission|apikey", re.IGNORECASE)
-_WORD: Final = re.compile("authorization|unauthorized|forbidden|http_40[13]|ws_1008", re.IGNORECASE)
+_LOGIN_NAME: Final = re.compile("auth|jwt|token|login|permission|apikey", re.IGNORECASE)
+_REJECTION_WORD: Final = re.compile("authorization|unauthorized|forbidden|http_40[13]|ws_1008", re.IGNORECASE)
 _HEADERS: Final = frozenset({"authorization", "www-authenticate"})
 _CODES: Final = frozenset({401, 403, 4401, 4403, 1008})
-"""What code answers with that lets not everybody in."""
+"""Status and close codes with which code rejects a client."""
 
-_SIGHTS: Final = (
+_CONNECTION_FIELDS: Final = (
     "path_params",
     "query_params",
     "header_params",
@@ -36,14 +39,14 @@ _SIGHTS: Final = (
     "websocket_param_name",
     "http_connection_param_name",
 )
-"""Where FastAPI writes down what of a connection a dependency looks at."""
+"""Fields of a FastAPI dependency that name what it reads from a connection."""
 
 
 def unguarded_routes(app: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of HTTP middleware that looks like a login, and the paths of the WebSocket routes that it leaves open.
+    """Return the names of HTTP authentication middleware, and the paths of unguarded routes.
 
-    Open is a route without a dependency that asks who comes, and without code in its endpoint that refuses somebody.
-    Middleware of a mounted app counts for the routes of that one.
+    A WebSocket route is unguarded if no dependency authenticates the client, and no code in its endpoint rejects a
+    client. Middleware of a mounted app counts for the routes of that app.
     """
     logins: dict[str, None] = {}
     paths: dict[str, None] = {}
@@ -55,51 +58,52 @@ def unguarded_routes(app: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def is_authenticated(route: WebSocketRoute) -> bool:
-    """Whether a route seems to look at who comes."""
+    """Return whether a route seems to authenticate its clients."""
     dependencies = getattr(getattr(route, "dependant", None), "dependencies", ())
-    return any(map(authenticates, dependencies)) or _refuses(route.endpoint)
+    return any(map(authenticates, dependencies)) or _rejects(route.endpoint)
 
 
 def authenticates(dependant: Any) -> bool:
-    """Whether a dependency seems to be an identity: it, with what is beneath it, looks at who comes and can refuse.
+    """Return whether a dependency seems to authenticate the client.
 
-    One of this library or of `fastapi.security` is, but our sockets that take a client at its word.
+    Together with its own dependencies it must read something from the connection, and be able to reject. Dependencies
+    of this library and of `fastapi.security` count, except those in `OWN_SOCKETS`.
     """
-    looks = refuses = False
+    reads = rejects = False
     waiting = [dependant]
     for _ in range(MAX_DEPENDENCIES):
         if not waiting:
             break
         one = waiting.pop()
         waiting.extend(one.dependencies)
-        call = _whole(one.call)
+        call = _without_partial(one.call)
         if str(getattr(call, "__module__", "")).startswith(OWN_MODULES):
             if getattr(call, "__name__", "") not in OWN_SOCKETS:
                 return True
         elif isinstance(call, (SecurityBase, Credential)):
             return True
         else:
-            looks = looks or any(getattr(one, name, None) for name in _SIGHTS)
-            refuses = refuses or _can_refuse(call)
-    return looks and refuses
+            reads = reads or any(getattr(one, name, None) for name in _CONNECTION_FIELDS)
+            rejects = rejects or _can_reject(call)
+    return reads and rejects
 
 
-def _can_refuse(call: Callable[..., Any]) -> bool:
+def _can_reject(call: Callable[..., Any]) -> bool:
     name = str(getattr(call, "__name__", type(call).__name__))
-    return any(_NAME.search(word.replace("_", "")) for word in (name, *_words(call))) or any(
-        _raises(code) or _speaks_of_refusal(code) for code in _codes(call)
+    return any(_LOGIN_NAME.search(word.replace("_", "")) for word in (name, *_identifiers(call))) or any(
+        _raises(code) or _mentions_rejection(code) for code in _codes(call)
     )
 
 
-def _words(call: Callable[..., Any]) -> Iterator[str]:
-    """What code calls, and its variables."""
+def _identifiers(call: Callable[..., Any]) -> Iterator[str]:
+    """Yield the names that code calls, and its variables."""
     for code in _codes(call):
         yield from code.co_names
         yield from code.co_varnames
 
 
 def _raises(code: CodeType) -> bool:
-    """Whether code raises an error of its own: one that it hands on is another's."""
+    """Return whether code raises its own error, instead of passing one on."""
     if any(step.opname == "RAISE_VARARGS" and step.arg for step in dis.get_instructions(code)):
         return True
     return any(_raises(constant) for constant in code.co_consts if isinstance(constant, CodeType))
@@ -108,7 +112,7 @@ def _raises(code: CodeType) -> bool:
 def _routes(
     routes: Iterable[Any], prefix: str, logins: tuple[str, ...]
 ) -> Iterator[tuple[str, WebSocketRoute, tuple[str, ...]]]:
-    """All WebSocket routes with their paths, and with the logins before them that do not run for them."""
+    """Yield all WebSocket routes with their paths and the login middleware that does not cover them."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
             yield prefix + route.path, route, logins
@@ -121,7 +125,7 @@ def _routes(
 
 
 def _logins(app: Any) -> tuple[str, ...]:
-    """The names of an app's HTTP middleware that looks like a login."""
+    """Return the names of an app's HTTP middleware that looks like a login."""
     found = (_login(middleware) for middleware in getattr(app, "user_middleware", ()))
     return tuple(name for name in found if name is not None)
 
@@ -129,22 +133,22 @@ def _logins(app: Any) -> tuple[str, ...]:
 def _login(middleware: Any) -> str | None:
     kind = middleware.cls
     if not (inspect.isclass(kind) and issubclass(kind, BaseHTTPMiddleware)):
-        return None  # what speaks ASGI itself may look at sockets too
+        return None  # pure ASGI middleware may also run for WebSockets
     takes_dispatch = kind.__init__ is BaseHTTPMiddleware.__init__
-    by_place = middleware.args[0] if middleware.args and takes_dispatch else None
-    dispatch = _whole(middleware.kwargs.get("dispatch") or by_place or kind)
+    positional = middleware.args[0] if middleware.args and takes_dispatch else None
+    dispatch = _without_partial(middleware.kwargs.get("dispatch") or positional or kind)
     name = str(getattr(dispatch, "__name__", type(dispatch).__name__))
-    return name if _NAME.search(name.replace("_", "")) or _refuses(dispatch) else None
+    return name if _LOGIN_NAME.search(name.replace("_", "")) or _rejects(dispatch) else None
 
 
-def _refuses(target: Any) -> bool:
-    """Whether code seems to look at a credential, or to refuse somebody."""
-    return any(_speaks_of_refusal(code) for code in _codes(target))
+def _rejects(target: Any) -> bool:
+    """Return whether code seems to read a credential, or to reject a client."""
+    return any(_mentions_rejection(code) for code in _codes(target))
 
 
 def _codes(target: Any) -> Iterator[CodeType]:
-    """The code of a function, or of all methods of a class, or of an object's, that are not Starlette's."""
-    function = inspect.unwrap(_whole(target))
+    """Yield the code of a function, or of all methods of a class or an object, without Starlette's."""
+    function = inspect.unwrap(_without_partial(target))
     if (code := getattr(function, "__code__", None)) is not None:
         yield code
         return
@@ -156,19 +160,19 @@ def _codes(target: Any) -> Iterator[CodeType]:
                     yield code
 
 
-def _whole(function: Any) -> Any:
-    """A function without the arguments that a partial has given it."""
+def _without_partial(function: Any) -> Any:
+    """Return the function inside a `functools.partial`."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
 
 
-def _speaks_of_refusal(code: CodeType) -> bool:
-    if any(map(_WORD.search, (*code.co_names, *code.co_varnames))):
+def _mentions_rejection(code: CodeType) -> bool:
+    if any(map(_REJECTION_WORD.search, (*code.co_names, *code.co_varnames))):
         return True
     for constant in _flat(code.co_consts):
         if isinstance(constant, CodeType):
-            if _speaks_of_refusal(constant):
+            if _mentions_rejection(constant):
                 return True
         elif isinstance(constant, str):
             if constant.lower() in _HEADERS:
@@ -179,7 +183,7 @@ def _speaks_of_refusal(code: CodeType) -> bool:
 
 
 def _flat(constants: Iterable[Any]) -> Iterator[Any]:
-    """Constants, and those in them: `status in (401, 403)` has one."""
+    """Yield constants and nested constants: `status in (401, 403)` has one."""
     for constant in constants:
         if isinstance(constant, (tuple, frozenset)):
             yield from _flat(constant)

@@ -1,4 +1,4 @@
-"""Finds WebSocket routes that take `BackgroundTasks`, which FastAPI never runs there (D23)."""
+"""Detection of WebSocket routes that take `BackgroundTasks`, which FastAPI never runs there (D23)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
 
 def routes_with_background_tasks(app: Any) -> tuple[str, ...]:
-    """Return the paths of the WebSocket routes whose endpoint, or a dependency of it, takes `BackgroundTasks`."""
+    """Return the paths of the WebSocket routes with `BackgroundTasks` in the endpoint or a dependency."""
     return tuple(
         path
         for path, route in websocket_routes(getattr(app, "routes", ()))
-        if any(map(_takes_them, _dependants(route)))
+        if any(map(_takes_background_tasks, _dependants(route)))
     )
 
 
@@ -28,5 +28,5 @@ def _dependants(route: Any) -> Iterator[Any]:
         yield dependant
 
 
-def _takes_them(dependant: Any) -> bool:
+def _takes_background_tasks(dependant: Any) -> bool:
     return getattr(dependant, "background_tasks_param_name", None) is not None

@@ -1,4 +1,4 @@
-"""The checks D01 to D23: each looks at the surroundings and says what is wrong with them, or nothing."""
+"""The checks D01 to D23. Each examines the deployment and returns a problem or `None`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.doctor.context import DeploymentContext
 from fastapi_ws_stabilizer.doctor.findings import ERROR, WARNING, Finding, Problem, Severity
 from fastapi_ws_stabilizer.doctor.network_path import Value
 from fastapi_ws_stabilizer.doctor.shutdown_checks import (
-    drain_comes_too_late,
+    drain_starts_too_late,
     grace_too_short,
     hypercorn_never_stops,
     shutdown_unbounded,
@@ -23,43 +23,45 @@ from fastapi_ws_stabilizer.platforms.options import UPPER_BOUNDED_OPTIONS, deriv
 from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
 
 PART_OF_IDLE: Final = 0.75
-"""The part of an idle timeout within which two beats should follow each other: a beat can be late."""
+"""Fraction of an idle timeout that the heartbeat interval should not exceed, because a heartbeat can be late."""
 
-HOTTEST: Final = 5.0
-"""The shortest `heartbeat_interval`, in seconds, that is advised. Where it is too long, the platform has to change."""
+MIN_RECOMMENDED_INTERVAL: Final = 5.0
+"""Minimum `heartbeat_interval` that the doctor recommends, in seconds. If it is too long, the platform needs a
+change."""
 
 TOO_SHORT: Final[Mapping[str, Value]] = {
     "google-alb-classic": "max_lifetime",
     "azure-application-gateway": "idle_timeout",
 }
-"""Platforms by whose default no WebSocket can live, each with the limit that has to be raised."""
+"""Platforms with a default that no WebSocket survives, each with the limit to raise."""
 
 
 NO_PROXIES: Final = frozenset({"aws-nlb", "azure-load-balancer", "kubernetes"})
-"""Platforms that pass packets on and not requests: behind them a server may see the addresses of clients."""
+"""Platforms that forward packets instead of requests. Behind them a server may see the addresses of clients."""
 
 
 def _advised(s: DeploymentContext, option: str) -> float | None:
-    """What `WebSocketConfig.for_platform` would set for these hops."""
+    """Return the value that `WebSocketConfig.for_platform` sets for these hops."""
     most = {name: WebSocketConfig.model_fields[name].default for name in UPPER_BOUNDED_OPTIONS}
     return derive_options(s.network_path.hops, most).get(option)
 
 
-# ── how long nothing passes ──
+# ── idle time and lifetime ──
 
 
 def _server_interval(s: DeploymentContext) -> float | None:
-    """Seconds between two pings that the server sends of its own to our connections; `None` if it sends none."""
+    """Return the seconds between the server's own pings to our connections; `None` without pings."""
     if s.server is None or (s.is_ours and s.config.heartbeat_type is HeartbeatType.PING):
-        return None  # StableWebSocketProtocol leaves the pings to the heartbeat
+        return None  # StableWebSocketProtocol sends no pings besides the heartbeat
     interval: float | None = s.option(s.server.ping_interval)
     return interval or None
 
 
-def _beat(s: DeploymentContext) -> tuple[float, str]:
-    """Seconds between two beats that are meant to keep an idle connection, and what makes them.
+def _heartbeat(s: DeploymentContext) -> tuple[float, str]:
+    """Return the seconds between pings that keep an idle connection open, and their origin.
 
-    With the heartbeat on, that is the heartbeat, though pings of the server may pass as well: they go with the server.
+    With the heartbeat on, that is the heartbeat. The pings of a server do not count, because they change with the
+    server.
     """
     if s.config.heartbeat_type is not HeartbeatType.OFF:
         return s.config.heartbeat_interval, f"heartbeat_interval is {s.config.heartbeat_interval:g} s"
@@ -69,69 +71,71 @@ def _beat(s: DeploymentContext) -> tuple[float, str]:
     return interval, f"heartbeat_type is off, and {s.server.name} pings every {interval:g} s"
 
 
-def _quicker(s: DeploymentContext) -> str:
+def _interval_advice(s: DeploymentContext) -> str:
     interval = _advised(s, "heartbeat_interval") or 0.0
-    if interval < HOTTEST:
-        return "raise the platform's idle timeout to 60 s or more: a heartbeat that fits it would be too hot"
+    if interval < MIN_RECOMMENDED_INTERVAL:
+        return "raise the platform's idle timeout to 60 s or more: a heartbeat that fits it would be too frequent"
     return f"set heartbeat_interval={interval:g}, as WebSocketConfig.for_platform does, or raise that timeout"
 
 
 def heartbeat_exceeds_idle_timeout(s: DeploymentContext) -> Problem | None:
-    """D01."""
-    seconds, what = _beat(s)
+    """Check D01."""
+    seconds, what = _heartbeat(s)
     idle = s.network_path.smallest("idle_timeout")
     if idle is None or seconds < idle.seconds:
         return None
-    return Problem(f"{what}: idle connections are cut by the idle timeout, {idle}, without a close frame", _quicker(s))
+    return Problem(
+        f"{what}: the idle timeout, {idle}, cuts idle connections without a close frame", _interval_advice(s)
+    )
 
 
 def heartbeat_near_idle_timeout(s: DeploymentContext) -> Problem | None:
-    """D02."""
-    seconds, what = _beat(s)
+    """Check D02."""
+    seconds, what = _heartbeat(s)
     idle = s.network_path.smallest("idle_timeout")
     if idle is None or not PART_OF_IDLE * idle.seconds < seconds < idle.seconds:
         return None
     return Problem(
-        f"{what}, more than {PART_OF_IDLE:.0%} of the idle timeout, {idle}: one late beat loses a connection",
-        _quicker(s),
+        f"{what}, more than {PART_OF_IDLE:.0%} of the idle timeout, {idle}: one late heartbeat loses a connection",
+        _interval_advice(s),
     )
 
 
 def lifetime_over_platform(s: DeploymentContext) -> Problem | None:
-    """D03."""
+    """Check D03."""
     limit = s.network_path.smallest("max_lifetime")
     ours = s.config.max_lifetime
     if limit is None or (ours is not None and ours < limit.seconds):
         return None
-    said = "max_lifetime is not set" if ours is None else f"max_lifetime is {ours:g} s"
+    current = "max_lifetime is not set" if ours is None else f"max_lifetime is {ours:g} s"
     return Problem(
-        f"connections are cut after {limit}, however busy they are, and {said}",
-        f"set max_lifetime={_advised(s, 'max_lifetime'):g}, as WebSocketConfig.for_platform does: clients are asked to "
-        "come back before they are cut",
+        f"{current}, and the platform cuts connections after {limit}, even busy ones",
+        f"set max_lifetime={_advised(s, 'max_lifetime'):g}, as WebSocketConfig.for_platform does: the server then asks "
+        "clients to reconnect before the cut",
     )
 
 
 def platform_default_too_short(s: DeploymentContext) -> Problem | None:
-    """D04."""
+    """Check D04."""
     for name, value in TOO_SHORT.items():
         limit = s.network_path.smallest(value)
         if limit is not None and limit.hop == name:
             return Problem(
-                f"WebSockets end by the default timeout, {limit}, for which a heartbeat is no help, or not for sure",
-                "raise it to 3600 s or more, and tell the doctor so: --idle-timeout 3600, or --max-lifetime 3600",
+                f"the default timeout, {limit}, ends WebSockets, and a heartbeat may not prevent that",
+                "raise it to 3600 s or more, and pass the new value: --idle-timeout 3600, or --max-lifetime 3600",
             )
     return None
 
 
 def no_keepalive(s: DeploymentContext) -> Problem | None:
-    """D05."""
+    """Check D05."""
     if s.config.heartbeat_type is not HeartbeatType.OFF or s.server is None or s.options is None:
         return None
     if _server_interval(s) is not None:
         return None
     return Problem(
-        f"heartbeat_type is off, and {s.server.name} sends no pings: dead clients are not found, idle ones are cut",
-        "leave heartbeat_type at 'ping'"
+        f"heartbeat_type is off, and {s.server.name} sends no pings: dead connections stay open, and idle ones are cut",
+        "set heartbeat_type to 'ping', the default"
         + (f", or set {s.server.ping_interval} of {s.server.name}" if s.server.ping_interval else ""),
     )
 
@@ -140,83 +144,83 @@ def no_keepalive(s: DeploymentContext) -> Problem | None:
 
 
 def unread_routes(s: DeploymentContext) -> Problem | None:
-    """D06."""
+    """Check D06."""
     ws = s.option("ws")
     if s.server is None or not s.server.is_uvicorn or not s.bypassing or ws in (None, "websockets", "none"):
         return None
     if ws == "auto" and s.server.name == "uvicorn" and s.version and s.version < (0, 50):
-        return None  # `auto` was `websockets`, which reads ahead
+        return None  # `auto` selected `websockets`, which reads ahead
     interval = s.option("ws_ping_interval")
     if not interval:
         return None
     dead = interval + (s.option("ws_ping_timeout") or 0.0)
     return Problem(
-        f"{', '.join(s.bypassing)}: not served by this library. uvicorn stops reading such a socket at one message "
-        f"that its endpoint has not taken, misses the pong, and closes it with 1011 after {dead:g} s",
-        "take ws: StableSocketDep in the endpoint; or see to it that it always reads, and leave this check out",
+        f"{', '.join(s.bypassing)}: this library does not serve the route. uvicorn stops reading such a socket while "
+        f"one message waits for the endpoint, misses the pong, and closes it with 1011 after {dead:g} s",
+        "take ws: StableSocketDep in the endpoint; or make sure that it always reads, and ignore this check",
     )
 
 
 def concurrency_limited(s: DeploymentContext) -> Problem | None:
-    """D11."""
+    """Check D11."""
     if s.server is None or not (limit := s.option("limit_concurrency")):
         return None
     return Problem(
-        f"limit_concurrency={limit} of uvicorn refuses no WebSocket but counts them: with {limit} of them open the "
+        f"limit_concurrency={limit} of uvicorn rejects no WebSockets but counts them: with {limit} of them open, the "
         "health check gets 503",
-        "leave it out",
+        "remove limit_concurrency",
     )
 
 
 def workers_recycled(s: DeploymentContext) -> Problem | None:
-    """D12."""
+    """Check D12."""
     if s.server is None:
         return None
     on = [f"{name}={s.option(name)}" for name in s.server.recyclers if s.option(name)]
     if not on:
         return None
     return Problem(
-        f"{', '.join(on)} of {s.server.name} ends workers while all is well, with all their sockets at once",
-        "leave it out where WebSockets are served",
+        f"{', '.join(on)} of {s.server.name} ends healthy workers, and all their sockets at once",
+        "remove it from servers of WebSockets",
     )
 
 
 def rejection_status_lost(s: DeploymentContext) -> Problem | None:
-    """D13."""
+    """Check D13."""
     if s.server is None or s.server.sends_denials or not s.refuses:
         return None
     return Problem(
-        f"on_handshake hooks refuse connections, and {s.server.name} cannot send their status: clients see 403 or 500",
-        "refuse in on_connect, which closes with 4000 + the status; or use another server",
+        f"on_handshake hooks reject connections, but {s.server.name} cannot send their status: clients see 403 or 500",
+        "reject in on_connect, which closes with 4000 + the status; or use another server",
     )
 
 
 def close_codes_not_sent(s: DeploymentContext) -> Problem | None:
-    """D14."""
+    """Check D14."""
     if s.server is None or s.server.sends_every_code:
         return None
     codes = sorted({rule.code for rule in CLOSE_POLICIES.values() if 1000 < rule.code < 3000} - UNSENDABLE)
     return Problem(
-        f"{s.server.name} raises an error for each close code but 1000 and 3000 to 4999, and this library sends "
+        f"{s.server.name} raises an error for close codes other than 1000 and 3000 to 4999, but this library sends "
         f"{', '.join(map(str, codes))}",
         "use another server",
     )
 
 
-def sockets_beside_a_login(s: DeploymentContext) -> Problem | None:
-    """D17."""
+def unauthenticated_route(s: DeploymentContext) -> Problem | None:
+    """Check D17."""
     if not s.logins or not s.unguarded or s.guarded:
         return None
     return Problem(
         f"{', '.join(s.logins)}: HTTP middleware that looks like a login. It does not run for WebSockets, and "
-        f"{', '.join(s.unguarded)} asks nobody who it is",
-        "take the client id from a dependency, Depends(manager.socket_for(current_user)); where everybody may come, "
-        "say so with an on_handshake hook",
+        f"{', '.join(s.unguarded)} does not authenticate its clients",
+        "take the client id from a dependency, Depends(manager.socket_for(current_user)); if all clients may connect, "
+        "register an on_handshake hook",
     )
 
 
 def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
-    """D18."""
+    """Check D18."""
     limits = [
         f"{option}={most:g}"
         for option, most in (
@@ -229,102 +233,106 @@ def proxies_not_trusted(s: DeploymentContext) -> Problem | None:
         if not limits:
             return None
         return Problem(
-            f"trusted_proxies holds '*', so a client can write its address itself and evade {', '.join(limits)}",
-            "name the addresses and networks of the proxies",
+            f"trusted_proxies contains '*', so a client can forge its address and evade {', '.join(limits)}",
+            "set it to the addresses or networks of the proxies",
         )
     hops = [hop.name for hop in s.network_path.hops if hop.name in PLATFORMS and hop.name not in NO_PROXIES]
     if s.config.trusted_proxies or not hops:
         return None
     effect = f"all clients share {', '.join(limits)}" if limits else "logs and stats show it for every client"
     return Problem(
-        f"{', '.join(hops)} stands before the server, and trusted_proxies is empty: the server sees the "
+        f"{', '.join(hops)} forwards requests to the server, and trusted_proxies is empty: the server sees the "
         f"proxy's address, and {effect}",
         "set trusted_proxies to the addresses or networks of the proxies, as in WebSocketConfig.for_platform(..., "
-        "trusted_proxies=['10.0.0.0/8']); where the server is told to put the client's address in the place of its "
-        "proxy's, as by uvicorn's --forwarded-allow-ips, leave this check out",
+        "trusted_proxies=['10.0.0.0/8']); if the server replaces the proxy's address by the client's, as uvicorn does "
+        "with --forwarded-allow-ips, ignore this check",
     )
 
 
 def stats_without_guard(s: DeploymentContext) -> Problem | None:
-    """D21."""
+    """Check D21."""
     if not s.open_stats:
         return None
     return Problem(
         f"{', '.join(s.open_stats)}: the stats router answers every caller, with client ids and addresses",
         "include it with a dependency that rejects callers: app.include_router(stats_router, prefix=..., "
-        "dependencies=[Depends(admin)]); where a proxy keeps callers out, leave this check out",
+        "dependencies=[Depends(admin)]); if a proxy restricts access, ignore this check",
     )
 
 
 def workers_without_secret(s: DeploymentContext) -> Problem | None:
-    """D22."""
+    """Check D22."""
     workers = s.option("workers")
     if not workers or workers < 2 or s.config.reconnect_secret is not None:
         return None
     return Problem(
-        f"workers={workers}, and reconnect_secret is not set: each worker makes its own, so it rejects the reconnect "
-        "tokens and tickets of the others",
+        f"workers={workers}, and reconnect_secret is not set: each worker creates its own secret, so it rejects the "
+        "reconnect tokens and tickets of the others",
         "set reconnect_secret, or WS_RECONNECT_SECRET; rooms, broadcasts and sessions still stay within one worker, so "
-        "let the load balancer send a client back to its worker",
+        "configure the load balancer to route a client to the same worker",
     )
 
 
 def identity_runs_before_socket(s: DeploymentContext) -> Problem | None:
-    """D19."""
+    """Check D19."""
     if not s.early:
         return None
     return Problem(
-        f"{', '.join(s.early)} asks who comes before manager.socket_for does: who is refused there is told by HTTP, "
-        "which a browser cannot read, is not counted, was not asked for its Origin, and has no first message",
-        "put the socket first among the endpoint's parameters, and take the identity out of the dependencies= of the "
-        "routes, routers and app that sockets belong to; ws.identity is what it returned",
+        f"{', '.join(s.early)} runs the identity dependency before manager.socket_for. It rejects clients with an HTTP "
+        "status, which browsers cannot read; it runs before the Origin check, cannot read the first frame, and its "
+        "rejections are not counted",
+        "put the socket first among the endpoint's parameters, and remove the identity from the dependencies= of the "
+        "routes, routers and app that have WebSockets; ws.identity is its result",
     )
 
 
 def routes_never_reached(s: DeploymentContext) -> Problem | None:
-    """D20."""
+    """Check D20."""
     if not s.shadowed:
         return None
-    routes = "; ".join(f"{path} is never reached, because {by} stands before it" for path, by in s.shadowed)
+    routes = "; ".join(f"{path} is never reached, because {by} comes before it" for path, by in s.shadowed)
     return Problem(
-        f"{routes}: its clients get what that answers, such as 403",
+        f"{routes}: clients get that route's answer, such as 403",
         "declare WebSocket routes first, a fixed path before one with a parameter, and mount static files last",
     )
 
 
 def background_tasks_never_run(s: DeploymentContext) -> Problem | None:
-    """D23."""
+    """Check D23."""
     if not s.background:
         return None
     return Problem(
-        f"{', '.join(s.background)} takes BackgroundTasks, which FastAPI runs after an HTTP response: a WebSocket has "
-        "none, so that no task added there ever runs",
-        "await the work in the endpoint, or write ws.create_task(work()), which is cancelled when the connection ends; "
-        "work for the time after the connection belongs into an on_disconnect hook",
+        f"{', '.join(s.background)} takes BackgroundTasks, which FastAPI runs after an HTTP response. A WebSocket has "
+        "no response, so no task added there ever runs",
+        "await the work in the endpoint, or use ws.create_task(work()), which is cancelled when the connection ends; "
+        "put work for the time after the connection into an on_disconnect hook",
     )
 
 
 # ── platforms ──
 
 
-def platform_hosts_no_sockets(s: DeploymentContext) -> Problem | None:
-    """D15."""
+def platform_unsupported(s: DeploymentContext) -> Problem | None:
+    """Check D15."""
     if not s.network_path.unsupported:
         return None
     return Problem(
-        "; ".join(f"{hop}: {why}" for hop, why in s.network_path.unsupported), "deploy to something that holds sockets"
+        "; ".join(f"{hop}: {why}" for hop, why in s.network_path.unsupported),
+        "deploy to a platform that supports WebSockets",
     )
 
 
-def platform_breaks_the_upgrade(s: DeploymentContext) -> Problem | None:
-    """D16."""
+def platform_settings_block_websockets(s: DeploymentContext) -> Problem | None:
+    """Check D16."""
     if s.http2 and s.network_path.has("google-cloud-run"):
         return Problem(
-            "HTTP/2 end to end is on, over which Cloud Run passes no WebSocket",
-            "switch it off: `gcloud run services update SERVICE --no-use-http2`",
+            "HTTP/2 end to end is on, and Cloud Run does not pass WebSockets over it",
+            "turn it off: `gcloud run services update SERVICE --no-use-http2`",
         )
     if s.caching and s.network_path.has("azure-front-door"):
-        return Problem("the Front Door route caches, and passes no WebSocket then", "switch caching off for this route")
+        return Problem(
+            "the Front Door route has caching on, which blocks WebSockets", "turn off caching for this route"
+        )
     return None
 
 
@@ -333,11 +341,11 @@ class Check:
     """One check.
 
     Attributes:
-        code: Its stable name.
-        severity: How bad it is.
-        title: The rule, in a few words.
-        look: Finds the problem, if there is one.
-        at_start: Whether a manager makes it when it starts: what a running process knows is enough for it.
+        code: Stable code.
+        severity: Severity of its findings.
+        title: The broken rule, in a few words.
+        look: Function that returns the problem, or `None`.
+        at_start: Whether a manager runs it at startup, because it needs only the process itself.
     """
 
     code: str
@@ -348,40 +356,46 @@ class Check:
 
 
 CHECKS: Final = (
-    Check("D01", ERROR, "The heartbeat is slower than an idle timeout", heartbeat_exceeds_idle_timeout),
-    Check("D02", WARNING, "The heartbeat is close to an idle timeout", heartbeat_near_idle_timeout),
-    Check("D03", ERROR, "A connection lasts longer than the platform lets it", lifetime_over_platform),
-    Check("D04", ERROR, "The platform's default timeout has to be raised", platform_default_too_short),
-    Check("D05", ERROR, "Nobody pings", no_keepalive),
-    Check("D06", WARNING, "A WebSocket route is not read while its endpoint is busy", unread_routes),
-    Check("D07", WARNING, "The server's shutdown has no bound", shutdown_unbounded),
-    Check("D08", WARNING, "A shutdown can take longer than the platform waits", grace_too_short),
+    Check("D01", ERROR, "Heartbeat slower than an idle timeout", heartbeat_exceeds_idle_timeout),
+    Check("D02", WARNING, "Heartbeat close to an idle timeout", heartbeat_near_idle_timeout),
+    Check("D03", ERROR, "Connection lifetime exceeds the platform's limit", lifetime_over_platform),
+    Check("D04", ERROR, "Platform's default timeout too short for WebSockets", platform_default_too_short),
+    Check("D05", ERROR, "No keepalive", no_keepalive),
+    Check("D06", WARNING, "WebSocket route not read while its endpoint is busy", unread_routes),
+    Check("D07", WARNING, "Server shutdown without a timeout", shutdown_unbounded),
+    Check("D08", WARNING, "Shutdown can exceed the platform's grace", grace_too_short),
     Check("D09", ERROR, "hypercorn does not stop, or does not drain", hypercorn_never_stops, at_start=True),
-    Check("D10", WARNING, "The drain at SIGTERM comes too late", drain_comes_too_late, at_start=True),
-    Check("D11", WARNING, "WebSockets use up limit_concurrency", concurrency_limited),
-    Check("D12", WARNING, "Workers are recycled", workers_recycled),
-    Check("D13", WARNING, "Refusals lose their status", rejection_status_lost, at_start=True),
-    Check("D14", ERROR, "The server cannot send the close codes", close_codes_not_sent, at_start=True),
-    Check("D15", ERROR, "The platform cannot host WebSockets", platform_hosts_no_sockets),
-    Check("D16", ERROR, "The platform is set up so that no WebSocket passes", platform_breaks_the_upgrade),
-    Check("D17", WARNING, "A login does not guard a WebSocket route", sockets_beside_a_login, at_start=True),
-    Check("D18", WARNING, "The addresses of clients are those of a proxy", proxies_not_trusted),
-    Check("D19", WARNING, "Who comes is asked before the socket", identity_runs_before_socket, at_start=True),
-    Check("D20", ERROR, "A WebSocket route is never reached", routes_never_reached, at_start=True),
-    Check("D21", WARNING, "The stats router has no guard", stats_without_guard),
+    Check("D10", WARNING, "Drain at SIGTERM starts too late", drain_starts_too_late, at_start=True),
+    Check("D11", WARNING, "WebSockets exhaust limit_concurrency", concurrency_limited),
+    Check("D12", WARNING, "Server recycles workers", workers_recycled),
+    Check("D13", WARNING, "Server cannot send the status of a rejection", rejection_status_lost, at_start=True),
+    Check("D14", ERROR, "Server cannot send the close codes", close_codes_not_sent, at_start=True),
+    Check("D15", ERROR, "Platform does not support WebSockets", platform_unsupported),
+    Check("D16", ERROR, "Platform settings block WebSockets", platform_settings_block_websockets),
+    Check("D17", WARNING, "WebSocket route without authentication", unauthenticated_route, at_start=True),
+    Check("D18", WARNING, "Per-IP limits see only the proxy's address", proxies_not_trusted),
+    Check(
+        "D19",
+        WARNING,
+        "Identity dependency runs before the socket dependency",
+        identity_runs_before_socket,
+        at_start=True,
+    ),
+    Check("D20", ERROR, "WebSocket route is never reached", routes_never_reached, at_start=True),
+    Check("D21", WARNING, "Stats router without authentication", stats_without_guard),
     Check("D22", WARNING, "Workers do not share a secret", workers_without_secret),
     Check("D23", ERROR, "BackgroundTasks of a WebSocket never run", background_tasks_never_run, at_start=True),
 )
-"""All checks, in order."""
+"""All checks, ordered by code."""
 
 
-def run_checks(surroundings: DeploymentContext, *, at_start: bool = False) -> list[Finding]:
-    """Make all checks, or those that a manager makes when it starts; return what they found, in order."""
+def run_checks(context: DeploymentContext, *, at_start: bool = False) -> list[Finding]:
+    """Run all checks, or those for a starting manager; return the findings ordered by code."""
     findings = []
     for check in CHECKS:
         if at_start and not check.at_start:
             continue
-        if (problem := check.look(surroundings)) is not None:
+        if (problem := check.look(context)) is not None:
             severity = problem.severity or check.severity
             findings.append(Finding(check.code, severity, check.title, problem.what, problem.advice))
     return findings

@@ -1,4 +1,4 @@
-"""Collecting the surroundings: for a command or a call, with what is told; at a start, with what a process knows."""
+"""Collection of the deployment context, for a command, a call, or a starting manager."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ def collect_context(
     http2: bool = False,
     caching: bool = False,
 ) -> DeploymentContext:
-    """Collect what the checks look at. `WebSocketConnectionManager.check` says what the arguments mean.
+    """Collect the context of the checks.
+
+    `WebSocketConnectionManager.check` documents the arguments.
 
     Raises:
-        ValueError: A server, an option or a platform is not known, or a number is none.
+        ValueError: A server, an option or a platform is unknown, or a number is invalid.
     """
     one = running_server() if server is None else find_server(server)
     options = None
     if one is not None and (server is not None or server_options is not None):
         options = with_defaults(one, server_options or {})
     elif server_options is not None:
-        raise ValueError("name the server whose options these are")
+        raise ValueError("server_options need the name of their server")
     if not 0 <= pre_stop < math.inf:
-        raise ValueError(f"pre_stop is a number of seconds, not {pre_stop:g}")
+        raise ValueError(f"pre_stop must be a number of seconds, not {pre_stop:g}")
     path = path_through(
         (platform,) if isinstance(platform, str) else platform,
         idle_timeout=idle_timeout,
@@ -90,27 +92,27 @@ def report_at_start(
     guarded: bool = False,
     reported: set[str],
 ) -> None:
-    """Make the checks for which a starting process knows enough, and report what they find, each once.
+    """Run the checks that need only the process itself, and report each finding once.
 
-    It fails no start: an error of its own is reported and goes no further. All findings are warnings here, since the
-    process serves; what is wrong shows when it is told to stop, or when a client is refused, or never.
+    It never fails a start, and reports its own errors. All findings are warnings here, because the process serves. The
+    problem shows when the process stops, when a client is rejected, or never.
 
     Args:
-        events: Where it is told.
-        config: The options of the manager that starts.
-        app: The app that it belongs to, if it is known.
-        refuses: Whether hooks refuse connections before the accept.
-        guarded: Whether hooks look at who comes.
-        reported: The codes that have been told, to which it adds.
+        events: The event bus for the reports.
+        config: The options of the starting manager.
+        app: The app of the manager, if it is known.
+        refuses: Whether hooks reject connections before the accept.
+        guarded: Whether hooks authenticate clients.
+        reported: Codes that were reported already. The function adds to it.
     """
     try:
         server = running_server()
         options = None
         if server is not None and server.name == "hypercorn":
-            # Where it has been told to use no worker process, this is none.
+            # With `--workers 0` this is no child process.
             options = {"workers": int(multiprocessing.parent_process() is not None)}
         logins, unguarded = unguarded_routes(app)
-        surroundings = DeploymentContext(
+        context = DeploymentContext(
             config,
             server,
             options,
@@ -122,7 +124,7 @@ def report_at_start(
             shadowed=shadowed_routes(app),
             background=routes_with_background_tasks(app),
         )
-        for finding in run_checks(surroundings, at_start=True):
+        for finding in run_checks(context, at_start=True):
             if finding.code not in reported:
                 reported.add(finding.code)
                 events.emit(

@@ -1,4 +1,4 @@
-"""`DeploymentContext`: everything that the checks look at, collected once."""
+"""`DeploymentContext`: the input of all checks, collected once."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from fastapi_ws_stabilizer.handshake.routes import websocket_routes
 
 OWN_MODULES: Final = "fastapi_ws_stabilizer."
 
-BY_HAND: Final = frozenset({"connect", "serve"})
-"""Methods of a manager by which code takes a socket without a dependency of this library."""
+SERVING_METHODS: Final = frozenset({"connect", "serve"})
+"""Methods of a manager that serve a socket without a dependency of this library."""
 
 MAX_DEPENDENCIES: Final = 500
-"""How many dependencies of one route are looked through."""
+"""Maximum number of dependencies of one route that the doctor examines."""
 
 
 @dataclass(frozen=True)
 class DeploymentContext:
-    """What is known of where a manager runs.
+    """Deployment of a manager, as far as it is known.
 
     Attributes:
         config: The options of the manager.
-        server: The server; `None` if nobody has said and none is loaded.
-        options: The server's options; `None` if they are not known, as in a process that runs already.
-        version: The server's version, `()` if it is not installed here.
+        server: The server; `None` if none is named and none is loaded.
+        options: The server's options; `None` if they are unknown, as in a running process.
+        version: The server's version; `()` if it is not installed here.
         python: The version of Python.
-        way: What stands before the server.
-        pre_stop: Seconds that a hook takes which the platform runs before SIGTERM.
-        http2: Whether HTTP/2 is spoken all the way to the server.
+        network_path: The hops before the server.
+        pre_stop: Seconds of the hook that the platform runs before SIGTERM.
+        http2: Whether HTTP/2 is used up to the server.
         caching: Whether the platform caches the route.
         bypassing: Paths of WebSocket routes that this library does not serve.
-        refuses: Whether hooks refuse connections before the accept.
-        guarded: Whether hooks look at who comes, before or after it.
+        refuses: Whether hooks reject connections before the accept.
+        guarded: Whether hooks authenticate clients, before or after the accept.
         logins: Names of HTTP middleware that looks like a login and does not run for WebSockets.
-        unguarded: Paths of WebSocket routes behind it that do not ask who comes.
-        early: Paths of WebSocket routes that ask it before the socket is there to hear a refusal.
-        shadowed: Paths of WebSocket routes that are never reached, each with what takes its clients before.
+        unguarded: Paths of the WebSocket routes of the same app that do not authenticate their clients.
+        early: Paths of WebSocket routes with an identity dependency that runs before the socket dependency.
+        shadowed: Paths of unreachable WebSocket routes, each with what matches before it.
         background: Paths of WebSocket routes that take `BackgroundTasks`.
-        open_stats: Where the stats router is mounted without a dependency that can reject a caller.
+        open_stats: Prefixes of stats routers without a dependency that can reject a caller.
     """
 
     config: WebSocketConfig
@@ -71,17 +71,17 @@ class DeploymentContext:
     open_stats: tuple[str, ...] = ()
 
     def option(self, name: str | None) -> Any:
-        """An option of the server; `None` if it has no such option, or if its options are not known."""
+        """Return an option of the server; `None` if it is missing or unknown."""
         return None if name is None or self.options is None else self.options.get(name)
 
     @property
     def is_ours(self) -> bool:
-        """Whether uvicorn is told to use `StableWebSocketProtocol`."""
+        """Whether uvicorn is configured to use `StableWebSocketProtocol`."""
         return OURS in str(self.option("ws"))
 
 
 def version_of(server: ServerProfile) -> tuple[int, ...]:
-    """The installed version of a server as numbers, `()` if it is not installed."""
+    """Return the installed version of a server as numbers; `()` if it is not installed."""
     try:
         text = importlib.metadata.version(server.name)
     except importlib.metadata.PackageNotFoundError:
@@ -93,10 +93,10 @@ def version_of(server: ServerProfile) -> tuple[int, ...]:
 
 
 def unmanaged_routes(app: Any) -> tuple[str, ...]:
-    """Paths of the WebSocket routes in which nothing of this library can be seen.
+    """Return the paths of the WebSocket routes that do not seem to use this library.
 
-    That is neither a dependency of it, nor a call of `connect` or `serve` in the endpoint or in a dependency. A class
-    is an endpoint that always reads, and is left out.
+    A route uses it through a dependency, or through a call of `connect` or `serve` in the endpoint or in a dependency.
+    A class is an endpoint that always reads, so it does not count.
     """
     return tuple(
         path
@@ -106,7 +106,7 @@ def unmanaged_routes(app: Any) -> tuple[str, ...]:
 
 
 def callables_of(route: Any) -> Iterator[Callable[..., Any]]:
-    """The endpoint of a route and all its dependencies."""
+    """Yield the endpoint of a route and all its dependencies."""
     yield route.endpoint
     waiting = [route.dependant] if hasattr(route, "dependant") else []
     for _ in range(MAX_DEPENDENCIES):
@@ -127,11 +127,11 @@ def _serves(call: Callable[..., Any]) -> bool:
     code = getattr(function, "__code__", None) or getattr(
         inspect.getattr_static(function, "__call__", None), "__code__", None
     )
-    return code is not None and not BY_HAND.isdisjoint(_names(code))
+    return code is not None and not SERVING_METHODS.isdisjoint(_names(code))
 
 
 def _names(code: CodeType) -> Iterable[str]:
-    """Attributes that a function's code uses, those of the functions in it too."""
+    """Yield the attributes that the code of a function and of its nested functions uses."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,7 @@
-"""Sockets whose client is asked who it is before it stands at the door, where nobody can tell it that it is refused."""
+"""Detection of identity dependencies that run before the socket dependency (D19).
+
+At that time the library cannot yet reject the client with a readable reason.
+"""
 
 from __future__ import annotations
 
@@ -16,45 +19,46 @@ from fastapi_ws_stabilizer.doctor.context import MAX_DEPENDENCIES
 from fastapi_ws_stabilizer.socket_context import identity_dependency
 
 _SOCKET: Final = (identity_dependency.__module__, "identified_socket")
-"""Where `manager.socket_for` makes its dependencies, and what they are called."""
+"""Module and name of the dependencies that `manager.socket_for` creates."""
 
 
 def routes_with_early_identity(app: Any) -> tuple[str, ...]:
-    """The paths of the WebSocket routes on which the identity of a `socket_for` runs before its socket's door.
+    """Return the paths of the WebSocket routes with an identity that runs before its socket.
 
-    FastAPI keeps what a dependency has returned, and solves them in the order in which they stand, those of
-    `dependencies=` first: the socket is then not there to hear what the identity raises.
+    FastAPI caches the result of a dependency, and solves dependencies in their order, those of `dependencies=` first.
+    The identity's error is then raised before the socket exists.
     """
-    return tuple(path for path, order in _solved(getattr(app, "routes", ()), "", ()) if _is_early(order))
+    return tuple(path for path, order in _routes_in_order(getattr(app, "routes", ()), "", ()) if _is_early(order))
 
 
-def _solved(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]) -> Iterator[tuple[str, list[Any]]]:
-    """All WebSocket routes of FastAPI, each with its dependencies in the order in which they are solved."""
+def _routes_in_order(routes: Iterable[Any], prefix: str, before: tuple[Any, ...]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield all WebSocket routes with their dependencies in the order in which FastAPI solves them."""
     for route in routes:
         if isinstance(route, WebSocketRoute):
             own = getattr(getattr(route, "dependant", None), "dependencies", ())
-            whole = itertools.chain.from_iterable(map(_beneath, (*before, *own)))
+            whole = itertools.chain.from_iterable(map(_flattened, (*before, *own)))
             yield prefix + route.path, list(itertools.islice(whole, MAX_DEPENDENCIES))
         elif (included := included_router(route)) is not None:
-            yield from _solved(included.routes, prefix + included.prefix, (*before, *included.dependencies))
+            yield from _routes_in_order(included.routes, prefix + included.prefix, (*before, *included.dependencies))
         elif inner := getattr(route, "routes", None):
-            yield from _solved(inner, prefix + str(getattr(route, "path", "")), ())
+            yield from _routes_in_order(inner, prefix + str(getattr(route, "path", "")), ())
 
 
-def _beneath(dependant: Any) -> Iterator[Any]:
-    """A dependency, behind all that it needs."""
+def _flattened(dependant: Any) -> Iterator[Any]:
+    """Yield a dependency, after all its own dependencies."""
     for one in dependant.dependencies:
-        yield from _beneath(one)
+        yield from _flattened(one)
     yield dependant
 
 
 def _is_early(order: list[Any]) -> bool:
-    """Whether an identity, or a part of it that asks who comes, stands before the door of its socket."""
+    """Return whether an identity, or an authenticating part of it, comes before the admission of its socket."""
     for socket in order:
         call = socket.call
         if (getattr(call, "__module__", None), getattr(call, "__name__", None)) == _SOCKET:
-            door, identity = socket.dependencies
-            asked = [one.call for one in _beneath(identity) if one is identity or authenticates(one)]
-            if any(one.call in asked for one in itertools.takewhile(functools.partial(operator.is_not, door), order)):
+            admission, identity = socket.dependencies
+            calls = [one.call for one in _flattened(identity) if one is identity or authenticates(one)]
+            earlier = itertools.takewhile(functools.partial(operator.is_not, admission), order)
+            if any(one.call in calls for one in earlier):
                 return True
     return False

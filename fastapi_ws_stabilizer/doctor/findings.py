@@ -1,4 +1,4 @@
-"""`Finding`: what a check of the doctor has to say."""
+"""Results of the doctor's checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Severity = Literal["error", "warning"]
-"""How bad a finding is: an error costs connections or blocks a deploy for certain, a warning in the worst case."""
+"""Severity of a finding. An error certainly costs connections or blocks a deploy, a warning in the worst case."""
 
 ERROR: Final = "error"
 WARNING: Final = "warning"
@@ -14,12 +14,12 @@ WARNING: Final = "warning"
 
 @dataclass(frozen=True)
 class Problem:
-    """What one check has found in these surroundings.
+    """Problem that one check has found in a deployment.
 
     Attributes:
-        what: What is wrong, with the numbers that make it so.
+        what: What is wrong, with the relevant numbers.
         advice: What to do about it.
-        severity: How bad it is here, where that is not what the check says.
+        severity: Severity in this deployment, if it differs from the check's.
     """
 
     what: str
@@ -29,13 +29,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem, and the check that has found it.
+    """Problem together with its check.
 
     Attributes:
         code: `D01` to `D23`, stable.
         severity: `"error"` or `"warning"`.
-        title: The rule that is broken, the same for every finding of this code.
-        problem: What is wrong, with the numbers that make it so.
+        title: The broken rule, the same for every finding of this code.
+        problem: What is wrong, with the relevant numbers.
         advice: What to do about it.
     """
 

@@ -1,4 +1,4 @@
-"""Finds stats routers that an app includes without a dependency that can reject a caller (D21)."""
+"""Detection of stats routers without a dependency that can reject a caller (D21)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi_ws_stabilizer.doctor.auth_middleware import authenticates
 
 MODULE: Final = "fastapi_ws_stabilizer.stats.router"
 FIRST_ENDPOINT: Final = "overview"
-"""The endpoint whose path is the prefix of the router."""
+"""Endpoint at the prefix of the router."""
 
 
 def open_stats_routers(app: Any) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def _open_routes(routes: Iterable[Any], prefix: str) -> Iterator[str]:
     for route in routes:
         if isinstance(route, APIRoute):
             is_stats = getattr(route.endpoint, "__module__", "") == MODULE and route.endpoint.__name__ == FIRST_ENDPOINT
-            # The router's own dependency finds the manager, and is one of this library's.
+            # The router's own dependency, which finds the manager, belongs to this library and does not count.
             own = [one for one in route.dependant.dependencies if getattr(one.call, "__module__", "") != MODULE]
             if is_stats and not any(map(authenticates, own)):
                 yield prefix + route.path

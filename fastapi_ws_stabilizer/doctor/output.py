@@ -1,4 +1,4 @@
-"""The findings as text: a table where `rich` is installed, plain lines where it is not."""
+"""Text output of findings: a table if `rich` is installed, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastapi_ws_stabilizer.doctor.findings import ERROR, Finding
 RICH: Final = "fastapi_ws_stabilizer.doctor.rich_table"
 
 WIDTH: Final = 100
-"""Columns of plain text."""
+"""Line width of plain text, in columns."""
 
 
 def write_findings(findings: Sequence[Finding], out: TextIO) -> None:
-    """Write findings and a last line that counts them."""
+    """Write the findings, and a last line with their number."""
     if findings:
         try:
             module = importlib.import_module(RICH)  # rich is optional
@@ -28,7 +28,7 @@ def write_findings(findings: Sequence[Finding], out: TextIO) -> None:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many findings there are, in words."""
+    """Return the number of findings as text."""
     if not findings:
         return "nothing found"
     errors = sum(finding.severity == ERROR for finding in findings)
@@ -36,7 +36,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def plain(findings: Sequence[Finding]) -> str:
-    """Findings as plain text: one paragraph each."""
+    """Return the findings as plain text, one paragraph each."""
     return "".join(_paragraph(finding) for finding in findings)
 
 

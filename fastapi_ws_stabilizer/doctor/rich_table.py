@@ -1,4 +1,4 @@
-"""The findings as a table of `rich`."""
+"""Output of findings as a table of `rich`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS: Final = {"error": "bold red", "warning": "yellow"}
 
 
 def write_table(findings: Sequence[Finding], out: TextIO) -> None:
-    """Write findings as a table, in colour if `out` is a terminal."""
+    """Write the findings as a table, in colour if `out` is a terminal."""
     table = Table("Check", "What is wrong", "What to do", show_lines=True)
     for finding in findings:
         colour = COLOURS[finding.severity]

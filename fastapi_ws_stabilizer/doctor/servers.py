@@ -1,6 +1,6 @@
-"""What the doctor knows of ASGI servers: options, their defaults, and what each server can and cannot do.
+"""Profiles of ASGI servers: their options with defaults, and their limits.
 
-Options have the names of the server's command line, with underscores. The facts were read in the sources and probed
+Options have the names of the server's command line, with underscores. The facts come from the sources and from tests
 with uvicorn 0.54, hypercorn 0.18, granian 2.8, daphne 4.2, gunicorn 27 and uvicorn-worker 0.4.
 """
 
@@ -18,19 +18,19 @@ OURS: Final = "StableWebSocketProtocol"
 
 @dataclass(frozen=True)
 class ServerProfile:
-    """One ASGI server.
+    """Profile of one ASGI server.
 
     Attributes:
-        name: What it is called.
-        modules: Modules one of which is loaded where it runs.
-        options: The options that a check looks at, with the values that they have when nobody sets them.
-        ping_interval: The option that holds the seconds between two of its pings; `None` if it sends none.
-        ping_timeout: The option that holds the seconds that a pong may take; `None` if it looks at none.
-        graceful_timeout: The option that bounds its shutdown; `None` if it has none.
-        bounds_drain: Whether that is counted from SIGTERM on: its master kills a worker that is draining still then.
-        recyclers: The options that end a worker, and its sockets with it, while all is well.
-        lifetime: The option that holds the most seconds that a WebSocket may last.
-        sends_denials: Whether the status of a refusal before the accept reaches the client.
+        name: Its name.
+        modules: Modules of which at least one is loaded while it runs.
+        options: The options that the checks use, with their default values.
+        ping_interval: Option with the seconds between two pings; `None` if it sends no pings.
+        ping_timeout: Option with the seconds that a pong may take; `None` if it does not check pongs.
+        graceful_timeout: Option that limits its shutdown; `None` if it has none.
+        bounds_drain: Whether that timeout counts from SIGTERM: its master also kills a worker that is still draining.
+        recyclers: Options that end healthy workers, and their sockets with them.
+        lifetime: Option with the maximum lifetime of a WebSocket, in seconds.
+        sends_denials: Whether the status of a rejection before the accept reaches the client.
         sends_every_code: Whether it sends close codes below 3000 other than 1000.
     """
 
@@ -72,7 +72,7 @@ SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
     {
         server.name: server
         for server in (
-            # In the order in which they are recognised: gunicorn loads uvicorn, and an app that another one runs may.
+            # In the order of detection: gunicorn loads uvicorn, and so may an app that another server runs.
             _server(
                 "granian",
                 ("granian",),
@@ -134,34 +134,34 @@ SERVERS: Final[Mapping[str, ServerProfile]] = MappingProxyType(
         )
     }
 )
-"""The servers that are known, by name."""
+"""Known servers by name."""
 
 WORDS: Final = frozenset({"ws", "reload"})
-"""Options whose values are no numbers."""
+"""Options with values that are not numbers."""
 
 
 def find_server(name: str) -> ServerProfile:
-    """The server of that name.
+    """Return the profile of a server.
 
     Raises:
-        ValueError: It is not known; the error says which are.
+        ValueError: The server is unknown; the error lists the known ones.
     """
     try:
         return SERVERS[name]
     except KeyError:
-        raise ValueError(f"no server {name!r}: the doctor knows {', '.join(sorted(SERVERS))}") from None
+        raise ValueError(f"unknown server {name!r}; known servers: {', '.join(sorted(SERVERS))}") from None
 
 
 def running_server() -> ServerProfile | None:
-    """The server that this process seems to run under; `None` if none is loaded."""
+    """Return the server that seems to run this process; `None` if none is loaded."""
     return next((server for server in SERVERS.values() if not sys.modules.keys().isdisjoint(server.modules)), None)
 
 
 def with_defaults(server: ServerProfile, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """All options of a server that a check looks at. What no check looks at is left out.
+    """Return all options of a server that the checks use. Other options are dropped.
 
     Raises:
-        ValueError: A name looks like a misspelt option, or a value is no number where one is wanted.
+        ValueError: A name looks like a misspelt option, or a value is not a number where one is required.
     """
     options = dict(server.options)
     for spelt, value in given.items():
@@ -171,6 +171,6 @@ def with_defaults(server: ServerProfile, given: Mapping[str, Any]) -> Mapping[st
                 raise ValueError(f"{server.name} has no option {name!r}; did you mean {similar[0]!r}?")
             continue
         if name not in WORDS and not (value is None or type(value) in (int, float)):
-            raise ValueError(f"{name} of {server.name} is a number or None, not {value!r}")
+            raise ValueError(f"{name} of {server.name} must be a number or None, not {value!r}")
         options[name] = getattr(value, "__name__", value)  # `ws` may be a class
     return options

@@ -1,4 +1,4 @@
-"""What stands between a client and the server: facts about platforms, and what follows from them for the options."""
+"""Documented limits of platforms between client and server, and the options that fit them."""
 
 from fastapi_ws_stabilizer.platforms.options import hop
 

@@ -1,4 +1,4 @@
-"""What Amazon, Microsoft and Google offer."""
+"""Platforms of Amazon, Microsoft and Google."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi_ws_stabilizer.platforms.platform import Platform, second_hand, veri
 _AWS: Final = "https://docs.aws.amazon.com"
 _GOOGLE_ALB: Final = "https://docs.cloud.google.com/load-balancing/docs/https/request-distribution"
 _APP_ENGINE: Final = "https://cloud.google.com/appengine/docs/flexible/using-websockets-and-session-affinity"
-_FRONT_DOOR: Final = "https://docs.azure.cn/en-us/frontdoor/standard-premium/websocket"
+_AZURE_FD: Final = "https://docs.azure.cn/en-us/frontdoor/standard-premium/websocket"
 
 AMAZON: Final = (
     Platform(
@@ -19,7 +19,7 @@ AMAZON: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "`idle_timeout.timeout_seconds` is 60 s, and can be 1 to 4000 s.",
+                "`idle_timeout.timeout_seconds` is 60 s. The range is 1 to 4000 s.",
                 f"{_AWS}/elasticloadbalancing/latest/application/edit-load-balancer-attributes.html",
             ),
         ),
@@ -31,7 +31,7 @@ AMAZON: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "350 s; TCP listeners can have 60 to 6000 s, TLS listeners cannot be changed.",
+                "350 s. The range is 60 to 6000 s for TCP listeners; TLS listeners have a fixed value.",
                 f"{_AWS}/elasticloadbalancing/latest/network/update-idle-timeout.html",
             ),
         ),
@@ -43,7 +43,7 @@ AMAZON: Final = (
         facts=(
             second_hand(
                 "idle_timeout",
-                "10 min without a byte from the server; it cannot be changed.",
+                "10 min without a byte from the server. The value is fixed.",
                 f"{_AWS}/AmazonCloudFront/latest/DeveloperGuide/distribution-working-with.websockets.html",
                 "2026-11-25",
             ),
@@ -52,11 +52,11 @@ AMAZON: Final = (
     Platform(
         "aws-alb-lambda",
         "AWS Application Load Balancer with a Lambda function",
-        unsupported_reason="the load balancer answers a WebSocket handshake for a function with HTTP 400",
+        unsupported_reason="the load balancer rejects a WebSocket handshake for a function with HTTP 400",
         facts=(
             verified(
                 "unsupported_reason",
-                "WebSockets are not supported: upgrade requests are rejected with HTTP 400.",
+                "The load balancer does not support WebSockets and rejects upgrade requests with HTTP 400.",
                 f"{_AWS}/elasticloadbalancing/latest/application/lambda-functions.html",
             ),
         ),
@@ -64,11 +64,11 @@ AMAZON: Final = (
     Platform(
         "aws-api-gateway",
         "Amazon API Gateway, WebSocket APIs",
-        unsupported_reason="the gateway holds the socket itself and hands its messages to the app as single calls",
+        unsupported_reason="the gateway holds the socket itself and passes each message to the app as a separate call",
         facts=(
             verified(
                 "unsupported_reason",
-                "The gateway holds the socket, with limits of its own: 10 min idle, 2 h in all, messages of 128 KB.",
+                "The gateway holds the socket and has its own limits: 10 min idle, 2 h in total, messages of 128 KB.",
                 f"{_AWS}/apigateway/latest/developerguide/apigateway-execution-service-websocket-limits-table.html",
             ),
         ),
@@ -82,7 +82,7 @@ AZURE: Final = (
         facts=(
             verified(
                 "note",
-                "Sockets of an instance are counted in the cheap tiers: Free 5, Shared 35, Basic 350.",
+                "The cheap tiers limit the sockets of an instance: Free 5, Shared 35, Basic 350.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/includes/azure-websites-limits.md",
             ),
         ),
@@ -94,13 +94,13 @@ AZURE: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "The backend's request timeout holds for WebSockets too. Whether it is counted from the last byte or "
-                "from the first is not clear: raise it.",
+                "The backend's request timeout also applies to WebSockets. The documentation does not say whether it "
+                "counts from the first or the last byte, so raise it.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/application-gateway/application-gateway-websocket.md",
             ),
             second_hand(
                 "idle_timeout",
-                "That timeout is 20 s, and can be 1 to 86400 s.",
+                "That timeout is 20 s. The range is 1 to 86400 s.",
                 "https://learn.microsoft.com/en-us/azure/application-gateway/configuration-http-settings",
             ),
         ),
@@ -111,8 +111,8 @@ AZURE: Final = (
         idle_timeout=300.0,
         max_lifetime=4 * 3600.0,
         facts=(
-            verified("idle_timeout", "5 min without data from client or server.", _FRONT_DOOR),
-            verified("max_lifetime", "4 h, whatever passes.", _FRONT_DOOR),
+            verified("idle_timeout", "5 min without data from client or server.", _AZURE_FD),
+            verified("max_lifetime", "4 h, regardless of traffic.", _AZURE_FD),
         ),
     ),
     Platform(
@@ -122,12 +122,12 @@ AZURE: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "4 min, and can be 4 to 100 min.",
+                "4 min. The range is 4 to 100 min.",
                 "https://learn.microsoft.com/en-us/azure/load-balancer/load-balancer-tcp-idle-timeout",
             ),
             verified(
                 "note",
-                "Afterwards packets are dropped without a word, unless TCP Reset is on.",
+                "After the timeout it drops packets silently, unless TCP Reset is on.",
                 "https://github.com/MicrosoftDocs/azure-docs/blob/main/articles/load-balancer/load-balancer-tcp-reset.md",
             ),
         ),
@@ -141,8 +141,8 @@ GOOGLE: Final = (
         idle_timeout=30.0,
         max_lifetime=24 * 3600.0,
         facts=(
-            second_hand("idle_timeout", "The backend service's timeout, 30 s, can be raised.", _GOOGLE_ALB),
-            second_hand("max_lifetime", "24 h, whatever passes.", _GOOGLE_ALB),
+            second_hand("idle_timeout", "The backend service's timeout is 30 s, and can be raised.", _GOOGLE_ALB),
+            second_hand("max_lifetime", "24 h, regardless of traffic.", _GOOGLE_ALB),
         ),
     ),
     Platform(
@@ -152,8 +152,8 @@ GOOGLE: Final = (
         facts=(
             verified(
                 "max_lifetime",
-                "The backend service's timeout, 30 s, is no idle timeout: it ends busy sockets too. It can be raised "
-                "to 86400 s.",
+                "The backend service's timeout, 30 s, also ends busy sockets, so it is not an idle timeout. It can be "
+                "raised to 86400 s.",
                 "https://pkg.go.dev/k8s.io/ingress-gce/examples/websocket",
             ),
         ),
@@ -165,7 +165,7 @@ GOOGLE: Final = (
         facts=(
             second_hand(
                 "idle_timeout",
-                "The backend service's timeout, 30 s, can be raised; sockets in use are not cut.",
+                "The backend service's timeout is 30 s, and can be raised. It does not cut sockets in use.",
                 _GOOGLE_ALB,
             ),
         ),
@@ -178,7 +178,7 @@ GOOGLE: Final = (
         facts=(
             verified(
                 "max_lifetime",
-                "The request timeout ends WebSockets too: 5 min, and up to 60 min.",
+                "The request timeout also ends WebSockets: 5 min, and up to 60 min.",
                 "https://cloud.google.com/run/docs/triggering/websockets",
             ),
             second_hand("grace", "SIGKILL 10 s after SIGTERM.", "https://cloud.google.com/run/docs/container-contract"),
@@ -188,12 +188,12 @@ GOOGLE: Final = (
         "google-app-engine-flex",
         "Google App Engine, flexible environment",
         max_lifetime=3600.0,
-        facts=(verified("max_lifetime", "1 h, whatever passes.", _APP_ENGINE),),
+        facts=(verified("max_lifetime", "1 h, regardless of traffic.", _APP_ENGINE),),
     ),
     Platform(
         "google-app-engine-standard",
         "Google App Engine, standard environment",
-        unsupported_reason="WebSockets are for its flexible environment",
-        facts=(verified("unsupported_reason", "The standard environment has no WebSockets.", _APP_ENGINE),),
+        unsupported_reason="only the flexible environment supports WebSockets",
+        facts=(verified("unsupported_reason", "The standard environment does not support WebSockets.", _APP_ENGINE),),
     ),
 )

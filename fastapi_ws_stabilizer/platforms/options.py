@@ -1,4 +1,4 @@
-"""From the names of the hops between client and server to the options that fit all of them."""
+"""Options that fit the hops between client and server, derived from the names of the hops."""
 
 from __future__ import annotations
 
@@ -15,68 +15,68 @@ from fastapi_ws_stabilizer.platforms.registry import PLATFORMS
 _VALUES: Final = ("idle_timeout", "max_lifetime", "grace")
 
 PART_OF_IDLE: Final = 0.4
-"""The part of an idle timeout that may pass between two beats: then one may be lost, and the next is still in time."""
+"""Fraction of an idle timeout between two heartbeats. If one is lost, the next still arrives in time."""
 
 PART_OF_GRACE: Final = 1 / 3
-"""The part of a grace that the closes of a drain may take. The rest is for hooks, for endpoints, and for the server."""
+"""Fraction of a grace for the closes of a drain. The rest is for hooks, endpoints and the server."""
 
 PART_OF_GRACE_FOR_ALL: Final = 2 / 3
-"""The part of a grace that all of a drain may take, unless that leaves too little for what follows."""
+"""Fraction of a grace for the whole drain, unless that leaves too little for what follows."""
 
 MARGIN_PART: Final = 1 / 6
-"""The part of a grace that is kept free before SIGKILL, ..."""
+"""Fraction of a grace that is reserved before SIGKILL, at most `MAX_MARGIN`."""
 
 MAX_MARGIN: Final = 5.0
-"""... and the most seconds of that."""
+"""Maximum reserve in seconds."""
 
 SERVER_LEAST: Final = 1.0
-"""The least seconds that the server has after a drain: uvicorn counts its own timeout in whole seconds."""
+"""Minimum time for the server after a drain, in seconds. uvicorn counts its own timeout in whole seconds."""
 
 UPPER_BOUNDED_OPTIONS: Final = ("heartbeat_interval", "drain_window", "drain_timeout")
-"""Options whose defaults are the most that a platform sets."""
+"""Options that a platform can only lower: their defaults are the maximum."""
 
 PART_OF_LIFETIME: Final = 0.1
-"""The part of a lifetime by which a connection is closed before its platform would cut it, and ..."""
+"""Fraction of a lifetime by which the server closes a connection early, at most `MAX_EARLY`."""
 
 MAX_EARLY: Final = 60.0
-"""... the most seconds of that. A platform counts from the first byte of the handshake, and the manager from the accept
-on; then the client is asked to leave, and what is queued for it goes out."""
+"""Maximum of that time in seconds. A platform counts from the first byte of the handshake, the manager from the accept.
+After that time the manager asks the client to reconnect and flushes its queue."""
 
 
 def hop(name: str, **values: float | None) -> Platform:
-    """A platform whose values somebody has changed: `hop("nginx", idle_timeout=300)`.
+    """Return a platform with changed values: `hop("nginx", idle_timeout=300)`.
 
     Args:
-        name: Its name.
-        values: Its `idle_timeout`, `max_lifetime` and `grace`, in seconds; `None` where there is no limit any more.
+        name: Name of the platform.
+        values: Its `idle_timeout`, `max_lifetime` and `grace`, in seconds; `None` means no limit.
 
     Raises:
-        UnknownPlatformError: There is no fact about it.
-        UnsupportedPlatformError: It cannot hold sockets.
-        ValueError: A value is none that a platform has, or is not above zero.
+        UnknownPlatformError: No facts are known about the platform.
+        UnsupportedPlatformError: The platform cannot hold sockets.
+        ValueError: A platform has no such value, or it is not above zero.
     """
     for value, seconds in values.items():
         if value not in _VALUES:
             raise ValueError(f"a platform has no {value}, only {', '.join(_VALUES)}")
         if seconds is not None and not seconds > 0:
-            raise ValueError(f"{value} is a number of seconds above zero, not {seconds!r}")
+            raise ValueError(f"{value} must be a number of seconds above zero, not {seconds!r}")
     (platform,) = resolve_hops(name)
-    return dataclasses.replace(platform, **values)  # type: ignore[arg-type]  # looked at above
+    return dataclasses.replace(platform, **values)  # type: ignore[arg-type]  # checked above
 
 
 def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
-    """The hops of a path, in their order.
+    """Return the hops of a path, in their order.
 
     Args:
-        names: Names of platforms, in any case, with `-` or `_`, or what `hop` has made of one.
+        names: Names of platforms (in any case, with `-` or `_`), or results of `hop`.
 
     Raises:
-        UnknownPlatformError: There is no fact about one of them.
-        UnsupportedPlatformError: One of them cannot hold sockets.
-        ValueError: There is no name.
+        UnknownPlatformError: No facts are known about a platform.
+        UnsupportedPlatformError: A platform cannot hold sockets.
+        ValueError: There are no names.
     """
     if not names:
-        raise ValueError(f"a path has at least one hop; known are {', '.join(sorted(PLATFORMS))}")
+        raise ValueError(f"a path needs at least one hop; known platforms: {', '.join(sorted(PLATFORMS))}")
     path: list[Platform] = []
     for name in names:
         if isinstance(name, Platform):
@@ -93,11 +93,13 @@ def resolve_hops(*names: str | Platform) -> tuple[Platform, ...]:
 
 
 def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[str, float]:
-    """The options that fit the smallest values of a path; those alone for which a hop has a value.
+    """Return the options that fit the smallest values of a path.
+
+    Options without a value of any hop are left out.
 
     Args:
         path: The hops; their order does not matter.
-        most: The most that the options `UPPER_BOUNDED_OPTIONS` are set to.
+        most: Maximum values of the options `UPPER_BOUNDED_OPTIONS`.
     """
     hops = tuple(path)
     idle_timeout = _smallest(hop.idle_timeout for hop in hops)
@@ -117,7 +119,7 @@ def derive_options(path: Iterable[Platform], most: Mapping[str, float]) -> dict[
 
 
 def margin(grace: float) -> float:
-    """Seconds of a grace that a shutdown leaves free before SIGKILL."""
+    """Return the seconds of a grace that a shutdown reserves before SIGKILL."""
     return min(MAX_MARGIN, grace * MARGIN_PART)
 
 

@@ -1,4 +1,4 @@
-"""Places that run a server for you, beside the three big clouds."""
+"""Other platforms that run a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOSTS: Final = (
         facts=(
             second_hand(
                 "idle_timeout",
-                "55 s, begun anew by each byte.",
+                "55 s; each byte restarts it.",
                 "https://devcenter.heroku.com/articles/http-routing",
             ),
             second_hand(
@@ -35,7 +35,7 @@ HOSTS: Final = (
         facts=(
             verified(
                 "grace",
-                "`kill_timeout` is 5 s, and can be up to 300 s.",
+                "`kill_timeout` is 5 s, and at most 300 s.",
                 "https://fly.io/docs/reference/configuration/",
             ),
         ),
@@ -44,7 +44,9 @@ HOSTS: Final = (
         "render",
         "Render",
         facts=(
-            second_hand("note", "There is no fixed timeout; pings are advised.", "https://render.com/docs/websocket"),
+            second_hand(
+                "note", "There is no fixed timeout. Render advises pings.", "https://render.com/docs/websocket"
+            ),
             verified(
                 "note",
                 "SIGTERM comes 60 s after the new instance is live.",
@@ -59,17 +61,17 @@ HOSTS: Final = (
         facts=(
             verified(
                 "grace",
-                "SIGKILL right after SIGTERM, unless `RAILWAY_DEPLOYMENT_DRAINING_SECONDS` is raised.",
+                "SIGKILL immediately after SIGTERM, unless `RAILWAY_DEPLOYMENT_DRAINING_SECONDS` is raised.",
                 f"{_RAILWAY}/deployments/deployment-teardown.md",
             ),
             verified(
                 "note",
-                "A WebSocket may stay open, even while it is idle.",
+                "A WebSocket may stay open even while it is idle.",
                 f"{_RAILWAY}/networking/public-networking/specs-and-limits.md",
             ),
             verified(
                 "note",
-                "A serverless service sleeps after 10 min without outbound packets: heartbeats keep it awake.",
+                "A serverless service sleeps after 10 min without outbound packets. Heartbeats keep it awake.",
                 f"{_RAILWAY}/deployments/serverless.md",
             ),
         ),
@@ -80,7 +82,7 @@ HOSTS: Final = (
         facts=(
             verified(
                 "note",
-                "How long a WebSocket may be idle is not stated.",
+                "The documentation states no idle timeout for WebSockets.",
                 "https://docs.digitalocean.com/products/app-platform/details/limits",
             ),
         ),
@@ -92,7 +94,7 @@ HOSTS: Final = (
         facts=(
             verified(
                 "grace",
-                "`terminationGracePeriodSeconds` is 30 s, and `preStop` is a part of it.",
+                "`terminationGracePeriodSeconds` is 30 s, and includes `preStop`.",
                 "https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/",
             ),
         ),

@@ -1,4 +1,4 @@
-"""A platform, and what its vendor says about it."""
+"""A platform and its documented limits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ About = Literal["idle_timeout", "max_lifetime", "grace", "unsupported_reason", "
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is documented about a platform.
+    """Documented fact about a platform.
 
     Attributes:
-        about: The value of the platform that it is the ground of, or `"note"`.
-        says: The fact.
-        source: Where it stands, an `https://` address.
-        checked: When it was read there, as `YYYY-MM-DD`.
-        quoted: Whether it was read in a quotation of that source, and not there.
+        about: The value of the platform that the fact supports, or `"note"`.
+        statement: The fact.
+        source: The documentation, as an `https://` address.
+        checked: The date on which it was read, as `YYYY-MM-DD`.
+        second_hand: Whether it was read in a quotation instead of in the source.
     """
 
     about: About
@@ -27,31 +27,31 @@ class Fact:
     second_hand: bool = False
 
 
-def verified(about: About, says: str, source: str, checked: str = "2026-11-25") -> Fact:
-    """A fact that was read in its source."""
-    return Fact(about, says, source, checked)
+def verified(about: About, statement: str, source: str, checked: str = "2026-11-25") -> Fact:
+    """Return a fact that was read in its source."""
+    return Fact(about, statement, source, checked)
 
 
-def second_hand(about: About, says: str, source: str, checked: str = "2026-09-25") -> Fact:
-    """A fact that was read in a quotation of its source."""
-    return Fact(about, says, source, checked, second_hand=True)
+def second_hand(about: About, statement: str, source: str, checked: str = "2026-09-25") -> Fact:
+    """Return a fact that was read in a quotation of its source."""
+    return Fact(about, statement, source, checked, second_hand=True)
 
 
 @dataclass(frozen=True)
 class Platform:
-    """One hop of a path: a proxy, a load balancer, or the place where the server runs.
+    """One hop of a path: a proxy, a load balancer, or the environment of the server.
 
-    The values are those that hold unless somebody has changed them. `None` means that none is documented: there may be
-    no such limit, or nobody says.
+    The values are the defaults of the platform. `None` means that none is documented: either there is no such limit, or
+    the vendor does not state it.
 
     Attributes:
-        name: By what `WebSocketConfig.for_platform` knows it.
-        title: What its vendor calls it.
+        name: Name in `WebSocketConfig.for_platform`.
+        title: Name that the vendor uses.
+        facts: The facts that support the values.
         idle_timeout: Seconds without traffic after which it cuts a connection.
-        max_lifetime: Seconds after which it cuts a connection whatever passes.
+        max_lifetime: Seconds after which it cuts a connection, regardless of traffic.
         grace: Seconds between SIGTERM and the end of the process or of its connections.
-        unsupported_reason: Why no socket can be held there; `None` where one can.
-        facts: The grounds.
+        unsupported_reason: Why the platform cannot hold sockets; `None` if it can.
     """
 
     name: str

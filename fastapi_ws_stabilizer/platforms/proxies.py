@@ -1,4 +1,4 @@
-"""Proxies that stand in front of a server, wherever it runs."""
+"""Proxies in front of a server, on any platform."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROXIES: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "`proxy_read_timeout` is 60 s, counted from what the server last sent; ping frames count.",
+                "`proxy_read_timeout` is 60 s after the last data of the server. Ping frames count.",
                 "https://nginx.org/en/docs/http/websocket.html",
             ),
         ),
@@ -26,18 +26,18 @@ PROXIES: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "`proxy-read-timeout` and `proxy-send-timeout` are 60 s; the project advises more than 3600 s.",
+                "`proxy-read-timeout` and `proxy-send-timeout` are 60 s. The project advises more than 3600 s.",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/miscellaneous.md",
             ),
             verified(
                 "note",
-                "240 s after a reload of its configuration, its old workers drop what they still carry "
+                "240 s after a reload of its configuration, its old workers drop their remaining connections "
                 "(`worker-shutdown-timeout`).",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/docs/user-guide/nginx-configuration/configmap.md",
             ),
             verified(
                 "note",
-                "Retired in March 2026: no more security fixes.",
+                "The project was retired in March 2026 and gets no security fixes.",
                 "https://github.com/kubernetes/ingress-nginx/blob/dbb11b9/README.md",
             ),
         ),
@@ -49,7 +49,8 @@ PROXIES: Final = (
         facts=(
             verified(
                 "idle_timeout",
-                "60 s without a byte either way: `TimeOut`, unless `ProxyTimeout` or the worker's `timeout=` is set.",
+                "60 s without a byte in either direction: `TimeOut`, unless `ProxyTimeout` or the worker's `timeout=` "
+                "is set.",
                 "https://github.com/apache/httpd/blob/0cb6804/docs/manual/mod/core.xml",
             ),
         ),
@@ -60,7 +61,7 @@ PROXIES: Final = (
         facts=(
             verified(
                 "note",
-                "No default of its own: without `timeout tunnel`, your `timeout client` and `timeout server` apply.",
+                "It has no default. Without `timeout tunnel`, your `timeout client` and `timeout server` apply.",
                 "https://github.com/haproxy/haproxy/blob/50872da/doc/configuration.txt",
             ),
         ),
@@ -71,7 +72,7 @@ PROXIES: Final = (
         facts=(
             verified(
                 "note",
-                "When it stops itself, it waits 10 s (`lifeCycle.graceTimeOut`) and then drops what it carries.",
+                "When it stops, it waits 10 s (`lifeCycle.graceTimeOut`) and then drops its connections.",
                 "https://github.com/traefik/traefik/blob/fd5a576/docs/content/reference/install-configuration/entrypoints.md",
             ),
         ),
@@ -82,8 +83,8 @@ PROXIES: Final = (
         facts=(
             verified(
                 "note",
-                "`stream_timeout`, a lifetime, is not set. A reload closes every WebSocket at once, with 1001; "
-                "`stream_close_delay` puts that off.",
+                "`stream_timeout`, a lifetime, is not set. A reload closes all WebSockets immediately with 1001; "
+                "`stream_close_delay` delays that.",
                 "https://github.com/caddyserver/caddy/blob/0cf03d3/modules/caddyhttp/reverseproxy/streaming.go",
             ),
         ),
@@ -107,12 +108,12 @@ PROXIES: Final = (
         facts=(
             verified(
                 "grace",
-                "5 s after SIGTERM the sidecar exits (`terminationDrainDuration`), with the sockets that it carries.",
+                "5 s after SIGTERM the sidecar exits (`terminationDrainDuration`) and drops its sockets.",
                 "https://github.com/istio/istio/blob/86c9f01/pkg/config/mesh/mesh.go",
             ),
             verified(
                 "note",
-                "It switches Envoy's idle timeout off; the EDGE connection profile of gateways has one of 5 min.",
+                "It turns off Envoy's idle timeout. The EDGE connection profile of gateways has one of 5 min.",
                 "https://github.com/istio/istio/blob/86c9f01/pilot/pkg/networking/core/connection_settings.go",
             ),
         ),
@@ -123,8 +124,8 @@ PROXIES: Final = (
         facts=(
             verified(
                 "note",
-                "How long a WebSocket may be idle is not stated. Sockets end when Cloudflare restarts servers for new "
-                "code.",
+                "The documentation states no idle timeout for WebSockets. Sockets end when Cloudflare restarts servers "
+                "for new code.",
                 "https://developers.cloudflare.com/network/websockets/",
             ),
         ),

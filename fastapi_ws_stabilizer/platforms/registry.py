@@ -1,6 +1,7 @@
-"""The platforms that are known.
+"""Table of the known platforms.
 
-Vendors change their limits. Who changes a value changes its fact too, and the tables of `docs/deploy/platforms.md`.
+Vendors change their limits. A change of a value here also changes its fact and the tables of
+`docs/deploy/platforms.md`.
 """
 
 from __future__ import annotations
@@ -17,4 +18,4 @@ from fastapi_ws_stabilizer.platforms.proxies import PROXIES
 PLATFORMS: Final[Mapping[str, Platform]] = MappingProxyType(
     {platform.name: platform for platform in (*PROXIES, *AMAZON, *AZURE, *GOOGLE, *HOSTS)}
 )
-"""By their names."""
+"""Platforms by name."""

@@ -1,1 +1,1 @@
-"""The ASGI servers that this library runs under."""
+"""Integration with ASGI servers."""

@@ -1,4 +1,4 @@
-"""What the process tells of its server: a missing WebSocket library, other workers, an exit at a signal."""
+"""Detection of the server's properties: a missing WebSocket library, other workers, exit on a signal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 
 
 def missing_websocket_library() -> str | None:
-    """Say what to install if we run under uvicorn and it has no WebSocket library; `None` if all is well.
+    """Return what to install if uvicorn has no WebSocket library; `None` otherwise.
 
-    uvicorn answers a WebSocket handshake with 404 then, which looks like a wrong path.
+    Without one, uvicorn answers a WebSocket handshake with 404, which looks like a wrong path.
     """
     if "uvicorn" not in sys.modules:
         return None
@@ -21,12 +21,19 @@ def missing_websocket_library() -> str | None:
 
 
 def exits_on_signal() -> bool:
-    """Whether the server ends its process a moment after a signal, whoever else has taken it: granian does."""
+    """Return whether the server ends its process soon after a signal, as granian does.
+
+    It does so even if the signal has another handler.
+    """
     return "granian" in sys.modules
 
 
 def several_workers() -> bool:
-    """Whether there are signs of other workers: uvicorn's and hypercorn's are child processes, gunicorn is loaded."""
+    """Return whether other workers seem to exist.
+
+    uvicorn's and hypercorn's workers are child processes, gunicorn's workers have loaded gunicorn, and
+    `WEB_CONCURRENCY` sets the number of workers.
+    """
     concurrency = os.environ.get("WEB_CONCURRENCY", "")
     return (
         multiprocessing.parent_process() is not None

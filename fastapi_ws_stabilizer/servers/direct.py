@@ -1,8 +1,8 @@
-"""What a server can offer beyond ASGI, and what it is told: the two sides of a `DirectTransport`.
+"""Interfaces between a server and a connection beyond ASGI: `DirectTransport` and `DirectReceiver`.
 
-A server that has it puts `EXTENSION` into the `extensions` of the ASGI scope, and the object whose `receive` and `send`
-it hands to the application is the `DirectTransport`. It is used only if no middleware stands between: one that wraps
-`receive` or `send` wants to see the messages.
+A server with a direct transport puts `EXTENSION` into the `extensions` of the ASGI scope. The object that owns the
+`receive` and `send` of the application is the `DirectTransport`. It is used only without middleware in between, because
+a middleware that wraps `receive` or `send` expects to see the messages.
 """
 
 from __future__ import annotations
@@ -14,44 +14,47 @@ EXTENSION: Final = "fastapi_ws_stabilizer"
 
 
 def has_direct_transport(scope: Mapping[str, Any]) -> bool:
-    """Whether the server of this connection has one."""
+    """Return whether the server of this connection has a direct transport."""
     return EXTENSION in (scope.get("extensions") or {})
 
 
 class DirectReceiver(Protocol):
-    """The application's end of a link. Nothing here waits, and nothing raises."""
+    """Application side of a direct transport. Its methods never wait and never raise."""
 
     def data_received(self) -> bool:
-        """Bytes have come in: the client lives. `False` if nobody wants its messages any more."""
+        """Record received bytes as a sign of life; return `False` if messages are no longer wanted."""
 
     def message_received(self, message: str | bytes) -> None:
-        """A message has come in."""
+        """Process a received message."""
 
     def ping_received(self) -> None:
-        """A ping frame has come in, and is answered."""
+        """Record a received ping frame. The server answers it."""
 
     def pong_received(self, payload: bytes) -> None:
-        """A pong frame has come in."""
+        """Process a received pong frame."""
 
     def connection_lost(self, event: Mapping[str, Any]) -> None:
-        """The connection is over; `event` is the ASGI `websocket.disconnect`."""
+        """Process the end of the connection; `event` is the ASGI `websocket.disconnect`."""
 
     def pause_writing(self) -> None:
-        """The transport holds more than it should. What is written then is kept, without a limit."""
+        """Stop writing, because the transport's buffer is full.
+
+        The transport buffers further data without a limit.
+        """
 
     def resume_writing(self) -> None:
-        """The transport takes more again."""
+        """Write again, because the transport's buffer has space."""
 
     def before_shutdown(self) -> None:
-        """The server is about to close: what is queued can be written now, or never."""
+        """Flush queued messages, because the server closes the connection next."""
 
 
 class DirectTransport(Protocol):
-    """The server's end of a link.
+    """Server side of a direct transport.
 
     Attributes:
-        write_paused: Whether the transport holds more than it should.
-        window_bits: Base-2 logarithm of the window for compressed frames; 0 if compression was not negotiated.
+        write_paused: Whether the transport's buffer is full.
+        window_bits: Base-2 logarithm of the window for compressed frames; 0 without compression.
     """
 
     write_paused: bool
@@ -59,32 +62,33 @@ class DirectTransport(Protocol):
 
     @property
     def transport(self) -> Any:
-        """The asyncio transport; its `write` is all that senders use."""
+        """The asyncio transport. Senders use only its `write`."""
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody is waiting in `receive` or `send` at this moment, and would wait for ever."""
+        """Whether a call of `receive` or `send` is waiting now, and would wait forever."""
 
     def refuse_compression(self) -> None:
-        """Negotiate no compression. Has an effect before the connection is accepted."""
+        """Disable compression. It has an effect only before the connection is accepted."""
 
     def attach(self, sink: DirectReceiver, *, max_message_bytes: int, own_pings: bool) -> None:
-        """Hand everything that comes in to `sink`, beginning with what has come in already.
+        """Pass everything that arrives to `sink`, starting with what has arrived already.
 
         Args:
-            sink: Who gets it.
-            max_message_bytes: A larger message closes 1009 before it is read whole, or inflated.
-            own_pings: Whether the sink sends pings, so that the server need not.
+            sink: The receiver.
+            max_message_bytes: Maximum message size. A larger message closes the connection with 1009 before it is read
+                completely or inflated.
+            own_pings: Whether the receiver sends pings, so that the server does not.
         """
 
     def ping(self, payload: bytes) -> None:
         """Write a ping frame."""
 
     def close(self, code: int, reason: str) -> None:
-        """Write a close frame, and close the transport when the client has answered, or after a while."""
+        """Write a close frame, and close the transport after the client's answer or a timeout."""
 
     def pause_reading(self) -> None:
-        """Read no more bytes from the network."""
+        """Stop reading from the network."""
 
     def resume_reading(self) -> None:
-        """Read again."""
+        """Continue to read."""

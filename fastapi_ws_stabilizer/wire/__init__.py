@@ -1,1 +1,1 @@
-"""What goes over the wire, without any I/O: encoded messages and control frames."""
+"""Wire formats without I/O: encoded messages, control frames, JSON and deflate."""

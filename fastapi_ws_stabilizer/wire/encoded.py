@@ -1,4 +1,4 @@
-"""A message, encoded once for all who get it."""
+"""A message that is encoded once for all recipients."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fastapi_ws_stabilizer.wire.strict_json import check_sent
 
 
 class EncodedMessage:
-    """One encoded message: text or bytes, and its size on the wire before compression.
+    """Encoded message: text or bytes, and its size on the wire before compression.
 
-    A broadcast makes one and hands it to every outbox. What a kind of client needs of it is made when the first such
-    client gets it, and kept for the others: the string for a plain ASGI server, the framed bytes, and the compressed
-    ones for each size of window.
+    A broadcast creates one and passes it to every outbox. Each encoding is created for the first client that needs it,
+    and cached for the other clients: the string for a plain ASGI server, the framed bytes, and the compressed bytes for
+    each window size.
 
     Attributes:
-        binary: Whether it travels in a binary frame.
-        size: Bytes of its payload.
-        key: What a newer message must have in common with this one to take its place in an outbox.
-        is_json: Whether its text is a JSON value, and not a text of the application's.
-        volatile: Whether it is worth nothing later: it is not kept for a client that is away.
-        room: The one room that it is sent to; `None` if it is sent to more, or to no room.
-        enveloped: The same message as clients of `stabilizer.v1.json` get it, once it was made.
-        is_envelope: Whether it is such a frame itself.
-        deflated: The same frame as a compressed one of the v1 protocol; `None` until it was made, and `False` where
-            that is not worth it.
-        at: When it was made, on the monotonic clock; only of frames that are kept.
-        refcount: How many outboxes and logs hold it for longer than a turn of the event loop.
+        binary: Whether it is sent in a binary frame.
+        size: Payload size in bytes.
+        key: Coalescing key: in an outbox, a newer message with an equal key replaces this one.
+        is_json: Whether the text is a JSON value. Otherwise it is text of the application.
+        volatile: Whether the message is useless later. It is not stored for a detached client.
+        room: The room that it is sent to; `None` if it is sent to several rooms, or to none.
+        enveloped: The same message as a `stabilizer.v1.json` frame; `None` until it is created.
+        is_envelope: Whether this message is such a frame itself.
+        deflated: The same v1 frame compressed; `None` until it is created, and `False` if compression does not make it
+            smaller.
+        created_at: Creation time on the monotonic clock, in seconds. Only v1 frames have it.
+        refcount: Number of outboxes and replay buffers that hold it for longer than one event loop iteration.
     """
 
     __slots__ = (
@@ -76,7 +76,7 @@ class EncodedMessage:
 
     @property
     def text(self) -> str | None:
-        """The text; `None` if it is binary."""
+        """The text; `None` for a binary message."""
         if self.binary:
             return None
         if self._text is None:
@@ -85,34 +85,37 @@ class EncodedMessage:
 
     @property
     def data(self) -> bytes | None:
-        """The bytes of a binary message; `None` if it is text."""
+        """The bytes of a binary message; `None` for text."""
         return self._payload if self.binary else None
 
     @property
     def payload(self) -> bytes:
-        """What travels inside the frame."""
+        """The payload of the frame."""
         if self._payload is None:
             self._payload = (self._text or "").encode("utf-8")
         return self._payload
 
     def message(self) -> dict[str, Any]:
-        """The ASGI message that sends this frame. Made anew each time: a middleware may change what it is given."""
+        """Return a new ASGI message that sends this frame.
+
+        It is never shared, because a middleware may modify the message that it gets.
+        """
         if self.binary:
             return {"type": "websocket.send", "bytes": self._payload}
         return {"type": "websocket.send", "text": self.text}
 
     def framed(self) -> bytes:
-        """The frame as it stands on the wire, uncompressed."""
+        """Return the uncompressed frame as it is sent on the wire."""
         if self._framed is None:
             self._framed = frame_bytes(BINARY if self.binary else TEXT, self.payload)
         return self._framed
 
     def compressed(self, window_bits: int, min_bytes: int) -> bytes:
-        """The frame as it stands on the wire, compressed for clients with windows of this size.
+        """Return the frame as it is sent on the wire to clients with this window size.
 
         Args:
             window_bits: Base-2 logarithm of the window, 9 to 15.
-            min_bytes: A payload below this, and one that compression makes no smaller, stays as it is.
+            min_bytes: Smaller payloads are not compressed. Neither are payloads that compression does not shrink.
         """
         if self.size < min_bytes:
             return self.framed()
@@ -131,21 +134,21 @@ class EncodedMessage:
 
 
 def encode(message: Any, key: Any = None, *, volatile: bool = False) -> EncodedMessage:
-    """Encode anything that can be sent.
+    """Encode a message of any supported type.
 
-    `str` becomes a text frame as it is, bytes a binary frame, and everything else JSON in a text frame: pydantic
-    models, dicts, lists, dataclasses, with datetimes, UUIDs, decimals and enums inside. NaN and infinities, which JSON
-    does not have, become `null`, as in JavaScript. JSON that some clients cannot read, for its depth or for a number in
-    it that is larger than a double, cannot be sent.
+    A `str` becomes a text frame unchanged, and bytes become a binary frame. Everything else becomes JSON in a text
+    frame: pydantic models, dicts, lists and dataclasses, which may contain datetimes, UUIDs, decimals and enums. NaN
+    and infinities, which JSON does not have, become `null`, as in JavaScript. JSON that some clients cannot read is
+    rejected: JSON that is nested too deep, and numbers beyond a double.
 
     Args:
-        message: What to encode.
-        key: Its `coalesce_key`, if a newer message may take its place.
-        volatile: Whether it is worth nothing later.
+        message: The message.
+        key: Its `coalesce_key`, if a newer message may replace it.
+        volatile: Whether the message is useless later.
 
     Raises:
         MessageEncodeError: The message cannot be encoded.
-        TypeError: The key cannot be hashed.
+        TypeError: The key is not hashable.
     """
     if isinstance(message, str):
         frame = _text(message)
@@ -154,7 +157,7 @@ def encode(message: Any, key: Any = None, *, volatile: bool = False) -> EncodedM
     else:
         frame = encode_json(message)
     if key is not None:
-        hash(key)  # now, at the caller, and not in the middle of a broadcast
+        hash(key)  # fail in the caller instead of in the middle of a broadcast
         frame.key = key
     if volatile:
         frame.volatile = True
@@ -162,7 +165,7 @@ def encode(message: Any, key: Any = None, *, volatile: bool = False) -> EncodedM
 
 
 def encode_json(message: Any) -> EncodedMessage:
-    """Encode a message as JSON in a text frame, a `str` too.
+    """Encode a message, including a `str`, as JSON in a text frame.
 
     Raises:
         MessageEncodeError: The message cannot be encoded.
@@ -175,7 +178,7 @@ def encode_json(message: Any) -> EncodedMessage:
             payload = to_json(message, inf_nan_mode="null")
             check_sent(payload)
             frame = EncodedMessage(payload)
-    except ValueError as error:  # pydantic's errors are ValueErrors, and so is a cycle
+    except ValueError as error:  # pydantic raises ValueErrors, also for a cycle
         raise MessageEncodeError(f"a {type(message).__name__} cannot be sent as JSON: {error}") from error
     frame.is_json = True
     return frame
@@ -187,9 +190,7 @@ def _text(text: str) -> EncodedMessage:
     try:
         payload = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise MessageEncodeError(
-            f"the text cannot be sent: character {error.start} is half of a surrogate pair"
-        ) from error
+        raise MessageEncodeError(f"the text cannot be sent: character {error.start} is a lone surrogate") from error
     frame = EncodedMessage(text, size=len(payload))
     frame._payload = payload
     return frame
@@ -199,5 +200,5 @@ CLOSE: Final = "websocket.close"
 
 
 def asgi_close(code: int, text: str) -> dict[str, Any]:
-    """The ASGI message that closes a connection."""
+    """Return the ASGI message that closes a connection."""
     return {"type": CLOSE, "code": code, "reason": text}

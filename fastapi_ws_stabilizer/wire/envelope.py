@@ -1,4 +1,4 @@
-"""A message that was encoded for everybody, as a client of `stabilizer.v1.json` gets it: the same bytes for each."""
+"""Conversion of encoded messages to `stabilizer.v1.json` frames, shared by all clients."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from fastapi_ws_stabilizer.wire.strict_json import MAX_FRAME_DEPTH, check_sent
 from fastapi_ws_stabilizer.wire.v1.frames import MAX_SENT_BYTES, binary_envelope, deflated, envelope
 
 ALWAYS_FITS: Final = MAX_SENT_BYTES // 8
-"""Bytes of a message whose envelope is never too large: a text takes at most six times as many as a JSON string."""
+"""Messages up to this many bytes always fit in a frame. A JSON string takes at most six times the bytes of its text."""
 
 
 def to_v1(frame: EncodedMessage) -> EncodedMessage:
-    """The `msg` frame for a message, made once for all clients.
+    """Return the `msg` frame of a message. It is created once for all clients.
 
     Raises:
-        MessageEncodeError: It is larger than clients of `stabilizer.v1.json` take.
+        MessageEncodeError: The frame is larger than clients of `stabilizer.v1.json` accept.
     """
     if frame.is_envelope:
         return frame
     if frame.enveloped is None:
         frame.enveloped = _cached(_made(frame), volatile=frame.volatile)
-        if frame.volatile:  # what is numbered cannot be left out for a newer one
+        if frame.volatile:  # a newer message cannot replace a numbered one
             frame.enveloped.key = frame.key
     return frame.enveloped
 
 
 def check_size(frame: EncodedMessage) -> None:
-    """Raise if a message that goes to many is larger than some of them take, before the first one gets it.
+    """Raise if a broadcast message is too large for some clients, before any client gets it.
 
     Raises:
-        MessageEncodeError: It is.
+        MessageEncodeError: The message is too large.
     """
     if frame.size > ALWAYS_FITS:
         to_v1(frame)
 
 
 def to_deflated(frame: EncodedMessage) -> EncodedMessage:
-    """A frame of the v1 protocol as it goes to clients that take compressed ones: made once for all of them."""
+    """Return the v1 frame for clients that accept compressed frames.
+
+    It is created once for all of them. Without a benefit from compression it is the uncompressed frame.
+    """
     if frame.deflated is None:
         packed = None if frame.text is None else deflated(frame.text)
         frame.deflated = False if packed is None else EncodedMessage(packed, binary=True)
@@ -51,21 +54,22 @@ def to_deflated(frame: EncodedMessage) -> EncodedMessage:
 
 
 def copy_for_replay(frame: EncodedMessage) -> EncodedMessage:
-    """A message that was sent before, to be sent to one more client."""
+    """Return a copy of a message that was sent before, for one more client."""
     copy = EncodedMessage(frame.payload, binary=frame.binary, size=frame.size)
     copy.is_json, copy.room = frame.is_json, frame.room
     return copy
 
 
 def sequenced_frame(type_: str, data: Any, **fields: Any) -> EncodedMessage:
-    """A `msg` or a `reply` for one client alone.
+    """Return a `msg` or `reply` frame for a single client.
 
     Raises:
-        MessageEncodeError: The data cannot be JSON that the client reads, its event is no name, or it is too large.
+        MessageEncodeError: The data cannot be encoded as JSON that the client can read, the event is not a valid name,
+            or the frame is too large.
     """
     event = fields.get("event")
     if event is not None and not (isinstance(event, str) and is_name(event)):
-        raise MessageEncodeError(f"an event is a text of {NAME_RULE}")
+        raise MessageEncodeError(f"an event must be a string of {NAME_RULE}")
     try:
         payload = envelope(type_, data, **fields)
         if isinstance(payload, bytes):
@@ -92,7 +96,7 @@ def _made(frame: EncodedMessage) -> EncodedMessage:
 def _small(frame: EncodedMessage) -> EncodedMessage:
     if frame.size > MAX_SENT_BYTES:
         raise MessageEncodeError(
-            f"the message takes {frame.size} bytes, and clients take {MAX_SENT_BYTES}: send it in parts"
+            f"the message has {frame.size} bytes, but clients accept {MAX_SENT_BYTES}: send it in parts"
         )
     return frame
 

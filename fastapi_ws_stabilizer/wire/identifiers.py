@@ -1,4 +1,4 @@
-"""What a client may be called, and what it may call rooms, events, messages and keys."""
+"""Rules for client ids and for names: rooms, events, message ids and keys."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import re
 from typing import Final
 
 MAX_NAME_CHARS: Final = 256
-"""Longest client id, room, event, message id or idempotency key."""
+"""Maximum length of a client id, room, event, message id or idempotency key, in characters."""
 
 MAX_CODE_CHARS: Final = 64
-"""Longest code of an error."""
+"""Maximum length of an error code, in characters."""
 
 MAX_TEXT_CHARS: Final = 1024
-"""Longest sentence of an error."""
+"""Maximum length of an error message, in characters."""
 
-NAME_RULE: Final = f"at most {MAX_NAME_CHARS} characters, none of them a control character"
-"""The rule, for those who have broken it."""
+NAME_RULE: Final = f"at most {MAX_NAME_CHARS} characters and no control characters"
+"""The rule as a phrase for error messages."""
 
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What ends or rewrites a line, and halves of surrogate pairs, which cannot be sent. Not all that is unprintable: a
-family emoji is held together by characters that nobody sees."""
+"""Characters that end or rewrite a line, and lone surrogates, which cannot be sent. Other unprintable characters are
+allowed, because some emoji contain invisible joiners."""
 
 
 def sendable(text: object, most: int) -> str:
-    """A text that can be sent, of at most so many characters: halves of surrogate pairs become question marks."""
+    """Return at most `most` characters of a text. Lone surrogates become question marks."""
     return str(text)[:most].encode("utf-8", "replace").decode("utf-8")
 
 
 def is_name(text: str) -> bool:
-    """Whether a text may be a name: it is no longer than `MAX_NAME_CHARS` and has no control character."""
+    """Return whether a text is a valid name: at most `MAX_NAME_CHARS` and no control characters."""
     return len(text) <= MAX_NAME_CHARS and (text.isprintable() or _CONTROL.search(text) is None)
 
 
 def check_client_id(client_id: object) -> None:
-    """Raise unless a client can be called so.
+    """Raise if a client id is invalid.
 
     Raises:
-        ValueError: It is empty, no `str`, or breaks the rule for names. The error says what to do.
+        ValueError: The id is empty, not a `str`, or violates the rule for names. The error says what to do.
     """
     if not isinstance(client_id, str) or not client_id:
-        raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+        raise ValueError(f"client_id must be a non-empty str, not {client_id!r}")
     if not is_name(client_id):
         raise ValueError(
-            f"client_id must have {NAME_RULE}, and {client_id[:40]!r} of {len(client_id)} characters is not that: use "
+            f"client_id must have {NAME_RULE}, but {client_id[:40]!r} with {len(client_id)} characters does not: use "
             "another key of this client, or a hash of the name"
         )

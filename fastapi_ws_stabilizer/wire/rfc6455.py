@@ -1,4 +1,4 @@
-"""Frames of RFC 6455 section 5.2, as a server sends them: whole, and not masked."""
+"""Frames of RFC 6455 section 5.2 as a server sends them: unfragmented and unmasked."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _long = struct.Struct("!BBQ").pack
 
 
 def frame_bytes(opcode: int, payload: bytes, *, compressed: bool = False) -> bytes:
-    """One final frame with its header.
+    """Return one final frame with its header.
 
     Args:
-        opcode: What it is.
-        payload: What it carries.
-        compressed: Whether the payload is compressed by permessage-deflate.
+        opcode: The opcode.
+        payload: The payload.
+        compressed: Whether permessage-deflate has compressed the payload.
     """
     first = _FIN | (_RSV1 if compressed else 0) | opcode
     length = len(payload)

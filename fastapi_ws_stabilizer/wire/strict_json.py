@@ -1,10 +1,10 @@
-"""Reading the JSON that comes from the other side: all of it is read here, so that the limits hold everywhere.
+"""Strict JSON parser for everything that the other side sends, with limits on depth and numbers.
 
-The server holds what it sends to a limit too (`check_sent`), so that each client can read it.
+The server checks its own messages against similar limits (`check_sent`), so that every client can read them.
 
-Where JSON leaves something open, it is settled here: of two members of the same name the last one counts, as in
-JavaScript, in Python's own `json`, and when pydantic validates the same text. The parser stops by itself at 200 levels
-and at 4300 digits.
+Where JSON is ambiguous, the parser decides. Of two members with the same name the last one counts, as in JavaScript, in
+Python's own `json`, and in pydantic's validation of the same text. The underlying parser itself stops at 200 levels and
+at 4300 digits.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from typing import Any, Final
 from pydantic_core import from_json
 
 MAX_DEPTH: Final = 64
-"""Levels of objects and lists inside each other in what a client sends."""
+"""Maximum nesting depth of objects and lists in messages of a client."""
 
 MAX_SENT_DEPTH: Final = 72
-"""Levels in what a server sends. There are more of them than in what comes in: an application passes on what a client
-has said inside objects of its own."""
+"""Maximum nesting depth in messages of a server. It is higher, because an application may pass on a client's data
+inside its own objects."""
 
 MAX_FRAME_DEPTH: Final = MAX_SENT_DEPTH + 1
-"""Levels in a frame of a server that carries such data."""
+"""Maximum nesting depth of a server's frame that carries such data."""
 
 MAX_NUMBER: Final = sys.float_info.max
-"""Largest number, which is the largest that a double can be: JavaScript and most others know no other kind."""
+"""Largest number: the maximum of a double. JavaScript and most other languages support no larger number."""
 
 _LIST_CHARS: Final = len("[]")
 _OBJECT_CHARS: Final = len('{"":}')
-"""What one level takes at the least."""
+"""Minimum number of characters of one level."""
 
 _SHORT: Final = _LIST_CHARS * MAX_DEPTH
 _SHORT_OF_OBJECTS: Final = _OBJECT_CHARS * MAX_DEPTH
-"""A text of no more characters has no room for too many levels: of any kind, and without a list among them."""
+"""Texts with at most this many characters cannot exceed the depth: with any nesting, and with objects only."""
 
 _FEW: Final = 16
 _CHARS_OF_EACH: Final = 32
-"""So many values, and one more for so many characters, are looked at one by one: to search their text takes longer."""
+"""`_FEW` values, plus one for each `_CHARS_OF_EACH` characters, are checked one by one. Searching their text takes
+longer."""
 
 _MAX_SAFE: Final = 2**63
-"""An integer below it need not be compared with a float."""
+"""Integers with a smaller absolute value need no comparison with a float."""
 
 _MIN_HUGE_DIGITS: Final = 200
-"""Digits that a number above `MAX_NUMBER` has before its point, unless its exponent has three digits or more."""
+"""Minimum number of digits before the point in a number above `MAX_NUMBER`, unless its exponent has three or more
+digits."""
 
 _STEP: Final = 40
 _DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
@@ -55,27 +57,27 @@ _capital_exponent: Final = re.compile(r"E[+0-9][0-9]{2}(?<=[0-9]E...)[0-9]*(?:[,
 
 
 class InvalidJsonError(ValueError):
-    """A text is no JSON, or none that is taken here. Its sentence is for whoever sent the text."""
+    """A text is not valid JSON or exceeds a limit. The sender of the text can see the message."""
 
 
 def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
-        text: What came in; bytes are UTF-8.
-        max_depth: Levels that it may have, at least `MAX_DEPTH`.
+        text: The received text; bytes are UTF-8.
+        max_depth: Maximum nesting depth, at least `MAX_DEPTH`.
 
     Raises:
-        InvalidJsonError: It is no JSON, has NaN, Infinity or half of a surrogate pair in it, is nested deeper than
+        InvalidJsonError: The text is not JSON, contains NaN, Infinity or a lone surrogate, is nested deeper than
             `max_depth`, or has a number beyond `MAX_NUMBER`.
     """
     try:
         value = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidJsonError(f"it is not JSON: {error}") from None
-    except TypeError:  # what pydantic says of a Python string that is not Unicode
-        raise InvalidJsonError("it is not JSON: there is half of a surrogate pair in it") from None
-    # This runs for every message, so it does as little as can be, and errs on the side of looking.
+    except TypeError:  # pydantic raises it for a Python string that is not valid Unicode
+        raise InvalidJsonError("it is not JSON: it contains a lone surrogate") from None
+    # Hot path: it runs for every message. A cheap test decides whether to check the value, and may give false alarms.
     size = len(text)
     if size > _SHORT_OF_OBJECTS and (value.__class__ is str or _is_plain(value, _FEW + size // _CHARS_OF_EACH)):
         return value
@@ -93,10 +95,10 @@ def read_json(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def check_json(text: str | bytes) -> None:
-    """Raise where `read_json` would and pydantic, which is about to validate the same text, would not.
+    """Raise if `read_json` rejects a text that pydantic's validation of the same text accepts.
 
     Raises:
-        InvalidJsonError: As `read_json`. What is no JSON at all may pass: pydantic says so itself.
+        InvalidJsonError: As for `read_json`. Invalid JSON may pass, because pydantic rejects it.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
@@ -112,50 +114,50 @@ def check_json(text: str | bytes) -> None:
 
 
 def check_sent(text: bytes, max_depth: int = MAX_SENT_DEPTH) -> None:
-    """Raise if a JSON text that was made here could not be read by each client.
+    """Raise if some clients could not read a JSON text that this side has created.
 
-    Hot path: it runs once for each message that is encoded, and reads the text only where that looks suspicious.
+    Hot path: it runs once for each encoded message, and parses the text only if it looks suspicious.
 
     Raises:
-        InvalidJsonError: It is nested deeper than `max_depth`, has a number beyond `MAX_NUMBER`, or a NaN or an
-            infinity, which a pydantic model may write.
+        InvalidJsonError: The text is nested deeper than `max_depth`, or contains a number beyond `MAX_NUMBER`, a NaN or
+            an infinity. A pydantic model can write the last two.
     """
     size = len(text)
     if (
         (size > _SHORT and (_has_many(text, b"[") or _has_many(text, b"{")) and not _is_shallow(text))
         or (size >= _MIN_HUGE_DIGITS and _has_many_digits(text))
-        or (b"N" in text and b"NaN" in text)  # to look for one letter takes a tenth of the time
+        or (b"N" in text and b"NaN" in text)  # the search for one letter takes a tenth of the time
         or (b"I" in text and b"Infinity" in text)
     ):
         read_json(text, max_depth)
 
 
 def _has_many(text: bytes, bracket: bytes) -> bool:
-    """Whether there are so many brackets of a kind that there may be too many levels.
+    """Return whether a text has so many brackets of one kind that it may be too deep.
 
-    Where there are few it is fast: `split` searches by machine words, `count` by bytes.
+    It is fast if there are few brackets: `split` searches by machine words, `count` by bytes.
     """
     return len(text.split(bracket, MAX_SENT_DEPTH // 2)) > MAX_SENT_DEPTH // 2
 
 
 def _is_shallow(text: bytes) -> bool:
-    """Whether a text is certain to be within `MAX_SENT_DEPTH`, by its brackets alone.
+    """Return whether the brackets alone prove that a text is within `MAX_SENT_DEPTH`.
 
-    Each round takes the innermost pairs away, of two levels at most.
+    Each round removes the innermost pairs, which are at most two levels.
     """
     brackets = text.translate(None, _NO_BRACKETS)
     for _ in range(MAX_SENT_DEPTH // 2):
         fewer = brackets.replace(b"{}", b"").replace(b"[]", b"")
         if not fewer:
             return True
-        if len(fewer) == len(brackets):  # there are brackets in a string
+        if len(fewer) == len(brackets):  # a string contains brackets
             return False
         brackets = fewer
     return False
 
 
 def _is_plain(value: Any, most: int) -> bool:
-    """Whether an object or a list is within the limits, as far as so many values tell."""
+    """Return whether an object or a list is within the limits, judged by at most `most` values."""
     if value.__class__ is not dict and value.__class__ is not list:
         return False
     containers: list[Any] = [value]
@@ -174,16 +176,16 @@ def _is_plain(value: Any, most: int) -> bool:
                 containers.append(one)
             elif kind is float and not -MAX_NUMBER <= one <= MAX_NUMBER:
                 return False
-    return len(containers) <= MAX_DEPTH  # they cannot be deeper than that
+    return len(containers) <= MAX_DEPTH  # the depth is at most the number of containers
 
 
 def _has_many_digits(text: str | bytes) -> bool:
-    """Whether a text may have too many digits in a row."""
+    """Return whether a text may have too many consecutive digits."""
     return _has_digits(text, _STEP) and _has_digits(text, 1)
 
 
 def _has_digits(text: str | bytes, step: int) -> bool:
-    """Whether there are digits in a row where it is looked at, at each step."""
+    """Return whether a text has consecutive digits, sampled at each step."""
     samples = text[::step]
     if isinstance(samples, str):
         samples = samples.encode("utf-8", "replace")
@@ -191,15 +193,16 @@ def _has_digits(text: str | bytes, step: int) -> bool:
 
 
 def _has_many_levels(text: str) -> bool:
-    """Whether a text may be nested too deep."""
+    """Return whether a text may be nested too deep."""
     return text.count("[") + text.count("{") > MAX_DEPTH
 
 
 def _check_depth(value: Any, max_depth: int) -> None:
     """Raise if a value is nested too deep.
 
-    The garbage collector knows what holds what, and does not track a dict that holds no container, nor what is none. To
-    ask it takes a part of the time in which the value was parsed; to look at each value takes twice as long as that.
+    The garbage collector knows the references between containers. It does not track dicts without containers, or values
+    that are no containers. Asking it takes a fraction of the parse time, but a look at each value takes twice the parse
+    time.
     """
     level: list[Any] = [value]
     for _ in range(max_depth - 1):
@@ -219,7 +222,7 @@ def _check(value: Any, max_depth: int) -> None:
                 if kind is dict or kind is list:
                     below.append(one)
                 elif (kind is float or kind is int) and not -MAX_NUMBER <= one <= MAX_NUMBER:
-                    raise InvalidJsonError(f"a number in it is beyond {MAX_NUMBER:.2g}")
+                    raise InvalidJsonError(f"it contains a number beyond {MAX_NUMBER:.2g}")
         if not below:
             return
         level = below

@@ -1,7 +1,8 @@
-"""Control frames of the plain mode: pings and pongs that travel as text.
+"""Pings and pongs as text frames, for plain clients.
 
-They are recognised by exact match only, so that application data is never mistaken for one: the text `ping` or `pong`,
-or a JSON object of at most 64 characters with `type` `"ping"` or `"pong"` and no other key but `ts`.
+Only an exact match is a control frame, so application data is never mistaken for one. Control frames are the texts
+`ping` and `pong`, and JSON objects of at most 64 characters with the `type` `"ping"` or `"pong"` and no other key but
+`ts`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
 MAX_CONTROL_CHARS: Final = 64
 
 PING: Final = EncodedMessage('{"type":"ping"}')
-"""The server's heartbeat."""
+"""Heartbeat of the server."""
 
 _TEXT_PONG: Final = EncodedMessage("pong")
 _KEYS: Final = {"type", "ts"}
@@ -23,15 +24,15 @@ _KEYS: Final = {"type", "ts"}
 
 @dataclass(frozen=True)
 class TextPong:
-    """The peer answers a ping."""
+    """Answer of the peer to a ping."""
 
 
 @dataclass(frozen=True)
 class TextPing:
-    """The peer asks for an answer.
+    """Ping of the peer, which expects an answer.
 
     Attributes:
-        answer: What to send back.
+        answer: The message to send back.
     """
 
     answer: EncodedMessage
@@ -42,9 +43,9 @@ _TEXT_PING: Final = TextPing(_TEXT_PONG)
 
 
 def parse_text_ping(text: str) -> TextPing | TextPong | None:
-    """Read a control frame; `None` for everything that is application data.
+    """Parse a control frame; return `None` for application data.
 
-    The length and the first character are looked at before anything is parsed: this runs for every text message.
+    Hot path: it runs for every text message, so it checks the length and the first character before it parses.
     """
     if len(text) > MAX_CONTROL_CHARS or text[:1] not in ("p", "{"):
         return None

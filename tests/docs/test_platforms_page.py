@@ -15,7 +15,7 @@ def _seconds(value: float | None) -> str:
 
 def _sets(name: str) -> str:
     if PLATFORMS[name].unsupported_reason is not None:
-        return "refused"
+        return "unsupported"
     config = WebSocketConfig.for_platform(name)
     options = [
         option

@@ -130,7 +130,7 @@ async def test_final_codes_and_delays_are_those_of_the_python_client(serve: Serv
     await page.run('import("/reconnecting_socket.js").then((module) => { window.script = module; })')
     codes = [*range(1000, 1016), *range(3000, 5000)]
     final = await page.run(f"{json.dumps(codes)}.filter(script.isFinal)")
-    stop = (ReconnectAction.FINAL, ReconnectAction.REFRESH)
+    stop = (ReconnectAction.STOP, ReconnectAction.REAUTHENTICATE)
     assert final == [code for code in codes if action_for(code) in stop or code in (1000, SUPERSEDED)]
 
     delays = await page.run("[0, 1, 2, 9].map((n) => [0, 0.999].map((r) => script.delayFor(n, 1006, '', () => r)))")

@@ -123,8 +123,8 @@ BAD_JSON: dict[str, tuple[str | bytes, str]] = {
     "deepest": ("[" * (LIMIT - 10), "recursion"),
     "nan": ('{"type":"echo","x":NaN}', "not JSON"),
     "infinity": ('{"type":"echo","x":-Infinity}', "not JSON"),
-    "1e999": ('{"type":"echo","x":1e999}', "a number in it is beyond"),
-    "400 digits": ('{"type":"echo","x":%s}' % ("9" * 400), "a number in it is beyond"),
+    "1e999": ('{"type":"echo","x":1e999}', "it contains a number beyond"),
+    "400 digits": ('{"type":"echo","x":%s}' % ("9" * 400), "it contains a number beyond"),
     "100,000 digits": ('{"type":"echo","x":%s}' % ("9" * 100_000), "number out of range"),
     "half a pair": ('{"type":"echo","x":"\\ud800"}', "not JSON"),
     "binary": (b'{"type":"echo","x":"\xff"}', "not JSON"),
@@ -209,16 +209,24 @@ def deflated(text: bytes) -> bytes:
 BAD_FRAMES: dict[str, tuple[Any, int, str]] = {
     "deep": (f'{{"type":"msg","data":{DEEP}}}', 4400, "a frame cannot be read: it is nested deeper than 64 levels"),
     "nan": ('{"type":"msg","data":NaN}', 4400, "a frame cannot be read: it is not JSON"),
-    "1e999": ('{"type":"msg","data":1e999}', 4400, "a frame cannot be read: a number in it is beyond"),
-    "no object": ("[]", 4400, "a frame is a JSON object"),
-    "event": ({"type": "msg", "event": "a\x00"}, 4400, "msg: event is a text of at most 256 characters"),
-    "id": ({"type": "msg", "event": "echo", "id": FORGERY}, 4400, "msg: id is a text of at most 256 characters"),
-    "key": ({"type": "msg", "event": "echo", "key": "x" * 257}, 4400, "msg: key is a text of at most 256 characters"),
-    "room": ({"type": "msg", "event": "echo", "room": "\u2028"}, 4400, "msg: room is a text of at most 256 characters"),
+    "1e999": ('{"type":"msg","data":1e999}', 4400, "a frame cannot be read: it contains a number beyond"),
+    "no object": ("[]", 4400, "a frame must be a JSON object"),
+    "event": ({"type": "msg", "event": "a\x00"}, 4400, "msg: event must be a string of at most 256 characters"),
+    "id": ({"type": "msg", "event": "echo", "id": FORGERY}, 4400, "msg: id must be a string of at most 256 characters"),
+    "key": (
+        {"type": "msg", "event": "echo", "key": "x" * 257},
+        4400,
+        "msg: key must be a string of at most 256 characters",
+    ),
+    "room": (
+        {"type": "msg", "event": "echo", "room": "\u2028"},
+        4400,
+        "msg: room must be a string of at most 256 characters",
+    ),
     "second hello": (HELLO, 4400, "unexpected second hello"),
     "bomb": (deflated(b'{"type":"msg","data":"' + b" " * (50 * LIMIT) + b'"}'), 1009, "a compressed frame holds more"),
-    "no deflate": (KIND_2 + b"\xff\xff", 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),
-    "no utf-8 inside": (deflated(b"\xff"), 4400, "a compressed frame is raw deflate of UTF-8, once and whole"),
+    "no deflate": (KIND_2 + b"\xff\xff", 4400, "a compressed frame must be one complete raw deflate stream of UTF-8"),
+    "no utf-8 inside": (deflated(b"\xff"), 4400, "a compressed frame must be one complete raw deflate stream of UTF-8"),
 }
 
 

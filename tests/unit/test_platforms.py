@@ -274,7 +274,7 @@ def test_modified_platform_uses_its_own_values() -> None:
     ("name", "values", "problem"),
     [
         ("nginx", {"timeout": 3}, "a platform has no timeout, only idle_timeout, max_lifetime, grace"),
-        ("nginx", {"grace": 0}, "grace is a number of seconds above zero, not 0"),
+        ("nginx", {"grace": 0}, "grace must be a number of seconds above zero, not 0"),
         ("ngins", {"grace": 1}, "ngins"),
         ("aws-api-gateway", {"grace": 1}, "the gateway holds the socket itself"),
     ],

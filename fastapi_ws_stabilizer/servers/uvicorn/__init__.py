@@ -1,7 +1,7 @@
-"""uvicorn: a protocol class with direct transport, and the options to start it with.
+"""Integration with uvicorn: a protocol class with direct transport, and options to start it.
 
-`uvicorn --ws fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol` finds the class here. It is imported when
-it is asked for, because importing the package must not need uvicorn.
+`uvicorn --ws fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol` finds the class here. It is imported on
+demand, because the package must be importable without uvicorn.
 """
 
 from __future__ import annotations

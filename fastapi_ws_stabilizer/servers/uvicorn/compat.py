@@ -1,4 +1,4 @@
-"""What `StableWebSocketProtocol` knows of uvicorn's own WebSocket protocol, and what it puts in places of it."""
+"""Private attributes of uvicorn's WebSocket protocol that `StableWebSocketProtocol` uses or replaces."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastapi_ws_stabilizer.servers.direct import DirectReceiver
 
 try:
     from uvicorn.protocols.websockets.websockets_sansio_impl import (
-        WebSocketsSansIOProtocol as WebSocketsSansIOProtocol,  # handed on
+        WebSocketsSansIOProtocol as WebSocketsSansIOProtocol,  # re-exported
     )
 except ImportError as missing:
     raise ImportError(
-        f"StableWebSocketProtocol needs uvicorn 0.35 or newer with the websockets library, and this is uvicorn "
+        f"StableWebSocketProtocol needs uvicorn 0.35 or newer and the websockets library, but this is uvicorn "
         f'{uvicorn.__version__}: pip install -U "fastapi-ws-stabilizer[uvicorn]"'
     ) from missing
 
@@ -65,7 +65,7 @@ _METHODS: Final = (
 
 
 class ReceiverQueue:
-    """Stands where uvicorn has a queue: what uvicorn puts into it, its disconnect events, goes to the sink."""
+    """Replacement for uvicorn's queue that passes uvicorn's disconnect events to the receiver."""
 
     __slots__ = ("sink",)
 
@@ -73,21 +73,24 @@ class ReceiverQueue:
         self.sink: DirectReceiver | None = sink
 
     def put_nowait(self, event: dict[str, Any]) -> None:
-        """As a queue has it."""
+        """Pass an event to the receiver."""
         if self.sink is not None:
             self.sink.connection_lost(event)
 
     def empty(self) -> bool:
-        """As a queue has it."""
+        """Return `True`: the queue never contains anything."""
         return True
 
     async def get(self) -> Any:
-        """Tell who reads from here that nothing ever comes."""
-        raise RuntimeError("this WebSocket is read by fastapi-ws-stabilizer: read from its StableSocket")
+        """Raise, because no event ever arrives here."""
+        raise RuntimeError("fastapi-ws-stabilizer reads this WebSocket: read from its StableSocket instead")
 
 
 class _AlwaysWritable:
-    """Stands where uvicorn has an event that its `send` waits for: what waits for the transport is in an outbox."""
+    """Replacement for the event that uvicorn's `send` awaits.
+
+    The outbox, instead of `send`, waits for the transport.
+    """
 
     async def wait(self) -> bool:
         return True
@@ -103,10 +106,10 @@ ALWAYS_WRITABLE: Final = _AlwaysWritable()
 
 
 @functools.cache
-def _say_once(missing: tuple[str, ...]) -> None:
+def _warn_once(missing: tuple[str, ...]) -> None:
     logger.warning(
-        "uvicorn %s is not built as StableWebSocketProtocol knows it (%s): it works as uvicorn's own protocol, "
-        "without ping frames, prepared frames and compression that is done once",
+        "uvicorn %s lacks internals that StableWebSocketProtocol needs (%s): it works like uvicorn's own protocol, "
+        "without ping frames, shared frames and shared compression",
         uvicorn.__version__,
         ", ".join(missing),
         extra={"event": "uvicorn_internals_unknown", "missing": list(missing)},
@@ -114,7 +117,7 @@ def _say_once(missing: tuple[str, ...]) -> None:
 
 
 def missing_internals(protocol: Any) -> bool:
-    """Whether something of uvicorn's protocol that we stand on is not there; says so once."""
+    """Return whether internals of uvicorn that the protocol needs are missing; warn once if so."""
     conn = getattr(protocol, "conn", None)
     missing = (
         *(name for name in REQUIRED_ATTRIBUTES if not hasattr(protocol, name)),
@@ -122,5 +125,5 @@ def missing_internals(protocol: Any) -> bool:
         *(name for name in _METHODS if not hasattr(WebSocketsSansIOProtocol, name)),
     )
     if missing:
-        _say_once(missing)
+        _warn_once(missing)
     return bool(missing)

@@ -1,7 +1,7 @@
-"""permessage-deflate for `StableWebSocketProtocol`: negotiated without context takeover, and inflated whole.
+"""permessage-deflate for `StableWebSocketProtocol`, without context takeover.
 
-The negotiation is that of the `websockets` library. Its inflater stops at a block that is marked as the final one, and
-so cuts a message off without a word; RFC 7692 section 7.2.3.4 allows such blocks, and more of them behind.
+The `websockets` library negotiates. But its inflater stops at a block that is marked as final, and silently truncates
+the message. RFC 7692 section 7.2.3.4 allows such blocks, and further blocks after them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from fastapi_ws_stabilizer.wire.deflate import TAIL
 _WINDOW: Final = 1 << 15
 
 LEAST_WINDOW_BITS: Final = 9
-"""zlib inflates what was compressed with a window of 8 bits, and compresses with none of that size."""
+"""Minimum window. zlib can inflate data compressed with a window of 8 bits, but cannot compress with one."""
 
 MAX_FINAL_BLOCKS: Final = 16
-"""Final blocks of one message. Each makes us begin anew, and a message can hold a great many that are empty."""
+"""Maximum number of final blocks in one message. Each costs a new inflater, and a message can contain very many empty
+ones."""
 
 
 class WholeMessageDeflate(PerMessageDeflate):
-    """Inflates each message on its own, past blocks that are marked as final, and no further than the limit."""
+    """Extension that inflates each message separately, past final blocks and up to the limit."""
 
     inflater: Any
     inflating = False
@@ -37,8 +38,8 @@ class WholeMessageDeflate(PerMessageDeflate):
         """Inflate one frame.
 
         Raises:
-            PayloadTooBig: There is more in it than `max_size` bytes.
-            ProtocolError: It is not compressed as it says.
+            PayloadTooBig: The frame inflates to more than `max_size` bytes.
+            ProtocolError: The compressed data is invalid.
         """
         if frame.opcode is Opcode.CONT:
             if not self.inflating:
@@ -64,7 +65,7 @@ class WholeMessageDeflate(PerMessageDeflate):
     def _inflate(self, compressed: bytes, max_size: int | None) -> bytes:
         data = b""
         while True:
-            # One byte more than is allowed shows that it is too much; 0 would mean no limit.
+            # One byte more than the limit reveals an excess; 0 would mean no limit.
             most = 0 if max_size is None else max_size - len(data) + 1
             inflated: bytes = self.inflater.decompress(compressed, most)
             data += inflated
@@ -76,7 +77,7 @@ class WholeMessageDeflate(PerMessageDeflate):
             self.final_blocks += 1
             if self.final_blocks > MAX_FINAL_BLOCKS:
                 raise ProtocolError("too many final blocks in one message")
-            # What follows may refer to what came before, whatever block has ended there.
+            # The next block may refer to earlier data.
             self.inflater = zlib.decompressobj(
                 wbits=-self.remote_max_window_bits, zdict=(self.window + data)[-_WINDOW:]
             )
@@ -85,8 +86,10 @@ class WholeMessageDeflate(PerMessageDeflate):
 class _DeflateFactory(ServerPerMessageDeflateFactory):
     def process_request_params(self, params: Any, accepted_extensions: Sequence[Any]) -> Any:
         answer, negotiated = super().process_request_params(params, accepted_extensions)
-        if negotiated.local_max_window_bits < LEAST_WINDOW_BITS:  # websockets before 17 agrees, and nothing can be sent
-            raise NegotiationError(f"zlib compresses with windows of {LEAST_WINDOW_BITS} bits at least")
+        if (
+            negotiated.local_max_window_bits < LEAST_WINDOW_BITS
+        ):  # websockets before 17 accepts, and every send would fail
+            raise NegotiationError(f"zlib needs a window of at least {LEAST_WINDOW_BITS} bits to compress")
         return answer, WholeMessageDeflate(
             negotiated.remote_no_context_takeover,
             negotiated.local_no_context_takeover,
@@ -97,4 +100,4 @@ class _DeflateFactory(ServerPerMessageDeflateFactory):
 
 
 DEFLATE: Final = _DeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
-"""Without context takeover a message is compressed once for all, and an idle connection holds no compressor."""
+"""Without context takeover a message is compressed once for all recipients. An idle connection holds no compressor."""

@@ -1,4 +1,4 @@
-"""The options of uvicorn that go with those of a manager."""
+"""uvicorn options that match the options of a manager."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from fastapi_ws_stabilizer.config import CompressionMode, WebSocketConfig
 MODULE: Final = "fastapi_ws_stabilizer.servers.uvicorn.protocol"
 
 PART_OF_DRAIN: Final = 0.25
-"""The server's own timeout, as a part of `drain_timeout`. After a drain only HTTP requests are left to wait for."""
+"""The server's own timeout as a fraction of `drain_timeout`. After a drain only HTTP requests are left."""
 
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 
 def shutdown_timeout(config: WebSocketConfig) -> int:
-    """Seconds that uvicorn may wait for its connections when it stops: after a drain, if the manager drains first."""
+    """Return the seconds that uvicorn may wait for its connections when it stops.
+
+    If the manager drains first, this time starts after the drain.
+    """
     if not config.handle_signals:
         return math.ceil(config.drain_timeout)  # no drain runs before, so uvicorn waits for the WebSockets too
     return max(1, math.floor(config.drain_timeout * PART_OF_DRAIN))
 
 
 def uvicorn_options(config: WebSocketConfig) -> dict[str, Any]:
-    """Keyword arguments of `uvicorn.run` that fit a manager's options."""
+    """Return keyword arguments of `uvicorn.run` that match a manager's options."""
     return {
         "ws": _protocol(),
         "ws_max_size": config.max_message_size,
@@ -37,7 +40,7 @@ def uvicorn_options(config: WebSocketConfig) -> dict[str, Any]:
 
 
 def _protocol() -> Any:
-    """The protocol class; uvicorn's own choice where it is too old for ours."""
+    """Return the protocol class, or uvicorn's own choice if uvicorn is too old."""
     try:
         module = importlib.import_module(MODULE)  # uvicorn is optional
     except ImportError as missing:

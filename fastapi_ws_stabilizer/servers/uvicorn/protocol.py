@@ -1,20 +1,20 @@
-"""`StableWebSocketProtocol`: uvicorn's own WebSocket protocol, with a link for the connections of this library.
+"""`StableWebSocketProtocol`: uvicorn's WebSocket protocol with a direct transport.
 
 ```
 uvicorn app:app --ws fastapi_ws_stabilizer.servers.uvicorn:StableWebSocketProtocol
 ```
 
-or `uvicorn.run(app, **manager.uvicorn_options())`. Other WebSocket routes are served as uvicorn serves them. So are
-all routes if uvicorn's internals are not those that `uvicorn_internals` knows; that is logged once.
+or `uvicorn.run(app, **manager.uvicorn_options())`. Other WebSocket routes work as with uvicorn's own protocol. So do
+all routes if uvicorn lacks internals that `compat` requires; a warning says so once.
 
-What is different for a connection that is attached:
+Differences for an attached connection:
 
-- reading goes on while the application is busy, so pings, pongs and closes are seen; it stops when asked to;
-- ping frames are sent and their pongs reported;
-- bytes are written as they are given: framed, joined and compressed by the sender, once for all recipients;
-- what is parsed goes straight to its inbox, without a queue and a task in between.
+- Reading continues while the application is busy, so pings, pongs and closes are seen. It stops on request.
+- The protocol sends ping frames and reports their pongs.
+- Bytes are written unchanged: the sender frames, joins and compresses them once for all recipients.
+- Parsed messages go directly to the inbox, without a queue and a task in between.
 
-Parsing, the handshake and the closing handshake are uvicorn's and those of the `websockets` library.
+uvicorn and the `websockets` library still do the parsing, the handshake and the closing handshake.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from fastapi_ws_stabilizer.servers.uvicorn.paced_parser import CLOSE_GRACE, Pace
 from fastapi_ws_stabilizer.wire.rfc6455 import CLOSE, PING, frame_bytes
 
 MAX_FRAGMENTS: Final = 1024
-"""Fragments of one message that are kept apart. Their number is bounded by nothing else: fragments may be empty."""
+"""Maximum number of separately stored fragments of one message. Nothing else limits it, because fragments may
+be empty."""
 
 MAX_CONTROL_BYTES: Final = 125  # RFC 6455 section 5.5
 
@@ -42,7 +43,7 @@ CLOSE_START: Final = b"\x88"  # and of a close frame
 
 
 class StableWebSocketProtocol(PacedParser):
-    """uvicorn's sans-I/O WebSocket protocol, and a `DirectTransport`. Made by uvicorn, one for each WebSocket."""
+    """uvicorn's sans-I/O WebSocket protocol as a `DirectTransport`, one for each WebSocket."""
 
     queue: Any
     request: Any
@@ -56,51 +57,51 @@ class StableWebSocketProtocol(PacedParser):
         self.max_message_bytes = 0
         self.fragments = 0
         self.fragment_bytes = 0
-        self.early = b""
-        self.known = not missing_internals(self)
-        if self.known and self.config.ws_per_message_deflate:
+        self.early_data = b""
+        self.is_supported = not missing_internals(self)
+        if self.is_supported and self.config.ws_per_message_deflate:
             self.conn.available_extensions = [DEFLATE]
 
     async def send(self, message: Any) -> None:
-        """As ASGI has it. Parses what came too early once the connection is accepted."""
+        """Process an ASGI message. After the accept, parse the bytes that arrived too early."""
         await super().send(message)
-        if self.known and message["type"] == "websocket.http.response.body" and not message.get("more_body"):
-            self.handshake_complete = True  # else uvicorn says for each refusal that the application has failed
-        if self.early and self.handshake_complete:
-            early, self.early = self.early, b""
+        if self.is_supported and message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # otherwise uvicorn logs an application failure for each rejection
+        if self.early_data and self.handshake_complete:
+            early_data, self.early_data = self.early_data, b""
             if not self.transport.is_closing():
                 self.transport.resume_reading()
-                self.data_received(early)
+                self.data_received(early_data)
 
     def run_asgi(self) -> Coroutine[Any, Any, None]:
-        """Run the application, and let it know what it is served by."""
-        if self.known:
+        """Run the application, and announce the direct transport in its scope."""
+        if self.is_supported:
             self.scope["extensions"][EXTENSION] = {}
         return super().run_asgi()
 
-    # ── the link ──
+    # ── direct transport ──
 
     @property
     def in_use(self) -> bool:
-        """As `DirectTransport`."""
+        """See `DirectTransport`."""
         return bool(getattr(self.queue, "_getters", ()) or getattr(self.writable, "_waiters", ()))
 
     def refuse_compression(self) -> None:
-        """As `DirectTransport`."""
+        """See `DirectTransport`."""
         self.conn.extensions = []
         if "Sec-WebSocket-Extensions" in self.response.headers:
             del self.response.headers["Sec-WebSocket-Extensions"]
 
     def attach(self, sink: DirectReceiver, *, max_message_bytes: int, own_pings: bool) -> None:
-        """As `DirectTransport`."""
+        """See `DirectTransport`."""
         self.sink = sink
         came_before, self.queue = self.queue, ReceiverQueue(sink)
         self.writable = ALWAYS_WRITABLE
-        self.request = self.response = None  # the handshake is over; nobody looks at them again
+        self.request = self.response = None  # the handshake has ended, and nothing reads them again
         limit = self.conn.max_message_size
         self.max_message_bytes = max_message_bytes if limit is None else min(limit, max_message_bytes)
-        # The parser counts a control frame between fragments as part of the message. So it gets room for one, and what
-        # that lets through is refused here.
+        # The parser counts a control frame between fragments as part of the message. So its limit includes one, and
+        # this class rejects messages between the two limits.
         self.conn.max_message_size = self.max_message_bytes + MAX_CONTROL_BYTES
         for extension in self.conn.extensions:
             if isinstance(extension, PerMessageDeflate):
@@ -120,54 +121,54 @@ class StableWebSocketProtocol(PacedParser):
                 sink.connection_lost(event)
 
     def ping(self, payload: bytes) -> None:
-        """As `DirectTransport`."""
+        """See `DirectTransport`."""
         if not self.close_sent and not self.transport.is_closing():
             self.transport.write(frame_bytes(PING, payload))
 
     def close(self, code: int, reason: str) -> None:
-        """As `DirectTransport`."""
+        """See `DirectTransport`."""
         if self.close_sent or self.transport.is_closing():
             return
         if self.conn.state is not State.OPEN:
-            return  # the client's close frame was read with the message that led here, and is answered next
+            return  # the client's close frame was read with the current message, and is answered next
         self.conn.send_close(code, reason)
         self._write_output()
         self.close_sent = True
-        self.resume_reading()  # for the client's answer
-        if self.parting:
+        self.resume_reading()  # to read the client's answer
+        if self.discarding:
             self._close_after_grace()
             return
         self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
 
-    # ── what the network tells ──
+    # ── callbacks of asyncio ──
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come in."""
+        """Process received bytes."""
         if self.sink is not None:
             self.read(data)
             return
-        if self.known and self.handshake_initiated and not self.handshake_complete:
-            # Before its handshake is answered a client has nothing to say (RFC 6455 section 4.1), and no frame can
-            # answer it: the parser fails, and uvicorn with it. So this is read when there is an answer.
-            self.early += data
+        if self.is_supported and self.handshake_initiated and not self.handshake_complete:
+            # A client must not send before the answer to its handshake (RFC 6455 section 4.1). The parser would fail,
+            # and uvicorn with it, because no frame can be sent yet. So these bytes are parsed after the answer.
+            self.early_data += data
             self.transport.pause_reading()
             return
         try:
             super().data_received(data)
-        except UnicodeEncodeError:  # websockets before 17 lets a path and headers through that are not ASCII
-            if not self.known:
+        except UnicodeEncodeError:  # websockets before 17 accepts a path and headers that are not ASCII
+            if not self.is_supported:
                 raise
             is_bad = True
         else:
             is_bad = self.conn.handshake_exc is not None and not self.handshake_initiated
-        if self.known and is_bad:
-            # What the HTTP parser has let through is no handshake: uvicorn would neither answer nor close.
+        if self.is_supported and is_bad:
+            # The HTTP parser accepted an invalid handshake, which uvicorn would neither answer nor close.
             self.handshake_initiated = self.close_sent = True
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """The transport holds enough."""
+        """Stop writing, because the transport's buffer is full."""
         self.write_paused = True
         if self.sink is None:
             super().pause_writing()
@@ -175,7 +176,7 @@ class StableWebSocketProtocol(PacedParser):
             self.sink.pause_writing()
 
     def resume_writing(self) -> None:
-        """The transport takes more."""
+        """Write again, because the transport's buffer has space."""
         self.write_paused = False
         if self.sink is None:
             super().resume_writing()
@@ -183,10 +184,10 @@ class StableWebSocketProtocol(PacedParser):
             self.sink.resume_writing()
 
     def shutdown(self) -> None:
-        """The server stops: it sends 1012 next."""
-        if self.known and self.transport.is_closing():
-            # It has a close frame or is broken, and perhaps a client that does not read. uvicorn would close it again,
-            # which raises, and everybody else would go without a goodbye.
+        """Flush before the server stops; it sends 1012 next."""
+        if self.is_supported and self.transport.is_closing():
+            # The connection has a close frame or is broken, and the client may not read. uvicorn would close it again,
+            # which raises, and the other connections would get no close frame.
             self.stop_keepalive()
             self.loop.call_later(CLOSE_GRACE, self.transport.abort)
             return
@@ -195,25 +196,25 @@ class StableWebSocketProtocol(PacedParser):
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The transport is gone."""
-        if self.sink is not None and (said := self.conn.close_rcvd) is not None:
-            # uvicorn tells of it while it can answer; this one came behind what a full inbox has held up.
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": said.code, "reason": said.reason})
+        """Report the end of the connection."""
+        if self.sink is not None and (received := self.conn.close_rcvd) is not None:
+            # uvicorn reports a close only if it can answer it. This one came after data that a full inbox held up.
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": received.code, "reason": received.reason})
         super().connection_lost(exc)
-        if self.known and self.sink is None:  # one for each who waits: a reader from before, and ours
+        if self.is_supported and self.sink is None:  # one event for each waiting reader: an earlier one, and ours
             self.queue.put_nowait({"type": "websocket.disconnect", "code": 1005})
         if self.sink is not None:
-            self.sink = self.queue.sink = None  # the two know each other, and nobody else needs to collect them
+            self.sink = self.queue.sink = None  # breaks a reference cycle
 
-    # ── what the parser tells ──
+    # ── callbacks of the parser ──
 
     def send_receive_event_to_app(self) -> None:
-        """A message is complete."""
+        """Process a complete message."""
         sink = self.sink
         if sink is None:
             try:
                 super().send_receive_event_to_app()
-            except InvalidState:  # text that is not UTF-8, read at one go with the close frame behind it
+            except InvalidState:  # text that is not UTF-8, in the same read as the close frame after it
                 self.frames = []
             return
         data = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
@@ -230,13 +231,13 @@ class StableWebSocketProtocol(PacedParser):
         try:
             text = str(data, "utf-8")
         except UnicodeDecodeError:
-            self.conn.fail(1007, "text that is not UTF-8")
+            self.conn.fail(1007, "text is not UTF-8")
             self.handle_parser_exception()
         else:
             sink.message_received(text)
 
     def handle_cont(self, event: Any) -> None:
-        """A fragment has come in."""
+        """Process a fragment."""
         if self.sink is None:
             super().handle_cont(event)
             return
@@ -258,28 +259,28 @@ class StableWebSocketProtocol(PacedParser):
             self.handle_parser_exception()
 
     def handle_ping(self) -> None:
-        """A ping has come in, and its pong lies ready."""
+        """Process a ping. Its pong is ready to be sent."""
         if self.sink is None:
             super().handle_ping()
             return
         self.sink.ping_received()
         if self.write_paused or self.close_sent:
-            # A client that floods pings and reads no pongs gets none; RFC 6455 section 5.5.3 allows to leave some out.
+            # A client that floods pings and reads no pongs gets none. RFC 6455 section 5.5.3 allows the omission.
             self.conn.writes = [output for output in self.conn.writes if output[:1] != PONG_START]
         else:
             self._write_output()
 
     def handle_pong(self, event: Any) -> None:
-        """A pong has come in."""
+        """Process a pong."""
         if self.sink is not None:
             self.sink.pong_received(bytes(event.data))
         super().handle_pong(event)
 
     def handle_parser_exception(self) -> None:
-        """The client broke the protocol, and the close frame that says so lies ready.
+        """Process a protocol violation of the client. The close frame is ready to be sent.
 
-        uvicorn closes the transport at once. With bytes of the client still unread that is a TCP reset, which can
-        overtake the close frame. So only our half is closed, and what comes in is thrown away for a moment.
+        uvicorn closes the transport immediately. If unread bytes of the client are left, that is a TCP reset, which can
+        overtake the close frame. So this method closes the sending half only, and discards received data for a moment.
         """
         if self.sink is None:
             super().handle_parser_exception()
@@ -287,18 +288,18 @@ class StableWebSocketProtocol(PacedParser):
         if self.close_sent:
             self.transport.close()
             return
-        how: Any = self.conn.close_sent
-        if how.code == 1009:  # the parser names its own limit, which has room for a control frame
-            self._say_too_big()
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": how.code, "reason": how.reason})
+        sent: Any = self.conn.close_sent
+        if sent.code == 1009:  # the parser's reason names its own limit, which includes a control frame
+            self._replace_close_reason()
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": sent.code, "reason": sent.reason})
         self._write_output()
-        self.close_sent = self.parting = True
+        self.close_sent = self.discarding = True
         self.frames = []
         self._close_after_grace()
 
-    def _say_too_big(self) -> None:
-        text = f"message over {self.max_message_bytes} bytes"
-        frame = frame_bytes(CLOSE, (1009).to_bytes(2, "big") + text.encode())
+    def _replace_close_reason(self) -> None:
+        reason = f"message over {self.max_message_bytes} bytes"
+        frame = frame_bytes(CLOSE, (1009).to_bytes(2, "big") + reason.encode())
         self.conn.writes = [frame if output[:1] == CLOSE_START else output for output in self.conn.writes]
 
     def _write_output(self) -> None:

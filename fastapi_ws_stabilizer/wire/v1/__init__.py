@@ -1,1 +1,1 @@
-"""The wire format of `stabilizer.v1.json`."""
+"""Wire format of `stabilizer.v1.json`."""

@@ -1,8 +1,8 @@
-"""The frames of `stabilizer.v1.json`: how they are read, and how the small ones are written. No I/O.
+"""Frames of `stabilizer.v1.json`: parsing, and encoding of the small ones. No I/O.
 
-A text frame is one JSON object whose member `type` says what it is. A binary frame of kind 1 is such an object without
-its `data`, and the data behind it as bytes. Fields and types that are not known are ignored, so that newer peers can
-say more; what is malformed is an error, so that nobody guesses.
+A text frame is one JSON object, and its member `type` names the kind of frame. A binary frame of kind 1 has such an
+object without `data`, followed by the data as bytes. Unknown fields and types are ignored, so that newer peers can add
+some. Malformed fields are errors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fastapi_ws_stabilizer.wire.identifiers import MAX_NAME_CHARS, NAME_RULE, is
 from fastapi_ws_stabilizer.wire.strict_json import MAX_DEPTH, InvalidJsonError, read_json
 
 SUBPROTOCOL: Final = "stabilizer.v1.json"
-"""What a client offers, and a server answers, to speak it."""
+"""Subprotocol that a client offers, and a server answers, to use this protocol."""
 
 AUTH_PREFIX: Final = "stabilizer.auth."
-"""What a subprotocol begins with that carries a credential; it is never answered."""
+"""Prefix of a subprotocol that carries a credential. The server never answers with it."""
 
 VERSION: Final = 1
 MAX_SEQ: Final = 2**53 - 1
@@ -31,35 +31,36 @@ MAX_HELLO_BYTES: Final = 8 * 1024
 MAX_RESUME_TOKEN_CHARS: Final = 512
 
 MAX_CONTROL_BYTES: Final = 4 * 1024
-"""Bytes of a frame that carries neither data nor a credential. Most take less than a hundred."""
+"""Maximum size of a frame without data or a credential, in bytes. Most have fewer than 100."""
 
 LONG_TYPES: Final = frozenset({"msg", "reply", "auth"})
-"""What may be longer."""
+"""Frame types that may be larger."""
 
 _OBJECT_BYTES: Final = 200
 _LIST_BYTES: Final = 72
 _VALUE_BYTES: Final = 48
-"""What an object and a list take in memory, and what a value adds to them, beside its characters."""
+"""Memory that an object, a list and a value in one take, in bytes, without their characters."""
 
 MAX_STAMP_CHARS: Final = 64
-"""Longest text that a ping may ask to have back."""
+"""Maximum length of the text that a ping may ask to get back, in characters."""
 
 ACK_EVERY: Final = 32
-"""Sequenced frames after which the receiver acknowledges at the latest."""
+"""Maximum number of sequenced frames before the receiver acknowledges."""
 
 KIND_MESSAGE: Final = 1
 KIND_DEFLATED: Final = 2
 DEFLATE_CAP: Final = "deflate-raw"
-"""What both sides have to list before one may send binary frames of kind 2."""
+"""Capability that both sides list before either may send binary frames of kind 2."""
 
 RETRY_CAP: Final = "retry"
-"""What a client lists that sends a message again which was refused with `retry`; of others it is accepted, and lost."""
+"""Capability of a client that sends a message again if the server rejects it with `retry`. For other clients the server
+accepts the rejected message, so it is lost."""
 
 MAX_SENT_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of the largest frame that a client takes, compressed or not."""
+"""Maximum size of a frame that a client accepts, in bytes, compressed or not."""
 
 DEFLATE_FROM: Final = 512
-"""Bytes of a text frame from which it is worth compressing."""
+"""Minimum size of a text frame that is compressed, in bytes."""
 
 _BINARY_HEAD: Final = struct.Struct(">BH")
 _DEFLATED_HEAD: Final = _BINARY_HEAD.pack(KIND_DEFLATED, 0)
@@ -74,10 +75,10 @@ MAX_META_BYTES: Final = 0xFFFF
 
 
 class ProtocolError(Exception):
-    """A frame that breaks the protocol.
+    """A frame violates the protocol.
 
     Attributes:
-        code: The close code that its connection gets.
+        code: Close code for the connection.
     """
 
     def __init__(self, what: str, code: int = 4400) -> None:
@@ -86,16 +87,16 @@ class ProtocolError(Exception):
 
 
 class Message:
-    """An application message, as it came.
+    """Application message as it was received.
 
     Attributes:
-        data: What it carries: a JSON value, or bytes.
-        event: What kind of message it is, if its sender has said so.
-        id: What a reply refers to, if one is wanted.
-        key: Its idempotency key: a message with a key that was handled before is not handled again.
-        seq: Its number; `None` if it is volatile.
+        data: The payload: a JSON value, or bytes.
+        event: The event, if the sender has set one.
+        id: The request id that a reply refers to, if the sender expects a reply.
+        key: The idempotency key: a message with a key that was handled before is not handled again.
+        seq: The sequence number; `None` for a volatile message.
         room: The room that it was sent to, for information.
-        size: Bytes of memory that it holds, about, where that was asked for.
+        size: Estimated memory in bytes, if the size was requested.
     """
 
     __slots__ = ("data", "event", "id", "key", "room", "seq", "size")
@@ -123,7 +124,7 @@ class Message:
 
     @property
     def raw(self) -> str | bytes:
-        """The message as a plain client would have sent it: a string and bytes as they are, all else as JSON."""
+        """The message as a plain client sends it: strings and bytes unchanged, other data as JSON."""
         data = self.data
         if isinstance(data, (str, bytes)):
             return data
@@ -131,15 +132,15 @@ class Message:
 
 
 def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """Read one frame. What a binary one carries is its `data`.
+    """Parse one frame. The payload of a binary frame becomes its `data`.
 
     Args:
-        raw: What has come in.
-        max_inflated: Bytes that a compressed frame may hold; 0 if that was not agreed on.
-        max_depth: Levels that it may have.
+        raw: The received frame.
+        max_inflated: Maximum size of an inflated frame, in bytes; 0 if compressed frames were not negotiated.
+        max_depth: Maximum nesting depth.
 
     Raises:
-        ProtocolError: It is none.
+        ProtocolError: The frame is invalid.
     """
     if max_inflated:
         raw = inflated(raw, max_inflated)
@@ -147,12 +148,12 @@ def parse(raw: str | bytes, max_inflated: int = 0, max_depth: int = MAX_DEPTH) -
         return _parse_binary(raw)
     frame = _object(raw, max_depth)
     if not isinstance(frame.get("type"), str):
-        raise ProtocolError("a frame needs a type")
+        raise ProtocolError("a frame must have a type")
     return frame
 
 
 def is_numbered(raw: str | bytes) -> bool:
-    """Whether a frame of a server that cannot be read has a number, as far as its beginning tells."""
+    """Return whether an unreadable frame of a server has a sequence number, judged by its beginning."""
     if isinstance(raw, bytes):
         if raw[:1] == _DEFLATED:
             raw = inflated_start(raw[len(_DEFLATED_HEAD) :], _HEAD_BYTES)
@@ -163,25 +164,25 @@ def is_numbered(raw: str | bytes) -> bool:
 
 
 def inflated(raw: str | bytes, limit: int) -> str | bytes:
-    """What a compressed frame holds; any other frame as it is.
+    """Return the content of a compressed frame, and any other frame unchanged.
 
     Raises:
-        ProtocolError: It holds more than `limit` bytes, or is broken.
+        ProtocolError: The content has more than `limit` bytes, or is invalid.
     """
     if not isinstance(raw, bytes) or raw[:1] != _DEFLATED:
         return raw
     if raw[: len(_DEFLATED_HEAD)] != _DEFLATED_HEAD:
-        raise ProtocolError("a binary frame of kind 2 has no meta")
+        raise ProtocolError("a binary frame of kind 2 must have no meta")
     try:
         return inflate(raw[len(_DEFLATED_HEAD) :], limit).decode("utf-8")
     except InflateLimitError as error:
         raise ProtocolError(f"a compressed frame holds {error}", code=1009) from None
-    except ValueError:  # UnicodeDecodeError is one
-        raise ProtocolError("a compressed frame is raw deflate of UTF-8, once and whole") from None
+    except ValueError:  # includes UnicodeDecodeError
+        raise ProtocolError("a compressed frame must be one complete raw deflate stream of UTF-8") from None
 
 
 def deflated(text: str) -> bytes | None:
-    """A text frame as a binary one of kind 2; `None` where that is not worth it."""
+    """Return a text frame as a binary frame of kind 2; `None` if that is not smaller."""
     payload = text.encode("utf-8")
     if len(payload) < DEFLATE_FROM:
         return None
@@ -190,22 +191,22 @@ def deflated(text: str) -> bytes | None:
 
 
 def is_longer(raw: str | bytes, most: int) -> bool:
-    """Whether a frame takes more bytes, as UTF-8 if it is a text."""
+    """Return whether a frame has more than `most` bytes. Text counts as UTF-8."""
     return len(raw) > most or (isinstance(raw, str) and len(raw.encode("utf-8", "replace")) > most)
 
 
 def _parse_binary(raw: bytes) -> dict[str, Any]:
     if len(raw) < _BINARY_HEAD.size:
-        raise ProtocolError("a binary frame has a head of 3 bytes")
+        raise ProtocolError("a binary frame must have a head of 3 bytes")
     kind, length = _BINARY_HEAD.unpack_from(raw)
     start = _BINARY_HEAD.size + length
     if kind != KIND_MESSAGE:
-        raise ProtocolError(f"binary frames of kind {kind} were not agreed on")
+        raise ProtocolError(f"binary frames of kind {kind} were not negotiated")
     if len(raw) < start:
-        raise ProtocolError("a binary frame is shorter than its head says")
+        raise ProtocolError("a binary frame is shorter than the length in its head")
     frame = _object(raw[_BINARY_HEAD.size : start])
     if frame.get("type") not in ("msg", "reply"):
-        raise ProtocolError("only messages and replies are binary")
+        raise ProtocolError("a binary frame must be a message or a reply")
     frame["data"] = raw[start:]
     return frame
 
@@ -216,7 +217,7 @@ def _object(text: str | bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     except InvalidJsonError as problem:
         raise ProtocolError(f"a frame cannot be read: {problem}") from None
     if not isinstance(value, dict):
-        raise ProtocolError("a frame is a JSON object")
+        raise ProtocolError("a frame must be a JSON object")
     return value
 
 
@@ -224,74 +225,76 @@ def _object(text: str | bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def require_int(frame: dict[str, Any], name: str, *, least: int = 0) -> int:
-    """A number that must be there.
+    """Return a required integer field.
 
     Raises:
-        ProtocolError: It is not, or is none.
+        ProtocolError: The field is missing or invalid.
     """
     value = frame.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_SEQ:
-        raise ProtocolError(f"{frame.get('type')}: {name} is a whole number from {least} to 2^53-1")
+        raise ProtocolError(f"{frame.get('type')}: {name} must be an integer from {least} to 2^53-1")
     return value
 
 
 def optional_int(frame: dict[str, Any], name: str, *, least: int = 0) -> int | None:
-    """A number that may be left out.
+    """Return an optional integer field; `None` if it is missing.
 
     Raises:
-        ProtocolError: It is there and is none.
+        ProtocolError: The field is invalid.
     """
     return None if frame.get(name) is None else require_int(frame, name, least=least)
 
 
 def optional_text(frame: dict[str, Any], name: str, most: int = MAX_NAME_CHARS) -> str | None:
-    """A text that may be left out.
+    """Return an optional text field; `None` if it is missing.
 
     Raises:
-        ProtocolError: It is there and is none, or is too long.
+        ProtocolError: The field is not a string, or is too long.
     """
     value = frame.get(name)
     if value is not None and not (isinstance(value, str) and len(value) <= most):
-        raise ProtocolError(f"{frame.get('type')}: {name} is a text of at most {most} characters")
+        raise ProtocolError(f"{frame.get('type')}: {name} must be a string of at most {most} characters")
     return value
 
 
 def optional_identifier(frame: dict[str, Any], name: str) -> str | None:
-    """A name that may be left out: an id, an event, a room, a key.
+    """Return an optional name (id, event, room or key); `None` if it is missing.
 
     Raises:
-        ProtocolError: It is there and is none.
+        ProtocolError: The field is not a valid name.
     """
     value = frame.get(name)
     if value is not None and not (isinstance(value, str) and is_name(value)):
-        raise ProtocolError(f"{frame.get('type')}: {name} is a text of {NAME_RULE}")
+        raise ProtocolError(f"{frame.get('type')}: {name} must be a string of {NAME_RULE}")
     return value
 
 
 def ping_timestamp(frame: dict[str, Any]) -> int | float | str | None:
-    """What a ping asks to have back: a number or a short text, for whoever is stalled is still owed some pongs.
+    """Return the `ts` of a ping, which the pong repeats.
+
+    It is a number or a short text, because a stalled connection queues some pongs.
 
     Raises:
-        ProtocolError: It is anything else.
+        ProtocolError: The field is invalid.
     """
     value = frame.get("ts")
     if value is None or value.__class__ is int or value.__class__ is float:
         return value
     if not (isinstance(value, str) and len(value) <= MAX_STAMP_CHARS):
-        raise ProtocolError(f"ping: ts is a number or a text of at most {MAX_STAMP_CHARS} characters")
+        raise ProtocolError(f"ping: ts must be a number or a string of at most {MAX_STAMP_CHARS} characters")
     return value
 
 
 def estimate_parsed_size(text: str) -> int:
-    """About how much memory the values take that a text is parsed to, beside that of the text."""
+    """Return the estimated memory of the values in a JSON text, in bytes, without the text."""
     return text.count("{") * _OBJECT_BYTES + text.count("[") * _LIST_BYTES + text.count(",") * _VALUE_BYTES
 
 
 def message_of(frame: dict[str, Any]) -> Message:
-    """The message in a `msg` frame.
+    """Return the message in a `msg` frame.
 
     Raises:
-        ProtocolError: A field is malformed.
+        ProtocolError: A field is invalid.
     """
     return Message(
         frame.get("data"),
@@ -307,16 +310,16 @@ def message_of(frame: dict[str, Any]) -> Message:
 
 
 def control_frame(type_: str, **fields: Any) -> EncodedMessage:
-    """A frame that is not sequenced. Fields that are `None` are left out, and infinity becomes `null`."""
+    """Return an unsequenced frame. Fields that are `None` are omitted, and infinity becomes `null`."""
     frame = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
     return EncodedMessage(to_json(frame, inf_nan_mode="null"))
 
 
 def envelope(type_: str, data: Any, **fields: Any) -> str | bytes:
-    """A message or a reply as it travels: text, or a binary frame of kind 1 where its data is bytes.
+    """Encode a message or a reply: as text, or as a binary frame of kind 1 if the data is bytes.
 
     Raises:
-        ValueError: The data cannot be JSON, or there are too many fields for a binary frame.
+        ValueError: The data cannot be encoded as JSON, or the fields are too large for a binary frame.
     """
     head = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
     if isinstance(data, (bytes, bytearray, memoryview)):
@@ -325,12 +328,12 @@ def envelope(type_: str, data: Any, **fields: Any) -> str | bytes:
 
 
 def binary_envelope(head: dict[str, Any], payload: bytes) -> bytes:
-    """A binary frame of kind 1.
+    """Return a binary frame of kind 1.
 
     Raises:
-        ValueError: There are too many fields.
+        ValueError: The fields are too large.
     """
     meta = to_json(head)
     if len(meta) > MAX_META_BYTES:
-        raise ValueError(f"the fields of a binary message take {len(meta)} bytes, more than {MAX_META_BYTES}")
+        raise ValueError(f"the fields of a binary message have {len(meta)} bytes, more than {MAX_META_BYTES}")
     return _BINARY_HEAD.pack(KIND_MESSAGE, len(meta)) + meta + payload

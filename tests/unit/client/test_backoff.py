@@ -19,25 +19,25 @@ SLOW = [1012, 1013, 1014, 4429, 4503]
 @pytest.mark.parametrize("code", AGAIN + AGAIN_OF_APPLICATIONS)
 def test_unknown_close_code_reconnects_with_backoff(code: int) -> None:
     """What says nothing about the client itself is no reason to stay away."""
-    assert action_for(code) is ReconnectAction.AGAIN
+    assert action_for(code) is ReconnectAction.RETRY
 
 
 @pytest.mark.parametrize("code", FINAL + FINAL_OF_APPLICATIONS)
 def test_terminal_code_stops_reconnecting(code: int) -> None:
     """A client that is told that it is wrong does not come back."""
-    assert action_for(code) is ReconnectAction.FINAL
+    assert action_for(code) is ReconnectAction.STOP
 
 
 @pytest.mark.parametrize("code", [1008, 3000, 4401])
 def test_credential_code_requests_new_credential(code: int) -> None:
     """Credentials can be renewed, once."""
-    assert action_for(code) is ReconnectAction.REFRESH
+    assert action_for(code) is ReconnectAction.REAUTHENTICATE
 
 
 @pytest.mark.parametrize("code", [4000, 4412])
 def test_detach_and_resync_codes_reconnect_at_once(code: int) -> None:
     """Detaching and resynchronising are no failures of the server."""
-    assert action_for(code) is ReconnectAction.NOW
+    assert action_for(code) is ReconnectAction.RETRY_NOW
 
 
 @given(st.integers(1000, 4999))

@@ -17,11 +17,11 @@ from fastapi_ws_stabilizer.errors import WebSocketStabilizerError
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ClientClosedError(4410, "kicked"), "the client is closed for good: code 4410 (kicked)"),
-        (ClientClosedError(1000), "the client is closed for good: code 1000"),
-        (SessionLostError(), "the session is lost, and it is not known whether this was handled"),
-        (BufferFullError(), "too much waits to be sent: "),
-        (MessageTooLargeError(12, 10), "the message has 12 bytes, and the server takes 10"),
+        (ClientClosedError(4410, "kicked"), "the client is permanently closed: code 4410 (kicked)"),
+        (ClientClosedError(1000), "the client is permanently closed: code 1000"),
+        (SessionLostError(), "the session is lost, and it is unknown whether the server has handled this message"),
+        (BufferFullError(), "the send buffer is full: "),
+        (MessageTooLargeError(12, 10), "the message has 12 bytes, but the server accepts 10"),
     ],
 )
 def test_client_errors_have_base_class_and_sentence(error: ClientError, text: str) -> None:

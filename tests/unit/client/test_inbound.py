@@ -234,7 +234,7 @@ async def test_cancellation_inside_handler_is_answered_as_failure(desk: Desk, ca
     desk.incoming.put(Message(2, event="chat", id="s2"))
     await settle()
     assert desk.handled == [1, 2]
-    failed = {"code": "handler_failed", "message": "the client could not handle it"}
+    failed = {"code": "handler_failed", "message": "a handler of the client failed"}
     assert desk.replies == [("s1", None, failed), ("s2", 2, None)]
     assert len(caplog.records) == 1
 
@@ -267,7 +267,7 @@ async def test_requests_of_lost_session_are_handled_unanswered(desk: Desk) -> No
     for data in (1, 2):
         desk.incoming.put(Message(data, id=f"s{data}"))
     await settle()
-    desk.incoming.begun_anew()
+    desk.incoming.restart_session()
     desk.incoming.put(Message(3, id="s1"))
     gate.set()
     await settle()

@@ -102,7 +102,7 @@ async def test_send_window_is_bounded_and_smaller_after_reconnect() -> None:
     assert on_the_way == [128, 256, 512, 512, 512]
     out.resume(last)
     assert len(sent(out)) == 32
-    out.cut_off()
+    out.reduce_window()
     out.resume(last)
     assert len(sent(out)) == 1
 
@@ -229,7 +229,7 @@ async def test_message_over_server_limit_is_not_buffered() -> None:
     """A message that would end the connection is not queued."""
     out = buffer()
     out.max_frame = 100
-    with pytest.raises(MessageTooLargeError, match=r"the message has \d+ bytes, and the server takes 100") as caught:
+    with pytest.raises(MessageTooLargeError, match=r"the message has \d+ bytes, but the server accepts 100") as caught:
         put(out, "x" * 100)
     assert caught.value.limit == 100
     assert caught.value.size > 100
@@ -396,7 +396,7 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
 async def test_invalid_event_name_raises_in_sender(field: str, name: str) -> None:
     """It would end the session of who sends it; text and bytes alike."""
     for data in ("text", b"bytes"):
-        with pytest.raises(ValueError, match=f"{field} is at most 256 characters"):
+        with pytest.raises(ValueError, match=f"{field} must have at most 256 characters"):
             PendingMessage("msg", data, {field: name})
 
 

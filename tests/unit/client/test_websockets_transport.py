@@ -193,9 +193,9 @@ async def test_unreachable_server_is_lost_connection() -> None:
 )
 async def test_invalid_target_is_terminal(url: str, options: dict[str, Any]) -> None:
     """A wrong URL and a wrong option are said to be so, with a code after which no client dials again."""
-    with pytest.raises(ClientClosedError, match="it cannot be dialled: ") as caught:
+    with pytest.raises(ClientClosedError, match="invalid URL or options: ") as caught:
         await with_deadline(connector(options)(url, [SUBPROTOCOL]))
-    assert action_for(caught.value.code) is ReconnectAction.FINAL
+    assert action_for(caught.value.code) is ReconnectAction.STOP
 
 
 async def test_invalid_certificate_is_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:

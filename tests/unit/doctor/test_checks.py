@@ -59,7 +59,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D01",
         Place({"heartbeat_interval": 29}, platform=("cloudflare", "google-alb-regional"), limits={"idle_timeout": 20}),
         Place({"heartbeat_interval": 29}, platform=("google-alb-regional",)),
-        ("29 s", "20 s, as told", "heartbeat_interval=8"),
+        ("29 s", "20 s, as given", "heartbeat_interval=8"),
     ),
     (
         "D01",
@@ -77,7 +77,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D01",
         Place({"heartbeat_interval": 5}, None, limits={"idle_timeout": 5}),
         Place({"heartbeat_interval": 2}, None, limits={"idle_timeout": 5}),
-        ("too hot",),
+        ("too frequent",),
     ),
     (
         "D02",
@@ -152,7 +152,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D08",
         Place({**soon, "drain_window": 15}, platform=("kubernetes",), limits={"grace": 23}),
         Place({**soon, "drain_window": 15}, platform=("kubernetes",), limits={"grace": 24}),
-        ("23 s, as told", "raise it to 24 s"),
+        ("23 s, as given", "raise it to 24 s"),
     ),
     ("D08", Place(sooner, platform=("railway",)), Place(sooner, platform=("railway",), limits={"grace": 15}), ("0 s",)),
     ("D08", Place(sooner, platform=("fly",)), Place(sooner, platform=("fly",), limits={"grace": 15}), ("5 s of fly",)),
@@ -241,7 +241,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D18",
         Place({"max_connections_per_address": 20}, platform=("cloudflare", "nginx", "kubernetes")),
         Place({"max_connections_per_address": 20, "trusted_proxies": ["10.0.0.0/8"]}, platform=("cloudflare", "nginx")),
-        ("cloudflare, nginx stands", "max_connections_per_address=20", "trusted_proxies"),
+        ("cloudflare, nginx forwards requests", "max_connections_per_address=20", "trusted_proxies"),
     ),
     (
         "D18",
@@ -253,7 +253,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D18",
         Place({"max_connections_per_address": 20, "trusted_proxies": ["*"]}),
         Place({"max_connections_per_address": 20}, platform=("aws-nlb", "kubernetes"), limits={"idle_timeout": 60}),
-        ("'*'", "name the addresses"),
+        ("'*'", "set it to the addresses"),
     ),
     (
         "D18",
@@ -271,7 +271,7 @@ CASES: list[tuple[str, Place, Place, tuple[str, ...]]] = [
         "D20",
         Place(server=None, rest={"shadowed": (("/ws", "the mount at /"),)}),
         Place(server=None, rest={"early": ("/ws",)}),
-        ("/ws is never reached", "the mount at / stands before it", "mount static files last"),
+        ("/ws is never reached", "the mount at / comes before it", "mount static files last"),
     ),
     ("D21", Place(rest={"open_stats": ("/ws-stats",)}), Place(), ("/ws-stats", "dependencies=[Depends(admin)]")),
     (

@@ -183,7 +183,9 @@ def test_invalid_server_option_is_rejected(given: dict[str, Any], message: str) 
 
 def test_unknown_server_is_rejected() -> None:
     """The error lists the servers that there are."""
-    with pytest.raises(ValueError, match="knows daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"):
+    with pytest.raises(
+        ValueError, match="known servers: daphne, granian, gunicorn, hypercorn, uvicorn, uvicorn-worker"
+    ):
         find_server("apache")
 
 
@@ -207,7 +209,7 @@ def test_smallest_hop_limit_applies() -> None:
 def test_given_limit_replaces_platform_limit_of_same_kind() -> None:
     """A limit that is told takes the place of the platforms', and only limits of its kind."""
     way = path_through(["nginx", "heroku"], idle_timeout=3600)
-    assert str(way.smallest("idle_timeout")) == "3600 s, as told"
+    assert str(way.smallest("idle_timeout")) == "3600 s, as given"
     assert str(way.smallest("grace")) == "30 s of heroku"
 
 
@@ -221,7 +223,7 @@ def test_unknown_platform_in_path_is_rejected() -> None:
 @pytest.mark.parametrize("limit", ["idle_timeout", "max_lifetime", "grace"])
 def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
     """By the way, and by a manager that checks itself."""
-    message = f"{limit} is a number of seconds above zero, not {seconds:g}"
+    message = f"{limit} must be a number of seconds above zero, not {seconds:g}"
     for look in (functools.partial(path_through, []), WebSocketConnectionManager().check):
         with pytest.raises(ValueError, match=message):
             look(**{limit: seconds})
@@ -230,7 +232,7 @@ def test_invalid_hop_limit_is_rejected(limit: str, seconds: float) -> None:
 @pytest.mark.parametrize("seconds", [math.nan, -1, math.inf])
 def test_invalid_pre_stop_is_rejected(seconds: float) -> None:
     """None at all is 0."""
-    with pytest.raises(ValueError, match="pre_stop is a number of seconds, not"):
+    with pytest.raises(ValueError, match="pre_stop must be a number of seconds, not"):
         WebSocketConnectionManager().check(pre_stop=seconds)
 
 
@@ -238,7 +240,7 @@ def test_options_without_server_are_rejected() -> None:
     """Nobody knows whose options these are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey_module, "running_server", lambda: None)
-        with pytest.raises(ValueError, match="name the server"):
+        with pytest.raises(ValueError, match="name of their server"):
             collect_context(WebSocketConfig(), None, refuses=False, server_options={"reload": True})
 
 

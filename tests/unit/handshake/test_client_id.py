@@ -65,7 +65,7 @@ def test_invalid_client_id_is_rejected_with_400(client_id: str) -> None:
         with pytest.raises(HTTPException) as refused:
             client_id_from_request(websocket)
         assert refused.value.status_code == 400
-        assert refused.value.detail == "client_id: at most 256 characters, none of them a control character"
+        assert refused.value.detail == "client_id: at most 256 characters and no control characters"
 
 
 def test_fresh_client_ids_are_unique() -> None:

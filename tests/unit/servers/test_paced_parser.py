@@ -120,7 +120,7 @@ async def test_data_after_close_is_discarded_slowly(attached: Any) -> None:
     for _ in range(2 * MAX_AFTER_END // len(small)):
         protocol.data_received(small)
     assert len(sink.got) <= MAX_AFTER_END // len(small)
-    assert protocol.parting
+    assert protocol.discarding
     assert not transport.reading
     await eventually(lambda: transport.reading)
 

@@ -161,7 +161,7 @@ async def test_messages_arrive_without_direct_transport(unknown: str, monkeypatc
         monkeypatch.setattr(uvicorn_internals, unknown, (*getattr(uvicorn_internals, unknown), f"no_{unknown}"))
     reader = Reader()
     protocol = await made(reader)
-    assert protocol.known == (unknown == "nothing")
+    assert protocol.is_supported == (unknown == "nothing")
     protocol.connection_made(FakeTransport())
     protocol.data_received(REQUEST)
     await eventually(lambda: reader.accepted)

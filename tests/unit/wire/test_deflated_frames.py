@@ -32,7 +32,7 @@ def test_unnegotiated_compressed_frame_is_malformed() -> None:
     """Kind 2 is malformed unless both sides have listed the capability."""
     packed = deflated(json.dumps({"type": "msg", "data": "x" * 1000}))
     assert packed is not None
-    with pytest.raises(ProtocolError, match="not agreed on") as refused:
+    with pytest.raises(ProtocolError, match="not negotiated") as refused:
         parse(packed)
     assert refused.value.code == 4400
 

@@ -143,7 +143,7 @@ def test_unencodable_reply_raises_value_error() -> None:
 @pytest.mark.parametrize("event", ["x" * 257, "a\nb", "\ud800", 7])
 def test_request_with_invalid_event_raises(event: Any) -> None:
     """An event that clients cannot read raises at the sender."""
-    with pytest.raises(MessageEncodeError, match="an event is a text"):
+    with pytest.raises(MessageEncodeError, match="an event must be a string"):
         sequenced_frame("msg", None, event=event, id="1")
 
 
