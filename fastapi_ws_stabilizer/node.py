@@ -177,7 +177,7 @@ class Node(Acceptor):
         connection = own.current_for(client_id)
         return connection if connection is not None and connection.belongs_to(self._parts) else None
 
-    def served_here(self) -> set[Connection]:
+    def connections_of_current_task(self) -> set[Connection]:
         """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
         return {one for one in own.all_current() if one.belongs_to(self._parts) and one.waits_for_user_code}
 
