@@ -148,20 +148,19 @@ async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float 
 async def _wait_for(pending: set[asyncio.Future[Any]], count: int, timeout: float | None) -> None:
     """Wait until `count` of these futures are done. None of them is done yet."""
     loop = asyncio.get_running_loop()
-    finished: asyncio.Future[None] = loop.create_future()
+    done: asyncio.Future[None] = loop.create_future()
 
     def on_done(_: asyncio.Future[Any]) -> None:
         nonlocal count
         count -= 1
         if count <= 0:
-            _set(finished)
+            _set(done)
 
     for future in pending:
         future.add_done_callback(on_done)
-    context = contextvars.Context()
-    timer = None if timeout is None else loop.call_later(max(0.0, timeout), _set, finished, context=context)
+    timer = None if timeout is None else loop.call_later(max(0.0, timeout), _set, done, context=contextvars.Context())
     try:
-        await finished
+        await done
     finally:
         if timer is not None:
             timer.cancel()
