@@ -30,7 +30,7 @@ NodeProvider = Callable[[WebSocket], Awaitable[Node]]
 
 
 async def reject_handshake(admission: AdmissionController, websocket: WebSocket, error: Exception) -> Exception:
-    """Reject a handshake, and mark its other handshakes with this one, so that no other scope rejects it again.
+    """Reject a handshake, and mark it and its parents as rejected, so that no other scope rejects it again.
 
     Returns:
         The exception to raise.
