@@ -349,7 +349,7 @@ class WebSocketConnectionManager(EventDecorators):
         `python -m fastapi_ws_stabilizer doctor` runs the same checks from the command line.
 
         Args:
-            app: App whose routes are checked. `None` means the app of this manager.
+            app: App with the routes to check. `None` means the app of this manager.
             server: Name of the server, such as `uvicorn`. `None` means the server of this process; its options are
                 then unknown unless `server_options` has them.
             server_options: Server options that you set, such as `manager.uvicorn_options()`. All others count as
@@ -693,9 +693,9 @@ class WebSocketConnectionManager(EventDecorators):
         each welcome contains a token.
 
         Args:
-            client: The socket whose rooms and user data the token restores, as with `ws.reconnect_token()`. Or a
-                client id: the token is for the connection of the current endpoint, handler or hook if it has this id,
-                else for the client's newest connection. If none is open, it is for the newest detached state.
+            client: The socket with the rooms and user data to restore, as with `ws.reconnect_token()`. Or a client id:
+                the token is for the connection of the current endpoint, handler or hook if it has this id, else for
+                the client's newest connection. If none is open, it is for the newest detached state.
 
         Raises:
             ValueError: The client id is empty, or breaks the rule for names.
@@ -722,8 +722,8 @@ class WebSocketConnectionManager(EventDecorators):
         The next `connect()` of that client in the same task restores its rooms and its user data. If the client id of
         that call has another source, compare it with the returned one.
 
-        A token whose state your code has ended with `disconnect()` is not consumed for `session_ttl`. `connect()` then
-        closes the connection with the code of that call.
+        If your code has ended the state of the token with `disconnect()`, the token is not consumed for `session_ttl`.
+        `connect()` then closes the connection with the code of that `disconnect()`.
 
         Raises:
             InvalidTokenError: The token is malformed, altered, signed with another secret, revoked or already used. Or

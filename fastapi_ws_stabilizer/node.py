@@ -184,7 +184,7 @@ class Node(Acceptor):
         return connection if connection is not None and connection.belongs_to(self._parts) else None
 
     def connections_of_current_task(self) -> set[Connection]:
-        """Return the connections whose endpoint, handler or hook is the current task.
+        """Return the connections for which the current task runs the endpoint, a handler or a hook.
 
         These connections end only after the task continues.
         """

@@ -77,7 +77,7 @@ class Room:
     def presence(self) -> list[Presence]:
         """The present clients, in the order in which they joined.
 
-        A client whose connection was lost stays present for `presence_grace`.
+        A client that lost its connection stays present for `presence_grace`.
         """
         return self._hub.presence.present(self.name)
 

@@ -225,7 +225,7 @@ class StableSocket(SocketFacts):
             self._connection.check_opened()
         if running_loop() is not self._connection._parts.loop:
             self._connection.check_loop()
-        try:  # without receive(), whose coroutine frame an idle connection would hold
+        try:  # without receive(), because an idle connection would hold its coroutine frame
             item = await self._connection.inbox.get()
         except InboxClosed:
             await self._connection.yield_after_end()
