@@ -14,7 +14,7 @@ from fastapi_ws_stabilizer.manager import STATE_KEY, WebSocketConnectionManager
 from fastapi_ws_stabilizer.socket import StableSocket
 
 _MAX_LIFESPANS: Final = 32
-"""Maximum merged lifespans that are searched for a manager's."""
+"""How many merged lifespans are looked through for a manager's."""
 
 
 def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
@@ -46,7 +46,7 @@ def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
 
 
 def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:
-    """Return the manager to which a lifespan belongs, also if it is merged with those of included routers."""
+    """The manager whose `lifespan` this is, alone or merged with those of included routers."""
     waiting = [lifespan]
     for _ in range(_MAX_LIFESPANS):
         if not waiting:
