@@ -124,7 +124,7 @@ class Node(Acceptor):
             on_closed=self._on_closed,
             on_disconnect=hooks.disconnect,
             on_session_end=self.resumption.notify_session_end,
-            slow=self._on_slow,
+            slow=self._slow,
             on_error=hooks.error,
             close_info_by_handler=self.close_info_by_handler,
         )
@@ -169,7 +169,7 @@ class Node(Acceptor):
         async with self._hook_slots:
             await self._hooks.presence(event, Room(presence.room, lambda: self.hub, history=False), presence)
 
-    def _on_slow(self, socket: StableSocket, state: SlowConsumer) -> None:
+    def _slow(self, socket: StableSocket, state: SlowConsumer) -> None:
         if self._hooks.has("slow"):
             context = copied(socket._connection.context)
             self._tasks.spawn(self._run_slow_hooks(socket, state), name="ws-slow-hooks", context=context)

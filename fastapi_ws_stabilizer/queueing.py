@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
-MAX_YIELDS: Final = 8
+MAX_TURNS: Final = 8
 """Maximum times that a sender yields to writers. Some servers need several loop iterations for one send."""
 
 
@@ -60,10 +60,10 @@ class SendQueueLike(Protocol):
 
 
 async def yield_to_writers(backpressured: Sequence[SendQueueLike]) -> None:
-    """Yield to the event loop, at most `MAX_YIELDS` times, while one of these outboxes is backpressured."""
+    """Yield to the event loop, at most `MAX_TURNS` times, while one of these outboxes is backpressured."""
     if not backpressured:
         return
-    for number in range(MAX_YIELDS):
-        await asyncio.sleep(0 if number < MAX_YIELDS // 2 else 0.001)
+    for number in range(MAX_TURNS):
+        await asyncio.sleep(0 if number < MAX_TURNS // 2 else 0.001)
         if not any(outbox.is_backpressured() for outbox in backpressured):
             break

@@ -17,7 +17,7 @@ from fastapi_ws_stabilizer.errors import (
     UnsupportedByClientError,
     closed_error_for,
 )
-from fastapi_ws_stabilizer.queueing import MAX_YIELDS
+from fastapi_ws_stabilizer.queueing import MAX_TURNS
 from fastapi_ws_stabilizer.sessions.session import Session
 from fastapi_ws_stabilizer.tasks import wait_for_all
 from fastapi_ws_stabilizer.wire.encoded import CLOSE, EncodedMessage, encode
@@ -106,7 +106,7 @@ class Messages(SendingHalf):
 
     async def yield_for_send(self) -> None:
         """Let the event loop turn, more than once if what was sent has not left yet, and not for a slow client."""
-        for _ in range(MAX_YIELDS):
+        for _ in range(MAX_TURNS):
             await asyncio.sleep(0)
             if not self.outbox.lingers():
                 break
