@@ -1,4 +1,4 @@
-"""WebSockets for FastAPI that survive production.
+"""Production WebSockets for FastAPI.
 
 ```python
 from fastapi import Depends, FastAPI

@@ -1,11 +1,11 @@
-"""The one place where time is read."""
+"""The clocks of the package. No other module reads the time."""
 
 from __future__ import annotations
 
 import time
 
 monotonic = time.monotonic
-"""Seconds on a clock that never jumps: the only one that durations are measured with."""
+"""Return seconds on a clock that never jumps. All durations use it."""
 
 wall = time.time
-"""Seconds of wall time: for what people read, and for until when a token is good. Nothing is measured with it."""
+"""Return seconds of wall time, for text that people read and for the expiry of tokens. No duration uses it."""

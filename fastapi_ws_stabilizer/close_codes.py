@@ -1,6 +1,7 @@
-"""Close codes, disconnect reasons, and what each reason means for messages that are still queued.
+"""Close codes, disconnect reasons, and the policy of each reason for messages that are still queued.
 
-Numbers below 3000 are RFC 6455 section 7.4.1 and the IANA registry; 4000 + an HTTP status means what that status means.
+Codes below 3000 come from RFC 6455 section 7.4.1 and the IANA registry. 4000 + an HTTP status has the meaning of that
+status.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ SESSION_ENDED: Final = 4410
 """Code that a `stabilizer.v1.json` client gets where a plain client gets 1000."""
 
 SUPERSEDED: Final = 4409
-"""Code for a client whose session or client id was taken over. The client gives its session up."""
+"""Code for a client that a newer connection has replaced. The client gives up its session."""
 
 DETACHED: Final = 4000
-"""Code with which a `stabilizer.v1.json` client detaches: the server asked it to, or its page goes to sleep."""
+"""Code with which a `stabilizer.v1.json` client detaches, because the server asked for it or its page is suspended."""
 
 NO_STATUS: Final = 1005
 ABNORMAL: Final = 1006
@@ -87,7 +88,7 @@ CLOSE_POLICIES: Final[dict[DisconnectReason, ClosePolicy]] = {
     _R.SLOW_CONSUMER: ClosePolicy(4507, "slow consumer", flush=False, deliver=True),
     _R.SERVER_SHUTDOWN: ClosePolicy(1012, "server shutdown", flush=True, deliver=True),
     _R.REPLACED: ClosePolicy(4409, "replaced by a newer connection", flush=True, deliver=True),
-    _R.LIFETIME: ClosePolicy(1001, "lifetime is over", flush=True, deliver=True),
+    _R.LIFETIME: ClosePolicy(1001, "maximum lifetime reached", flush=True, deliver=True),
     _R.IDLE: ClosePolicy(1001, "idle", flush=True, deliver=True),
     _R.MEMORY: ClosePolicy(4503, "out of memory", flush=False, deliver=False),
     _R.APPLICATION: ClosePolicy(1000, "", flush=True, deliver=False),
@@ -164,28 +165,29 @@ def remote_close(code: int, text: str | None, *, close_frame: bool) -> CloseInfo
     return CloseInfo(reason, code, truncate_reason(text or ""), by_peer=True)
 
 
-def detaches(how: CloseInfo) -> bool:
-    """Whether the client closed with the code that detaches its session.
+def detaches(close_info: CloseInfo) -> bool:
+    """Return whether the client closed with the code that detaches its session.
 
-    hypercorn does not report the close codes of clients.
+    1005 also detaches, because hypercorn does not report the close codes of clients.
     """
-    return how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE and how.code in (DETACHED, NO_STATUS)
+    by_client = close_info.by_peer and close_info.cause is DisconnectReason.CLIENT_CLOSE
+    return by_client and close_info.code in (DETACHED, NO_STATUS)
 
 
 _BY_SERVER_FOR_BAD_FRAMES: Final = frozenset({1002, 1003, 1007, 1010})
-"""Codes with which an ASGI server closes a connection whose client breaks the protocol."""
+"""Codes with which an ASGI server closes a connection after a protocol violation of the client."""
 
 SERVER_CODES: Final = frozenset({1009, 1012}) | _BY_SERVER_FOR_BAD_FRAMES
 """Codes that are attributed to the ASGI server if it is unknown whether the client sent them."""
 
 
-def ends_session(how: CloseInfo) -> bool:
-    """Whether this close ends the session, because the client will not reconnect to it."""
-    if how.by_peer and how.cause is DisconnectReason.CLIENT_CLOSE:
-        return how.code == 1000
-    if how.cause is DisconnectReason.MEMORY:
+def ends_session(close_info: CloseInfo) -> bool:
+    """Return whether this close ends the session, because the client will not reconnect to it."""
+    if close_info.by_peer and close_info.cause is DisconnectReason.CLIENT_CLOSE:
+        return close_info.code == 1000
+    if close_info.cause is DisconnectReason.MEMORY:
         return True  # a detached session would still hold the memory
-    return how.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(how.code)
+    return close_info.code in (1000, SUPERSEDED, SESSION_ENDED) or is_terminal(close_info.code)
 
 
 _BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
@@ -193,7 +195,7 @@ _BACK_AFTER: Final = frozenset({4401, 4408, 4409, 4412, 4429})
 
 
 def is_terminal(code: int) -> bool:
-    """Whether a `stabilizer.v1.json` client must not reconnect after a close code.
+    """Return whether a `stabilizer.v1.json` client must not reconnect after a close code.
 
     1008 is not terminal, because it can be about credentials, which the client can renew.
     """

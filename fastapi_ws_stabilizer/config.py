@@ -54,7 +54,7 @@ class MemoryEvictionPolicy(str, Enum):
     """Order in which connections are evicted when memory is short."""
 
     LRU = "lru"
-    """The connection whose client sent its last message longest ago."""
+    """The connection that has got no message from its client for the longest time."""
     FIFO = "fifo"
     """The connection that opened first."""
     OLDEST = "oldest"
@@ -94,7 +94,7 @@ class InboxOverflow(str, Enum):
 
 
 class OutboxOverflow(str, Enum):
-    """Policy for a message to a full outbox whose sender does not wait."""
+    """Policy for a message to a full outbox, if the sender does not wait."""
 
     DISCONNECT = "disconnect"
     """The server closes the connection with 4507, so the client knows that it missed messages."""
@@ -112,7 +112,7 @@ def validate_secret(option: str, secret: SecretStr) -> SecretStr:
     """
     if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
         raise ValueError(
-            f"a {option} has at least {MIN_SECRET_BYTES} bytes, and is random: "
+            f"{option} must be random and have at least {MIN_SECRET_BYTES} bytes: "
             'python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
     return secret
@@ -137,7 +137,7 @@ def _true_false_or_word(value: object) -> object:
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a number is wanted, not True or False")
+        raise ValueError("the value must be a number, not True or False")
     return value
 
 
@@ -174,7 +174,7 @@ class WebSocketConfig(BaseModel):
             allowed. It is a `ValueError`.
     """
 
-    # The text below each option is its description: editors show it, and the reference of options is made of it.
+    # The text below each option is its description, for editors and for the reference of options.
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     # heartbeat
@@ -206,7 +206,7 @@ class WebSocketConfig(BaseModel):
     max_connect_rate_per_address: _PerSecond | None = None
     """Maximum handshakes per second from one IP address. The server rejects more with HTTP 429 or close code 4429."""
     trusted_proxies: Sequence[str] = ()
-    """IP addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Host` headers the server trusts.
+    """IP addresses and networks of proxies. The server trusts their `X-Forwarded-For` and `X-Forwarded-Host` headers.
     `"unix"` stands for a Unix socket, `"*"` for every peer."""
     reject: Annotated[RejectPolicy | Literal["auto", "close", "http"], _Choice(RejectPolicy)] = RejectPolicy.AUTO
     """How the server rejects a handshake."""
@@ -299,7 +299,7 @@ class WebSocketConfig(BaseModel):
     room_history_max_age: _Seconds = 300.0
     """Seconds that a message stays in the history of a room."""
 
-    # going away
+    # lifetime and drain
     max_lifetime: _Seconds | None = None
     """Maximum seconds that a connection stays open. The server closes it up to a tenth earlier, and the client
     reconnects."""
@@ -334,7 +334,7 @@ class WebSocketConfig(BaseModel):
     num_shards: Annotated[int, BeforeValidator(_no_bool), Field(gt=0, le=4096)] = 16
     """Number of shards that connections are divided into. The event loop can do other work between two shards."""
     max_concurrent_cleanup: _Count = 100
-    """Maximum connections whose disconnect hooks run, and whose close frames wait for the server, at the same time."""
+    """Maximum connections for which disconnect hooks run, and close frames wait for the server, at the same time."""
     max_concurrent_broadcast: _Count = 1000
     """Maximum sends that wait for the server at the same time. A send that waits longer than 50 ms frees its slot for
     the next one."""
@@ -399,7 +399,7 @@ class WebSocketConfig(BaseModel):
     @model_validator(mode="after")
     def _burst_has_a_rate(self) -> Self:
         if self.max_message_burst is not None and self.max_message_rate is None:
-            raise ValueError("max_message_burst is how many of max_message_rate may come at once: set that too")
+            raise ValueError("max_message_burst needs max_message_rate: set both")
         return self
 
     @model_validator(mode="after")
@@ -445,7 +445,7 @@ class WebSocketConfig(BaseModel):
                 values[option] = _from_text(option, text)
             elif similar := difflib.get_close_matches(option, cls.model_fields, n=1, cutoff=0.8):
                 logging.getLogger("fastapi_ws_stabilizer").warning(
-                    "environment variable %s is no option and is ignored; did you mean %s%s?",
+                    "environment variable %s is not an option and is ignored; did you mean %s%s?",
                     name,
                     prefix,
                     similar[0].upper(),
@@ -486,7 +486,7 @@ def _from_text(option: str, text: str) -> Any:
     nothing = text.lower() in ("", "none", "null")
     if option == "trusted_proxies" and nothing:
         return ()
-    if option == "allowed_origins" and text.startswith("^"):  # a regular expression, which may have commas in it
+    if option == "allowed_origins" and text.startswith("^"):  # a regular expression, which may contain commas
         return [text]
     if nothing:
         return None

@@ -1,4 +1,4 @@
-"""`stable_socket`, and how the manager of an app is found."""
+"""`stable_socket`, and the lookup of an app's manager."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastapi_ws_stabilizer.socket import StableSocket
 
 
 def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
-    """The manager of the app that serves this connection.
+    """Return the manager of the app that serves this connection.
 
-    It is looked for in the app's state; in the state that the server hands down from the lifespan, which reaches
-    mounted apps too; and in the app's lifespan itself, if the server has not run it.
+    The search starts with the app's state. The second source is the lifespan state of the server, which also reaches
+    mounted apps. The last one is the app's lifespan itself, for servers that do not run it.
 
     Raises:
-        ManagerNotFoundError: There is none. The error says how to add one.
+        ManagerNotFoundError: The app has no manager. The error says how to add one.
     """
     app = connection.scope.get("app")
     for found in (
@@ -35,7 +35,7 @@ def find_manager(connection: HTTPConnection) -> WebSocketConnectionManager:
 
 
 def manager_of_app(app: Any) -> WebSocketConnectionManager | None:
-    """The manager of an app that nothing runs; `None` if the app does not show one."""
+    """Return the manager of an app that no server runs; `None` if the app has no visible manager."""
     installed = getattr(getattr(app, "state", None), STATE_KEY, None)
     if isinstance(installed, WebSocketConnectionManager):
         return installed
@@ -49,20 +49,20 @@ def _manager_from_lifespan(lifespan: Any) -> WebSocketConnectionManager | None:
 
 
 async def stable_socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:
-    """The dependency that accepts, registers and yields a socket, and closes it when the endpoint ends.
+    """Accept, register and yield a socket, and close it when the endpoint ends. Use it as a dependency.
 
-    The client id is the path parameter `client_id`, else the query parameter of that name, else a fresh id.
+    The client id is the path parameter `client_id`, else the query parameter of that name, else a new id.
 
-    When the endpoint returns the client gets 1000, after an `HTTPException` 4000 + its status, after invalid parameters
-    1008, after a bug 1011 (and the bug is logged). When the client leaves, the endpoint gets `SocketClosed` from the
-    socket, and is cancelled if it is still at work after `disconnect_grace`.
+    The client gets 1000 when the endpoint returns, 4000 + the status after an `HTTPException`, 1008 after invalid
+    parameters, and 1011 after a bug, which is logged. When the client disconnects, the socket raises `SocketClosed` in
+    the endpoint. The server cancels an endpoint that still runs after `disconnect_grace`.
 
     Raises:
-        ManagerNotFoundError: No manager belongs to the app.
+        ManagerNotFoundError: The app has no manager.
     """
     async with find_manager(websocket).serve(websocket) as socket:
         yield socket
 
 
 StableSocketDep = Annotated[StableSocket, Depends(stable_socket)]
-"""`ws: StableSocketDep` in an endpoint's parameters is short for `ws: StableSocket = Depends(stable_socket)`."""
+"""Short form of `ws: StableSocket = Depends(stable_socket)` for parameters of endpoints: `ws: StableSocketDep`."""

@@ -1,4 +1,4 @@
-"""What is kept of a connection whose client may come back, after everything was done for it."""
+"""Sockets of ended connections, for the end of a session that can come minutes later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
 class _NoOutbox:
-    """The outbox of a connection that is over: it is empty and takes nothing."""
+    """Outbox of an ended connection: it is empty and accepts nothing."""
 
     held_bytes = 0
 
@@ -45,10 +45,9 @@ _INBOX.close(discard=True)
 
 
 class EndedConnection(Messages):
-    """The facts of a connection that has ended, without its WebSocket and anything else of the server's.
+    """Stand-in for an ended connection that holds its data, but not its WebSocket or other objects of the server.
 
-    It stands in the place of the connection in the socket that hooks for the end of a session get, which may be
-    minutes after the connection was over.
+    The socket of `on_session_end` hooks uses it, because these hooks may run minutes after the connection ended.
     """
 
     __slots__ = ("_outcome", "_session", "opened_at")
@@ -75,82 +74,86 @@ class EndedConnection(Messages):
 
     @property
     def session(self) -> Session | None:
-        """The session that it belonged to."""
+        """The session of the connection."""
         return self._session
 
     @property
     def outcome(self) -> ResumeOutcome:
-        """What its client had got back."""
+        """The resume outcome of the connection."""
         return self._outcome
 
     @property
     def recipient(self) -> Any:
-        """As what it was in rooms."""
+        """The recipient in rooms: the session, if the connection had one."""
         return self._session or self
 
     @property
     def budget(self) -> MemoryBudget:
-        """Where what was held for it was counted."""
+        """The memory budget of the connection."""
         return self._parts.budget
 
     @property
     def memory_usage(self) -> int:
-        """Bytes that are held for its session."""
+        """Bytes held for the session; 0 without one."""
         return 0 if self._session is None else self._session.memory_usage
 
     @property
     def websocket(self) -> Any:
-        """Nothing of the handshake is kept.
+        """The WebSocket, which is not available any more.
 
         Raises:
-            RuntimeError: Always. It says what to do.
+            RuntimeError: Always.
         """
         raise RuntimeError(
-            "the WebSocket and its handshake (headers, url, path_params, state, ...) are gone with the connection: "
-            "keep what this hook needs in ws.user_data"
+            "the WebSocket and its handshake (headers, url, path_params, state, ...) are not available after the "
+            "connection has ended: store what this hook needs in ws.user_data"
         )
 
     async def wait_for_hooks(self) -> None:
-        """The disconnect hooks have run."""
+        """Do nothing: the disconnect hooks have run."""
 
     async def wait_closing(self) -> CloseInfo:
-        """How it ended."""
+        """Return the close info of the connection."""
         return self.close_info or local_close(DisconnectReason.SERVER_SHUTDOWN)
 
     async def yield_after_end(self) -> None:
-        """Code that goes on after the end gives the event loop its turns."""
+        """Yield to the event loop, so that code that ignores the end cannot block it."""
         await asyncio.sleep(0)
 
     def spawn(self, coroutine: Any, _: str | None) -> Any:
-        """Start no task any more."""
+        """Start no task, and raise.
+
+        Raises:
+            SocketClosed: Always.
+        """
         coroutine.close()
         self.check_open()
 
-    # ── what a connection that is over does not do ──
+    # ── methods that do nothing after the end ──
 
     def close(self, *_: Any, **__: Any) -> bool:
-        """It has ended."""
+        """Return `False`: the connection is already closed."""
         return False
 
     def on_delivered(self) -> None:
-        """Nothing is delivered."""
+        """Do nothing: no message is delivered after the end."""
 
     def on_nonzero(self) -> None:
-        """It holds nothing."""
+        """Do nothing: the ended connection holds no memory."""
 
     def evict(self) -> None:
-        """It holds nothing."""
+        """Do nothing: the ended connection holds no memory."""
 
     def on_limit_exceeded(self, held: int) -> None:
-        """It holds nothing."""
+        """Do nothing: the ended connection holds no memory."""
 
     def on_connection_lost(self, error: BaseException) -> None:
-        """It has ended."""
+        """Do nothing: the connection has already ended."""
 
 
 def socket_after_end(socket: StableSocket) -> StableSocket:
-    """A socket that knows what another one knew, and does not hold its connection."""
+    """Return a socket with the data of another one, which does not hold the connection of that socket."""
     ended: Any = EndedConnection(socket._connection)
-    kept = StableSocket(ended, socket._services, identity=socket.identity)
-    kept._metadata, kept._user_data = socket._metadata, socket._user_data
-    return kept
+    copy = StableSocket(ended, socket._services, identity=socket.identity)
+    copy._metadata, copy._user_data = socket._metadata, socket._user_data
+    return copy

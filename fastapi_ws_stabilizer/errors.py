@@ -41,7 +41,7 @@ class SocketClosed(WebSocketStabilizerError, WebSocketDisconnect):
 
     def __str__(self) -> str:
         text = f" ({self.close_info.reason})" if self.close_info.reason else ""
-        return f"the connection is over: {self.close_info.cause.value}, code {self.close_info.code}{text}"
+        return f"the connection is closed: {self.close_info.cause.value}, code {self.close_info.code}{text}"
 
     def __reduce__(self) -> tuple[type[SocketClosed], tuple[CloseInfo]]:
         return type(self), (self.close_info,)
@@ -58,7 +58,7 @@ class SessionEndedError(SocketClosed):
     """The session has ended: the client closed it, or did not reconnect within `session_ttl`."""
 
     def __str__(self) -> str:
-        return f"the session is over ({self.close_info.cause.value}), and with it what was waited for"
+        return f"the session has ended ({self.close_info.cause.value}), so the operation cannot complete"
 
 
 def closed_error_for(close_info: CloseInfo) -> SocketClosed:
@@ -73,8 +73,8 @@ class NotOpenError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            "this socket is not accepted yet: in on_handshake it can only be looked at, or refused by raising an "
-            "HTTPException; send and receive from on_connect on"
+            "this socket is not accepted yet: on_handshake hooks can only read its attributes, or reject it by raising "
+            "an HTTPException; send and receive from on_connect on"
         )
 
 
@@ -101,7 +101,7 @@ class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
     """
 
     close_code = 4409
-    close_text = "connected already"
+    close_text = "already connected"
 
     def __init__(self, client_id: str) -> None:
         WebSocketException.__init__(self, self.close_code, self.close_text)
@@ -109,7 +109,7 @@ class DuplicateClientError(WebSocketStabilizerError, WebSocketException):
 
     def __str__(self) -> str:
         return (
-            f"client {self.client_id!r} is connected already; on_duplicate='replace' or 'allow' would let this one in"
+            f"client {self.client_id!r} is already connected; on_duplicate='replace' or 'allow' accepts this connection"
         )
 
 
@@ -133,7 +133,7 @@ class ConnectionLimitExceededError(WebSocketStabilizerError, WebSocketException)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"no more connections are taken: {self.limit} is {self.most}"
+        return f"the server accepts no more connections: {self.limit} is {self.most}"
 
 
 class TooManyConnectionsError(ConnectionLimitExceededError):
@@ -160,7 +160,7 @@ class OriginNotAllowedError(WebSocketStabilizerError, WebSocketException):
         self.host = host
 
     def __str__(self) -> str:
-        return f"the Origin of the handshake is not allowed ({self.problem}); allowed_origins says which are"
+        return f"the Origin of the handshake is not allowed ({self.problem}): add allowed ones to allowed_origins"
 
 
 class ConcurrentReceiveError(WebSocketStabilizerError, RuntimeError):
@@ -168,8 +168,8 @@ class ConcurrentReceiveError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            "another task is already receiving from this connection: let one task read "
-            "(or ws.run() dispatch) and hand the messages on"
+            "another task is already receiving from this connection: let one task (or ws.run()) read, and pass the "
+            "messages on from there"
         )
 
 
@@ -221,12 +221,12 @@ class RequestTimeoutError(WebSocketStabilizerError, TimeoutError):
 
 
 class UnsupportedByClientError(WebSocketStabilizerError, RuntimeError):
-    """Your code asked a plain client for an acknowledgement or a reply; only `stabilizer.v1.json` clients give them."""
+    """Your code requested an acknowledgement or a reply from a plain client, which cannot send one."""
 
     def __str__(self) -> str:
         return (
-            "this client is a plain WebSocket: acknowledgements and requests need one that speaks stabilizer.v1.json, "
-            "such as fastapi_ws_stabilizer.client; look at ws.session first"
+            "this client is a plain WebSocket: acknowledgements and requests need a client that speaks "
+            "stabilizer.v1.json, such as fastapi_ws_stabilizer.client; check ws.session_id first"
         )
 
 
@@ -234,11 +234,11 @@ TokenKind = Literal["reconnect token", "ticket"]
 """Kind of a token: a reconnect token restores state, a ticket admits a handshake."""
 
 _TOKEN_PROBLEMS: Final = {
-    "malformed": "it is no token of this library, or was cut",
+    "malformed": "it is not a token of this library, or is truncated",
     "signature": "it was altered, or signed with a secret that is not in reconnect_secret",
     "other_client": "it was issued for another client",
-    "used": "it was used before, and is good once",
-    "revoked": "what this client had was revoked after it was issued; it may ask for a new one",
+    "used": "it was already used, and is valid only once",
+    "revoked": "it was revoked after it was issued; the client may request a new one",
     "disabled": "enable_reconnect is False",
 }
 
@@ -260,7 +260,7 @@ class InvalidTokenError(WebSocketStabilizerError, WebSocketException, ValueError
         self.kind = kind
 
     def __str__(self) -> str:
-        return f"the {self.kind} is not good: {_TOKEN_PROBLEMS.get(self.problem, self.problem)}"
+        return f"the {self.kind} is invalid: {_TOKEN_PROBLEMS.get(self.problem, self.problem)}"
 
 
 _TTL_OPTIONS: Final[Mapping[str, str]] = {"reconnect token": "reconnect_token_ttl", "ticket": "ticket_ttl"}
@@ -294,7 +294,7 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
     """
 
     close_code = 4503
-    close_text = "too much is kept"
+    close_text = "memory limit exceeded"
 
     def __init__(self, limit: str, most: int, wanted: int) -> None:
         super().__init__(limit, most, wanted)
@@ -303,7 +303,7 @@ class MemoryLimitExceededError(WebSocketStabilizerError):
         self.wanted = wanted
 
     def __str__(self) -> str:
-        return f"{self.wanted} bytes would be kept, and {self.limit} is {self.most}"
+        return f"the value needs {self.wanted} bytes in all, but {self.limit} is {self.most}"
 
 
 class RoomLimitError(WebSocketStabilizerError, RuntimeError):
@@ -324,8 +324,8 @@ class RoomLimitError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"the connection cannot join {self.room!r:.80}: it is in {self.limit} rooms, "
-            "as many as max_rooms_per_connection allows"
+            f"the connection cannot join {self.room!r:.80}: it is already in {self.limit} rooms, "
+            "the maximum of max_rooms_per_connection"
         )
 
 
@@ -338,7 +338,7 @@ class RoomNameError(WebSocketStabilizerError, ValueError):
     """
 
     close_code = 1008
-    close_text = "no name for a room"
+    close_text = "invalid room name"
 
     def __init__(self, name: object, rule: str) -> None:
         super().__init__(name, rule)
@@ -346,7 +346,7 @@ class RoomNameError(WebSocketStabilizerError, ValueError):
         self.rule = rule
 
     def __str__(self) -> str:
-        return f"a room's name is a string of {self.rule}, not {self.name!r:.80}"
+        return f"a room name must be a string of {self.rule}, not {self.name!r:.80}"
 
 
 class BroadcastFailedError(WebSocketStabilizerError):
@@ -387,7 +387,7 @@ class ShutdownError(WebSocketStabilizerError, WebSocketException, RuntimeError):
         return type(self), (self.retry_after,)
 
     def __str__(self) -> str:
-        return "the manager is draining or shut down, and takes no connections until start() is called again"
+        return "the manager is draining or shut down, and accepts no connections until start() is called again"
 
 
 class UnknownPlatformError(WebSocketStabilizerError, ValueError):
@@ -407,7 +407,7 @@ class UnknownPlatformError(WebSocketStabilizerError, ValueError):
 
     def __str__(self) -> str:
         hint = f"; did you mean {self.similar!r}?" if self.similar else "."
-        return f"nothing is known of a platform {self.name!r}{hint} Known are {', '.join(self.known)}"
+        return f"unknown platform {self.name!r}{hint} Known platforms: {', '.join(self.known)}"
 
 
 class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
@@ -424,7 +424,7 @@ class UnsupportedPlatformError(WebSocketStabilizerError, ValueError):
         self.refusal = refusal
 
     def __str__(self) -> str:
-        return f"no WebSocket can be held on {self.name}: {self.refusal}. Run the app where a process holds its sockets"
+        return f"{self.name} cannot hold WebSockets: {self.refusal}. Run the app where a process holds its sockets"
 
 
 class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):
@@ -432,7 +432,7 @@ class ManagerNotFoundError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            "no WebSocketConnectionManager belongs to this app. Write FastAPI(lifespan=manager.lifespan), "
+            "this app has no WebSocketConnectionManager. Write FastAPI(lifespan=manager.lifespan), "
             "or call manager.install(app), or name the manager: Depends(manager.socket)"
         )
 
@@ -442,7 +442,7 @@ class ManagerNotRunningError(WebSocketStabilizerError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            "this manager does not run: manager.from_thread works from the start of the app (its lifespan, or its "
+            "this manager is not running: manager.from_thread works from the start of the app (its lifespan, or its "
             "first socket) until its event loop ends. Stop the threads that call it when the app shuts down"
         )
 
@@ -467,23 +467,23 @@ class ThreadCallTimeoutError(WebSocketStabilizerError, TimeoutError):
 
 _LOOP_PROBLEMS: Final = {
     "two_loops": (
-        "this manager serves on another event loop. In tests, let all sockets share one loop: "
+        "this manager belongs to another event loop. In tests, let all sockets share one loop: "
         "with TestClient(app) as client: ..."
     ),
     "other_loop": (
-        "this call was made outside of the event loop that the manager runs on. A manager, its rooms and its sockets "
-        "work on that loop only. From another thread write manager.from_thread.broadcast(...), "
+        "this call was made outside the manager's event loop. A manager, its rooms and its sockets work on that loop "
+        "only. From another thread write manager.from_thread.broadcast(...), "
         "manager.from_thread.send_to_client(...), manager.from_thread.disconnect(...), or "
         "manager.from_thread.run(ws.send, message), without asyncio.run(). "
         "In tests, let everything share one loop: with TestClient(app) as client: ..."
     ),
     "no_asyncio": (
-        "no asyncio event loop runs here, and this library needs one. hypercorn runs another one with "
-        "--worker-class trio: leave that option out, or write --worker-class uvloop"
+        "no asyncio event loop runs here, and this library needs one. hypercorn with --worker-class trio runs "
+        "another one: leave that option out, or write --worker-class uvloop"
     ),
     "own_loop": (
-        "manager.from_thread was used on the manager's own event loop, which would wait for itself for ever. "
-        "Here, write await manager.broadcast(...); manager.from_thread is for other threads"
+        "manager.from_thread was used on the manager's own event loop, which would block itself. "
+        "Write await manager.broadcast(...) here; manager.from_thread is for other threads"
     ),
 }
 

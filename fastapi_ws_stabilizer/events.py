@@ -1,7 +1,7 @@
-"""How the core tells what happened: counters that cost an addition, and reports that listeners hear.
+"""Events and counters: the core emits events to listeners, and adds to plain integers on hot paths.
 
-Logs are the first listener; metrics and traces can be others. The core never formats a sentence and never knows who
-listens.
+The log is the first listener. Metrics and traces can be further ones. The core formats no text and does not know its
+listeners.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from fastapi_ws_stabilizer.metrics.timings import Timings
 logger = logging.getLogger("fastapi_ws_stabilizer")
 
 THROTTLE_INTERVAL: Final = 60.0
-"""Seconds in which one report of a kind that clients can cause at will is told at its level, and others at DEBUG."""
+"""Seconds in which one throttled event of a kind is emitted at its own level. Further ones are emitted at DEBUG."""
 
 MAX_THROTTLED_KINDS: Final = 64
-"""Kinds of such an event that are told apart. Some are named by what the application has chosen, a close code say."""
+"""Maximum kinds of one event that are throttled separately. The application can choose some, such as close codes."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened.
+    """One event of a manager.
 
     Attributes:
-        event: Its name, a fixed word such as `connection_opened`.
-        level: How much it matters, as a level of the `logging` module.
-        fields: What is known of it: plain values, `connection_id` and `client_id` among them where one is concerned.
-        error: The exception, where the report is about one.
+        event: Name of the event, a fixed word such as `connection_opened`.
+        level: Severity, as a level of the `logging` module.
+        fields: Plain values by name. An event about one connection has `connection_id` and `client_id`.
+        error: The exception of an event about a failure.
     """
 
     event: str
@@ -48,56 +48,57 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Counters:
-    """What a manager has counted since it was made. Plain integers: hot paths add to them directly."""
+    """Counters of a manager since it was created. They are plain integers, because hot paths add to them directly."""
 
     connections_opened: int = 0
     messages_received: int = 0
     messages_sent: int = 0
     messages_discarded: int = 0
-    """Messages that were received and never read, queued and never sent, or, in a session, never acknowledged, because
-    their connection or session ended."""
+    """Messages not yet read, sent, or in a session acknowledged, when their connection or session ended."""
     messages_dropped: int = 0
-    """Messages that `outbox_overflow` threw away because a client was slow."""
+    """Messages dropped by `outbox_overflow` because their client is slow."""
     messages_coalesced: int = 0
-    """Messages in whose place a newer one with the same `coalesce_key` was sent."""
+    """Queued messages replaced by a newer message with the same `coalesce_key`."""
     slow_clients: Counter[str] = field(default_factory=Counter)
-    """How often clients have become slow, by `SlowConsumer`."""
+    """Times that a client became slow, by `SlowConsumer`."""
     messages_refused: int = 0
-    """Messages of clients that sent more than they may."""
+    """Messages refused because their client exceeded a rate limit."""
     bad_messages: int = 0
     broadcasts: int = 0
     pings_sent: int = 0
     sessions_resumed: int = 0
-    """Sessions whose client came back and got everything that it had missed."""
+    """Sessions resumed without a gap, and states of plain clients restored."""
     session_gaps: int = 0
-    """Sessions whose client came back too late for what it had missed, and was told so."""
+    """Sessions resumed too late to replay every missed message. The client is informed of the gap."""
     sessions_lost: int = 0
-    """Clients that came back for a session which is not here any more."""
+    """Resumes that failed because the session or its token is unknown or expired."""
     refusals: Counter[str] = field(default_factory=Counter)
-    """Handshakes that were turned away, by the option that said so, else by the close code that means the same."""
+    """Handshakes rejected, by the option that rejected them, or by the equivalent close code."""
     evictions: int = 0
-    """Connections, and what was kept for clients that are away, that went because memory was short."""
+    """Connections, sessions and detached states removed because memory was short."""
     endings: Counter[DisconnectReason] = field(default_factory=Counter)
+    """Connections closed, by reason."""
 
 
 class EventBus:
-    """The interface between the core and everybody who wants to know.
+    """Interface between the core and its listeners.
 
     Attributes:
         counters: The counters.
-        timings: How long things took; `None` if nobody wants to know.
+        timings: Histograms of durations; `None` with `enable_metrics=False`.
     """
 
     __slots__ = ("_listeners", "_throttled", "counters", "timings")
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
-        self._throttled: dict[str, dict[str, tuple[float, int]]] = {}  # of each event by kind: when, and how many since
+        # Event → kind → time of the last event at its own level, and the number of events at DEBUG since then.
+        self._throttled: dict[str, dict[str, tuple[float, int]]] = {}
         self.counters: Counters = Counters()
         self.timings: Timings | None = None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with every report from now on; call what is returned to stop that."""
+        """Call `listener` with every further event. The returned function unsubscribes it."""
         self._listeners.append(listener)
 
         def unsubscribe() -> None:
@@ -107,41 +108,41 @@ class EventBus:
         return unsubscribe
 
     def emit(self, event: str, level: int, *, error: BaseException | None = None, **fields: Any) -> None:
-        """Hand one report to all listeners. A listener that fails is logged and hurts nobody else."""
-        report = Event(event, level, fields, error)
+        """Pass one event to all listeners. If a listener raises, this is logged and the other listeners still run."""
+        emitted = Event(event, level, fields, error)
         for listener in tuple(self._listeners):
             try:
-                listener(report)
+                listener(emitted)
             except Exception:
-                logger.exception("a listener of reports failed", extra={"event": "listener_failed"})
+                logger.exception("an event listener failed", extra={"event": "listener_failed"})
 
     def emit_throttled(self, event: str, level: int, kind: str, **fields: Any) -> bool:
-        """Report something that a client can cause as often as it likes, so that one of them cannot fill the log.
+        """Emit an event that a client can cause without limit, so that one client cannot fill the log.
 
-        One of a kind is told at its level in `THROTTLE_INTERVAL` seconds, the others at DEBUG. The next one that is
-        told says how many those were, as `more`.
+        In `THROTTLE_INTERVAL` seconds, one event of a kind is emitted at `level`, and the others at DEBUG. The next one
+        at `level` has their number as the field `more`.
 
         Args:
-            event: Its name.
-            level: How much it matters.
-            kind: What sort of this event it is.
-            fields: What is known of it.
+            event: Name of the event.
+            level: Severity.
+            kind: Kind of the event. Each kind is throttled separately.
+            fields: Plain values by name.
 
         Returns:
-            Whether it was told at its level.
+            Whether the event was emitted at `level`.
         """
-        told = self._throttled.setdefault(event, {})
-        if kind not in told and len(told) >= MAX_THROTTLED_KINDS:
+        kinds = self._throttled.setdefault(event, {})
+        if kind not in kinds and len(kinds) >= MAX_THROTTLED_KINDS:
             kind = ""
         now = monotonic()
-        at, left_out = told.get(kind, (-math.inf, 0))
-        due = now - at >= THROTTLE_INTERVAL
-        told[kind] = (now, 0) if due else (at, left_out + 1)
-        if due and left_out:
-            fields["more"] = left_out
+        last_at, suppressed = kinds.get(kind, (-math.inf, 0))
+        due = now - last_at >= THROTTLE_INTERVAL
+        kinds[kind] = (now, 0) if due else (last_at, suppressed + 1)
+        if due and suppressed:
+            fields["more"] = suppressed
         self.emit(event, level if due else logging.DEBUG, **fields)
         return due
 
     def emit_exception(self, event: str, error: BaseException, **fields: Any) -> None:
-        """Report an error that somebody has to mend, with its traceback."""
+        """Emit an exception that needs a fix, at ERROR and with its traceback."""
         self.emit(event, logging.ERROR, error=error, **fields)

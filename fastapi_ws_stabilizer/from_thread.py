@@ -1,4 +1,4 @@
-"""The calls of a manager for other threads: each runs on the manager's event loop while its thread waits."""
+"""Manager calls for other threads: each runs on the manager's event loop while its thread waits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastapi_ws_stabilizer.tasks import start_from_thread
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT: Final = 30.0
-"""Seconds that a thread waits for the event loop. A loop that is blocked for as long is broken anyway."""
+"""Default seconds that a thread waits for a call. An event loop that is blocked for longer has failed."""
 
 
 class _CallCancelledError(Exception):
-    """The call has let a cancellation out that was none of the task that runs it."""
+    """The call raised `CancelledError`, but the task that runs it was not cancelled."""
 
 
 class Callee(Protocol):
-    """What it needs of a manager."""
+    """The part of a manager that `FromThread` uses."""
 
     _loop: asyncio.AbstractEventLoop | None
 
@@ -40,7 +40,7 @@ class Callee(Protocol):
         volatile: bool = False,
         history: bool = True,
     ) -> BroadcastResult:
-        """Queue a message for all connections, or for those in a room."""
+        """Queue a message for all clients, or for those in a room."""
 
     async def send_to_client(
         self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
@@ -52,16 +52,16 @@ class Callee(Protocol):
 
 
 class FromThread:
-    """What other threads call, as `manager.from_thread`: a `def` route, a callback of an MQTT client, a sensor thread.
+    """Interface for other threads, as `manager.from_thread`: a `def` route, an MQTT callback or a sensor thread.
 
-    Each call runs on the event loop of the manager, blocks its thread until the result is there, returns that, and
-    raises what the call raised.
+    Each call runs on the manager's event loop and blocks its thread until the result is available. It returns the
+    result, or raises the exception of the call.
 
-    All of them raise:
+    All calls raise:
         WrongLoopError: This is the manager's own event loop: write `await manager.broadcast(...)` there.
         ManagerNotRunningError: The app has not started yet, or has ended.
-        ThreadCallTimeoutError: The call did not finish within `timeout` seconds. It was cancelled; a message that was
-            already queued is sent all the same.
+        ThreadCallTimeoutError: The call did not finish within `timeout` seconds and was cancelled. A message that was
+            already queued is still sent.
     """
 
     __slots__ = ("_manager",)
@@ -81,20 +81,21 @@ class FromThread:
         history: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> BroadcastResult:
-        """As `manager.broadcast`, from another thread.
+        """Call `manager.broadcast` from another thread.
 
         Args:
-            message: `str`, bytes, or anything that can be JSON.
-            exclude_client: A client id that does not get it.
-            room: The name of a room, or of several.
-            exclude: Who else does not get it: a client id, a socket, or several of them.
-            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
-            history: Whether the rooms remember it for newcomers, as far as `room_history` says.
-            timeout: Seconds to wait for the event loop.
+            message: `str`, bytes, or any value that can be encoded as JSON.
+            exclude_client: A client id that does not get the message.
+            room: The name of a room, or several names.
+            exclude: Further clients that do not get the message: a client id, a socket, or several of them.
+            coalesce_key: A queued message with an equal key is replaced by this one.
+            volatile: Whether the message is only useful now. The server does not store it for detached clients.
+            history: Whether the rooms store the message for new members, within `room_history`.
+            timeout: Seconds to wait for the call.
 
         Raises:
-            MessageEncodeError: The message cannot be encoded; no client got anything.
+            MessageEncodeError: The message cannot be encoded. It was sent to no client.
+            TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
 
         async def broadcast() -> BroadcastResult:
@@ -119,14 +120,17 @@ class FromThread:
         volatile: bool = False,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> bool:
-        """As `manager.send_to_client`, from another thread.
+        """Call `manager.send_to_client` from another thread.
 
         Args:
-            client_id: Who gets it.
-            message: `str`, bytes, or anything that can be JSON.
-            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept if the client is away.
-            timeout: Seconds to wait for the event loop.
+            client_id: The recipient.
+            message: `str`, bytes, or any value that can be encoded as JSON.
+            coalesce_key: A queued message with an equal key is replaced by this one.
+            volatile: Whether the message is only useful now. The server does not store it for a detached client.
+            timeout: Seconds to wait for the call.
+
+        Returns:
+            Whether the message was queued at least once.
 
         Raises:
             MessageEncodeError: The message cannot be encoded.
@@ -140,16 +144,16 @@ class FromThread:
     def disconnect(
         self, client_id: str, code: int = 1000, reason: str = "", *, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
-        """As `manager.disconnect`, from another thread.
+        """Call `manager.disconnect` from another thread.
 
         Args:
-            client_id: Whose connections are closed.
+            client_id: The client.
             code: Close code.
             reason: Close reason.
-            timeout: Seconds to wait for the event loop.
+            timeout: Seconds to wait for the call.
 
         Raises:
-            ConnectionNotFoundError: No such client is connected.
+            ConnectionNotFoundError: The client is neither connected nor detached.
             ValueError: `code` cannot be sent.
         """
         self.run(self._manager.disconnect, client_id, code, reason, timeout=timeout)
@@ -159,20 +163,20 @@ class FromThread:
     @overload
     def run(self, call: Callable[..., T], /, *args: Any, timeout: float = DEFAULT_TIMEOUT) -> T: ...
     def run(self, call: Callable[..., Any], /, *args: Any, timeout: float = DEFAULT_TIMEOUT) -> Any:
-        """Run any function on the manager's event loop, and return its result, awaited if it can be.
+        """Run a function on the manager's event loop and return its result, awaited if it is awaitable.
 
-        `manager.from_thread.run(ws.send, "hello")`, `manager.from_thread.run(manager.revoke, "ann")`. For keyword
-        arguments, pass a `functools.partial`. It must not block.
+        For example, `manager.from_thread.run(ws.send, "hello")` or `manager.from_thread.run(manager.revoke, "ann")`.
+        For keyword arguments, pass a `functools.partial`. The function must not block.
 
         Args:
             call: The function, `async` or not.
             args: Its arguments.
-            timeout: Seconds to wait for the event loop.
+            timeout: Seconds to wait for the call.
 
         Raises:
-            Exception: Whatever the function raised.
-            concurrent.futures.CancelledError: The function has awaited something that was cancelled. On Python 3.10
-                that cannot be told from the end of the event loop, and is a ManagerNotRunningError.
+            Exception: Any exception of the function.
+            concurrent.futures.CancelledError: The function awaited something that was cancelled. Python 3.10 cannot
+                distinguish this from the end of the event loop, and raises ManagerNotRunningError.
         """
 
         async def run() -> Any:
@@ -187,20 +191,20 @@ class FromThread:
         loop = self._running_loop()
         try:
             future = start_from_thread(loop, run())
-        except RuntimeError as error:  # it was closed in this moment
+        except RuntimeError as error:  # the loop was closed after the check
             raise ManagerNotRunningError from error
         try:
             return future.result(timeout)
         except _CallCancelledError:
             raise concurrent.futures.CancelledError from None
-        except concurrent.futures.CancelledError:  # by the end of the loop
+        except concurrent.futures.CancelledError:  # the end of the event loop cancelled the task
             raise ManagerNotRunningError from None
         except concurrent.futures.TimeoutError:
-            if future.done():  # the call itself has raised it
+            if future.done():  # the function itself raised it
                 raise
             future.cancel()
             raise ThreadCallTimeoutError(timeout) from None
-        except BaseException:  # a KeyboardInterrupt in this thread
+        except BaseException:  # such as KeyboardInterrupt in this thread
             future.cancel()
             raise
 
@@ -214,6 +218,9 @@ class FromThread:
 
 
 def _is_cancelled_from_outside() -> bool:
-    """Whether the current task was asked to stop, as the end of an event loop asks all tasks."""
+    """Return whether the current task itself was cancelled, as at the end of an event loop.
+
+    Python 3.10 cannot tell, so the result is always `True` there.
+    """
     task = asyncio.current_task()
     return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

@@ -1,4 +1,4 @@
-"""`WebSocketConnectionManager`: the façade. It holds the parts and does little itself."""
+"""`WebSocketConnectionManager`: the public interface of the library."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ from fastapi_ws_stabilizer.wire.identifiers import check_client_id
 from fastapi_ws_stabilizer.wrong_names import OF_MANAGER, missing
 
 STATE_KEY: Final = "fastapi_ws_stabilizer"
-"""Where an app's state, and the lifespan state of its server, hold the manager."""
+"""Key of the manager in the app's state and in the server's lifespan state."""
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
-    """The running event loop.
+    """Return the running event loop.
 
     Raises:
-        WrongLoopError: None of asyncio's runs: the server may run one of another library.
+        WrongLoopError: No asyncio event loop runs. The server may run the loop of another library.
     """
     try:
         return asyncio.get_running_loop()
@@ -78,7 +78,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 
 class WebSocketConnectionManager(EventDecorators):
-    """All WebSockets of one application: who is connected, what they are sent, what their messages mean.
+    """Manager of all WebSocket connections of one application.
 
     ```python
     manager = WebSocketConnectionManager(WebSocketConfig(heartbeat_interval=30))
@@ -89,21 +89,21 @@ class WebSocketConnectionManager(EventDecorators):
         await ws.run()
     ```
 
-    It belongs to the event loop that it was started on, and so do its rooms and its sockets. Calls that only look
-    (`get_...`, `room.clients`, `ws.closed`) may be made anywhere; other threads send by `manager.from_thread`; all else
-    outside of that loop raises `WrongLoopError`.
+    The manager, its rooms and its sockets belong to the event loop that the manager was started on. Calls that only
+    read (`get_...`, `room.clients`, `ws.closed`) work in any thread. Other threads send with `manager.from_thread`. Any
+    other call outside that event loop raises `WrongLoopError`.
 
     Args:
-        config: Its options; the defaults when left out.
+        config: The options. `None` means the defaults.
 
     Attributes:
-        config: Its options.
-        events: Where to subscribe to what happens.
+        config: The options.
+        events: Event bus to which listeners subscribe.
     """
 
     def __init__(self, config: WebSocketConfig | None = None) -> None:
         if config is not None and not isinstance(config, WebSocketConfig):
-            raise TypeError(f"a manager takes a WebSocketConfig, not {config!r}: {_what_to_write(config)}")
+            raise TypeError(f"config must be a WebSocketConfig, not {config!r}: {_correct_call(config)}")
         self.config: WebSocketConfig = config or WebSocketConfig()
         self.events: EventBus = EventBus()
         self.events.subscribe(write_event)
@@ -112,7 +112,7 @@ class WebSocketConnectionManager(EventDecorators):
         super().__init__(
             HookRegistry(self.events, self.config.disconnect_grace, self.config.hello_timeout), HandlerRegistry()
         )
-        # What it does for all connections must not run with the context variables of the first one, which may start it.
+        # The first connection may start the manager. Work for all connections must not run in that one's context.
         self._context = contextvars.copy_context()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shut = False
@@ -123,16 +123,16 @@ class WebSocketConnectionManager(EventDecorators):
         self._reported_workers = False
         self._reported_findings: set[str] = set()
         self._app: Any = None
-        self._tasks = TaskSet(lambda _, __: None)  # whoever waits for it reads its failure
+        self._tasks = TaskSet(lambda _, __: None)  # the code that awaits the task gets its failure
         self._drain: Drain | None = None
         self._drained: asyncio.Task[ShutdownReport] | None = None
         self._signals = SignalHandler(self.events, self._drain_before_exit)
         self._node = self._create_node()
 
-    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+    if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
-            """Say what to write instead of a name that it does not have."""
+            """Raise for an unknown name, with a hint for names that other libraries use."""
             return missing(self, name, OF_MANAGER)
 
     def __repr__(self) -> str:
@@ -141,13 +141,13 @@ class WebSocketConnectionManager(EventDecorators):
     # ── starting and stopping ──
 
     async def start(self) -> None:
-        """Get ready for connections on the running event loop. Calling it again changes nothing.
+        """Prepare for connections on the running event loop. Further calls change nothing.
 
-        Nobody has to call it: `lifespan`, `install` and the first connection do.
+        Your code need not call this: `lifespan`, `install` and the first connection do.
 
         Raises:
-            WrongLoopError: It serves on another event loop, which still runs or has open connections; or no asyncio
-                event loop runs.
+            WrongLoopError: The manager belongs to another event loop, which still runs or has open connections. Or no
+                asyncio event loop runs.
         """
         self._check_other_loop(_running_loop())
         self._context = contextvars.copy_context()
@@ -167,7 +167,7 @@ class WebSocketConnectionManager(EventDecorators):
         if self._loop is loop:
             return self._node
         self._check_other_loop(loop)
-        # Either the first start, or a loop of the past: a TestClient without `with` makes one for each connection.
+        # The first start, or the previous loop has ended: TestClient without `with` makes a loop for each connection.
         self._loop = loop
         self._shut = False
         self._started_at = monotonic()
@@ -175,7 +175,7 @@ class WebSocketConnectionManager(EventDecorators):
         self._node = self._context.run(self._create_node)
         logger = get_logger()
         if "log_level" in self.config.model_fields_set or logger.level == logging.NOTSET:
-            logger.setLevel(self.config.log_level)  # a default does not undo what configure_logging() was told
+            logger.setLevel(self.config.log_level)  # a default must not override configure_logging()
         if problem := missing_websocket_library():
             self.events.emit("websocket_library_missing", logging.ERROR, problem=problem)
         refuses, guarded = self._hooks.has("handshake"), self._hooks.has("handshake", "auth")
@@ -192,11 +192,15 @@ class WebSocketConnectionManager(EventDecorators):
             raise await reject_handshake(self._node.admission, websocket, error) from error
 
     def _check_other_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Raise if another event loop than this one is in use: it runs, or it has connections and may run again."""
-        known = self._loop
-        if known is None or known is loop or known.is_closed():
+        """Raise if the manager's event loop is a different one that runs, or that has connections and may run again.
+
+        Raises:
+            WrongLoopError: The other event loop is in use.
+        """
+        current = self._loop
+        if current is None or current is loop or current.is_closed():
             return
-        if known.is_running() or self._node.registry:
+        if current.is_running() or self._node.registry:
             raise WrongLoopError("two_loops")
 
     def _create_node(self) -> Node:
@@ -204,24 +208,25 @@ class WebSocketConnectionManager(EventDecorators):
         return Node(self.config, self.events, self._hooks, dispatcher, self._tokens, self._loop, self._report_workers)
 
     async def graceful_shutdown(self, timeout: float | None = None) -> ShutdownReport:
-        """Drain, as `drain` does, and let go of everything. Called after a drain it reports what that did.
+        """Drain like `drain`, then release all resources. After a drain, return the report of that drain.
 
-        Each connection is sent what is queued for it and the close frame, its disconnect hooks run, its endpoint
-        finishes. Cancelling ends the waiting, and not the drain.
+        The server sends each connection its queued messages and the close frame, runs its disconnect hooks, and waits
+        for its endpoint. Cancelling ends the wait, but not the drain.
 
         Args:
-            timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
+            timeout: Maximum seconds for the whole shutdown. `None` means `drain_timeout`. Then the server aborts the
+                connections that are left.
         """
         self._node.hub.check_loop()
         timeout = self.config.drain_timeout if timeout is None else timeout
         until = monotonic() + timeout
-        mine = self._node.served_here()
+        own_connections = self._node.connections_of_current_task()
         try:
             window = 0.0 if exits_on_signal() else self.config.drain_window
-            report = await self._drained_within(timeout, window, mine)
+            report = await self._drain_within(timeout, window, own_connections)
         finally:
             self._signals.stop()
-            if mine:  # else it would cut the end of the socket whose code has called this
+            if own_connections:  # waiting here would abort the connection of the calling code
                 self._tasks.spawn(self._stop_after_drain(self._node, until), name="ws-stop")
             else:
                 await self._node.stop(max(1.0, until - monotonic()))
@@ -234,28 +239,35 @@ class WebSocketConnectionManager(EventDecorators):
         await node.stop(max(1.0, until - monotonic()))
 
     async def drain(self, timeout: float | None = None) -> ShutdownReport:
-        """Take no new connections, let those that are open come back elsewhere, spread over a while, and wait for them.
+        """Reject new connections, close the open ones over `drain_window`, and wait for them to end.
 
-        New ones get HTTP 503 with `Retry-After`. Clients of `stabilizer.v1.json` are told a moment at which to leave;
-        plain ones are closed with 1012 and a reason that says when to come back (`retry=` in milliseconds). SIGTERM
-        and SIGINT do this by themselves, before the server hears of them (`handle_signals`). Calling it again waits for
-        the same drain, makes it quicker if its time is shorter, and returns what that did. `start()` ends it.
+        New connections get HTTP 503 with `Retry-After`. The server gives each `stabilizer.v1.json` client a time at
+        which to leave. It closes each plain client with 1012 and a reason that says when to reconnect (`retry=` in
+        milliseconds). With `handle_signals`, SIGTERM and SIGINT start a drain before the server handles them. A further
+        call waits for the same drain, shortens it if the new timeout ends earlier, and returns the report of that
+        drain. `start()` cancels it. Cancelling this call ends the wait, but not the drain.
 
-        In an endpoint, handler or hook of a socket it does not wait for that socket, which ends when your code goes on.
+        In an endpoint, handler or hook, the call does not wait for the connection of that code, because the connection
+        ends only after your code continues.
 
         Args:
-            timeout: Seconds that all of it may take; `drain_timeout` when left out. What is not done then is cut.
+            timeout: Maximum seconds for the whole drain. `None` means `drain_timeout`. Then the server aborts the
+                connections that are left.
         """
         self._node.hub.check_loop()
-        return await self._drained_within(timeout, self.config.drain_window, self._node.served_here())
+        own_connections = self._node.connections_of_current_task()
+        return await self._drain_within(timeout, self.config.drain_window, own_connections)
 
     async def _drain_before_exit(self) -> ShutdownReport:
-        """Drain, at once where the server does not wait: then that reaches more clients than none."""
-        # A signal may be heard in the middle of any connection's code, which is not to be spared for that.
-        return await self._drained_within(None, 0.0 if exits_on_signal() else self.config.drain_window)
+        """Drain because of a signal, without a window if the server exits at once.
 
-    async def _drained_within(
-        self, timeout: float | None, window: float, mine: Set[Connection] = frozenset()
+        Without a window, more clients get a close frame before the process exits.
+        """
+        # A signal can interrupt the code of any connection. The drain still waits for that connection.
+        return await self._drain_within(None, 0.0 if exits_on_signal() else self.config.drain_window)
+
+    async def _drain_within(
+        self, timeout: float | None, window: float, own_connections: Set[Connection] = frozenset()
     ) -> ShutdownReport:
         timeout = self.config.drain_timeout if timeout is None else timeout
         self._shut = True
@@ -267,16 +279,16 @@ class WebSocketConnectionManager(EventDecorators):
             running = self._drained = self._tasks.spawn(work, name="ws-drain", context=self._context.copy())
         else:
             self._drain.shorten(timeout)
-        if mine and not running.done():
-            return await self._drain.wait_for_others(self._node.connections, mine)
+        if own_connections and not running.done():
+            return await self._drain.wait_for_others(self._node.connections, own_connections)
         await wait_for_all([running], None)
         return running.result()
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[dict[str, Any]]:
-        """The lifespan of an app that has no other: `FastAPI(lifespan=manager.lifespan)`.
+        """Run the manager as the lifespan of an app: `FastAPI(lifespan=manager.lifespan)`.
 
-        In a lifespan of your own: `async with manager.lifespan(app) as state: yield state`.
+        If the app has its own lifespan, write `async with manager.lifespan(app) as state: yield state` in it.
         """
         self._attach(app)
         await self.start()
@@ -286,34 +298,35 @@ class WebSocketConnectionManager(EventDecorators):
             await self.graceful_shutdown()
 
     def install(self, app: Any) -> None:
-        """Make this the manager of an app, around whatever lifespan it has. Calling it again changes nothing.
+        """Make this the manager of an app and wrap the lifespan of the app. Further calls change nothing.
 
         Raises:
-            RuntimeError: Another manager is installed; name each with `Depends(manager.socket)` instead.
+            RuntimeError: The app has another manager. Name each manager with `Depends(manager.socket)` instead.
         """
         installed = getattr(app.state, STATE_KEY, None)
         if installed is self:
             return
         if installed is not None:
             raise RuntimeError(
-                "this app has a manager already: install one, and name the other with Depends(manager.socket)"
+                "this app already has a manager: install one, and name the other with Depends(manager.socket)"
             )
         inner = app.router.lifespan_context
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-            async with inner(app) as state, self.lifespan(app) as ours:  # hooks may need what the app's own holds
-                yield {**ours, **(state or {})}
+            # The app's own lifespan is the outer one, because hooks may need its resources.
+            async with inner(app) as state, self.lifespan(app) as own_state:
+                yield {**own_state, **(state or {})}
 
         app.router.lifespan_context = lifespan
         self._attach(app)
 
     def uvicorn_options(self) -> dict[str, Any]:
-        """The options of uvicorn that go with this manager's: `uvicorn.run(app, **manager.uvicorn_options())`.
+        """Return the uvicorn options that match this manager: `uvicorn.run(app, **manager.uvicorn_options())`.
 
-        They choose `StableWebSocketProtocol`, and set the limit of messages, the pings of WebSockets that this manager
-        does not serve, compression, and a bound to uvicorn's own shutdown. They leave `proxy_headers` alone, with which
-        HTTP routes know their clients: `trusted_proxies` does not need it to be off.
+        They select `StableWebSocketProtocol`. They set the message size limit, the pings of WebSockets that this
+        manager does not serve, compression, and a limit for uvicorn's own shutdown. They do not set `proxy_headers`,
+        which HTTP routes use for client addresses: `trusted_proxies` works with either value.
         """
         return uvicorn_options(self.config)
 
@@ -331,28 +344,29 @@ class WebSocketConnectionManager(EventDecorators):
         http2: bool = False,
         caching: bool = False,
     ) -> list[Finding]:
-        """Make the doctor's checks: what of these options, the app, its server and its platforms do not go together.
+        """Run the doctor's checks and return the settings that conflict with the app, its server or its platforms.
 
-        `python -m fastapi_ws_stabilizer doctor` does the same from outside.
+        `python -m fastapi_ws_stabilizer doctor` runs the same checks from the command line.
 
         Args:
-            app: The app whose routes are looked at; the one that this manager belongs to when left out.
-            server: What serves it, such as `uvicorn`. Left out, it is the one that this process runs under, of whose
-                options nothing is known unless `server_options` says it.
-            server_options: Its options that are set, such as `manager.uvicorn_options()`. Others have their defaults.
-            platform: The platforms on the way, as in `WebSocketConfig.for_platform`, with their defaults.
-            idle_timeout: Seconds of the shortest idle timeout on the way, where it is not that default.
-            max_lifetime: Seconds of the shortest lifetime, likewise.
-            grace: Seconds between SIGTERM and SIGKILL, likewise.
-            pre_stop: Seconds that a `preStop` hook takes.
-            http2: Whether HTTP/2 is spoken all the way to the server.
+            app: App with the routes to check. `None` means the app of this manager.
+            server: Name of the server, such as `uvicorn`. `None` means the server of this process; its options are
+                then unknown unless `server_options` has them.
+            server_options: Server options that you set, such as `manager.uvicorn_options()`. All others count as
+                defaults.
+            platform: Platforms on the path, as in `WebSocketConfig.for_platform`, with their default values.
+            idle_timeout: Shortest idle timeout on the path in seconds, if it is not the default.
+            max_lifetime: Shortest lifetime on the path in seconds, if it is not the default.
+            grace: Seconds between SIGTERM and SIGKILL, if they are not the default.
+            pre_stop: Duration of the `preStop` hook in seconds.
+            http2: Whether every hop to the server speaks HTTP/2.
             caching: Whether the platform caches the WebSocket route.
 
         Returns:
-            The findings in the order of their codes; empty if all is well.
+            The findings, sorted by code. The list is empty if there is no conflict.
 
         Raises:
-            ValueError: A server, an option of it or a platform is not known.
+            ValueError: A server, a server option or a platform is unknown.
         """
         return run_checks(
             collect_context(
@@ -380,7 +394,7 @@ class WebSocketConnectionManager(EventDecorators):
     # ── dependencies ──
 
     async def socket(self, websocket: WebSocket) -> AsyncIterator[StableSocket]:
-        """The dependency for an endpoint that names its manager: `Depends(manager.socket)`."""
+        """Yield a socket of this manager: the dependency `Depends(manager.socket)`."""
         async with self.serve(websocket) as socket:
             yield socket
 
@@ -393,29 +407,31 @@ class WebSocketConnectionManager(EventDecorators):
         control_frames: bool = True,
         subprotocols: str | Sequence[str] = (),
     ) -> Callable[..., AsyncIterator[StableSocket]]:
-        """Make a dependency that takes the client id from another one: `Depends(manager.socket_for(current_user))`.
+        """Create a dependency that takes the client id from another dependency.
+
+        For example, `Depends(manager.socket_for(current_user))`.
 
         Args:
-            identify: Any FastAPI dependency. What it returns is `ws.identity`; what it raises refuses the connection.
-                Left out, the client id is that of the path or the query, as with `manager.socket`.
-            key: Makes the client id of what `identify` returned. Not needed for `str`, `int` and `UUID`.
-            expires_at: Says until when that is good: a `datetime` with its time zone, seconds since 1970 as in a JWT's
-                `exp`, or `None`. The client is asked for a new credential before, which `on_auth` looks at, and is
-                closed with 4401 if none has come.
-            control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
-            subprotocols: What the endpoint speaks, such as `("ocpp2.1", "ocpp1.6")`. The handshake is answered with the
-                first of them that the client offers, which is `ws.subprotocol`; with none, and a warning, where it
-                offers only others.
+            identify: Any FastAPI dependency. Its return value is `ws.identity`; an exception rejects the connection.
+                Without it, the client id comes from the path or the query, as with `manager.socket`.
+            key: Function that returns the client id for the identity. Not needed for `str`, `int` and `UUID`.
+            expires_at: Function that returns the expiry of the identity: a `datetime` with a time zone, seconds since
+                1970 as in a JWT's `exp`, or `None`. Before the expiry, the server asks the client for a new
+                credential, which `on_auth` checks. Without a new one, the server closes the connection with 4401.
+            control_frames: Whether the library handles the client's text pings and pongs instead of the endpoint.
+            subprotocols: Subprotocols of the endpoint, such as `("ocpp2.1", "ocpp1.6")`. The server selects the first
+                one that the client offers, which is `ws.subprotocol`. If the client offers only others, the server
+                selects none and logs a warning.
 
         Raises:
-            TypeError: There is a `key` or `expires_at` without an identity.
-            ValueError: A subprotocol is no name of one.
+            TypeError: `key` or `expires_at` is set without `identify`.
+            ValueError: A subprotocol is not a valid name.
         """
         served = served_subprotocols(subprotocols)
         if identify is not None:
             return identity_dependency(self._node_for, self.serve, identify, key, expires_at, control_frames, served)
         if key is not None or expires_at is not None:
-            raise TypeError("socket_for with key or expires_at needs a dependency that says who comes")
+            raise TypeError("socket_for with key or expires_at needs a dependency that identifies the client")
         return anonymous_dependency(self.serve, control_frames, served)
 
     def serve(
@@ -428,22 +444,23 @@ class WebSocketConnectionManager(EventDecorators):
         control_frames: bool = True,
         subprotocols: str | Sequence[str] = (),
     ) -> SocketContext:
-        """Accept, register and yield a socket, and close it at the end: what the dependencies are made of.
+        """Return a context manager that accepts and registers a socket, and closes it at the end.
 
-        `async with manager.serve(websocket) as socket:`, entered and left in the task that serves the WebSocket.
+        The dependencies are built on it. Write `async with manager.serve(websocket) as socket:`. Enter and exit it in
+        the task that serves the WebSocket.
 
         Args:
             websocket: A WebSocket that is not accepted yet.
-            client_id: Whose it is; taken from the path or query, or made up, when left out.
-            identity: What `ws.identity` is.
-            expires_in: For how many seconds that is good; for ever when left out.
-            control_frames: Whether text pings and pongs of the client are answered and kept from the endpoint.
-            subprotocols: What the endpoint speaks: the first that the client offers is answered.
+            client_id: The client id. `None` takes it from the path or the query, or creates one.
+            identity: The value of `ws.identity`.
+            expires_in: Seconds until the identity expires. `None` means never.
+            control_frames: Whether the library handles the client's text pings and pongs instead of the endpoint.
+            subprotocols: Subprotocols of the endpoint. The server selects the first one that the client offers.
 
         Raises:
-            ValueError: `client_id` is empty, or breaks the rule for names; or a subprotocol is no name of one.
-            HTTPException: The manager is shut down (503), or a handshake hook refused.
-            WebSocketException: The connection ended, with this code, before the endpoint could begin or while it ran.
+            ValueError: `client_id` is empty or breaks the rule for names, or a subprotocol is not a valid name.
+            HTTPException: The manager is shut down (503), or a handshake hook rejected the connection.
+            WebSocketException: The connection ended with this code, before the endpoint began or while it ran.
         """
         if client_id is not None:
             check_client_id(client_id)
@@ -457,25 +474,29 @@ class WebSocketConnectionManager(EventDecorators):
             subprotocols=served_subprotocols(subprotocols),
         )
 
-    # ── connections by hand ──
+    # ── connections that you accept yourself ──
 
     async def connect(
         self, client_id: str, websocket: WebSocket, metadata: Mapping[str, Any] | None = None
     ) -> StableSocket:
-        """Register a WebSocket that you have accepted. You go on reading from it yourself.
+        """Register a WebSocket that your code has accepted. Your code continues to read from it.
 
-        From here on it is looked after like any other: pongs are answered, its end is noticed, and in a FastAPI
-        endpoint it is closed with an honest code when the endpoint ends.
+        The library then manages it like any other connection: it handles pings and pongs, and detects a disconnect. In
+        a FastAPI endpoint, it closes the connection with a matching code when the endpoint ends.
 
         Raises:
             ValueError: `client_id` is empty, or breaks the rule for names: see `docs/concepts/security.md`.
-            RuntimeError: The WebSocket is not accepted.
-            ShutdownError: The manager drains or is shut down. The endpoint that lets it escape closes with 1012.
-            SocketClosed: A connect hook refused it, or it is gone. It is a `WebSocketDisconnect`.
-            DuplicateClientError: The client is connected and `on_duplicate="reject"`.
-            ConnectionLimitExceededError: There is no room for it; `TooManyConnectionsError` if that is its own doing.
-            OriginNotAllowedError: A page of somebody else's site has opened it.
-            MemoryLimitExceededError: The metadata is more than may be kept.
+            RuntimeError: The WebSocket is not accepted, or is already connected.
+            ShutdownError: The manager drains or is shut down. If the endpoint lets it escape, the server closes with
+                1012.
+            SocketClosed: A connect hook rejected the connection, or it is already closed. It is a
+                `WebSocketDisconnect`.
+            DuplicateClientError: The client is already connected and `on_duplicate="reject"`.
+            ConnectionLimitExceededError: A connection limit is reached. It is a `TooManyConnectionsError` if the limit
+                is the client's or its IP address's.
+            OriginNotAllowedError: The `Origin` of the handshake is not allowed.
+            InvalidTokenError: The token that this task has validated for the client was revoked since.
+            MemoryLimitExceededError: The metadata exceeds a memory limit.
         """
         check_client_id(client_id)
         try:
@@ -488,30 +509,30 @@ class WebSocketConnectionManager(EventDecorators):
         return socket
 
     async def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
-        """Close a client's connection; all of them if it has several. Returns without waiting for the client.
+        """Close all connections of a client, without waiting for the client.
 
-        In the task that has registered a connection under this client id it means that one and never a newer one, and
-        is quiet if that is over already.
+        In the task that registered a connection under this client id, the call closes that connection and never a newer
+        one. It does nothing if that connection is already closed.
 
-        A client that is away is treated as connected: its session, or what is kept for its reconnect token, ends, and
-        it is closed with this code when it comes back for that.
+        A detached client counts as connected. Its session, or its state for a reconnect token, ends. When the client
+        reconnects to it, the server closes the new connection with this code.
 
         Raises:
-            ConnectionNotFoundError: No such client is connected or away.
+            ConnectionNotFoundError: The client is neither connected nor detached.
             ValueError: `code` cannot be sent.
         """
         check_close_code(code)
         self._node.hub.check_loop()
         connections = self._node.resolve(client_id)
-        away = [] if self._node.current_connection(client_id) else self._node.resumption.detached_of(client_id)
-        if not connections and not away:
+        detached = [] if self._node.current_connection(client_id) else self._node.resumption.detached_of(client_id)
+        if not connections and not detached:
             raise ConnectionNotFoundError(client_id)
-        targets: list[Any] = [*connections, *away]
-        for one in targets:
-            one.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
+        targets: list[Any] = [*connections, *detached]
+        for target in targets:
+            target.close(DisconnectReason.APPLICATION, code=code, text=reason, from_outside=True)
 
     async def handle_pong(self, client_id: str) -> None:
-        """Note that a client has answered, for code that reads pongs itself. Nothing happens if it is gone."""
+        """Record a pong of a client, for code that reads pongs itself. Do nothing if the client is not connected."""
         self._node.hub.check_loop()
         now = monotonic()
         for connection in self._node.resolve(client_id):
@@ -523,13 +544,16 @@ class WebSocketConnectionManager(EventDecorators):
     async def send_to_client(
         self, client_id: str, message: Any, *, coalesce_key: Any = None, volatile: bool = False
     ) -> bool:
-        """Queue a message for a client, for all its connections; `False` if it was queued for none. Waits for nobody.
+        """Queue a message for all connections and detached sessions of a client, and wait for none of them.
 
         Args:
-            client_id: Who gets it.
-            message: `str`, bytes, or anything that can be JSON.
-            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept if the client is away.
+            client_id: The recipient.
+            message: `str`, bytes, or any value that can be encoded as JSON.
+            coalesce_key: A queued message with an equal key is replaced by this one.
+            volatile: Whether the message is only useful now. The server does not store it for a detached client.
+
+        Returns:
+            Whether the message was queued at least once.
 
         Raises:
             MessageEncodeError: The message cannot be encoded.
@@ -547,22 +571,22 @@ class WebSocketConnectionManager(EventDecorators):
         volatile: bool = False,
         history: bool = True,
     ) -> BroadcastResult:
-        """Queue a message for all connections, or for those in a room. It is encoded once, and no client is waited for.
+        """Queue a message for all clients, or for those in a room, and wait for no client.
 
-        Slow clients never make it raise, not even if all recipients are: the result counts them. Call
-        `raise_for_failure()` on the result where the caller wants an exception.
+        The message is encoded once. Slow clients never make the call raise: the result counts them, even if all
+        recipients are slow. Call `raise_for_failure()` on the result if you want an exception.
 
         Args:
-            message: `str`, bytes, or anything that can be JSON.
-            exclude_client: A client id that does not get it.
-            room: The name of a room, or of several; who is in more than one gets it once.
-            exclude: Who else does not get it: a client id, a socket, or several of them.
-            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
-            history: Whether the rooms remember it for newcomers, as far as `room_history` says.
+            message: `str`, bytes, or any value that can be encoded as JSON.
+            exclude_client: A client id that does not get the message.
+            room: The name of a room, or several names. A client in several of the rooms gets the message once.
+            exclude: Further clients that do not get the message: a client id, a socket, or several of them.
+            coalesce_key: A queued message with an equal key is replaced by this one.
+            volatile: Whether the message is only useful now. The server does not store it for detached clients.
+            history: Whether the rooms store the message for new members, within `room_history`.
 
         Raises:
-            MessageEncodeError: The message cannot be encoded; no client got anything.
+            MessageEncodeError: The message cannot be encoded. It was sent to no client.
             TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
@@ -571,46 +595,47 @@ class WebSocketConnectionManager(EventDecorators):
         return await self._node.hub.broadcast(frame, room, exclude, history=history)
 
     def room(self, name: str) -> Room:
-        """A room: who is in it, to send to it, to close it. It need not exist.
+        """Return a room, which need not exist.
 
         Raises:
-            ValueError: The name is empty.
+            RoomNameError: The name is empty, too long, or has a control character. It is a `ValueError`.
         """
         return Room(name, lambda: self._node.hub)
 
     def get_rooms(self) -> list[str]:
-        """The names of the rooms that exist: a client is in them, is away, or is expected back there."""
+        """Return the names of the rooms in which a client is a member, connected or detached, or still present."""
         return self._node.hub.room_names()
 
-    # ── looking ──
+    # ── state ──
 
     def get_active_connections(self) -> list[str]:
-        """The ids of the connected clients, each once, in the order in which they came."""
+        """Return the ids of the connected clients, each once, in the order in which they connected."""
         return self._node.registry.client_ids()
 
     def get_connection_count(self) -> int:
-        """How many connections are open; one client can have several."""
+        """Return the number of open connections. A client can have several."""
         return len(self._node.registry)
 
     def get_sockets(self, client_id: str | None = None) -> list[StableSocket]:
-        """The open connections, or those of one client, oldest first."""
+        """Return the sockets of all open connections, or of one client, oldest first."""
         registry = self._node.registry
         return [connection.socket for connection in (registry if client_id is None else registry.of_client(client_id))]
 
     def get_socket(self, connection_id: str) -> StableSocket | None:
-        """The open connection with that connection id."""
+        """Return the socket of an open connection; `None` if no open connection has this id."""
         connection = self._node.registry.get(connection_id)
         return None if connection is None else connection.socket
 
     def get_session_counts(self) -> dict[str, int]:
-        """How many `sessions` of `stabilizer.v1.json` clients there are, and how many of them wait: `away`."""
+        """Return the number of `stabilizer.v1.json` sessions as `sessions`, and of the detached ones as `away`."""
         sessions = self._node.sessions
         return {"sessions": len(sessions), "away": sessions.detached_count}
 
     def get_memory_usage(self) -> dict[str, int | float]:
-        """What is held for connections and sessions: queued, unread and unacknowledged messages, user data, in bytes.
+        """Return the bytes held for connections and sessions.
 
-        A message that many hold counts once. It is a running sum, so asking costs nothing.
+        They hold queued, unread and unacknowledged messages, and user data. A message in several queues counts once.
+        The total is a running sum, so the call is cheap.
 
         Returns:
             `total_memory`, `connection_count` and `per_connection_average`.
@@ -625,11 +650,11 @@ class WebSocketConnectionManager(EventDecorators):
     # ── user data by client id ──
 
     async def set_user_data(self, client_id: str, key: str, value: Any) -> None:
-        """Set one entry of `ws.user_data`, on all connections of a client.
+        """Set one entry of `ws.user_data` on all connections of a client.
 
         Raises:
-            ConnectionNotFoundError: No such client is connected.
-            MemoryLimitExceededError: That would be more than may be kept. What was there stays, on each of them.
+            ConnectionNotFoundError: The client is not connected.
+            MemoryLimitExceededError: The value exceeds a memory limit. No connection is changed.
         """
         self._node.hub.check_loop()
         connections = self._node.resolve(client_id)
@@ -639,44 +664,44 @@ class WebSocketConnectionManager(EventDecorators):
         try:
             for connection in connections:
                 data = connection.socket.user_data
-                before = {key: data[key]} if key in data else {}
+                previous = {key: data[key]} if key in data else {}
                 data[key] = value
-                written.append((data, before))
+                written.append((data, previous))
         except MemoryLimitExceededError:
-            for changed, was in written:
-                changed.update(was)
-                if not was:
+            for changed, previous in written:
+                changed.update(previous)
+                if not previous:
                     del changed[key]
             raise
 
     async def get_user_data(self, client_id: str, key: str) -> Any | None:
-        """One entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
+        """Return one entry of a client's `ws.user_data`; `None` if there is no such entry or client."""
         self._node.hub.check_loop()
         for connection in self._node.resolve(client_id):
             if key in connection.socket.user_data:
                 return connection.socket.user_data[key]
         return None
 
-    # ── coming back ──
+    # ── reconnect tokens ──
 
     def generate_reconnect_token(self, client: str | StableSocket) -> str:
-        """Make a token by which a plain client gets the rooms and user data of a connection back after a disconnect.
+        """Create a token that restores the rooms and user data of a plain client after a disconnect.
 
-        It is good once, for `reconnect_token_ttl`, and for this client id. The client presents it as
-        `?reconnect_token=` of its next connection, or in any way that leads to `validate_reconnect_token`. Without
-        `reconnect_secret` it is good in this process only. A client of `stabilizer.v1.json` needs none: it has its own,
-        in each welcome.
+        The token is valid once, for `reconnect_token_ttl`, and for this client id. The client sends it as
+        `?reconnect_token=` of its next connection, or your code passes it to `validate_reconnect_token`. Without
+        `reconnect_secret` it is valid in this process only. A `stabilizer.v1.json` client does not need it, because
+        each welcome contains a token.
 
         Args:
-            client: The socket whose rooms and user data it is for: `ws.reconnect_token()` says the same. Or a client
-                id, which means the connection of the current endpoint, handler or hook if that has this id, else the
-                client's newest one; if none is open, what the client has left last.
+            client: The socket with the rooms and user data to restore, as with `ws.reconnect_token()`. Or a client id:
+                the token is for the connection of the current endpoint, handler or hook if it has this id, else for
+                the client's newest connection. If none is open, it is for the newest detached state.
 
         Raises:
             ValueError: The client id is empty, or breaks the rule for names.
             InvalidTokenError: `enable_reconnect` is False.
             SocketClosed: The socket is closed.
-            WrongLoopError: This is another thread or event loop than the manager's.
+            WrongLoopError: The calling thread or event loop is not the manager's.
         """
         if isinstance(client, StableSocket):
             return client.reconnect_token()
@@ -692,16 +717,18 @@ class WebSocketConnectionManager(EventDecorators):
             self.events.emit("reconnect_secret_missing", logging.WARNING)
 
     async def validate_reconnect_token(self, token: str) -> str:
-        """Use a token up, and return the client id that it was issued for.
+        """Consume a reconnect token and return the client id that it was issued for.
 
-        The token of a client that you have kicked stays good for `session_ttl`: `connect()` tells it so at each dial.
+        The next `connect()` of that client in the same task restores its rooms and its user data. If the client id of
+        that call has another source, compare it with the returned one.
 
-        The next `connect()` of that client in the same task gets its rooms and its user data back. Compare what this
-        returns with the client id that you connect, if that one comes from somewhere else.
+        If your code has ended the state of the token with `disconnect()`, the token is not consumed for `session_ttl`.
+        `connect()` then closes the connection with the code of that `disconnect()`.
 
         Raises:
-            InvalidTokenError: It is no token, was altered, was signed with another secret, or was used before.
-            TokenExpiredError: Its time is over.
+            InvalidTokenError: The token is malformed, altered, signed with another secret, revoked or already used. Or
+                `enable_reconnect` is False.
+            TokenExpiredError: The token has expired.
         """
         if not self.config.enable_reconnect:
             raise InvalidTokenError("disabled")
@@ -713,9 +740,9 @@ class WebSocketConnectionManager(EventDecorators):
     # ── tickets ──
 
     def issue_ticket(self, client_id: str) -> str:
-        """Make a ticket with which a client comes in once, for an HTTP route that knows who asks for it.
+        """Create a single-use ticket for a handshake, in an HTTP route that has authenticated the client.
 
-        It is good for `ticket_ttl` seconds. Without `reconnect_secret` it is good in this process only.
+        It is valid for `ticket_ttl` seconds. Without `reconnect_secret` it is valid in this process only.
 
         Raises:
             ValueError: `client_id` is empty, or breaks the rule for names.
@@ -724,85 +751,85 @@ class WebSocketConnectionManager(EventDecorators):
         return self._tickets.issue(client_id)
 
     async def ticket(self, connection: HTTPConnection) -> str:
-        """The dependency that takes the ticket in `?ticket=`: `Depends(manager.socket_for(manager.ticket))`.
+        """Consume the ticket in `?ticket=`: the dependency in `Depends(manager.socket_for(manager.ticket))`.
 
         Returns:
-            The client id that it was issued for.
+            The client id that the ticket was issued for.
 
         Raises:
-            HTTPException: 401: there is none, or it is not good.
+            HTTPException: 401: the ticket is missing, invalid or expired.
         """
         ticket = connection.query_params.get("ticket")
         if ticket is None:
-            raise HTTPException(401, "a ticket is wanted, as ?ticket=")
+            raise HTTPException(401, "no ticket: send one as ?ticket=")
         try:
             return self._tickets.redeem(ticket)
         except (InvalidTokenError, TokenExpiredError) as error:
             self.events.emit("ticket_refused", logging.INFO, why=getattr(error, "problem", "expired"))
             raise HTTPException(401, error.reason) from error
 
-    # ── taking the right away ──
+    # ── revocation ──
 
     async def revoke(self, client_id: str, reason: str = "revoked") -> int:
-        """Take a client's right to be here: close all its connections with 4410, and end its sessions.
+        """Revoke a client's access: close all its connections with 4410 and end its sessions.
 
-        Reconnect tokens and tickets that were issued for it before are not good any more. What is issued later is, so
-        somebody who may log in again can come back.
+        Reconnect tokens and tickets that were issued for the client before become invalid. Later ones are valid, so a
+        client that logs in again can connect again.
 
         Args:
-            client_id: Whose right.
-            reason: What its connections are told.
+            client_id: The client.
+            reason: Close reason for its connections.
 
         Returns:
-            How many connections and sessions were ended.
+            Number of connections and sessions that were closed.
 
         Raises:
-            ValueError: `client_id` is empty, or no `str`: nobody would be shut out.
+            ValueError: `client_id` is empty or not a `str`, so the call would revoke no client.
         """
         if not client_id or not isinstance(client_id, str):
-            raise ValueError(f"client_id must be a str that is not empty, not {client_id!r}")
+            raise ValueError(f"client_id must be a non-empty str, not {client_id!r}")
         self._node.hub.check_loop()
         self._tokens.revoke(client_id)
         self._tickets.revoke(client_id)
         node = self._node
         node.admission.revoke(client_id)
-        ended: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
-        for one in ended:
-            one.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
+        targets: list[Any] = [*node.registry.of_client(client_id), *node.resumption.detached_of(client_id)]
+        for target in targets:
+            target.close(DisconnectReason.APPLICATION, code=SESSION_ENDED, text=reason, from_outside=True)
         node.resumption.forget(client_id)
-        self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(ended))
-        return len(ended)
+        self.events.emit("client_revoked", logging.INFO, client_id=client_id, ended=len(targets))
+        return len(targets)
 
     # ── other threads ──
 
     @property
     def from_thread(self) -> FromThread:
-        """What other threads call: `manager.from_thread.broadcast(...)` in a `def` route or a callback.
+        """Interface for other threads, such as `manager.from_thread.broadcast(...)` in a `def` route or a callback.
 
-        Each call runs on the manager's event loop, and blocks the thread until its result is there.
+        Each call runs on the manager's event loop and blocks its thread until the result is available.
         """
         return FromThread(self)
 
-    # ── how it is doing ──
+    # ── status ──
 
     @property
     def counters(self) -> Counters:
-        """What has been counted since the manager was made."""
+        """Counters since the manager was created."""
         return self.events.counters
 
     @property
     def running(self) -> bool:
-        """Whether it takes connections: it has not been shut down."""
+        """Whether the manager accepts connections: it neither drains nor is shut down."""
         return not self._shut
 
     @property
     def uptime_seconds(self) -> float:
-        """Seconds since it was started; 0 before."""
+        """Seconds since the manager started; 0 before."""
         return monotonic() - self._started_at if self._loop is not None else 0.0
 
 
-def _what_to_write(config: Any) -> str:
-    """What to write instead of making a manager of something that is no config."""
+def _correct_call(config: Any) -> str:
+    """Return the correct call for an argument that is not a config."""
     if isinstance(config, Mapping):
         return "write WebSocketConnectionManager(WebSocketConfig(**options))"
     if hasattr(config, "router"):

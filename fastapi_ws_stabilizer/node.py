@@ -1,4 +1,4 @@
-"""One connection from its handshake to its close code, around the user's endpoint."""
+"""`Node`: everything that one manager runs on one event loop."""
 
 from __future__ import annotations
 
@@ -37,15 +37,21 @@ from fastapi_ws_stabilizer.tasks import TaskSet, copied, wait_for_all
 
 
 class Node(Acceptor):
-    """Opens connections, and ends each with the code that fits how its endpoint ended.
+    """Everything that one manager runs on one event loop.
 
-    Made for one event loop.
+    It opens connections, and closes each with the code that matches the end of its endpoint.
 
     Attributes:
-        hub: Who is connected, in which rooms, and how they are reached.
-        door: Where clients knock.
-        unfinished: The open connections and those whose end is still being worked on.
-        closing: Whether no more connections are taken.
+        budget: Memory budget of all connections and sessions.
+        hub: Registry, rooms, presence and broadcast.
+        registry: Registry of the hub.
+        resumption: Lifecycle of sessions and of the detached state of plain clients.
+        sessions: Store of the sessions.
+        connections: The open connections and those in teardown.
+        admission: Admission control for handshakes.
+        heartbeat: Scheduler of the heartbeat.
+        reaper: Reaper of connections by lifetime and idle time.
+        closing: Whether the node rejects new connections.
     """
 
     def __init__(
@@ -99,7 +105,7 @@ class Node(Acceptor):
         self.reaper = ConnectionReaper(config)
         self.closing = False
         self._warned_about_server = False
-        self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # of rooms and of slow clients
+        self._hook_slots = asyncio.Semaphore(config.max_concurrent_cleanup)  # for presence hooks and slow-client hooks
         self._parts = SharedResources(
             config,
             events,
@@ -123,35 +129,35 @@ class Node(Acceptor):
             close_info_by_handler=self.close_info_by_handler,
         )
 
-    # ── what sockets ask for ──
+    # ── services of sockets ──
 
     async def run(self, socket: StableSocket, concurrency: int) -> None:
-        """Hand every message of a socket to the handlers."""
+        """Dispatch every message of a socket to the handlers."""
         await self._dispatcher.run(socket._connection, concurrency)
 
     def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
-        """Let a connection into a room."""
+        """Add a connection to a room and return the presence list."""
         return self.hub.join(connection.recipient, room, metadata)
 
     def leave_room(self, connection: Connection, room: str) -> bool:
-        """Take a connection out of a room."""
+        """Remove a connection from a room; `False` if it is not in the room."""
         return self.hub.leave(connection.recipient, room)
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """The rooms that a connection, or its session, is in, or was in when it ended."""
-        ended: CloseInfo | None = connection.recipient.close_info
-        return self.hub.rooms.rooms_of(connection.recipient) if ended is None else ended.rooms
+        """Return the rooms that a connection or its session is in, or was in when it ended."""
+        close_info: CloseInfo | None = connection.recipient.close_info
+        return self.hub.rooms.rooms_of(connection.recipient) if close_info is None else close_info.rooms
 
     def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
-        """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
+        """Send the last messages of a room to a connection that has joined it, except those that it already got."""
         self.hub.replay_history(connection.recipient, room, count, newcomer=newcomer)
 
     def address_of(self, connection: Connection) -> str:
-        """Where the client of a connection comes from."""
+        """Return the address of the client of a connection."""
         return self.admission.address_of(connection.websocket)
 
     def reconnect_token(self, connection: Connection) -> str:
-        """Make a reconnect token for a connection.
+        """Create a reconnect token for a connection.
 
         Raises:
             InvalidTokenError: `enable_reconnect` is False.
@@ -163,68 +169,78 @@ class Node(Acceptor):
         async with self._hook_slots:
             await self._hooks.presence(event, Room(presence.room, lambda: self.hub, history=False), presence)
 
-    def _slow(self, socket: StableSocket, how: SlowConsumer) -> None:
+    def _slow(self, socket: StableSocket, state: SlowConsumer) -> None:
         if self._hooks.has("slow"):
             context = copied(socket._connection.context)
-            self._tasks.spawn(self._report_slow(socket, how), name="ws-slow-hooks", context=context)
+            self._tasks.spawn(self._run_slow_hooks(socket, state), name="ws-slow-hooks", context=context)
 
-    async def _report_slow(self, socket: StableSocket, how: SlowConsumer) -> None:
+    async def _run_slow_hooks(self, socket: StableSocket, state: SlowConsumer) -> None:
         async with self._hook_slots:
-            await self._hooks.slow(socket, how)
+            await self._hooks.slow(socket, state)
 
     def current_connection(self, client_id: str) -> Connection | None:
-        """The connection that the current task, or the one that has started it, has opened under this client id."""
+        """Return the connection that the current task or its parent opened under this client id; `None` without one."""
         connection = own.current_for(client_id)
         return connection if connection is not None and connection.belongs_to(self._parts) else None
 
-    def served_here(self) -> set[Connection]:
-        """The connections whose endpoint, handler or hook is the current task: they end when it goes on."""
-        return {one for one in own.all_current() if one.belongs_to(self._parts) and one.waits_for_user_code}
+    def connections_of_current_task(self) -> set[Connection]:
+        """Return the connections for which the current task runs the endpoint, a handler or a hook.
+
+        These connections end only after the task continues.
+        """
+        return {
+            connection
+            for connection in own.all_current()
+            if connection.belongs_to(self._parts) and connection.waits_for_user_code
+        }
 
     def resolve(self, client_id: str) -> list[Connection]:
-        """The connections that a call with this client id means: the current task's own one, else all of the client."""
+        """Return the connections that a client id stands for.
+
+        That is the connection that the current task opened under this client id, else all connections of the client.
+        """
         connection = self.current_connection(client_id)
         return self.registry.of_client(client_id) if connection is None else [connection]
 
     def resume_accepting(self) -> None:
-        """Take connections again."""
+        """Accept connections again."""
         self.closing = False
         self.admission.reopen()
         self._hello_reader.reopen()
 
     def stop_accepting(self) -> None:
-        """Take no more connections, and refuse those that are being opened."""
+        """Reject new connections, and the handshakes in progress."""
         self.closing = True
         self._hello_reader.close()
         self.admission.close()
 
-    async def stop(self, patience: float) -> None:
-        """Let go of the heartbeat, of the sessions, and of tasks that are left over.
+    async def stop(self, hook_timeout: float) -> None:
+        """Stop the heartbeat, the reaper, the sessions, and all remaining tasks.
 
         Args:
-            patience: Seconds that the hooks for the end of sessions may take in all.
+            hook_timeout: Maximum seconds for all `on_session_end` hooks together.
         """
         self.heartbeat.stop()
         self.reaper.stop()
         await wait_for_all(self._hello_reader.pending, 1.0)
         await self.admission.wait_until_empty(1.0)
-        # Their time is over, but nobody's disconnect goes untold.
-        await wait_for_all(self._for_unfinished(Connection.run_disconnect_hooks, "ws-last-hooks"), 1.0)
-        await wait_for_all(self._for_unfinished(self.resumption.notify_session_end, "ws-last-ends"), patience)
+        # The time for these connections has passed, but their disconnect hooks still run.
+        await wait_for_all(self._spawn_for_each(Connection.run_disconnect_hooks, "ws-last-hooks"), 1.0)
+        await wait_for_all(self._spawn_for_each(self.resumption.notify_session_end, "ws-last-ends"), hook_timeout)
         for connection in list(self.connections):
             connection.force_finish()
-        await self.resumption.stop(patience)
+        await self.resumption.stop(hook_timeout)
         self.hub.stop()
         self.budget.stop()
         if left_over := self._tasks.cancel():
             await wait_for_all(left_over, 1.0)
 
-    def _for_unfinished(
-        self, what: Callable[[Connection], Coroutine[Any, Any, None]], name: str
+    def _spawn_for_each(
+        self, call: Callable[[Connection], Coroutine[Any, Any, None]], name: str
     ) -> list[asyncio.Task[None]]:
-        """Do something for each connection that is not finished, each in a task with its own context variables."""
+        """Start a task for each connection that is not finished, with the context variables of the connection."""
         return [
-            self._tasks.spawn(what(connection), name=name, context=copied(connection.context))
+            self._tasks.spawn(call(connection), name=name, context=copied(connection.context))
             for connection in self.connections
         ]
 

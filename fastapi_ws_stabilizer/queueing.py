@@ -1,4 +1,4 @@
-"""What senders see of the queues in front of clients: what became of a message, and how to wait while they are full."""
+"""The send queues of clients as senders see them: the enqueue result, and waiting while a queue is full."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from typing import Any, Final, Protocol
 from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 MAX_TURNS: Final = 8
-"""Turns of the event loop that a sender gives to writers. Some servers need several for one send."""
+"""Maximum times that a sender yields to writers. Some servers need several loop iterations for one send."""
 
 
 class EnqueueResult(Enum):
-    """What became of a frame that was offered to an outbox."""
+    """Result of offering a frame to an outbox."""
 
     QUEUED = "queued"
-    """It will be sent."""
+    """The frame is queued."""
     BACKPRESSURE = "pressed"
-    """It will be sent; more than half of the outbox is used, and its client seems to read."""
+    """The frame is queued. More than half of the outbox is used, and the client seems to read."""
     SLOW = "slow"
-    """It will be sent; more than half of the outbox is used, or older messages had to go, and its client lags."""
+    """The frame is queued. More than half of the outbox is used or older messages were dropped, and the client lags."""
     DROPPED = "dropped"
-    """It was left out, as `outbox_overflow="drop_newest"` says."""
+    """The frame was dropped because of `outbox_overflow="drop_newest"`."""
     SKIPPED = "missed"
-    """It was left out: its client is away, and it is worth nothing later."""
+    """The frame was skipped, because it is volatile and its client is detached."""
     CLOSED = "refused"
-    """The connection is over, or has just ended because its outbox was full."""
+    """The frame was refused. The connection is closed, or its full outbox has just closed it."""
 
 
 class SendQueueLike(Protocol):
-    """Where what is meant for a connection waits to be sent. Nothing here waits.
+    """Interface of a queue of messages waiting to be sent to one client. No method waits.
 
     Attributes:
-        place: Where it stands in its shard, for the registry.
+        shard_index: Position of the queue in its shard, for the registry.
     """
 
     shard_index: int
 
     @property
     def owner(self) -> Any:
-        """The `Recipient` that it belongs to."""
+        """The `Recipient` that the queue belongs to."""
 
     def offer(self, frame: EncodedMessage) -> EnqueueResult:
-        """Queue a frame, as far as the bounds and the policy for slow clients allow."""
+        """Queue a frame, within the limits and the policy for slow clients."""
 
     def offer_now(self, frame: EncodedMessage) -> EnqueueResult:
-        """As `offer`; and it is sent now, and not at the end of the turn, as far as the network takes it."""
+        """Queue a frame like `offer`, and write it now instead of at the end of the loop iteration, if possible."""
 
     def flush(self) -> None:
-        """Send what is queued now, and not at the end of the turn, as far as the network takes it."""
+        """Write queued frames now instead of at the end of the loop iteration, as far as the network takes them."""
 
     def lingers(self) -> bool:
-        """Whether something waits that the network may take as soon as the event loop turns."""
+        """Return whether a frame waits that the network may take in the next loop iteration."""
 
     def is_backpressured(self) -> bool:
-        """Whether more than half of it is used, and its client seems to read."""
+        """Return whether more than half of the outbox is used and the client seems to read."""
 
 
-async def yield_to_writers(pressed: Sequence[SendQueueLike]) -> None:
-    """Give the event loop some turns, `MAX_TURNS` at most, while one of these outboxes is under pressure."""
-    if not pressed:
+async def yield_to_writers(backpressured: Sequence[SendQueueLike]) -> None:
+    """Yield to the event loop, at most `MAX_TURNS` times, while one of these outboxes is backpressured."""
+    if not backpressured:
         return
-    for turn in range(MAX_TURNS):
-        await asyncio.sleep(0 if turn < MAX_TURNS // 2 else 0.001)
-        if not any(outbox.is_backpressured() for outbox in pressed):
+    for number in range(MAX_TURNS):
+        await asyncio.sleep(0 if number < MAX_TURNS // 2 else 0.001)
+        if not any(outbox.is_backpressured() for outbox in backpressured):
             break

@@ -1,4 +1,4 @@
-"""`Room`: what user code holds of a room, from `manager.room(name)`."""
+"""`Room`: the public interface to one room, from `manager.room(name)`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from fastapi_ws_stabilizer.wrong_names import OF_ROOM, missing
 
 
 class Room:
-    """A name, and the clients that are there when you look. It needs no creating, and ends when the last one leaves.
+    """View of one room by its name.
 
-    A client that is away, and may come back to its session or with its reconnect token, is in the room as others are.
+    A room exists from the first join until the last member leaves. A detached client that can resume its session, or
+    reconnect with its token, counts as a member.
 
     Attributes:
-        name: Its name.
+        name: Name of the room.
     """
 
-    __slots__ = ("_delivery_now", "_history", "name")
+    __slots__ = ("_get_hub", "_history", "name")
 
     def __init__(self, name: str, hub: Callable[[], Hub[Connection]], *, history: bool = True) -> None:
         check_room_name(name)
         self.name: str = name
-        self._history = history  # whether what is sent by this object is remembered where the call does not say
-        self._delivery_now = hub  # not the delivery: a manager that is started anew has another one
+        self._history = history  # the default for `history` of `send`
+        self._get_hub = hub  # a function, because a restarted manager has a new hub
 
-    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+    if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
-            """Say what to write instead of a name that it does not have."""
+            """Raise for an unknown name, with a hint for names that other libraries use."""
             return missing(self, name, OF_ROOM)
 
     def __repr__(self) -> str:
@@ -44,47 +45,47 @@ class Room:
 
     @property
     def _hub(self) -> Hub[Connection]:
-        return self._delivery_now()
+        return self._get_hub()
 
     def __len__(self) -> int:
         return self._hub.rooms.count(self.name)
 
     def __bool__(self) -> bool:
-        """Whether a client is in the room, is away, or is expected back there."""
+        """Return whether a client is in the room, connected or detached, or is still present there."""
         return self._hub.room_exists(self.name)
 
-    def __contains__(self, whom: object) -> bool:
-        """Whether a socket, or a client id with any of its connections, is in the room now, present or away."""
-        if isinstance(whom, StableSocket):
-            return self.name in self._hub.rooms.rooms_of(whom._connection.recipient)
-        return isinstance(whom, str) and self._hub.is_in(whom, self.name)
+    def __contains__(self, item: object) -> bool:
+        """Return whether a socket, or any connection or session of a client id, is in the room."""
+        if isinstance(item, StableSocket):
+            return self.name in self._hub.rooms.rooms_of(item._connection.recipient)
+        return isinstance(item, str) and self._hub.is_in(item, self.name)
 
     @property
     def members(self) -> list[StableSocket]:
         """The sockets of all members, in the order in which they joined.
 
-        The socket of a member that is away is its last one, and is `closed`. `send` reaches its session all the same.
+        A detached member has its last socket, which is `closed`. `send` still reaches its session.
         """
         return [member.socket for member in self._hub.rooms.members(self.name)]
 
     @property
     def clients(self) -> list[str]:
-        """The ids of the clients in the room, each once: those that are present, then those that are away."""
+        """The ids of the clients in the room, each once: first the present ones, then the detached ones."""
         return self._hub.clients_in(self.name)
 
     @property
     def presence(self) -> list[Presence]:
-        """Who is present, by client, in order of arrival.
+        """The present clients, in the order in which they joined.
 
-        A client whose connection broke is so until `presence_grace` has passed.
+        A client that lost its connection stays present for `presence_grace`.
         """
         return self._hub.presence.present(self.name)
 
     def set_presence(self, client_id: str, **metadata: Any) -> bool:
-        """Replace the presence metadata of a client; `False` if it is not here.
+        """Replace the presence metadata of a client; `False` if the client is not present.
 
         Raises:
-            MemoryLimitExceededError: It is more than may be held for the client. What was there stays.
+            MemoryLimitExceededError: The metadata exceeds a memory limit. The old metadata stays.
         """
         self._hub.check_loop()
         return self._hub.describe(client_id, self.name, metadata)
@@ -98,44 +99,49 @@ class Room:
         volatile: bool = False,
         history: bool | None = None,
     ) -> BroadcastResult:
-        """Queue a message for all members of the room. As `manager.broadcast(message, room=name)`.
+        """Queue a message for all members of the room, like `manager.broadcast(message, room=name)`.
 
         Args:
-            message: `str`, bytes, or anything that can be JSON.
-            exclude: Who does not get it: a client id, a socket, or several of them.
-            coalesce_key: If a message with an equal key still waits to be sent to a client, this one takes its place.
-            volatile: Whether it is worth nothing later: it is not kept for clients that are away.
-            history: Whether the room remembers it for newcomers (`room_history`). When left out it does, except for
-                what `on_join` and `on_leave` send with the room that they are given.
+            message: `str`, bytes, or any value that can be encoded as JSON.
+            exclude: Clients that do not get the message: a client id, a socket, or several of them.
+            coalesce_key: A queued message with an equal key is replaced by this one.
+            volatile: Whether the message is only useful now. The server does not store it for detached clients.
+            history: Whether the room stores the message for new members (`room_history`). The default is `True`, and
+                `False` for the room that `on_join` and `on_leave` hooks get.
+
+        Raises:
+            MessageEncodeError: The message cannot be encoded. It was sent to no client.
+            TypeError: `exclude` is neither a client id, nor a socket, nor several of them.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
-        kept = self._history if history is None else history
-        return await self._hub.broadcast(frame, self.name, exclude, history=kept)
+        stored = self._history if history is None else history
+        return await self._hub.broadcast(frame, self.name, exclude, history=stored)
 
     async def remove(self, client_id: str) -> bool:
-        """Take a client out of the room, with all its connections, present or away. They stay open.
+        """Remove a client from the room, with all its connections and sessions. The connections stay open.
 
-        Its presence ends at once. Needs no waiting: it is awaitable so that it can become so where rooms span several
-        processes.
+        The client's presence ends immediately. The call does not wait. It is a coroutine because rooms that span
+        several processes will have to wait.
 
         Returns:
-            Whether it was in the room, or expected back there.
+            Whether the client was in the room, or still present there.
         """
         return self._hub.remove_client(client_id, self.name)
 
     async def close(self) -> int:
-        """Take all members out of the room, those that are away too; connections stay open. Return how many there were.
+        """Remove all members from the room, also detached ones, and return their number. Connections stay open.
 
-        Cancelling leaves the others in.
+        After a cancellation, the remaining members are still in the room.
         """
         return await self._hub.empty_room(self.name)
 
     async def disconnect(self, code: int = 1000, reason: str = "") -> int:
-        """Close the connections of all members, and return how many there were. Waits for none of them.
+        """Close the connections of all members without waiting for them, and return their number.
 
-        What is kept of a member that is away ends, and its client is closed with this code when it comes back.
+        The session or state of a detached member ends. When its client reconnects to it, the server closes the new
+        connection with this code.
 
-        Cancelling leaves the others connected.
+        After a cancellation, the remaining members are still connected.
 
         Raises:
             ValueError: `code` cannot be sent.

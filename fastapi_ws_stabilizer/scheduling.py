@@ -1,9 +1,10 @@
-"""Work for many connections, cut into pieces, so that the turns of the event loop stay short.
+"""Work for many connections, divided into shards so that the iterations of the event loop stay short.
 
-On one event loop sharding is about latency and not about locks: everything runs in one thread anyway, but what runs
-without a pause delays everybody else's messages, pongs and HTTP requests. Each connection belongs to a shard. Work is
-done shard by shard, and when the loop has been held for longer than `MAX_BLOCK` the rest waits for the next turn. More
-shards mean finer cuts; with one shard there are none. A shard of very many is cut too, where the clock is looked at.
+Sharding on one event loop is about latency, not about locks. All code runs in one thread, but work without a pause
+delays messages, pongs and HTTP requests of all other clients. Each connection belongs to a shard. The scheduler works
+shard by shard. After `MAX_BLOCK`, the other shards wait for the next iteration of the event loop. More shards divide
+the work more finely, and one shard does not divide it. In a large shard, the scheduler also checks the clock every
+`CHECK_INTERVAL` connections.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
-from asyncio import _get_running_loop as running_loop  # None where no loop runs, and no exception
+from asyncio import _get_running_loop as running_loop  # returns None instead of raising if no loop runs
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Generic, Protocol, TypeVar
@@ -24,87 +25,90 @@ MIN_COMPACTED: Final = 64
 """Entries of a deadline heap below which removed ones stay in it."""
 
 MAX_BLOCK: Final = 0.005
-"""Seconds after which the event loop gets a turn between two shards."""
+"""Seconds of work after which the event loop can do other work."""
 
 
 CHECK_INTERVAL: Final = 256
-"""Workers of a shard between two looks at the clock."""
+"""Workers of a shard between two reads of the clock."""
 
 
 class Flushable(Protocol):
-    """Something that has work to do soon."""
+    """Worker that has data to flush soon."""
 
     def flush_now(self) -> None:
-        """Do it. Must not wait."""
+        """Write the queued data. Must not wait."""
 
 
 class FlushScheduler:
-    """Runs the work of connections in the next turns of the event loop.
+    """Scheduler that flushes connections in the next iterations of the event loop.
 
-    What is queued for one client within one turn is sent together at its end: that is what makes a burst cheap.
+    Messages that are queued for one client within one iteration are sent together, which makes bursts cheap.
 
     Args:
-        num_shards: How many shards there are.
-        events: Where a worker that fails is reported. The others go on.
-        loop: The event loop that all this happens on; `None` where nothing is checked.
+        num_shards: Number of shards.
+        events: Event bus for a worker that fails. The other workers still run.
+        loop: The event loop of the connections. With `None`, `check_loop` checks nothing.
 
     Attributes:
-        loop: That event loop.
-        sends: How many times user code has sent something.
+        loop: The event loop of the connections.
+        sends: Number of sends by user code.
     """
 
-    __slots__ = ("_context", "_divided", "_events", "_ready", "_scheduled", "_shards", "_turned_at", "loop", "sends")
+    __slots__ = ("_context", "_divided", "_events", "_ready", "_scheduled", "_shards", "_yielded_at", "loop", "sends")
 
     def __init__(self, num_shards: int, events: EventBus, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = loop
         self.sends = 0
         self._shards: tuple[list[Flushable], ...] = tuple([] for _ in range(num_shards))
         self._divided = num_shards > 1
-        self._ready: list[list[Flushable]] = []  # the shards in which somebody waits, in the order in which it began
+        self._ready: list[list[Flushable]] = []  # shards with a waiting worker, in the order in which they became ready
         self._events = events
-        self._context = contextvars.copy_context()  # not that of the connection that happens to book a turn first
+        self._context = contextvars.copy_context()  # not the context of the connection that schedules first
         self._scheduled = False
-        self._turned_at = monotonic()  # when the event loop is known to have turned
+        self._yielded_at = monotonic()  # the last time at which other work is known to have had its turn
 
     def check_loop(self) -> None:
-        """Raise unless this is the event loop that the connections belong to.
+        """Raise unless the event loop of the connections is the running one.
 
-        Outboxes and transports have no locks: what another thread writes gets between the bytes of a frame.
+        Outboxes and transports have no locks, so a write from another thread could end up inside a frame.
 
         Raises:
-            WrongLoopError: Another event loop runs here, or none.
+            WrongLoopError: Another event loop or no event loop runs in this thread.
         """
         loop = self.loop
         if loop is not None and running_loop() is not loop and not loop.is_closed():
             raise WrongLoopError
 
     def pending(self, shard: int) -> list[Flushable]:
-        """The list of those in a shard who wait for a turn. Whoever puts the first into one calls `book` with it."""
+        """Return the list of waiting workers of a shard.
+
+        Code that adds the first worker to an empty list calls `mark_ready` with the list.
+        """
         return self._shards[shard]
 
     def schedule(self, pending: list[Flushable], worker: Flushable) -> None:
-        """Let a worker take its turn soon."""
+        """Flush a worker in one of the next iterations of the event loop."""
         if not pending:
             self.mark_ready(pending)
         pending.append(worker)
 
     def mark_ready(self, pending: list[Flushable]) -> None:
-        """See to it that a list is looked at, in which nobody has waited until now."""
+        """Schedule the list of a shard, which was empty before."""
         self._ready.append(pending)
         if not self._scheduled:
             self._schedule()
 
     def exceeded(self) -> bool:
-        """Whether the event loop may have been held for longer than `MAX_BLOCK`: whoever asks lets it turn then.
+        """Return whether the event loop may be blocked for longer than `MAX_BLOCK`. Then the caller has to yield.
 
-        A sender that computes between two messages gives it no other occasion, and transports and other connections
-        need one. Asked for each message that user code sends, so it is one look at the clock.
+        Transports and other connections need this, because a sender that computes between two messages does not yield
+        otherwise. Hot path: called for each message of user code, it reads the clock once.
         """
         self.sends += 1
         now = monotonic()
-        if now - self._turned_at < MAX_BLOCK:
+        if now - self._yielded_at < MAX_BLOCK:
             return False
-        self._turned_at = now
+        self._yielded_at = now
         return True
 
     def _schedule(self) -> None:
@@ -117,17 +121,17 @@ class FlushScheduler:
         waiting, self._ready = self._ready, []
         try:
             while waiting:
-                self._work_off(waiting, until)
+                self._flush_shard(waiting, until)
                 if monotonic() > until:
                     break
-        finally:  # who has waited longest goes first next time, also if somebody has raised what is not ours to catch
-            self._turned_at = monotonic()  # not before: a sender that goes on after a long turn has held nothing yet
+        finally:  # the shards that have waited longest go first next time, also after a BaseException
+            self._yielded_at = monotonic()  # at the end: a sender that continues now has not blocked the loop itself
             self._ready = waiting + self._ready
             if self._ready and not self._scheduled:
                 self._schedule()
 
-    def _work_off(self, waiting: list[list[Flushable]], until: float) -> None:
-        """Let those in the first shard that waits take their turns. If some are left, it stays the first one."""
+    def _flush_shard(self, waiting: list[list[Flushable]], until: float) -> None:
+        """Flush the workers of the first waiting shard. If some are left, the shard stays the first one."""
         pending = waiting.pop(0)
         workers = tuple(pending)
         pending.clear()
@@ -137,19 +141,19 @@ class FlushScheduler:
                 done += 1
                 try:
                     worker.flush_now()
-                except Exception as error:  # ours to mend, and nobody else's connection may suffer from it
+                except Exception as error:  # a bug of this library, which must not affect other connections
                     self._events.emit_exception("internal_task_failed", error, task=type(worker).__name__)
                 if not done % CHECK_INTERVAL and self._divided and monotonic() > until:
                     break
         finally:
             if done < len(workers):
-                self._ready = [shard for shard in self._ready if shard is not pending]  # where somebody has booked it
+                self._ready = [shard for shard in self._ready if shard is not pending]  # a worker may have added it
                 pending[:0] = workers[done:]
                 waiting.insert(0, pending)
 
 
 class LoopBudget:
-    """Tells a loop over many when it has held the event loop long enough."""
+    """Time budget of a loop over many items, which says when the loop has to yield to the event loop."""
 
     __slots__ = ("_since",)
 
@@ -157,25 +161,26 @@ class LoopBudget:
         self._since = monotonic()
 
     def exceeded(self) -> bool:
-        """Whether `MAX_BLOCK` has passed since it was made or let go."""
+        """Return whether `MAX_BLOCK` has passed since the budget was created or `yield_to_loop` returned."""
         return monotonic() - self._since > MAX_BLOCK
 
     async def yield_to_loop(self) -> None:
-        """Give the event loop a turn. Cancelling is safe."""
+        """Let the event loop do other work, and start a new budget. Cancelling is safe."""
         await asyncio.sleep(0)
         self._since = monotonic()
 
 
 class CallbackSemaphore:
-    """At most `limit` pieces of work at one time; what comes later waits in line.
+    """Semaphore for code that does not run in a task: waiters are callbacks, in FIFO order.
 
-    A semaphore for code that runs in no task. Who finds no slot leaves a function that is called, once, when it may
-    look again. It returns whether it will; who then needs no slot after all must `pass_on`.
+    Code that finds no free slot calls `wait` with a callback. The semaphore calls it once, when a slot is free. The
+    callback returns whether it will use the slot. If it returns `True` and the slot is not needed later, the code must
+    call `wake_next`.
 
     Attributes:
-        limit: How many slots there are.
-        taken: How many are taken now.
-        line: Who waits.
+        limit: Number of slots.
+        taken: Number of slots in use.
+        waiters: Callbacks that wait for a slot.
     """
 
     __slots__ = ("limit", "taken", "waiters")
@@ -186,7 +191,7 @@ class CallbackSemaphore:
         self.waiters: deque[Callable[[], bool]] = deque()
 
     def __len__(self) -> int:
-        """How many wait in line."""
+        """Return the number of waiters."""
         return len(self.waiters)
 
     @property
@@ -199,16 +204,16 @@ class CallbackSemaphore:
         self.taken += 1
 
     def release(self) -> None:
-        """Give a slot back and let the first in line look."""
+        """Release a slot and wake the next waiter."""
         self.taken -= 1
         self.wake_next()
 
-    def wait(self, look_again: Callable[[], bool]) -> None:
-        """Stand in line."""
-        self.waiters.append(look_again)
+    def wait(self, retry: Callable[[], bool]) -> None:
+        """Add a waiter."""
+        self.waiters.append(retry)
 
     def wake_next(self) -> None:
-        """Let the first in line that wants to look, if there is a slot."""
+        """Call waiters until one returns `True`, while a slot is free."""
         while self.waiters and self.free:
             if self.waiters.popleft()():
                 break

@@ -1,4 +1,4 @@
-"""`StableSocket`: what an endpoint, a hook or a handler holds of its connection."""
+"""`StableSocket`: the interface of endpoints, hooks and handlers to their connection."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ from asyncio import _get_running_loop as running_loop
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from fastapi import WebSocket
 from pydantic import GetCoreSchemaHandler
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import CoreSchema
+from starlette.datastructures import URL, Address, Headers, MutableHeaders, QueryParams, State
+from starlette.websockets import WebSocketState
 
+from fastapi_ws_stabilizer.clock import monotonic
 from fastapi_ws_stabilizer.close_codes import CloseInfo, DisconnectReason
 from fastapi_ws_stabilizer.connection.connection import Connection
-from fastapi_ws_stabilizer.connection.facts import SocketFacts
 from fastapi_ws_stabilizer.connection.inbox import InboxClosed
 from fastapi_ws_stabilizer.connection.pump import drop_without_reader, on_inbox_full
-from fastapi_ws_stabilizer.errors import ConcurrentReceiveError, MessageFormatError, SocketClosed
+from fastapi_ws_stabilizer.errors import (
+    ConcurrentReceiveError,
+    MemoryLimitExceededError,
+    MessageFormatError,
+    SocketClosed,
+)
 from fastapi_ws_stabilizer.hub.presence import PresenceList
+from fastapi_ws_stabilizer.memory.budget import MemoryBudget
+from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
+from fastapi_ws_stabilizer.sessions.session import ResumeOutcome
 from fastapi_ws_stabilizer.wire.encoded import encode, encode_json
+from fastapi_ws_stabilizer.wire.handshake import ANSWERED_KEY, HEADERS_KEY
 from fastapi_ws_stabilizer.wire.strict_json import InvalidJsonError, read_json
 from fastapi_ws_stabilizer.wire.v1.frames import Message
 from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
@@ -26,42 +38,42 @@ from fastapi_ws_stabilizer.wrong_names import OF_SOCKET, missing
 T = TypeVar("T")
 
 READER_START_GRACE = 0.1
-"""Seconds in which a task that an endpoint has started to read waits for its first message, though others run first."""
+"""Seconds that a reader task of the endpoint has to start reading after `wait_closed()` was called."""
 
 
 class Services(Protocol):
-    """What a manager does for its sockets."""
+    """Services of a manager for its sockets."""
 
     async def run(self, socket: StableSocket, concurrency: int) -> None:
-        """Hand every message to the handlers."""
+        """Dispatch every message of a socket to the handlers."""
 
     def join(self, connection: Connection, room: str, metadata: Mapping[str, Any] | None) -> PresenceList:
-        """Let a connection into a room."""
+        """Add a connection to a room and return the presence list."""
 
     def leave_room(self, connection: Connection, room: str) -> bool:
-        """Take a connection out of a room."""
+        """Remove a connection from a room; `False` if it is not in the room."""
 
     def rooms_of(self, connection: Connection) -> tuple[str, ...]:
-        """The rooms that a connection is in, or was in when it ended."""
+        """Return the rooms that a connection or its session is in, or was in when it ended."""
 
     def history(self, connection: Connection, room: str, count: int, *, newcomer: bool) -> None:
-        """Send the last messages of a room to a connection that has joined it, as far as it has not had them."""
+        """Send the last messages of a room to a connection that has joined it, except those that it already got."""
 
     def address_of(self, connection: Connection) -> str:
-        """Where the client of a connection comes from."""
+        """Return the address of the client of a connection."""
 
     def reconnect_token(self, connection: Connection) -> str:
-        """Make a reconnect token for a connection."""
+        """Create a reconnect token for a connection."""
 
 
-class StableSocket(SocketFacts):
-    """An accepted, registered WebSocket that looks after itself.
+class StableSocket:
+    """Accepted and registered WebSocket of one client.
 
-    One task at a time reads it, and any task of its event loop may send. A message leaves at once, or is queued while
-    the network takes nothing. `send` waits while the client's outbox is full, and a client that stays stuck is
-    disconnected after `send_timeout`. When the connection is over, senders get `SocketClosed` at once, and readers get
-    it after they have read what had come in. Another thread calls `manager.from_thread.run(ws.send, message)`; without
-    that, the call raises `WrongLoopError`.
+    One task at a time may read, and any task of the event loop may send. A message is sent immediately, or queued while
+    the network takes nothing. `send` waits while the outbox of the client is full. After `send_timeout` without
+    progress, the server disconnects the client. Once the connection is closed, a send raises `SocketClosed`
+    immediately, and a read raises it after the received messages. Another thread calls
+    `manager.from_thread.run(ws.send, message)`, because a direct call raises `WrongLoopError` there.
 
     ```python
     @app.websocket("/ws/{client_id}")
@@ -71,10 +83,10 @@ class StableSocket(SocketFacts):
     ```
 
     Attributes:
-        identity: What the dependency of `manager.socket_for(...)` returned.
+        identity: Return value of the dependency of `manager.socket_for(...)`.
     """
 
-    __slots__ = ("_services", "identity")
+    __slots__ = ("_connection", "_metadata", "_services", "_user_data", "identity")
 
     def __init__(
         self,
@@ -84,22 +96,27 @@ class StableSocket(SocketFacts):
         metadata: Mapping[str, Any] | None = None,
         identity: Any = None,
     ) -> None:
-        super().__init__(connection, metadata)
+        self._connection = connection
         self._services = services
+        self._metadata: MeteredDict | None = None
+        self._user_data: MeteredDict | None = None
+        if metadata:
+            self._metadata = MeteredDict(connection.budget, None, metadata)
+            self._metadata.owner = connection
         self.identity: Any = identity
 
-    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+    if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
-            """Say what to write instead of a name that it does not have."""
+            """Raise for an unknown name, with a hint for names that other libraries use."""
             return missing(self, name, OF_SOCKET)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Say what an endpoint has to write that asks for a socket as if it were a query parameter.
+        """Raise with a hint if an endpoint declares the socket like a query parameter.
 
         Raises:
-            TypeError: A socket is no data. Models that allow arbitrary types may have one.
+            TypeError: A socket cannot be validated as data. Models that allow arbitrary types may contain one.
         """
         try:
             return handler(source)
@@ -110,20 +127,270 @@ class StableSocket(SocketFacts):
             ) from None
 
     def __repr__(self) -> str:
-        how = "open" if self.close_info is None else self.close_info.cause.value
-        return f"<StableSocket client_id={self.client_id!r} connection_id={self.connection_id} {how}>"
+        state = "open" if self.close_info is None else self.close_info.cause.value
+        return f"<StableSocket client_id={self.client_id!r} connection_id={self.connection_id} {state}>"
+
+    # ── identity and handshake ──
+
+    @property
+    def client_id(self) -> str:
+        """Id of the client. Several connections can share it."""
+        return self._connection.client_id
+
+    @property
+    def connection_id(self) -> str:
+        """Unique id of this connection."""
+        return self._connection.connection_id
+
+    @property
+    def recipient_id(self) -> str:
+        """Id used in rooms: that of the session, or of the connection if there is no session."""
+        recipient_id: str = self._connection.recipient.connection_id
+        return recipient_id
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata passed to `manager.connect(..., metadata=...)`."""
+        if self._metadata is None:
+            self._metadata = MeteredDict(self._open_budget, self._connection.recipient)
+        return self._metadata
+
+    @property
+    def user_data(self) -> dict[str, Any]:
+        """Data of your application for this session, or for this connection if there is no session.
+
+        Each write is counted. A write that would exceed `max_memory_per_connection` raises `MemoryLimitExceededError`
+        and changes nothing.
+        """
+        session = self._connection.session
+        if session is not None:
+            if session.user_data is None:
+                session.user_data = MeteredDict(self._connection.budget if session.ended is None else None, session)
+            return session.user_data
+        if self._user_data is None:
+            self._user_data = MeteredDict(self._open_budget, self._connection)
+        return self._user_data
+
+    @user_data.setter
+    def user_data(self, data: Mapping[str, Any]) -> None:
+        """Replace the contents with a copy of another dict.
+
+        Raises:
+            MemoryLimitExceededError: The new contents exceed the memory limit. The old contents stay.
+        """
+        current: Any = self.user_data
+        if data is not current:  # `ws.user_data |= ...` has already written to it
+            current.replace(data)
+
+    @property
+    def _open_budget(self) -> MemoryBudget | None:
+        """Memory budget for new data; `None` once the connection is closed, because nothing would release it."""
+        return self._connection.budget if self._connection.close_info is None else None
+
+    @property
+    def _user_data_bytes(self) -> int:
+        """Bytes held by the metadata and the connection's user data, without the session's user data."""
+        return self._metadata_bytes + (0 if self._user_data is None else self._user_data.held_bytes)
+
+    @property
+    def _metadata_bytes(self) -> int:
+        """Bytes held by the metadata."""
+        return 0 if self._metadata is None else self._metadata.held_bytes
+
+    def _transfer_user_data(self, user_data: MeteredDict) -> None:
+        """Take over the user data of an earlier connection as the same dict, since its hooks may still write to it.
+
+        Raises:
+            MemoryLimitExceededError: The data does not fit together with this connection's own data, which stays.
+        """
+        own, self._user_data = self._user_data, user_data
+        previous_owner, user_data.owner = (
+            user_data.owner,
+            self._connection,
+        )  # eviction frees memory for this connection and spares it
+        if own is None:
+            return
+        try:
+            user_data.update(own)
+        except MemoryLimitExceededError:
+            self._user_data, user_data.owner = own, previous_owner
+            raise
+        own.detach()
+
+    def _copy_user_data(self, user_data: Mapping[str, Any]) -> None:
+        """Copy the user data of another connection. This connection's own values take precedence.
+
+        Raises:
+            MemoryLimitExceededError: The copy does not fit.
+        """
+        self.user_data.update({**user_data, **self.user_data})
+
+    def _detach_user_data(self) -> None:
+        """Stop counting the data that belongs to this closed connection alone."""
+        if self._metadata is not None:
+            self._metadata.detach()
+        if self._user_data is not None and self._user_data.owner is self._connection:
+            self._user_data.detach()
+        if not self._connection.opened:  # it was rejected, so `_open_budget` cannot see a `close_info`
+            self._metadata = self._metadata or MeteredDict(None, None)
+            self._user_data = self._user_data or MeteredDict(None, None)
+
+    @property
+    def session_id(self) -> str | None:
+        """Session id of a `stabilizer.v1.json` client, the same in all its connections; `None` for a plain client."""
+        session = self._connection.session
+        return None if session is None else session.connection_id
+
+    @property
+    def resumed(self) -> ResumeOutcome:
+        """Outcome of the client's resume request; `none` if it did not ask to resume."""
+        return self._connection.outcome
+
+    @property
+    def websocket(self) -> WebSocket:
+        """Starlette's `WebSocket` of this connection. Its reads and writes go through this socket's queues."""
+        return self._connection.websocket
+
+    @property
+    def scope(self) -> Any:
+        """ASGI scope of the handshake."""
+        return self.websocket.scope
+
+    @property
+    def app(self) -> Any:
+        """Application that serves this connection."""
+        return self.websocket.app
+
+    @property
+    def url(self) -> URL:
+        """URL of the handshake."""
+        return self.websocket.url
+
+    @property
+    def headers(self) -> Headers:
+        """Headers of the handshake."""
+        return self.websocket.headers
+
+    @property
+    def query_params(self) -> QueryParams:
+        """Query parameters of the handshake."""
+        return self.websocket.query_params
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        """Path parameters of the handshake."""
+        return self.websocket.path_params
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """Cookies of the handshake."""
+        return self.websocket.cookies
+
+    @property
+    def client(self) -> Address | None:
+        """Address of the peer, which may be a proxy."""
+        return self.websocket.client
+
+    @property
+    def subprotocol(self) -> str | None:
+        """Subprotocol in the handshake response.
+
+        `None` before the handshake is accepted, without a subprotocol, and if your code accepted the WebSocket itself.
+        """
+        subprotocol: str | None = self.scope.get(ANSWERED_KEY)
+        return subprotocol
+
+    @property
+    def accept_headers(self) -> MutableHeaders:
+        """Headers of the handshake response, such as `Set-Cookie`. For use in `on_handshake` functions.
+
+        Raises:
+            RuntimeError: The handshake is already answered. If an identity reads the first message, it is answered
+                before the `on_handshake` functions run.
+        """
+        if self.websocket.application_state is not WebSocketState.CONNECTING:
+            raise RuntimeError("the handshake is already answered: set ws.accept_headers in an on_handshake function")
+        headers: MutableHeaders = self.scope.setdefault(HEADERS_KEY, MutableHeaders())
+        return headers
+
+    @property
+    def state(self) -> State:
+        """State that middleware and dependencies attached to this connection."""
+        return self.websocket.state
+
+    # ── state ──
+
+    @property
+    def close_info(self) -> CloseInfo | None:
+        """Close info of the connection; `None` while it is open."""
+        return self._connection.close_info
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is closing or closed."""
+        return self._connection.close_info is not None
+
+    @property
+    def reason(self) -> DisconnectReason | None:
+        """Cause of the close; `None` while the connection is open."""
+        return None if self.close_info is None else self.close_info.cause
+
+    @property
+    def rtt(self) -> float | None:
+        """Last measured round trip in seconds; `None` before the first answered ping."""
+        return self._connection.liveness.rtt
+
+    @property
+    def connected_seconds(self) -> float:
+        """Seconds since the connection was opened."""
+        return monotonic() - self._connection.opened_at
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the last frame came from the client."""
+        return monotonic() - self._connection.liveness.last_seen
+
+    @property
+    def queued_messages(self) -> int:
+        """Number of messages waiting to be sent."""
+        return len(self._connection.outbox)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes waiting to be sent."""
+        return self._connection.outbox.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory held for the connection or its session: queued and unacknowledged messages, user data."""
+        return self._connection.memory_usage
+
+    @property
+    def dropped_messages(self) -> int:
+        """Number of messages dropped because the client is a slow consumer."""
+        return self._connection.dropped_messages
+
+    @property
+    def unread_messages(self) -> int:
+        """Number of received messages waiting to be read."""
+        return len(self._connection.inbox)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of memory held by unread messages."""
+        return self._connection.inbox.held_bytes
 
     @property
     def address(self) -> str:
-        """Where the client comes from: what `trusted_proxies` say, else the address of the other end."""
+        """Address of the client, as `trusted_proxies` report it, else the address of the peer."""
         return self._services.address_of(self._connection)
 
     async def wait_closed(self) -> CloseInfo:
-        """Wait until the connection is over or ending, and return how. Cancelling is safe.
+        """Wait until the connection is closed or closing, and return its close info. Cancelling is safe.
 
-        An endpoint that has waited here for 0.1 s and has not read a message is one that does not read, as by
-        `ignore_messages()`, unless a task of it waits for a message. One that has read is waited for, for
-        `inbox_pause_timeout`.
+        If your code has read no message after 0.1 s of waiting, and no task waits for a message, the endpoint counts as
+        one that does not read, as after `ignore_messages()`. For an endpoint that has read before, a full inbox stays
+        for `inbox_pause_timeout`.
         """
         connection = self._connection
         connection.check_loop()
@@ -131,7 +398,7 @@ class StableSocket(SocketFacts):
             return await connection.wait_closing()
         inbox = connection.inbox
         inbox.begin_to_decide()
-        # A cancelled timer keeps its context until it is due, and that of this endpoint should go with the connection.
+        # A cancelled timer holds its context until it is due. The endpoint's context must not outlive the connection.
         context, loop = connection._parts.outbox_limits.context, asyncio.get_running_loop()
         timer = loop.call_later(READER_START_GRACE, drop_without_reader, connection, context=context)
         try:
@@ -146,12 +413,11 @@ class StableSocket(SocketFacts):
     # ── receiving ──
 
     def ignore_messages(self) -> None:
-        """Say that this endpoint reads no more: what the client sends then holds up nothing, and is counted.
+        """Declare that this endpoint does not read, so that a full inbox drops its oldest messages.
 
-        Without it the messages wait in the inbox until that is full, and reading pauses. Pings, pongs and
-        acknowledgements are dealt with in any case. The newest messages stay in the inbox, and what goes counts in
-        `messages_discarded`. Requests of `stabilizer.v1.json` clients are answered with the error `not_read` at once.
-        It holds until the endpoint reads a message again.
+        Otherwise reading pauses when the inbox is full. The library still handles pings, pongs and acknowledgements.
+        `messages_discarded` counts the dropped messages. Requests of `stabilizer.v1.json` clients get the error
+        `not_read` immediately. The declaration ends when the endpoint reads a message.
 
         Raises:
             NotOpenError: The connection is not accepted yet.
@@ -166,7 +432,7 @@ class StableSocket(SocketFacts):
         """Wait for the next message, text or bytes. Cancelling is safe: no message is lost.
 
         Raises:
-            SocketClosed: The connection is over, and everything that came in before has been read.
+            SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving from this connection.
         """
         return await self._connection.receive()
@@ -175,34 +441,34 @@ class StableSocket(SocketFacts):
         """Wait for the next message, which must be text. Cancelling is safe.
 
         Raises:
-            MessageFormatError: It is binary. The connection stays usable.
-            SocketClosed: The connection is over.
+            MessageFormatError: The message is binary. The connection stays open.
+            SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
         message = await self._connection.receive()
         if not isinstance(message, str):
-            raise MessageFormatError("a text message was expected and a binary one came: use receive() to take both")
+            raise MessageFormatError("expected a text message, got a binary one: use receive() to accept both")
         return message
 
     async def receive_bytes(self) -> bytes:
         """Wait for the next message, which must be binary. Cancelling is safe.
 
         Raises:
-            MessageFormatError: It is text. The connection stays usable.
-            SocketClosed: The connection is over.
+            MessageFormatError: The message is text. The connection stays open.
+            SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
         message = await self._connection.receive()
         if not isinstance(message, bytes):
-            raise MessageFormatError("a binary message was expected and a text one came: use receive() to take both")
+            raise MessageFormatError("expected a binary message, got a text one: use receive() to accept both")
         return message
 
     async def receive_json(self) -> Any:
         """Wait for the next message, text or binary, and return the JSON value in it. Cancelling is safe.
 
         Raises:
-            MessageFormatError: It is not JSON. The connection stays usable.
-            SocketClosed: The connection is over.
+            MessageFormatError: The message is not JSON. The connection stays open.
+            SocketClosed: The connection is closed, and all received messages have been read.
             ConcurrentReceiveError: Another task is receiving.
         """
         message = await self._connection.receive_item()
@@ -217,16 +483,16 @@ class StableSocket(SocketFacts):
             raise MessageFormatError(f"the message cannot be read: {problem}") from None
 
     def __aiter__(self) -> AsyncIterator[str | bytes]:
-        """Iterate over the messages until the connection is over."""
+        """Iterate over the messages until the connection closes."""
         return self
 
     async def __anext__(self) -> str | bytes:
-        """The next message, for `async for`. Cancelling is safe."""
+        """Return the next message, for `async for`. Cancelling is safe."""
         if not self._connection.opened:
             self._connection.check_opened()
         if running_loop() is not self._connection._parts.loop:
             self._connection.check_loop()
-        try:  # not by receive(), which an idle connection would hold a frame of
+        try:  # without receive(), because an idle connection would hold its coroutine frame
             item = await self._connection.inbox.get()
         except InboxClosed:
             await self._connection.yield_after_end()
@@ -237,7 +503,7 @@ class StableSocket(SocketFacts):
         return self._connection.read(item)
 
     async def iter_text(self) -> AsyncIterator[str]:
-        """Iterate over the messages, which must all be text, until the connection is over."""
+        """Iterate over the messages, which must all be text, until the connection closes."""
         try:
             while True:
                 yield await self.receive_text()
@@ -245,7 +511,7 @@ class StableSocket(SocketFacts):
             return
 
     async def iter_bytes(self) -> AsyncIterator[bytes]:
-        """Iterate over the messages, which must all be binary, until the connection is over."""
+        """Iterate over the messages, which must all be binary, until the connection closes."""
         try:
             while True:
                 yield await self.receive_bytes()
@@ -253,7 +519,7 @@ class StableSocket(SocketFacts):
             return
 
     async def iter_json(self) -> AsyncIterator[Any]:
-        """Iterate over the JSON values in the messages until the connection is over."""
+        """Iterate over the JSON values in the messages until the connection closes."""
         try:
             while True:
                 yield await self.receive_json()
@@ -261,86 +527,89 @@ class StableSocket(SocketFacts):
             return
 
     async def run(self, *, concurrency: int = 1) -> None:
-        """Hand every message to the handlers of `@manager.on_message` until the connection is over.
+        """Dispatch every message to the handlers of `@manager.on_message` until the connection closes.
 
         Args:
-            concurrency: How many messages may be handled at the same time. With 1, the default, they are handled one
-                after the other, in order; with more, their order is not kept.
+            concurrency: Maximum messages that are handled at the same time. With 1, the default, messages are handled
+                in order. With more, the order is undefined.
 
         Raises:
             ValueError: `concurrency` is below 1.
             ConcurrentReceiveError: Another task is receiving.
-            Exception: Whatever a handler raises ends the run and with it the connection.
+            Exception: An exception of a handler ends the run and closes the connection.
         """
         await self._services.run(self, concurrency)
 
     # ── rooms ──
 
     async def join(self, room: str, metadata: Mapping[str, Any] | None = None, *, history: int = 0) -> PresenceList:
-        """Join a room, and return who is there by now, oneself included. Joining again renews the metadata.
+        """Join a room and return its presence list, with this client in it. Joining again replaces the metadata.
 
-        The `Presence`s are collected when they are first looked at: `list(await ws.join("lobby"))`.
+        The list collects its `Presence` items on first use: `list(await ws.join("lobby"))`.
 
-        The connection leaves its rooms when it ends. Needs no waiting: it is awaitable so that it can become so where
-        rooms span several processes.
+        The connection leaves its rooms when it ends. The call does not wait. It is a coroutine because rooms that span
+        several processes will have to wait.
 
         Args:
-            room: Its name. It is made by the first who joins.
-            metadata: What the others see of this client in the room: a name, a colour, a status.
-            history: How many of the room's last messages are sent to this connection first, as far as the room
-                remembers them (`room_history`). Only a newcomer gets them: a member that joins again gets none. A plain
-                client that is back in its rooms with a reconnect token gets what was said since it left.
+            room: Name of the room. The first client that joins creates the room.
+            metadata: Values that the room shows for this client, such as a name, a colour or a status.
+            history: Number of the room's last messages that this connection gets first, if the room stores them
+                (`room_history`). A client that is already in the room gets none. A plain client that reconnected with a
+                reconnect token gets the messages since it was lost.
 
         Raises:
-            TypeError: The metadata is no mapping.
-            RoomNameError: It is empty, too long, or has a control character.
-            RoomLimitError: The connection is in `max_rooms_per_connection` rooms.
-            MemoryLimitExceededError: The metadata is more than may be held for the connection. It is not in the room.
-            SocketClosed: The connection is over.
+            TypeError: The metadata is not a mapping.
+            RoomNameError: The name is empty, too long, or has a control character.
+            RoomLimitError: The connection is already in `max_rooms_per_connection` rooms.
+            MemoryLimitExceededError: The metadata exceeds a memory limit. The connection has not joined the room.
+            SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
         await self._connection.still_open()
         newcomer = history > 0 and room not in self._services.rooms_of(self._connection)
-        roster = self._services.join(self._connection, room, metadata)
+        presence = self._services.join(self._connection, room, metadata)
         if history > 0:
             self._services.history(self._connection, room, history, newcomer=newcomer)
-        return roster
+        return presence
 
     async def leave(self, room: str) -> bool:
-        """Leave a room; `False` if it is not in. Presence ends at once, without a grace."""
+        """Leave a room; `False` if the connection is not in it. Its presence ends immediately, without a grace."""
         self._connection.check_loop()
         return self._services.leave_room(self._connection, room)
 
     @property
     def rooms(self) -> tuple[str, ...]:
-        """The rooms that this connection is in, in the order in which it joined them.
+        """The rooms of this connection, in the order in which it joined them.
 
-        After its end they are those that it was in then. Those of a session are live until that ends.
+        After the end of the connection, these are the rooms that it was in at that time. The rooms of a session are
+        live until the session ends.
         """
         return self._services.rooms_of(self._connection)
 
     # ── sending ──
 
     async def send(self, message: Any, *, coalesce_key: Any = None, volatile: bool = False, ack: bool = False) -> None:
-        """Send anything: `str` as text, bytes as binary, all else as JSON. Waits while the outbox is full.
+        """Send a message: `str` as text, bytes as binary, any other value as JSON. Wait while the outbox is full.
 
-        It leaves when it is sent, also if the code that sends it then computes for long without an `await`. Messages of
-        one task arrive in the order of their calls. Cancelling while it waits for room leaves the message out.
+        The message is written immediately, even if your code then computes for long without an `await`. Messages of one
+        task arrive in the order of the calls. If the call is cancelled while it waits for room, the message is not
+        sent.
 
         Args:
-            message: What to send.
-            coalesce_key: If a message with an equal key still waits to be sent, this one takes its place: for what is
-                worth nothing when there is a newer one, such as a price or the place of a cursor. Only plain clients
-                and volatile messages are coalesced.
-            volatile: Whether it is worth nothing later: it is not kept for a client that is away.
-            ack: Whether to wait until the client has acknowledged it, also if it reconnects in between.
+            message: The message.
+            coalesce_key: A queued message with an equal key is replaced by this one. Use it for values that a newer
+                message supersedes, such as a price or a cursor position. Only messages to plain clients and volatile
+                messages are coalesced.
+            volatile: Whether the message is only useful now. The server does not store it for a detached client.
+            ack: Whether to wait until the client has acknowledged the message, also across a reconnect.
 
         Raises:
-            MessageEncodeError: The message cannot be encoded; the connection stays usable.
-            SocketClosed: The connection is over.
-            SessionEndedError: With `ack`: the session ended before the client had acknowledged it.
-            RequestError: With `ack`: the client came back too late, and will not get it.
+            MessageEncodeError: The message cannot be encoded. The connection stays open.
+            SocketClosed: The connection is closed.
+            SessionEndedError: With `ack`: the session ended before the client acknowledged the message.
+            RequestError: With `ack`: the client reconnected too late and will not get the message.
             UnsupportedByClientError: With `ack`: the client does not speak `stabilizer.v1.json`.
+            ValueError: `ack` and `volatile` are both set.
         """
         frame = encode(message, coalesce_key, volatile=volatile)
         if ack:
@@ -351,62 +620,67 @@ class StableSocket(SocketFacts):
             await self._connection.yield_for_send()
 
     async def request(self, event: str, data: Any = None, *, timeout: float = 10.0) -> Any:
-        """Ask the client something, and return its answer. Survives a reconnect in between. Cancelling is safe.
+        """Send a request to the client and return its reply, also across a reconnect. Cancelling is safe.
 
         Args:
-            event: What it is asked.
-            data: What comes with it.
-            timeout: Seconds to wait for the answer.
+            event: Name of the request.
+            data: Data of the request.
+            timeout: Seconds to wait for the reply.
 
         Raises:
-            RequestError: The client answered with an error, or too many requests to it are open.
-            RequestTimeoutError: It did not answer in time.
-            SessionEndedError: The session ended before it answered.
-            SocketClosed: The connection is over.
+            RequestError: The client replied with an error, or has too many open requests.
+            RequestTimeoutError: The client did not reply in time.
+            SessionEndedError: The session ended before the reply.
+            SocketClosed: The connection is closed.
             UnsupportedByClientError: The client does not speak `stabilizer.v1.json`.
-            MessageEncodeError: The data cannot be JSON that the client reads, or the event is no name.
+            MessageEncodeError: The data cannot be encoded as JSON that the client can read, or `event` is not a name.
         """
         return await self._connection.request(event, data, timeout)
 
     async def send_text(self, data: str) -> None:
-        """Send a text message. As `send`."""
+        """Send a text message like `send`."""
         await self._connection.send(encode(data))
 
     async def send_bytes(self, data: bytes) -> None:
-        """Send a binary message. As `send`."""
+        """Send a binary message like `send`."""
         await self._connection.send(encode(data))
 
     async def send_json(self, data: Any, mode: str = "text") -> None:
-        """Send a value as JSON, a `str` too, in a text frame or with `mode="binary"` in a binary one. As `send`."""
+        """Send a value as JSON like `send`, also a `str`. `mode="binary"` uses a binary frame instead of a text frame.
+
+        Raises:
+            ValueError: `mode` is neither `text` nor `binary`.
+        """
         if mode not in ("text", "binary"):
             raise ValueError(f"mode must be 'text' or 'binary', not {mode!r}")
         frame = encode_json(data)
         await self._connection.send(frame if mode == "text" else encode((frame.text or "").encode("utf-8")))
 
     def reconnect_token(self) -> str:
-        """Make a token by which a plain client gets this connection's rooms and user data back after a disconnect.
+        """Create a token that restores this connection's rooms and user data for a plain client after a disconnect.
 
-        Send it, and let the client present it as `?reconnect_token=` of its next connection. It is good once. As
-        `manager.generate_reconnect_token(ws)`.
+        Send the token to the client. The client sends it as `?reconnect_token=` of its next connection. It is valid
+        once. `manager.generate_reconnect_token(ws)` does the same.
 
         Raises:
             InvalidTokenError: `enable_reconnect` is False.
-            SocketClosed: The connection is over.
+            SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
         self._connection.check_open()
         return self._services.reconnect_token(self._connection)
 
-    # ── ending ──
+    # ── closing ──
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Send what is queued, then the close frame. Nothing happens if the connection is over already.
+        """Send the queued messages and then the close frame. Do nothing if the connection is already closed.
 
-        Returns when that is done, at the latest after `send_timeout`. Cancelling does not stop it.
+        The call returns when the close frame is sent, or after `send_timeout`. Cancelling ends the wait, but not the
+        close.
 
         Args:
-            code: 1000 to 1003, 1007 to 1014 or 3000 to 4999.
-            reason: Cut to 123 bytes on a character border.
+            code: Close code: 1000 to 1003, 1007 to 1014 or 3000 to 4999.
+            reason: Close reason, truncated to 123 bytes at a character boundary.
 
         Raises:
             ValueError: `code` cannot be sent.
@@ -418,13 +692,13 @@ class StableSocket(SocketFacts):
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Start a task that is cancelled when the connection ends.
 
-        An exception in it ends the connection as one in the endpoint would: a bug is reported and closes 1011, an
-        `HTTPException` closes 4000 + its status. `SocketClosed` is no news.
+        An exception in the task closes the connection like one in the endpoint: with 1011 and a log record for a bug,
+        with 4000 + the status for an `HTTPException`. `SocketClosed` is ignored.
 
-        It does not wait, so a loop that only calls this and catches `SocketClosed` holds the event loop for ever.
+        The call does not wait, so a loop that only calls it and catches `SocketClosed` blocks the event loop.
 
         Raises:
-            SocketClosed: The connection is over.
+            SocketClosed: The connection is closed.
             NotOpenError: The connection is not accepted yet.
         """
         return self._connection.spawn(coroutine, name)

@@ -1,4 +1,4 @@
-"""From a WebSocket to a socket and back: what the dependencies are made of."""
+"""The context manager and the dependencies that turn a WebSocket into a socket and close it at the end."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.handshake import SERVED_KEY
 
 NodeProvider = Callable[[WebSocket], Awaitable[Node]]
-"""Returns the running node for a handshake, and rejects the handshake if there is none."""
+"""Function that returns the running node for a handshake, and rejects the handshake if there is none."""
 
 
 async def reject_handshake(admission: AdmissionController, websocket: WebSocket, error: Exception) -> Exception:
-    """Turn a client away; at the doors where it stands too, nobody else has to."""
+    """Reject a handshake, and mark it and its parents as rejected, so that no other scope rejects it again.
+
+    Returns:
+        The exception to raise.
+    """
     handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
     while handshake is not None:
         handshake.rejected = True
         if handshake.admission is admission:
-            handshake.reservation.release()  # it may take its time to hear that it has none
+            handshake.reservation.release()  # before the answer, because the client may read it slowly
         handshake = handshake.parent
     return await admission.rejector.reject(websocket, error, admission.address_of(websocket))
 
 
 def current_handshake(admission: AdmissionController, websocket: WebSocket) -> Handshake | None:
-    """The client that stands at a admission, if it has handshake_guard there."""
+    """Return the handshake of this WebSocket that an admission controller has admitted; `None` without one."""
     handshake: Handshake | None = websocket.scope.get(HANDSHAKE_SCOPE_KEY)
     while handshake is not None and handshake.admission is not admission:
         handshake = handshake.parent
@@ -79,12 +83,13 @@ async def handshake_scope(node: Node, websocket: WebSocket) -> AsyncIterator[Han
 
 
 class SocketContext:
-    """Accepts, registers and gives a socket, and closes it at the end. Entered and left in the task that serves it.
+    """Async context manager that accepts and registers a socket, and closes it at the end.
 
-    A class and not a generator, because each open connection holds one.
+    Enter and exit it in the task that serves the WebSocket. It is a class instead of a generator to save memory,
+    because each open connection holds one.
     """
 
-    __slots__ = ("_connection", "_node", "_node_for", "_opening")
+    __slots__ = ("_arguments", "_connection", "_node", "_node_for")
 
     _connection: Connection
     _node: Node
@@ -103,14 +108,14 @@ class SocketContext:
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
         self._node_for = node_for
-        self._opening: tuple[WebSocket, str | None, Any, float | None, bool] | None
-        self._opening = websocket, client_id, identity, expires_in, control_frames
+        self._arguments: tuple[WebSocket, str | None, Any, float | None, bool] | None
+        self._arguments = websocket, client_id, identity, expires_in, control_frames
 
     async def __aenter__(self) -> StableSocket:
-        if self._opening is None:
-            raise RuntimeError("what manager.serve() returns can be entered once")
-        websocket, client_id, identity, expires_in, control_frames = self._opening
-        self._opening = None
+        if self._arguments is None:
+            raise RuntimeError("manager.serve() returns a context manager that can be entered only once")
+        websocket, client_id, identity, expires_in, control_frames = self._arguments
+        self._arguments = None
         self._node = await self._node_for(websocket)
         async with handshake_scope(self._node, websocket) as handshake:
             self._connection = await self._node.accept(
@@ -137,7 +142,7 @@ class SocketContext:
 def anonymous_dependency(
     serve: Callable[..., SocketContext], control_frames: bool, subprotocols: tuple[str, ...]
 ) -> Callable[..., AsyncIterator[StableSocket]]:
-    """Make a dependency that takes the client id from the path or the query."""
+    """Create a dependency that takes the client id from the path or the query."""
 
     async def socket(websocket: WebSocket) -> AsyncIterator[StableSocket]:
         async with serve(websocket, control_frames=control_frames, subprotocols=subprotocols) as socket:
@@ -155,10 +160,10 @@ def identity_dependency(
     control_frames: bool,
     subprotocols: tuple[str, ...],
 ) -> Callable[..., AsyncIterator[StableSocket]]:
-    """Make a dependency that takes the client id from another one."""
+    """Create a dependency that takes the client id from another dependency."""
 
     async def handshake_guard(websocket: WebSocket) -> AsyncIterator[None]:
-        """Stands before the identity, so that it need not be asked of everybody, and hears what it raises."""
+        """Admit the handshake before the identity dependency runs, and reject it if that dependency raises."""
         if subprotocols:
             websocket.scope[SERVED_KEY] = subprotocols
         async with handshake_scope(await node_for(websocket), websocket):
@@ -178,7 +183,7 @@ def identity_dependency(
         async with served as socket:
             yield socket
 
-    # Under `from __future__ import annotations` FastAPI would look for `identify` among this module's names.
+    # With `from __future__ import annotations`, FastAPI would resolve `identify` in this module's globals.
     identified_socket.__annotations__ = {
         "websocket": WebSocket,
         "_": Annotated[None, Depends(handshake_guard)],

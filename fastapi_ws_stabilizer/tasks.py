@@ -1,4 +1,7 @@
-"""The one place where tasks are made: named, strongly held, their failure reported, closed together."""
+"""Creation of tasks: each has a name and a strong reference, and a failure is reported.
+
+No other module creates tasks.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +16,34 @@ T = TypeVar("T")
 
 
 def copied(context: contextvars.Context | None) -> contextvars.Context | None:
-    """A copy of a context, for a task that may be started while the context itself is in use; `None` of `None`."""
+    """Return a copy of a context, for a task that may start while the context is in use; `None` for `None`."""
     return None if context is None else context.copy()
 
 
 def start(
     coroutine: Coroutine[Any, Any, T], *, name: str, context: contextvars.Context | None = None
 ) -> asyncio.Task[T]:
-    """Start a task that its caller holds, whose failure it reports itself. All others belong into a `TaskSet`.
+    """Start a task. The caller holds the reference and reports a failure. All other tasks belong in a `TaskSet`.
 
     Args:
-        coroutine: What to run.
-        name: The task's name, as it shows in `asyncio.all_tasks()`.
-        context: The contextvars that it starts with; the caller's when left out.
+        coroutine: The coroutine to run.
+        name: Name of the task, for `asyncio.all_tasks()`.
+        context: Context variables of the task. `None` copies those of the caller.
     """
     create = asyncio.get_running_loop().create_task
     if context is None:
         return create(coroutine, name=name)
     if sys.version_info >= (3, 11):
         return create(coroutine, name=name, context=context)
-    return context.run(create, coroutine, name=name)  # which copies it, as all tasks do there
+    return context.run(create, coroutine, name=name)  # on Python 3.10 the task copies this context
 
 
 def start_from_thread(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]
 ) -> concurrent.futures.Future[T]:
-    """Start a task on an event loop that runs in another thread, which waits for its result.
+    """Start a task on an event loop that runs in another thread, and return a future for the calling thread.
 
-    Cancelling what is returned cancels the task.
+    Cancelling the future cancels the task.
 
     Raises:
         RuntimeError: The loop is closed.
@@ -53,13 +56,13 @@ def start_from_thread(
 
 
 class TaskSet:
-    """Tasks that belong to one owner.
+    """Set of running tasks that belong to one owner.
 
-    asyncio holds a running task only weakly; a task that nobody holds can vanish in the middle. This set holds each
-    until it ends.
+    asyncio holds only a weak reference to a task, so a task without another reference can be collected while it runs.
+    This set holds each task until it ends.
 
     Args:
-        on_failure: Called with a task and its exception when a task fails. Cancellation is not a failure.
+        on_failure: Function that gets a task and its exception when a task fails. Cancellation is not a failure.
     """
 
     __slots__ = ("_on_failure", "_tasks")
@@ -82,11 +85,11 @@ class TaskSet:
         """Start a task and hold it until it ends.
 
         Args:
-            coroutine: What to run.
-            name: The task's name, as it shows in `asyncio.all_tasks()`.
-            context: The contextvars that it starts with; the caller's when left out.
-            eager: Whether it runs at once until it waits, so that it may be done when this returns. From Python 3.12
-                on; on older ones it starts in the next turn of the event loop as any other.
+            coroutine: The coroutine to run.
+            name: Name of the task, for `asyncio.all_tasks()`.
+            context: Context variables of the task. `None` copies those of the caller.
+            eager: Whether the task runs immediately until it first waits, so that it may be done when this returns.
+                Before Python 3.12 the task starts in the next iteration of the event loop.
         """
         if eager and sys.version_info >= (3, 12):
             loop = asyncio.get_running_loop()
@@ -97,7 +100,7 @@ class TaskSet:
         else:
             task = start(coroutine, name=name, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._ended, context=context)  # else it holds the context of whoever has started it
+        task.add_done_callback(self._ended, context=context)  # without a context, it would hold the caller's
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
@@ -107,11 +110,11 @@ class TaskSet:
 
     @property
     def tasks(self) -> list[asyncio.Task[Any]]:
-        """Those that run."""
+        """The running tasks."""
         return list(self._tasks)
 
     def cancel(self) -> list[asyncio.Task[Any]]:
-        """Cancel all tasks but the current one and return them, so that the caller can wait for their end."""
+        """Cancel all tasks except the current one, and return them so that the caller can wait for them."""
         current = asyncio.current_task()
         cancelled = [task for task in self._tasks if task is not current]
         for task in cancelled:
@@ -120,10 +123,10 @@ class TaskSet:
 
 
 async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | None) -> bool:
-    """Wait until all futures are done, at most `timeout` seconds; tell whether they are.
+    """Wait at most `timeout` seconds until all futures are done, and return whether they are.
 
-    Neither the timeout nor a cancellation of the caller touches the futures. Unlike that of `asyncio.wait`, the timer
-    holds nothing of the caller: one that was cancelled stays in the event loop until its time, with its context.
+    Neither the timeout nor a cancellation of the caller affects the futures. The timer has an empty context, unlike
+    that of `asyncio.wait`, because a cancelled timer and its context stay in the event loop until the timer is due.
     """
     pending = {future for future in futures if not future.done()}
     if pending:
@@ -132,34 +135,37 @@ async def wait_for_all(futures: Iterable[asyncio.Future[Any]], timeout: float | 
 
 
 async def wait_for_first(futures: Iterable[asyncio.Future[Any]], timeout: float | None = None) -> bool:
-    """Wait until one of the futures is done, at most `timeout` seconds; tell whether one is. As `wait_for_all`."""
-    everyone = set(futures)
-    if not any(future.done() for future in everyone):
-        await _wait_for(everyone, 1, timeout)
-    return any(future.done() for future in everyone)
+    """Wait at most `timeout` seconds until one of the futures is done, and return whether one is.
+
+    As with `wait_for_all`, neither the timeout nor a cancellation of the caller affects the futures.
+    """
+    pending = set(futures)
+    if not any(future.done() for future in pending):
+        await _wait_for(pending, 1, timeout)
+    return any(future.done() for future in pending)
 
 
-async def _wait_for(pending: set[asyncio.Future[Any]], left: int, timeout: float | None) -> None:
-    """Wait until as many of these futures are done, none of which is yet."""
+async def _wait_for(pending: set[asyncio.Future[Any]], count: int, timeout: float | None) -> None:
+    """Wait until `count` of these futures are done. None of them is done yet."""
     loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
+    done: asyncio.Future[None] = loop.create_future()
 
-    def one_is_done(_: asyncio.Future[Any]) -> None:
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            _set(over)
+    def on_done(_: asyncio.Future[Any]) -> None:
+        nonlocal count
+        count -= 1
+        if count <= 0:
+            _set(done)
 
     for future in pending:
-        future.add_done_callback(one_is_done)
-    timer = None if timeout is None else loop.call_later(max(0.0, timeout), _set, over, context=contextvars.Context())
+        future.add_done_callback(on_done)
+    timer = None if timeout is None else loop.call_later(max(0.0, timeout), _set, done, context=contextvars.Context())
     try:
-        await over
+        await done
     finally:
         if timer is not None:
             timer.cancel()
         for future in pending:
-            future.remove_done_callback(one_is_done)
+            future.remove_done_callback(on_done)
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -168,7 +174,7 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 class LazyEvent:
-    """Something that happens once. A future of it is made only if somebody waits."""
+    """Event that is set at most once. It creates a future only when code waits for it."""
 
     __slots__ = ("_state",)
 
@@ -177,11 +183,11 @@ class LazyEvent:
 
     @property
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether the event is set."""
         return self._state if isinstance(self._state, bool) else self._state.done()
 
     def set(self) -> None:
-        """It has happened. Setting it again changes nothing."""
+        """Set the event. Further calls change nothing."""
         if isinstance(self._state, bool):
             self._state = True
         elif not self._state.done():
@@ -189,16 +195,16 @@ class LazyEvent:
 
     @property
     def future(self) -> asyncio.Future[None]:
-        """A future that is done when it has happened. Shared: wait for it with `asyncio.wait` or shield it."""
+        """A shared future that is done when the event is set. Wait for it with `asyncio.wait`, or shield it."""
         if isinstance(self._state, bool):
-            happened, self._state = self._state, asyncio.get_running_loop().create_future()
-            if happened:
+            is_set, self._state = self._state, asyncio.get_running_loop().create_future()
+            if is_set:
                 self._state.set_result(None)
         return self._state
 
 
 class StartedCoroutine:
-    """A coroutine that was begun outside of a task, and waits for something. Await it, once, to run the rest."""
+    """Coroutine that was started outside a task and now waits. Await it once to run the rest."""
 
     __slots__ = ("_coroutine", "_waits_for")
 
@@ -207,7 +213,7 @@ class StartedCoroutine:
         self._waits_for = waits_for
 
     def close(self) -> None:
-        """Give the rest up."""
+        """Close the coroutine without running the rest."""
         self._coroutine.close()
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -216,22 +222,25 @@ class StartedCoroutine:
             try:
                 try:
                     value = yield waits_for
-                except BaseException as error:  # the coroutine's, which knows what to do with it
+                except BaseException as error:  # belongs to the coroutine, such as a cancellation
                     waits_for = coroutine.throw(error)
                 else:
                     waits_for = coroutine.send(value)
-            except StopIteration as over:
-                return over.value
+            except StopIteration as stop:
+                return stop.value
 
 
 def start_inline(coroutine: Coroutine[Any, Any, Any]) -> StartedCoroutine | None:
-    """Run a coroutine, here and without a task, until it waits; `None` if it has ended without.
+    """Run a coroutine without a task until it first waits.
 
-    What is awaited is handed on to the task that goes on with it, as an eager task would. Meant for coroutines that do
-    not ask which task they run in.
+    The task that awaits the returned rest also waits for what the coroutine waits for, as in an eager task. The
+    coroutine must not depend on the current task.
+
+    Returns:
+        The rest of the coroutine; `None` if it ended without waiting.
 
     Raises:
-        Exception: Whatever the coroutine raised before it waited.
+        Exception: Any exception of the coroutine before it first waits.
     """
     try:
         return StartedCoroutine(coroutine, coroutine.send(None))

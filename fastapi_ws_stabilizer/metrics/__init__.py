@@ -1,1 +1,1 @@
-"""Plain counts of durations; `observability` exports them."""
+"""Histograms of durations, which `stats` exports."""

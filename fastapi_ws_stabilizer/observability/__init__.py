@@ -1,1 +1,1 @@
-"""Listeners of the event bus."""
+"""Listeners of the event bus, such as the log."""

@@ -1,8 +1,8 @@
-"""Structured logs on standard logging: one event name and its facts per record.
+"""Structured logs on standard logging: each record has the name and the fields of one event.
 
-All records go to the logger `fastapi_ws_stabilizer`. The facts are attributes of the record (`record.event`,
-`record.connection_id`, ...), ready for any JSON formatter, and stand in the message too, quoted, so that a client id
-with a line break forges no line.
+All records go to the logger `fastapi_ws_stabilizer`. The fields are attributes of the record (`record.event`,
+`record.connection_id`, ...) for any JSON formatter. The message contains them too, in quotes, so that a client id with
+a line break cannot forge a line.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _PLAIN = logging.LogRecord("", 0, "", 0, "", None, None)
 _STANDARD_ATTRIBUTES: Final = frozenset(vars(_PLAIN)) | {"message", "asctime", "taskName"}
 _JSON_FIELDS: Final = frozenset({"time", "level", "logger", "exception"})
 _UNSAFE: Final = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What rewrites a line or the order of its characters, or cannot be written at all. JSON lets it stand in strings; in
-the traceback of a text log only line feeds are left, and each line is indented."""
+"""Characters that end or rewrite a line, change the order of its characters, or cannot be written at all. JSON allows
+them in strings. A text log leaves only line feeds in a traceback, and indents each line."""
 
-MAX_FACT_CHARS: Final = 500
-"""How much of a text the log repeats: clients choose some of them, and as long as they like."""
+MAX_FIELD_CHARS: Final = 500
+"""Maximum characters of a field in the log. Clients choose some fields, with any length."""
 
 
 def get_logger(name: str = ROOT) -> logging.Logger:
-    """Return the library's logger, or the one below it that `name` says.
+    """Return the library's logger, or the child logger with this name.
 
-    `get_logger()`, `get_logger("fastapi_ws_stabilizer.hub")` and `get_logger("hub")` all lead into one tree.
+    `get_logger("hub")` and `get_logger("fastapi_ws_stabilizer.hub")` return the same child of `get_logger()`.
     """
     if name == ROOT or name.startswith(f"{ROOT}."):
         return logging.getLogger(name)
@@ -40,7 +40,7 @@ def get_logger(name: str = ROOT) -> logging.Logger:
 
 
 def write_event(event: Event) -> None:
-    """Write one event as a log record. A field whose name logging reserves gets a trailing underscore."""
+    """Write one event as a log record. A field with a name that logging reserves gets a trailing underscore."""
     logger = logging.getLogger(ROOT)
     if not logger.isEnabledFor(event.level):
         return
@@ -54,39 +54,39 @@ def write_event(event: Event) -> None:
 
 
 def _attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): _cut(value) for key, value in fields.items()}
+    return {(f"{key}_" if key in _STANDARD_ATTRIBUTES else key): _truncate(value) for key, value in fields.items()}
 
 
-def _cut(value: Any) -> Any:
-    if not isinstance(value, str) or len(value) <= MAX_FACT_CHARS:
+def _truncate(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) <= MAX_FIELD_CHARS:
         return value
-    return f"{value[:MAX_FACT_CHARS]}… ({len(value)} characters)"
+    return f"{value[:MAX_FIELD_CHARS]}… ({len(value)} characters)"
 
 
 def format_event(event: str, fields: Mapping[str, Any]) -> str:
-    """Write an event and its facts as one line: `connection_opened client_id=ann connection_id=5f3a`."""
+    """Return an event and its fields as one line: `connection_opened client_id=ann connection_id=5f3a`."""
     return " ".join([escape_control_chars(event), *(f"{key}={_quoted(value)}" for key, value in fields.items())])
 
 
 def escape_control_chars(text: str) -> str:
-    """Escape what would end or rewrite a line: control characters and Unicode's line separators."""
+    """Escape characters that end or rewrite a line: control characters and Unicode's line separators."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _quoted(value: Any) -> str:
-    text = f"{value:.3f}" if isinstance(value, float) else str(_cut(value))
+    text = f"{value:.3f}" if isinstance(value, float) else str(_truncate(value))
     if text and text.isprintable() and not any(c in text for c in ' "='):
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats each record as one JSON object: time, level, logger, message, event and every fact."""
+    """Formatter that writes each record as one JSON object: time, level, logger, message, event and every field."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line of JSON; a value that JSON does not know is written as its `str`."""
+        """Return the record as one line of JSON. A value without a JSON type is written as its `str`."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",
@@ -103,10 +103,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Formats each record as a line, and its traceback, whose end may be a client's words, as indented lines below."""
+    """Formatter that writes each record as one line, and its traceback as indented lines below.
+
+    The last line of a traceback can contain text of a client.
+    """
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's name)
-        """Return the traceback, in which no line can be taken for a record and nothing speaks to a terminal."""
+        """Return the traceback with indented lines, which cannot look like records, and without control characters."""
         return "\n".join(f"    {line}" for line in _escaped(super().formatException(ei)).split("\n"))
 
 
@@ -115,51 +118,51 @@ def _escaped(text: str) -> str:
 
 
 def configure_logging(level: str = "INFO", *, json_lines: bool = False) -> None:
-    """Write the library's log to standard error. Calling it again changes the set-up and doubles nothing.
+    """Write the library's log to standard error. A further call replaces the setup of the previous one.
 
-    Applications that configure logging themselves need not call it.
+    Applications that configure logging themselves do not need this function.
 
     Args:
         level: DEBUG, INFO, WARNING, ERROR or CRITICAL.
         json_lines: Whether to write one JSON object per line instead of text.
 
     Raises:
-        ValueError: `level` is not one of those.
+        ValueError: `level` is not one of these levels.
     """
     logger = logging.getLogger(ROOT)
     logger.setLevel(level.upper())
-    for ours in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
-        logger.removeHandler(ours)
+    for installed in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
+        logger.removeHandler(installed)
     handler: logging.Handler = logging.StreamHandler()
     handler.set_name(ROOT)
     handler.setFormatter(
         JsonFormatter() if json_lines else TextFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     )
     logger.addHandler(handler)
-    logger.propagate = False  # the root logger's handlers would write every line a second time
+    logger.propagate = False  # the root logger's handlers would write every line again
 
 
 class StructuredLogger:
-    """Writes named events with their facts to a logger.
+    """Logger of named events with fields.
 
     Args:
-        logger: Where to write; `get_logger()` is usual.
+        logger: The logger to write to, usually `get_logger()`.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
     def log(self, level: int, event: str, **fields: Any) -> None:
-        """Write one event: the facts stand in the message and are attributes of the record."""
+        """Write one event. Its fields are in the message, and are attributes of the record."""
         if self._logger.isEnabledFor(level):
             self._logger.log(level, format_event(event, fields), extra={**_attributes(fields), "event": event})
 
     def log_connection(self, event: str, client_id: str, **kwargs: Any) -> None:
-        """Write an event of a connection's life."""
+        """Write an event of a connection."""
         self.log(logging.INFO, event, client_id=client_id, **kwargs)
 
     def log_broadcast(self, total: int, succeeded: int, failed: int, **kwargs: Any) -> None:
-        """Write what became of a broadcast."""
+        """Write the result of a broadcast."""
         self.log(logging.INFO, "broadcast", total=total, succeeded=succeeded, failed=failed, **kwargs)
 
     def log_heartbeat(self, event: str, client_id: str, **kwargs: Any) -> None:
@@ -167,11 +170,11 @@ class StructuredLogger:
         self.log(logging.DEBUG, event, client_id=client_id, **kwargs)
 
     def log_token(self, event: str, client_id: str, **kwargs: Any) -> None:
-        """Write an event of a reconnect token. The token itself must not be among the facts."""
+        """Write an event of a reconnect token. The token itself must not be one of the fields."""
         self.log(logging.INFO, event, client_id=client_id, **kwargs)
 
     def log_error(self, error_type: str, client_id: str, error_message: str, **kwargs: Any) -> None:
-        """Write an error that concerns a client."""
+        """Write an error of a client."""
         self.log(
             logging.ERROR, "error", error_type=error_type, client_id=client_id, error_message=error_message, **kwargs
         )

@@ -1,1 +1,1 @@
-"""How a manager stops."""
+"""Drain and shutdown of a manager."""

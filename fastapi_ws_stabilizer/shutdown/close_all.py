@@ -1,4 +1,4 @@
-"""Closing all connections within a time limit."""
+"""`close_all` closes all connections within a time limit; `ShutdownReport` has the result."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastapi_ws_stabilizer.tasks import wait_for_all
 
 @dataclass
 class ShutdownReport:
-    """What a shutdown did.
+    """Report of a drain or shutdown.
 
     Attributes:
         closed_count: Connections that ended in time: close frame sent, hooks run, endpoint finished.
-        failed_count: Connections that did not, and were cut.
-        duration_seconds: How long it took.
-        forced_count: Connections whose transport was cut: their client took nothing, or the time was over.
-        resumable_count: Sessions that a client could come back to when it was done. They are in the memory of this
-            process, and end with it.
+        failed_count: Connections that did not end in time and were aborted.
+        duration_seconds: Duration in seconds.
+        forced_count: Connections that were aborted because their client took nothing or the time had passed.
+        resumable_count: Sessions that clients could resume at the end. They are in the memory of this process, and end
+            with it.
     """
 
     closed_count: int = 0
@@ -33,24 +33,24 @@ class ShutdownReport:
 
 
 async def close_all(connections: Iterable[Connection], timeout: float) -> ShutdownReport:
-    """Close connections with 1012, all at the same time, and wait at most `timeout` seconds for their end.
+    """Close all connections with 1012 at the same time, and wait at most `timeout` seconds for their end.
 
-    What is not finished by then is cut: its transport aborted, its endpoint cancelled. Connections that are ending
-    already are waited for too, but counted only if this call had to cut them.
+    Then the transports of unfinished connections are aborted and their endpoints cancelled. The call also waits for
+    connections that were already closing, but counts them only if it aborts them.
     """
     started = monotonic()
-    everyone = list(connections)
-    ours = []
-    hold = LoopBudget()
-    for connection in everyone:
+    connections = list(connections)
+    closed_here = []
+    loop_budget = LoopBudget()
+    for connection in connections:
         if connection.close(DisconnectReason.SERVER_SHUTDOWN):
-            ours.append(connection)
-        if hold.exceeded():
-            await hold.yield_to_loop()
-    await wait_for_all([connection.finished for connection in everyone], timeout)
-    late = [connection for connection in everyone if not connection.is_finished]
+            closed_here.append(connection)
+        if loop_budget.exceeded():
+            await loop_budget.yield_to_loop()
+    await wait_for_all([connection.finished for connection in connections], timeout)
+    late = [connection for connection in connections if not connection.is_finished]
     for connection in late:
         connection.abort()
         connection.endpoint.cancel()
-    closed = sum(1 for connection in ours if connection.is_finished)
+    closed = sum(1 for connection in closed_here if connection.is_finished)
     return ShutdownReport(closed, len(late), monotonic() - started, forced_count=len(late))

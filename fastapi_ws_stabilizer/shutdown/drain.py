@@ -1,7 +1,8 @@
-"""Going away well: no new connections, a word to each client when to come back, closes spread over a while.
+"""Drain of a manager: reject new connections, and spread the closes of the open ones over a window.
 
-All at once, thousands of clients would be back in the same instant, on a server that has just begun. So each is told a
-moment of its own: a client of `stabilizer.v1.json` leaves by itself at it, a plain one is closed then.
+Closing thousands of connections at once would make all clients reconnect at once, to a server that has just started. So
+each connection gets its own time. A `stabilizer.v1.json` client leaves at that time, and the server closes a plain
+client then.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
 from fastapi_ws_stabilizer.tasks import wait_for_all, wait_for_first
 
 CLOSES_PER_SECOND: Final = 100.0
-"""Closes are spread no wider than this, so that nobody waits ten seconds for a handful of connections."""
+"""Minimum rate of closes, so that a drain of few connections does not take the whole window."""
 
 CLOSE_WINDOW_FRACTION: Final = 0.6
-"""The part of the whole time that the closes may be spread over. The rest is for hooks, and for who is slow."""
+"""Maximum fraction of the timeout over which closes are spread. The rest is for hooks and slow clients."""
 
 POLL_INTERVAL: Final = 0.25
-"""Seconds between two looks for clients that take nothing."""
+"""Seconds between two checks for clients that take nothing."""
 
 
 class Handshakes(Protocol):
-    """What it needs of the handshakes in progress."""
+    """Interface to the handshakes in progress."""
 
     async def wait_until_empty(self, timeout: float) -> bool:
-        """Wait until all are over; tell whether they are."""
+        """Wait at most `timeout` seconds until no handshake is in progress, and return whether that is so."""
 
     def abort(self) -> None:
-        """Cut their connections."""
+        """Abort the transports of the handshakes in progress."""
 
 
 class Drain:
     """One drain of one manager.
 
     Args:
-        events: Where it is told.
-        window: Seconds that the closes are spread over at most.
-        timeout: Seconds that all of it may take. What is not done by then is cut.
-        resumable: Counts the sessions that clients can come back to.
+        events: Event bus for the events of the drain.
+        window: Maximum seconds over which the closes are spread.
+        timeout: Maximum seconds of the whole drain. Then the connections that are left are aborted.
+        resumable: Function that returns the number of sessions that clients can resume.
     """
 
     def __init__(self, events: EventBus, window: float, timeout: float, resumable: Callable[[], int]) -> None:
@@ -59,122 +60,133 @@ class Drain:
         self._resumable = resumable
         self._started = monotonic()
         self._until = self._started + timeout
-        self._sooner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._abandoned = False
+        self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._cancelled = False
 
     def shorten(self, timeout: float) -> None:
-        """Be done in so many seconds from now, if that is sooner."""
+        """End at most `timeout` seconds from now. A longer timeout changes nothing."""
         until = monotonic() + timeout
         if until < self._until:
             self._until = until
             self._wake()
 
-    async def wait_for_others(self, everyone: Iterable[Connection], mine: Set[Connection]) -> ShutdownReport:
-        """Wait for all connections but those whose own code has called this: they cannot end before it returns.
+    async def wait_for_others(
+        self, connections: Iterable[Connection], own_connections: Set[Connection]
+    ) -> ShutdownReport:
+        """Wait for all connections except those of the calling code, which end only after this call returns.
 
         Args:
-            everyone: The connections that are open or ending.
-            mine: Those whose code has called this. Their close frames are waited for.
+            connections: The connections that are open or in teardown.
+            own_connections: The connections of the calling code. The call waits for their close frames only.
         """
-        others = [connection for connection in everyone if connection not in mine]
-        await wait_for_all([*(one.finished for one in others), *(one.closing for one in mine)], self._departed)
-        await wait_for_all([one.outbox.done for one in mine], self._departed)
+        others = [connection for connection in connections if connection not in own_connections]
+        closing = [connection.closing for connection in own_connections]
+        await wait_for_all([*(connection.finished for connection in others), *closing], self._remaining_seconds)
+        await wait_for_all([connection.outbox.done for connection in own_connections], self._remaining_seconds)
         closed = sum(connection.is_finished for connection in others)
         return ShutdownReport(closed, 0, monotonic() - self._started, resumable_count=self._resumable())
 
     def cancel(self) -> None:
-        """Leave alone who has not been closed yet."""
-        self._abandoned = True
+        """Cancel the drain. Connections that are still open stay open."""
+        self._cancelled = True
         self._wake()
 
     def _wake(self) -> None:
-        if not self._sooner.done():
-            self._sooner.set_result(None)
+        if not self._woken.done():
+            self._woken.set_result(None)
 
     @property
-    def _departed(self) -> float:
+    def _remaining_seconds(self) -> float:
         return max(0.0, self._until - monotonic())
 
     async def run(self, connections: Iterable[Connection], handshakes: Handshakes | None = None) -> ShutdownReport:
-        """Close all connections, and wait for their ends: hooks, endpoints, dependencies.
+        """Close all connections, and wait for their hooks, endpoints and dependencies.
 
         Args:
-            connections: Those that are open or ending.
-            handshakes: Those that are in progress: they have been refused, and are cut when the time is over.
+            connections: The connections that are open or in teardown.
+            handshakes: The handshakes in progress. They are already rejected, and are aborted after the timeout.
         """
-        everyone = list(connections)
-        open_ones = [connection for connection in everyone if connection.close_info is None]
-        window = min(self._window, self._departed * CLOSE_WINDOW_FRACTION, len(open_ones) / CLOSES_PER_SECOND)
+        connections = list(connections)
+        open_ones = [connection for connection in connections if connection.close_info is None]
+        window = min(self._window, self._remaining_seconds * CLOSE_WINDOW_FRACTION, len(open_ones) / CLOSES_PER_SECOND)
         self._events.emit("drain_started", logging.INFO, connections=len(open_ones), window_seconds=window)
         random.shuffle(open_ones)
-        closed = await self._close_in_turn(await self._announce(open_ones, window))
+        closed = await self._close_on_schedule(await self._announce(open_ones, window))
         forced = await self._wait_for_close_handshakes(closed)
         if handshakes is not None:
-            await self._wait_for_refusals(handshakes)
+            await self._wait_for_handshakes(handshakes)
         report = ShutdownReport()
-        if not self._abandoned:
-            report = await close_all(everyone, self._departed)
+        if not self._cancelled:
+            report = await close_all(connections, self._remaining_seconds)
         report.closed_count += sum(connection.is_finished for connection in closed)
-        report.forced_count += sum(connection.is_finished for connection in forced)  # the others are counted there
+        report.forced_count += sum(connection.is_finished for connection in forced)  # close_all counted the others
         report.resumable_count = self._resumable()
         report.duration_seconds = monotonic() - self._started
         return report
 
-    async def _wait_for_refusals(self, handshakes: Handshakes) -> None:
-        """Wait until no handshake is in progress; cut those that are when the time is over."""
-        while not self._abandoned and not await handshakes.wait_until_empty(min(POLL_INTERVAL, self._departed)):
-            if self._departed <= 0:
+    async def _wait_for_handshakes(self, handshakes: Handshakes) -> None:
+        """Wait until no handshake is in progress, and abort those that are left after the timeout."""
+        while not self._cancelled and not await handshakes.wait_until_empty(
+            min(POLL_INTERVAL, self._remaining_seconds)
+        ):
+            if self._remaining_seconds <= 0:
                 handshakes.abort()
                 break
 
-    async def _announce(self, everyone: list[Connection], window: float) -> list[tuple[float, Connection]]:
-        """Give each its moment, evenly, and tell those that can be told."""
-        step = window / len(everyone) if everyone else 0.0
-        hold = LoopBudget()
-        moments = []
-        for number, connection in enumerate(everyone):
+    async def _announce(self, connections: list[Connection], window: float) -> list[tuple[float, Connection]]:
+        """Give each connection a time in the window, and ask `stabilizer.v1.json` clients to leave at that time.
+
+        Returns:
+            The connections with the seconds until each is closed, sorted by time. A client that was asked to leave has
+            `DRAIN_LEAD` more.
+        """
+        step = window / len(connections) if connections else 0.0
+        loop_budget = LoopBudget()
+        schedule = []
+        for number, connection in enumerate(connections):
             after = step * (number + 0.5)
             if connection.request_drain(after, after + DRAIN_LEAD, DisconnectReason.SERVER_SHUTDOWN):
                 after += DRAIN_LEAD
-            moments.append((after, connection))
-            if hold.exceeded():
-                await hold.yield_to_loop()
-        moments.sort(key=lambda one: one[0])
-        return moments
+            schedule.append((after, connection))
+            if loop_budget.exceeded():
+                await loop_budget.yield_to_loop()
+        schedule.sort(key=lambda entry: entry[0])
+        return schedule
 
-    async def _close_in_turn(self, moments: list[tuple[float, Connection]]) -> list[Connection]:
-        """Close each at its moment, unless it has left; return those that were closed or have left."""
-        hold = LoopBudget()
+    async def _close_on_schedule(self, schedule: list[tuple[float, Connection]]) -> list[Connection]:
+        """Close each connection at its time, if it is still open, and return all of them."""
+        loop_budget = LoopBudget()
         done = []
-        for after, connection in moments:
+        for after, connection in schedule:
             await self._wait_until(after, connection)
-            if self._abandoned:
+            if self._cancelled:
                 break
             text = shutdown_error(self._window).reason
             connection.close(DisconnectReason.SERVER_SHUTDOWN, text=text)
             done.append(connection)
-            if hold.exceeded():
-                await hold.yield_to_loop()
+            if loop_budget.exceeded():
+                await loop_budget.yield_to_loop()
         return done
 
     async def _wait_until(self, after: float, connection: Connection) -> None:
-        """Wait for the moment of a connection, or for its end; but no longer than leaves time for what comes then."""
-        while connection.close_info is None and not self._abandoned:
+        """Wait for the time of a connection or for its end, but at most until the end of the close window."""
+        while connection.close_info is None and not self._cancelled:
             latest = self._started + (self._until - self._started) * CLOSE_WINDOW_FRACTION
             wait = min(self._started + after, latest) - monotonic()
             if wait <= 0:
                 return
-            if self._sooner.done():
-                self._sooner = asyncio.get_running_loop().create_future()
-            await wait_for_first([connection.closing, self._sooner], wait)
+            if self._woken.done():
+                self._woken = asyncio.get_running_loop().create_future()
+            await wait_for_first([connection.closing, self._woken], wait)
 
     async def _wait_for_close_handshakes(self, closed: list[Connection]) -> list[Connection]:
-        """Wait until all is over; cut, on the way, whose client takes nothing, not even the goodbye. Return those."""
+        """Wait for the end of closed connections. Abort those to clients that take nothing, and return these."""
         waiting, forced = closed, []
         while waiting := [connection for connection in waiting if not connection.is_finished]:
-            if self._departed <= 0 or self._abandoned:
+            if self._remaining_seconds <= 0 or self._cancelled:
                 break
-            await wait_for_all([connection.finished for connection in waiting], min(POLL_INTERVAL, self._departed))
+            timeout = min(POLL_INTERVAL, self._remaining_seconds)
+            await wait_for_all([connection.finished for connection in waiting], timeout)
             for connection in waiting:
                 if connection.outbox.blocked_seconds >= FLUSH_GRACE and connection not in forced:
                     forced.append(connection)

@@ -19,7 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from fastapi_ws_stabilizer.client import Client
-from fastapi_ws_stabilizer.shutdown.signals import SAME_STOP
+from fastapi_ws_stabilizer.shutdown.signals import DUPLICATE_SIGNAL_WINDOW
 from tests.support.raw import RawClient
 from tests.support.server import UVICORN, LiveServer, until
 
@@ -202,7 +202,7 @@ async def test_handshake_during_drain_gets_503(serve: Serve, kind: str) -> None:
         await connect(server.url("/ws/late"))
     assert refused.value.response.status_code == 503
     assert int(refused.value.response.headers["Retry-After"]) > 0
-    await asyncio.sleep(SAME_STOP)  # sooner it would be the same stop, told twice
+    await asyncio.sleep(DUPLICATE_SIGNAL_WINDOW)  # sooner it would be the same stop, told twice
     again = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     await asyncio.to_thread(server.process.wait, 5)

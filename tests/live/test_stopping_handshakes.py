@@ -13,7 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from fastapi_ws_stabilizer.shutdown.signals import STILL_RUNNING_AFTER
+from fastapi_ws_stabilizer.shutdown.signals import STILL_RUNNING_DELAY
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL
 from tests.support.raw import RawClient
 from tests.support.server import UVICORN, LiveServer, until
@@ -95,7 +95,7 @@ async def test_second_sigterm_ends_pending_handshake(serve: Serve, kind: str) ->
     dialling = await hanging(server, "/identity")
     server.process.send_signal(signal.SIGTERM)
     assert (await response_of(dialling))[0] == 503
-    await asyncio.sleep(0.6)  # a second signal within SAME_STOP is the first one again
+    await asyncio.sleep(0.6)  # a second signal within DUPLICATE_SIGNAL_WINDOW is the first one again
     server.process.send_signal(signal.SIGTERM)
     await asyncio.to_thread(server.process.wait, 10)
     for client in clients:
@@ -198,6 +198,6 @@ async def test_app_that_swallows_sigterm_is_logged(serve: Serve) -> None:
     server = serve(app="tests.live.swallowing_app:app", args=("--log-level", "error"))
     server.process.send_signal(signal.SIGTERM)
     await until(lambda: "SWALLOWED" in server.log)
-    await until(lambda: "still_running" in server.log, STILL_RUNNING_AFTER + 3)
+    await until(lambda: "still_running" in server.log, STILL_RUNNING_DELAY + 3)
     assert "handler=tests.live.swallowing_app.swallow" in server.log
     assert server.process.poll() is None

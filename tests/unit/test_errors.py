@@ -106,14 +106,14 @@ def test_socket_closed_error_has_close_info() -> None:
     assert type(error) is errors.SocketClosed
     assert error.close_info is how
     assert (error.code, error.reason) == (4409, "replaced by a newer connection")
-    assert str(error) == "the connection is over: replaced, code 4409 (replaced by a newer connection)"
+    assert str(error) == "the connection is closed: replaced, code 4409 (replaced by a newer connection)"
 
 
 def test_socket_closed_error_without_reason_shows_cause_and_code() -> None:
     """An empty close reason leaves no empty brackets."""
     assert (
         str(errors.closed_error_for(local_close(DisconnectReason.COMPLETED)))
-        == "the connection is over: completed, code 1000"
+        == "the connection is closed: completed, code 1000"
     )
 
 
@@ -135,7 +135,7 @@ def test_error_details_are_attributes() -> None:
 def test_invalid_token_error_names_token_purpose() -> None:
     """A ticket is not called a reconnect token, neither to the developer nor to the client."""
     bad, old = errors.InvalidTokenError("revoked", kind="ticket"), errors.TokenExpiredError(kind="ticket")
-    assert "the ticket is not good: what this client had was revoked" in str(bad)
+    assert "the ticket is invalid: it was revoked" in str(bad)
     assert "ticket_ttl has passed" in str(old)
     assert (bad.reason, old.reason) == ("invalid ticket", "ticket expired")
     assert "reconnect_token_ttl has passed" in str(errors.TokenExpiredError())

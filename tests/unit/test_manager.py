@@ -252,7 +252,7 @@ async def test_running_manager_rejects_second_event_loop(manager_with: Any) -> N
     manager, _ = manager_with()
     await manager.start()
     node = manager._node
-    with pytest.raises(WrongLoopError, match="serves on another event loop"):
+    with pytest.raises(WrongLoopError, match="belongs to another event loop"):
         await asyncio.to_thread(lambda: asyncio.run(manager.start()))
     assert manager._node is node
 

@@ -70,7 +70,7 @@ async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
     await ann.join("one")
     with pytest.raises(RoomLimitError, match="max_rooms_per_connection"):
         await ann.join("two")
-    with pytest.raises(ValueError, match="room's name"):
+    with pytest.raises(ValueError, match="room name must be"):
         manager.room("")
 
 

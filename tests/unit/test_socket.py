@@ -119,9 +119,9 @@ async def test_wrong_message_kind_leaves_socket_usable(bench: Any) -> None:
     _, socket = await b.open()
     b.server.feed_bytes(b"data")
     b.server.feed_text("text")
-    with pytest.raises(MessageFormatError, match="text message was expected"):
+    with pytest.raises(MessageFormatError, match="expected a text message"):
         await with_deadline(socket.receive_text())
-    with pytest.raises(MessageFormatError, match="binary message was expected"):
+    with pytest.raises(MessageFormatError, match="expected a binary message"):
         await with_deadline(socket.receive_bytes())
     b.server.feed_text("fine")
     assert await with_deadline(socket.receive_text()) == "fine"

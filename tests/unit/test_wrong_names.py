@@ -112,7 +112,7 @@ def test_manager_with_dict_asks_for_config(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("wrong", ["redis://localhost", 5, WebSocketConfig, object()])
 def test_manager_with_wrong_type_names_expected_types(wrong: Any) -> None:
     """Anything but a config is refused by name."""
-    with pytest.raises(TypeError, match=r"takes a WebSocketConfig, not"):
+    with pytest.raises(TypeError, match=r"must be a WebSocketConfig, not"):
         WebSocketConnectionManager(wrong)
 
 

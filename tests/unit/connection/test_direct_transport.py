@@ -57,7 +57,7 @@ class LinkServer(FakeServer):
     def attach(self, sink: Any, *, max_message_bytes: int, own_pings: bool) -> None:
         self.sink = sink
         if self.gone_before is not None:
-            sink.gone(self.gone_before)
+            sink.connection_lost(self.gone_before)
 
     def ping(self, payload: bytes) -> None:
         self.pings.append(payload)
@@ -356,7 +356,7 @@ async def test_connection_lost_before_registration_is_not_registered(manager_wit
     manager, _ = manager_with()
     server = LinkServer()
     server.gone_before = {"type": "websocket.disconnect", "code": 1001, "reason": ""}
-    with pytest.raises(Exception, match="over"):
+    with pytest.raises(Exception, match="connection is closed"):
         await asyncio.wait_for(manager.connect("ann", await server.accepted()), 5)
     assert manager.get_connection_count() == 0
     assert manager.get_active_connections() == []

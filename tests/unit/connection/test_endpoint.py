@@ -74,7 +74,7 @@ def test_other_exceptions_are_bugs(error: BaseException) -> None:
         (WebSocketException(4001, "bye"), DisconnectReason.POLICY, 4001, "bye"),
         (WebSocketException(1006), DisconnectReason.POLICY, 1008, ""),
         (starlette_exceptions.WebSocketException(4002), DisconnectReason.POLICY, 4002, ""),
-        (DuplicateClientError("ann"), DisconnectReason.POLICY, 4409, "connected already"),
+        (DuplicateClientError("ann"), DisconnectReason.POLICY, 4409, "already connected"),
         (MessageFormatError("text expected"), DisconnectReason.POLICY, 1003, "unexpected kind of message"),
         (asyncio.CancelledError(), DisconnectReason.SERVER_SHUTDOWN, 1012, "server shutdown"),
         (ValueError("secret"), DisconnectReason.ERROR, 1011, "internal error"),

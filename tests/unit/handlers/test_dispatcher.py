@@ -258,7 +258,7 @@ async def test_handler_sending_to_other_closed_client_ends_run(bench: Any) -> No
     handlers.add("chat", forward)
     run = Run(b, handlers)
     b.server.feed_text(chat(0))
-    with pytest.raises(Exception, match="the connection is over: application"):
+    with pytest.raises(Exception, match="the connection is closed: application"):
         await with_deadline(run.task)
 
 

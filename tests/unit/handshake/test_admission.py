@@ -1060,11 +1060,11 @@ REJECTED_CONNECTS: dict[str, tuple[dict[str, Any], int, str, Callable[[Admission
     "duplicate": (
         {"on_duplicate": "reject"},
         4409,
-        "connected already",
+        "already connected",
         lambda house: house.connect_accepted("/hand/bob"),
     ),
     "revoked token": ({}, 4401, "invalid reconnect token", revoked),
-    "memory": ({"max_memory_per_connection": 10_000}, 4503, "too much is kept", lambda house: "much=20000"),
+    "memory": ({"max_memory_per_connection": 10_000}, 4503, "memory limit exceeded", lambda house: "much=20000"),
 }
 
 

@@ -65,7 +65,7 @@ STATUSES: dict[str, tuple[Any, int, str, str | None]] = {
     "origin": (OriginNotAllowedError("foreign"), 403, "origin not allowed", None),
     "token": (InvalidTokenError("used"), 401, "invalid reconnect token", None),
     "expired": (TokenExpiredError(), 401, "reconnect token expired", None),
-    "duplicate": (DuplicateClientError("ann"), 409, "connected already", None),
+    "duplicate": (DuplicateClientError("ann"), 409, "already connected", None),
     "rooms": (RoomLimitError("lobby", 3), 403, RoomLimitError.close_text, None),
     "close code": (WebSocketException(4404, "no such game"), 404, "no such game", None),
     "empty close code": (WebSocketException(4401), 401, "Unauthorized", None),

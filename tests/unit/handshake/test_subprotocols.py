@@ -100,7 +100,7 @@ def test_identity_is_optional_with_subprotocols() -> None:
 @pytest.mark.parametrize("options", [{"key": str}, {"expires_at": lambda _: None}])
 def test_identity_options_without_identity_raise(options: dict[str, Any]) -> None:
     """`key` and `expires_at` read what the identity returned."""
-    with pytest.raises(TypeError, match="needs a dependency that says who comes"):
+    with pytest.raises(TypeError, match="needs a dependency that identifies the client"):
         WebSocketConnectionManager().socket_for(**options)
 
 

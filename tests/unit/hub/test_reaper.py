@@ -32,7 +32,7 @@ async def test_max_lifetime_closes_with_1001_in_time() -> None:
         await soon()
         lasted = [await seconds_until_closed(lines[0], 200)]
         await asyncio.sleep(100.5 - lasted[0])
-        assert {line.server.close_frames[-1] for line in lines} == {(1001, "lifetime is over")}
+        assert {line.server.close_frames[-1] for line in lines} == {(1001, "maximum lifetime reached")}
         assert 100 * (1 - JITTER) - DRAIN_LEAD <= lasted[0] <= 100
         assert stage.events.count("disconnect client 1 lifetime") == 1
 

@@ -75,7 +75,7 @@ async def test_session_end_hook_sees_data_of_closed_connection(numbered: bool) -
                 await ws.run(concurrency=concurrency)
         assert (ws.dropped_messages, ws.rtt, ws.connected_seconds > 100) == (0, None, True)
         for name in ("websocket", "headers", "scope", "path_params", "app"):
-            with pytest.raises(RuntimeError, match=r"keep what this hook needs in ws\.user_data"):
+            with pytest.raises(RuntimeError, match=r"store what this hook needs in ws\.user_data"):
                 getattr(ws, name)
         late: list[Any] = [ws.send("x"), ws.send_text("x"), ws.receive(), ws.join("lobby"), ws.request("x")]
         for call in (*late, ws.send("x", ack=True)):

@@ -65,7 +65,7 @@ async def test_revoke_invalidates_only_earlier_tokens_and_tickets() -> None:
 async def test_revoke_with_invalid_client_id_raises(client_id: Any) -> None:
     """A number in the place of an id would shut out nobody, and say nothing."""
     async with Stage() as stage:
-        with pytest.raises(ValueError, match="client_id must be a str"):
+        with pytest.raises(ValueError, match="client_id must be a non-empty str"):
             await stage.manager.revoke(client_id)
 
 

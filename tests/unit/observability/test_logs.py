@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastapi_ws_stabilizer.events import Event
 from fastapi_ws_stabilizer.observability.logs import (
-    MAX_FACT_CHARS,
+    MAX_FIELD_CHARS,
     ROOT,
     JsonFormatter,
     StructuredLogger,
@@ -111,8 +111,8 @@ def test_long_client_text_is_truncated_in_log(json_lines: bool, capsys: pytest.C
     write_event(Event("connection_opened", logging.INFO, {"client_id": "x" * 1_000_000, "count": 10**6}))
     StructuredLogger(get_logger()).log_connection("connected", "y" * 1_000_000)
     written = capsys.readouterr().err
-    assert len(written) < 6 * MAX_FACT_CHARS
-    assert "x" * MAX_FACT_CHARS + "… (1000000 characters)" in written
+    assert len(written) < 6 * MAX_FIELD_CHARS
+    assert "x" * MAX_FIELD_CHARS + "… (1000000 characters)" in written
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["client_id", "cause", "path"]), st.text()))

@@ -198,7 +198,7 @@ def test_listening_off_main_thread_is_reported_once() -> None:
 
 async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
-    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
+    monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.1)
     heard = Heard()
 
     def swallow(number: int, _: Any) -> None:
@@ -223,7 +223,7 @@ async def test_end_after_forwarded_signal_is_not_reported(
     server: list[int], monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
-    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
+    monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.1)
     heard = Heard()
     drain = Draining()
     drain.signals._events.subscribe(heard)
@@ -239,7 +239,7 @@ async def test_end_after_forwarded_signal_is_not_reported(
 
 async def test_still_running_report_uses_context_of_manager(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second signal that interrupts code of a client is handed on there, and what follows is told outside of it."""
-    monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.01)
+    monkeypatch.setattr(signals, "STILL_RUNNING_DELAY", 0.01)
     put = in_time(monkeypatch)
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
     told_in: list[str] = []

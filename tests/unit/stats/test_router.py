@@ -262,7 +262,7 @@ def test_stats_without_manager_raise_with_hint() -> None:
     """Stats in an app without a manager are a mistake that is told."""
     app = FastAPI()
     app.include_router(stats_router)
-    with pytest.raises(Exception, match="no WebSocketConnectionManager belongs to this app"):
+    with pytest.raises(Exception, match="this app has no WebSocketConnectionManager"):
         TestClient(app).get("/")
 
 
