@@ -19,7 +19,7 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from fastapi_ws_stabilizer.wire.v1.frames import SUBPROTOCOL, parse
 from tests.support.fake_link import soon
 from tests.support.fake_websocket import FakeServer, with_deadline
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 _instances = itertools.count(1)
 
@@ -37,7 +37,7 @@ class Stage:
 
     def __init__(self, **options: Any) -> None:
         self.manager = WebSocketConnectionManager(WebSocketConfig(**{"heartbeat_type": "off", **options}))
-        self.heard = Heard()
+        self.heard = EventRecorder()
         self.manager.events.subscribe(self.heard)
         self.events: list[str] = []
         self.notes: list[Any] = []

@@ -27,7 +27,7 @@ from tests.support.fake_websocket import FakeServer
 
 
 @dataclass
-class Heard:
+class EventRecorder:
     """What a manager or a connection has reported."""
 
     all: list[Event] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Bench:
 
     config: WebSocketConfig
     server: FakeServer = field(default_factory=FakeServer)
-    heard: Heard = field(default_factory=Heard)
+    heard: EventRecorder = field(default_factory=EventRecorder)
     events: EventBus = field(default_factory=EventBus)
     left: list[Connection] = field(default_factory=list)
     finished: list[Connection] = field(default_factory=list)
@@ -152,13 +152,13 @@ async def bench() -> AsyncIterator[Callable[..., Bench]]:
 
 
 @pytest.fixture
-async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectionManager, Heard]]]:
+async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectionManager, EventRecorder]]]:
     """Make managers, each with an ear on its reports; they are shut down at the end."""
     made: list[WebSocketConnectionManager] = []
 
-    def make(**options: Any) -> tuple[WebSocketConnectionManager, Heard]:
+    def make(**options: Any) -> tuple[WebSocketConnectionManager, EventRecorder]:
         manager = WebSocketConnectionManager(WebSocketConfig(**options))
-        heard = Heard()
+        heard = EventRecorder()
         manager.events.subscribe(heard)
         made.append(manager)
         return manager, heard
@@ -169,9 +169,9 @@ async def manager_with() -> AsyncIterator[Callable[..., tuple[WebSocketConnectio
 
 
 @pytest.fixture
-def heard() -> tuple[EventBus, Heard]:
+def heard() -> tuple[EventBus, EventRecorder]:
     """Reports, and an ear on them."""
-    events, ear = EventBus(), Heard()
+    events, ear = EventBus(), EventRecorder()
     events.subscribe(ear)
     return events, ear
 

@@ -1,4 +1,4 @@
-"""What a client presents to get something back: reconnect tokens, and tokens of sessions."""
+"""Tokens that a client presents: reconnect tokens, and tokens of sessions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TTL: Final = 3600.0
 
 
 def tokens(data: bytes) -> None:
-    """Take bytes for a client id, for a token, and for changes to good tokens."""
+    """Use bytes for a client id, for a token, and for changes to valid tokens."""
     choices = Choices(data)
     client_id, text = choices.text(), choices.text()
     changes = choices.rest()
@@ -44,7 +44,7 @@ def tokens(data: bytes) -> None:
 
 
 def refuses(store: ReconnectTokens, token: str) -> None:
-    """A text that is no token of ours never gets in, whatever it is used for."""
+    """Check that a text that is not a valid token is rejected for every use."""
     for door in (store.read, store.check, store.consume):
         try:
             claim: TokenClaims = door(token)
@@ -55,7 +55,7 @@ def refuses(store: ReconnectTokens, token: str) -> None:
 
 
 def refuses_to_use(store: ReconnectTokens, token: str) -> None:
-    """A used token is not good a second time."""
+    """Check that a used token is not valid a second time."""
     try:
         claim = store.consume(token)
     except (InvalidTokenError, TokenExpiredError):
@@ -72,7 +72,7 @@ def _refuses_for(store: ReconnectTokens, token: str, client_id: str) -> None:
 
 
 def changed(token: str, changes: bytes) -> str:
-    """A token after some changes: characters replaced, put in, taken out, turned round, or added behind it."""
+    """Return a token after some changes: characters replaced, inserted, removed, swapped, or appended."""
     choices = Choices(changes)
     while choices:
         how, at = choices.number() % 5, choices.number(2) % (len(token) + 1)

@@ -20,7 +20,7 @@ from fastapi_ws_stabilizer.hub.heartbeat import MAX_TIMER_LAG, MAX_TOGETHER, Hea
 from fastapi_ws_stabilizer.wire.encoded import encode
 from tests.support.fake_recipient import FakeRecipient
 from tests.support.fake_websocket import eventually, settle
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 
 class Beating:
@@ -28,7 +28,7 @@ class Beating:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.now = 1000.0
-        self.heard = Heard()
+        self.heard = EventRecorder()
         self.events = EventBus()
         self.events.subscribe(self.heard)
         monkeypatch.setattr(heartbeat_module, "monotonic", lambda: self.now)

@@ -21,7 +21,7 @@ from fastapi_ws_stabilizer.wire.v1.hello import Hello
 from tests.support.fake_attachment import FakeAttachment
 from tests.support.fake_websocket import settle
 from tests.support.virtual_time import run_virtually
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 NONE, FULL, GAP, LOST = ResumeOutcome.NONE, ResumeOutcome.FULL, ResumeOutcome.GAP, ResumeOutcome.LOST
 
@@ -36,7 +36,7 @@ class Shop:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.events, self.heard = EventBus(), Heard()
+        self.events, self.heard = EventBus(), EventRecorder()
         self.events.subscribe(self.heard)
         self.began: list[Session] = []
         self.ended: list[Session] = []

@@ -15,7 +15,7 @@ import pytest
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.shutdown import signals
 from fastapi_ws_stabilizer.shutdown.signals import SignalHandler
-from tests.unit.conftest import Heard
+from tests.unit.conftest import EventRecorder
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
 
 def test_listening_off_main_thread_is_reported_once() -> None:
     """Signals come to the main thread only."""
-    heard = Heard()
+    heard = EventRecorder()
     events = EventBus()
     events.subscribe(heard)
     listening = SignalHandler(events, Draining)  # type: ignore[arg-type]  # never called
@@ -199,7 +199,7 @@ def test_listening_off_main_thread_is_reported_once() -> None:
 async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
-    heard = Heard()
+    heard = EventRecorder()
 
     def swallow(number: int, _: Any) -> None:
         server.append(number)
@@ -224,7 +224,7 @@ async def test_end_after_forwarded_signal_is_not_reported(
 ) -> None:
     """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
-    heard = Heard()
+    heard = EventRecorder()
     drain = Draining()
     drain.signals._events.subscribe(heard)
     drain.over.set()
