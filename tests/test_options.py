@@ -1,7 +1,7 @@
-"""Each option, changed, changes what a client or the application sees: one case for every field of the config.
+"""A test of every option: a changed value changes what a client or the application sees. One case for each field.
 
-Most cases play the same scene twice, on the same manager but for the option, in virtual time, so that also a default
-of minutes is waited for. What only a real server shows is seen on a real one.
+Most cases play the same scene twice in virtual time, on managers that differ in the option only. So a default of
+minutes needs no waiting. What only a real server shows is tested on a real one.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Case:
 
     Attributes:
         change: Its changed value, or the options that have to be changed together.
-        scene: What is done; returns what was seen.
-        before: What is seen with the default.
-        after: What is seen with the change.
+        scene: Actions; returns what was observed.
+        before: Observation with the default.
+        after: Observation with the change.
         base: Options that are the same both times.
-        virtual: Whether time is virtual. It waits for no thread.
+        virtual: Whether time is virtual. In virtual time no thread can be awaited.
     """
 
     change: Any
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass
 class LiveCase:
-    """One option that is seen on a real server; `scene` is given the server."""
+    """One option that is tested on a real server, which is the argument of `scene`."""
 
     change: Any
     scene: Callable[[LiveServer], Any]
@@ -82,11 +82,11 @@ class LiveCase:
     alone: bool = False
 
 
-# ── what is seen ──
+# ── observations ──
 
 
 def how(line: Line) -> Any:
-    """How it went: a close code, the status of a refusal, or `open`."""
+    """Return what became of a connection: a close code, the status of a rejection, or `open`."""
     if line.close_code is not None:
         return line.close_code
     answers = [one["status"] for one in line.server.taken if one["type"] == "websocket.http.response.start"]
@@ -94,7 +94,7 @@ def how(line: Line) -> Any:
 
 
 async def lasting(condition: Callable[[], Any], most: float) -> int | None:
-    """After how many seconds, to the nearest one, something is so; `None` if it is not within `most`."""
+    """Return the seconds, rounded, until `condition` is true; `None` if that takes longer than `most`."""
     loop = asyncio.get_running_loop()
     since = loop.time()
     while not condition():
@@ -105,7 +105,7 @@ async def lasting(condition: Callable[[], Any], most: float) -> int | None:
 
 
 async def callers(stage: Stage, *client_ids: str, **scope: Any) -> list[Any]:
-    """Let clients dial one after the other, and see how each fares."""
+    """Connect clients one after the other; return what became of each."""
     lines = []
     for client_id in client_ids:
         lines.append(Line(stage, client_id, **scope))
@@ -114,7 +114,7 @@ async def callers(stage: Stage, *client_ids: str, **scope: Any) -> list[Any]:
 
 
 async def parked(ws: StableSocket) -> None:
-    """An endpoint that neither reads nor ends."""
+    """Neither read nor return."""
     await asyncio.Event().wait()
 
 
@@ -122,27 +122,27 @@ async def parked(ws: StableSocket) -> None:
 
 
 async def beats(stage: Stage) -> int | None:
-    """Seconds from the first ping of a connection to its second."""
+    """Return the seconds from the first ping of a connection to its second."""
     line = stage.plain()
     await lasting(lambda: line.server.data, 40)
     return await lasting(lambda: len(line.server.data) > 1, 40)
 
 
 async def silence(stage: Stage) -> int | None:
-    """Seconds from the first ping to the close code of a client that does not answer."""
+    """Return the seconds from the first ping to the close code of a client that does not answer."""
     line = stage.plain()
     await lasting(lambda: line.server.data, 40)
     return await lasting(lambda: line.close_code == 4408, 200)
 
 
 async def first_beat(stage: Stage) -> Any:
-    """What a client gets by itself within a while."""
+    """Return the first message that a client gets unprompted within 31 s."""
     line = stage.plain()
     await asyncio.sleep(31)
     return line.server.data[:1]
 
 
-# ── getting in ──
+# ── handshakes ──
 
 
 async def two_clients(stage: Stage) -> list[Any]:
@@ -158,21 +158,21 @@ async def no_origin(stage: Stage) -> list[Any]:
 
 
 async def one_comes_twice(stage: Stage) -> list[Any]:
-    """What becomes of the first connection of a client, and of the second."""
+    """Return what becomes of the first connection of a client, and of the second."""
     lines = [stage.plain(), stage.plain()]
     await soon()
     return [how(line) for line in lines]
 
 
 async def forwarded(stage: Stage) -> str:
-    """The address of a client for whom somebody speaks."""
+    """Return the address of a client behind a proxy."""
     Line(stage, headers=[(b"host", b"testserver"), (b"x-forwarded-for", b"203.0.113.9")])
     await soon()
     return stage.socket().address
 
 
 async def a_stubborn_endpoint(stage: Stage) -> int | None:
-    """Seconds from the end of a client to that of its endpoint."""
+    """Return the seconds from the disconnect of a client to the end of its endpoint."""
     stage.endpoint = parked
     line = stage.plain()
     await soon()
@@ -180,7 +180,7 @@ async def a_stubborn_endpoint(stage: Stage) -> int | None:
     return await lasting(line.task.done, 60)
 
 
-# ── messages in ──
+# ── inbound messages ──
 
 
 async def a_long_message(stage: Stage) -> Any:
@@ -190,7 +190,7 @@ async def a_long_message(stage: Stage) -> Any:
 
 
 async def three_messages(stage: Stage) -> tuple[int, Any]:
-    """How many of three messages are handled, and what the last reply says."""
+    """Return how many of three messages are handled, and the error code of the last reply."""
     line = stage.plain()
     for _ in range(3):
         await line.say({"type": "note", "text": "x" * 60})
@@ -204,7 +204,7 @@ async def bad_messages(stage: Stage) -> Any:
 
 
 async def unread_messages_of_idle_endpoint(stage: Stage) -> int:
-    """How many of eight messages are taken from the server though nobody reads them."""
+    """Return how many of eight messages are taken from the server when the endpoint does not read."""
     stage.endpoint = parked
     line = stage.plain()
     await line.say(*["x" * 1000] * 8)
@@ -219,7 +219,7 @@ async def a_flood(stage: Stage) -> Any:
 
 
 async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
-    """Seconds until a full inbox ends the connection of an endpoint that has read one message and hangs."""
+    """Return the seconds until a full inbox closes the connection of an endpoint that reads one message and hangs."""
 
     async def hangs(ws: StableSocket) -> None:
         await ws.receive()
@@ -231,11 +231,11 @@ async def seconds_until_hanging_endpoint_closes(stage: Stage) -> int | None:
     return await lasting(lambda: line.close_code == 1013, 400)
 
 
-# ── messages out ──
+# ── outbound messages ──
 
 
 async def a_slow_client(stage: Stage) -> tuple[Any, int]:
-    """Whether a client that takes nothing is disconnected, and how many messages it has lost."""
+    """Return the close code of a client that takes nothing, and how many of its messages were dropped."""
     line = stage.plain()
     await soon()
     socket = stage.socket()
@@ -247,7 +247,7 @@ async def a_slow_client(stage: Stage) -> tuple[Any, int]:
 
 
 async def a_stuck_client(stage: Stage) -> int | None:
-    """Seconds until a send that makes no progress ends the connection."""
+    """Return the seconds until a send that makes no progress closes the connection."""
     line = stage.plain()
     await soon()
     socket = stage.socket()
@@ -271,7 +271,7 @@ async def two_rooms(stage: Stage) -> list[str]:
 
 
 async def out_of_sight(stage: Stage) -> int | None:
-    """Seconds for which a client whose connection broke is present."""
+    """Return the seconds for which a client is present after its connection broke."""
     line = stage.plain()
     await soon()
     await stage.socket().join("lobby")
@@ -283,7 +283,7 @@ async def out_of_sight(stage: Stage) -> int | None:
 
 
 async def a_token_after(stage: Stage, seconds: float) -> str:
-    """What a reconnect token is worth after a while."""
+    """Return the result of validating a reconnect token after a while."""
     with mock.patch.object(tokens, "wall", asyncio.get_running_loop().time):
         try:
             token = stage.manager.generate_reconnect_token("ann")
@@ -323,7 +323,7 @@ async def an_old_ticket(stage: Stage) -> Any:
 
 
 async def away_for_a_minute(stage: Stage) -> str:
-    """What a client of `stabilizer.v1.json` hears that was away, and was sent three messages meanwhile."""
+    """Return the outcome of a client that was detached for a minute and missed three messages."""
     peer = Peer(stage)
     await (await peer.dial()).leaves()
     for number in range(3):
@@ -344,7 +344,7 @@ async def no_hello(stage: Stage) -> int | None:
 
 
 async def a_newcomer(stage: Stage) -> list[Any]:
-    """What somebody gets who comes to a room in which something was said a while ago."""
+    """Return what a client gets that joins a room with history a minute after a message."""
     line = stage.plain()
     await soon()
     stage.plain("bob")
@@ -357,7 +357,7 @@ async def a_newcomer(stage: Stage) -> list[Any]:
     return line.server.data
 
 
-# ── going away ──
+# ── shutdown ──
 
 
 async def a_long_stay(stage: Stage) -> Any:
@@ -367,7 +367,7 @@ async def a_long_stay(stage: Stage) -> Any:
 
 
 async def a_drain(stage: Stage) -> float:
-    """Seconds that the closes of fifty connections are spread over."""
+    """Return the seconds over which the closes of fifty connections are spread."""
     lines = [stage.plain(f"client {number}") for number in range(50)]
     await soon()
     report = await stage.manager.drain()
@@ -376,7 +376,7 @@ async def a_drain(stage: Stage) -> float:
 
 
 async def a_shutdown(stage: Stage) -> int:
-    """Seconds that a shutdown waits for an endpoint that does not end."""
+    """Return the seconds for which a shutdown waits for an endpoint that does not return."""
     stage.endpoint = parked
     stage.plain()
     await soon()
@@ -384,7 +384,7 @@ async def a_shutdown(stage: Stage) -> int:
 
 
 async def over_http(stage: Stage, method: str, path: str, **headers: str) -> int:
-    """The status of the stats router's answer."""
+    """Return the status of the stats router's answer."""
     app = FastAPI()
     app.include_router(stats_router)
     app.state.fastapi_ws_stabilizer = stage.manager
@@ -405,7 +405,7 @@ async def scraped(stage: Stage) -> int:
 
 
 async def logged(stage: Stage) -> list[str]:
-    """The events that reach the log."""
+    """Return the events that reach the log."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -419,13 +419,13 @@ async def logged(stage: Stage) -> list[str]:
 
 
 async def between_two_turns(stage: Stage) -> int:
-    """To how many clients a broadcast goes before the event loop gets a turn, where each of them takes a while."""
+    """Return how many clients, each of them slow, a broadcast serves before the event loop runs other tasks."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     sent = 0
 
     class Server:
-        """Takes each message at once, as uvicorn does, and needs a millisecond for it."""
+        """Server that takes each message at once, as uvicorn does, and needs 1 ms for it."""
 
         __module__ = "uvicorn.protocols"
 
@@ -457,7 +457,7 @@ async def between_two_turns(stage: Stage) -> int:
 
 
 async def cleanups_at_once(stage: Stage) -> int:
-    """How many disconnect hooks run at the same time."""
+    """Return how many disconnect hooks run at the same time."""
     running = most = 0
 
     @stage.manager.on_disconnect
@@ -477,7 +477,7 @@ async def cleanups_at_once(stage: Stage) -> int:
 
 
 async def sends_at_once(stage: Stage) -> int:
-    """How many sends of a broadcast wait for the server at the same time."""
+    """Return how many sends of a broadcast wait for the server at the same time."""
     lines = [stage.plain(f"client {number}") for number in range(3)]
     await soon()
     for line in lines:
@@ -510,7 +510,7 @@ async def much_user_data_of_two(stage: Stage) -> list[Any]:
 
 
 async def memory_is_short(stage: Stage) -> list[str]:
-    """Who stays, of one that came first and has just spoken, one that is silent, and one that needs room."""
+    """Return the clients left of three: the oldest has just sent a message, one is silent, and one needs memory."""
     ann = stage.plain("ann")
     stage.plain("bob")
     stage.plain("carl")
@@ -524,7 +524,7 @@ async def memory_is_short(stage: Stage) -> list[str]:
 
 
 async def growth_inside(stage: Stage) -> bool:
-    """Whether it is seen, half a minute later, that a value has grown inside."""
+    """Return whether a value that grows in place is counted half a minute later."""
     stage.plain()
     await soon()
     values: list[str] = []
@@ -538,7 +538,7 @@ async def growth_inside(stage: Stage) -> bool:
 
 
 def refusals(server: LiveServer) -> list[Any]:
-    """How a socket without a login is told so: one of a browser, and one of another client."""
+    """Return how sockets without a login are rejected: one of a browser, and one of another client."""
     own = f"http://127.0.0.1:{server.port}"
     return [dialled(server, "/identified", Origin=own), dialled(server, "/identified")]
 
@@ -548,7 +548,7 @@ def of_another_site(server: LiveServer) -> Any:
 
 
 def dialled(server: LiveServer, path: str, **headers: str) -> Any:
-    """The status of a handshake; after an accept, the code of the close frame or `open`."""
+    """Return the status of a handshake; after an accept, the code of the close frame or `open`."""
     with WireClient(server.port) as client:
         client.write(request(server.port, path, headers))
         answer: Answer = client.answer()
@@ -560,13 +560,13 @@ def dialled(server: LiveServer, path: str, **headers: str) -> Any:
 
 
 def agreed(server: LiveServer) -> bool:
-    """Whether the server agrees to compress."""
+    """Return whether the server accepts compression."""
     with WireClient(server.port) as client:
         return client.upgrade(headers={"Sec-WebSocket-Extensions": BROWSER_OFFER}).deflate is not None
 
 
 def compressed(server: LiveServer) -> list[bool]:
-    """Whether an echo of 100 bytes is compressed, and one of 2,000."""
+    """Return whether an echo of 100 bytes is compressed, and one of 2,000 bytes."""
     with connect(server, offer=BROWSER_OFFER) as client:
         seen = []
         for size in (100, 2000):
@@ -576,7 +576,7 @@ def compressed(server: LiveServer) -> list[bool]:
 
 
 def sigterm(server: LiveServer) -> bool:
-    """Whether SIGTERM tells a client when to come back, as a drain does."""
+    """Return whether SIGTERM sends a reconnect delay to the client, as a drain does."""
     with connect(server) as client:
         server.process.terminate()
         code, reason = client.close_info(answer=True)
@@ -660,14 +660,14 @@ CASES: dict[str, Case | LiveCase] = {
 
 
 class Servers:
-    """Real servers, each started once for the options that it has."""
+    """Real servers, each started once for its options."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._running: dict[str, LiveServer] = {}
 
     def get(self, options: Mapping[str, Any], *, alone: bool) -> LiveServer:
-        """The server with these options; one that nobody else gets, if it is to be alone."""
+        """Return the server with these options; with `alone`, one that no other case uses."""
         key = repr(sorted(options.items()))
         server = None if alone else self._running.get(key)
         if server is None:
@@ -679,14 +679,14 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:
-    """Real servers."""
+    """Run real servers for the tests of this module."""
     with ExitStack() as stack:
         yield Servers(stack)
 
 
 @pytest.fixture(autouse=True)
 def untouched_logger() -> Iterator[None]:
-    """Let the library's logger have no level, and give it back as it was: `log_level` is about it."""
+    """Reset the level of the library's logger, and restore it afterwards: `log_level` sets it."""
     logger = get_logger()
     level = logger.level
     logger.setLevel(logging.NOTSET)
@@ -695,12 +695,12 @@ def untouched_logger() -> Iterator[None]:
 
 
 def changed(option: str, case: Case | LiveCase) -> dict[str, Any]:
-    """The options that are changed."""
+    """Return the options that are changed."""
     return case.change if isinstance(case.change, dict) else {option: case.change}
 
 
 def played(case: Case, options: Mapping[str, Any]) -> Any:
-    """What is seen of a scene with these options. Where a case is not about heartbeats, there are none."""
+    """Return the observation of a scene with these options. Heartbeats are off unless the case is about them."""
 
     async def play() -> Any:
         quiet = "ping" if case.scene is first_beat else "off"
@@ -718,7 +718,7 @@ def played(case: Case, options: Mapping[str, Any]) -> Any:
     ],
 )
 def test_every_option_has_observable_effect(option: str, servers: Servers) -> None:
-    """No option is dead: with its default one thing happens, with another value another, both as documented."""
+    """Every option has an effect: the default and another value differ, both as documented."""
     assert option in CASES, f"say in CASES what {option} changes"
     case = CASES[option]
     change = changed(option, case)
@@ -735,6 +735,6 @@ def test_every_option_has_observable_effect(option: str, servers: Servers) -> No
 
 
 def test_every_case_names_existing_option() -> None:
-    """What is no option any more has no case."""
+    """Every case belongs to an existing option."""
     assert set(CASES) == set(WebSocketConfig.model_fields)
-    assert KIND == "uvicorn-stable"  # compression is this library's there
+    assert KIND == "uvicorn-stable"  # on this server the library does the compression

@@ -1533,7 +1533,7 @@ async def test_failing_listener_does_not_affect_others(caplog: pytest.LogCapture
 
         for register in ("on_open", "on_gap", "on_close", "on_state", "on_drain", "on_error"):
             assert getattr(scene.client, register)(fail) is fail
-        scene.client.on_open(lambda outcome: scene.told.append(("second", outcome)))
+        scene.client.on_open(lambda outcome: scene.heard.append(("second", outcome)))
         await scene.opened()
         await scene.link.say({"type": "drain", "after": 60_000}, {"type": "error"})
         await scene.link.closes(1006)

@@ -115,7 +115,7 @@ def test_waiting_sender_is_numbered_before_later_message() -> None:
         connection.frames.append(frame)
         session.append(frame)
 
-    connection.meanwhile = let_in
+    connection.before_enqueue = let_in
     connection.verdict = EnqueueResult.BACKPRESSURE
     assert session.offer(encode("new")) is EnqueueResult.BACKPRESSURE
     assert [frame.text for frame in session.since(0)] == connection.texts[1:]
