@@ -1,4 +1,4 @@
-"""Tests of the term of a credential: when a client is asked for a new one, and when it is too late."""
+"""Tests of credential expiry: when a renewal is requested, and when the connection closes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.fake_link import virtually
 
 
 class Held:
-    """A connection that writes down what it is told, with the time."""
+    """Connection that records calls, with the time."""
 
     def __init__(self) -> None:
         self.close_info: CloseInfo | None = None
@@ -29,11 +29,11 @@ class Held:
         self.term = CredentialExpiry(self, self.asked.append)
 
     def answer(self, frame: Any) -> None:
-        """As a connection."""
+        """Record a control frame."""
         self.told.append((now(), json.loads(frame.text)))
 
     def close(self, reason: DisconnectReason, *, code: int | None = None, text: str | None = None) -> bool:
-        """As a connection."""
+        """Record a close."""
         assert reason is DisconnectReason.POLICY
         assert text == "the credential has expired"
         self.ended.append((now(), code))
@@ -42,25 +42,25 @@ class Held:
 
 
 def now() -> float:
-    """The time of the test's clock."""
+    """Return the time of the test's clock."""
     return round(asyncio.get_running_loop().time(), 3)
 
 
 @pytest.mark.parametrize(
     ("life", "asked_at"),
     [
-        (3600.0, 3570.0),  # never earlier than 30 s before
+        (3600.0, 3570.0),  # at most 30 s before
         (100.0, 80.0),  # a fifth is left
         (10.0, 8.0),
-        (4.0, 3.0),  # a second at least
+        (4.0, 3.0),  # at least 1 s before
         (2.0, 1.0),
-        (1.0, 0.5),  # of a short one half
+        (1.0, 0.5),  # half of a short one
         (0.02, 0.01),
     ],
 )
 @virtually
 async def test_client_gets_renewal_request_then_4401_at_expiry(life: float, asked_at: float) -> None:
-    """It gets as much notice as its credential's life allows, and 4401 when that is over."""
+    """The notice depends on the credential's lifetime, and the connection closes with 4401 at expiry."""
     held = Held()
     held.term.reset(life)
     await asyncio.sleep(life + 1)
@@ -70,7 +70,7 @@ async def test_client_gets_renewal_request_then_4401_at_expiry(life: float, aske
 
 @virtually
 async def test_credential_without_expiry_is_never_requested() -> None:
-    """Without a term nothing happens."""
+    """Without an expiry no renewal is requested."""
     held = Held()
     held.term.reset(None)
     await asyncio.sleep(1e6)
@@ -79,7 +79,7 @@ async def test_credential_without_expiry_is_never_requested() -> None:
 
 @virtually
 async def test_renewed_credential_schedules_next_renewal() -> None:
-    """The client is told that it was taken, and is asked anew."""
+    """The client gets a confirmation, and the next renewal is scheduled."""
     held = Held()
     held.term.reset(10.0)
     await asyncio.sleep(8.5)
@@ -99,7 +99,7 @@ async def test_renewed_credential_schedules_next_renewal() -> None:
 
 @virtually
 async def test_renewal_during_validation_is_ignored() -> None:
-    """What comes meanwhile is not looked at: each look is a call of the application."""
+    """A credential that arrives during a validation is ignored, because each validation calls the application."""
     held = Held()
     for credential in ("one", "two", None):
         held.term.renewal_requested(credential)
@@ -111,7 +111,7 @@ async def test_renewal_during_validation_is_ignored() -> None:
 
 @virtually
 async def test_renewal_without_validator_keeps_old_expiry() -> None:
-    """The old one's time goes on, and the client is told that it cannot be renewed here."""
+    """The old expiry stays, and the client gets an error: it cannot renew its credential."""
     held = Held()
     held.term.reset(10.0)
     held.term.renewal_requested("new")
@@ -123,7 +123,7 @@ async def test_renewal_without_validator_keeps_old_expiry() -> None:
 
 @virtually
 async def test_renewal_accepted_after_close_sends_nothing() -> None:
-    """The connection is over: nothing is sent, and no timer is left."""
+    """After the close nothing is sent, and no timer is left."""
     held = Held()
     held.term.reset(1.0)
     held.term.renewal_requested("new")
@@ -157,25 +157,25 @@ async def test_renewal_accepted_after_close_sends_nothing() -> None:
     ids=lambda value: repr(value)[:24],
 )
 def test_plain_client_renewal_requires_exact_object_shape(message: str | bytes, token: str | None) -> None:
-    """Only an object of exactly that shape is one; all else is data of the application."""
+    """Only an object of exactly that shape is a renewal; everything else is data of the application."""
     assert parse_renewal(message) == token
 
 
 def test_longest_credential_can_be_renewed() -> None:
-    """The longest credential that is taken elsewhere can be renewed too."""
+    """The longest credential that a handshake accepts can be renewed too."""
     token = "x" * 8192
     assert parse_renewal(f'{{"type":"auth","token":"{token}"}}') == token
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, 1), (0.0001, 1), (1.0, 1000), (1.2345, 1234)])
 def test_durations_are_sent_as_at_least_one_millisecond(seconds: float, told: int) -> None:
-    """One at least: nothing would say that it is over."""
+    """Durations are sent as at least 1 ms."""
     assert to_milliseconds(seconds) == told
 
 
 @virtually
 async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
-    """`expires_at` is an end that only a new time moves, and not an `on_auth` that returns nothing."""
+    """An `on_auth` that returns nothing leaves `expires_at` unchanged; only a new time moves it."""
     held = Held()
     held.term.start(None, 10.0)
     held.term.renewal_requested("new")
@@ -187,7 +187,7 @@ async def test_on_auth_without_expiry_keeps_identity_expiry() -> None:
 
 @virtually
 async def test_earlier_of_on_auth_and_identity_expiry_applies() -> None:
-    """What `on_auth` says and when the identity ends: whichever comes first."""
+    """The earlier of the times of `on_auth` and of the identity is the expiry."""
     held = Held()
     held.term.start(5.0, 10.0)
     await asyncio.sleep(6)
