@@ -1,4 +1,4 @@
-"""Tests of the one scheduler that beats for all connections, driven by numbers."""
+"""Tests of the only heartbeat scheduler of all connections, on a fake clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.conftest import EventRecorder
 
 
 class Beating:
-    """A heartbeat whose clock is a number, with what it reports."""
+    """A heartbeat on a fake clock, with a record of its events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.now = 1000.0
@@ -37,14 +37,14 @@ class Beating:
         self.heartbeat = HeartbeatScheduler(WebSocketConfig(**options), self.events)
 
     def add(self, client_id: str = "ann", **kwargs: Any) -> FakeRecipient:
-        """Begin to beat for a new connection, whose first ping is due after one interval."""
+        """Add a new connection, with its first ping due after one interval."""
         member = FakeRecipient(client_id, **kwargs)
         member.liveness.on_frame(self.now)
         self.heartbeat.add(member)
         return member
 
     def at(self, seconds: float, late: float = 0.0) -> None:
-        """Do what is due that many seconds after the start."""
+        """Run what is due that many seconds after the start."""
         self.now = 1000.0 + seconds
         self.heartbeat.run_due(self.now, late)
 
@@ -56,7 +56,7 @@ class Beating:
 
 @pytest.fixture
 def beating(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any:
-    """Make heartbeats with a clock of their own."""
+    """Return a factory of heartbeats with fake clocks."""
     made: list[Beating] = []
 
     def make(**options: Any) -> Beating:
@@ -70,11 +70,11 @@ def beating(monkeypatch: pytest.MonkeyPatch, event_loop_is_running: None) -> Any
 
 @pytest.fixture
 async def event_loop_is_running() -> None:
-    """Make these tests run on an event loop, since adding a connection sets a timer."""
+    """Run these tests on an event loop, because adding a connection sets a timer."""
 
 
 async def test_connection_is_pinged_once_per_interval(beating: Any) -> None:
-    """Pings come one interval apart, and none between."""
+    """Pings are one interval apart."""
     clock = beating(heartbeat_interval=10)
     member = clock.add()
     for second in range(31):
@@ -84,7 +84,7 @@ async def test_connection_is_pinged_once_per_interval(beating: Any) -> None:
 
 
 async def test_first_ping_is_delayed_by_random_part_of_interval(beating: Any) -> None:
-    """Clients that connect together are not pinged together."""
+    """Clients that connect together get their first pings at different times."""
     clock = beating(heartbeat_interval=10)
     asked = []
     clock.first = lambda low, high: asked.append((low, high)) or 3.0
@@ -97,7 +97,7 @@ async def test_first_ping_is_delayed_by_random_part_of_interval(beating: Any) ->
 
 
 async def test_first_pings_are_spread_over_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real random numbers, a hundred connections of one moment are due all over the interval."""
+    """With real random numbers, a hundred simultaneous connections are due all over the interval."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=10), EventBus())
     members = [FakeRecipient() for _ in range(100)]
     for member in members:
@@ -110,7 +110,7 @@ async def test_first_pings_are_spread_over_interval(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("interval", "timeout"), [(10, 25), (10, 60), (30, 5), (10, 10)])
 async def test_heartbeat_timeout_is_exact_for_any_interval(beating: Any, interval: float, timeout: float) -> None:
-    """A client that always answered and then falls silent is closed exactly `heartbeat_timeout` after the ping."""
+    """A client that stops answering is closed exactly `heartbeat_timeout` after the ping."""
     clock = beating(heartbeat_interval=interval, heartbeat_timeout=timeout)
     member = clock.add()
     clock.at(interval)
@@ -125,7 +125,7 @@ async def test_heartbeat_timeout_is_exact_for_any_interval(beating: Any, interva
 
 
 async def test_pings_continue_while_pong_is_outstanding(beating: Any) -> None:
-    """With a timeout over several intervals, each interval has its ping, and the first open one counts."""
+    """With a timeout of several intervals, each interval has its ping, and the first open one counts."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=35, require_pong=True)
     member = clock.add()
     for second in range(10, 45):
@@ -137,7 +137,7 @@ async def test_pings_continue_while_pong_is_outstanding(beating: Any) -> None:
 
 
 async def test_heartbeat_timeout_event_has_silent_seconds(beating: Any) -> None:
-    """The report of a timeout names connection, client and how long it was silent."""
+    """The event of a timeout has the connection, the client and the seconds of silence."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add("bob")
     clock.at(10)
@@ -148,7 +148,7 @@ async def test_heartbeat_timeout_event_has_silent_seconds(beating: Any) -> None:
 
 
 async def test_inbound_frames_without_pong_prevent_timeout(beating: Any) -> None:
-    """Any inbound frame proves life, even where pongs are required."""
+    """Any inbound frame proves life, even if pongs are required."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     for second in range(100):
@@ -159,7 +159,7 @@ async def test_inbound_frames_without_pong_prevent_timeout(beating: Any) -> None
 
 
 async def test_require_pong_auto_starts_with_first_pong(beating: Any) -> None:
-    """With `require_pong="auto"` enforcement starts with the client's first pong."""
+    """With `require_pong="auto"` pongs are required after the client's first pong."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5)
     member = clock.add()
     for second in range(0, 200, 5):
@@ -181,7 +181,7 @@ async def test_require_pong_true_closes_client_without_pong(beating: Any) -> Non
 
 
 async def test_require_pong_false_never_closes_silent_client(beating: Any) -> None:
-    """With `require_pong=False` silence closes nobody, not even who has answered before."""
+    """With `require_pong=False` no silent client is closed, even if it has answered before."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=False)
     member = clock.add()
     clock.at(10)
@@ -192,7 +192,7 @@ async def test_require_pong_false_never_closes_silent_client(beating: Any) -> No
 
 
 async def test_pong_right_after_ping_is_counted(beating: Any) -> None:
-    """A pong that is handled right after the ping was queued is not lost."""
+    """A pong that arrives right after the ping was queued counts."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
 
@@ -212,7 +212,7 @@ async def test_pong_right_after_ping_is_counted(beating: Any) -> None:
 
 
 async def test_full_outbox_suspends_ping_and_timeout(beating: Any) -> None:
-    """A ping that finds no room proves nothing, so no answer to it is awaited."""
+    """A ping that finds no room expects no answer."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add(room=False)
     for second in range(10, 60):
@@ -225,7 +225,7 @@ async def test_full_outbox_suspends_ping_and_timeout(beating: Any) -> None:
 
 
 async def test_paused_reading_suspends_heartbeat_timeout(beating: Any) -> None:
-    """While we do not read, what the client owes is forgiven."""
+    """While the server does not read, missing answers are ignored."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     clock.at(10)
@@ -236,7 +236,7 @@ async def test_paused_reading_suspends_heartbeat_timeout(beating: Any) -> None:
 
 
 async def test_ping_behind_send_queue_suspends_timeout(beating: Any) -> None:
-    """While messages wait before it the client cannot have seen the ping; when they are gone the debt counts again."""
+    """A client cannot see a ping behind queued messages; when these are sent, the timeout applies again."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     member.backlog = True
@@ -250,7 +250,7 @@ async def test_ping_behind_send_queue_suspends_timeout(beating: Any) -> None:
 
 
 async def test_send_on_every_iteration_does_not_defer_timeout(beating: Any, bench: Any) -> None:
-    """A message that waits for no more than the end of the turn is no backlog, and forgives no missing answer."""
+    """A message that waits only for the end of the iteration is not a backlog, and excuses no missing answer."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
     connection, _ = await b.open()
@@ -266,7 +266,7 @@ async def test_send_on_every_iteration_does_not_defer_timeout(beating: Any, benc
 async def test_stalled_send_does_not_cause_heartbeat_timeout(
     beating: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ping behind a send that is stuck cannot have been answered, and send_timeout watches that client."""
+    """A ping behind a stalled send cannot be answered, and send_timeout watches that client."""
     monkeypatch.setattr(send_watch_module, "STALL_THRESHOLD", -1.0)
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     b = bench()
@@ -282,7 +282,7 @@ async def test_stalled_send_does_not_cause_heartbeat_timeout(
 
 
 async def test_late_timer_grants_grace_before_timeout(beating: Any) -> None:
-    """After a blocked event loop nobody is closed before there was a chance to read what waits in the sockets."""
+    """After a blocked event loop no client is closed before the server could read its socket."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     clock.at(100)
@@ -295,7 +295,7 @@ async def test_late_timer_grants_grace_before_timeout(beating: Any) -> None:
 
 
 async def test_grace_after_lag_is_at_most_heartbeat_timeout(beating: Any) -> None:
-    """A short timeout has a short second look."""
+    """With a short timeout, the grace after a lag is at most that timeout."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=0.25, require_pong=True)
     member = clock.add()
     clock.at(100)
@@ -306,7 +306,7 @@ async def test_grace_after_lag_is_at_most_heartbeat_timeout(beating: Any) -> Non
 
 
 async def test_timer_lag_below_maximum_grants_no_grace(beating: Any) -> None:
-    """A beat that is late by less than half a second is on time."""
+    """A heartbeat that is less than 0.5 s late is on time."""
     clock = beating(heartbeat_interval=100, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     clock.at(100)
@@ -315,7 +315,7 @@ async def test_timer_lag_below_maximum_grants_no_grace(beating: Any) -> None:
 
 
 async def test_closed_connection_is_removed_from_heartbeat(beating: Any) -> None:
-    """A connection that ended otherwise is neither pinged nor kept."""
+    """A closed connection is neither pinged nor referenced."""
     clock = beating(heartbeat_interval=10)
     member = clock.add()
     member.close(DisconnectReason.CLIENT_CLOSE)
@@ -325,7 +325,7 @@ async def test_closed_connection_is_removed_from_heartbeat(beating: Any) -> None
 
 
 async def test_removed_connection_is_not_pinged(beating: Any) -> None:
-    """After `remove` a connection gets nothing, and the others do."""
+    """After `remove` a connection gets no pings, and the others do."""
     clock = beating(heartbeat_interval=10)
     gone, here = clock.add("gone"), clock.add("here")
     clock.heartbeat.remove(gone)
@@ -336,7 +336,7 @@ async def test_removed_connection_is_not_pinged(beating: Any) -> None:
 
 
 async def test_removed_connections_do_not_grow_heap(beating: Any) -> None:
-    """However many connections have been removed, the heap holds little more than those that are there."""
+    """After any number of removals, the heap is not much larger than the number of connections."""
     clock = beating(heartbeat_interval=10)
     staying = [clock.add() for _ in range(3)]
     for _ in range(10):
@@ -349,7 +349,7 @@ async def test_removed_connections_do_not_grow_heap(beating: Any) -> None:
 
 
 async def test_full_outbox_does_not_delay_pings_to_others(beating: Any) -> None:
-    """A client whose outbox is full costs the others nothing."""
+    """A client with a full outbox does not affect the others."""
     clock = beating(heartbeat_interval=10)
     stuck = clock.add(room=False)
     others = [clock.add() for _ in range(3)]
@@ -372,7 +372,7 @@ async def test_custom_payload_is_sent_and_encoded_once(beating: Any, payload: An
 
 
 async def test_payload_function_receives_socket(beating: Any) -> None:
-    """A callable payload is called for each beat with what user code knows the connection by."""
+    """A callable payload is called for each heartbeat with the connection's socket."""
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: {"for": socket})
     member = clock.add()
     clock.at(10)
@@ -380,7 +380,7 @@ async def test_payload_function_receives_socket(beating: Any) -> None:
 
 
 async def test_failing_payload_function_is_reported_and_retried(beating: Any) -> None:
-    """A bug in the payload function is reported, hurts no other connection, and the next beat tries again."""
+    """A bug in the payload function is reported, affects no other connection, and the next heartbeat retries."""
     answers: list[Any] = [ValueError("bug"), object(), "beat"]
 
     def payload(socket: Any) -> Any:
@@ -400,14 +400,14 @@ async def test_failing_payload_function_is_reported_and_retried(beating: Any) ->
 
 
 async def test_unencodable_payload_raises_at_construction() -> None:
-    """A constant payload that JSON does not know fails early and not at each beat."""
+    """A constant payload that cannot be encoded fails at construction and not at each heartbeat."""
     config = WebSocketConfig(heartbeat_type="custom", heartbeat_payload={"x": object()})
     with pytest.raises(MessageEncodeError):
         HeartbeatScheduler(config, EventBus())
 
 
 async def test_payload_function_closing_connection_unschedules_it(beating: Any) -> None:
-    """A connection that its own payload function has ended is not scheduled again."""
+    """A connection that its own payload function has closed is not scheduled again."""
     clock = beating(heartbeat_interval=10, heartbeat_type="custom", heartbeat_payload=lambda socket: end())
     member = clock.add()
 
@@ -422,7 +422,7 @@ async def test_payload_function_closing_connection_unschedules_it(beating: Any) 
 
 
 async def test_heartbeat_off_schedules_nothing(beating: Any) -> None:
-    """With `heartbeat_type="off"` nobody is scheduled and no timer is set."""
+    """With `heartbeat_type="off"` no connection is scheduled and no timer is set."""
     clock = beating(heartbeat_type="off")
     member = clock.add()
     clock.at(1000)
@@ -432,11 +432,11 @@ async def test_heartbeat_off_schedules_nothing(beating: Any) -> None:
     assert member.frames == []
 
 
-# ── the one timer ──
+# ── the timer ──
 
 
 async def test_heartbeat_timer_pings_on_real_clock() -> None:
-    """On the real clock, a connection is pinged without anybody calling."""
+    """On the real clock, the timer pings a connection."""
     heartbeat = HeartbeatScheduler(WebSocketConfig(heartbeat_interval=0.02), EventBus())
     member = FakeRecipient()
     heartbeat.add(member)
@@ -447,7 +447,7 @@ async def test_heartbeat_timer_pings_on_real_clock() -> None:
 
 
 async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
-    """However many connections there are, the event loop holds one timer for them, a little after the first is due."""
+    """For any number of connections the event loop has one timer, shortly after the first is due."""
     clock = beating(heartbeat_interval=10)
     firsts = iter([5.0, 7.0, 2.0, 9.0])
     clock.first = lambda low, high: next(firsts)
@@ -463,7 +463,7 @@ async def test_all_connections_share_one_heartbeat_timer(beating: Any) -> None:
 
 
 async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> None:
-    """When the timer itself comes late by half a second or more, that is a warning, and gives a second look."""
+    """A timer that fires 0.5 s late or more is logged as a warning, and grants a grace."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=5, require_pong=True)
     member = clock.add()
     clock.at(10)
@@ -480,7 +480,7 @@ async def test_blocked_event_loop_is_reported_and_grants_grace(beating: Any) -> 
 async def test_heartbeat_of_many_connections_yields_to_event_loop(
     beating: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is due when the loop was held for long comes in the next turn, and nobody is left out or pinged twice."""
+    """Pings due after a long block continue in the next iteration, and each client gets exactly one."""
     looks = iter(range(10**6))
     monkeypatch.setattr(turns_module, "monotonic", lambda: next(looks) * turns_module.MAX_BLOCK)
     clock = beating(heartbeat_interval=10)
@@ -494,7 +494,7 @@ async def test_heartbeat_of_many_connections_yields_to_event_loop(
 
 
 async def test_heartbeat_stop_is_idempotent(beating: Any) -> None:
-    """A stopped heartbeat has no connections, no timer, and can be stopped again."""
+    """A stopped heartbeat has no connections and no timer, and can be stopped again."""
     clock = beating()
     clock.add()
     clock.heartbeat.stop()
@@ -504,11 +504,11 @@ async def test_heartbeat_stop_is_idempotent(beating: Any) -> None:
     assert clock.heartbeat._timer is None
 
 
-# ── bytes ──
+# ── bytes in transit ──
 
 
 async def test_partial_inbound_message_restarts_timeout(beating: Any) -> None:
-    """Bytes that have come since the ping begin the time anew, from the last of them."""
+    """Bytes received since the ping restart the timeout at the last of them."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
     clock.at(10)
@@ -526,7 +526,7 @@ async def test_partial_inbound_message_restarts_timeout(beating: Any) -> None:
 
 
 async def test_never_completed_inbound_message_is_closed(beating: Any) -> None:
-    """A byte now and then holds a connection no longer than the largest message takes at the slowest rate."""
+    """A trickle of bytes holds a connection no longer than the largest message takes at the slowest rate."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
     member = clock.add()
     member.silent = 1.0
@@ -538,7 +538,7 @@ async def test_never_completed_inbound_message_is_closed(beating: Any) -> None:
 
 
 async def test_message_time_limit_restarts_with_each_message(beating: Any) -> None:
-    """The bound is one of each message, and not of a connection."""
+    """The limit applies to each message, and not to the connection."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True, max_message_size=40 * 4096)
     member = clock.add()
     member.silent = 1.0
@@ -550,7 +550,7 @@ async def test_message_time_limit_restarts_with_each_message(beating: Any) -> No
 
 
 async def test_outbound_progress_before_ping_defers_timeout(beating: Any) -> None:
-    """A ping behind a large message is owed from the last look at which its client had taken more of that."""
+    """The timeout of a ping behind a large message runs from the last check at which its client had taken more."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
     member.unsent, member.taken = 100_000, 5_000
@@ -570,7 +570,7 @@ async def test_outbound_progress_before_ping_defers_timeout(beating: Any) -> Non
 async def test_outbound_bytes_without_progress_do_not_defer_timeout(
     beating: Any, unsent: int | None, taken: int | None
 ) -> None:
-    """Little before a ping delays no pong, and bytes that nobody takes are no sign of life."""
+    """Few bytes before a ping do not delay a pong, and bytes without progress do not prove life."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
     member.unsent, member.taken = unsent, 0 if taken is not None else None
@@ -581,7 +581,7 @@ async def test_outbound_bytes_without_progress_do_not_defer_timeout(
 
 
 async def test_outbound_progress_after_ping_does_not_defer_timeout(beating: Any) -> None:
-    """A client whose machine takes more and more, and that answers nothing, is closed one timeout later at most."""
+    """A client whose machine takes more and more without an answer is closed at most one timeout later."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     member = clock.add()
     member.unsent, member.taken = 20_000, 0
@@ -592,7 +592,7 @@ async def test_outbound_progress_after_ping_does_not_defer_timeout(beating: Any)
 
 
 async def test_removed_or_answering_client_leaves_no_ping_state(beating: Any) -> None:
-    """What is remembered of a client goes with it, and what it has paid at its next ping."""
+    """The ping state is removed with its client, and reset at the next ping after an answer."""
     clock = beating(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     members = [clock.add(str(number)) for number in range(3)]
     for member in members:
@@ -609,7 +609,7 @@ async def test_removed_or_answering_client_leaves_no_ping_state(beating: Any) ->
 
 
 async def test_payload_function_closing_connection_leaves_no_state(beating: Any) -> None:
-    """Much on its way to a client that has just ended is not remembered."""
+    """Bytes in transit to a client that has just closed leave no state."""
     members: list[FakeRecipient] = []
 
     def payload(_: object) -> str:

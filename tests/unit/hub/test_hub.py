@@ -1,4 +1,4 @@
-"""Tests of who gets what, on connections without sockets."""
+"""Tests of the recipients of messages, on connections without sockets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.fake_recipient import FakeRecipient
 
 
 class HubHarness:
-    """A delivery with its turns, and connections in the room `lobby`."""
+    """A hub with its scheduler, and connections in the room `lobby`."""
 
     def __init__(self, members: int, **options: Any) -> None:
         self.config = WebSocketConfig(**options)
@@ -36,17 +36,17 @@ class HubHarness:
         self.members = [self.add(f"client-{number}") for number in range(members)]
 
     async def _hear(self, _: Any) -> None:
-        """Nobody wants to be told."""
+        """Ignore the presence event."""
 
     def add(self, client_id: str) -> FakeRecipient:
-        """Connect a client, and let it into the lobby."""
+        """Connect a client, and let it join the room."""
         member = FakeRecipient(client_id, shard=self.hub.registry.next_shard())
         self.hub.registry.add(member)
         self.hub.join(member, "lobby", None)
         return member
 
     async def reached_by_turn(self, **whom: Any) -> list[int]:
-        """Broadcast, and return how many have been reached at the end of each turn that has reached somebody."""
+        """Broadcast; return the numbers of reached recipients after each iteration that has reached some."""
         task = asyncio.ensure_future(self.hub.broadcast(encode("hi"), **whom))
         reached: list[int] = []
         while not task.done():
@@ -60,7 +60,7 @@ class HubHarness:
 
 @pytest.fixture
 def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the event loop have been held for long wherever that is asked."""
+    """Let every check report a long block of the event loop."""
     monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
 
 
@@ -76,7 +76,7 @@ def no_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 async def test_room_broadcast_is_sharded_only_for_large_room(members: int, num_shards: int, reached: list[int]) -> None:
-    """A small room is reached at one go, and a large one in num_shards parts."""
+    """A message to a small room is sent in one iteration, and to a large one in num_shards iterations."""
     hub = HubHarness(members, num_shards=num_shards)
     assert await hub.reached_by_turn(rooms="lobby") == reached
 
@@ -84,13 +84,13 @@ async def test_room_broadcast_is_sharded_only_for_large_room(members: int, num_s
 @pytest.mark.usefixtures("no_hold")
 @pytest.mark.parametrize(("num_shards", "reached"), [(1, [8]), (4, [2, 4, 6, 8]), (8, [1, 2, 3, 4, 5, 6, 7, 8])])
 async def test_broadcast_to_all_is_always_sharded(num_shards: int, reached: list[int]) -> None:
-    """A broadcast to everybody goes shard by shard, however few they are."""
+    """A broadcast to all clients goes shard by shard, however few they are."""
     assert await HubHarness(8, num_shards=num_shards).reached_by_turn() == reached
 
 
 @pytest.mark.parametrize("how", ["to one", "to all"])
 async def test_send_after_max_block_yields_to_writers(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A send gives the loop a turn when writers have waited for longer than MAX_BLOCK, and else it does not."""
+    """A send yields to the loop when writers have waited for longer than MAX_BLOCK, and otherwise does not."""
     now = [100.0]
     monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
     hub = HubHarness(1, num_shards=1)

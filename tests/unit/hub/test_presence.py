@@ -1,4 +1,4 @@
-"""Tests of who is in a room by client, on a clock that is a number."""
+"""Tests of the presence of clients in rooms, on a fake clock."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", defau
 
 
 class Watched:
-    """A board whose clock is a number, and what it has said.
+    """A presence tracker on a fake clock, and its announcements.
 
     Attributes:
-        calls: What was said and of whom, in order, each from the moment at which its call began.
-        running: How many calls have begun in each room and not ended.
-        listening: Whether anybody wants to hear it.
+        calls: Announcements in the order in which their calls began.
+        running: Number of running calls in each room.
+        listening: Whether there are hooks.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, grace: float = 10.0) -> None:
@@ -70,29 +70,29 @@ class Watched:
 
     @property
     def said(self) -> list[str]:
-        """What was said, in words."""
+        """The announcements as texts."""
         return [f"{who.client_id} {what}" for what, who in self.calls]
 
     def enter(self, member: FakeRecipient, room: str = "lobby", metadata: Any = None) -> None:
-        """Let a connection in."""
+        """Let a connection join."""
         self.board.join(room, member.client_id, member.connection_id, metadata)
 
     def leave(self, member: FakeRecipient, room: str = "lobby", *, at_once: bool = False) -> None:
-        """Take a connection out."""
+        """Let a connection leave."""
         self.board.leave(room, member.client_id, member.connection_id, at_once=at_once)
 
     def present(self, room: str = "lobby") -> list[str]:
-        """The clients in a room."""
+        """Return the clients in a room."""
         return [who.client_id for who in self.board.present(room)]
 
     def at(self, seconds: float) -> None:
-        """Let it be that many seconds after the start, and let graces that have run out then end."""
+        """Set the clock to that many seconds after the start, and end the graces that have expired."""
         self.now = 1000.0 + seconds
         while self.board._graces and next(iter(self.board._graces.values())) <= self.now:
             self.timer_fires()
 
     def timer_fires(self) -> None:
-        """Let the timer fire instead of the event loop."""
+        """Run the timer's callback."""
         assert self.board._timer is not None
         self.board._timer.cancel()
         self.board._on_timer()
@@ -100,7 +100,7 @@ class Watched:
 
 @pytest.fixture
 async def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make boards with a clock of their own; they are closed at the end, and nothing of them has failed."""
+    """Return a factory of trackers; they are closed at the end, and nothing in them may have failed."""
     made: list[Watched] = []
 
     def make(grace: float = 10.0) -> Watched:
@@ -115,11 +115,11 @@ async def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert one.failures == []
 
 
-# ── who is present ──
+# ── presence ──
 
 
 async def test_client_with_two_connections_is_present_once(watched: Any) -> None:
-    """A client is present once, with all its connections, and only its first and last one are announced."""
+    """A client is present once, with all its connections, and only the first and the last one are announced."""
     w = watched()
     one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
@@ -138,7 +138,7 @@ async def test_client_with_two_connections_is_present_once(watched: Any) -> None
 
 
 async def test_repeated_join_needs_one_leave(watched: Any) -> None:
-    """Connections are known by their ids, so to enter again is nothing, and one leaving is enough."""
+    """Connections are known by their ids, so a repeated join has no effect, and one leave is enough."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -149,7 +149,7 @@ async def test_repeated_join_needs_one_leave(watched: Any) -> None:
 
 
 async def test_leave_without_join_changes_nothing(watched: Any) -> None:
-    """Neither a foreign room nor a foreign client nor an old connection of the same client takes anybody out."""
+    """A leave with another room, another client or an old connection removes no presence."""
     w = watched(grace=0)
     ann, old, bob = FakeRecipient("ann"), FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
@@ -165,7 +165,7 @@ async def test_leave_without_join_changes_nothing(watched: Any) -> None:
 
 
 async def test_presence_order_is_order_of_first_join(watched: Any) -> None:
-    """Further tabs and reloads keep a client's place; who has left and comes again is last."""
+    """Further tabs and reloads do not change a client's position; a client that left and joins again is last."""
     w = watched()
     ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     for member in (ann, bob, eve):
@@ -180,7 +180,7 @@ async def test_presence_order_is_order_of_first_join(watched: Any) -> None:
 
 
 async def test_presence_of_each_room_is_independent(watched: Any) -> None:
-    """A client that is in two rooms comes and goes in each by itself."""
+    """A client in two rooms joins and leaves each of them independently."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann, "a")
@@ -192,17 +192,17 @@ async def test_presence_of_each_room_is_independent(watched: Any) -> None:
 
 
 async def test_presence_of_unknown_room_is_empty(watched: Any) -> None:
-    """Asking for people where there are none is no error and makes no room."""
+    """Asking for the presence of an unknown room is not an error and creates no room."""
     w = watched()
     assert w.board.present("nowhere") == []
     assert len(w.board) == 0
 
 
-# ── what is known of them ──
+# ── metadata ──
 
 
 async def test_later_join_replaces_presence_metadata(watched: Any) -> None:
-    """The client is described by the last that was given; a join that gives none changes nothing."""
+    """The last metadata applies; a join without metadata changes nothing."""
     w = watched()
     seen = []
     for metadata in (None, {"name": "Ann"}, None, {"away": True}):
@@ -212,7 +212,7 @@ async def test_later_join_replaces_presence_metadata(watched: Any) -> None:
 
 
 async def test_presence_update_replaces_metadata_unannounced(watched: Any) -> None:
-    """An update replaces the metadata of who is present, is not announced, and says if there was nobody."""
+    """An update replaces the metadata of a present client unannounced, and returns whether there was one."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
@@ -228,7 +228,7 @@ async def test_presence_update_replaces_metadata_unannounced(watched: Any) -> No
 
 
 async def test_presence_metadata_is_copied(watched: Any) -> None:
-    """What was given is copied, on entering and on updating."""
+    """Metadata is copied on join and on update."""
     w = watched()
     mine = {"n": 1}
     w.enter(FakeRecipient("ann"), metadata=mine)
@@ -240,7 +240,7 @@ async def test_presence_metadata_is_copied(watched: Any) -> None:
 
 
 async def test_rejoin_after_leave_starts_without_metadata(watched: Any) -> None:
-    """Who has left is forgotten, even if that was not said yet: its next stay is a new one."""
+    """After a leave the metadata is removed, even if the leave was not announced yet."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann, metadata={"name": "Ann"})
@@ -253,7 +253,7 @@ async def test_rejoin_after_leave_starts_without_metadata(watched: Any) -> None:
 
 
 async def test_present_seconds_span_reconnects_and_grace(watched: Any) -> None:
-    """Seconds run from the arrival, over reloads, and stop at the end of the grace or at a deliberate leaving."""
+    """The seconds include reconnects, and stop at the end of the grace or at an explicit leave."""
     w = watched(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
@@ -267,14 +267,14 @@ async def test_present_seconds_span_reconnects_and_grace(watched: Any) -> None:
     w.leave(ann)
     w.leave(bob, at_once=True)
     w.at(33)
-    w.now += 100  # however late it is said
+    w.now += 100  # regardless of when it is announced
     await settle()
     gone = [(who.client_id, who.connections, who.present_seconds) for what, who in w.calls if what == "left"]
     assert gone == [("bob", 0, 20.0), ("ann", 0, 30.0)]
 
 
 def test_presence_is_serializable_and_hashable() -> None:
-    """It is JSON with durations only, can be in a set, and two looks at the same state are equal."""
+    """A presence is JSON with durations only, is hashable, and equals another one of the same state."""
     first, second = Presence("ann", "lobby", {"n": 1}, 2, 3.0), Presence("ann", "lobby", {"n": 1}, 2, 4.0)
     assert from_json(to_json(first)) == {
         "client_id": "ann",
@@ -287,7 +287,7 @@ def test_presence_is_serializable_and_hashable() -> None:
 
 
 async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
-    """Each roster shows its own moment, and 2,000 that are looked at and kept make a few objects for each person."""
+    """Each list shows its own time, and 2,000 stored lists share a few objects for each member."""
     w = watched()
     members = [FakeRecipient(f"c{number}") for number in range(2_000)]
     gc.collect()
@@ -298,7 +298,7 @@ async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
         for member in members:
             w.enter(member, metadata={"name": member.client_id})
             rosters.append(w.board.roster("lobby"))
-            if len(rosters) % 2:  # others are looked at when the next one comes
+            if len(rosters) % 2:  # others are read when the next one is created
                 assert len(rosters[-1]) == len(rosters)
         gc.collect()
         objects, (size, _) = len(gc.get_objects()) - before, tracemalloc.get_traced_memory()
@@ -313,7 +313,7 @@ async def test_many_stored_presence_lists_share_entries(watched: Any) -> None:
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "describe", "wait"]), st.integers(0, 150)), max_size=300))
 def test_presence_list_is_unaffected_by_later_changes(steps: list[tuple[str, int]]) -> None:
-    """A roster is what `present` said in its moment, whether it was looked at then or only kept."""
+    """A list shows the state at the call of `present`, even if it is read later."""
 
     async def play() -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -342,11 +342,11 @@ def test_presence_list_is_unaffected_by_later_changes(steps: list[tuple[str, int
     run(play())
 
 
-# ── graces ──
+# ── grace ──
 
 
 async def test_reconnect_within_grace_is_not_announced(watched: Any) -> None:
-    """A client whose last connection goes and that is back within the grace is present all the time, unannounced."""
+    """A client that reconnects within the grace is present all the time, without an announcement."""
     w = watched(grace=10)
     old, new = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(old)
@@ -362,7 +362,7 @@ async def test_reconnect_within_grace_is_not_announced(watched: Any) -> None:
 
 
 async def test_client_leaves_presence_when_grace_ends(watched: Any) -> None:
-    """It is present until `grace` seconds after its last connection has left, and not longer."""
+    """A client is present until `grace` seconds after its last connection has left."""
     w = watched(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -380,7 +380,7 @@ async def test_client_leaves_presence_when_grace_ends(watched: Any) -> None:
 
 
 async def test_interrupted_grace_does_not_shorten_next_grace(watched: Any) -> None:
-    """A grace that was interrupted by a return does not count for the next one."""
+    """An earlier interrupted grace does not shorten the next one."""
     w = watched(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -395,7 +395,7 @@ async def test_interrupted_grace_does_not_shorten_next_grace(watched: Any) -> No
 
 
 async def test_repeated_leave_does_not_change_running_grace(watched: Any) -> None:
-    """Who is expected back is neither expected for longer nor gone at once because a connection leaves twice."""
+    """A second leave of a connection neither extends nor ends the grace."""
     w = watched(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -410,7 +410,7 @@ async def test_repeated_leave_does_not_change_running_grace(watched: Any) -> Non
 
 
 async def test_explicit_leave_skips_grace(watched: Any) -> None:
-    """With `at_once` the last connection takes its client with it, and one of several does not."""
+    """With `at_once` the leave of the last connection removes its client; with another connection the client stays."""
     w = watched(grace=10)
     one, two = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(one)
@@ -424,7 +424,7 @@ async def test_explicit_leave_skips_grace(watched: Any) -> None:
 
 @pytest.mark.parametrize("broken_first", [True, False])
 async def test_lost_connection_gets_grace_when_other_one_leaves(watched: Any, broken_first: bool) -> None:
-    """Of two tabs one breaks and one says goodbye, in either order: the broken one is expected back."""
+    """Of two connections one is lost and one leaves explicitly, in either order: the lost one gets its grace."""
     w = watched(grace=10)
     broken, closed = FakeRecipient("ann"), FakeRecipient("ann")
     w.enter(broken)
@@ -452,7 +452,7 @@ async def test_zero_grace_announces_leave_immediately(watched: Any) -> None:
 
 
 async def test_grace_ends_on_real_clock() -> None:
-    """On the real clock, a client is gone without anybody calling, and no timer stays."""
+    """On the real clock, a grace ends by its timer, and no timer is left."""
     left = asyncio.Event()
 
     async def joined(who: Presence) -> None: ...
@@ -471,7 +471,7 @@ async def test_grace_ends_on_real_clock() -> None:
 
 
 async def test_all_graces_share_one_timer(watched: Any) -> None:
-    """However many are expected back, the event loop holds one timer, for the first; who is back costs nothing."""
+    """For any number of graces the event loop has one timer, for the first; a reconnect has no cost."""
     w = watched(grace=10)
     members = [FakeRecipient(f"client-{number}") for number in range(5)]
     timers = set()
@@ -494,7 +494,7 @@ async def test_all_graces_share_one_timer(watched: Any) -> None:
 
 
 async def test_timer_of_returned_client_ends_no_other_grace(watched: Any) -> None:
-    """When the first of those who were expected is back, its timer ends nobody else's grace early."""
+    """When the first client has reconnected, its timer ends no other grace early."""
     w = watched(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
@@ -512,7 +512,7 @@ async def test_timer_of_returned_client_ends_no_other_grace(watched: Any) -> Non
 
 
 async def test_repeated_reconnects_hold_one_grace_entry(watched: Any) -> None:
-    """A client is expected back once, however often it has left."""
+    """A client has one grace entry, however often it has left."""
     w = watched(grace=10)
     ann = FakeRecipient("ann")
     for _ in range(1000):
@@ -522,7 +522,7 @@ async def test_repeated_reconnects_hold_one_grace_entry(watched: Any) -> None:
 
 
 async def test_simultaneous_grace_ends_are_processed_in_batches(watched: Any) -> None:
-    """One turn of the event loop ends no more than `AT_ONCE` of them; the rest follows by itself."""
+    """One iteration of the event loop ends at most `AT_ONCE` graces; the rest follows automatically."""
     w = watched(grace=10)
     w.listening = False
     members = [FakeRecipient(f"client-{number}") for number in range(1000)]
@@ -543,7 +543,7 @@ async def test_simultaneous_grace_ends_are_processed_in_batches(watched: Any) ->
 
 
 async def test_joins_and_leaves_are_announced_in_order(watched: Any) -> None:
-    """Within a room, what happened first is said first."""
+    """Announcements of a room have the order of the changes."""
     w = watched(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann, metadata={"name": "Ann"})
@@ -559,7 +559,7 @@ async def test_joins_and_leaves_are_announced_in_order(watched: Any) -> None:
 
 
 async def test_announcements_of_room_run_one_at_a_time(watched: Any) -> None:
-    """The next call of a room waits for the end of the one before; other rooms do not."""
+    """The next call of a room waits for the end of the previous one; other rooms do not wait."""
     w = watched()
     w.block()
     for name in ("ann", "bob"):
@@ -574,7 +574,7 @@ async def test_announcements_of_room_run_one_at_a_time(watched: Any) -> None:
 
 
 async def test_join_undone_before_announcement_is_not_announced(watched: Any) -> None:
-    """An arrival that has undone itself while another call was running is never said."""
+    """A join that was undone while another call was running is not announced."""
     w = watched()
     bob = FakeRecipient("bob")
     w.block()
@@ -589,7 +589,7 @@ async def test_join_undone_before_announcement_is_not_announced(watched: Any) ->
 
 
 async def test_leave_undone_before_announcement_is_not_announced(watched: Any) -> None:
-    """A departure that has undone itself while another call was running is never said; the next one is."""
+    """A leave that was undone while another call was running is not announced; the next one is."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -609,7 +609,7 @@ async def test_leave_undone_before_announcement_is_not_announced(watched: Any) -
 
 
 async def test_leave_during_join_announcement_is_announced(watched: Any) -> None:
-    """A call that has begun counts as said, so its opposite follows."""
+    """A call that has begun counts as announced, so the opposite change is announced too."""
     w = watched()
     ann = FakeRecipient("ann")
     w.block()
@@ -622,7 +622,7 @@ async def test_leave_during_join_announcement_is_announced(watched: Any) -> None
 
 
 async def test_join_during_leave_announcement_is_announced(watched: Any) -> None:
-    """After a departure whose call has begun, a return is an arrival."""
+    """After a leave whose call has begun, a rejoin is announced as a join."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -637,7 +637,7 @@ async def test_join_during_leave_announcement_is_announced(watched: Any) -> None
 
 
 async def test_empty_room_with_running_hook_starts_no_second_task(watched: Any) -> None:
-    """While a departure is being said, who comes and goes unsaid does not let another call begin beside it."""
+    """While a leave is announced, an unannounced join and leave start no second call."""
     w = watched()
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.enter(ann)
@@ -657,7 +657,7 @@ async def test_empty_room_with_running_hook_starts_no_second_task(watched: Any) 
 
 
 async def test_pending_announcements_are_one_per_client(watched: Any) -> None:
-    """What waits is one entry per client, and one task, however much happens."""
+    """Any number of changes leaves one waiting entry for each client, and one task."""
     w = watched()
     members = [FakeRecipient(f"client-{number}") for number in range(10)]
     w.block()
@@ -676,7 +676,7 @@ async def test_pending_announcements_are_one_per_client(watched: Any) -> None:
 
 
 async def test_announcement_carries_state_at_call_time(watched: Any) -> None:
-    """An arrival that had to wait tells the metadata and connections of the moment of its call."""
+    """A delayed announcement has the metadata and connections at the time of its call."""
     w = watched()
     w.block()
     w.enter(FakeRecipient("ann"))
@@ -691,7 +691,7 @@ async def test_announcement_carries_state_at_call_time(watched: Any) -> None:
 
 
 async def test_announcer_task_exists_only_while_needed(watched: Any) -> None:
-    """One task per room speaks and ends; a second tab, a reload and people who just are there have none."""
+    """One task for each room announces and ends; a second tab, a reload and a present client have none."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -706,7 +706,7 @@ async def test_announcer_task_exists_only_while_needed(watched: Any) -> None:
 
 
 async def test_presence_without_hooks_creates_no_task(watched: Any) -> None:
-    """Without hooks, people come and go and no task is made; no entry waits for being said."""
+    """Without hooks no task is created and no announcement waits."""
     w = watched(grace=10)
     w.listening = False
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
@@ -722,7 +722,7 @@ async def test_presence_without_hooks_creates_no_task(watched: Any) -> None:
 
 
 async def test_late_presence_hook_gets_no_leave_without_join(watched: Any) -> None:
-    """A hook that is registered late hears of no departure without its arrival, and of everything from then on."""
+    """A late hook gets no leave without its join, and every later change."""
     w = watched()
     w.listening = False
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
@@ -736,7 +736,7 @@ async def test_late_presence_hook_gets_no_leave_without_join(watched: Any) -> No
 
 
 async def test_many_announcements_yield_to_event_loop() -> None:
-    """Of a room's announcements no more than `AT_ONCE` are made in one turn of the event loop."""
+    """One iteration of the event loop makes at most `AT_ONCE` announcements of a room."""
     said = 0
 
     async def hear(who: Presence) -> None:
@@ -757,7 +757,7 @@ async def test_many_announcements_yield_to_event_loop() -> None:
 
 
 async def test_announcement_runs_in_context_of_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Context variables are those of the board's maker, not those of one connection among many."""
+    """The context is that of the tracker's creator, and not that of a connection."""
     seen: list[str] = []
 
     async def hear(who: Presence) -> None:
@@ -773,7 +773,7 @@ async def test_announcement_runs_in_context_of_tracker(monkeypatch: pytest.Monke
 
 
 async def test_presence_change_by_hook_is_announced_afterwards(watched: Any) -> None:
-    """What a call of a room does to the same room is said after it, by the same task."""
+    """A change that a call makes in its own room is announced after it, by the same task."""
     w = watched()
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     hear = w.board._joined
@@ -792,7 +792,7 @@ async def test_presence_change_by_hook_is_announced_afterwards(watched: Any) -> 
 
 
 async def test_raising_presence_hook_does_not_stop_announcements(watched: Any) -> None:
-    """Its error is reported by the task, it counts as said, and what else is unsaid is said."""
+    """The task reports the error, the change counts as announced, and the remaining ones are announced."""
     w = watched()
     ann, hear = FakeRecipient("ann"), w.board._joined
 
@@ -814,12 +814,12 @@ async def test_raising_presence_hook_does_not_stop_announcements(watched: Any) -
 
 
 async def test_join_while_announcer_ends_is_announced(watched: Any) -> None:
-    """Between the task's last look and its end nothing is lost."""
+    """A change between the task's last check and its end is announced."""
     w = watched()
 
     async def joined(who: Presence) -> None:
         w.calls.append(("joined", who))
-        if who.client_id == "ann":  # runs after this task's last step and before it is known to be done
+        if who.client_id == "ann":  # runs after this task's last step and before it counts as done
             asyncio.get_running_loop().call_soon(w.enter, FakeRecipient("bob"))
 
     w.board._joined = joined
@@ -830,7 +830,7 @@ async def test_join_while_announcer_ends_is_announced(watched: Any) -> None:
 
 @pytest.mark.parametrize("begun", [True, False])
 async def test_cancelled_announcement_is_made_at_next_change(watched: Any, begun: bool) -> None:
-    """A task that is cancelled, even before its first step, starts no other; the next change in its room does."""
+    """A task that is cancelled, even before its first step, starts no other; the room's next change does."""
     w = watched()
     w.block()
     w.enter(FakeRecipient("ann"))
@@ -847,7 +847,7 @@ async def test_cancelled_announcement_is_made_at_next_change(watched: Any, begun
 
 
 async def test_pending_leave_survives_cancelled_announcer(watched: Any) -> None:
-    """An empty room is kept for it, so that a return undoes it and is no second arrival."""
+    """The empty room stays until the leave is announced, so that a rejoin cancels it and is no second join."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -864,7 +864,7 @@ async def test_pending_leave_survives_cancelled_announcer(watched: Any) -> None:
 
 
 async def test_eager_task_factory_does_not_change_announcements(watched: Any) -> None:
-    """Calls that run inside `enter` and `leave` see the new state, and still come one at a time per room."""
+    """Calls that run inside `enter` and `leave` see the new state, and still run one at a time in each room."""
     w = watched(grace=0)
     ann, bob, eve = FakeRecipient("ann"), FakeRecipient("bob"), FakeRecipient("eve")
     hear = w.board._joined
@@ -877,7 +877,7 @@ async def test_eager_task_factory_does_not_change_announcements(watched: Any) ->
 
     w.board._joined = joined
     loop = asyncio.get_running_loop()
-    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # came with Python 3.12
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # since Python 3.12
     try:
         w.enter(ann)
         await settle()
@@ -899,7 +899,7 @@ async def test_eager_task_factory_does_not_change_announcements(watched: Any) ->
 
 
 async def test_empty_room_is_removed_after_last_announcement(watched: Any) -> None:
-    """A room stays until its last departure is said, and not longer."""
+    """A room exists until its last leave is announced, and no longer."""
     w = watched(grace=10)
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -917,7 +917,7 @@ async def test_empty_room_is_removed_after_last_announcement(watched: Any) -> No
 
 
 async def test_room_with_undone_join_is_removed(watched: Any) -> None:
-    """A room that never had anything to say leaves no entry and no task."""
+    """A room without any announcement leaves no entry and no task."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -927,7 +927,7 @@ async def test_room_with_undone_join_is_removed(watched: Any) -> None:
 
 
 async def test_closed_tracker_announces_nothing(watched: Any) -> None:
-    """Closing forgets everybody, stops the timer, and lets the call that has begun end by itself, once or twice."""
+    """Closing removes all clients, stops the timer, and lets a running call finish; it may be repeated."""
     w = watched(grace=10)
     ann, bob = FakeRecipient("ann"), FakeRecipient("bob")
     w.block()
@@ -949,7 +949,7 @@ async def test_closed_tracker_announces_nothing(watched: Any) -> None:
 
 
 async def test_closed_tracker_can_be_reused(watched: Any) -> None:
-    """What begins after closing is new, and the end of a call from before does not touch it."""
+    """State after a close is new, and the end of an earlier call does not affect it."""
     w = watched()
     ann = FakeRecipient("ann")
     w.enter(ann)
@@ -967,7 +967,7 @@ async def test_closed_tracker_can_be_reused(watched: Any) -> None:
     assert w.said == ["ann joined", "ann left"]
 
 
-# ── whatever happens ──
+# ── random operations ──
 
 GRACE = 10.0
 ROOMS = "ab"
@@ -979,14 +979,14 @@ STEPS = st.lists(
         st.tuples(st.just("leave"), st.sampled_from(ROOMS), st.integers(0, 3), st.booleans()),
         st.tuples(st.just("wait"), st.sampled_from([1.0, 4.0, 10.0])),
     ),
-    min_size=30,  # left to itself, hypothesis makes lists of five or so
+    min_size=30,  # by default, hypothesis creates lists of about five
     max_size=80,
 )
 
 
 @dataclass
 class Stay:
-    """What a naive model knows of one client in one room."""
+    """State of one client in one room, in a simple model."""
 
     since: float
     metadata: Any
@@ -996,13 +996,13 @@ class Stay:
 
 
 class Model:
-    """The truth, kept without any cleverness."""
+    """Simple model of presence, without cleanup."""
 
     def __init__(self) -> None:
         self.stays: dict[tuple[str, str], Stay] = {}
 
     def enter(self, room: str, member: FakeRecipient, metadata: Any, now: float) -> None:
-        """Let a connection in."""
+        """Let a connection join."""
         stay = self.stays.setdefault((room, member.client_id), Stay(now, {}))
         stay.connections.add(member.connection_id)
         stay.due = None
@@ -1010,7 +1010,7 @@ class Model:
         stay.metadata = stay.metadata if metadata is None else metadata
 
     def leave(self, room: str, member: FakeRecipient, at_once: bool, now: float) -> None:
-        """Take a connection out."""
+        """Let a connection leave."""
         stay = self.stays.get((room, member.client_id))
         if stay is not None and member.connection_id in stay.connections:
             stay.connections.remove(member.connection_id)
@@ -1025,7 +1025,7 @@ class Model:
         self.stays = {key: stay for key, stay in self.stays.items() if stay.due is None or stay.due > now}
 
     def present(self, room: str, now: float) -> list[tuple[str, Any, int, float]]:
-        """Who is in a room."""
+        """Return the clients in a room."""
         return [
             (client_id, stay.metadata, len(stay.connections), now - stay.since)
             for (where, client_id), stay in self.stays.items()
@@ -1034,7 +1034,7 @@ class Model:
 
 
 def said_of(calls: list[tuple[str, Presence]]) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """What was said of each client of each room, in order."""
+    """Return the announcements for each client of each room, in order."""
     for room in ROOMS:
         for client_id in CLIENTS:
             yield (room, client_id), [what for what, who in calls if (who.room, who.client_id) == (room, client_id)]
@@ -1043,7 +1043,7 @@ def said_of(calls: list[tuple[str, Presence]]) -> Iterator[tuple[tuple[str, str]
 @settings(max_examples=300)
 @given(STEPS)
 def test_presence_and_announcements_agree_with_model(steps: list[tuple[Any, ...]]) -> None:
-    """Whatever comes, goes, waits or blocks: presence is that of a naive model, calls alternate, and at last agree."""
+    """Presence equals that of a simple model, and calls alternate between join and leave."""
     run(_play(steps))
 
 
@@ -1065,7 +1065,7 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
                 model.leave(room, members[number], at_once, w.now)
             elif act == "wait":
                 w.at(w.now - 1000.0 + details[0])
-                if w.board._timer is not None:  # it may have been set for somebody who is back
+                if w.board._timer is not None:  # it may have been set for a client that has reconnected
                     w.timer_fires()
                 model.wait(w.now)
             elif act == "turn":
@@ -1095,17 +1095,17 @@ async def _play(steps: list[tuple[Any, ...]]) -> None:
 
 
 def test_room_list_is_stable_while_rooms_change() -> None:
-    """The list of rooms is one of a moment: another thread may ask for it while rooms come and go."""
+    """Another thread may list the rooms while they change."""
 
     async def nothing(_: Presence) -> None:
-        """Nothing is said."""
+        """Do nothing."""
 
     async def check() -> None:
         tasks = TaskSet(lambda *_: None)
         board = PresenceTracker(grace=0, joined=nothing, left=nothing, wanted=lambda: False, tasks=tasks)
 
         class Changing:
-            """Another room comes while this one is looked at."""
+            """Dict that gets another room while it is iterated."""
 
             @property
             def entries(self) -> dict[str, Any]:

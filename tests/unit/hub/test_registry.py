@@ -1,4 +1,4 @@
-"""Tests of who is connected."""
+"""Tests of the registry of connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_connection_is_found_by_connection_and_client_id() -> None:
 
 
 def test_lookup_of_unknown_id_returns_nothing() -> None:
-    """Looking for somebody who is not connected is no error."""
+    """Looking up an unknown id is not an error."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     assert registry.get("nobody") is None
     assert registry.of_client("nobody") == []
@@ -43,7 +43,7 @@ def test_removing_old_connection_leaves_newer_one() -> None:
 
 
 def test_removing_unknown_connection_changes_nothing() -> None:
-    """A connection that was refused can be removed like any other."""
+    """Removing an unknown connection is not an error."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     registry.add(kept := FakeRecipient("ann"))
     registry.remove(FakeRecipient("ann"))
@@ -51,7 +51,7 @@ def test_removing_unknown_connection_changes_nothing() -> None:
 
 
 def test_registry_iteration_allows_removal() -> None:
-    """Reading all connections sees those of the moment at which it began."""
+    """An iteration yields the connections at its start."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient() for _ in range(3)]
     for member in members:
@@ -65,7 +65,7 @@ def test_registry_iteration_allows_removal() -> None:
 
 
 def test_client_connections_are_listed_oldest_first() -> None:
-    """The order of a client's connections is that of their coming."""
+    """The connections of a client are in the order in which they were added."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient("ann") for _ in range(4)]
     for member in members:
@@ -76,7 +76,7 @@ def test_client_connections_are_listed_oldest_first() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9))))
 def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
-    """Whatever comes and goes, both indexes hold the same connections and no empty entry stays."""
+    """Both indexes hold the same connections after any operations, and no empty entry stays."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry()
     members = [FakeRecipient(f"client-{number % 3}") for number in range(10)]
     there: list[FakeRecipient] = []
@@ -96,7 +96,7 @@ def test_registry_indexes_always_agree(steps: list[tuple[bool, int]]) -> None:
 
 @pytest.mark.parametrize("num_shards", [1, 4, 32])
 def test_connections_are_distributed_evenly_over_shards(num_shards: int) -> None:
-    """There are num_shards parts, and new connections go to them in turn."""
+    """New connections are assigned to the num_shards shards in turn."""
     registry: ConnectionRegistry[FakeRecipient] = ConnectionRegistry(num_shards)
     for _ in range(2 * num_shards):
         registry.add(FakeRecipient(shard=registry.next_shard()))
