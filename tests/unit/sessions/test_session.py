@@ -1,4 +1,4 @@
-"""Tests of one session: what it keeps, what it queues, which tokens are good, and who it belongs to."""
+"""Tests of one session: its messages, its tokens, and its connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.fake_attachment import FakeAttachment
 
 
 class Owned:
-    """A session, and what it has told its owner."""
+    """A session, with a record of its callbacks."""
 
     def __init__(self) -> None:
         self.ended: list[tuple[Session, CloseInfo]] = []
@@ -27,12 +27,12 @@ class Owned:
         self.session = Session("ann", 0, limits, self.counters, lambda *told: self.ended.append(told))
 
     def secret(self) -> str:
-        """A new token, without the session's id."""
+        """Return a new token, without the session's id."""
         return self.session.new_token().partition(".")[2]
 
 
 def said(session: Session, seq: int = 0) -> list[object]:
-    """The data of what is in the log after a number."""
+    """Return the data of the replay buffer after a number."""
     return [json.loads(frame.payload)["data"] for frame in session.since(seq)]
 
 
@@ -40,7 +40,7 @@ WELCOME = EncodedMessage("welcome")
 
 
 def test_sent_message_is_numbered_stored_and_queued() -> None:
-    """A message for a client that is connected is numbered, kept and queued, as the one frame for all v1 clients."""
+    """A message for a connected client is numbered, stored and queued, as one frame for all v1 clients."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
     session.attach(connection, 0, WELCOME)
@@ -51,7 +51,7 @@ def test_sent_message_is_numbered_stored_and_queued() -> None:
 
 
 def test_message_for_detached_session_is_numbered_and_stored() -> None:
-    """A message for a client that is away is numbered and kept."""
+    """A message for a detached client is numbered and stored."""
     session = Owned().session
     assert session.offer(encode("hello")) is EnqueueResult.QUEUED
     assert session.head == 1
@@ -60,7 +60,7 @@ def test_message_for_detached_session_is_numbered_and_stored() -> None:
 
 
 def test_new_connection_gets_welcome_then_replay_then_live() -> None:
-    """Replay and live traffic are one path: the welcome, what comes after the number, then what is offered later."""
+    """The welcome comes first, then the messages after the client's number, then new ones."""
     session, connection = Owned().session, FakeAttachment()
     for number in range(3):
         session.offer(encode(number))
@@ -72,7 +72,7 @@ def test_new_connection_gets_welcome_then_replay_then_live() -> None:
 
 
 def test_volatile_message_is_neither_stored_nor_numbered() -> None:
-    """A volatile message goes to who is there, and is missed by who is away."""
+    """A connected client gets a volatile message, and a detached one misses it."""
     owned, connection = Owned(), FakeAttachment()
     session = owned.session
     assert session.offer(encode(1, volatile=True)) is EnqueueResult.SKIPPED
@@ -86,7 +86,7 @@ def test_volatile_message_is_neither_stored_nor_numbered() -> None:
 
 
 def test_sequenced_message_refused_by_outbox_is_stored() -> None:
-    """A client that is too slow loses its connection, and no message: the log has it."""
+    """A client that is too slow loses its connection, but no message: the replay buffer has it."""
     session, connection = Owned().session, FakeAttachment(calm=False, room=False)
     session.attach(connection, 0, WELCOME)
     assert session.offer(encode(1)) is EnqueueResult.SLOW
@@ -96,7 +96,7 @@ def test_sequenced_message_refused_by_outbox_is_stored() -> None:
 
 
 def test_message_refused_by_closing_connection_is_stored() -> None:
-    """A message that comes while the connection ends for another reason waits for the next one."""
+    """A message during a close for another reason is stored for the next connection."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
     connection.verdict = EnqueueResult.CLOSED
@@ -106,7 +106,7 @@ def test_message_refused_by_closing_connection_is_stored() -> None:
 
 
 def test_waiting_sender_is_numbered_before_later_message() -> None:
-    """Queue and log agree on the order, also if making room lets in a sender that has waited."""
+    """Queue and replay buffer have the same order, even if making room admits a waiting sender."""
     session, connection = Owned().session, FakeAttachment(calm=False)
     session.attach(connection, 0, WELCOME)
 
@@ -122,7 +122,7 @@ def test_waiting_sender_is_numbered_before_later_message() -> None:
 
 
 async def test_waiting_send_is_numbered_when_queued() -> None:
-    """A message of the endpoint gets its number in the moment in which it is queued."""
+    """A message of the endpoint gets its number at the time at which it is queued."""
     session, connection, numbers = Owned().session, FakeAttachment(), []
     session.attach(connection, 0, WELCOME)
     assert await session.put_wait(connection, encode("a"), numbers.append)
@@ -135,7 +135,7 @@ async def test_waiting_send_is_numbered_when_queued() -> None:
 
 
 def test_only_attached_connection_sends_on_fast_path() -> None:
-    """A connection that has lost its session does not write into the log of the next one."""
+    """A connection that has lost its session does not number messages of the next one."""
     session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     assert session.attach(new, 0, WELCOME) is old
@@ -145,7 +145,7 @@ def test_only_attached_connection_sends_on_fast_path() -> None:
 
 
 def test_close_of_old_connection_detaches_nothing() -> None:
-    """The fence: only the connection that has the session can leave it."""
+    """Only the attached connection can detach the session; an older one is fenced."""
     session, old, new = Owned().session, FakeAttachment(), FakeAttachment()
     session.attach(old, 0, WELCOME)
     session.attach(new, 0, WELCOME)
@@ -156,7 +156,7 @@ def test_close_of_old_connection_detaches_nothing() -> None:
 
 
 def test_session_is_backpressured_with_its_connection() -> None:
-    """A session is under pressure if its connection is; one without a connection never is."""
+    """A session is backpressured if its connection is; without a connection it never is."""
     session, connection = Owned().session, FakeAttachment()
     assert not session.is_backpressured()
     session.attach(connection, 0, WELCOME)
@@ -169,7 +169,7 @@ def test_session_is_backpressured_with_its_connection() -> None:
 
 
 def test_newest_token_is_valid() -> None:
-    """The token of the last welcome is good, and says in which epoch it was issued."""
+    """The token of the last welcome is valid, and records its epoch."""
     owned = Owned()
     token = owned.session.new_token()
     assert token.startswith(f"{owned.session.connection_id}.")
@@ -179,7 +179,7 @@ def test_newest_token_is_valid() -> None:
 
 @pytest.mark.parametrize("secret", ["", "x", "🦊", "\ud800"])
 def test_unissued_token_is_invalid(secret: str) -> None:
-    """No other secret is good, not even before any was issued."""
+    """Any other secret is invalid, also before the first token was issued."""
     owned = Owned()
     assert owned.session.present(secret) is None
     owned.secret()
@@ -188,7 +188,7 @@ def test_unissued_token_is_invalid(secret: str) -> None:
 
 
 def test_two_tokens_are_valid_until_newer_is_confirmed() -> None:
-    """The welcome that brings a new token may be lost: what was presented last stays good beside it."""
+    """The welcome with a new token may be lost, so the token that was presented last stays valid beside it."""
     owned = Owned()
     session = owned.session
     first = owned.secret()
@@ -203,7 +203,7 @@ def test_two_tokens_are_valid_until_newer_is_confirmed() -> None:
 
 
 def test_token_check_always_compares_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many comparisons a check takes tells nothing of which token was right, nor whether one was."""
+    """The number of comparisons does not reveal which token matched, or whether one did."""
     owned = Owned()
     session = owned.session
     first = owned.secret()
@@ -220,7 +220,7 @@ def test_token_check_always_compares_every_token(monkeypatch: pytest.MonkeyPatch
 
 
 def test_repeatedly_lost_welcome_keeps_token_valid() -> None:
-    """A client that never gets a welcome can come back with the same token for ever."""
+    """A client that never gets a welcome can resume with the same token forever."""
     owned = Owned()
     kept = owned.secret()
     for _ in range(5):
@@ -230,7 +230,7 @@ def test_repeatedly_lost_welcome_keeps_token_valid() -> None:
 
 
 def test_presenting_newest_token_invalidates_older() -> None:
-    """Presenting a token confirms it: its client has got the welcome that it was in."""
+    """Presenting the newest token confirms it, because the client has received its welcome."""
     owned = Owned()
     first = owned.secret()
     owned.session.present(first)
@@ -240,7 +240,7 @@ def test_presenting_newest_token_invalidates_older() -> None:
 
 
 def test_unconfirmed_token_is_replaced_by_next() -> None:
-    """The window has two tokens: the one presented last, and the newest one."""
+    """Two tokens are valid: the one presented last, and the newest one."""
     owned = Owned()
     kept = owned.secret()
     owned.session.present(kept)
@@ -251,7 +251,7 @@ def test_unconfirmed_token_is_replaced_by_next() -> None:
 
 
 def test_token_check_confirms_nothing() -> None:
-    """Whether a token is good can be asked without an effect."""
+    """Checking a token has no side effect."""
     owned = Owned()
     first = owned.secret()
     owned.session.present(first)
@@ -261,7 +261,7 @@ def test_token_check_confirms_nothing() -> None:
 
 
 def test_token_records_its_issue_epoch() -> None:
-    """A token of before a rewind says so."""
+    """A token from before a rewind has an older epoch."""
     owned = Owned()
     for number in range(5):
         owned.session.offer(encode(number))
@@ -274,7 +274,7 @@ def test_token_records_its_issue_epoch() -> None:
 
 
 def test_session_repr_contains_no_token() -> None:
-    """A session shows its id, whose it is and how it does, and no token."""
+    """The repr of a session shows its id, its client and its state, and no token."""
     owned = Owned()
     secret = owned.secret()
     assert repr(owned.session) == f"<Session {owned.session.connection_id} of 'ann' away>"
@@ -285,11 +285,11 @@ def test_session_repr_contains_no_token() -> None:
     assert secret not in repr(owned.session)
 
 
-# ── acknowledging and replying ──
+# ── acknowledgements and replies ──
 
 
 def test_ack_forgets_only_sent_messages() -> None:
-    """What the client has acknowledged is not kept; what was never sent cannot be acknowledged."""
+    """Acknowledged messages are removed; messages that were not sent cannot be acknowledged."""
     session = Owned().session
     for number in range(3):
         session.offer(encode(number))
@@ -300,7 +300,7 @@ def test_ack_forgets_only_sent_messages() -> None:
 
 
 async def test_reply_is_numbered_message() -> None:
-    """A reply takes its turn among the messages, and survives a reconnect as they do."""
+    """A reply is numbered like a message, and survives a reconnect."""
     session, connection = Owned().session, FakeAttachment()
     session.attach(connection, 0, WELCOME)
     session.reply("c1", {"sum": 3})
@@ -318,18 +318,18 @@ async def test_reply_is_numbered_message() -> None:
 
 
 async def test_unencodable_reply_raises_without_numbering() -> None:
-    """An answer that cannot be encoded is told to who gives it, and numbers nothing."""
+    """An answer that cannot be encoded raises at the caller, and gets no number."""
     session = Owned().session
     with pytest.raises(MessageEncodeError, match="object cannot be sent as JSON"):
         session.reply("c1", object())
     assert session.head == 0
 
 
-# ── the end ──
+# ── the end of a session ──
 
 
 def test_ending_attached_session_closes_its_connection() -> None:
-    """What ends an attached session ends its connection, which decides what becomes of the session."""
+    """Ending an attached session closes its connection, which determines what happens to the session."""
     owned, connection = Owned(), FakeAttachment()
     owned.session.attach(connection, 0, WELCOME)
     assert owned.session.close(DisconnectReason.APPLICATION, code=4410, text="kicked")
@@ -338,7 +338,7 @@ def test_ending_attached_session_closes_its_connection() -> None:
 
 
 def test_ending_detached_session_ends_it_once() -> None:
-    """A client that is away is ended without being asked, once."""
+    """A detached session ends at once, and only once."""
     owned = Owned()
     assert owned.session.close(DisconnectReason.APPLICATION, code=4410)
     assert [how.code for _, how in owned.ended] == [4410]
@@ -348,7 +348,7 @@ def test_ending_detached_session_ends_it_once() -> None:
 
 
 async def test_ended_session_rejects_messages_and_fails_waiters() -> None:
-    """At the end the log is empty, nothing more is taken, and whatever was waited for fails."""
+    """After the end the replay buffer is empty, new messages are rejected, and all waiters fail."""
     session = Owned().session
     session.offer(encode(1))
     session.offer(encode(2))

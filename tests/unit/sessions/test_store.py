@@ -1,4 +1,4 @@
-"""Tests of the rules of resuming, in their order, and of the time that a session waits for its client."""
+"""Tests of the rules for resuming, in their order, and of the expiry of detached sessions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ NONE, FULL, GAP, LOST = ResumeOutcome.NONE, ResumeOutcome.FULL, ResumeOutcome.GA
 
 
 class Shop:
-    """Sessions, what was told of them, and clients that greet them.
+    """Session store with its events, and clients that connect to it.
 
     Attributes:
         began: Sessions that have begun.
-        ended: Sessions that are over.
-        endings: How they ended.
+        ended: Sessions that have ended.
+        close_infos: Their close infos.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -57,13 +57,13 @@ class Shop:
     def greet(
         self, dial: int = 1, token: str | None = None, seq: int = 0, *, who: str = "ann", instance: str | None = None
     ) -> ResumeResult:
-        """A hello."""
+        """Send a hello."""
         return self.sessions.resume(Hello(dial, token, seq, None, instance), who)
 
     def connect(
         self, dial: int = 1, token: str | None = None, seq: int = 0, **options: Any
     ) -> tuple[ResumeResult, str, FakeAttachment]:
-        """A hello, its welcome and the connection; the token is that of the welcome."""
+        """Send a hello, get a welcome with a token, and attach a connection."""
         resume_result = self.greet(dial, token, seq, **options)
         connection = FakeAttachment()
         self.sessions.on_attached(resume_result.session)
@@ -72,7 +72,7 @@ class Shop:
         return resume_result, new, connection
 
     def lose(self, session: Session) -> None:
-        """The connection of a session breaks."""
+        """Lose the connection of a session."""
         connection = session.connection
         assert isinstance(connection, FakeAttachment)
         connection.close(DisconnectReason.NETWORK_LOST, code=1011)
@@ -80,7 +80,7 @@ class Shop:
         self.sessions.on_detached(session)
 
     def outcome(self, *args: Any, **options: Any) -> tuple[ResumeOutcome, str | None, int]:
-        """What a hello leads to."""
+        """Return the outcome of a hello."""
         resume_result = self.greet(*args, **options)
         return resume_result.outcome, resume_result.why, resume_result.cursor
 
@@ -92,7 +92,7 @@ def say(session: Session, count: int) -> None:
 
 
 async def test_hello_without_token_gets_new_session() -> None:
-    """`none`: who asks for nothing begins anew, in a shard, known by its id."""
+    """`none`: a client without a token gets a new session, in a shard, which can be looked up by its id."""
     shop = Shop()
     resume_result = shop.greet()
     session = resume_result.session
@@ -105,7 +105,7 @@ async def test_hello_without_token_gets_new_session() -> None:
 
 
 async def test_client_without_missed_messages_resumes_fully() -> None:
-    """`full`: there may be nothing to replay."""
+    """`full`: the replay may be empty."""
     shop = Shop()
     before, token, _ = shop.connect()
     say(before.session, 3)
@@ -117,7 +117,7 @@ async def test_client_without_missed_messages_resumes_fully() -> None:
 
 
 async def test_full_resume_replays_exactly_missed_messages() -> None:
-    """`full`: the messages after the number that was presented follow the welcome, those of the absence included."""
+    """`full`: the messages after the presented number follow the welcome, including those sent while detached."""
     shop = Shop()
     before, token, _ = shop.connect()
     say(before.session, 2)
@@ -129,7 +129,7 @@ async def test_full_resume_replays_exactly_missed_messages() -> None:
 
 
 async def test_presented_number_acknowledges_messages() -> None:
-    """What a client has processed is not kept for it, and who waited for that goes on."""
+    """Messages up to the presented number are removed, and senders that wait for them continue."""
     shop = Shop()
     before, token, _ = shop.connect()
     say(before.session, 3)
@@ -140,7 +140,7 @@ async def test_presented_number_acknowledges_messages() -> None:
 
 
 async def test_unknown_token_is_lost_session() -> None:
-    """`lost/unknown`: a session that was never here, and a secret that is not its."""
+    """`lost/unknown`: a session that does not exist, and a secret that is not the session's."""
     shop = Shop()
     session, token, _ = shop.connect()
     for number, bogus in enumerate(("", ".", "nobody.x", f"{session.session.connection_id}.x", token + "x"), 2):
@@ -151,7 +151,7 @@ async def test_unknown_token_is_lost_session() -> None:
 
 
 async def test_expired_session_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lost/expired`: a client that comes when its time is over finds it ended, even if no timer has done it."""
+    """`lost/expired`: after its ttl a session is ended, even if no timer has done it."""
     shop = Shop(session_ttl=10)
     now = [1000.0]
     monkeypatch.setattr(store_module, "monotonic", lambda: now[0])
@@ -166,7 +166,7 @@ async def test_expired_session_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_token_of_other_client_starts_new_session() -> None:
-    """`lost/denied`: a good token in the hands of another principal leads to a new session of that one."""
+    """`lost/denied`: a valid token of another principal leads to a new session of the presenter."""
     shop = Shop()
     before, token, _ = shop.connect()
     resume_result = shop.greet(7, token, who="eve")
@@ -176,7 +176,7 @@ async def test_token_of_other_client_starts_new_session() -> None:
 
 
 async def test_late_attempt_with_token_is_stale() -> None:
-    """A dial not above the highest that the session has seen is one that its client has given up."""
+    """An attempt with a number not above the session's highest is one that its client has abandoned."""
     shop = Shop()
     before, token, connection = shop.connect(3)
     for dial in (1, 2, 3):
@@ -187,7 +187,7 @@ async def test_late_attempt_with_token_is_stale() -> None:
 
 
 async def test_late_attempt_with_consumed_token_is_stale() -> None:
-    """The newer dial may have used the token up: what comes late still ends, and gets no session in its place."""
+    """The newer attempt may have used the token: the late one is closed, and gets no new session."""
     shop = Shop()
     before, first, _ = shop.connect(1)
     _, second, _ = shop.connect(3, first)
@@ -198,7 +198,7 @@ async def test_late_attempt_with_consumed_token_is_stale() -> None:
 
 
 async def test_late_attempt_without_token_is_stale() -> None:
-    """A first dial that arrives after the second one gets nothing, if its client says which instance it is."""
+    """A first attempt that arrives after the second one is closed, if its client names its instance."""
     shop = Shop()
     resume_result = shop.greet(2, instance="tab-1")
     with pytest.raises(StaleAttemptError):
@@ -209,7 +209,7 @@ async def test_late_attempt_without_token_is_stale() -> None:
 
 
 async def test_client_instance_is_forgotten_with_its_session() -> None:
-    """A session that is over makes no later dial stale."""
+    """An ended session makes no later attempt stale."""
     shop = Shop()
     first = shop.greet(2, instance="tab-1").session
     second = shop.greet(3, instance="tab-1").session
@@ -222,7 +222,7 @@ async def test_client_instance_is_forgotten_with_its_session() -> None:
 
 
 async def test_lost_welcome_keeps_presented_token_valid() -> None:
-    """The token presented last is good beside the newest one, until that is confirmed."""
+    """The token presented last is valid beside the newest one, until that is confirmed."""
     shop = Shop()
     before, first, _ = shop.connect(1)
     assert shop.connect(2, first)[0].outcome is FULL
@@ -234,7 +234,7 @@ async def test_lost_welcome_keeps_presented_token_valid() -> None:
 
 
 async def test_presented_newest_token_invalidates_older() -> None:
-    """When the newest token is presented the one before it is worth nothing."""
+    """When the newest token is presented, the one before it is invalid."""
     shop = Shop()
     _, first, _ = shop.connect(1)
     _, second, _ = shop.connect(2, first)
@@ -243,7 +243,7 @@ async def test_presented_newest_token_invalidates_older() -> None:
 
 
 async def test_token_of_earlier_epoch_is_gap() -> None:
-    """`gap/epoch`: numbers of before a rewind may mean other messages, so nothing is replayed for them."""
+    """`gap/epoch`: numbers from before a rewind may mean other messages, so nothing is replayed."""
     shop = Shop()
     before, token, _ = shop.connect()
     say(before.session, 5)
@@ -255,7 +255,7 @@ async def test_token_of_earlier_epoch_is_gap() -> None:
 
 
 async def test_number_ahead_of_server_is_gap() -> None:
-    """`gap/ahead`: a client that has seen more than there is has seen it elsewhere."""
+    """`gap/ahead`: a client with a number above the server's has another history."""
     shop = Shop()
     before, token, _ = shop.connect()
     say(before.session, 2)
@@ -263,7 +263,7 @@ async def test_number_ahead_of_server_is_gap() -> None:
 
 
 async def test_overflowed_buffer_is_gap_without_replay() -> None:
-    """`gap/overflow`: a client that has missed more than is kept gets none of it, and is told so."""
+    """`gap/overflow`: a client that missed more than is stored gets none of it, and a gap."""
     shop = Shop(replay_max_messages=3)
     before, token, _ = shop.connect()
     say(before.session, 5)
@@ -277,7 +277,7 @@ async def test_overflowed_buffer_is_gap_without_replay() -> None:
 
 
 async def test_gap_fails_ack_waiters_of_missed_messages() -> None:
-    """Nobody is told that a message was acknowledged which its client has not got."""
+    """Waiters for messages in a gap fail, because the client has not received them."""
     shop = Shop(replay_max_messages=1)
     before, token, _ = shop.connect()
     say(before.session, 3)
@@ -291,7 +291,7 @@ async def test_gap_fails_ack_waiters_of_missed_messages() -> None:
 
 
 async def test_client_missing_exactly_stored_messages_resumes_fully() -> None:
-    """A client that has missed exactly what is kept gets all of it."""
+    """A client that missed exactly the stored messages gets all of them."""
     shop = Shop(replay_max_messages=3)
     before, token, _ = shop.connect()
     say(before.session, 5)
@@ -300,7 +300,7 @@ async def test_client_missing_exactly_stored_messages_resumes_fully() -> None:
 
 
 async def test_expired_messages_are_overflow_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was kept too long is not replayed either."""
+    """Expired messages are not replayed either."""
     shop = Shop(replay_max_age=10)
     before, token, _ = shop.connect()
     say(before.session, 2)
@@ -310,7 +310,7 @@ async def test_expired_messages_are_overflow_gap(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_epoch_is_checked_before_numbers() -> None:
-    """Of several reasons for a gap the first in the protocol's order is told."""
+    """Of several reasons for a gap, the first in the protocol's order is reported."""
     shop = Shop(replay_max_messages=1)
     before, token, _ = shop.connect()
     say(before.session, 5)
@@ -324,7 +324,7 @@ async def test_epoch_is_checked_before_numbers() -> None:
 
 
 async def test_takeover_moves_session_to_new_connection() -> None:
-    """A half-open connection loses the session to the next one at once, and its end takes nothing away."""
+    """The next connection takes over the session of a half-open one at once; the close of the old one has no effect."""
     shop = Shop()
     before, token, old = shop.connect()
     resume_result = shop.greet(2, token)
@@ -334,16 +334,16 @@ async def test_takeover_moves_session_to_new_connection() -> None:
     assert before.session.connection is new
 
 
-# ── time ──
+# ── expiry ──
 
 
 def in_time(body: Callable[[], Any]) -> None:
-    """Run a test on a clock that jumps."""
+    """Run a test in virtual time."""
     run_virtually(body())
 
 
 def test_detached_session_ends_after_ttl() -> None:
-    """At the end of its time a session is over, is told so, and ends as its last connection did."""
+    """A session ends after its ttl, with an event, and with the close info of its last connection."""
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
@@ -367,7 +367,7 @@ def test_detached_session_ends_after_ttl() -> None:
 
 
 def test_resume_in_time_keeps_session() -> None:
-    """Returning stops the clock, and leaving again starts it anew."""
+    """Resuming stops the expiry, and detaching again restarts it."""
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
@@ -387,7 +387,7 @@ def test_resume_in_time_keeps_session() -> None:
 
 
 def test_each_session_has_its_own_deadline() -> None:
-    """One timer serves them all, each at its moment."""
+    """One timer serves all sessions, each at its deadline."""
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
@@ -407,7 +407,7 @@ def test_each_session_has_its_own_deadline() -> None:
 
 
 def test_mass_expiry_ends_bounded_batches_per_iteration() -> None:
-    """No more than `AT_ONCE` sessions end in one turn, and all of them in the end."""
+    """At most `AT_ONCE` sessions end in one iteration, and all of them eventually."""
 
     async def body() -> None:
         shop = Shop(session_ttl=10)
@@ -422,7 +422,7 @@ def test_mass_expiry_ends_bounded_batches_per_iteration() -> None:
 
 
 async def test_oldest_detached_session_is_evicted_with_warning() -> None:
-    """No more sessions wait than may: the one whose client has left first is over, with a warning."""
+    """Above the limit, the session that was detached first ends with a warning."""
     shop = Shop(max_detached_sessions=2)
     sessions = [shop.connect(who=who)[0].session for who in ("ann", "bob", "cid")]
     for session in sessions:
@@ -434,7 +434,7 @@ async def test_oldest_detached_session_is_evicted_with_warning() -> None:
 
 
 async def test_disabled_reconnect_ends_session_with_connection() -> None:
-    """With `enable_reconnect=False` nobody is waited for."""
+    """With `enable_reconnect=False` a session ends with its connection."""
     shop = Shop(enable_reconnect=False)
     session = shop.connect()[0].session
     shop.lose(session)
@@ -444,7 +444,7 @@ async def test_disabled_reconnect_ends_session_with_connection() -> None:
 
 
 async def test_session_ends_once() -> None:
-    """Ending a session again changes nothing, and one that is over does not go away."""
+    """Ending a session again changes nothing, and an ended session is never detached."""
     shop = Shop()
     session = shop.connect()[0].session
     shop.sessions.end(session, local_close(DisconnectReason.APPLICATION))
@@ -455,7 +455,7 @@ async def test_session_ends_once() -> None:
 
 
 async def test_detached_session_can_be_ended() -> None:
-    """Ending a session whose client is away is its end, and its client is told `lost` when it comes."""
+    """A detached session can be ended, and its client gets `lost` when it tries to resume."""
     shop = Shop()
     resume_result, token, _ = shop.connect()
     shop.lose(resume_result.session)
@@ -468,7 +468,7 @@ async def test_detached_session_can_be_ended() -> None:
 
 
 async def test_shutdown_ends_all_sessions() -> None:
-    """A shutdown ends every session, with a connection or without, and leaves no timer."""
+    """A shutdown ends every session, attached or detached, and leaves no timer."""
     shop = Shop()
     here, away = shop.connect(who="ann")[0].session, shop.connect(who="bob")[0].session
     shop.lose(away)
@@ -479,7 +479,7 @@ async def test_shutdown_ends_all_sessions() -> None:
 
 
 async def test_session_events_contain_no_token() -> None:
-    """Reports about sessions hold no secret."""
+    """Events about sessions contain no secret."""
     shop = Shop(replay_max_messages=1)
     resume_result, token, _ = shop.connect()
     say(resume_result.session, 5)

@@ -37,7 +37,7 @@ async def test_shutdown_sends_queued_messages_then_closes_1012(bench: Any) -> No
 
 
 async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
-    """The timeout is honoured: a stuck client counts as failed, its transport is aborted, its endpoint cancelled."""
+    """A stalled client counts as failed at the timeout, its transport is aborted, and its endpoint cancelled."""
     aborted: list[str] = []
     good, stuck = bench(), bench(send_timeout=60, disconnect_grace=60)
     stuck.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
@@ -62,7 +62,7 @@ async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
 
 
 async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None:
-    """A connection that ends for another reason keeps its reason, and the shutdown waits for it."""
+    """A connection that is already closing keeps its cause, and the shutdown waits for it."""
     b = bench(disconnect_grace=5)
     gate = asyncio.Event()
 
@@ -84,7 +84,7 @@ async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None
 
 
 async def test_connections_are_closed_concurrently(bench: Any) -> None:
-    """A stuck client does not keep the next one waiting for its close frame."""
+    """A stalled client does not delay the close frames of others."""
     stuck, good = bench(send_timeout=60), bench()
     await stuck.open()
     await good.open()
@@ -98,7 +98,7 @@ async def test_connections_are_closed_concurrently(bench: Any) -> None:
 
 
 async def test_closing_many_connections_yields_to_event_loop(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others run between two ends when the loop was held for long, and everybody is closed in the end."""
+    """Other tasks run between two closes after a long block, and all connections are closed in the end."""
     monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
     connections = [(await bench().open())[0] for _ in range(3)]
     closing = asyncio.ensure_future(close_all(connections, 5.0))
@@ -111,5 +111,5 @@ async def test_closing_many_connections_yields_to_event_loop(bench: Any, monkeyp
 
 
 def test_default_shutdown_report_is_empty() -> None:
-    """A report can be made without numbers."""
+    """A report can be created without numbers."""
     assert ShutdownReport() == ShutdownReport(closed_count=0, failed_count=0, duration_seconds=0.0)

@@ -1,4 +1,4 @@
-"""Tests of signals: who hears them, how often, and what is left when a manager has stopped."""
+"""Tests of signals: how often they are forwarded, and the state after a manager has stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.conftest import EventRecorder
 
 @pytest.fixture(autouse=True)
 def server() -> Iterator[list[int]]:
-    """A server that has taken SIGTERM before us, and what it was told."""
+    """Return the signals received by a server that has installed its handler first."""
     told: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
@@ -30,7 +30,7 @@ def server() -> Iterator[list[int]]:
 
 
 class Draining:
-    """A drain that ends when a test says so."""
+    """Drain that ends when a test says so."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -43,13 +43,13 @@ class Draining:
 
 
 async def tell() -> None:
-    """Send SIGTERM, and let what follows happen."""
+    """Send SIGTERM, and let its handlers run."""
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.02)
 
 
 def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that stands where a test puts it."""
+    """Use a clock that a test sets."""
     now = [100.0]
     monkeypatch.setattr(signals, "monotonic", lambda: now[0])
 
@@ -60,7 +60,7 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
-    """The server hears of it when all is done, once."""
+    """The server gets the signal once, after the drain."""
     drain = Draining()
     drain.signals.listen()
     await tell()
@@ -72,7 +72,7 @@ async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
 
 
 async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group gets it, and then the master passes it on: that is no second wish."""
+    """A process group and a master may both send the signal, so a quick repetition does not count."""
     put = in_time(monkeypatch)
     drain = Draining()
     drain.signals.listen()
@@ -89,7 +89,7 @@ async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatc
 async def test_second_signal_is_forwarded_immediately_and_only_once(
     server: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uvicorn would take the late first one for a wish to skip the end of the lifespan."""
+    """uvicorn would interpret a late first signal as a request to skip the end of the lifespan."""
     put = in_time(monkeypatch)
     drain = Draining()
     drain.signals.listen()
@@ -104,7 +104,7 @@ async def test_second_signal_is_forwarded_immediately_and_only_once(
 
 
 async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
-    """Also where a library has put its handler before ours, and still calls it."""
+    """Every signal is forwarded, also if a library has installed a handler on top that calls the manager's."""
     drain = Draining()
     drain.signals.listen()
     ours: Any = signal.getsignal(signal.SIGTERM)
@@ -117,7 +117,7 @@ async def test_stopped_manager_forwards_every_signal(server: list[int]) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 async def test_two_managers_may_stop_in_any_order(server: list[int], first: int) -> None:
-    """The process can be stopped after the first of them has, and after both."""
+    """The process can be stopped after the first manager has stopped, and after both."""
     drains = [Draining(), Draining()]
     for drain in drains:
         drain.signals.listen()
@@ -133,7 +133,7 @@ async def test_two_managers_may_stop_in_any_order(server: list[int], first: int)
 
 
 async def test_two_managers_drain_concurrently_on_signal(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One signal is handed on when both are done, and a second one at once."""
+    """The first signal is forwarded when both are done, and a second one at once."""
     put = in_time(monkeypatch)
     drains = [Draining(), Draining()]
     for drain in drains:
@@ -154,7 +154,7 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
 
 
 async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> None:
-    """What is started again in the same process hears again, in that loop and in another one."""
+    """A restarted manager handles signals again, in the same loop and in another one."""
     drain = Draining()
     drain.over.set()
     for times in (1, 2):
@@ -167,7 +167,7 @@ async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> No
 
 
 async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
-    """Those that were there before, even where it stops in the middle of a drain."""
+    """The previous handlers are restored, even in the middle of a drain."""
     before = signal.getsignal(signal.SIGTERM)
     drain = Draining()
     drain.signals.listen()
@@ -180,7 +180,7 @@ async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
 
 
 def test_listening_off_main_thread_is_reported_once() -> None:
-    """Signals come to the main thread only."""
+    """Signals are delivered to the main thread only."""
     heard = EventRecorder()
     events = EventBus()
     events.subscribe(heard)
@@ -197,7 +197,7 @@ def test_listening_off_main_thread_is_reported_once() -> None:
 
 
 async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the process still runs some seconds after the signal was handed on, a warning names its handler."""
+    """If the process still runs some seconds after the signal was forwarded, a warning names its handler."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
     heard = EventRecorder()
 
@@ -222,7 +222,7 @@ async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypa
 async def test_end_after_forwarded_signal_is_not_reported(
     server: list[int], monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    """Nothing is reported when the lifespan ends, or begins again, before the time is over."""
+    """Nothing is reported when the lifespan ends, or starts again, before that time."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.1)
     heard = EventRecorder()
     drain = Draining()
@@ -238,7 +238,7 @@ async def test_end_after_forwarded_signal_is_not_reported(
 
 
 async def test_still_running_report_uses_context_of_manager(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second signal that interrupts code of a client is handed on there, and what follows is told outside of it."""
+    """A second signal in code of a client is forwarded there, but the report runs in the manager's context."""
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.01)
     put = in_time(monkeypatch)
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
