@@ -25,7 +25,7 @@ async def connected(manager: Any, client_id: str) -> tuple[FakeServer, Any]:
 
 
 async def test_room_message_reaches_members_once_and_no_others(manager_with: Any) -> None:
-    """Members of several rooms get one copy, excluded ones and others none."""
+    """Members of several rooms get one copy, and excluded clients and non-members get none."""
     manager, _ = manager_with()
     (a, ann), (b, bob), (c, cleo), (d, _) = [await connected(manager, name) for name in ("ann", "bob", "cleo", "dan")]
     await ann.join("red")
@@ -41,7 +41,7 @@ async def test_room_message_reaches_members_once_and_no_others(manager_with: Any
 
 
 async def test_room_is_removed_with_its_last_member(manager_with: Any) -> None:
-    """By leaving, by closing the room, and by the end of the connection."""
+    """A room is removed by a leave, by closing it, and by the end of the connection."""
     manager, _ = manager_with()
     _, ann = await connected(manager, "ann")
     server, bob = await connected(manager, "bob")
@@ -65,7 +65,7 @@ async def test_room_is_removed_with_its_last_member(manager_with: Any) -> None:
 
 
 async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
-    """max_rooms_per_connection refuses one more, and says what to do."""
+    """A join beyond max_rooms_per_connection raises, and the error says what to do."""
     manager, _ = manager_with(max_rooms_per_connection=1)
     _, ann = await connected(manager, "ann")
     await ann.join("one")
@@ -76,7 +76,7 @@ async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
 
 
 async def test_connections_of_client_share_one_presence_entry(manager_with: Any) -> None:
-    """on_join comes with the first, on_leave with the last, and join gives a snapshot of who is there."""
+    """on_join runs for the first connection, on_leave for the last, and join returns a snapshot of the members."""
     manager, _ = manager_with(on_duplicate="allow")
     told: list[tuple[str, str, str]] = []
 
@@ -105,7 +105,7 @@ async def test_connections_of_client_share_one_presence_entry(manager_with: Any)
 
 @pytest.mark.parametrize(("code", "stays"), [(1001, True), (1006, True), (1000, False)])
 async def test_lost_connection_stays_present_for_presence_grace(manager_with: Any, code: int, stays: bool) -> None:
-    """Who goes without a goodbye is present for presence_grace; who says it is gone at once."""
+    """A client whose connection is lost is present for presence_grace; one that closes is removed at once."""
     manager, _ = manager_with(presence_grace=60)
     told: list[str] = []
     manager.on_leave(lambda room, who: told.append(who.client_id))
@@ -122,7 +122,7 @@ async def test_lost_connection_stays_present_for_presence_grace(manager_with: An
 
 
 async def test_failing_room_hook_is_reported_with_room(manager_with: Any) -> None:
-    """A bug in on_join hurts nobody."""
+    """A bug in on_join is reported and affects no client."""
     manager, heard = manager_with()
 
     @manager.on_join
@@ -136,7 +136,7 @@ async def test_failing_room_hook_is_reported_with_room(manager_with: Any) -> Non
 
 
 async def test_on_slow_gets_socket_and_level_without_blocking(manager_with: Any) -> None:
-    """on_slow is told of each degree, and nobody waits for it."""
+    """on_slow gets each degree, and no sender waits for it."""
     manager, _ = manager_with(outbox_max_messages=1)
     told: list[tuple[str, SlowConsumer]] = []
 
@@ -154,7 +154,7 @@ async def test_on_slow_gets_socket_and_level_without_blocking(manager_with: Any)
 
 
 def test_uvicorn_options_include_manager_options(manager_with: Any) -> None:
-    """Protocol class, size, pings, compression, and a bound to the shutdown."""
+    """The options contain protocol class, size, pings, compression, and a shutdown timeout."""
     manager, _ = manager_with(compression="none", max_message_size=1000, heartbeat_interval=7, heartbeat_timeout=8)
     assert manager.uvicorn_options() == {
         "ws": StableWebSocketProtocol,
@@ -167,7 +167,7 @@ def test_uvicorn_options_include_manager_options(manager_with: Any) -> None:
 
 
 async def test_invalid_metadata_changes_nothing(manager_with: Any) -> None:
-    """What is no mapping is refused before anything has changed; so is an audience that is none."""
+    """Metadata that is not a mapping, and invalid recipients, raise before anything has changed."""
     manager, _ = manager_with()
     _, ann = await connected(manager, "ann")
     with pytest.raises(TypeError, match="mapping"):
@@ -179,7 +179,7 @@ async def test_invalid_metadata_changes_nothing(manager_with: Any) -> None:
 
 
 async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A join whose roster is thrown away makes no list; one that is kept shows who was there when it was given."""
+    """A join whose snapshot is discarded builds no list; a stored snapshot shows the members at the join."""
     manager, _ = manager_with()
     await manager.start()
     looks: list[str] = []
@@ -200,11 +200,11 @@ async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeyp
     assert looks == ["lobby"]
 
 
-# ── rooms that outlive what they were asked of ──
+# ── long-lived room objects ──
 
 
 async def test_room_created_before_start_is_joined_later(manager_with: Any) -> None:
-    """A module may make its rooms long before the manager's first connection starts it."""
+    """A module may create its rooms long before the first connection starts the manager."""
     manager, _ = manager_with()
     room = manager.room("lobby")
     server, ann = await connected(manager, "ann")
@@ -216,7 +216,7 @@ async def test_room_created_before_start_is_joined_later(manager_with: Any) -> N
 
 
 def test_room_outlives_loop_it_was_created_on() -> None:
-    """A manager that goes on another event loop takes the rooms with it that it has been asked for before."""
+    """A manager that continues on another event loop keeps its existing room objects valid."""
     manager = WebSocketConnectionManager()
     rooms: list[Room] = []
 
@@ -235,7 +235,7 @@ def test_room_outlives_loop_it_was_created_on() -> None:
 
 
 async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> None:
-    """A client is in with any of its connections, a socket only by itself, and anything else is not."""
+    """A client is in a room with any of its connections, a socket only by itself, and other objects never."""
     manager, _ = manager_with(on_duplicate="allow")
     (_, tab), (_, other), (_, bob) = [await connected(manager, name) for name in ("ann", "ann", "bob")]
     await tab.join("lobby")
@@ -245,17 +245,17 @@ async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> Non
     assert [who in room for who in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
 
 
-# ── broadcasts that wait for one before ──
+# ── queued broadcasts ──
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the event loop have been held for long wherever that is asked, so that it gets a turn there."""
+    """Let every check report a long block of the event loop, so that the code yields."""
     monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
 
 
 async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:
-    """Begin a long broadcast, and a `later` one that waits for it, and do something meanwhile."""
+    """Start a long broadcast, and a `later` one that waits for it, and call a function in between."""
     first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, meanwhile)]
     await with_deadline(between)
     assert not first.done()
@@ -265,7 +265,7 @@ async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Co
 
 @pytest.mark.usefixtures("held")
 async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with: Any) -> None:
-    """Whom a broadcast is meant for is decided when its turn has come, so that nobody is named who is gone by then."""
+    """The recipients of a broadcast are determined when it starts, so clients that closed before are no failures."""
     manager, _ = manager_with()
     for number in range(20):
         await connected(manager, f"c{number}")
@@ -276,7 +276,7 @@ async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with:
 
 @pytest.mark.usefixtures("held")
 async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) -> None:
-    """A message to a room reaches who is in it when its turn has come, those included who have just joined."""
+    """A message to a room reaches the members at its start, including those that have just joined."""
     manager, _ = manager_with()
     (a, ann), (b, bob), (c, cleo) = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
     await ann.join("lobby")
@@ -296,7 +296,7 @@ async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) 
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("room", [None, "lobby"])
 async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: Any, room: str | None) -> None:
-    """An excluded client is so with all the connections that it has when the turn of the broadcast has come."""
+    """A client is excluded with all the connections that it has when the broadcast starts."""
     manager, _ = manager_with(on_duplicate="allow")
     clients = [await connected(manager, name) for name in ("ann", *(f"c{number}" for number in range(20)))]
     for _, socket in clients:
@@ -328,7 +328,7 @@ async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: 
 
 @pytest.mark.usefixtures("held")
 async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -> None:
-    """It reaches nobody and is not counted, and the one before and those behind it are whole."""
+    """A cancelled broadcast is not sent or counted, and those before and after it are complete."""
     manager, _ = manager_with()
     clients = [await connected(manager, name) for name in ("ann", "bob", "cleo")]
     first, second, third = [asyncio.ensure_future(manager.broadcast(text)) for text in ("first", "second", "third")]
@@ -343,7 +343,7 @@ async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -
 
 
 async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
-    """Each broadcast whose turn has come counts once, one to nobody too."""
+    """Each broadcast that has started counts once, also without recipients."""
     manager, _ = manager_with()
     await manager.broadcast("nobody")
     await connected(manager, "ann")
@@ -352,12 +352,12 @@ async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
     assert manager.counters.broadcasts == 3
 
 
-# ── many at once ──
+# ── many clients ──
 
 
 @pytest.mark.usefixtures("held")
 async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
-    """Room.close lets others run when it has held the loop for long, and cancelling it lets those stay who are left."""
+    """Room.close yields after a long block, and cancelling it leaves the remaining members in the room."""
     manager, _ = manager_with()
     for number in range(4):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
@@ -377,7 +377,7 @@ async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
 
 @pytest.mark.usefixtures("held")
 async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
-    """Room.disconnect lets others run when it has held the loop for long, and ends everybody."""
+    """Room.disconnect yields after a long block, and closes all connections."""
     manager, _ = manager_with()
     clients = [await connected(manager, f"c{number}") for number in range(3)]
     for _, socket in clients:
@@ -395,12 +395,12 @@ async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
 
 
 class Crowd:
-    """A hook that notes for whom it runs and goes on when it may.
+    """Hook that records its calls and waits for permission to continue.
 
     Attributes:
-        begun: The clients for whom it has begun.
-        most: The most calls that have run at the same time.
-        cancelled: The clients whose call was cancelled.
+        begun: Client ids of the calls that have begun.
+        most: Maximum number of concurrent calls.
+        cancelled: Client ids of the cancelled calls.
     """
 
     def __init__(self) -> None:
@@ -423,7 +423,7 @@ class Crowd:
 
 
 async def too_slow(manager: Any, *client_ids: str) -> list[FakeServer]:
-    """Connect clients of one place in the outbox, and send them more than they take."""
+    """Connect clients with an outbox of one message, and send them more than they take."""
     servers = []
     for client_id in client_ids:
         server, _ = await connected(manager, client_id)
@@ -438,7 +438,7 @@ async def too_slow(manager: Any, *client_ids: str) -> list[FakeServer]:
 
 @pytest.mark.parametrize("event", ["join", "leave", "slow"])
 async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, event: str) -> None:
-    """No more than max_concurrent_cleanup of them run at once, in whatever rooms, and all are called in the end."""
+    """At most max_concurrent_cleanup hooks run at once, in all rooms together, and all are called in the end."""
     manager, _ = manager_with(max_concurrent_cleanup=2, outbox_max_messages=1, outbox_overflow="drop_newest")
     crowd = Crowd()
     getattr(manager, f"on_{event}")(crowd)
@@ -449,7 +449,7 @@ async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, e
         for socket in sockets:
             await socket.join(f"room of {socket.client_id}")
     if event == "leave":
-        await eventually(lambda: len(manager._node._tasks) == 0)  # until all have been said to have come
+        await eventually(lambda: len(manager._node._tasks) == 0)  # until all joins have been announced
         for socket in sockets:
             await socket.leave(f"room of {socket.client_id}")
     await eventually(lambda: len(crowd.begun) == 2)
@@ -464,7 +464,7 @@ async def test_room_and_slow_hooks_have_bounded_concurrency(manager_with: Any, e
 
 @pytest.mark.parametrize("event", ["join", "slow"])
 async def test_shutdown_cancels_hanging_room_and_slow_hooks(manager_with: Any, event: str) -> None:
-    """A shutdown cancels what hooks of rooms and of slow clients still do, and waits for no limit of theirs."""
+    """A shutdown cancels running hooks of rooms and of slow clients, without waiting for their timeouts."""
     manager, _ = manager_with(disconnect_grace=60, outbox_max_messages=1, outbox_overflow="drop_newest")
     crowd = Crowd()
     getattr(manager, f"on_{event}")(crowd)
@@ -482,7 +482,7 @@ async def test_shutdown_cancels_hanging_room_and_slow_hooks(manager_with: Any, e
 
 
 async def lost(manager: Any, client_id: str) -> None:
-    """Connect a client, let it join the lobby, and let its connection break."""
+    """Connect a client, let it join the room, and let its connection break."""
     server, socket = await connected(manager, client_id)
     await socket.join("lobby")
     server.feed_disconnect(1006)
@@ -490,7 +490,7 @@ async def lost(manager: Any, client_id: str) -> None:
 
 
 async def test_room_close_ends_presence_of_lost_connections(manager_with: Any) -> None:
-    """Closing a room ends the presence of everybody, those included who have lost their connection, and says so."""
+    """Closing a room ends the presence of all clients, including those with a lost connection, and announces it."""
     manager, _ = manager_with(presence_grace=60)
     come: list[str] = []
     gone: list[str] = []
@@ -512,7 +512,7 @@ async def test_room_close_ends_presence_of_lost_connections(manager_with: Any) -
 
 
 async def test_returned_endpoint_leaves_no_presence(manager_with: Any) -> None:
-    """Who has been served to the end is not expected back."""
+    """After the endpoint has returned, its client has no grace."""
     manager, _ = manager_with(presence_grace=60)
     async with manager.serve(FakeServer().websocket, "ann") as socket:
         await socket.join("lobby")
@@ -522,7 +522,7 @@ async def test_returned_endpoint_leaves_no_presence(manager_with: Any) -> None:
 
 
 async def test_rejected_client_leaves_no_presence(manager_with: Any) -> None:
-    """Who is disconnected for breaking a rule is not expected back."""
+    """A client that is disconnected for breaking a rule has no grace."""
     manager, _ = manager_with(presence_grace=60, inbox_max_messages=1, inbox_overflow="close")
     server, socket = await connected(manager, "ann")
     await socket.join("lobby")
@@ -532,7 +532,7 @@ async def test_rejected_client_leaves_no_presence(manager_with: Any) -> None:
 
 
 async def test_shutdown_ends_presence_of_lost_connections(manager_with: Any) -> None:
-    """A manager that was shut down holds no presence and no timer for one, and says nothing more."""
+    """After a shutdown a manager holds no presence and no timer, and announces nothing."""
     manager, _ = manager_with(presence_grace=60)
     told: list[str] = []
     manager.on_leave(lambda _, who: told.append(who.client_id))

@@ -349,7 +349,9 @@ def test_rejection_flood_logs_one_line_per_minute(
     assert events.counters.refusals.total() == 105
 
 
-def test_rejection_log_is_throttled_per_kind(monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder]) -> None:
+def test_rejection_log_is_throttled_per_kind(
+    monkeypatch: pytest.MonkeyPatch, heard: tuple[EventBus, EventRecorder]
+) -> None:
     """Each kind has its own minute; of the many that an application may make up, those too many share one."""
     Clock(monkeypatch)
     events, ear = heard
