@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI, HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.config import WebSocketConfig
 from fastapi_ws_stabilizer.connection import asgi_outbox as asgi_outbox_module
@@ -1146,7 +1146,7 @@ async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every check report a long block of the event loop, so that the code yields."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
 _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
@@ -1158,7 +1158,7 @@ async def test_queued_messages_are_flushed_shard_by_shard(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, scheduler: list[int]
 ) -> None:
     """When flushing takes long, one iteration sends to one of num_shards shards; with a single shard to all."""
-    monkeypatch.setattr(turns_module, "CHECK_INTERVAL", 2)
+    monkeypatch.setattr(scheduling_module, "CHECK_INTERVAL", 2)
     manager, _ = manager_with(num_shards=num_shards)
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:

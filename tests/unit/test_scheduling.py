@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.events import EventBus
 from fastapi_ws_stabilizer.scheduling import CHECK_INTERVAL, CallbackSemaphore, FlushScheduler, LoopBudget
 from tests.support.fake_websocket import settle
@@ -58,7 +58,7 @@ async def test_work_is_flushed_on_next_loop_iteration() -> None:
 async def test_flush_beyond_max_block_continues_next_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flush that takes more than MAX_BLOCK continues in the next iteration, with the shard that waited longest."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(4, EventBus())
     for shard in range(4):
@@ -75,7 +75,7 @@ async def test_flush_beyond_max_block_continues_next_iteration(monkeypatch: pyte
 async def test_single_shard_is_flushed_without_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """With num_shards=1 everything is flushed in one iteration."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(1, EventBus())
     for number in range(10):
@@ -102,7 +102,7 @@ async def test_large_shard_is_split_after_max_block(
 ) -> None:
     """The clock is read after each LOOK_EVERY workers of a shard, unless there is only one shard."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     log: list[str] = []
     scheduler = FlushScheduler(num_shards, EventBus())
     names = [str(number) for number in range(2 * CHECK_INTERVAL + 1)]
@@ -116,7 +116,7 @@ async def test_large_shard_is_split_after_max_block(
 
 async def test_large_shard_within_max_block_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short flush of any number of workers takes one iteration of the event loop."""
-    monkeypatch.setattr(turns_module, "monotonic", Clock())
+    monkeypatch.setattr(scheduling_module, "monotonic", Clock())
     log: list[str] = []
     scheduler = FlushScheduler(2, EventBus())
     for number in range(2 * CHECK_INTERVAL + 1):
@@ -180,8 +180,8 @@ def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]
         asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
         clock = Clock()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(turns_module, "monotonic", clock)
-            patch.setattr(turns_module, "CHECK_INTERVAL", 2)
+            patch.setattr(scheduling_module, "monotonic", clock)
+            patch.setattr(scheduling_module, "CHECK_INTERVAL", 2)
             scheduler = FlushScheduler(num_shards, EventBus())
             log: list[str] = []
             everyone = [
@@ -205,7 +205,7 @@ def test_each_flush_request_runs_exactly_once(workers: list[tuple[int, int, Any]
 async def test_exceeded_loop_budget_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that sends in a loop without a pause gets a signal to yield, whether work waits or not."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     scheduler = FlushScheduler(1, EventBus())
     assert not scheduler.exceeded()
     clock.now += 0.006
@@ -220,7 +220,7 @@ async def test_exceeded_loop_budget_is_reported_once(monkeypatch: pytest.MonkeyP
 async def test_loop_budget_restarts_after_yield(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget starts again in each iteration."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     hold = LoopBudget()
     clock.now += 0.006
     assert hold.exceeded()
@@ -269,15 +269,15 @@ def test_semaphore_skips_waiters_without_need() -> None:
 async def test_long_flush_does_not_count_against_sender(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of a long flush does not count for code that continues to send."""
     clock = Clock()
-    monkeypatch.setattr(turns_module, "monotonic", clock)
+    monkeypatch.setattr(scheduling_module, "monotonic", clock)
     scheduler = FlushScheduler(1, EventBus())
 
     class Slow:
         def flush_now(self) -> None:
-            clock.now += 2 * turns_module.MAX_BLOCK
+            clock.now += 2 * scheduling_module.MAX_BLOCK
 
     scheduler.schedule(scheduler.pending(0), Slow())
     await asyncio.sleep(0)
     assert not scheduler.exceeded()
-    clock.now += 1.1 * turns_module.MAX_BLOCK
+    clock.now += 1.1 * scheduling_module.MAX_BLOCK
     assert scheduler.exceeded()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer import Presence, Room, RoomLimitError, SlowConsumer, SocketClosed
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.hub import presence as presence_module
 from fastapi_ws_stabilizer.hub.broadcast import BroadcastResult
@@ -251,7 +251,7 @@ async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> Non
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every check report a long block of the event loop, so that the code yields."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
 async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.connection.direct_outbox import DirectOutbox
 from fastapi_ws_stabilizer.connection.metered import CONTROL_FRAMES
@@ -453,7 +453,7 @@ async def test_endpoint_send_is_written_before_yielding(linked: Any) -> None:
 async def test_endpoint_send_flushes_earlier_queued_messages(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that a broadcast has queued in the same iteration are sent first, and nothing is sent twice."""
     b = await linked()
-    monkeypatch.setattr(turns_module, "monotonic", lambda: 0.0)  # the loop is not blocked for long
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: 0.0)  # the loop is not blocked for long
     offer(b, "first")
     sending = b.connection.send(encode("then"))
     with pytest.raises(StopIteration):
@@ -479,13 +479,13 @@ async def test_sender_yields_to_loop_after_max_block(linked: Any, monkeypatch: p
     """A send yields to the loop when it was blocked for longer than MAX_BLOCK, and otherwise does not."""
     b = await linked()
     now = [1e9]
-    monkeypatch.setattr(turns_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scheduling_module, "monotonic", lambda: now[0])
     await b.connection.send(encode("first"))
     turned: list[str] = []
     asyncio.get_running_loop().call_soon(turned.append, "turned")
     await b.connection.send(encode("second"))
     assert turned == []
-    now[0] += 2 * turns_module.MAX_BLOCK
+    now[0] += 2 * scheduling_module.MAX_BLOCK
     await b.connection.send(encode("third"))
     assert turned == ["turned"]
 

@@ -16,19 +16,19 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage, encode
 from tests.support.fake_recipient import FakeRecipient
 
 
-async def fan_out(frame: EncodedMessage, members: list[FakeRecipient]) -> BroadcastResult:
+async def fan_out(frame: EncodedMessage, recipients: list[FakeRecipient]) -> BroadcastResult:
     """Send a frame to recipients in one flush."""
     events = EventBus()
-    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([members], ()))
+    return await Broadcaster(FlushScheduler(1, events), events.counters).send(frame, lambda: ([recipients], ()))
 
 
 async def test_broadcast_shares_one_encoded_message() -> None:
     """All recipients get the same encoded frame, not a copy."""
-    members = [FakeRecipient() for _ in range(3)]
+    recipients = [FakeRecipient() for _ in range(3)]
     frame = encode({"n": 1})
-    result = await fan_out(frame, members)
+    result = await fan_out(frame, recipients)
     assert result == BroadcastResult(total=3, succeeded=3, failed=0, errors=[])
-    assert all(len(member.frames) == 1 and member.frames[0] is frame for member in members)
+    assert all(len(recipient.frames) == 1 and recipient.frames[0] is frame for recipient in recipients)
 
 
 async def test_failed_recipient_is_listed_with_close_cause() -> None:
@@ -92,16 +92,16 @@ async def test_broadcast_with_backpressure_yields_to_writers() -> None:
 
 async def test_cancelled_broadcast_with_backpressure_reaches_all() -> None:
     """Cancelling a broadcast at its only await loses no message."""
-    members = [FakeRecipient(pressed=True) for _ in range(3)]
-    task = asyncio.ensure_future(fan_out(encode("hi"), members))
+    recipients = [FakeRecipient(pressed=True) for _ in range(3)]
+    task = asyncio.ensure_future(fan_out(encode("hi"), recipients))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert [len(member.frames) for member in members] == [1, 1, 1]
+    assert [len(recipient.frames) for recipient in recipients] == [1, 1, 1]
 
 
-class Held:
+class AdvancingClock:
     """Clock that advances 2 ms for each recipient."""
 
     now = 50.0
@@ -114,12 +114,12 @@ class Held:
 @pytest.fixture
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every read of the clock report a long block."""
-    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.monotonic", Held())
+    monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.monotonic", AdvancingClock())
     monkeypatch.setattr("fastapi_ws_stabilizer.scheduling.MAX_BLOCK", 0.001)
 
 
-def parts(members: list[FakeRecipient]) -> list[list[FakeRecipient]]:
-    return [[member] for member in members]
+def parts(recipients: list[FakeRecipient]) -> list[list[FakeRecipient]]:
+    return [[recipient] for recipient in recipients]
 
 
 @pytest.mark.usefixtures("slow_clock")
@@ -127,14 +127,14 @@ async def test_long_broadcast_yields_and_preserves_order() -> None:
     """Other tasks run between two shards, and a later broadcast arrives second at every client."""
     events = EventBus()
     fan = Broadcaster(FlushScheduler(4, events), events.counters)
-    members = [FakeRecipient(str(number)) for number in range(4)]
+    recipients = [FakeRecipient(str(number)) for number in range(4)]
     first, second = encode("first"), encode("second")
-    long = asyncio.ensure_future(fan.send(first, lambda: (parts(members), ())))
+    long = asyncio.ensure_future(fan.send(first, lambda: (parts(recipients), ())))
     await asyncio.sleep(0)
-    assert 0 < sum(len(member.frames) for member in members) < 4
-    await fan.send(second, lambda: ([members], ()))
+    assert 0 < sum(len(recipient.frames) for recipient in recipients) < 4
+    await fan.send(second, lambda: ([recipients], ()))
     await long
-    assert all(member.frames == [first, second] for member in members)
+    assert all(recipient.frames == [first, second] for recipient in recipients)
 
 
 @pytest.mark.usefixtures("slow_clock")
@@ -142,14 +142,14 @@ async def test_cancelled_long_broadcast_still_reaches_all() -> None:
     """A caller that is cancelled between two shards does not stop the broadcast."""
     events = EventBus()
     fan = Broadcaster(FlushScheduler(4, events), events.counters)
-    members = [FakeRecipient() for _ in range(4)]
-    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(members), ())))
+    recipients = [FakeRecipient() for _ in range(4)]
+    long = asyncio.ensure_future(fan.send(encode("hi"), lambda: (parts(recipients), ())))
     await asyncio.sleep(0)
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
-    assert [len(member.frames) for member in members] == [1, 1, 1, 1]
-    assert (await fan.send(encode("next"), lambda: ([members], ()))).succeeded == 4
+    assert [len(recipient.frames) for recipient in recipients] == [1, 1, 1, 1]
+    assert (await fan.send(encode("next"), lambda: ([recipients], ()))).succeeded == 4
 
 
 async def test_dropped_message_is_neither_success_nor_failure() -> None:
@@ -163,11 +163,11 @@ async def test_dropped_message_is_neither_success_nor_failure() -> None:
 async def test_excluded_connection_is_not_in_total() -> None:
     """Excluded connections are not part of the total."""
     events = EventBus()
-    members = [FakeRecipient() for _ in range(3)]
+    recipients = [FakeRecipient() for _ in range(3)]
     fan = Broadcaster(FlushScheduler(1, events), events.counters)
-    result = await fan.send(encode("hi"), lambda: ([members], {members[1].connection_id}))
+    result = await fan.send(encode("hi"), lambda: ([recipients], {recipients[1].connection_id}))
     assert (result.total, result.succeeded) == (2, 2)
-    assert [len(member.frames) for member in members] == [1, 0, 1]
+    assert [len(recipient.frames) for recipient in recipients] == [1, 0, 1]
 
 
 async def test_broadcasts_without_recipients_yield_to_event_loop() -> None:

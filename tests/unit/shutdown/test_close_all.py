@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_ws_stabilizer import scheduling as turns_module
+from fastapi_ws_stabilizer import scheduling as scheduling_module
 from fastapi_ws_stabilizer.close_codes import DisconnectReason
 from fastapi_ws_stabilizer.shutdown.close_all import ShutdownReport, close_all
 from fastapi_ws_stabilizer.wire.encoded import encode
@@ -99,7 +99,7 @@ async def test_connections_are_closed_concurrently(bench: Any) -> None:
 
 async def test_closing_many_connections_yields_to_event_loop(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tasks run between two closes after a long block, and all connections are closed in the end."""
-    monkeypatch.setattr(turns_module, "MAX_BLOCK", -1.0)
+    monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
     connections = [(await bench().open())[0] for _ in range(3)]
     closing = asyncio.ensure_future(close_all(connections, 5.0))
     ended = []
