@@ -78,7 +78,7 @@ class Bench:
             ContenderError: The contender cannot be started.
         """
         if contender.peer and not self._peers_python.exists():
-            raise ContenderError("the peers have no environment; `make bench` makes it")
+            raise ContenderError("the environment of the peers is missing; `make bench` creates it")
         python = str(self._peers_python) if contender.peer else sys.executable
         return Stand(contender, python, sys.executable)
 

@@ -55,7 +55,7 @@ class Client:
             if not end:
                 return False
             if not head.startswith(b"HTTP/1.1 101"):
-                raise LoadError(f"refused: {head[:80].decode(errors='replace')}")
+                raise LoadError(f"rejected: {head[:80].decode(errors='replace')}")
             self.response = head + end
             frames = len(self.reader.feed(memoryview(rest)))
             self.opened = self.hello is None

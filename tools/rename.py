@@ -310,7 +310,7 @@ def build(paths: list[Path]) -> mypy.build.BuildResult:
 
 
 def unambiguous(result: mypy.build.BuildResult, members: dict[str, str]) -> dict[str, str]:
-    """Return new names of members whose old name no class keeps, so that untyped uses are unambiguous."""
+    """Return new names of members with an old name that no class keeps, so untyped uses are unambiguous."""
     new_of: dict[str, set[str]] = defaultdict(set)
     for full, new in members.items():
         new_of[full.rpartition(".")[2]].add(new)
@@ -492,7 +492,7 @@ def from_imports(text: str, parents: dict[str, dict[str, str]]) -> str:
         folder = match[2] or ""
         moved = parents.get(folder, {})
         names = [name.strip() for name in match[3].split(",")]
-        kept, lines = [], []
+        remaining, lines = [], []
         for name in names:
             module, _, alias = name.partition(" as ")
             if module in moved:
@@ -502,11 +502,11 @@ def from_imports(text: str, parents: dict[str, dict[str, str]]) -> str:
                     f"{match[1]}from {source} import {new} as {alias or module}".replace(f"{new} as {new}", new)
                 )
             else:
-                kept.append(name)
+                remaining.append(name)
         if not lines:
             return match[0]
-        if kept:
-            lines.insert(0, f"{match[1]}from {PACKAGE}{'.' + folder if folder else ''} import {', '.join(kept)}")
+        if remaining:
+            lines.insert(0, f"{match[1]}from {PACKAGE}{'.' + folder if folder else ''} import {', '.join(remaining)}")
         return "\n".join(lines)
 
     return re.sub(rf"^([ \t]*)from {PACKAGE}(?:\.([\w.]+))? import ([\w ,]+)$", replaced, text, flags=re.MULTILINE)

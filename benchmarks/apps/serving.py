@@ -73,9 +73,9 @@ def serve_socket(
 
     async def main() -> None:
         sock = listening_socket()
-        kept = await start(sock)
+        listener = await start(sock)
         await Control.open(broadcast, sock.getsockname()[1], burst)
         await asyncio.Event().wait()
-        del kept
+        del listener
 
     run(main())

@@ -88,7 +88,7 @@ def _blocks(page: Path) -> Iterator[Block]:
         elif line.strip():
             before = line.strip()
             section = line[3:].strip() if line.startswith("## ") else section
-    assert opened is None, f"{name_of(page)}: the fence of line {opened} is never closed"
+    assert opened is None, f"{name_of(page)}: the fence in line {opened} is not closed"
 
 
 def prose(page: Path) -> str:

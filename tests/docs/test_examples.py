@@ -153,8 +153,8 @@ def test_ticker_pushes_and_http_route_reaches_client() -> None:
             assert heard(ann)["type"] == "tick"
             assert client.post("/notify/ann", json={"n": 1}).json() == {"queued": True}
             assert client.post("/announce", json={"n": 2}).json() == {"queued": 1, "failed": 0}
-            told = [message for message in (heard(ann) for _ in range(2)) if "n" in message]
-            assert told == [{"n": 1}, {"n": 2}]
+            ticks = [message for message in (heard(ann) for _ in range(2)) if "n" in message]
+            assert ticks == [{"n": 1}, {"n": 2}]
         with client.websocket_connect("/both/bob") as bob:
             bob.send_text("hello")
             assert {heard(bob)["type"] for _ in range(2)} == {"tick", "echo"}
@@ -263,10 +263,10 @@ async def test_dashboard_receives_messages_of_outage(kind: str) -> None:
 async def test_identity_rejection_is_http_status(kind: str) -> None:
     """An HTTPException of the identity dependency is the HTTP status of the handshake on every server."""
     with LiveServer(kind, app="examples.authenticated:app") as server:
-        with pytest.raises(InvalidStatus) as refused:
+        with pytest.raises(InvalidStatus) as caught:
             async with connect(server.url("/ws")):
                 pass
-        assert refused.value.response.status_code == 401
+        assert caught.value.response.status_code == 401
         async with connect(server.url("/ws?token=secret-of-ann")) as ws:
             assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"hello": "Ann", "client_id": "1"}
 
@@ -277,10 +277,10 @@ async def test_socket_without_credential_gets_401(kind: str) -> None:
     """Without a credential, or with a wrong one, the handshake gets the same 401 as an HTTP route."""
     with LiveServer(kind, app="examples.shared_login:app") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
-            with pytest.raises(InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as caught:
                 async with connect(server.url("/ws"), additional_headers=headers):
                     pass
-            assert refused.value.response.status_code == 401
+            assert caught.value.response.status_code == 401
         async with connect(server.url("/ws"), additional_headers={"Cookie": "session=session-of-ann"}) as ws:
             assert json.loads(await asyncio.wait_for(ws.recv(), 5)) == {"user": "ann"}
 
@@ -292,10 +292,10 @@ async def test_browser_rejection_has_close_code_and_reason(kind: str) -> None:
     origin: Any = "https://example.com"
     with LiveServer(kind, app="examples.readable_rejection:app") as server:
         for other, status in ((None, 401), ("https://elsewhere.example", 403)):
-            with pytest.raises(InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as caught:
                 async with connect(server.url("/ws"), origin=other):  # type: ignore[arg-type]
                     pass
-            assert refused.value.response.status_code == status
+            assert caught.value.response.status_code == status
         async with connect(server.url("/ws"), origin=origin) as stranger:
             with pytest.raises(ConnectionClosed) as closed:
                 await asyncio.wait_for(stranger.recv(), 5)

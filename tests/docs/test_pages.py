@@ -63,7 +63,7 @@ async def test_every_complete_block_runs(block: Block, run: Callable[[Block], Mo
     """A block that begins with imports, or extends the quick start, runs, and the tests in it pass."""
     module = within(DEADLINE, lambda: run(block))
     if "pytest.raises(AssertionError)" in block.code and hasattr(WebSocketTestSession, "should_close"):
-        pytest.skip("TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket")
+        pytest.skip("TestClient of Starlette 0.37 cancels the endpoint when the test closes the socket")
     for name, function in list(vars(module).items()):
         if not name.startswith("test_"):
             continue

@@ -16,7 +16,7 @@ class Choices:
         self._at = 0
 
     def __bool__(self) -> bool:
-        """Whether bytes are left."""
+        """Return whether bytes are left."""
         return self._at < len(self._data)
 
     def take(self, count: int) -> bytes:

@@ -61,7 +61,7 @@ class GrowthWatch:
             late = values[SAMPLES // 2 :]
             # A leak continues to the end. A cache or a page that fills grows in steps and then stops.
             if len(late) >= SAMPLES // 4 and late[-1] - late[0] > most and late[-1] == max(late):
-                raise GrowingError(f"it grows: {late} {unit}")
+                raise GrowingError(f"memory grows: {late} {unit}")
 
     def __str__(self) -> str:
         if not self.blocks:

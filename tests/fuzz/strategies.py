@@ -145,9 +145,9 @@ def conversations(draw: DrawFn) -> tuple[list[str | bytes], bytes]:
         parts = draw(st.integers(1, 3))
         size = len(payload) // parts + 1
         pieces = [payload[at : at + size] for at in range(0, len(payload), size)] or [b""]
-        for place, piece in enumerate(pieces):
-            last = place == len(pieces) - 1
-            stream += client_frame(0 if place else opcode, piece, fin=last, mask=draw(MASKS))
+        for position, piece in enumerate(pieces):
+            last = position == len(pieces) - 1
+            stream += client_frame(0 if position else opcode, piece, fin=last, mask=draw(MASKS))
             if draw(st.booleans()):
                 stream += client_frame(draw(st.sampled_from([9, 10])), draw(st.binary(max_size=5)))
     return messages, stream

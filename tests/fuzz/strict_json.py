@@ -17,7 +17,7 @@ def strict_json(text: str | bytes) -> Any:
 
 
 def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def finite(value: Any) -> Any:

@@ -17,15 +17,15 @@ def test_steady_leak_is_growth() -> None:
     for blocks, resident in ((MAX_BLOCKS // 4, 0), (0, MAX_RESIDENT // 4)):
         one = watch()
         with pytest.raises(GrowingError, match="it grows"):
-            for place in range(SAMPLES):
-                one.note(place * blocks, place * resident)
+            for position in range(SAMPLES):
+                one.note(position * blocks, position * resident)
 
 
 def test_warm_up_is_not_growth() -> None:
     """Caches that fill in the first half, and a single step, are not reported."""
     one = watch()
-    for place in range(SAMPLES):
-        one.note(10**6 * min(place, SAMPLES // 2) + (MAX_BLOCKS // 2 if place > 20 else 0), 0)
+    for position in range(SAMPLES):
+        one.note(10**6 * min(position, SAMPLES // 2) + (MAX_BLOCKS // 2 if position > 20 else 0), 0)
     assert str(one) == f"blocks 0 {10**6 * (SAMPLES // 2)} {10**6 * (SAMPLES // 2) + MAX_BLOCKS // 2}, MiB 0 0 0"
 
 

@@ -19,6 +19,6 @@ def test_failed_fuzzer_is_reported_with_its_input(
     monkeypatch.setattr(sys, "executable", shutil.which(program))
     monkeypatch.setattr(runner, "WORK", tmp_path)
     assert runner.fuzz_all(["frames", "tokens"], 1, 2) == found
-    told = capsys.readouterr().out
-    assert told.count("FOUND SOMETHING") == found
-    assert (f"found something: frames, tokens; the inputs are in {tmp_path}" in told) == bool(found)
+    output = capsys.readouterr().out
+    assert output.count("FOUND SOMETHING") == found
+    assert (f"found something: frames, tokens; the inputs are in {tmp_path}" in output) == bool(found)

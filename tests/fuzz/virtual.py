@@ -67,5 +67,5 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     if loop.now > OLD:
         _give_up(loop)
     if failures:
-        raise AssertionError(f"nobody was told of this: {failures!r}") from failures[0].get("exception")
+        raise AssertionError(f"unhandled failures: {failures!r}") from failures[0].get("exception")
     return result

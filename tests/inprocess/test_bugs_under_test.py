@@ -13,7 +13,7 @@ ENTRY_POINTS = ("endpoint", "assertion", "handler", "explicit", "serve", "connec
 
 
 def made() -> FastAPI:
-    """Return an app with endpoints that fail in each place, and its manager."""
+    """Return an app with endpoints that fail at each stage, and its manager."""
     manager = WebSocketConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
 
@@ -63,7 +63,7 @@ def made() -> FastAPI:
 
 @pytest.mark.skipif(
     hasattr(WebSocketTestSession, "should_close"),
-    reason="TestClient of Starlette 0.37 cancels the endpoint when the test leaves the socket",
+    reason="TestClient of Starlette 0.37 cancels the endpoint when the test closes the socket",
 )
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_test_client_raises_bug_of_endpoint(entry_point: str) -> None:

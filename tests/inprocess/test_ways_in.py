@@ -384,7 +384,7 @@ def test_rejection_has_status_and_body_under_test_client(what: str) -> None:
 
     @app.websocket("/who")
     async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
-        raise AssertionError("nobody is let in")
+        raise AssertionError("every client is rejected")
 
     @app.websocket("/path/{client_id}")
     async def by_path(ws: StableSocket = Depends(stable_socket)) -> None:
@@ -419,7 +419,7 @@ def test_app_handler_answers_rejection(kind: Any) -> None:
 
     @app.websocket("/who")
     async def who(ws: StableSocket = Depends(manager.socket_for(reject_identity))) -> None:
-        raise AssertionError("nobody is let in")
+        raise AssertionError("every client is rejected")
 
     @app.exception_handler(kind)
     async def answer(_: object, error: HTTPException) -> PlainTextResponse:

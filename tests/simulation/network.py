@@ -59,7 +59,7 @@ class Link:
         self._client_lost: tuple[int, str] | None = None
         self._client_event = asyncio.Event()
         self._to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._server_told = False
+        self._server_informed = False
         self.accepted: asyncio.Future[None] = loop.create_future()
         self._to_server.put_nowait({"type": "websocket.connect"})
 
@@ -89,11 +89,11 @@ class Link:
     # ── the server's end ──
 
     async def asgi_receive(self) -> dict[str, Any]:
-        """The server's `receive`."""
+        """Implement the ASGI `receive`."""
         return await self._to_server.get()
 
     async def asgi_send(self, message: Any) -> None:
-        """The server's `send`."""
+        """Implement the ASGI `send`."""
         kind = message["type"]
         if kind == "websocket.accept":
             self.down.carry(lambda: None if self.accepted.done() else self.accepted.set_result(None))
@@ -107,7 +107,7 @@ class Link:
             self.tell_server(code, reason)
 
     def _arrives(self, event: dict[str, Any]) -> None:
-        if not self._server_told:
+        if not self._server_informed:
             self._to_server.put_nowait(event)
 
     def _reaches_client(self, data: str | bytes) -> None:
@@ -119,8 +119,8 @@ class Link:
 
     def tell_server(self, code: int, reason: str = "") -> None:
         """Inform the server that the connection is lost."""
-        if not self._server_told:
-            self._server_told = True
+        if not self._server_informed:
+            self._server_informed = True
             self._to_server.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
 
     def lose_client(self, code: int, reason: str = "") -> None:
@@ -158,7 +158,7 @@ class Network:
         if self.faulty and dice.random() < 0.05:
             await asyncio.Event().wait()  # a black hole: nothing ever answers
         link = Link(self)
-        self.links = [one for one in self.links if not one._server_told] + [link]
+        self.links = [one for one in self.links if not one._server_informed] + [link]
         scope = {
             "type": "websocket",
             "path": "/ws/ann",

@@ -11,7 +11,7 @@ from fastapi_ws_stabilizer.wire.encoded import EncodedMessage
 
 
 class FakeAttachment:
-    """A connection whose outbox is a list, and which takes frames as a test decides.
+    """A connection with a list as its outbox, which takes frames as a test decides.
 
     Attributes:
         frames: Frames that were queued.

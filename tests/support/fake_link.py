@@ -200,4 +200,4 @@ class Scene:
                 await soon()
                 return self.links[count - 1]
             await asyncio.sleep(0.05)
-        raise AssertionError("the client has not dialled again")
+        raise AssertionError("the client has not reconnected")

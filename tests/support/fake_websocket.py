@@ -138,7 +138,7 @@ async def with_deadline(awaitable: Awaitable[T]) -> T:
     future = asyncio.ensure_future(awaitable)
     done, _ = await asyncio.wait({future}, timeout=DEADLINE)
     if not done:
-        raise AssertionError(f"nothing has happened for {DEADLINE} seconds: {awaitable!r}")
+        raise AssertionError(f"not done within {DEADLINE} s: {awaitable!r}")
     return future.result()
 
 
@@ -148,7 +148,7 @@ async def eventually(condition: Callable[[], Any]) -> None:
     deadline = asyncio.get_running_loop().time() + DEADLINE
     while not condition():
         if asyncio.get_running_loop().time() > deadline:
-            raise AssertionError(f"this has not become true for {DEADLINE} seconds")
+            raise AssertionError(f"not true within {DEADLINE} s")
         await asyncio.sleep(0)
 
 

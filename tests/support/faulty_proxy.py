@@ -100,8 +100,8 @@ class CuttingProxy:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         stream = Stream(writer, far_writer)
         self.streams.append(stream)
-        ways = ((reader, far_writer), (far_reader, writer))
-        tasks = [asyncio.ensure_future(stream.carry(*way)) for way in ways]
+        directions = ((reader, far_writer), (far_reader, writer))
+        tasks = [asyncio.ensure_future(stream.carry(*direction)) for direction in directions]
         self._tasks.update(tasks)
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.difference_update(tasks)

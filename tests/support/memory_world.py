@@ -1,4 +1,4 @@
-"""Clients under `max_total_memory`, and a model that counts what should be held for them and whom to evict first."""
+"""Clients under `max_total_memory`, and a model that counts what should be held and evicted."""
 
 from __future__ import annotations
 

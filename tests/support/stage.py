@@ -1,4 +1,4 @@
-"""A manager whose hooks and handlers record calls, and clients that a test controls, in virtual time."""
+"""A manager with recording hooks and handlers, and clients that a test controls, in virtual time."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Line:
     async def message(self, event: str, *data: Any, first: int = 1, **fields: Any) -> None:
         """Let the client send numbered messages."""
         numbered = [
-            {"type": "msg", "seq": first + place, "event": event, "data": one} for place, one in enumerate(data)
+            {"type": "msg", "seq": first + position, "event": event, "data": one} for position, one in enumerate(data)
         ]
         await self.say(*({**one, **fields} for one in numbered))
 

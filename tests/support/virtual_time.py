@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer as soon as nothing is left to do."""
+"""An event loop that moves its clock to the next timer as soon as nothing is left to do."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class _NoWaiting(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise AssertionError("nothing is left to do, and nobody will ever be woken")
+            raise AssertionError("deadlock: no timer is set and no callback is ready")
         self._loop.now += timeout
         self._scheduler = 0 if timeout else self._scheduler + 1
         if self._scheduler and self._scheduler % 1000 == 0:
             self._loop.now += 1e-9  # sums of floats miss a deadline by a rounding error: on a real clock it passes
         if self._scheduler > MAX_TURNS:
-            raise AssertionError("the loop turns and turns, and no time passes")
+            raise AssertionError("the loop keeps running without time passing")
         return []
 
 

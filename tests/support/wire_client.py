@@ -256,7 +256,7 @@ class WireClient(RawClient):
         assert found.rsv in (0, RSV1)
         if found.rsv:
             assert self.parameters is not None, "RSV1 without an extension"
-            assert found.opcode in (TEXT, BINARY), "RSV1 on what is not the first frame of a message"
+            assert found.opcode in (TEXT, BINARY), "RSV1 on a frame that is not the first of a message"
         if found.opcode >= CLOSE:
             assert found.fin
             assert length <= 125
@@ -317,7 +317,7 @@ class WireClient(RawClient):
             rest = self.socket.recv(1)
         except ConnectionError:
             return
-        assert not rest, "something follows the close frame"
+        assert not rest, "data after the close frame"
 
 
 def quiet_server(*args: str, **config: Any) -> LiveServer:

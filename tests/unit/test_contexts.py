@@ -28,7 +28,7 @@ class Tenant:
 
 
 def client_of(manager: WebSocketConnectionManager, name: str, value: Any = None) -> Client:
-    """Return a client whose handshake sets a context variable."""
+    """Return a client that sets a context variable in its handshake."""
 
     def dial() -> Client:
         tenant.set(name if value is None else value)
@@ -56,7 +56,7 @@ async def test_heartbeat_payload_sees_context_of_its_connection(manager_with: An
     for client in clients:
         await client.server.until(lambda server=client.server: len(server.data) >= 2)  # type: ignore[misc]
         assert set(client.server.data) == {f"{client.client_id} of {client.client_id}"}
-        await client.gone()
+        await client.disconnect()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ async def test_manager_timers_do_not_hold_first_connection_context(option: str, 
     if started:
         await manager.start()
     value = Tenant("ann")
-    gone = weakref.ref(value)
+    reference = weakref.ref(value)
     first = client_of(manager, "ann", value)
     del value
     ws = await first.connected()
@@ -87,14 +87,14 @@ async def test_manager_timers_do_not_hold_first_connection_context(option: str, 
     await second.connected()
     await manager.broadcast("all")
     await has(first, "all")
-    await first.gone()
+    await first.disconnect()
     await eventually(lambda: not any(one.client_id == "ann" for one in manager._node.connections))
     del first, ws
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
-    await second.gone()
+    assert reference() is None
+    await second.disconnect()
     await manager.graceful_shutdown(1.0)
 
 
@@ -127,7 +127,7 @@ async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) ->
     await ann.connected()
     ann.server.block()
     value = Tenant("publisher")
-    gone = weakref.ref(value)
+    reference = weakref.ref(value)
 
     async def publish(value: Tenant) -> None:
         tenant.set(value)
@@ -141,9 +141,9 @@ async def test_slow_client_does_not_hold_publisher_context(manager_with: Any) ->
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     ann.server.release()
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_timed_close_runs_hooks_in_connection_context(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +177,14 @@ async def test_leftover_endpoint_task_does_not_hold_connection(manager_with: Any
 
     client = Client(manager, "ann", by_hand=by_hand)
     ws = await client.connected()
-    gone = weakref.ref(ws.websocket)
-    await client.gone()
+    reference = weakref.ref(ws.websocket)
+    await client.disconnect()
     await eventually(lambda: not manager._node.connections)
     del client, ws
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     left_running[0].cancel()
 
 

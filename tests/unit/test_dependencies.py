@@ -19,14 +19,14 @@ from fastapi_ws_stabilizer.socket import StableSocket
 from tests.support.fake_websocket import FakeServer
 
 
-async def greet(ws: StableSocket = Depends(stable_socket)) -> None:
+async def send_id(ws: StableSocket = Depends(stable_socket)) -> None:
     """Send the client its id."""
     await ws.send(ws.client_id)
 
 
 def with_endpoint(app: Any, path: str = "/ws/{client_id}") -> Any:
     """Add the endpoint to an app or router."""
-    app.add_api_websocket_route(path, greet)
+    app.add_api_websocket_route(path, send_id)
     return app
 
 

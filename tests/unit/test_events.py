@@ -111,7 +111,7 @@ def test_throttling_of_one_event_hides_no_other(monkeypatch: pytest.MonkeyPatch)
     """Kinds are counted for each event; when one event has too many, only its own kinds share a minute."""
     Clock(monkeypatch)
     events = EventBus()
-    told = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
-    assert told == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
+    emitted = [events.emit_throttled("refused", logging.WARNING, f"{kind}") for kind in range(2 * MAX_THROTTLED_KINDS)]
+    assert emitted == [True] * (MAX_THROTTLED_KINDS + 1) + [False] * (MAX_THROTTLED_KINDS - 1)
     assert events.emit_throttled("limited", logging.WARNING, "0")
     assert events.emit_throttled("limited", logging.WARNING, "")

@@ -100,7 +100,7 @@ async def test_call_on_other_loop_raises_and_changes_nothing(manager_with: Any, 
     assert manager.room("lobby").presence[0].metadata == {"colour": "blue"}
     await ws.send("after")
     await ann.server.until(lambda: ann.server.data == ["after"])
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_read_only_calls_work_from_any_thread(manager_with: Any) -> None:
@@ -125,7 +125,7 @@ async def test_read_only_calls_work_from_any_thread(manager_with: Any) -> None:
         )
 
     assert await in_a_thread(look) == (["ann"], 1, True, ["lobby"], ["ann"], 1, ("lobby",), False)
-    await ann.gone()
+    await ann.disconnect()
 
 
 async def test_call_from_thread_returns_result(manager_with: Any) -> None:
@@ -155,8 +155,8 @@ async def test_call_from_thread_returns_result(manager_with: Any) -> None:
     await ann.server.until(lambda: ann.server.data == ["all", "room", '{"to":"ann"}', "by run"])
     await bob.server.until(lambda: bob.server.close_frames == [(4001, "bye")])
     assert bob.server.data == ["all", "bob"]
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def test_message_from_thread_with_history_false_is_not_stored(manager_with: Any) -> None:
@@ -171,8 +171,8 @@ async def test_message_from_thread_with_history_false_is_not_stored(manager_with
     await manager.get_sockets("bob")[0].join("lobby", history=10)
     await bob.server.until(lambda: bob.server.data)
     assert bob.server.data == ["kept"]
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def _times_out() -> None:
@@ -279,7 +279,9 @@ async def test_thread_pool_handler_sends_with_from_thread() -> None:
         await line.server.until(lambda: line.server.data == ["answer"])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell it from the end of the event loop")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="Python 3.10 does not distinguish it from the end of the event loop"
+)
 async def test_cancelled_error_in_call_from_thread_is_raised(manager_with: Any) -> None:
     """A function that awaits a cancelled future raises `CancelledError`, although the manager is running."""
     manager, _ = manager_with()

@@ -158,7 +158,7 @@ async def test_law_5_unsent_and_unread_messages_are_reported(bench: Any) -> None
 
 
 async def test_law_5_unread_message_after_endpoint_return_is_counted(manager_with: Any) -> None:
-    """A message that is still unread when its endpoint has returned is counted, whoever closed the connection."""
+    """An unread message counts as discarded when its endpoint has returned after a close by the client."""
     manager, _ = manager_with()
     server = FakeServer()
     server.feed_text("1", "2", "3")

@@ -69,7 +69,7 @@ class Client:
         assert self.socket is not None
         return self.socket
 
-    async def gone(self) -> None:
+    async def disconnect(self) -> None:
         """Let the client disconnect, and wait for its endpoint."""
         self.server.feed_disconnect(1001)
         await with_deadline(self.task)
@@ -114,7 +114,7 @@ async def test_second_start_changes_nothing(manager_with: Any, clients_of: Any) 
     assert manager.get_active_connections() == ["ann"]
     assert manager.running
     assert manager.uptime_seconds > 0
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_start_applies_log_level(manager_with: Any) -> None:
@@ -147,7 +147,7 @@ async def test_first_socket_starts_manager(manager_with: Any, clients_of: Any) -
     (client,) = await clients_of(manager, "ann")
     assert manager.running
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_shutdown_closes_all_with_1012_and_counts(manager_with: Any, clients_of: Any) -> None:
@@ -199,7 +199,7 @@ async def test_manager_can_start_again_after_shutdown(manager_with: Any, clients
     (client,) = await clients_of(manager, "bob")
     await client.server.until(lambda: client.server.data)
     assert manager.get_active_connections() == ["bob"]
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_shutdown_timeout_aborts_remaining_connections(manager_with: Any, clients_of: Any) -> None:
@@ -222,7 +222,7 @@ def test_manager_works_on_successive_event_loops() -> None:
         client = Client(manager)
         await client.connected()
         count = manager.get_connection_count()
-        await client.gone()
+        await client.disconnect()
         return count
 
     assert [run(once()), run(once())] == [1, 1]
@@ -244,7 +244,7 @@ async def test_manager_with_connections_rejects_second_event_loop(manager_with: 
     with pytest.raises(WrongLoopError, match="TestClient"):
         await asyncio.to_thread(lambda: asyncio.run(manager.start()))
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_running_manager_rejects_second_event_loop(manager_with: Any) -> None:
@@ -512,7 +512,7 @@ async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
     """A failing handshake hook is reported once and rejects with 500."""
     manager, heard = manager_with()
     error = ValueError("bug")
-    told: list[Any] = []
+    called: list[Any] = []
 
     @manager.on_handshake
     async def fail(ws: StableSocket) -> None:
@@ -520,7 +520,7 @@ async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
 
     @manager.on_error
     async def on_error(ws: StableSocket, error: BaseException) -> None:
-        told.append(error)
+        called.append(error)
 
     server = FakeServer()
     with pytest.raises(WebSocketException):
@@ -531,7 +531,7 @@ async def test_handshake_hook_bug_rejects_with_500(manager_with: Any) -> None:
         ("handshake_hook_failed", error),
         ("connection_refused", None),
     ]
-    assert told == [error]
+    assert called == [error]
 
 
 @pytest.mark.parametrize(
@@ -568,7 +568,7 @@ async def test_closing_connect_hook_prevents_endpoint(manager_with: Any) -> None
     server = FakeServer()
     with pytest.raises(WebSocketException):
         async with manager.serve(server.websocket, "ann"):
-            pytest.fail("the endpoint began")
+            pytest.fail("the endpoint ran")
     assert server.close_frames == [(4010, "not today")]
     assert max(report.level for report in heard.all) < logging.WARNING
 
@@ -611,7 +611,7 @@ async def test_newer_connection_replaces_older_with_4409(manager_with: Any, clie
     assert manager.get_sockets("ann") == [new.socket]
     assert await manager.send_to_client("ann", "hi")
     await new.server.until(lambda: new.server.data == ["hi"])
-    await new.gone()
+    await new.disconnect()
 
 
 async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: Any, clients_of: Any) -> None:
@@ -623,7 +623,7 @@ async def test_old_endpoint_cleanup_does_not_close_new_connection(manager_with: 
     assert manager.get_sockets("ann") == [new.socket]
     assert new.socket.close_info is None
     assert old.server.close_frames == [(4409, "replaced by a newer connection")]
-    await new.gone()
+    await new.disconnect()
     assert max(report.level for report in heard.all) < logging.WARNING
 
 
@@ -645,7 +645,7 @@ async def test_duplicate_connection_can_be_rejected_with_4409(manager_with: Any,
     with pytest.raises(DuplicateClientError):
         await manager.connect("ann", await FakeServer().accepted())
     assert manager.get_connection_count() == 1
-    await old.gone()
+    await old.disconnect()
 
 
 async def test_client_may_have_several_connections(manager_with: Any, clients_of: Any) -> None:
@@ -660,7 +660,7 @@ async def test_client_may_have_several_connections(manager_with: Any, clients_of
     assert clients[2].server.data == []
     await manager.disconnect("ann", 4010)
     assert manager.get_active_connections() == ["bob"]
-    await clients[2].gone()
+    await clients[2].disconnect()
 
 
 # ── connect() ──
@@ -767,7 +767,7 @@ async def test_disconnect_after_failed_connect_is_silent(manager_with: Any, with
     websocket = await server.accepted()
 
     @manager.on_connect
-    async def leaves(ws: StableSocket) -> None:
+    async def disconnects(ws: StableSocket) -> None:
         server.feed_disconnect(1001)
         await ws.wait_closed()
 
@@ -810,7 +810,7 @@ async def test_disconnect_of_unknown_client_id_raises(manager_with: Any, clients
     with pytest.raises(ValueError, match="1006"):
         await manager.disconnect("ann", 1006)
     assert manager.get_connection_count() == 1
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any) -> None:
@@ -823,7 +823,7 @@ async def test_handle_pong_counts_as_liveness(manager_with: Any, clients_of: Any
     assert (liveness.has_ponged, liveness.awaiting_since) == (True, None)
     assert client.socket.rtt is not None
     await manager.handle_pong("nobody")
-    await client.gone()
+    await client.disconnect()
 
 
 # ── sends ──
@@ -840,7 +840,7 @@ async def test_broadcast_skips_excluded_clients(manager_with: Any, clients_of: A
     assert clients[2].server.data == []
     assert manager.counters.broadcasts == 1
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
 async def test_broadcast_without_recipients_raises_nothing(manager_with: Any, clients_of: Any) -> None:
@@ -849,7 +849,7 @@ async def test_broadcast_without_recipients_raises_nothing(manager_with: Any, cl
     assert (await manager.broadcast("hi")).total == 0
     (client,) = await clients_of(manager, "ann")
     assert (await manager.broadcast("hi", exclude_client="ann")).total == 0
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_unencodable_broadcast_raises_and_closes_no_socket(manager_with: Any, clients_of: Any) -> None:
@@ -863,7 +863,7 @@ async def test_unencodable_broadcast_raises_and_closes_no_socket(manager_with: A
     assert manager.get_active_connections() == ["ann", "bob"]
     assert [client.server.data for client in clients] == [[], []]
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
 async def test_stalled_client_does_not_block_broadcast(manager_with: Any, clients_of: Any) -> None:
@@ -879,7 +879,7 @@ async def test_stalled_client_does_not_block_broadcast(manager_with: Any, client
     slow.server.release()
     await with_deadline(slow.task)
     assert slow.server.close_frames == [(4507, "slow consumer")]
-    await good.gone()
+    await good.disconnect()
 
 
 @pytest.mark.parametrize("in_room", [False, True])
@@ -909,7 +909,7 @@ async def test_send_to_unknown_client_returns_false(manager_with: Any, clients_o
     assert await manager.send_to_client("ann", b"data")
     assert await manager.send_to_client("ann", ["list"])
     await client.server.until(lambda: client.server.data == [b"data", '["list"]'])
-    await client.gone()
+    await client.disconnect()
     assert not await manager.send_to_client("ann", "hi")
 
 
@@ -928,7 +928,7 @@ async def test_user_data_is_accessible_by_client_id(manager_with: Any, clients_o
     assert await manager.get_user_data("nobody", "name") is None
     with pytest.raises(ConnectionNotFoundError):
         await manager.set_user_data("nobody", "name", "x")
-    await client.gone()
+    await client.disconnect()
 
 
 async def test_memory_counts_nested_data_and_queues(manager_with: Any, clients_of: Any) -> None:
@@ -949,8 +949,8 @@ async def test_memory_counts_nested_data_and_queues(manager_with: Any, clients_o
     assert usage["connection_count"] == 2
     assert usage["per_connection_average"] == usage["total_memory"] / 2
     bob.server.release()
-    await ann.gone()
-    await bob.gone()
+    await ann.disconnect()
+    await bob.disconnect()
 
 
 async def test_heartbeat_timeout_closes_served_socket_with_4408(manager_with: Any, clients_of: Any) -> None:
@@ -1007,7 +1007,7 @@ async def test_hanging_error_hook_does_not_delay_close_frame(manager_with: Any) 
 async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) -> None:
     """A handler that is busy beyond the timeout does not prevent `on_disconnect`, which runs once."""
     manager, _ = manager_with()
-    told: list[str] = []
+    called: list[str] = []
     started = asyncio.Event()
 
     @manager.on_message
@@ -1017,7 +1017,7 @@ async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) 
 
     @manager.on_disconnect
     async def gone(ws: StableSocket, _: DisconnectReason) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
 
     server = FakeServer()
 
@@ -1030,13 +1030,13 @@ async def test_timed_out_shutdown_runs_disconnect_hooks_once(manager_with: Any) 
     await with_deadline(asyncio.ensure_future(started.wait()))
     report = await manager.graceful_shutdown(timeout=0.05)
     assert report.failed_count == 1
-    assert told == ["ann"]
+    assert called == ["ann"]
     await asyncio.wait([task], timeout=5)
-    assert told == ["ann"]
+    assert called == ["ann"]
 
 
 async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -> None:
-    """A connection whose handshake hook is slower than the shutdown is not accepted."""
+    """With a handshake hook that is slower than the shutdown, the connection is not accepted."""
     manager, _ = manager_with()
     await manager.start()
     waiting, go = asyncio.Event(), asyncio.Event()
@@ -1050,7 +1050,7 @@ async def test_shutdown_during_handshake_rejects_connection(manager_with: Any) -
 
     async def endpoint() -> None:
         async with manager.serve(server.websocket, "ann"):
-            pytest.fail("it was let in")
+            pytest.fail("the connection was accepted")
 
     task = asyncio.ensure_future(endpoint())
     await with_deadline(asyncio.ensure_future(waiting.wait()))
@@ -1129,7 +1129,7 @@ async def test_disconnect_in_leftover_task_closes_current_connection(manager_wit
 # ── many connections ──
 
 
-async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
+async def counts_by_iteration(count: Callable[[], int], most: int) -> list[int]:
     """Return the distinct values of a count over the iterations of the event loop, up to the maximum."""
     seen: list[int] = []
 
@@ -1144,7 +1144,7 @@ async def counts_by_turn(count: Callable[[], int], most: int) -> list[int]:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocked_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every check report a long block of the event loop, so that the code yields."""
     monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
@@ -1152,7 +1152,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> None:
 _BY_SHARD = [(1, [8]), (4, [2, 4, 6, 8]), (32, [1, 2, 3, 4, 5, 6, 7, 8])]
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_queued_messages_are_flushed_shard_by_shard(
     manager_with: Any, clients_of: Any, monkeypatch: pytest.MonkeyPatch, num_shards: int, scheduler: list[int]
@@ -1163,29 +1163,29 @@ async def test_queued_messages_are_flushed_shard_by_shard(
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
         client.socket._connection.enqueue(encode("hi"))
-    assert await counts_by_turn(lambda: sum(len(client.server.data) for client in clients), 8) == scheduler
+    assert await counts_by_iteration(lambda: sum(len(client.server.data) for client in clients), 8) == scheduler
     for client in clients:
-        await client.gone()
+        await client.disconnect()
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize(("num_shards", "scheduler"), _BY_SHARD)
 async def test_simultaneous_closes_are_processed_shard_by_shard(
     manager_with: Any, clients_of: Any, num_shards: int, scheduler: list[int]
 ) -> None:
     """Many connections begin to close at once, and their teardown starts shard by shard."""
     manager, _ = manager_with(num_shards=num_shards)
-    told: list[str] = []
+    called: list[str] = []
 
     @manager.on_disconnect
     async def disconnected(ws: StableSocket) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
 
     clients = await clients_of(manager, *"abcdefgh")
     for client in clients:
         await manager.disconnect(client.client_id)
     assert all(client.socket.closed for client in clients)
-    assert await counts_by_turn(lambda: len(told), 8) == scheduler
+    assert await counts_by_iteration(lambda: len(called), 8) == scheduler
     for client in clients:
         await with_deadline(client.task)
 
@@ -1193,24 +1193,24 @@ async def test_simultaneous_closes_are_processed_shard_by_shard(
 async def test_disconnect_hooks_have_bounded_concurrency(manager_with: Any, clients_of: Any) -> None:
     """At most max_concurrent_cleanup hooks run at once, and all run in the end."""
     manager, _ = manager_with(max_concurrent_cleanup=2)
-    told: list[str] = []
+    called: list[str] = []
     may_end = asyncio.Event()
 
     @manager.on_disconnect
     async def disconnected(ws: StableSocket) -> None:
-        told.append(ws.client_id)
+        called.append(ws.client_id)
         await may_end.wait()
 
     clients = await clients_of(manager, *"abcdef")
     for client in clients:
         client.server.feed_disconnect(1001)
-    await eventually(lambda: len(told) == 2)
+    await eventually(lambda: len(called) == 2)
     await settle()
-    assert len(told) == 2
+    assert len(called) == 2
     may_end.set()
     for client in clients:
         await with_deadline(client.task)
-    assert sorted(told) == list("abcdef")
+    assert sorted(called) == list("abcdef")
 
 
 async def test_close_frames_have_bounded_concurrency(

@@ -51,7 +51,7 @@ def test_every_fact_has_source_and_date(fact: Fact) -> None:
     assert "." in source.netloc
     assert date.fromisoformat(fact.checked).isoformat() == fact.checked
     assert fact.statement.endswith(".")
-    assert "|" not in fact.statement, "it stands in a table"
+    assert "|" not in fact.statement, "it is in a table"
 
 
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda platform: platform.name)
@@ -227,12 +227,12 @@ def test_config_subclass_retains_shorter_default() -> None:
 def test_unsupported_platform_is_rejected_with_reason(name: str) -> None:
     """The error names the platform and the reason, at any position in the path."""
     for path in ((name,), ("nginx", name), (name, "nginx")):
-        with pytest.raises(UnsupportedPlatformError) as refused:
+        with pytest.raises(UnsupportedPlatformError) as caught:
             WebSocketConfig.for_platform(*path)
-        assert refused.value.name == name
-        assert refused.value.refusal == PLATFORMS[name].unsupported_reason
-        assert name in str(refused.value)
-        assert refused.value.refusal in str(refused.value)
+        assert caught.value.name == name
+        assert caught.value.refusal == PLATFORMS[name].unsupported_reason
+        assert name in str(caught.value)
+        assert caught.value.refusal in str(caught.value)
 
 
 def test_unsupported_platforms_match_documentation() -> None:

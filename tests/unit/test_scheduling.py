@@ -128,8 +128,8 @@ async def test_large_shard_within_max_block_is_not_split(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("num_shards", [1, 2])
 async def test_cancelled_error_in_flush_does_not_stop_others(num_shards: int) -> None:
     """A CancelledError goes to the event loop, and the other workers of all shards are flushed."""
-    told: list[BaseException] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    reported: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
     error = asyncio.CancelledError()
     log: list[str] = []
     scheduler = FlushScheduler(num_shards, EventBus())
@@ -139,7 +139,7 @@ async def test_cancelled_error_in_flush_does_not_stop_others(num_shards: int) ->
     soon(scheduler, num_shards - 1, Worker("last", log))
     await settle()
     assert log == ["before", "bad", "behind", "last"]
-    assert told == [error]
+    assert reported == [error]
     soon(scheduler, 0, Worker("later", log))
     await settle()
     assert log[4:] == ["later"]

@@ -78,37 +78,39 @@ async def test_max_rooms_per_connection_is_enforced(manager_with: Any) -> None:
 async def test_connections_of_client_share_one_presence_entry(manager_with: Any) -> None:
     """on_join runs for the first connection, on_leave for the last, and join returns a snapshot of the members."""
     manager, _ = manager_with(on_duplicate="allow")
-    told: list[tuple[str, str, str]] = []
+    announced: list[tuple[str, str, str]] = []
 
     @manager.on_join
-    async def joined(room: Room, who: Presence) -> None:
-        told.append(("join", room.name, who.client_id))
+    async def joined(room: Room, presence: Presence) -> None:
+        announced.append(("join", room.name, presence.client_id))
 
     @manager.on_leave
-    async def left(room: Room, who: Presence) -> None:
-        told.append(("leave", room.name, who.client_id))
+    async def on_left(room: Room, presence: Presence) -> None:
+        announced.append(("leave", room.name, presence.client_id))
 
     _, first = await connected(manager, "ann")
     _, second = await connected(manager, "ann")
     await first.join("lobby", {"name": "Ann"})
     here = await second.join("lobby")
-    assert [(who.client_id, who.connections, who.metadata["name"]) for who in here] == [("ann", 2, "Ann")]
+    assert [(presence.client_id, presence.connections, presence.metadata["name"]) for presence in here] == [
+        ("ann", 2, "Ann")
+    ]
     await first.leave("lobby")
     await settle()
-    assert told == [("join", "lobby", "ann")]
+    assert announced == [("join", "lobby", "ann")]
     assert manager.room("lobby").set_presence("ann", name="Anna")
     assert manager.room("lobby").presence[0].metadata == {"name": "Anna"}
     await second.leave("lobby")
-    await eventually(lambda: told[1:] == [("leave", "lobby", "ann")])
+    await eventually(lambda: announced[1:] == [("leave", "lobby", "ann")])
     assert manager.room("lobby").clients == []
 
 
 @pytest.mark.parametrize(("code", "stays"), [(1001, True), (1006, True), (1000, False)])
 async def test_lost_connection_stays_present_for_presence_grace(manager_with: Any, code: int, stays: bool) -> None:
-    """A client whose connection is lost is present for presence_grace; one that closes is removed at once."""
+    """After a lost connection a client is present for presence_grace; after a close it is removed at once."""
     manager, _ = manager_with(presence_grace=60)
-    told: list[str] = []
-    manager.on_leave(lambda room, who: told.append(who.client_id))
+    announced: list[str] = []
+    manager.on_leave(lambda room, presence: announced.append(presence.client_id))
     server, ann = await connected(manager, "ann")
     await ann.join("lobby")
     server.feed_disconnect(code)
@@ -138,18 +140,18 @@ async def test_failing_room_hook_is_reported_with_room(manager_with: Any) -> Non
 async def test_on_slow_gets_socket_and_level_without_blocking(manager_with: Any) -> None:
     """on_slow gets each degree, and no sender waits for it."""
     manager, _ = manager_with(outbox_max_messages=1)
-    told: list[tuple[str, SlowConsumer]] = []
+    announced: list[tuple[str, SlowConsumer]] = []
 
     @manager.on_slow
     async def slow(ws: Any, how: SlowConsumer) -> None:
-        told.append((ws.client_id, how))
+        announced.append((ws.client_id, how))
 
     server, _ = await connected(manager, "ann")
     server.block()
     await manager.send_to_client("ann", "stuck")
     await server.until(lambda: len(server.offered) == 2)
     assert [await manager.send_to_client("ann", text) for text in "ab"] == [True, False]
-    await eventually(lambda: ("ann", SlowConsumer.DISCONNECTED) in told)
+    await eventually(lambda: ("ann", SlowConsumer.DISCONNECTED) in announced)
     server.release()
 
 
@@ -179,7 +181,7 @@ async def test_invalid_metadata_changes_nothing(manager_with: Any) -> None:
 
 
 async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A join whose snapshot is discarded builds no list; a stored snapshot shows the members at the join."""
+    """A join with a discarded snapshot builds no list; a stored snapshot shows the members at the join."""
     manager, _ = manager_with()
     await manager.start()
     looks: list[str] = []
@@ -190,13 +192,13 @@ async def test_discarded_join_snapshot_builds_no_list(manager_with: Any, monkeyp
     for number in range(50):
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     assert looks == []
-    kept = await (await connected(manager, "ann"))[1].join("lobby")
+    stored = await (await connected(manager, "ann"))[1].join("lobby")
     _, late = await connected(manager, "late")
     await late.join("lobby")
     await late.leave("lobby")
-    assert len(kept) == 51
-    assert [who.client_id for who in kept[-2:]] == ["c49", "ann"]
-    assert kept[0].client_id in repr(kept)
+    assert len(stored) == 51
+    assert [presence.client_id for presence in stored[-2:]] == ["c49", "ann"]
+    assert stored[0].client_id in repr(stored)
     assert looks == ["lobby"]
 
 
@@ -241,29 +243,29 @@ async def test_only_joined_client_or_socket_is_in_room(manager_with: Any) -> Non
     await tab.join("lobby")
     await bob.join("attic")
     room = manager.room("lobby")
-    assert [who in room for who in (tab, "ann")] == [True, True]
-    assert [who in room for who in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
+    assert [target in room for target in (tab, "ann")] == [True, True]
+    assert [target in room for target in (other, bob, "bob", "nobody", None, 7)] == [False] * 6
 
 
 # ── queued broadcasts ──
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocked_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every check report a long block of the event loop, so that the code yields."""
     monkeypatch.setattr(scheduling_module, "MAX_BLOCK", -1.0)
 
 
-async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], meanwhile: Coroutine[Any, Any, Any]) -> Any:
+async def overtaken(manager: Any, later: Coroutine[Any, Any, Any], between: Coroutine[Any, Any, Any]) -> Any:
     """Start a long broadcast, and a `later` one that waits for it, and call a function in between."""
-    first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, meanwhile)]
+    first, second, between = [asyncio.ensure_future(c) for c in (manager.broadcast("first"), later, between)]
     await with_deadline(between)
     assert not first.done()
     await with_deadline(first)
     return await with_deadline(second)
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with: Any) -> None:
     """The recipients of a broadcast are determined when it starts, so clients that closed before are no failures."""
     manager, _ = manager_with()
@@ -274,7 +276,7 @@ async def test_member_closed_before_queued_broadcast_is_no_failure(manager_with:
     assert await overtaken(manager, manager.room("lobby").send("later"), bob.close()) == BroadcastResult()
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) -> None:
     """A message to a room reaches the members at its start, including those that have just joined."""
     manager, _ = manager_with()
@@ -293,7 +295,7 @@ async def test_queued_broadcast_reaches_members_at_its_start(manager_with: Any) 
     assert (a.data, b.data, c.data) == (["first", "later"], ["first"], ["first", "later"])
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 @pytest.mark.parametrize("room", [None, "lobby"])
 async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: Any, room: str | None) -> None:
     """A client is excluded with all the connections that it has when the broadcast starts."""
@@ -326,7 +328,7 @@ async def test_queued_broadcast_excludes_new_connection_of_client(manager_with: 
     await with_deadline(node[0])
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_cancelled_queued_broadcast_reaches_no_client(manager_with: Any) -> None:
     """A cancelled broadcast is not sent or counted, and those before and after it are complete."""
     manager, _ = manager_with()
@@ -355,7 +357,7 @@ async def test_each_broadcast_is_counted_once(manager_with: Any) -> None:
 # ── many clients ──
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
     """Room.close yields after a long block, and cancelling it leaves the remaining members in the room."""
     manager, _ = manager_with()
@@ -363,11 +365,11 @@ async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
         await (await connected(manager, f"c{number}"))[1].join("lobby")
     room = manager.room("lobby")
     closing = asyncio.ensure_future(room.close())
-    left = []
+    sizes = []
     for _ in range(2):
         await asyncio.sleep(0)
-        left.append(len(room))
-    assert left == [3, 2]
+        sizes.append(len(room))
+    assert sizes == [3, 2]
     closing.cancel()
     await settle()
     assert len(room) == 2
@@ -375,7 +377,7 @@ async def test_room_close_yields_to_event_loop(manager_with: Any) -> None:
     assert not room
 
 
-@pytest.mark.usefixtures("held")
+@pytest.mark.usefixtures("blocked_loop")
 async def test_room_disconnect_yields_to_event_loop(manager_with: Any) -> None:
     """Room.disconnect yields after a long block, and closes all connections."""
     manager, _ = manager_with()
@@ -409,8 +411,8 @@ class Crowd:
         self.running = self.most = 0
         self.may_end = asyncio.Event()
 
-    async def __call__(self, _: Any, who: Any) -> None:
-        self.begun.append(str(getattr(who, "client_id", who)))
+    async def __call__(self, _: Any, presence: Any) -> None:
+        self.begun.append(str(getattr(presence, "client_id", presence)))
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -492,23 +494,23 @@ async def lost(manager: Any, client_id: str) -> None:
 async def test_room_close_ends_presence_of_lost_connections(manager_with: Any) -> None:
     """Closing a room ends the presence of all clients, including those with a lost connection, and announces it."""
     manager, _ = manager_with(presence_grace=60)
-    come: list[str] = []
-    gone: list[str] = []
-    manager.on_join(lambda _, who: come.append(who.client_id))
-    manager.on_leave(lambda _, who: gone.append(who.client_id))
+    joins: list[str] = []
+    leaves: list[str] = []
+    manager.on_join(lambda _, presence: joins.append(presence.client_id))
+    manager.on_leave(lambda _, presence: leaves.append(presence.client_id))
     _, ann = await connected(manager, "ann")
     await ann.join("lobby")
     await lost(manager, "bob")
     room = manager.room("lobby")
-    await eventually(lambda: come == ["ann", "bob"])
+    await eventually(lambda: joins == ["ann", "bob"])
     assert (len(room), room.clients) == (1, ["ann", "bob"])
     assert await room.close() == 1
     assert room.clients == []
-    await eventually(lambda: sorted(gone) == ["ann", "bob"])
+    await eventually(lambda: sorted(leaves) == ["ann", "bob"])
     await lost(manager, "cleo")
-    await eventually(lambda: come[2:] == ["cleo"])
+    await eventually(lambda: joins[2:] == ["cleo"])
     assert await room.close() == 0
-    await eventually(lambda: gone[2:] == ["cleo"])
+    await eventually(lambda: leaves[2:] == ["cleo"])
 
 
 async def test_returned_endpoint_leaves_no_presence(manager_with: Any) -> None:
@@ -534,8 +536,8 @@ async def test_rejected_client_leaves_no_presence(manager_with: Any) -> None:
 async def test_shutdown_ends_presence_of_lost_connections(manager_with: Any) -> None:
     """After a shutdown a manager holds no presence and no timer, and announces nothing."""
     manager, _ = manager_with(presence_grace=60)
-    told: list[str] = []
-    manager.on_leave(lambda _, who: told.append(who.client_id))
+    announced: list[str] = []
+    manager.on_leave(lambda _, presence: announced.append(presence.client_id))
     await lost(manager, "bob")
     _, ann = await connected(manager, "ann")
     await ann.join("lobby")
@@ -544,4 +546,4 @@ async def test_shutdown_ends_presence_of_lost_connections(manager_with: Any) -> 
     await settle()
     assert manager.room("lobby").clients == []
     assert manager._node.hub.presence._timer is None
-    assert told == []
+    assert announced == []

@@ -164,20 +164,20 @@ async def test_wait_first_returns_with_first_future() -> None:
 async def test_cancelled_wait_timer_holds_no_caller_context(wait: Any) -> None:
     """A cancelled timer stays in the event loop until its time, but does not hold the caller's context."""
 
-    class Held:
+    class Value:
         """Value in a context variable."""
 
     variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
     future = asyncio.get_running_loop().create_future()
 
-    async def caller() -> weakref.ref[Held]:
-        held = Held()
-        variable.set(held)
+    async def caller() -> weakref.ref[Value]:
+        reference = Value()
+        variable.set(reference)
         asyncio.get_running_loop().call_soon(future.set_result, None, context=contextvars.Context())
         await wait([future], 3600.0)
-        return weakref.ref(held)
+        return weakref.ref(reference)
 
-    held = await asyncio.ensure_future(caller())
+    reference = await asyncio.ensure_future(caller())
     await settle()
     gc.collect()
-    assert held() is None
+    assert reference() is None

@@ -29,15 +29,15 @@ CASES = [
 @pytest.mark.parametrize(("owner", "name"), CASES)
 def test_wrong_name_error_names_right_one(owner: str, name: str) -> None:
     """A wrong name that people often use raises an `AttributeError` that names existing alternatives."""
-    thing = OWNERS[owner]
-    assert not hasattr(thing, name)
+    instance = OWNERS[owner]
+    assert not hasattr(instance, name)
     with pytest.raises(AttributeError) as caught:
-        getattr(thing, name)
-    told = str(caught.value)
-    assert f"{type(thing).__name__} has no {name!r}: " in told
+        getattr(instance, name)
+    text = str(caught.value)
+    assert f"{type(instance).__name__} has no {name!r}: " in text
     kinds = {"manager": WebSocketConnectionManager, "ws": StableSocket, "room": Room}
-    for other, right in re.findall(r"\b(manager|ws|room)\.(\w+)", told):
-        assert right in dir(kinds[other]), told
+    for other, right in re.findall(r"\b(manager|ws|room)\.(\w+)", text):
+        assert right in dir(kinds[other]), text
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_common_wrong_guess_names_right_one(owner: str, name: str, right: str) -
 @pytest.mark.parametrize("owner", list(OWNERS))
 def test_unknown_name_raises_ordinary_error(owner: str) -> None:
     """A name that is in no table raises Python's usual error."""
-    thing = OWNERS[owner]
+    instance = OWNERS[owner]
     with pytest.raises(AttributeError) as caught:
-        _ = thing.nonsense
-    assert str(caught.value) == f"{type(thing).__name__!r} object has no attribute 'nonsense'"
-    assert (caught.value.name, caught.value.obj) == ("nonsense", thing)
-    assert getattr(thing, "nonsense", 5) == 5
+        _ = instance.nonsense
+    assert str(caught.value) == f"{type(instance).__name__!r} object has no attribute 'nonsense'"
+    assert (caught.value.name, caught.value.obj) == ("nonsense", instance)
+    assert getattr(instance, "nonsense", 5) == 5
 
 
 def test_error_within_property_is_unchanged() -> None:

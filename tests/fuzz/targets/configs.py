@@ -102,9 +102,9 @@ def makes_a_config(options: dict[str, Any]) -> WebSocketConfig | None:
     """Check that options make a usable config or raise an error with the reason."""
     try:
         made = WebSocketConfig(**options)
-    except ValueError as refused:
-        assert isinstance(refused, ValidationError)
-        assert str(refused)
+    except ValueError as error:
+        assert isinstance(error, ValidationError)
+        assert str(error)
         return None
     _can_be_used(made)
     copy = made.model_copy(update=options)
@@ -116,9 +116,9 @@ def reads_an_environment(environ: dict[str, str]) -> WebSocketConfig | None:
     """Check the same for an environment."""
     try:
         made = WebSocketConfig.from_env(environ=environ)
-    except ValueError as refused:
-        assert isinstance(refused, ValidationError)
-        assert str(refused)
+    except ValueError as error:
+        assert isinstance(error, ValidationError)
+        assert str(error)
         return None
     _can_be_used(made)
     return made

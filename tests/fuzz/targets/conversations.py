@@ -117,7 +117,7 @@ class _Stage:
             self._looks()
         self._leaves()
         await asyncio.sleep(2 * CONFIG.session_ttl)
-        assert len(self.sessions) == 0, "a session outlives its time"
+        assert len(self.sessions) == 0, "a session outlives its ttl"
         self.sessions.stop()
 
     async def _does(self, sign: bytes, rest: bytes, line: bytes) -> None:
@@ -147,7 +147,7 @@ class _Stage:
         proven = self.tokens.get(hello.token or "")
         assert resume_result.session.client_id == client_id
         if resume_result.outcome in (ResumeOutcome.FULL, ResumeOutcome.GAP):
-            assert resume_result.session is proven, "a session was got back with a token that is not its own"
+            assert resume_result.session is proven, "a session was resumed with a token of another one"
         self.sessions.on_attached(resume_result.session)
         self.speaker = _Speaker(self.events, asyncio.get_running_loop().time())
         self.protocol = V1Protocol(self.speaker, resume_result, self.seen, self._renewed)
@@ -156,7 +156,7 @@ class _Stage:
         self.token = frame["token"]
         self.tokens[self.token] = resume_result.session
         if resume_result.session.attach(self.speaker, resume_result.cursor, welcome) is not None:
-            raise AssertionError("there is one connection at a time here")
+            raise AssertionError("only one connection is open at a time")
 
     def _renewed(self, credential: str | None) -> None:
         assert credential is None or isinstance(credential, str)

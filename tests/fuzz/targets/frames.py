@@ -58,10 +58,10 @@ def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None
     """Return a well-formed frame; `None` if it was rejected with a valid close code."""
     try:
         frame = parse(raw, max_inflated)
-    except ProtocolError as refused:
-        assert refused.code in CODES
-        assert check_close_code(refused.code)
-        assert len(str(refused)) < 1024, "what is wrong is said at length"
+    except ProtocolError as error:
+        assert error.code in CODES
+        assert check_close_code(error.code)
+        assert len(str(error)) < 1024, "the error text is too long"
         return None
     assert isinstance(frame, dict)
     assert isinstance(frame["type"], str)
@@ -69,7 +69,7 @@ def read_frame(raw: str | bytes, max_inflated: int = 0) -> dict[str, Any] | None
 
 
 def _agrees(text: str, frame: dict[str, Any]) -> None:
-    assert finite(strict_json(text)) == finite(frame), "another parser reads something else"
+    assert finite(strict_json(text)) == finite(frame), "another parser has another result"
 
 
 def reads_fields(frame: dict[str, Any]) -> Message | None:
@@ -77,19 +77,19 @@ def reads_fields(frame: dict[str, Any]) -> Message | None:
     for name in _FIELDS:
         try:
             assert 0 <= require_int(frame, name) <= MAX_SEQ
-        except ProtocolError as refused:
-            assert refused.code == 4400
+        except ProtocolError as error:
+            assert error.code == 4400
         try:
             count, word = optional_int(frame, name, least=1), optional_text(frame, name)
-        except ProtocolError as refused:
-            assert refused.code == 4400
+        except ProtocolError as error:
+            assert error.code == 4400
         else:
             assert count is None or 1 <= count <= MAX_SEQ
             assert word is None or len(word) <= MAX_NAME_CHARS
     try:
         message = message_of(frame)
-    except ProtocolError as refused:
-        assert refused.code == 4400
+    except ProtocolError as error:
+        assert error.code == 4400
         return None
     _is_written_as_it_was_read(message)
     return message
@@ -112,8 +112,8 @@ def reads_hello(raw: str | bytes) -> None:
     """Parse an object as a hello."""
     try:
         hello = parse_hello(raw)
-    except ProtocolError as refused:
-        assert refused.code in (4400, 4406)
+    except ProtocolError as error:
+        assert error.code in (4400, 4406)
         return
     assert isinstance(raw, str)
     assert len(raw.encode()) <= MAX_HELLO_BYTES
@@ -132,7 +132,7 @@ def reads_control(text: str) -> None:
     if frame is None:
         return
     assert len(text) <= MAX_CONTROL_CHARS
-    assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "that was application data"
+    assert text in ("ping", "pong") or strict_json(text).keys() <= {"type", "ts"}, "it was application data"
     if not isinstance(frame, TextPing):
         assert text == "pong" or strict_json(text)["type"] == "pong"
     elif text == "ping":
@@ -156,8 +156,8 @@ def reads_frame_of_bytes(data: bytes) -> None:
                 assert message.raw == frame["data"]
     try:
         assert len(inflate(data, LIMIT)) <= LIMIT
-    except ValueError as refused:
-        assert len(str(refused)) < 1024
+    except ValueError as error:
+        assert len(str(error)) < 1024
 
 
 def survives_compression(data: bytes) -> None:
@@ -178,7 +178,7 @@ def _is_not_inflated(packed: bytes, limit: int, expected: type[ValueError]) -> N
         inflate(packed, limit)
     except expected:
         return
-    raise AssertionError("what was cut, goes on or is too much was inflated")
+    raise AssertionError("truncated, trailing or excessive data was inflated")
 
 
 def survives_sending(text: str, data: bytes) -> None:

@@ -145,7 +145,7 @@ class MemoryTransport(asyncio.Transport):
             raise RuntimeError("Cannot call write() after write_eof()")
         if not data:
             return
-        assert not self._closing, f"written behind the close: {bytes(data[:80])!r}"
+        assert not self._closing, f"written after the close: {bytes(data[:80])!r}"
         self.written += data
         if self._stalls:
             stalled, self._held = self._held > HIGH_WATER, self._held + len(data)
@@ -323,8 +323,8 @@ class Served:
     def _looks(self, piece: bytes, limit: int) -> None:
         """Check that no buffer exceeds its limit."""
         protocol = self.protocol
-        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "what cannot be parsed yet grows"
-        assert len(protocol.unparsed) <= len(piece), "what waits for room grows"
+        assert len(protocol.conn.reader.buffer) <= limit + len(piece), "the unparsed data exceeds its limit"
+        assert len(protocol.unparsed) <= len(piece), "the waiting data exceeds its limit"
         assert len(protocol.conn.events) == 0 or protocol.conn.parser_exc is not None
         if protocol.sink is not None:
             assert len(protocol.frames) <= MAX_FRAGMENTS
@@ -332,7 +332,9 @@ class Served:
             assert len(protocol.conn.writes) == 0 or protocol.close_sent
         if self.app.socket is not None:
             waiting = len(self.app.socket._connection.inbox)
-            assert waiting <= OPTIONS.inbox_max_messages + len(piece) // LEAST_FRAME + 1, "what nobody reads grows"
+            assert waiting <= OPTIONS.inbox_max_messages + len(piece) // LEAST_FRAME + 1, (
+                "the unread data exceeds its limit"
+            )
 
     async def _until(self, condition: Callable[[], Any], *, patient: bool = False) -> None:
         for _ in range(TURNS):
@@ -345,7 +347,7 @@ class Served:
             if condition():
                 return
             await asyncio.sleep(0.01 if patient else 0)
-        raise AssertionError("nothing goes on")
+        raise AssertionError("no progress")
 
     async def _ends(self) -> Outcome:
         outcome = self.app.outcome
@@ -385,7 +387,7 @@ def outcome_of(circumstances: Circumstances, data: bytes, how: int) -> Outcome:
     frames = [opcode for opcode, _ in frames_in(outcome.written, circumstances)]
     outcome.sent_close = CLOSE in frames
     # RFC 6455 section 5.5.1 allows a pong after the close frame; uvicorn sends it, and we do not.
-    assert not outcome.attached or CLOSE not in frames[:-1], "something stands behind the close frame"
+    assert not outcome.attached or CLOSE not in frames[:-1], "data after the close frame"
     return outcome
 
 
@@ -402,16 +404,16 @@ def frames_in(written: bytes, circumstances: Circumstances) -> Iterator[tuple[in
     while stream:
         first, length, at = stream[0], stream[1], 2
         opcode = first & 0x0F
-        assert not closed or opcode == PONG, f"behind the close frame: {stream[:80]!r}"
+        assert not closed or opcode == PONG, f"data after the close frame: {stream[:80]!r}"
         assert length < 128, "the server masks"
-        assert first & 0x80, "the server makes fragments"
+        assert first & 0x80, "the server sends fragments"
         assert not first & 0x30
         assert not first & 0x40 or circumstances.deflates
         if length == 126:
             length, at = int.from_bytes(stream[2:4], "big"), 4
         elif length == 127:
             length, at = int.from_bytes(stream[2:10], "big"), 10
-        assert len(stream) >= at + length, "the last frame is cut off"
+        assert len(stream) >= at + length, "the last frame is incomplete"
         payload, stream = stream[at : at + length], stream[at + length :]
         assert opcode in (1, 2, CLOSE, PING, PONG)
         assert opcode < CLOSE or (length <= MAX_CONTROL_BYTES and not first & 0x40)
@@ -432,11 +434,11 @@ def same_in_pieces(circumstances: Circumstances, stream: bytes, how: int) -> Out
     """Return the result of some bytes, which is the same whole and in pieces."""
     whole, cut = outcome_of(circumstances, stream, 0), outcome_of(circumstances, stream, how)
     shorter = min(len(whole.messages), len(cut.messages))
-    assert whole.messages[:shorter] == cut.messages[:shorter], "pieces change what is read"
+    assert whole.messages[:shorter] == cut.messages[:shorter], "pieces change the messages"
     # Data in the same read as the data that we close for is discarded. A client that closes before the accept is not
     # served.
     if not whole.ended_by_us and not cut.ended_by_us and not circumstances.early:
-        assert len(whole.messages) == len(cut.messages), "pieces change how much is read"
+        assert len(whole.messages) == len(cut.messages), "pieces change the number of messages"
         assert whole.sent_close == cut.sent_close
     return cut
 

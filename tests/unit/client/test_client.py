@@ -88,7 +88,7 @@ def test_cancelled_async_with_leaves_no_task(moment: str) -> None:
             scene.link.may_close.clear()
             entering.cancel()
             await soon()
-            assert not entering.done(), "it says goodbye"
+            assert not entering.done(), "it sends a close frame"
         entering.cancel()
         await soon()
         assert entering.cancelled()
@@ -113,7 +113,7 @@ async def test_terminal_first_close_leaves_no_task() -> None:
 
 @virtually
 async def test_invalid_target_closes_client() -> None:
-    """After an attempt whose error says that no other can succeed, the client stops."""
+    """The client stops after an error that says that no attempt can succeed."""
     scene = Scene()
     scene.failures = [ClientClosedError(4400, "it cannot be dialled: not://a.url")]
     with pytest.raises(ClientClosedError, match=r"not://a\.url"):
@@ -522,7 +522,7 @@ async def test_volatile_message_is_not_buffered() -> None:
         assert scene.link.of("msg") == [{"type": "msg", "event": "cursor", "data": [3, 4]}]
         scene.link.may_send.clear()
         taken = [scene.client.send_volatile(number) for number in range(100)]
-        assert not taken[-1], "a connection that takes nothing is as good as none"
+        assert not taken[-1], "a connection that takes nothing counts as none"
         assert len(scene.client.buffer) == 0
         scene.link.may_send.set()
         await scene.link.closes(1006)
@@ -612,7 +612,7 @@ async def test_abandoned_iteration_blocks_reading_for_ten_seconds(monkeypatch: p
             *[{"type": "msg", "data": n} for n in range(1, 6)], {"type": "reply", "re": "c1", "data": 7}
         )
         await asyncio.sleep(9)
-        assert not asked.done(), "somebody may iterate again"
+        assert not asked.done(), "another iteration may start"
         await asyncio.sleep(3)
         assert await asked == 7
         assert [(await anext(scene.client)).data for _ in range(2)] == [4, 5]
@@ -909,7 +909,7 @@ async def test_unanswered_probe_closes_connection() -> None:
         scene.client.probe()
         await asyncio.sleep(5.1)
         assert scene.of("close") == [(4408, "no answer")]
-        assert len(scene.links) == 2, "it dials without waiting"
+        assert len(scene.links) == 2, "it reconnects without delay"
 
 
 async def is_doubted_after(seconds: float, link: FakeLink, *, before: int = 0) -> None:
@@ -1140,7 +1140,7 @@ async def test_interrupted_volatile_message_skips_no_number(between: str) -> Non
 
 @virtually
 async def test_slow_message_interrupted_twice_becomes_gap() -> None:
-    """A message whose bytes come with the welcome is the one that was sent again, even if it is interrupted late."""
+    """The bytes after the welcome belong to the message that was sent again, even if it is interrupted late."""
     async with Scene() as scene:
         await scene.opened()
         await breaks_off(scene.link)
@@ -1785,11 +1785,11 @@ def test_first_failed_attempt_of_row_is_logged(caplog: pytest.LogCaptureFixture)
             await scene.redialled(2)
 
     play()
-    told = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert [level for level, _ in told] == ["WARNING", "INFO", "INFO", "INFO", "INFO", "WARNING"]
-    assert told[0][1].startswith("cannot connect to ws://server/ws: code 1006 (refused); the next dial is in ")
-    assert told[3][1] == "connected to ws://server/ws after 3 failed dials"
-    assert told[4][1].startswith("the connection to ws://server/ws is lost: code 1006 (cable)")
+    records = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in records] == ["WARNING", "INFO", "INFO", "INFO", "INFO", "WARNING"]
+    assert records[0][1].startswith("cannot connect to ws://server/ws: code 1006 (refused); the next dial is in ")
+    assert records[3][1] == "connected to ws://server/ws after 3 failed dials"
+    assert records[4][1].startswith("the connection to ws://server/ws is lost: code 1006 (cable)")
     assert "secret" not in caplog.text
 
 

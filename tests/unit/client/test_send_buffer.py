@@ -93,13 +93,13 @@ async def test_send_window_is_bounded_and_smaller_after_reconnect() -> None:
     """The number of unacknowledged messages is bounded, with a smaller bound after a reconnect, and one after 4429."""
     out = buffer(10_000)
     put(out, *range(3000))
-    last, on_the_way = 0, []
+    last, unacked = 0, []
     for _ in range(5):
         batch = sent(out)
-        on_the_way.append(len(batch))
+        unacked.append(len(batch))
         last = batch[-1][0]
         out.accepted(last)
-    assert on_the_way == [128, 256, 512, 512, 512]
+    assert unacked == [128, 256, 512, 512, 512]
     out.resume(last)
     assert len(sent(out)) == 32
     out.cut_off()
@@ -144,12 +144,12 @@ async def test_lost_session_fails_sent_and_retains_unsent() -> None:
     out = buffer()
     lost = put(out, "a", "b")
     sent(out)
-    (kept,) = put(out, "c")
+    (unsent,) = put(out, "c")
     assert out.restart_session(0, replay=False) == lost
     for message in lost:
         assert isinstance(message.done.exception(), SessionLostError)
     assert sent(out) == [(1, "c")]
-    assert not kept.done.done()
+    assert not unsent.done.done()
     assert len(out) == 1
 
 
@@ -369,7 +369,7 @@ def test_random_breaks_deliver_every_message_once_in_order(steps: list[tuple[str
             message = out.next()
             if message is not None:
                 frame = parse(message.frame())
-                assert frame["seq"] <= len(took) + 1, "a number is left out"
+                assert frame["seq"] <= len(took) + 1, "a number is missing"
                 if frame["seq"] == len(took) + 1:
                     took.append(frame["data"])
             return message is not None

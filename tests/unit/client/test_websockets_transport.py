@@ -165,7 +165,7 @@ async def test_rejected_handshake_becomes_close_code(
         with pytest.raises(TransportClosedError) as caught:
             await with_deadline(connector({"proxy": None})(url, [SUBPROTOCOL]))
     assert caught.value.code == code
-    assert re.fullmatch(reason, caught.value.reason), "the part of the second is chosen by the client"
+    assert re.fullmatch(reason, caught.value.reason), "the client chooses the fraction of a second"
 
 
 async def test_unreachable_server_is_lost_connection() -> None:

@@ -144,8 +144,8 @@ async def test_publisher_to_some_closed_connections_is_not_slowed(bench: Any, ho
     async def between(socket: Any) -> None:
         await (asyncio.sleep(0.0001) if how == "sleeps" else socket.send("price"))
 
-    seconds, told = await rounds_among(bench, between, stale)
-    assert told == []
+    seconds, logged = await rounds_among(bench, between, stale)
+    assert logged == []
     assert seconds < 100 * PAUSE
 
 

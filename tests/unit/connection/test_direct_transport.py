@@ -393,7 +393,7 @@ async def test_bug_in_message_receipt_is_logged_and_closes(linked: Any, monkeypa
 
 @pytest.mark.parametrize("reason", [DisconnectReason.MEMORY, DisconnectReason.APPLICATION])
 async def test_failing_server_close_does_not_block_teardown(linked: Any, reason: DisconnectReason) -> None:
-    """A transport whose close raises finishes its connection like one that takes the close frame."""
+    """If `close` of the transport raises, the connection finishes as after a close frame."""
     b = await linked()
 
     def refuse(code: int, reason: str) -> None:
@@ -511,8 +511,8 @@ async def test_unread_inbox_drops_oldest_after_pause_timeout(linked: Any) -> Non
     assert b.server.reading
     assert b.connection.inbox.unread() == ["4", "5"]
     assert b.events.counters.messages_discarded == 3
-    (told,) = b.heard.of("messages_not_read")
-    assert "ignore_messages" in told.fields["advice"]
+    (event,) = b.heard.of("messages_not_read")
+    assert "ignore_messages" in event.fields["advice"]
     assert b.connection.close_info is None
 
 

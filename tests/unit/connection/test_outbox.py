@@ -35,13 +35,13 @@ class Owner:
     def __init__(self) -> None:
         self.counters = Counters()
         self.stuck = 0
-        self.waits = 0
+        self.delayed_sends = 0
         self.failures: list[Exception] = []
         self.discarded = 0
         self.outbox: Outbox | None = None
         self.dropped_messages = 0
         self.coalesced_messages = 0
-        self.told: list[SlowConsumer | str] = []
+        self.degrees: list[SlowConsumer | str] = []
 
     @property
     def taken(self) -> int:
@@ -58,11 +58,11 @@ class Owner:
 
     def on_slow(self, how: SlowConsumer) -> None:
         """Record the degree of slowness."""
-        self.told.append(how)
+        self.degrees.append(how)
 
     def on_caught_up(self) -> None:
         """Record that the client has caught up."""
-        self.told.append("caught up")
+        self.degrees.append("caught up")
 
     def on_nonzero(self) -> None:
         """Do nothing."""
@@ -83,7 +83,7 @@ class Owner:
 
     def on_send_delayed(self) -> None:
         """Count a send that waits."""
-        self.waits += 1
+        self.delayed_sends += 1
 
     def on_send_failed(self, error: Exception) -> None:
         """Record the failure and discard the outbox, as a connection does."""
@@ -135,7 +135,7 @@ class Post:
         """Start to put a message that waits for room."""
         return asyncio.ensure_future(self.outbox.put_wait(encode(text)))
 
-    async def stuck_with(self, *texts: str) -> None:
+    async def stall_with(self, *texts: str) -> None:
         """Block the server, so that the first message is stalled and the others wait behind it."""
         self.server.block()
         for number, text in enumerate(texts):
@@ -195,7 +195,7 @@ async def test_outbox_before_open_accepts_nothing(post: Any) -> None:
 async def test_outbox_is_bounded_by_message_count(post: Any) -> None:
     """At most `max_messages` wait behind the one that is being sent."""
     p = post(max_messages=2)
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert not p.outbox.put(encode("c"))
     assert len(p.outbox) == 2
 
@@ -203,7 +203,7 @@ async def test_outbox_is_bounded_by_message_count(post: Any) -> None:
 async def test_outbox_is_bounded_by_bytes(post: Any) -> None:
     """At most `max_bytes` wait behind the one that is being sent."""
     p = post(max_messages=100, max_bytes=10)
-    await p.stuck_with("sending", "12345678")
+    await p.stall_with("sending", "12345678")
     assert not p.outbox.put(encode("123"))
     assert p.outbox.put(encode("12"))
     assert p.outbox.held_bytes == 10
@@ -212,7 +212,7 @@ async def test_outbox_is_bounded_by_bytes(post: Any) -> None:
 async def test_empty_outbox_accepts_message_of_any_size(post: Any) -> None:
     """A message larger than the limit can still be sent on its own."""
     p = post(max_bytes=10)
-    await p.stuck_with("sending", "x" * 5000)
+    await p.stall_with("sending", "x" * 5000)
     assert not p.outbox.put(encode("y"))
     p.server.release()
     await p.server.until(lambda: len(p.server.data) == 2)
@@ -221,19 +221,19 @@ async def test_empty_outbox_accepts_message_of_any_size(post: Any) -> None:
 async def test_backpressure_starts_above_half_of_bound(post: Any) -> None:
     """An outbox is backpressured when more than half of one of its limits is used."""
     p = post(max_messages=4, max_bytes=100)
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert not p.outbox.half_full
     p.outbox.put(encode("c"))
     assert p.outbox.half_full
     q = post(max_messages=100, max_bytes=100)
-    await q.stuck_with("sending", "x" * 51)
+    await q.stall_with("sending", "x" * 51)
     assert q.outbox.half_full
 
 
 async def test_put_wait_continues_when_room_appears(post: Any) -> None:
     """`put_wait` waits while the outbox is full, and enqueues as soon as the client takes something."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     sender = p.waiting("b")
     await settle()
     assert not sender.done()
@@ -245,7 +245,7 @@ async def test_put_wait_continues_when_room_appears(post: Any) -> None:
 async def test_waiting_senders_are_served_in_order(post: Any) -> None:
     """Senders are served in the order in which they began to wait, however many there are."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "0")
+    await p.stall_with("sending", "0")
     senders = [p.waiting(str(number)) for number in range(1, 8)]
     await settle()
     p.server.release()
@@ -256,7 +256,7 @@ async def test_waiting_senders_are_served_in_order(post: Any) -> None:
 async def test_put_wait_queues_behind_waiting_sender(post: Any) -> None:
     """A `put_wait` during another one's wait queues behind it, even if its own message would fit."""
     p = post(max_messages=10, max_bytes=10)
-    await p.stuck_with("sending", "123456")
+    await p.stall_with("sending", "123456")
     big = p.waiting("1234567")
     await settle()
     small = p.waiting("1")
@@ -300,7 +300,7 @@ async def test_first_waiting_sender_gets_room_despite_its_size(post: Any) -> Non
 async def test_cancelled_sender_queues_nothing_and_blocks_no_sender(post: Any) -> None:
     """A sender that is cancelled while it waits has queued nothing, and does not delay others."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     first, second = p.waiting("first"), p.waiting("second")
     await settle()
     first.cancel()
@@ -313,7 +313,7 @@ async def test_cancelled_sender_queues_nothing_and_blocks_no_sender(post: Any) -
 async def test_room_of_cancelled_sender_goes_to_next_sender(post: Any) -> None:
     """When a waiting sender is cancelled, its message is not sent and its turn passes to the next one."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     first, second = p.waiting("first"), p.waiting("second")
     await settle()
     first.cancel()
@@ -326,7 +326,7 @@ async def test_room_of_cancelled_sender_goes_to_next_sender(post: Any) -> None:
 async def test_freed_room_goes_to_waiting_sender_first(post: Any) -> None:
     """The writer hands freed room to waiting senders, so other messages cannot take it."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     waiting = p.waiting("waits")
     await settle()
     p.server.release()
@@ -352,7 +352,7 @@ async def test_finish_flushes_then_closes(post: Any) -> None:
 async def test_finish_without_flush_counts_discarded_messages(post: Any) -> None:
     """Without a flush, queued messages are counted as discarded, and only the close frame is sent."""
     p = post()
-    await p.stuck_with("sending", "a", "b")
+    await p.stall_with("sending", "a", "b")
     assert p.outbox.finish(4408, "bye", flush=False) == 2
     p.server.release()
     await with_deadline(p.outbox.done)
@@ -375,7 +375,7 @@ async def test_finished_outbox_accepts_nothing(post: Any) -> None:
 async def test_finish_wakes_waiting_senders(post: Any) -> None:
     """All waiting senders wake up when the outbox closes, and have queued nothing."""
     p = post(max_messages=1)
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     senders = [p.waiting("b"), p.waiting("c")]
     await settle()
     p.outbox.finish(1000, "", flush=True)
@@ -393,7 +393,7 @@ async def test_discard_of_idle_outbox_completes_at_once(post: Any) -> None:
 async def test_discard_stops_stalled_send(post: Any) -> None:
     """A discarded outbox sends nothing more, not even the waiting close frame."""
     p = post()
-    await p.stuck_with("sending", "a")
+    await p.stall_with("sending", "a")
     p.outbox.finish(1000, "", flush=True)
     assert p.outbox.discard() >= 1
     await with_deadline(p.outbox.done)
@@ -437,7 +437,7 @@ async def test_failed_close_frame_is_reported(post: Any) -> None:
 async def test_stalled_send_is_reported_once(post: Any) -> None:
     """A send that makes no progress for `send_timeout` is reported."""
     p = post(send_timeout=0.02)
-    await p.stuck_with("sending")
+    await p.stall_with("sending")
     await eventually(lambda: p.owner.stuck == 1)
     assert p.owner.taken == 0
 
@@ -447,7 +447,7 @@ async def test_send_with_progress_is_not_stalled(post: Any, monkeypatch: pytest.
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.02)
     p = post(send_timeout=0.05)
     p.owner.progress = list(range(20))
-    await p.stuck_with("sending")
+    await p.stall_with("sending")
     await eventually(lambda: not p.owner.progress)
     assert p.owner.stuck == 0
     await eventually(lambda: p.owner.stuck == 1)
@@ -457,8 +457,8 @@ async def test_delayed_send_is_reported_before_stall(post: Any, monkeypatch: pyt
     """While a send waits the owner is called long before `send_timeout`, so that it can check its transport."""
     monkeypatch.setattr("fastapi_ws_stabilizer.connection.stall_watch.POLL_INTERVAL", 0.01)
     p = post(send_timeout=5)
-    await p.stuck_with("sending")
-    await eventually(lambda: p.owner.waits >= 2)
+    await p.stall_with("sending")
+    await eventually(lambda: p.owner.delayed_sends >= 2)
     assert p.owner.stuck == 0
 
 
@@ -492,19 +492,19 @@ async def test_stall_watch_stops_without_delayed_send(post: Any) -> None:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_slot_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a send wait for 60 s before it gives its slot up."""
     for module in (send_watch_module, asgi_outbox_module):
         monkeypatch.setattr(module, "STALL_THRESHOLD", 60.0)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_reading_client_needs_no_writer_slot(post: Any) -> None:
-    """With any number of stalled clients for two slots, a client whose sends do not wait gets all its messages."""
+    """With any number of stalled clients for two slots, a client without waiting sends gets all its messages."""
     slots = CallbackSemaphore(2)
-    stuck = [post(sends=slots) for _ in range(40)]
-    for one in stuck:
-        await one.stuck_with("stuck")
+    stalled = [post(sends=slots) for _ in range(40)]
+    for one in stalled:
+        await one.stall_with("stuck")
     await eventually(lambda: slots.taken == 2)
     assert len(slots) == 38
     reading = post(sends=slots, max_messages=10)
@@ -516,13 +516,13 @@ async def test_reading_client_needs_no_writer_slot(post: Any) -> None:
     assert not reading.outbox.is_stalled
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_send_waiting_for_slot_continues_in_order(post: Any) -> None:
     """A begun send that waits for a slot is neither restarted nor overtaken, and its client counts as stalled."""
     slots = CallbackSemaphore(1)
     first, second = post(sends=slots), post(sends=slots)
-    await first.stuck_with("first")
-    await second.stuck_with("begun", "behind")
+    await first.stall_with("first")
+    await second.stall_with("begun", "behind")
     assert second.outbox.is_stalled
     second.server.release()
     await settle()
@@ -534,16 +534,16 @@ async def test_send_waiting_for_slot_continues_in_order(post: Any) -> None:
     assert not second.outbox.is_stalled
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("long_slot_timeout")
 async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> None:
     """A discard closes the begun send, counts its message, and leaves the slot to others."""
     slots = CallbackSemaphore(1)
     first, second, third = (post(sends=slots) for _ in range(3))
-    await first.stuck_with("first")
+    await first.stall_with("first")
     begun = second.server.send(encode("begun").message())
     second.outbox._send = lambda _: begun
-    await second.stuck_with("begun", "behind")
-    await third.stuck_with("third")
+    await second.stall_with("begun", "behind")
+    await third.stall_with("third")
     third.server.release()
     assert second.outbox.discard() == 2
     assert second.outbox.done.done()
@@ -557,16 +557,16 @@ async def test_discard_of_send_waiting_for_slot_counts_message(post: Any) -> Non
 async def test_stalled_send_releases_slot(post: Any, by_hand: bool) -> None:
     """A send that waits for too long gives its slot up, and continues nevertheless."""
     slots = CallbackSemaphore(1)
-    stuck, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
-    await stuck.stuck_with("stuck")
+    stalled, other = post(sends=slots, by_hand=by_hand), post(sends=slots, by_hand=by_hand)
+    await stalled.stall_with("stuck")
     other.server.block()
     other.outbox.put(encode("other"))
     await eventually(lambda: len(slots) == 1)
     other.server.release()
     await other.server.until(lambda: other.server.data == ["other"])
     await eventually(lambda: slots.taken == 0)
-    stuck.server.release()
-    await stuck.server.until(lambda: stuck.server.data == ["stuck"])
+    stalled.server.release()
+    await stalled.server.until(lambda: stalled.server.data == ["stuck"])
     await settle()
     assert slots.taken == 0
 

@@ -211,7 +211,7 @@ def test_send_queue_matches_list_model(steps: list[tuple[str, str | None]]) -> N
     for number, (step, key) in enumerate(steps):
         if step == "put":
             frame = encode("x" * (number % 7), key)
-            old = [place for place, one in enumerate(model) if key is not None and one.key == key]
+            old = [position for position, one in enumerate(model) if key is not None and one.key == key]
             if key is not None and backlog._coalesce(frame):
                 model[old[-1]] = frame
             else:

@@ -293,16 +293,16 @@ async def test_message_size_is_checked_only_with_reachable_limit(
     manager_with: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], watches: bool
 ) -> None:
     """Without a reachable limit, message sizes are not computed."""
-    told: list[str] = []
+    calls: list[str] = []
     may_send = Connection.admit_message
-    monkeypatch.setattr(Connection, "admit_message", lambda *args: bool(told.append("may") or may_send(*args)))
-    monkeypatch.setattr(Connection, "on_message", lambda _: told.append("heard"))
+    monkeypatch.setattr(Connection, "admit_message", lambda *args: bool(calls.append("may") or may_send(*args)))
+    monkeypatch.setattr(Connection, "on_message", lambda _: calls.append("heard"))
     manager, _ = manager_with(**options)
     server = FakeServer()
     ws = await manager.connect("ann", await server.accepted())
     server.feed_text("one")
     assert await with_deadline(ws.receive_text()) == "one"
-    assert told == (["may", "heard"] if watches else [])
+    assert calls == (["may", "heard"] if watches else [])
 
 
 async def test_pump_drops_oldest_after_pause_timeout_without_read(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class Transport:
 
 
 class Protocol:
-    """Protocol object of a server, whose methods are the ASGI callables."""
+    """Protocol object of a server, with the ASGI callables as its methods."""
 
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
@@ -191,7 +191,7 @@ async def test_closing_transport_gets_no_timer() -> None:
     assert not asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what a client has acknowledged")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports what a client has acknowledged")
 async def test_slow_client_is_not_aborted_before_kernel_buffer_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes in the buffer of the operating system count, and are read to the end."""
     monkeypatch.setattr(server_side_module, "CLOSE_HANDSHAKE_TIMEOUT", 0.0)

@@ -581,7 +581,7 @@ async def test_outbound_bytes_without_progress_do_not_defer_timeout(
 
 
 async def test_outbound_progress_after_ping_does_not_defer_timeout(harness: Any) -> None:
-    """A client whose machine takes more and more without an answer is closed at most one timeout later."""
+    """A client that acknowledges bytes but never answers is closed at most one timeout later."""
     clock = harness(heartbeat_interval=10, heartbeat_timeout=15, require_pong=True)
     recipient = clock.add()
     recipient.unsent, recipient.taken = 20_000, 0

@@ -90,7 +90,7 @@ def test_history_beyond_max_bytes_drops_oldest(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_messages_beyond_max_age_expire(clock: Clock) -> None:
-    """A message is stored for its maximum age, whoever reads it."""
+    """A message is stored for its maximum age, for all readers."""
     history = RoomHistory(10, 60)
     say(history, "lobby", "a")
     clock.now += 40

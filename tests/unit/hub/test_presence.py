@@ -626,7 +626,7 @@ async def test_leave_during_join_announcement_is_announced(harness: Any) -> None
 
 
 async def test_join_during_leave_announcement_is_announced(harness: Any) -> None:
-    """After a leave whose call has begun, a rejoin is announced as a join."""
+    """After the call for a leave has begun, a rejoin is announced as a join."""
     w = harness()
     ann = FakeRecipient("ann")
     w.enter(ann)

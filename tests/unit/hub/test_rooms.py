@@ -121,11 +121,11 @@ def test_empty_or_non_string_room_name_raises_value_error(rooms: RoomMembership[
 def test_long_or_unprintable_room_name_raises_short_error(rooms: RoomMembership[FakeRecipient], name: str) -> None:
     """Clients choose room names, so the error is one short line, and not a bug of the endpoint."""
     ann = FakeRecipient("ann")
-    with pytest.raises(RoomNameError, match="at most 256 characters") as refused:
+    with pytest.raises(RoomNameError, match="at most 256 characters") as caught:
         rooms.join(ann, name)
-    assert len(str(refused.value)) < 250
-    assert str(refused.value).isprintable()
-    assert refused.value.close_code == 1008
+    assert len(str(caught.value)) < 250
+    assert str(caught.value).isprintable()
+    assert caught.value.close_code == 1008
     assert len(rooms) == 0
     assert rooms.join(ann, "x" * 256)
 
@@ -266,7 +266,7 @@ def test_membership_agrees_with_model(steps: list[tuple[str, int, str]], limit: 
     pairs: list[tuple[FakeRecipient, str]] = []
     for act, number, name in steps:
         member = members[number]
-        mine = [room for who, room in pairs if who is member]
+        mine = [room for one, room in pairs if one is member]
         if act == "join" and name not in mine and limit is not None and len(mine) >= limit:
             with pytest.raises(RoomLimitError):
                 rooms.join(member, name)
@@ -281,17 +281,19 @@ def test_membership_agrees_with_model(steps: list[tuple[str, int, str]], limit: 
             pairs = [pair for pair in pairs if pair[0] is not member]
 
         for one in members:
-            assert list(rooms.rooms_of(one)) == [room for who, room in pairs if who is one]
+            assert list(rooms.rooms_of(one)) == [room for member, room in pairs if member is one]
         for room in "abcd":
-            there = [who for who, where in pairs if where == room]
+            there = [member for member, room_name in pairs if room_name == room]
             assert rooms.members(room) == list(rooms.recipients([room])) == there
             assert (room in rooms) == bool(there)
         both = rooms.recipients(["a", "b"])
-        assert len(both) == len({who.connection_id for who, where in pairs if where in "ab"})
-        assert {who.connection_id for who in both} == {who.connection_id for who, where in pairs if where in "ab"}
-        assert set(rooms.names()) == {where for _, where in pairs}
+        assert len(both) == len({member.connection_id for member, room_name in pairs if room_name in "ab"})
+        assert {member.connection_id for member in both} == {
+            member.connection_id for member, room_name in pairs if room_name in "ab"
+        }
+        assert set(rooms.names()) == {room_name for _, room_name in pairs}
         assert len(rooms) == len(rooms.names())
-        assert set(rooms._names) == {who.connection_id for who, _ in pairs}
+        assert set(rooms._names) == {member.connection_id for member, _ in pairs}
 
 
 def test_leave_all_of_old_member_after_handover_does_nothing() -> None:

@@ -98,7 +98,7 @@ async def test_full_inbox_stops_parsing_within_slice(attached: Any) -> None:
 
 
 async def test_long_read_yields_to_event_loop(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long read is parsed in several iterations of the event loop, and reading is paused meanwhile."""
+    """A long read is parsed in several iterations of the event loop, and reading pauses until then."""
     protocol, sink, transport = attached
     monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
     protocol.data_received(MANY)
@@ -131,14 +131,14 @@ async def test_parser_bug_closes_connection_without_reparsing(
 ) -> None:
     """Nothing is parsed twice, and no read waits forever."""
     protocol, sink, transport = attached
-    told: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    errors: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
     sink.fails_at = 40 if later else 3
     if later:
         monkeypatch.setattr(uvicorn_reading, "PARSE_SLICE", 0.0)
         protocol.data_received(MANY)
-        await eventually(lambda: told)
-        assert isinstance(told[0], ZeroDivisionError)
+        await eventually(lambda: errors)
+        assert isinstance(errors[0], ZeroDivisionError)
     else:
         with pytest.raises(ZeroDivisionError):
             protocol.data_received(MANY)

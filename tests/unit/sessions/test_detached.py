@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastapi_ws_stabilizer.memory.metered_dict import MeteredDict
-from fastapi_ws_stabilizer.sessions import detached as left_module
+from fastapi_ws_stabilizer.sessions import detached as detached_module
 from fastapi_ws_stabilizer.sessions.detached import DetachedState, DetachedStateStore
 
 ROOMS = {"lobby": {"name": "Ann"}}
@@ -18,7 +18,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(left_module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(detached_module, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def leave(
+def save(
     detached: DetachedStateStore,
     client_id: str,
     rooms: dict[str, dict[str, str]],
@@ -40,19 +40,19 @@ def leave(
     )
 
 
-def faces(gone: list[DetachedState]) -> list[object]:
+def sockets_of(evicted: list[DetachedState]) -> list[object]:
     """Return the owners of states."""
-    return [left.socket for left in gone]
+    return [state.socket for state in evicted]
 
 
 def test_only_client_with_token_is_resumable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client is resumable if it has a token; above the limit, the first client loses that."""
-    monkeypatch.setattr(left_module, "MAX_EXPECTED", 2)
+    monkeypatch.setattr(detached_module, "MAX_EXPECTED", 2)
     detached = DetachedStateStore(60, 10)
     assert not detached.is_resumable("ann")
     for client_id in ("ann", "bob", "ann", "cid"):
         detached.mark_resumable(client_id, 3600)
-    assert [detached.is_resumable(who) for who in ("ann", "bob", "cid")] == [True, False, True]
+    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob", "cid")] == [True, False, True]
 
 
 def test_client_is_resumable_until_token_expires(clock: Clock) -> None:
@@ -62,7 +62,7 @@ def test_client_is_resumable_until_token_expires(clock: Clock) -> None:
     clock.now += 1800
     detached.mark_resumable("bob", 3600)
     clock.now += 1801
-    assert [detached.is_resumable(who) for who in ("ann", "bob")] == [False, True]
+    assert [detached.is_resumable(client_id) for client_id in ("ann", "bob")] == [False, True]
     detached.collect()
     assert list(detached._expected) == ["bob"]
 
@@ -78,11 +78,11 @@ def test_returning_client_gets_detached_state_once(clock: Clock) -> None:
     """Rooms, presence metadata and user data are returned once."""
     detached = DetachedStateStore(60, 10)
     detached.mark_resumable("ann", 3600)
-    assert leave(detached, "ann", ROOMS, {"cart": [1]}, "face") == []
+    assert save(detached, "ann", ROOMS, {"cart": [1]}, "socket") == []
     assert len(detached) == 1
-    left = detached.claim("ann")
-    assert left is not None
-    assert (left.rooms, left.user_data, left.socket) == (ROOMS, {"cart": [1]}, "face")
+    state = detached.claim("ann")
+    assert state is not None
+    assert (state.rooms, state.user_data, state.socket) == (ROOMS, {"cart": [1]}, "socket")
     assert detached.claim("ann") is None
     assert detached.is_resumable("ann")  # it holds the next token soon, and may have it already
 
@@ -95,14 +95,14 @@ def test_unknown_client_gets_no_detached_state() -> None:
 def test_detached_state_expires_after_ttl(clock: Clock) -> None:
     """A client that reconnects too late gets nothing."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 30
-    leave(detached, "bob", ROOMS, None, "bob")
+    save(detached, "bob", ROOMS, None, "bob")
     assert detached.next_due() == 1060.0
     clock.now += 29.9
     assert detached.collect() == []
     clock.now += 0.1
-    assert faces(detached.collect()) == ["ann"]
+    assert sockets_of(detached.collect()) == ["ann"]
     assert detached.next_due() == 1090.0
     assert detached.claim("ann") is None
 
@@ -110,7 +110,7 @@ def test_detached_state_expires_after_ttl(clock: Clock) -> None:
 def test_expired_uncollected_state_is_not_returned(clock: Clock) -> None:
     """Expired state is not returned, even if it was not collected yet."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
     assert detached.claim("ann") is None
 
@@ -118,39 +118,39 @@ def test_expired_uncollected_state_is_not_returned(clock: Clock) -> None:
 def test_save_collects_expired_state(clock: Clock) -> None:
     """Saving a state removes expired ones."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "ann")
+    save(detached, "ann", ROOMS, None, "ann")
     clock.now += 60
-    assert faces(leave(detached, "bob", ROOMS, None, "bob")) == ["ann"]
+    assert sockets_of(save(detached, "bob", ROOMS, None, "bob")) == ["ann"]
 
 
 def test_last_connection_of_client_decides_detached_state(clock: Clock) -> None:
     """A later state of a client replaces the earlier one, and its ttl starts again."""
     detached = DetachedStateStore(60, 10)
-    leave(detached, "ann", ROOMS, None, "first")
-    leave(detached, "bob", ROOMS, None, "bob")
+    save(detached, "ann", ROOMS, None, "first")
+    save(detached, "bob", ROOMS, None, "bob")
     clock.now += 10
-    assert faces(leave(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
+    assert sockets_of(save(detached, "ann", {}, {"n": 2}, "second")) == ["first"]
     clock.now += 50
-    assert faces(detached.collect()) == ["bob"]
-    left = detached.claim("ann")
-    assert left is not None
-    assert left.socket == "second"
+    assert sockets_of(detached.collect()) == ["bob"]
+    state = detached.claim("ann")
+    assert state is not None
+    assert state.socket == "second"
 
 
 def test_oldest_state_is_evicted_above_limit(clock: Clock) -> None:
     """Above the limit, the oldest state is evicted."""
     detached = DetachedStateStore(60, 2)
-    gone = [faces(leave(detached, who, ROOMS, None, who)) for who in ("ann", "bob", "cid")]
-    assert gone == [[], [], ["ann"]]
+    evicted = [sockets_of(save(detached, client_id, ROOMS, None, client_id)) for client_id in ("ann", "bob", "cid")]
+    assert evicted == [[], [], ["ann"]]
     assert len(detached) == 2
 
 
 def test_clear_returns_all_detached_state(clock: Clock) -> None:
     """At shutdown all states are returned, so that their end can be announced."""
     detached = DetachedStateStore(60, 10)
-    for who in ("ann", "bob"):
-        leave(detached, who, ROOMS, None, who)
-    assert faces(detached.clear()) == ["ann", "bob"]
+    for client_id in ("ann", "bob"):
+        save(detached, client_id, ROOMS, None, client_id)
+    assert sockets_of(detached.clear()) == ["ann", "bob"]
     assert len(detached) == 0
     assert detached.next_due() is None
     assert detached.collect() == []

@@ -58,7 +58,7 @@ def test_ack_forgets_messages_up_to_its_number() -> None:
     assert (log.first_seq, log.head, log.held_bytes, texts(log, 2)) == (3, 3, 1, ["c"])
     log.forget_up_to(1)
     assert texts(log, 2) == ["c"]
-    assert [kept.text for kept in log.kept] == ["c"]
+    assert [frame.text for frame in log.kept] == ["c"]
     assert log.append(frame("d")) == 4
 
 

@@ -13,7 +13,7 @@ from fastapi_ws_stabilizer.sessions import requests as requests_module
 from fastapi_ws_stabilizer.sessions.requests import PendingRequests
 from tests.support.fake_websocket import settle, with_deadline
 
-OVER = local_close(DisconnectReason.COMPLETED)
+ENDED = local_close(DisconnectReason.COMPLETED)
 
 
 async def test_answer_resolves_its_own_request() -> None:
@@ -101,7 +101,7 @@ async def test_wait_for_already_acked_number_returns_at_once() -> None:
     requests.acknowledged(4)
     requests.acknowledged(2)
     await with_deadline(requests.until_acknowledged(4))
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
     await with_deadline(requests.until_acknowledged(4))
 
 
@@ -159,10 +159,10 @@ async def test_session_end_fails_current_and_later_waiters() -> None:
     """The end of a session fails all waiters, and later ones at once."""
     requests = PendingRequests()
     _, answer = requests.open()
-    _, nobody_waits_for_this_one = requests.open()
+    _, abandoned = requests.open()
     sender = asyncio.ensure_future(requests.until_acknowledged(1))
     await settle()
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
     with pytest.raises(SessionEndedError):
         await answer
     with pytest.raises(SessionEndedError):
@@ -173,11 +173,11 @@ async def test_session_end_fails_current_and_later_waiters() -> None:
         await requests.until_acknowledged(1)
     requests.acknowledged(7)
     requests.resolve("s1", 1, None)
-    assert isinstance(nobody_waits_for_this_one.exception(), SessionEndedError)
+    assert isinstance(abandoned.exception(), SessionEndedError)
 
 
 async def test_session_end_without_waiters_is_silent() -> None:
     """Ending a session without waiters is not an error."""
     requests = PendingRequests()
-    requests.fail_all(OVER)
-    requests.fail_all(OVER)
+    requests.fail_all(ENDED)
+    requests.fail_all(ENDED)

@@ -39,12 +39,12 @@ async def test_shutdown_sends_queued_messages_then_closes_1012(bench: Any) -> No
 async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
     """A stalled client counts as failed at the timeout, its transport is aborted, and its endpoint cancelled."""
     aborted: list[str] = []
-    good, stuck = bench(), bench(send_timeout=60, disconnect_grace=60)
-    stuck.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
+    good, stalled = bench(), bench(send_timeout=60, disconnect_grace=60)
+    stalled.server.transport = SimpleNamespace(abort=lambda: aborted.append("stuck"))
     await good.open()
 
     async def endpoint() -> str:
-        await stuck.open(cancellable=True)
+        await stalled.open(cancellable=True)
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -52,9 +52,9 @@ async def test_stalled_connection_is_aborted_at_timeout(bench: Any) -> None:
         return "returned"
 
     task = asyncio.ensure_future(endpoint())
-    await eventually(lambda: stuck.heard.of("connection_opened"))
-    stuck.server.block()
-    report = await with_deadline(close_all([good.connection, stuck.connection], 0.05))
+    await eventually(lambda: stalled.heard.of("connection_opened"))
+    stalled.server.block()
+    report = await with_deadline(close_all([good.connection, stalled.connection], 0.05))
     assert (report.closed_count, report.failed_count) == (1, 1)
     assert 0.04 < report.duration_seconds < 2.0
     assert aborted == ["stuck"]
@@ -85,15 +85,15 @@ async def test_closing_connection_is_awaited_but_not_counted(bench: Any) -> None
 
 async def test_connections_are_closed_concurrently(bench: Any) -> None:
     """A stalled client does not delay the close frames of others."""
-    stuck, good = bench(send_timeout=60), bench()
-    await stuck.open()
+    stalled, good = bench(send_timeout=60), bench()
+    await stalled.open()
     await good.open()
-    stuck.server.block()
-    closing = asyncio.ensure_future(close_all([stuck.connection, good.connection], 5.0))
+    stalled.server.block()
+    closing = asyncio.ensure_future(close_all([stalled.connection, good.connection], 5.0))
     await with_deadline(good.connection.finished)
     assert good.server.close_frames == [(1012, "server shutdown")]
     assert not closing.done()
-    stuck.server.release()
+    stalled.server.release()
     assert (await with_deadline(closing)).closed_count == 2
 
 

@@ -21,10 +21,10 @@ from tests.unit.conftest import EventRecorder
 @pytest.fixture(autouse=True)
 def server() -> Iterator[list[int]]:
     """Return the signals received by a server that has installed its handler first."""
-    told: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    yield told
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -34,12 +34,12 @@ class Draining:
 
     def __init__(self) -> None:
         self.count = 0
-        self.over = asyncio.Event()
+        self.finished = asyncio.Event()
         self.signals = SignalHandler(EventBus(), self)
 
     async def __call__(self) -> None:
         self.count += 1
-        await self.over.wait()
+        await self.finished.wait()
 
 
 async def tell() -> None:
@@ -65,7 +65,7 @@ async def test_signal_is_forwarded_once_after_drain(server: list[int]) -> None:
     drain.signals.listen()
     await tell()
     assert (drain.count, server) == (1, [])
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
@@ -80,7 +80,7 @@ async def test_quickly_repeated_signal_counts_once(server: list[int], monkeypatc
     put(0.3)
     await tell()
     assert (drain.count, server) == (1, [])
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
@@ -97,7 +97,7 @@ async def test_second_signal_is_forwarded_immediately_and_only_once(
     put(2.0)
     await tell()
     assert server == [signal.SIGTERM]
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     drain.signals.stop()
@@ -121,7 +121,7 @@ async def test_two_managers_may_stop_in_any_order(server: list[int], first: int)
     drains = [Draining(), Draining()]
     for drain in drains:
         drain.signals.listen()
-        drain.over.set()
+        drain.finished.set()
     drains[first].signals.stop()
     await tell()
     await asyncio.sleep(0.02)
@@ -140,13 +140,13 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
         drain.signals.listen()
     await tell()
     assert [drain.count for drain in drains] == [1, 1]
-    drains[0].over.set()
+    drains[0].finished.set()
     await asyncio.sleep(0.02)
     assert server == []
     put(2.0)
     await tell()
     assert server == [signal.SIGTERM]
-    drains[1].over.set()
+    drains[1].finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     for drain in reversed(drains):
@@ -156,7 +156,7 @@ async def test_two_managers_drain_concurrently_on_signal(server: list[int], monk
 async def test_restarted_manager_drains_again_on_signal(server: list[int]) -> None:
     """A restarted manager handles signals again, in the same loop and in another one."""
     drain = Draining()
-    drain.over.set()
+    drain.finished.set()
     for times in (1, 2):
         drain.signals.listen()
         await tell()
@@ -173,7 +173,7 @@ async def test_previous_signal_handlers_are_restored(server: list[int]) -> None:
     drain.signals.listen()
     await tell()
     drain.signals.stop()
-    drain.over.set()
+    drain.finished.set()
     await asyncio.sleep(0.02)
     assert server == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -193,7 +193,7 @@ def test_listening_off_main_thread_is_reported_once() -> None:
     thread = threading.Thread(target=lambda: asyncio.run(listen()))
     thread.start()
     thread.join()
-    assert [report.event for report in heard.all] == ["signals_not_heard"]
+    assert [event.event for event in heard.all] == ["signals_not_heard"]
 
 
 async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +207,14 @@ async def test_handler_swallowing_signal_is_reported(server: list[int], monkeypa
     signal.signal(signal.SIGTERM, swallow)
     drain = Draining()
     drain.signals._events.subscribe(heard)
-    drain.over.set()
+    drain.finished.set()
     drain.signals.listen()
     await tell()
     await asyncio.sleep(0.2)
     assert server == [signal.SIGTERM]
-    (report,) = heard.of("still_running")
-    assert report.fields["signal"] == "SIGTERM"
-    assert "swallow" in report.fields["handler"]
+    (event,) = heard.of("still_running")
+    assert event.fields["signal"] == "SIGTERM"
+    assert "swallow" in event.fields["handler"]
     drain.signals.stop()
 
 
@@ -227,7 +227,7 @@ async def test_end_after_forwarded_signal_is_not_reported(
     heard = EventRecorder()
     drain = Draining()
     drain.signals._events.subscribe(heard)
-    drain.over.set()
+    drain.finished.set()
     drain.signals.listen()
     await tell()
     assert server == [signal.SIGTERM]
@@ -242,9 +242,9 @@ async def test_still_running_report_uses_context_of_manager(server: list[int], m
     monkeypatch.setattr(signals, "STILL_RUNNING_AFTER", 0.01)
     put = in_time(monkeypatch)
     tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
-    told_in: list[str] = []
+    contexts: list[str] = []
     drain = Draining()
-    drain.signals._events.subscribe(lambda report: told_in.append(tenant.get()))
+    drain.signals._events.subscribe(lambda event: contexts.append(tenant.get()))
     drain.signals.listen()
 
     async def code_of_a_client() -> None:
@@ -255,6 +255,6 @@ async def test_still_running_report_uses_context_of_manager(server: list[int], m
 
     await asyncio.create_task(code_of_a_client())
     await asyncio.sleep(0.1)
-    assert told_in == ["none"]
-    drain.over.set()
+    assert contexts == ["none"]
+    drain.finished.set()
     drain.signals.stop()

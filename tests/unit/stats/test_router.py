@@ -1,4 +1,4 @@
-"""Tests of what goes on, over HTTP."""
+"""Tests of the stats router."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ async def test_rejected_handshake_is_counted_by_option_or_code() -> None:
         for headers in ([], [], foreign):
             with pytest.raises(WebSocketException):
                 async with manager.serve(FakeServer(headers=headers).websocket):
-                    raise AssertionError("it was let in")
+                    raise AssertionError("it was accepted")
     async for client in _http(make(manager)):
         counters = (await client.get("/ws-stats/")).json()
     assert counters["refusals"] == {"max_connections": 2, "4403": 1}

@@ -32,17 +32,17 @@ def test_unnegotiated_compressed_frame_is_malformed() -> None:
     """Kind 2 is malformed unless both sides have announced the capability."""
     packed = deflated(json.dumps({"type": "msg", "data": "x" * 1000}))
     assert packed is not None
-    with pytest.raises(ProtocolError, match="not agreed on") as refused:
+    with pytest.raises(ProtocolError, match="not agreed on") as caught:
         parse(packed)
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400
 
 
 def test_frame_inflating_beyond_limit_is_too_big() -> None:
     """A frame that inflates beyond the limit is too big, and inflating stops there."""
     bomb = b"\x02\x00\x00" + raw_deflate(b"x" * 10_000_000)
-    with pytest.raises(ProtocolError, match="more than") as refused:
+    with pytest.raises(ProtocolError, match="more than") as caught:
         parse(bomb, LIMIT)
-    assert refused.value.code == 1009
+    assert caught.value.code == 1009
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_frame_inflating_beyond_limit_is_too_big() -> None:
 )
 def test_invalid_deflate_data_closes_with_4400(packed: bytes) -> None:
     """Data that is not a raw deflate of a text frame closes with 4400."""
-    with pytest.raises(ProtocolError) as refused:
+    with pytest.raises(ProtocolError) as caught:
         parse(packed, LIMIT)
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400
 
 
 @pytest.mark.parametrize("cut", [-1, -2, -5])

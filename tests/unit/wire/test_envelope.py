@@ -156,7 +156,7 @@ def test_reply_beyond_client_limits_raises(data: Any) -> None:
 
 @pytest.mark.parametrize("message", ["x" * MAX_SENT_BYTES, b"x" * MAX_SENT_BYTES, "\x00" * (MAX_SENT_BYTES // 6)])
 def test_message_with_envelope_over_limit_raises(message: Any) -> None:
-    """A message whose envelope is over the limit of clients raises, and one at the limit does not."""
+    """An envelope over the limit of clients raises, and one at the limit does not."""
     frame = encode(message)
     with pytest.raises(MessageEncodeError, match="send it in parts"):
         check_size(frame)

@@ -197,9 +197,9 @@ def test_names_are_strings_of_limited_length(name: str) -> None:
 @pytest.mark.parametrize("value", ["a\x00", "\r\n[ERROR] fake", "\x1b[2J", "\x9b", "\u2028"], ids=ascii)
 def test_control_characters_in_name_are_rejected(name: str, value: str) -> None:
     """A name has no characters that would change the display of a line, and the error does not contain them."""
-    with pytest.raises(ProtocolError, match="none of them a control character") as refused:
+    with pytest.raises(ProtocolError, match="none of them a control character") as caught:
         message_of({"type": "msg", name: value})
-    assert str(refused.value).isprintable()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_control_characters_in_name_are_rejected(name: str, value: str) -> None:
 )
 def test_compressed_frame_error_hides_library_text(packed: bytes) -> None:
     """Errors of zlib and Python do not reach a client."""
-    with pytest.raises(ProtocolError) as refused:
+    with pytest.raises(ProtocolError) as caught:
         parse(b"\x02\x00\x00" + packed, 1000)
-    assert str(refused.value) == "a compressed frame is raw deflate of UTF-8, once and whole"
+    assert str(caught.value) == "a compressed frame is raw deflate of UTF-8, once and whole"
 
 
 def test_frame_error_names_exceeded_limit() -> None:
@@ -425,6 +425,6 @@ def test_ping_returns_number_or_short_text(ts: Any) -> None:
 @pytest.mark.parametrize("ts", ["x" * 65, True, [], [1], {}, {"a": 1}])
 def test_ping_with_other_timestamp_is_malformed(ts: Any) -> None:
     """Pongs are queued for a client that does not read, so their size is limited."""
-    with pytest.raises(ProtocolError, match="ping: ts is a number or a text of at most 64 characters") as refused:
+    with pytest.raises(ProtocolError, match="ping: ts is a number or a text of at most 64 characters") as caught:
         ping_timestamp({"type": "ping", "ts": ts})
-    assert refused.value.code == 4400
+    assert caught.value.code == 4400

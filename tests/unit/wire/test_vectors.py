@@ -211,11 +211,11 @@ class Play:
     async def run(self, steps: list[dict[str, Any]]) -> None:
         """Play all steps; afterwards no unchecked frame may be left."""
         try:
-            for place, step in enumerate(steps):
+            for position, step in enumerate(steps):
                 try:
                     await getattr(self, step["from"])(step)
                 except AssertionError as error:
-                    raise AssertionError(f"step {place}: {step}") from error
+                    raise AssertionError(f"step {position}: {step}") from error
             await asyncio.sleep(0.5)
             for line in self.lines:
                 assert line.unseen == []
@@ -320,7 +320,7 @@ class Play:
             else:
                 assert frame[name] == bytes_in(value), frame
         chosen = [value for name, value in self.names.items() if name.startswith("$token")]
-        assert len(set(chosen)) == len(chosen), "every welcome has a token of its own"
+        assert len(set(chosen)) == len(chosen), "every welcome has its own token"
 
 
 @by_name(CONVERSATIONS)
