@@ -16,7 +16,7 @@ def test_steady_leak_is_growth() -> None:
     """Growth through all of the second half is reported, for small objects and for large ones."""
     for blocks, resident in ((MAX_BLOCKS // 4, 0), (0, MAX_RESIDENT // 4)):
         one = watch()
-        with pytest.raises(GrowingError, match="it grows"):
+        with pytest.raises(GrowingError, match="memory grows"):
             for position in range(SAMPLES):
                 one.note(position * blocks, position * resident)
 
